@@ -1,0 +1,42 @@
+"""Proxy Normalization in PyTorch: batch norm's accuracy without its dependence on the batch.
+
+The names below are imported when first used, so that `import proxynorm` is quick and proxynorm.nn needs torch only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "NormAct2d": "proxynorm.nn",
+    "conversion_report": "proxynorm.nn.convert",
+    "convert": "proxynorm.nn.convert",
+    "create_model": "proxynorm.models",
+    "freeze": "proxynorm.nn.freeze",
+    "parameter_groups": "proxynorm.nn",
+    "power_decomposition": "proxynorm.analysis.power",
+    "proxy_moments": "proxynorm.nn",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from proxynorm.analysis.power import power_decomposition
+    from proxynorm.models import create_model
+    from proxynorm.nn import NormAct2d, parameter_groups, proxy_moments
+    from proxynorm.nn.convert import conversion_report, convert
+    from proxynorm.nn.freeze import freeze
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name from its home (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'proxynorm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

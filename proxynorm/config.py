@@ -1,0 +1,149 @@
+"""The one place where the Hydra configuration becomes settings, and where its mistakes become one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from proxynorm.cli import first_line, nearest
+from proxynorm.errors import ConfigError
+from proxynorm.train.settings import Settings, check
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def groups() -> dict[str, list[str]]:
+    """Each configuration group with its options."""
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+            for folder in sorted(CONFIGS.iterdir()) if folder.is_dir()}
+
+
+def compose_config(overrides: Iterable[str], config_name: str = "train") -> DictConfig:
+    """The configuration under `overrides` (Hydra's syntax). Raises ConfigError with the nearest valid name."""
+    parsed = parse(list(overrides))
+    choices = [override for override in parsed if is_group(override)]
+    for override in choices:
+        check_choice(override)
+    base = _compose(config_name, [override.input_line for override in choices])
+    for override in parsed:
+        if override not in choices:
+            check_key(override, base)
+    return _compose(config_name, [override.input_line for override in parsed])
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Hydra's parse of key=value arguments. Raises ConfigError."""
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"{first_line(error)}; arguments have the form key=value") from error
+
+
+def is_group(override: Override) -> bool:
+    return override.key_or_group.split("@")[0] in groups()
+
+
+def check_choice(override: Override) -> None:
+    group, value = override.key_or_group.split("@")[0], override.value()
+    if value is not None and str(value) not in groups()[group]:
+        raise ConfigError(f"{group}={value}: no such {group}; {nearest(str(value), groups()[group])}")
+
+
+def check_key(override: Override, config: DictConfig) -> None:
+    """Raises ConfigError unless `override` changes a key that the configuration has, or adds one on purpose (+)."""
+    key = override.key_or_group
+    if override.is_add() or override.is_force_add() or key.startswith("hydra."):
+        return
+    known = flat_keys(config)
+    if key in known or any(name.startswith(f"{key}.") for name in known):
+        return
+    raise ConfigError(f"no key '{key}'; {nearest(key, siblings(key, known))}")
+
+
+def siblings(key: str, known: list[str]) -> list[str]:
+    """The keys one may have meant: those under the same parent if it exists, else the top level, groups included."""
+    parent = key.rpartition(".")[0]
+    inside = [name for name in known if name.rpartition(".")[0] == parent]
+    if parent and inside:
+        return inside
+    return sorted({name.split(".")[0] for name in known} | set(groups()))
+
+
+def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """All keys down to the leaves, dotted."""
+    keys = []
+    for key in config:
+        name, value = f"{prefix}{key}", config._get_node(key)
+        keys.append(name)
+        if isinstance(value, DictConfig) and not value._is_none():
+            keys += flat_keys(value, f"{name}.")
+    return keys
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+            return compose(config_name=config_name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from error
+
+
+def to_dataclass(config: DictConfig, schema: type) -> Any:
+    """An instance of the dataclass `schema` holding `config`'s values. Raises ConfigError naming a wrong key or value."""
+    typed = OmegaConf.structured(schema)
+    for key in typed:
+        node = typed._get_node(key)
+        if isinstance(node, DictConfig):
+            OmegaConf.set_readonly(node, False)
+    OmegaConf.set_readonly(typed, False)
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} must be given, as {missing[0]}=…")
+        return OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(config, resolve=True)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+
+
+def settings_from(config: DictConfig) -> Settings:
+    """The checked settings of a training configuration. Raises ConfigError."""
+    settings = to_dataclass(config, Settings)
+    regularization = settings.regularization
+    images = {"randaugment": regularization.randaugment, "random_erasing": regularization.random_erasing}
+    return check(dataclasses.replace(settings, data=dataclasses.replace(settings.data, **images)))
+
+
+def sweep_points(overrides: list[str]) -> list[list[str]]:
+    """For a multirun's overrides: lists of plain overrides that try each swept value once."""
+    parsed = parse(overrides)
+    swept = {index: [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()]
+             for index, o in enumerate(parsed) if o.is_sweep_override()}
+    first = [swept[index][0] if index in swept else override.input_line for index, override in enumerate(parsed)]
+    points = [first]
+    for index, values in swept.items():
+        points += [[*first[:index], value, *first[index + 1:]] for value in values[1:]]
+    return points
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Compose and convert what the command line asks for, so that its mistakes show in one line before Hydra starts.
+
+    Raises ConfigError.
+    """
+    if any(argument in ("-h", "--help", "--hydra-help", "--version") for argument in arguments):
+        return
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+    for point in sweep_points(overrides) if multirun else [overrides]:
+        settings_from(compose_config(item for item in point if not item.lstrip("+~").startswith("hydra")))

@@ -1,0 +1,126 @@
+"""Crops, flips and erased boxes: computed for a whole batch from the samples' keys, the same for both backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from proxynorm.data.randomness import uniform
+
+# Which number of a sample's stream decides what.
+FLIP, TOP, LEFT, ERASE = 0, 1, 2, 3
+CROP_DRAWS, ERASE_DRAWS = 16, 64
+ATTEMPTS = 10
+CROP_RATIO = (3 / 4, 4 / 3)
+ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+
+
+def random_boxes(
+    keys: np.ndarray, heights: np.ndarray, widths: np.ndarray, area: tuple, ratio: tuple, draws: int
+) -> np.ndarray:
+    """Boxes of random area and aspect ratio, int64 (N, 4): top, left, height, width, in pixels.
+
+    The Inception crop as torchvision's RandomResizedCrop.get_params does it: up to ten attempts at a box whose share of
+    the area is uniform in `area` and whose log aspect ratio is uniform in log(`ratio`), else the largest centred box
+    within `ratio`.
+    """
+    heights, widths = heights.astype(np.float64), widths.astype(np.float64)
+    numbers = uniform(keys[:, None, None], draws + np.arange(4 * ATTEMPTS).reshape(ATTEMPTS, 4))
+    target = (heights * widths)[:, None] * (area[0] + (area[1] - area[0]) * numbers[..., 0])
+    low, high = np.log(ratio[0]), np.log(ratio[1])
+    aspect = np.exp(low + (high - low) * numbers[..., 1])
+    width = np.rint(np.sqrt(target * aspect))
+    height = np.rint(np.sqrt(target / aspect))
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    chosen = np.arange(len(keys)), fits.argmax(axis=1)
+    height, width = height[chosen], width[chosen]
+    top = np.floor(numbers[..., 2][chosen] * (heights - height + 1))
+    left = np.floor(numbers[..., 3][chosen] * (widths - width + 1))
+    boxes = np.stack([top, left, height, width], axis=1)
+    return np.where(fits.any(axis=1)[:, None], boxes, _widest_boxes(heights, widths, ratio)).astype(np.int64)
+
+
+def _widest_boxes(heights: np.ndarray, widths: np.ndarray, ratio: tuple) -> np.ndarray:
+    height = np.minimum(heights, np.maximum(1, np.rint(widths / ratio[0])))
+    width = np.minimum(widths, np.maximum(1, np.rint(heights * ratio[1])))
+    return np.stack([(heights - height) // 2, (widths - width) // 2, height, width], axis=1)
+
+
+def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:
+    """Centred squares whose side is `ratio` of the shorter side, int64 (N, 4): top, left, height, width."""
+    side = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
+    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int64)
+
+
+def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Centre images (N, h, w, C) in a black frame (N, height, width, C); the images themselves if they fit exactly."""
+    count, h, w, channels = images.shape
+    if (h, w) == (height, width):
+        return images
+    out = np.zeros((count, height, width, channels), dtype=images.dtype)
+    top, left = (height - h) // 2, (width - w) // 2
+    out[:, top : top + h, left : left + w] = images
+    return out
+
+
+def pad_crop(images: np.ndarray, keys: np.ndarray, size: int, padding: int, flip: bool) -> np.ndarray:
+    """Random crops of zero-padded images: (N, h, w, C), h and w at most size -> (N, C, size, size)."""
+    side = size + 2 * padding
+    windows = np.lib.stride_tricks.sliding_window_view(pad_to(images, side, side), (size, size), axis=(1, 2))
+    top = (uniform(keys, TOP) * (2 * padding + 1)).astype(np.int64)
+    left = (uniform(keys, LEFT) * (2 * padding + 1)).astype(np.int64)
+    out = windows[np.arange(len(images)), top, left]
+    if flip:
+        mirrored = uniform(keys, FLIP) < 0.5
+        out[mirrored] = out[mirrored, :, :, ::-1]
+    return out
+
+
+def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.ndarray) -> None:
+    """Fill a random box of some images (N, C, H, W), in place, with colour (C,) (random erasing, arXiv 1708.04896)."""
+    sides = np.array(images.shape[2:])[:, None].repeat(len(keys), axis=1)
+    boxes = random_boxes(keys, sides[0], sides[1], ERASE_AREA, ERASE_RATIO, ERASE_DRAWS)
+    for n in np.flatnonzero(uniform(keys, ERASE) < probability):
+        top, left, height, width = boxes[n]
+        images[n, :, top : top + height, left : left + width] = colour[:, None, None]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a stored image becomes a training or an evaluation image. Sides in pixels; size is given call by call.
+
+    augmentation: as in DataSpec; evaluation is "none". ratio: share of the shorter side that a centre crop takes.
+    colour: the fill of erased boxes, uint8 per channel.
+    """
+
+    augmentation: str = "none"
+    ratio: float = 1.0
+    padding: int = 0
+    min_area: float = 0.08
+    flip: bool = False
+    erasing: float = 0.0
+    colour: tuple[int, ...] = (0,)
+    randaugment: str | None = None
+
+    def boxes(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """The part of each stored image that is resized to the output, int64 (N, 4): top, left, height, width."""
+        if self.augmentation == "inception":
+            return random_boxes(keys, heights, widths, (self.min_area, 1.0), CROP_RATIO, CROP_DRAWS)
+        return centre_boxes(heights, widths, self.ratio if self.augmentation == "none" else 1.0)
+
+    def flips(self, keys: np.ndarray) -> np.ndarray:
+        """Which images the decoder mirrors, bool (N,); pad_crop mirrors by itself."""
+        if self.augmentation == "inception" and self.flip:
+            return uniform(keys, FLIP) < 0.5
+        return np.zeros(len(keys), dtype=bool)
+
+    def finish(self, images: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+        """What is left to do after decoding: uint8 (N, h, w, C) with h, w <= size -> (N, C, size, size)."""
+        if self.augmentation == "pad_crop":
+            out = pad_crop(images, keys, size, self.padding, self.flip)
+        else:
+            out = pad_to(images, size, size).transpose(0, 3, 1, 2)
+        if self.erasing:
+            erase(out, keys, self.erasing, np.array(self.colour, dtype=np.uint8))
+        return out

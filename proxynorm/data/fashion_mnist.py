@@ -1,0 +1,99 @@
+"""Fashion-MNIST (arXiv 1708.07747): where its files are looked for, and how they are read."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from proxynorm.errors import DataError
+
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+# Over all pixels of the 60,000 training images, 28x28, on the 0..1 scale (population standard deviation).
+MEAN, STD = (0.2860,), (0.3530,)
+SIDE = 28
+COUNTS = {"train": 60_000, "t10k": 10_000}
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+PACKAGE = "apt-get install dataset-fashion-mnist"
+
+
+def find_fashion_mnist(root: str | None, cache: Path) -> Path:
+    """The folder of the four IDX files: root, else the Debian package's, else a download into cache.
+
+    Raises DataError if root lacks a file, or if nothing is installed and nothing can be downloaded.
+    """
+    if root is not None:
+        return _complete_folder(Path(root).expanduser())
+    if DEBIAN_FOLDER.is_dir():
+        return _complete_folder(DEBIAN_FOLDER)
+    return _download(cache)
+
+
+def _complete_folder(root: Path) -> Path:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give data.root, or none and {PACKAGE}")
+    for folder in (root, root / "FashionMNIST" / "raw"):
+        if all(_file(folder, part, kind) for part in COUNTS for kind in ("images-idx3", "labels-idx1")):
+            return folder
+    raise DataError(f"{root}: lacks Fashion-MNIST's four files (train-images-idx3-ubyte.gz, …); give data.root, or {PACKAGE}")
+
+
+def _file(folder: Path, part: str, kind: str) -> Path | None:
+    for suffix in (".gz", ""):
+        path = folder / f"{part}-{kind}-ubyte{suffix}"
+        if path.is_file():
+            return path
+    return None
+
+
+def _download(cache: Path) -> Path:
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(cache), download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"Fashion-MNIST is not installed and cannot be downloaded ({reason}); {PACKAGE}") from None
+    return _complete_folder(cache)
+
+
+def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 28, 28) and labels int64 (N,) of part "train" or "t10k". Raises DataError on a damaged file."""
+    images = _read_idx(_file(folder, part, "images-idx3"), (COUNTS[part], SIDE, SIDE))
+    labels = _read_idx(_file(folder, part, "labels-idx1"), (COUNTS[part],))
+    if labels.max() >= len(CLASSES):
+        raise DataError(f"{folder}: {part} holds the label {labels.max()}; Fashion-MNIST has {len(CLASSES)} classes")
+    return images, labels.astype(np.int64)
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An IDX file of unsigned bytes: big-endian magic 0x0800 + rank, the sides, the bytes."""
+    try:
+        raw = path.read_bytes()
+        data = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from None
+    expected = np.array([0x0800 + len(shape), *shape], dtype=">u4").tobytes()
+    if data[: len(expected)] != expected or len(data) != len(expected) + int(np.prod(shape)):
+        raise DataError(f"{path}: is not the IDX file of {'x'.join(map(str, shape))} bytes it should be; fetch it again")
+    return np.frombuffer(data, dtype=np.uint8, offset=len(expected)).reshape(shape)
+
+
+def signature(folder: Path) -> str:
+    """What tells this copy of the files from another: path, sizes and times."""
+    files = sorted(folder.glob("*-ubyte*"))
+    return ";".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files) + f";{os.sep}"

@@ -1,0 +1,101 @@
+"""The torchvision backend's reader of image files: torch's DataLoader around PIL."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+
+from proxynorm.data.augment import View
+from proxynorm.data.images import BadImage, ImageRef, load_rgb
+from proxynorm.data.readers import Failures, Job, assemble
+from proxynorm.data.sources import Listing
+from proxynorm.data.spec import Batch
+
+
+class FolderReader:
+    """Image files, decoded in `workers` processes (0: in this one), one micro-batch at a time in each."""
+
+    channels = 3
+
+    def __init__(self, listing: Listing, workers: int) -> None:
+        self.classes, self.targets, self.workers = listing.classes, listing.targets, workers
+        # One block of bytes, so that worker processes share it instead of copying a million strings.
+        self.paths = np.array([os.fsencode(image.path) for image in listing.images])
+
+    def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
+        loader = torch.utils.data.DataLoader(
+            _Decoder(self.paths, view),
+            batch_size=None,
+            sampler=jobs,
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: DataLoader would otherwise draw from the one that dropout uses.
+            generator=torch.Generator(),
+        )
+        for job, images, bad in loader:
+            yield assemble(self, job, images, bad, failures)
+
+    def name(self, row: int) -> str:
+        return os.fsdecode(self.paths[row])
+
+
+def _unchanged(result):
+    return result
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """Job -> (job, images uint8 (N, C, S, S), place -> reason of the bad ones); runs in the worker processes."""
+
+    def __init__(self, paths: np.ndarray, view: View) -> None:
+        self.paths, self.view = paths, view
+
+    def __getitem__(self, job: Job) -> tuple[Job, torch.Tensor, dict[int, str]]:
+        images = np.zeros((len(job.rows), job.size, job.size, 3), dtype=np.uint8)
+        bad = {}
+        for place in np.flatnonzero(job.rows >= 0):
+            path = os.fsdecode(self.paths[job.rows[place]])
+            try:
+                image = load_rgb(ImageRef(path, path))
+            except BadImage as reason:
+                bad[int(place)] = str(reason)
+            else:
+                images[place] = self._transform(image, job.keys[place : place + 1], job.size)
+        return job, torch.from_numpy(self.view.finish(images, job.keys, job.size)), bad
+
+    def _transform(self, image: Image.Image, key: np.ndarray, size: int) -> Image.Image:
+        width, height = image.size
+        top, left, h, w = self.view.boxes(key, np.array([height]), np.array([width]))[0].tolist()
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        if self.view.flips(key)[0]:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.view.randaugment is not None:
+            with _seeded(int(key[0])):
+                image = rand_augment(self.view.randaugment, self.view.colour)(image)
+        return image
+
+
+def rand_augment(config: str, colour: tuple[int, ...]):
+    """timm's RandAugment for a configuration string such as "rand-m9-mstd0.5"; colour fills what moves in."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    return rand_augment_transform(config, {"img_mean": colour, "translate_const": 100})
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the generators that timm's augmentations use, and put them back."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

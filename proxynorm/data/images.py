@@ -1,0 +1,177 @@
+"""One image file: read, checked, turned into upright RGB, encoded for storage."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from proxynorm.data.beton import JPEG, PAGE_SIZE, RAW
+from proxynorm.data.native import ffcv_library
+from proxynorm.errors import ConfigError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SMALL = 64 * 64
+LONGEST_SIDE = 65_535
+# Real photographs in ImageNet end in a few stray bytes; nothing of the picture is lost.
+HARMLESS = ("extraneous bytes before marker 0xd9",)
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason, without the file's name."""
+
+
+class ImageRef(NamedTuple):
+    """Where an image's bytes are: a file, or `size` bytes at `offset` of an archive; name is for messages."""
+
+    path: str
+    name: str
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How images are stored. max_side: longer sides are shrunk to it, pixels, None: never; jpeg_quality: 1..100;
+    jpeg_probability: the share of images stored as JPEG, the others being raw (faster, larger); images of at most
+    64x64 pixels are raw."""
+
+    max_side: int | None = 500
+    jpeg_quality: int = 90
+    jpeg_probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and not 1 <= self.max_side <= LONGEST_SIDE:
+            raise ConfigError(f"max_side={self.max_side}: give 1 to {LONGEST_SIDE} pixels, or null")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ConfigError(f"jpeg_quality={self.jpeg_quality}: give 1 to 100")
+        if not 0 <= self.jpeg_probability <= 1:
+            raise ConfigError(f"jpeg_probability={self.jpeg_probability}: give a share from 0 to 1")
+
+
+class Stored(NamedTuple):
+    """An image as it goes into a .beton file: bytes, height and width in pixels, JPEG or RAW."""
+
+    data: bytes
+    height: int
+    width: int
+    mode: int
+
+
+def read_bytes(ref: ImageRef) -> bytes:
+    """The image's bytes. Raises BadImage if there are none, or fewer than the archive promises."""
+    try:
+        with open(ref.path, "rb") as file:
+            file.seek(ref.offset)
+            data = file.read() if ref.size is None else file.read(ref.size)
+    except OSError as error:
+        raise BadImage(f"cannot be read ({error.strerror})") from None
+    if not data:
+        raise BadImage("is empty")
+    if ref.size is not None and len(data) < ref.size:
+        raise BadImage("is cut off by the end of its archive")
+    return data
+
+
+def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
+    """The decoded image, RGB, upright by its EXIF tag; its content, not its name, decides the format.
+
+    strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises BadImage.
+    """
+    data = read_bytes(ref)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if strict and image.format in ("JPEG", "MPO"):
+                _check_jpeg(data)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise BadImage("is no image") from None
+    except Image.DecompressionBombError:
+        raise BadImage("has more pixels than can be decoded safely") from None
+    except (OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError, MemoryError) as error:
+        raise BadImage(f"cannot be decoded ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: convert() would clip instead of scaling.
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@cache
+def _turbojpeg() -> ctypes.CDLL | None:
+    """libturbojpeg, which FFCV's library brings along; None without FFCV."""
+    try:
+        library = ffcv_library()
+    except ConfigError:
+        return None
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjGetErrorStr2.restype = ctypes.c_char_p
+    library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+    return library
+
+
+@cache
+def _decompressor(process: int) -> ctypes.c_void_p:
+    """A decompressor for this process."""
+    return ctypes.c_void_p(_turbojpeg().tjInitDecompress())
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Decode at an eighth of the size, which reads every coefficient, and refuse what libjpeg only warns of."""
+    library = _turbojpeg()
+    if library is None:
+        return
+    handle = _decompressor(os.getpid())
+    length, out = ctypes.c_ulong(len(data)), [ctypes.c_int() for _ in range(4)]
+    if library.tjDecompressHeader3(handle, data, length, *map(ctypes.byref, out)) != 0:
+        raise BadImage(f"has a damaged JPEG header ({_tj_error(library, handle)})")
+    width, height = (-(-side.value // 8) for side in out[:2])
+    colourspace, (rgb, cmyk) = out[3].value, (0, 11)
+    pixel_format = cmyk if colourspace in (3, 4) else rgb
+    pixels = ctypes.create_string_buffer(width * height * 4)
+    if library.tjDecompress2(handle, data, length, pixels, width, 0, height, pixel_format, 0) != 0:
+        message = _tj_error(library, handle)
+        if not message.endswith(HARMLESS):
+            raise BadImage(f"has damaged JPEG data ({message})")
+
+
+def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
+    return (library.tjGetErrorStr2(handle) or b"unknown error").decode("ascii", "replace")
+
+
+def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
+    """Check an image and encode it for storage; draw in [0, 1) decides between JPEG and raw. Raises BadImage."""
+    image = load_rgb(ref, strict=True)
+    longest = max(image.size)
+    if options.max_side is not None and longest > options.max_side:
+        size = tuple(max(1, round(side * options.max_side / longest)) for side in image.size)
+        image = image.resize(size, Image.Resampling.BOX)
+    width, height = image.size
+    if max(width, height) > LONGEST_SIDE:
+        raise BadImage(f"is longer than {LONGEST_SIDE} pixels; use max_side")
+    raw_size = 3 * width * height
+    if raw_size <= PAGE_SIZE and (width * height <= SMALL or draw >= options.jpeg_probability):
+        return Stored(image.tobytes(), height, width, RAW)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=options.jpeg_quality)
+    if buffer.tell() > PAGE_SIZE:
+        raise BadImage(f"takes {buffer.tell()} bytes as JPEG, more than a page of {PAGE_SIZE}; use max_side")
+    return Stored(buffer.getvalue(), height, width, JPEG)

@@ -1,0 +1,123 @@
+"""Labelled images into a .beton file: every image decoded and checked first, the file verified before it gets its name."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from proxynorm.data.beton import BetonWriter
+from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, store
+from proxynorm.data.randomness import sample_keys, uniform
+from proxynorm.data.sources import Listing
+from proxynorm.data.verification import verify
+from proxynorm.errors import DataError
+
+IMAGES_PER_TASK = 16
+TASKS_AHEAD_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What prepare did: the file, the number of images in it, and what was left out, name -> reason."""
+
+    path: Path
+    count: int
+    skipped: dict[str, str]
+
+
+def prepare(
+    listing: Listing,
+    output: Path,
+    options: StorageOptions,
+    on_bad: str = "raise",
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Prepared:
+    """Write `listing` to `output`, with its manifest and sums beside it; the bytes do not depend on `workers`.
+
+    on_bad: "raise" ends in a DataError that names the first bad image, "skip" leaves bad images out. progress is told
+    how many images are done. An interrupted run leaves nothing named `output`.
+    """
+    writer = BetonWriter(output, channels=3, capacity=len(listing.images))
+    skipped: dict[str, str] = {}
+    kept = []
+    try:
+        for number, result in enumerate(_stored(listing, options, workers)):
+            if isinstance(result, Stored):
+                target = int(listing.targets[number])
+                writer.add(np.frombuffer(result.data, np.uint8), target, result.height, result.width, result.mode)
+                kept.append(target)
+            elif on_bad == "raise":
+                raise DataError(f"{listing.images[number].name}: {result}; mend or remove it, or set on_bad=skip")
+            else:
+                skipped[listing.images[number].name] = result
+            progress(number + 1)
+        _check_classes(listing, kept, output)
+        writer.close(_manifest(listing, kept, options, skipped), lambda samples: verify(samples, workers))
+    except BaseException:
+        writer.discard()
+        raise
+    return Prepared(Path(output), len(kept), skipped)
+
+
+def _check_classes(listing: Listing, kept: list[int], output: Path) -> None:
+    empty = set(listing.targets.tolist()) - set(kept)
+    if empty:
+        raise DataError(f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or remove the class")
+
+
+def _manifest(listing: Listing, kept: list[int], options: StorageOptions, skipped: dict[str, str]) -> dict:
+    counts = Counter(kept)
+    return {
+        "classes": list(listing.classes),
+        "count": len(kept),
+        "count_per_class": {name: counts[target] for target, name in enumerate(listing.classes)},
+        "options": asdict(options),
+        "skipped": skipped,
+        "versions": {"python": platform.python_version(), "pillow": version("pillow"), "numpy": np.__version__},
+    }
+
+
+def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator[Stored | str]:
+    """Each image as it will be stored, or the reason why not, in the order of the listing."""
+    draws = uniform(sample_keys(0, 0, np.arange(len(listing.images))), 0)
+    tasks = [
+        (listing.images[start : start + IMAGES_PER_TASK], draws[start : start + IMAGES_PER_TASK])
+        for start in range(0, len(draws), IMAGES_PER_TASK)
+    ]
+    if workers <= 1:
+        for refs, numbers in tasks:
+            yield from _store_all(refs, options, numbers)
+        return
+    pool = ProcessPoolExecutor(workers)
+    pending: deque = deque()
+    try:
+        for refs, numbers in tasks:
+            pending.append(pool.submit(_store_all, refs, options, numbers))
+            if len(pending) > TASKS_AHEAD_PER_WORKER * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise DataError("a worker process was killed, most likely for lack of memory; give fewer workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _store_all(refs: list[ImageRef], options: StorageOptions, draws: np.ndarray) -> list[Stored | str]:
+    return [_store_one(ref, options, float(draw)) for ref, draw in zip(refs, draws)]
+
+
+def _store_one(ref: ImageRef, options: StorageOptions, draw: float) -> Stored | str:
+    try:
+        return store(ref, options, draw)
+    except BadImage as reason:
+        return str(reason)

@@ -1,0 +1,148 @@
+"""The readers: each turns a stream of jobs into a stream of batches, in order, ahead of time where it has workers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from proxynorm.data.augment import View
+from proxynorm.data.beton import Samples
+from proxynorm.data.native import GOOD, REASONS, decoder, map_file
+from proxynorm.data.spec import Batch
+from proxynorm.errors import DataError
+
+BATCHES_AHEAD = 3
+IMAGES_PER_TASK = 8
+
+
+class Job(NamedTuple):
+    """A micro-batch to be made: rows of the store, int64 (N,), -1 for padding; the samples' keys, uint64 (N,); its side."""
+
+    rows: np.ndarray
+    keys: np.ndarray
+    size: int
+
+
+class Reader(Protocol):
+    """Images and targets behind row numbers 0..len(targets)-1."""
+
+    classes: tuple[str, ...]
+    channels: int
+    targets: np.ndarray
+
+    def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
+        """A batch per job, in order. Leaving early (closing the generator) ends the work that was begun ahead."""
+
+    def name(self, row: int) -> str:
+        """What to call the image in a message: its file, or its number in a file."""
+
+
+class Failures:
+    """What happens on damaged images: "raise" stops the run, "skip" leaves them out and counts them, once per image."""
+
+    def __init__(self, on_bad: str) -> None:
+        self.on_bad = on_bad
+        self.reasons: dict[str, str] = {}
+
+    def record(self, name: str, reason: str) -> None:
+        """Note a damaged image. Raises DataError under the policy "raise"."""
+        if self.on_bad == "raise":
+            raise DataError(f"{name}: {reason}; mend or remove it, or set data.on_bad=skip")
+        self.reasons[name] = reason
+
+
+def assemble(reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str], failures: Failures) -> Batch:
+    """The batch of a job: images (N, C, S, S); bad: place in the batch -> reason. A bad image is invalid, never another."""
+    for place, reason in bad.items():
+        failures.record(reader.name(int(job.rows[place])), reason)
+    valid = job.rows >= 0
+    valid[list(bad)] = False
+    targets = np.where(valid, reader.targets[job.rows], 0)
+    return Batch(images, torch.from_numpy(targets), torch.from_numpy(job.rows), torch.from_numpy(valid))
+
+
+class MemoryReader:
+    """Images held in memory, uint8 (N, H, W, C); nothing beside the calling thread is needed."""
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...]) -> None:
+        self.images, self.targets, self.classes = images, targets, classes
+        self.channels = images.shape[3]
+
+    def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
+        for job in jobs:
+            images = self.images[job.rows]
+            images[job.rows < 0] = 0
+            images = torch.from_numpy(view.finish(images, job.keys, job.size))
+            yield assemble(self, job, images, {}, failures)
+
+    def name(self, row: int) -> str:
+        return f"image {row}"
+
+
+class _Pending(NamedTuple):
+    job: Job
+    images: np.ndarray
+    status: np.ndarray
+    tasks: list[Future]
+
+
+class BetonReader:
+    """A .beton file, read by FFCV's decoder in `workers` threads (at least one)."""
+
+    def __init__(self, samples: Samples, classes: tuple[str, ...], workers: int) -> None:
+        self.samples, self.classes, self.workers = samples, classes, max(1, workers)
+        self.targets, self.channels = samples.target, samples.channels
+        self.file = map_file(samples.path)
+        self.decode = decoder()
+        jpeg_area = samples.height.astype(np.int64) * samples.width
+        self.scratch_size = int(jpeg_area.max()) * 3
+
+    def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
+        pending: deque[_Pending] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="beton")
+        try:
+            for job in jobs:
+                pending.append(self._submit(pool, job, view))
+                if len(pending) > BATCHES_AHEAD:
+                    yield self._finish(pending.popleft(), view, failures)
+            while pending:
+                yield self._finish(pending.popleft(), view, failures)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, job: Job, view: View) -> _Pending:
+        height, width = self.samples.height[job.rows], self.samples.width[job.rows]
+        boxes, flips = view.boxes(job.keys, height, width), view.flips(job.keys)
+        side = (job.size, job.size) if self.channels == 3 else (int(height[0]), int(width[0]))
+        shape = (len(job.rows), *side, self.channels)
+        # A fresh buffer each time: nothing that was handed out is written again.
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+        status = np.zeros(len(job.rows), dtype=np.int64)
+        parts = [slice(start, start + IMAGES_PER_TASK) for start in range(0, len(job.rows), IMAGES_PER_TASK)]
+        tasks = [
+            pool.submit(self._decode, job.rows[part], boxes[part], flips[part], images[part], status[part])
+            for part in parts
+        ]
+        return _Pending(job, images, status, tasks)
+
+    def _decode(self, rows, boxes, flips, images, status) -> None:
+        s = self.samples
+        scratch = np.empty(self.scratch_size, dtype=np.uint8)
+        self.decode(
+            self.file, rows, s.mode, s.height, s.width, s.pointer, s.size, s.sums, boxes, flips, scratch, images, status
+        )
+
+    def _finish(self, pending: _Pending, view: View, failures: Failures) -> Batch:
+        for task in pending.tasks:
+            task.result()
+        bad = {int(place): REASONS[int(pending.status[place])] for place in np.flatnonzero(pending.status != GOOD)}
+        images = torch.from_numpy(view.finish(pending.images, pending.job.keys, pending.job.size))
+        return assemble(self, pending.job, images, bad, failures)
+
+    def name(self, row: int) -> str:
+        return f"{self.samples.path}: image {row}"

@@ -1,0 +1,132 @@
+"""What the data path is asked for, and what it answers: plain, frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from proxynorm.errors import ConfigError
+
+SOURCES = ("fashion_mnist", "folder", "beton")
+AUGMENTATIONS = ("pad_crop", "inception", "none")
+BACKENDS = ("auto", "ffcv", "torchvision")
+BAD_POLICIES = ("raise", "skip")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which images, at which size, with which augmentation. Sides are in pixels, fractions in 0..1.
+
+    name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton" (root/train.beton, root/val.beton)
+    root:          folder of the data; Fashion-MNIST is looked for elsewhere when it is None
+    image_size:    side of the training crop
+    eval_size:     side of the evaluation crop; None: image_size
+    eval_ratio:    the centre crop takes this share of the shorter side
+    augmentation:  "pad_crop" (pad with zeros, crop, flip), "inception" (random resized crop, flip) or "none" (centre crop)
+    padding:       width of the zero border of pad_crop
+    min_area:      smallest share of the image's area an inception crop takes
+    flip:          mirror half of the images, chosen at random
+    start_size:    progressive resizing: training side up to epoch ramp[0], growing to image_size at epoch ramp[1]
+    ramp:          first and last epoch of that growth
+    limit:         train on the first N images of a shuffle seeded with limit_seed
+    holdout:       keep N training images (the end of that shuffle) out of training and evaluate on them
+    deterministic: crops and flips depend on (seed, epoch, index) alone; False: also on the run
+    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip")
+    cache:         folder of files made on the fly; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
+    randaugment:   timm's configuration string, such as "rand-m9-mstd0.5" (torchvision backend)
+    random_erasing: probability that a box of 2 % to a third of the image is replaced by the mean colour
+    mean, std:     per channel, on the 0..1 scale; None: those of the data set, or ImageNet's
+    """
+
+    name: str
+    root: str | None = None
+    image_size: int = 32
+    eval_size: int | None = None
+    eval_ratio: float = 1.0
+    augmentation: str = "pad_crop"
+    padding: int = 4
+    min_area: float = 0.08
+    flip: bool = True
+    start_size: int | None = None
+    ramp: tuple[int, int] | None = None
+    limit: int | None = None
+    limit_seed: int = 0
+    holdout: int = 0
+    deterministic: bool = True
+    on_bad: str = "raise"
+    cache: str | None = None
+    randaugment: str | None = None
+    random_erasing: float = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """Which backend reads the images. workers None: the process's share of the cores; 0: no process or thread beside."""
+
+    name: str = "auto"
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What was opened. mean and std are per channel on the 0..1 scale; counts are over all processes."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    train_count: int
+    eval_count: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Batch(NamedTuple):
+    """images: uint8 (N, C, H, W) on the host, or what Data.prepare made of them; targets, indices: int64 (N,);
+    valid: bool (N,), False on rows that only fill up the last evaluation batch (index -1, target 0)."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    indices: torch.Tensor
+    valid: torch.Tensor
+
+
+def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
+    """Raise ConfigError, one line, on the first value that cannot be meant."""
+    _one_of("data.name", spec.name, SOURCES)
+    _one_of("data.augmentation", spec.augmentation, AUGMENTATIONS)
+    _one_of("data.on_bad", spec.on_bad, BAD_POLICIES)
+    _one_of("loader.name", loader.name, BACKENDS)
+    _at_least("data.image_size", spec.image_size, 1)
+    _at_least("data.eval_size", spec.eval_size, 1)
+    _at_least("data.start_size", spec.start_size, 1)
+    _at_least("data.padding", spec.padding, 0)
+    _at_least("data.limit", spec.limit, 1)
+    _at_least("data.holdout", spec.holdout, 0)
+    _at_least("loader.workers", loader.workers, 0)
+    for key, value in (("eval_ratio", spec.eval_ratio), ("min_area", spec.min_area)):
+        if not 0 < value <= 1:
+            raise ConfigError(f"data.{key}={value}: give a share above 0 and at most 1")
+    if not 0 <= spec.random_erasing <= 1:
+        raise ConfigError(f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1")
+    if (spec.start_size is None) != (spec.ramp is None):
+        raise ConfigError("progressive resizing needs both data.start_size and data.ramp=[first epoch, last epoch]")
+    if spec.ramp is not None and not 0 <= spec.ramp[0] < spec.ramp[1]:
+        raise ConfigError(f"data.ramp={list(spec.ramp)}: give a first epoch and a later last epoch")
+    if spec.name != "fashion_mnist" and spec.root is None:
+        raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
+    if spec.name == "fashion_mnist" and spec.augmentation == "inception":
+        raise ConfigError("data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{key}={value}: give a whole number of at least {least}")

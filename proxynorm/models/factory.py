@@ -1,0 +1,169 @@
+"""create_model: every model by name, with every norm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+from torch import nn
+
+from proxynorm.errors import ConfigError
+from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
+from proxynorm.models.resnet import from_timm, resnext50v2
+from proxynorm.models.small_resnet import SmallResNetV2
+from proxynorm.nn.convert import convert, standardize_before_norms
+from proxynorm.nn.names import norm_spec
+from proxynorm.nn.norm_act import NormAct2d
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model of our list is built, and what it takes by default.
+
+    Attributes:
+        build: makes the network with batch norm, or with a norm_layer where `takes_norm_layer`.
+        size: side of the training images, pixels.
+        eps: the norm's ε.
+        groups: groups of gn; None: the largest divisor of C up to 32.
+        takes_norm_layer: build has an argument norm_layer; nothing is converted.
+        has_se: the placement of squeeze-excite can be chosen (se=).
+    """
+
+    build: Callable[..., nn.Module]
+    size: int = 224
+    eps: float = 1e-5
+    groups: int | None = None
+    takes_norm_layer: bool = False
+    has_se: bool = False
+
+
+# Native sizes of METHOD section 4.
+_EFFICIENTNET_SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456}
+
+_ARCHITECTURES: dict[str, Architecture] = {
+    "resnet20v2": Architecture(SmallResNetV2, size=32, groups=4, takes_norm_layer=True),
+    "resnet50": Architecture(partial(from_timm, "resnet50")),
+    "resnet101": Architecture(partial(from_timm, "resnet101")),
+    "resnet50v2": Architecture(partial(from_timm, "resnetv2_50")),
+    "resnet101v2": Architecture(partial(from_timm, "resnetv2_101")),
+    "resnext50": Architecture(partial(from_timm, "resnext50_32x4d")),
+    "resnext101": Architecture(partial(from_timm, "resnext101_32x4d")),
+    "resnext50v2": Architecture(resnext50v2),
+    **{
+        f"efficientnet_{size}": Architecture(partial(efficientnet_g1, size), pixels, 1e-3, 4, has_se=True)
+        for size, pixels in _EFFICIENTNET_SIZES.items()
+    },
+    **{
+        f"efficientnet_{size}_g16": Architecture(partial(efficientnet_g16, size), pixels, 1e-3, 4, has_se=True)
+        for size, pixels in _EFFICIENTNET_SIZES.items()
+    },
+}
+
+MODELS: tuple[str, ...] = tuple(_ARCHITECTURES)
+
+
+def create_model(
+    name: str,
+    norm: str = "bn",
+    num_classes: int = 1000,
+    *,
+    in_chans: int = 3,
+    groups: int | None = None,
+    norm_batch: int | str | None = None,
+    eps: float | None = None,
+    proxy_eps: float = 0.03,
+    moments: str = "auto",
+    nodes: int = 256,
+    se: str | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    pretrained: bool = False,
+    **kwargs: object,
+) -> nn.Module:
+    """A model by name, with any norm of proxynorm.nn.NORMS in place of batch norm.
+
+    Args:
+        name: one of MODELS, or any timm model ("timm/NAME", or NAME where it is not in MODELS).
+        norm: one of proxynorm.nn.NORMS.
+        num_classes: length of the logits.
+        in_chans: channels of the images.
+        groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C up to 32.
+        norm_batch: images that share bn's statistics; None: the micro-batch.
+        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others, a timm model's own.
+        proxy_eps: PN's ε, added to the variance.
+        moments: how PN's moments are integrated: auto, exact or grid (the paper's).
+        nodes: nodes of the grid.
+        se: EfficientNet with PN: "centred" (default; the authors' placement, with which the reference results were
+            got: SE pools the centred, unscaled tensor, the gate applies PN's scale, and the last map before pooling
+            is centred only) or "plain" (the paper's formula everywhere).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        pretrained: timm's pretrained weights, where there are any.
+        kwargs: the model's own arguments; resnet20v2: depth, width, stem_stride.
+
+    Returns:
+        The model; `default_size` is the side of its training images in pixels.
+
+    Raises:
+        ConfigError: an unknown name, norm or argument, or a timm model whose norms cannot be placed.
+    """
+    architecture = _architecture(name)
+    common = dict(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    options = dict(norm_batch=norm_batch, proxy_eps=proxy_eps, moments=moments, nodes=nodes,
+                   groups=architecture.groups if groups is None else groups,
+                   eps=architecture.eps if eps is None else eps)  # fmt: skip
+    try:
+        norm_spec(norm)
+        if architecture.takes_norm_layer:
+            model = _with_norm_layer(architecture, norm, options, {**common, **kwargs}, pretrained)
+        else:
+            model = architecture.build(pretrained=pretrained, **common, **kwargs)
+            convert(model, norm, **options)
+        _place_squeeze_excite(model, architecture, norm, se)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model {name} with norm {norm}: {error}") from error
+    model.default_size = architecture.size
+    return model
+
+
+def native_size(name: str) -> int:
+    """Side of the images a model is trained on, pixels. Raises ConfigError for an unknown name."""
+    return _architecture(name).size
+
+
+def _with_norm_layer(
+    architecture: Architecture, norm: str, options: dict, arguments: dict, pretrained: bool
+) -> nn.Module:
+    """A model of our own, built with its norm."""
+    if pretrained:
+        raise ValueError("there are no pretrained weights")
+    spec = norm_spec(norm)
+    model = architecture.build(partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options), **arguments)
+    return standardize_before_norms(model) if spec.weight_standardization else model
+
+
+def _place_squeeze_excite(model: nn.Module, architecture: Architecture, norm: str, se: str | None) -> None:
+    """Puts PN's scale where `se` says."""
+    if se not in (None, "centred", "plain"):
+        raise ValueError(f"se={se!r} is neither 'centred' nor 'plain'")
+    if se is not None and not architecture.has_se:
+        raise ValueError("se is for EfficientNet only")
+    if architecture.has_se and norm_spec(norm).proxy and se != "plain":
+        centre_squeeze_excite(model)
+
+
+def _architecture(name: str) -> Architecture:
+    """Our architecture of that name, or timm's; raises ConfigError with the nearest name and the list."""
+    if name in _ARCHITECTURES:
+        return _ARCHITECTURES[name]
+    timm_name = str(name).removeprefix("timm/")
+    if timm.is_model(timm_name):
+        config = timm.get_pretrained_cfg(timm_name)
+        size = config.input_size[-1] if config is not None and config.input_size else 224
+        return Architecture(partial(from_timm, timm_name), size=size, eps=None)
+    near = difflib.get_close_matches(timm_name, [*MODELS, *timm.list_models()], n=1, cutoff=0.5)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown model {name!r}.{guess} Choose one of: {', '.join(MODELS)}, or any timm model")

@@ -1,0 +1,35 @@
+"""ResNet and ResNeXt, v1 and v2, for ImageNet: timm's, and the v2 ResNeXt that timm lacks."""
+
+from __future__ import annotations
+
+import timm
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models.resnetv2 import ResNetV2
+from torch import nn
+
+_CARDINALITY = 32
+
+
+def from_timm(timm_name: str, **kwargs: object) -> nn.Module:
+    """The timm model of that name."""
+    return timm.create_model(timm_name, **kwargs)
+
+
+def resnext50v2(pretrained: bool = False, **kwargs: object) -> ResNetV2:
+    """Pre-activation ResNeXt-50 (32×4d): ResNet-50 v2 with twice the inner width and 3×3 convolutions in 32 groups.
+
+    Raises:
+        ValueError: pretrained weights are asked for; there are none.
+    """
+    if pretrained:
+        raise ValueError("there are no pretrained weights of resnext50v2")
+    return ResNetV2(
+        [3, 4, 6, 3], bottle_ratio=0.5, conv_layer=_grouped_conv2d, norm_layer=BatchNormAct2d, **kwargs
+    )  # fmt: skip
+
+
+def _grouped_conv2d(in_channels: int, out_channels: int, kernel_size: int, **kwargs: object) -> nn.Conv2d:
+    """timm's convolution, 3×3 ones in 32 groups; timm's ResNetV2 has no such argument of its own."""
+    if kernel_size == 3:
+        kwargs["groups"] = _CARDINALITY
+    return create_conv2d(in_channels, out_channels, kernel_size, **kwargs)

@@ -1,0 +1,120 @@
+"""The small pre-activation ResNet for 32-pixel images (He et al. 2016, "Identity Mappings", their CIFAR networks)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates
+from torch import nn
+
+
+class PreActBlock(nn.Module):
+    """norm+act, 3×3, norm+act, 3×3, beside a shortcut that is a 1×1 convolution where the shape changes.
+
+    Args:
+        in_channels: channels of the input.
+        channels: channels of the output.
+        stride: stride of the first convolution and of the shortcut.
+        norm_layer: makes a norm+act layer from a number of channels.
+        drop_path_rate: probability with which a sample skips the branch.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        norm_layer: Callable[[int], nn.Module],
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = norm_layer(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        self.shortcut = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_channels, H, W) → (N, channels, H / stride, W / stride)."""
+        z = self.norm1(x)
+        shortcut = x if self.shortcut is None else self.shortcut(z)
+        branch = self.conv2(self.norm2(self.conv1(z)))
+        return self.drop_path(branch) + shortcut
+
+
+class SmallResNetV2(nn.Module):
+    """3×3 stem, three stages of pre-activation blocks of width, 2·width and 4·width channels, norm+act, pool, classifier.
+
+    Args:
+        norm_layer: makes a norm+act layer from a number of channels.
+        depth: 6n + 2 with n blocks a stage (20, 32, 44, 56, 80, 110 …).
+        width: channels of the first stage.
+        stem_stride: stride of the stem; 2 quarters the work, for CPUs.
+        num_classes: length of the logits.
+        in_chans: channels of the images.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+
+    Raises:
+        ValueError: depth is not 6n + 2, or width or stem_stride is out of range.
+    """
+
+    def __init__(
+        self,
+        norm_layer: Callable[[int], nn.Module],
+        depth: int = 20,
+        width: int = 16,
+        stem_stride: int = 1,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth={depth} is not 6n + 2: use 8, 14, 20, 32, 44, 56, 80, 110 …")
+        if width < 1 or stem_stride not in (1, 2):
+            raise ValueError(f"width={width}, stem_stride={stem_stride}: width must be ≥ 1 and stem_stride 1 or 2")
+        self.num_classes = num_classes
+        self.num_features = 4 * width
+        blocks = (depth - 2) // 6
+        self.stem = nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False)
+        rates = calculate_drop_path_rates(drop_path_rate, [blocks] * 3, stagewise=True)
+        channels = [width, width, 2 * width, 4 * width]
+        self.stages = nn.Sequential(*[
+            _stage(channels[i], channels[i + 1], 1 if i == 0 else 2, norm_layer, rates[i]) for i in range(3)
+        ])
+        self.norm = norm_layer(self.num_features)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(self.num_features, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """He initialisation by fan-out, as timm's v2 ResNets; a small classifier."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_chans, H, W) → the last map, normalized and activated."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_chans, H, W) → logits (N, num_classes)."""
+        return self.fc(self.dropout(self.pool(self.forward_features(x)).flatten(1)))
+
+
+def _stage(
+    in_channels: int, channels: int, stride: int, norm_layer: Callable[[int], nn.Module], rates: list[float]
+) -> nn.Sequential:
+    """len(rates) blocks; the first changes the number of channels and the stride."""
+    blocks = [PreActBlock(in_channels, channels, stride, norm_layer, rates[0])]
+    blocks += [PreActBlock(channels, channels, 1, norm_layer, rate) for rate in rates[1:]]
+    return nn.Sequential(*blocks)

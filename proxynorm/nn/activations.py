@@ -1,0 +1,105 @@
+"""Activations by name, class, module or callable, and the canonical name each is known by."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .names import unknown_name
+
+Activation = Union[str, type, nn.Module, Callable[[Tensor], Tensor], None]
+
+_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu6": nn.ReLU6,
+    "hard_tanh": nn.Hardtanh,
+    "hard_sigmoid": nn.Hardsigmoid,
+    "hard_swish": nn.Hardswish,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "mish": nn.Mish,
+    "elu": nn.ELU,
+    "celu": nn.CELU,
+    "selu": nn.SELU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "identity": nn.Identity,
+}
+ACTIVATIONS: tuple[str, ...] = tuple(_LAYERS)
+_SPELLINGS = {"swish": "silu", "leakyrelu": "leaky_relu", "hardtanh": "hard_tanh", "hardsigmoid": "hard_sigmoid",
+              "hardswish": "hard_swish", "gelutanh": "gelu_tanh", "linear": "identity"}
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", F.gelu: "gelu", F.leaky_relu: "leaky_relu",
+              F.relu6: "relu6", F.hardswish: "hard_swish", F.mish: "mish", F.elu: "elu", torch.tanh: "tanh",
+              torch.sigmoid: "sigmoid", F.softplus: "softplus"}
+
+
+class FunctionActivation(nn.Module):
+    """A plain callable, elementwise on tensors, as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def make_activation(activation: Activation, inplace: bool = False, **kwargs: object) -> nn.Module:
+    """An activation module from a name, a module class or factory, a module, or an elementwise callable.
+
+    A module that is passed in is returned as it is. None gives the identity. Raises ValueError for an unknown
+    name and TypeError for what is no activation at all.
+    """
+    if activation is None or activation == "":
+        return nn.Identity()
+    if isinstance(activation, nn.Module):
+        return activation
+    if isinstance(activation, str):
+        activation = _LAYERS[canonical(activation)]
+    elif activation in _FUNCTIONS:
+        activation = _LAYERS[_FUNCTIONS[activation]]
+    if isinstance(activation, (type, partial)):
+        return _construct(activation, inplace, kwargs)
+    if callable(activation):
+        return FunctionActivation(activation)
+    raise TypeError(f"an activation is a name, a module, a module class or a callable, not {activation!r}")
+
+
+def _construct(factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[str, object]) -> nn.Module:
+    try:
+        return factory(inplace=inplace, **kwargs)
+    except TypeError:  # this activation has no in-place form
+        return factory(**kwargs)
+
+
+def canonical(name: str) -> str:
+    """The spelling in ACTIVATIONS of an activation's name. Raises ValueError with the nearest name and the list."""
+    key = name.lower()
+    key = _SPELLINGS.get(key.replace("_", ""), key)
+    if key not in _LAYERS:
+        raise ValueError(unknown_name("activation", name, ACTIVATIONS))
+    return key
+
+
+def activation_name(module: nn.Module) -> str:
+    """The canonical name of an activation module; "callable" for one that is not in ACTIVATIONS.
+
+    Modules are known by the name of their class, so that other libraries' versions of the same function (Swish,
+    SwishMe, HardSwishMe, GELUTanh …) are recognized as well.
+    """
+    name = type(module).__name__.lower()
+    name = name[:-2] if name.endswith("me") and name != "me" else name
+    name = _SPELLINGS.get(name, name)
+    if name == "gelu" and getattr(module, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return name if name in _LAYERS else "callable"

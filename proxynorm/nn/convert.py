@@ -1,0 +1,303 @@
+"""Puts NormAct2d into any timm or torchvision ConvNet: each norm is joined with the activation behind it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from proxynorm.nn.dataflow import Flow, Follower, Site, is_activation, is_norm, may_stand_between, read_flow
+from proxynorm.nn.names import NormSpec, norm_spec
+from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.rewrite import absorb_calls
+from proxynorm.nn.weight_standardization import standardize_weights
+
+
+@dataclass(frozen=True)
+class ConversionRow:
+    """What convert did with one module.
+
+    Attributes:
+        module: its qualified name.
+        kind: its class before the conversion.
+        action: what became of it.
+    """
+
+    module: str
+    kind: str
+    action: str
+
+
+class ConversionReport(list):
+    """A list of ConversionRow that prints as an aligned table."""
+
+    def __str__(self) -> str:
+        rows = [("module", "kind", "action"), *((row.module, row.kind, row.action) for row in self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(f"{m:<{widths[0]}}  {k:<{widths[1]}}  {a}" for m, k, a in rows)
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """What every new layer shares; see NormAct2d. eps None keeps each module's own."""
+
+    norm: str
+    groups: int | None = None
+    norm_batch: int | str | None = None
+    eps: float | None = None
+    proxy_eps: float = 0.03
+    moments: str = "auto"
+    nodes: int = 256
+
+    @property
+    def spec(self) -> NormSpec:
+        """The norm's name taken apart."""
+        return norm_spec(self.norm)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one norm goes: the activation it takes over, the call of it, and the modules that come in between."""
+
+    norm: nn.Module
+    activation: nn.Module | None
+    sites: tuple[Site, ...] = ()
+    between: tuple[str, ...] = ()
+
+
+def convert(
+    model: nn.Module,
+    norm: str = "ln_pn",
+    *,
+    groups: int | None = None,
+    norm_batch: int | str | None = None,
+    eps: float | None = None,
+    proxy_eps: float = 0.03,
+    moments: str = "auto",
+    nodes: int = 256,
+    keep: Iterable[str] = (),
+) -> nn.Module:
+    """Replaces, in place, every norm of a network and the activation that follows it in the data flow by NormAct2d.
+
+    Batch and group norms are replaced wherever they stand, channels-first layer norms only where an activation
+    follows. A norm without an activation gets no PN; with PN on it keeps its scale and drops its shift (METHOD
+    section 2, the authors' rule). Weights, γ, β and running statistics are carried over, and the keys of all other
+    weights stay. Where an activation cannot be replaced as a module (a function, or one module called at several
+    places) its caller's forward is rewritten; see proxynorm.nn.rewrite.
+
+    Args:
+        model: a ConvNet for maps (N, C, H, W).
+        norm: one of proxynorm.nn.NORMS.
+        groups: groups of gn; None: the largest divisor of C up to 32.
+        norm_batch: images that share bn's statistics.
+        eps: the norm's ε; None keeps each module's own.
+        proxy_eps: PN's ε, added to the variance.
+        moments: how PN's moments are integrated: auto, exact or grid (the paper's).
+        nodes: nodes of the grid.
+        keep: qualified names of norms to leave as they are.
+
+    Returns:
+        The same model. proxynorm.conversion_report(model) tells what was done.
+
+    Raises:
+        ValueError: a wrong norm, nothing to convert, or a norm that cannot be placed (named, with the reason); the
+            model then still computes what it did.
+    """
+    options = NormOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
+    spec = options.spec
+    _separate_shared_activations(model)
+    flow = read_flow(model)
+    places = _places(model, flow, set(keep))
+    replacements = {name: _layer(name, place, options) for name, place in places.items()}
+    rows = _rewrite_callers(model, flow, places)
+    rows += [_install(model, name, place, replacements[name]) for name, place in places.items()]
+    if spec.weight_standardization:
+        for name in sorted(flow.feeding):
+            standardize_weights(model.get_submodule(name))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    model.conversion_rows = ConversionReport(sorted(rows, key=lambda row: order.get(row.module, -1)))
+    return model
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """What convert did to this model, a row per module; prints as a table.
+
+    Raises:
+        ValueError: the model was not converted.
+    """
+    rows = getattr(model, "conversion_rows", None)
+    if rows is None:
+        raise ValueError(f"this {type(model).__name__} was not converted: call proxynorm.convert(model) first")
+    return rows
+
+
+def standardize_before_norms(model: nn.Module) -> nn.Module:
+    """Weight standardization on the convolutions whose output reaches a norm, alone or in a sum; returns the model."""
+    for name in sorted(read_flow(model).feeding):
+        standardize_weights(model.get_submodule(name))
+    return model
+
+
+def _separate_shared_activations(model: nn.Module) -> None:
+    """Gives each attribute that holds a shared activation without parameters a copy of its own.
+
+    The copies compute the same; each attribute can then be replaced without touching the others.
+    """
+    seen: set[nn.Module] = set()
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is None or not is_activation(child) or next(child.parameters(), None) is not None:
+                continue
+            if child in seen:
+                setattr(parent, name, copy.deepcopy(child))
+            seen.add(child)
+
+
+def _places(model: nn.Module, flow: Flow, keep: set[str]) -> dict[str, Place]:
+    """Every norm to replace, by name, with its place. Raises ValueError, naming the first that has none."""
+    names = {name: module for name, module in model.named_modules() if is_norm(module)}
+    unknown = keep - set(names)
+    if unknown:
+        raise ValueError(f"keep names {sorted(unknown)[0]!r}, which is no norm of this {type(model).__name__}")
+    places = {}
+    for name, module in names.items():
+        if name not in keep and (place := _place(name, module, flow)) is not None:
+            places[name] = place
+    if not places:
+        raise ValueError(f"nothing to convert: this {type(model).__name__} has no batch norm or group norm, and no "
+                         "layer norm with an activation behind it")  # fmt: skip
+    _check_shared_calls(flow, places)
+    return places
+
+
+def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
+    """One norm's place; None for a layer norm without an activation, which stays."""
+    kind = type(norm).__name__
+    if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
+        raise _refusal(name, kind, "it normalizes no maps (N, C, H, W)")
+    own = getattr(norm, "act", None)
+    if own is not None and not isinstance(own, nn.Identity):
+        return Place(norm, own)
+    followers = flow.followers.get(name)
+    if not followers:
+        raise _refusal(name, kind, "no call of it is seen in the model's forward")
+    for found in followers:
+        if found.problem is not None:
+            raise _refusal(name, kind, found.problem)
+    first = followers[0]
+    if any(_signature(found) != _signature(first) for found in followers):
+        raise _refusal(name, kind, "it is called at places with different activations")
+    if isinstance(norm, nn.LayerNorm) and first.activation is None:
+        return None
+    sites = tuple(found.site for found in followers if found.site is not None)
+    return Place(norm, first.activation, sites, tuple(first.between))
+
+
+def _signature(found: Follower) -> tuple:
+    """What must be the same at all calls of a norm."""
+    return repr(found.activation), tuple(found.between)
+
+
+def _refusal(name: str, kind: str, why: str) -> ValueError:
+    """The error for a norm that cannot be placed."""
+    return ValueError(f"cannot place {name} ({kind}): {why}. Leave it as it is with keep=[{name!r}]")
+
+
+def _check_shared_calls(flow: Flow, places: dict[str, Place]) -> None:
+    """Refuses where one call in a forward that runs several times follows a norm only some of the times."""
+    taken = {site: name for name, place in places.items() for site in place.sites}
+    absorbed = [site for place in places.values() for site in place.sites]
+    for site, name in taken.items():
+        if flow.sites.count(site) != absorbed.count(site):
+            raise _refusal(name, type(places[name].norm).__name__,
+                           f"the activation behind it, called in {site.caller or 'the model'}, serves other values too")  # fmt: skip
+
+
+def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
+    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and mode."""
+    norm = place.norm
+    spec = options.spec
+    features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
+    like = next((t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None), torch.empty(0))
+    act = copy.deepcopy(place.activation)
+    if hasattr(act, "inplace"):
+        act.inplace = False
+    try:
+        layer = NormAct2d(
+            features, spec.kind, proxy=spec.proxy, act_layer=act, apply_act=act is not None, groups=options.groups,
+            eps=norm.eps if options.eps is None else options.eps, proxy_eps=options.proxy_eps,
+            norm_batch=options.norm_batch, momentum=getattr(norm, "momentum", 0.1), moments=options.moments,
+            nodes=options.nodes, device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"cannot convert {name}: {error}") from error
+    _carry_over(norm, layer)
+    return layer.train(norm.training)
+
+
+def _channels(norm: nn.Module) -> int:
+    """Channels of a group norm or a layer norm."""
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0]
+
+
+def _carry_over(norm: nn.Module, layer: NormAct2d) -> None:
+    """Copies what both have: γ, β, γ̃, β̃ and running statistics; and the old layer's drop."""
+    for name, new in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        old = getattr(norm, name, None)
+        if old is not None:
+            new.detach().copy_(old.detach())
+            new.requires_grad_(old.requires_grad)
+    if isinstance(getattr(norm, "drop", None), nn.Module):
+        layer.drop = norm.drop
+
+
+def _rewrite_callers(model: nn.Module, flow: Flow, places: dict[str, Place]) -> list[ConversionRow]:
+    """Takes the absorbed activations out: whole modules become the identity, single calls leave their caller."""
+    absorbed = {site for place in places.values() for site in place.sites}
+    lasting = {site.module for site in flow.sites if site not in absorbed}
+    rows, calls = [], {}
+    for site in sorted(absorbed, key=lambda site: (site.caller, site.ordinal)):
+        if site.module is None or site.module in lasting:
+            calls.setdefault(site.caller, []).append(site.ordinal)
+        else:
+            kind = type(model.get_submodule(site.module)).__name__
+            rows.append(ConversionRow(site.module, kind, "joined with its norm; the identity stands here"))
+            _set_submodule(model, site.module, nn.Identity())
+    for caller, ordinals in calls.items():
+        module = model.get_submodule(caller)
+        absorb_calls(module, ordinals)
+        count = f"{len(ordinals)} activation call{'s' if len(ordinals) > 1 else ''}"
+        rows.append(ConversionRow(caller, type(module).__name__, f"{count} of its forward joined with norms"))
+    return rows
+
+
+def _install(model: nn.Module, name: str, place: Place, layer: NormAct2d) -> ConversionRow:
+    """Puts the new layer in the old one's place, with what stood between norm and activation inside it."""
+    inner = [model.get_submodule(step) for step in place.between]
+    if inner:
+        layer.drop = inner[0] if len(inner) == 1 else nn.Sequential(*inner)
+        for step in place.between:
+            _set_submodule(model, step, nn.Identity())
+    for alias, module in list(model.named_modules(remove_duplicate=False)):
+        if module is place.norm:
+            _set_submodule(model, alias, layer)
+    return ConversionRow(name, type(place.norm).__name__, _describe(place, layer))
+
+
+def _describe(place: Place, layer: NormAct2d) -> str:
+    """The action of a norm's row."""
+    kind = layer.kind.upper()
+    if place.activation is None:
+        dropped = layer.bias is None and getattr(place.norm, "bias", None) is not None
+        return f"{kind}, no activation behind it{': scale kept, shift dropped' if dropped else ''}"
+    inside = f" with {type(layer.drop).__name__} inside" if not isinstance(layer.drop, nn.Identity) else ""
+    return f"{kind} + {type(layer.act).__name__}{' + PN' if layer.proxy else ''}{inside}"
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replaces the submodule of that qualified name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

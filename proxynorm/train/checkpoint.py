@@ -1,0 +1,69 @@
+"""Checkpoints that survive: written beside and renamed, verified, with the previous one kept."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxynorm.errors import CheckpointError
+from proxynorm.files import write_atomic
+
+FORMAT = 1
+
+
+def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Write `content` to `path`; what stood there is kept as `previous`. Raises CheckpointError when the disk is full.
+
+    The archive holds a CRC-32 of every record, which `load` verifies.
+    """
+    def keep() -> None:
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+
+    try:
+        write_atomic(path, lambda stream: torch.save({"format": FORMAT, **content}, stream), keep)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}; the last good checkpoint is untouched") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU. Raises CheckpointError if it is missing, damaged or not one of ours."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of proxynorm (format {FORMAT})")
+    return content
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest readable checkpoint of a run's folder (None if there is none), and what had to be said on the way."""
+    messages = []
+    for name in ("last.pt", "previous.pt"):
+        if not (folder / name).exists():
+            continue
+        try:
+            content = load(folder / name)
+        except CheckpointError as error:
+            messages.append(f"{error}; falling back")
+            continue
+        if name == "previous.pt":
+            messages.append(f"going on from {folder / name}")
+        return content, messages
+    if messages:
+        raise CheckpointError(f"no readable checkpoint in {folder}: {messages[0]}; resume=never starts anew")
+    return None, []

@@ -1,0 +1,66 @@
+"""Exact evaluation: every image counts once, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from proxynorm.data import Batch
+from proxynorm.errors import DataError
+from proxynorm.train.distributed import Process
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracies in percent, mean cross-entropy (without smoothing), number of distinct images."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """The context of a forward pass computed in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(top-1 hits, top-5 hits, summed loss, count) over the valid rows of (N, K) logits, as float64 (4,)."""
+    logits, targets = logits[valid].float(), targets[valid]
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    loss = cross_entropy(logits, targets, reduction="none").double().sum()
+    return torch.stack([ranked[:, 0].sum().double(), ranked.sum().double(), loss,
+                        torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device)])
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Batch], prepare: Callable[[Batch], Batch], process: Process,
+             dtype: torch.dtype = torch.float32, expected: int | None = None,
+             each_batch: Callable[[], None] | None = None) -> Result:
+    """Evaluate `model` (put in eval mode, then back) over `batches`; `prepare` moves and normalizes a batch.
+
+    Raises DataError when the number of distinct images over all processes is not `expected`.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+    try:
+        for batch in batches:
+            if each_batch:
+                each_batch()
+            batch = prepare(batch)
+            with autocast(process.device, dtype):
+                logits = model(batch.images)
+            sums += batch_sums(logits, batch.targets, batch.valid)
+    finally:
+        model.train(training)
+    top1, top5, loss, count = process.sum(sums).tolist()
+    if expected is not None and count != expected:
+        raise DataError(f"evaluation saw {int(count)} images, the data set has {expected}")
+    return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

@@ -1,0 +1,48 @@
+"""When the loss or a gradient is not finite: say where it began."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from proxynorm.train.evaluate import autocast
+from proxynorm.train.state import TrainState
+
+
+class NonFiniteError(Exception):
+    """Training ended before a non-finite update touched the weights."""
+
+
+def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list[str]:
+    """Names of the leaf modules whose output on `images` (N, C, H, W) is not finite, in the order of the forward pass."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()
+             if not any(module.children())]
+    try:
+        with torch.no_grad(), autocast(images.device, dtype):
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def describe(state: TrainState, micro_batches: list[torch.Tensor], loss: torch.Tensor, norm: torch.Tensor,
+             device: torch.device, dtype: torch.dtype) -> str:
+    """One line: the step, the loss, the gradient norm, the learning rate, the first layers concerned."""
+    layers: list[str] = []
+    for images in micro_batches:
+        if not torch.isfinite(images).all():
+            layers.append("the input images")
+        layers += [name for name in nonfinite_layers(state.model, images, dtype) if name not in layers]
+    where = f"first in {', '.join(layers[:5])}" if layers else "in the loss or the backward pass: every activation is finite"
+    rate = state.optimizer.param_groups[0]["lr"]
+    return (f"step {state.step + 1}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate {rate:g}: not finite, "
+            f"{where}; the weights and the last checkpoint are untouched")

@@ -1,0 +1,67 @@
+"""A trained network from its run folder alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from proxynorm.config import settings_from
+from proxynorm.data import Data, open_data
+from proxynorm.errors import CheckpointError, ConfigError
+from proxynorm.train import checkpoint
+from proxynorm.train.build import build_model
+from proxynorm.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's settings, the network with the weights that were evaluated, and the checkpoint's content."""
+
+    settings: Settings
+    model: nn.Module
+    content: dict[str, Any]
+
+
+def checkpoint_path(run: str | None, file: str | None, weights: str = "last") -> Path:
+    """The checkpoint that run= (a run folder) or checkpoint= (a file) means. Raises ConfigError or CheckpointError."""
+    if (run is None) == (file is None):
+        raise ConfigError("give either run=FOLDER or checkpoint=FILE")
+    if weights not in ("last", "best"):
+        raise ConfigError(f"weights={weights}: valid: last, best")
+    path = Path(file) if file is not None else Path(run) / "checkpoints" / f"{weights}.pt"
+    if run is not None and not Path(run).is_dir():
+        raise CheckpointError(f"no run folder {run}")
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    return path
+
+
+def restore(path: Path) -> Restored:
+    """Rebuild the network of a run's checkpoint file. Raises CheckpointError."""
+    content = checkpoint.load(path)
+    config = path.resolve().parents[1] / "config.yaml"
+    if not config.is_file():
+        raise CheckpointError(f"{config} is missing: a checkpoint is read with its run folder's config.yaml")
+    settings = settings_from(OmegaConf.create(config.read_text()))
+    inputs = content["inputs"]
+    model = build_model(settings, len(inputs["classes"]), inputs["channels"])
+    model.load_state_dict(content["ema"] or content["model"])
+    return Restored(settings, model.eval(), content)
+
+
+def open_evaluation_data(restored: Restored, root: str | None, cache: str | None, loader: str | None,
+                         workers: int | None) -> Data:
+    """The run's data set, elsewhere if asked for. Raises DataError, or CheckpointError if its classes are others."""
+    settings = restored.settings
+    changes = {key: value for key, value in (("root", root), ("cache", cache)) if value is not None}
+    loader_changes = {key: value for key, value in (("name", loader), ("workers", workers)) if value is not None}
+    data = open_data(replace(settings.data, **changes), replace(settings.loader, **loader_changes))
+    trained, present = restored.content["inputs"]["classes"], list(data.info.classes)
+    if trained != present:
+        first = next((f"{a} / {b}" for a, b in zip(trained, present) if a != b), "one list goes on")
+        raise CheckpointError(f"the checkpoint knows {len(trained)} classes, the data set {len(present)}; first difference: {first}")
+    return data

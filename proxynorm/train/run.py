@@ -1,0 +1,159 @@
+"""One training run from settings to summary: folder, resumption, loop, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from proxynorm.analysis.plots import plot_curves
+from proxynorm.data import Data, open_data
+from proxynorm.errors import CheckpointError
+from proxynorm.files import write_json
+from proxynorm.train import checkpoint
+from proxynorm.train.distributed import Process, processes
+from proxynorm.train.preemption import Preempted, StopRequest, stop_request
+from proxynorm.train.progress import Display
+from proxynorm.train.run_folder import RunFolder
+from proxynorm.train.settings import Settings, check, identity, run_name
+from proxynorm.train.tracker import Tracker
+from proxynorm.train.trainer import Trainer
+
+REQUEUE = 75
+
+
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The keys in which two identities differ, as 'key: stored → current'."""
+    keys = sorted(stored.keys() | current.keys())
+    return [f"{key}: {stored.get(key)} → {current.get(key)}" for key in keys if stored.get(key) != current.get(key)]
+
+
+def check_identity(content: dict[str, Any], settings: Settings, path: Path) -> None:
+    """Raises CheckpointError naming what differs between the stored run and `settings`."""
+    changed = differences(content["identity"], identity(settings))
+    if changed:
+        raise CheckpointError(f"{path} holds another run ({'; '.join(changed)}); choose another name=, or resume=never")
+
+
+def finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do under `settings`, else None."""
+    if settings.resume == "never" or not run.summary.exists():
+        return None
+    summary = json.loads(run.summary.read_text())
+    target = min(summary["total_steps"], settings.max_steps or summary["total_steps"])
+    if not summary["completed"] or summary["steps"] < target:
+        return None
+    if run.last.exists():
+        check_identity(checkpoint.load(run.last), settings, run.path)
+    return summary
+
+
+def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Display) -> bool:
+    """Load the newest readable checkpoint into the trainer and rewind the metrics to it; False if there is none."""
+    content, messages = checkpoint.load_latest(run.checkpoints) if settings.resume != "never" else (None, [])
+    for message in messages:
+        display.say(message)
+    if content is None:
+        if settings.resume == "must":
+            raise CheckpointError(f"resume=must: {run.path} holds no checkpoint")
+        return False
+    check_identity(content, settings, run.path)
+    if content["steps_per_epoch"] != trainer.steps_per_epoch:
+        raise CheckpointError(f"{run.path} had {content['steps_per_epoch']} steps an epoch, the data now give "
+                              f"{trainer.steps_per_epoch}: the data set has changed")
+    trainer.state.load_state_dict(content)
+    if trainer.process.is_main:
+        run.rewind(trainer.state.step)
+    if content["world_size"] != trainer.process.world_size:
+        display.say(f"resuming with {trainer.process.world_size} process(es), was {content['world_size']}")
+    display.say(f"resumed at step {trainer.state.step} of {trainer.last_step}")
+    return True
+
+
+def summarize(trainer: Trainer, name: str) -> dict[str, Any]:
+    settings, state = trainer.settings, trainer.state
+    norm_batch = settings.norm_batch or trainer.micro_batch
+    return {
+        "name": name, "model": settings.model["name"], "norm": settings.norm.name, "batch": settings.batch,
+        "norm_batch": norm_batch, "regularization": settings.regularization.name, "data": settings.data.name,
+        "seed": settings.seed, "epochs": settings.epochs, "steps": state.step, "total_steps": trainer.total_steps,
+        "top1": state.last_result.get("top1"), "top5": state.last_result.get("top5"),
+        "loss": state.last_result.get("loss"), "best_top1": state.best_top1, "count": state.last_result.get("count"),
+        "train_seconds": round(state.train_seconds, 3), "skipped_updates": state.skipped,
+        "completed": state.step == trainer.last_step,
+    }
+
+
+def describe(trainer: Trainer, run: RunFolder) -> str:
+    """What was chosen, in two lines."""
+    settings, data = trainer.settings, trainer.data
+    parameters = sum(p.numel() for p in trainer.state.model.parameters())
+    layout = "channels_last" if trainer.memory_format == torch.channels_last else "contiguous"
+    return (f"{run.path}\n{settings.model['name']} {settings.norm.name}, {parameters / 1e6:.2f} M parameters; "
+            f"{data.info.train_count} + {data.info.eval_count} images by {data.backend}; batch {settings.batch} = "
+            f"{trainer.process.world_size} × {trainer.accumulation} × {trainer.micro_batch}; "
+            f"{str(trainer.dtype).removeprefix('torch.')} {layout} on {trainer.process.device}; "
+            f"{trainer.last_step} steps")
+
+
+def train(settings: Settings, config: dict[str, Any]) -> int:
+    """Train, or go on training, the run that `settings` describes; `config` is written down as it is.
+
+    Returns the exit status: 0 done, 75 stopped by a signal after saving.
+    """
+    check(settings)
+    name = run_name(settings)
+    run = RunFolder(Path(settings.runs_dir) / name)
+    with processes(settings.device) as process, stop_request() as stop:
+        settings.micro_batch_for(process.world_size)
+        done = process.share(finished(run, settings) if process.is_main else None)
+        if done:
+            if process.is_main:
+                print(f"{run.path} is finished: top-1 {done['top1']:.2f} % after {done['steps']} steps")
+            return 0
+        data = open_data(settings.data, settings.loader)
+        if process.is_main:
+            run.acquire()
+        try:
+            process.barrier()
+            return train_in(run, name, settings, config, process, data, stop)
+        finally:
+            run.release()
+
+
+def train_in(run: RunFolder, name: str, settings: Settings, config: dict[str, Any], process: Process, data: Data,
+             stop: StopRequest) -> int:
+    """The run inside its locked folder."""
+    trainer = Trainer(settings, process, data, run, stop)
+    display = Display(trainer.last_step, settings.epochs, visible=process.is_main)
+    resumed = resume(trainer, run, settings, display)
+    process.barrier()
+    if process.is_main:
+        run.remove_leftovers() if resumed else run.clear()
+        run.write_config(OmegaConf.to_yaml(OmegaConf.create(config)))
+        run.write_environment({"device": str(process.device), "world_size": process.world_size})
+    tracker = Tracker(settings, run.path, name, config, resumed) if process.is_main else None
+    display.say(describe(trainer, run))
+    status = 0
+    try:
+        trainer.fit(display, tracker)
+    except Preempted as signal:
+        display.say(f"{signal} by {stop.received.name if stop.received else 'another process'}; saved; run again to go on")
+        status = REQUEUE
+    finally:
+        display.close()
+        trainer.loader.close()
+    if process.is_main:
+        finish(trainer, run, name, tracker, status)
+    return status
+
+
+def finish(trainer: Trainer, run: RunFolder, name: str, tracker: Tracker, status: int) -> None:
+    """Write the summary and the curves; close the W&B run."""
+    summary = summarize(trainer, name)
+    write_json(run.summary, summary)
+    plot_curves({name: run.read_rows()}, run.curves)
+    tracker.finish(summary, exit_code=status)

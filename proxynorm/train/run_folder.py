@@ -1,0 +1,144 @@
+"""A run's folder: its lock, configuration, metrics, checkpoints and summary."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxynorm.errors import ConfigError
+from proxynorm.files import write_json, write_text
+
+PACKAGES = ("proxynorm", "torch", "torchvision", "timm", "hydra-core", "wandb", "ffcv", "numpy")
+
+
+class RunFolder:
+    """Paths and files of one run, held under an exclusive lock while it trains."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.previous = self.checkpoints / "previous.pt"
+        self.best = self.checkpoints / "best.pt"
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.yaml"
+        self.summary = path / "summary.json"
+        self.curves = path / "curves.png"
+        self._lock: Any = None
+
+    def acquire(self) -> None:
+        """Create the folder and lock it. Raises ConfigError naming the holder if another process trains there."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        stream = open(self.path / ".lock", "a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            stream.close()
+            raise ConfigError(f"{self.path} is in use by {holder}; wait for it, or choose another name=") from None
+        stream.truncate(0)
+        stream.write(f"{socket.gethostname()} pid {os.getpid()}")
+        stream.flush()
+        self._lock = stream
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Forget a former run: its files, and nothing else that may lie in the folder."""
+        for path in (self.last, self.previous, self.best, self.metrics, self.summary, self.curves):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "wandb", ignore_errors=True)
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Temporary files that a killed writer left."""
+        for folder in (self.path, self.checkpoints):
+            for item in folder.glob(".*.tmp"):
+                item.unlink()
+
+    def write_config(self, text: str) -> None:
+        write_text(self.config, text)
+
+    def write_environment(self, extra: dict[str, Any]) -> None:
+        write_json(self.path / "environment.json", {**environment(), **extra})
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The complete rows of metrics.jsonl; a last line cut short by a kill is left out."""
+        return read_metrics(self.metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after weight update `step`."""
+        rows = [row for row in self.read_rows() if row["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one complete line to metrics.jsonl in a single write."""
+        with open(self.metrics, "ab", buffering=0) as stream:
+            stream.write((json.dumps(row) + "\n").encode())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that is incomplete."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the source tree and whether it had changes; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*command, "status", "--porcelain", "--untracked-files=no"],
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def processor_name() -> str:
+    """The processor's model as the system names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and source commit: what one needs to make the run again."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0], "packages": package_versions(), "system": platform.platform(),
+        "processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "gpus": gpus, "cuda": torch.version.cuda, "git": git_state(),
+    }

@@ -1,0 +1,219 @@
+"""What a training run is, as plain typed values. The Hydra configuration is turned into these in proxynorm.config."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proxynorm.data import DataSpec, LoaderSpec
+from proxynorm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class NormSettings:
+    """The norm by name (proxynorm.nn.NORMS) and its options; None leaves the model's own default."""
+
+    name: str = "ln_pn"
+    groups: int | None = None
+    eps: float | None = None
+    proxy_eps: float = 0.03
+    moments: str = "auto"
+    nodes: int = 256
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimizer (a timm name) and the learning rate's rule: lr = base_lr · batch / base_batch, unless lr is given."""
+
+    name: str = "momentum"
+    lr: float | None = None
+    base_lr: float = 0.1
+    base_batch: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_per_image: float | None = None
+    eps: float | None = None
+    alpha: float | None = None
+    alpha_per_image: float | None = None
+    clip_grad: float | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """A timm schedule by name, advanced at each update; lengths in epochs."""
+
+    name: str = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    decay_epochs: float | None = None
+    decay_rate: float = 0.1
+    milestones: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class RegularizationSettings:
+    """Every regularizer, each a key of its own; zero or None is off."""
+
+    name: str = "baseline"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    switch_probability: float = 0.5
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    randaugment: str | None = None
+    random_erasing: float = 0.0
+    ema_decay: float | None = None
+    ema_every: str = "step"
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When to save besides the epochs' ends and signals."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = None
+
+
+@dataclass(frozen=True)
+class LoggerSettings:
+    """Weights & Biases; mode auto is online with a key and offline without."""
+
+    mode: str = "auto"
+    project: str = "proxynorm"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DebugSettings:
+    """overfit: every step sees the first batch; profile_steps: trace that many steps with torch.profiler."""
+
+    name: str = "none"
+    overfit: bool = False
+    profile_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. `model` holds the model's name and its own arguments."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    norm: NormSettings = field(default_factory=NormSettings)
+    data: DataSpec = field(default_factory=lambda: DataSpec(name="fashion_mnist"))
+    loader: LoaderSpec = field(default_factory=LoaderSpec)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    regularization: RegularizationSettings = field(default_factory=RegularizationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    debug: DebugSettings = field(default_factory=DebugSettings)
+    batch: int = 128
+    micro_batch: int | None = None
+    norm_batch: int | str | None = None
+    epochs: int = 5
+    max_steps: int | None = None
+    seed: int = 0
+    name: str | None = None
+    runs_dir: str = "runs"
+    resume: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    memory_format: str = "auto"
+    compile: bool = False
+    recompute: bool = False
+    nonfinite: str = "stop"
+    nonfinite_limit: int = 10
+    log_every: int = 20
+    eval_every: int = 1
+    eval_batch: int = 250
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate from the recipe's rule."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        return self.optim.base_lr * self.batch / self.optim.base_batch
+
+    def micro_batch_for(self, world_size: int) -> int:
+        """Images per process and forward. Raises ConfigError if the batch cannot be shared out evenly."""
+        if self.batch % world_size:
+            raise ConfigError(f"batch={self.batch} is not divisible by the {world_size} processes")
+        share = self.batch // world_size
+        micro = self.micro_batch or share
+        if share % micro:
+            raise ConfigError(
+                f"batch={self.batch} over {world_size} process(es) is {share} images each, "
+                f"not divisible by micro_batch={micro}"
+            )
+        return micro
+
+
+CHOICES = {
+    "resume": ("auto", "never", "must"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "memory_format": ("auto", "contiguous", "channels_last"),
+    "nonfinite": ("stop", "skip"),
+}
+POSITIVE = ("batch", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "eval_batch")
+
+# Keys that do not change what is trained: they may differ between a run and its resumption, and do not name it.
+INCIDENTAL = ("name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint", "debug.profile_steps",
+              "debug.name", "max_steps", "log_every", "eval_batch", "data.root", "data.cache")
+
+
+def check(settings: Settings) -> Settings:
+    """Return `settings` if its values make sense together; raise ConfigError otherwise."""
+    for key, choices in CHOICES.items():
+        if getattr(settings, key) not in choices:
+            raise ConfigError(f"{key}={getattr(settings, key)}: valid: {', '.join(choices)}")
+    for key in POSITIVE:
+        value = getattr(settings, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}={value}: must be at least 1")
+    norm_batch = settings.norm_batch
+    if isinstance(norm_batch, str) and norm_batch != "global" or isinstance(norm_batch, int) and norm_batch < 1:
+        raise ConfigError(f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null")
+    if settings.regularization.ema_every not in ("step", "epoch"):
+        raise ConfigError(f"regularization.ema_every={settings.regularization.ema_every}: valid: step, epoch")
+    if not settings.learning_rate > 0:
+        raise ConfigError(f"the learning rate is {settings.learning_rate}: must be above 0")
+    if settings.batch % (settings.micro_batch or 1):
+        raise ConfigError(f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}")
+    if settings.name is not None and settings.name != Path(settings.name).name:
+        raise ConfigError(f"name={settings.name}: must be a plain folder name; runs_dir= says where it lies")
+    return settings
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """The part of the configuration that decides what is trained, as flat key → value."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if prefix in INCIDENTAL:
+            return
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat[prefix] = list(value) if isinstance(value, tuple) else value
+
+    walk("", dataclasses.asdict(settings))
+    return flat
+
+
+def run_name(settings: Settings) -> str:
+    """The run folder's name: what one looks for first, then a digest of the whole identity."""
+    if settings.name:
+        return settings.name
+    text = json.dumps(identity(settings), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    model = str(settings.model["name"]).replace("/", "_")
+    return f"{settings.data.name}-{model}-{settings.norm.name}-b{settings.batch}-s{settings.seed}-{digest}"

@@ -1,0 +1,84 @@
+"""Everything a run must carry over an interruption, as one object that saves and loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from proxynorm.train.settings import RegularizationSettings
+
+COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps")
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer and counters. `step` is the number of weight updates made; `evaluated` the step last evaluated.
+
+    Randomness needs no place here: data order, crops, mixing and dropout are functions of (seed, step, rank).
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    step: int = 0
+    evaluated: int = 0
+    best_top1: float | None = None
+    train_seconds: float = 0.0
+    skipped: int = 0
+    loss_steps: int = 0
+    loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    last_result: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights that are evaluated: the average where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Count one step's mean loss towards the next row."""
+        self.loss_sum += loss
+        self.loss_steps += 1
+
+    def take_loss(self) -> float:
+        """Mean loss of the steps since the last row."""
+        mean = self.loss_sum.item() / max(self.loss_steps, 1)
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sum": self.loss_sum,
+            "last_result": self.last_result,
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+        }
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.loss_sum.copy_(content["loss_sum"])
+        self.last_result = content["last_result"]
+        for name in COUNTERS:
+            setattr(self, name, content["counters"][name])
+        self.scheduler.step_update(self.step)
+
+
+def create_ema(model: nn.Module, regularization: RegularizationSettings) -> ModelEmaV3 | None:
+    """timm's moving average of weights and buffers; its decay rises from 0 with the number of updates."""
+    if regularization.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=regularization.ema_decay, use_warmup=regularization.ema_every == "step")

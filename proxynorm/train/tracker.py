@@ -1,0 +1,71 @@
+"""Weights & Biases mirrors metrics.jsonl. It never stops a run: without it, training goes on and says so."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from proxynorm.errors import ConfigError
+from proxynorm.files import write_text
+from proxynorm.train.settings import Settings
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+def has_key() -> bool:
+    """Whether a W&B key is at hand, in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def choose_mode(mode: str) -> str:
+    """online with a key, offline without, unless the configuration or WANDB_MODE says otherwise."""
+    if mode not in MODES:
+        raise ConfigError(f"logger.mode={mode}: valid: {', '.join(MODES)}")
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+
+
+class Tracker:
+    """One W&B run for one run folder, however often it is resumed."""
+
+    def __init__(self, settings: Settings, folder: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
+        self.run = None
+        mode = choose_mode(settings.logger.mode)
+        if mode == "disabled":
+            return
+        import wandb
+
+        logger, identifier = settings.logger, folder / "wandb_id.txt"
+        if not (resumed and identifier.exists()):
+            write_text(identifier, wandb.util.generate_id())
+        tags = [settings.norm.name, str(settings.model["name"]), f"batch={settings.batch}",
+                f"regularization={settings.regularization.name}", *logger.tags]
+        try:
+            self.run = wandb.init(
+                mode=mode, project=logger.project, entity=logger.entity, group=logger.group, name=name,
+                id=identifier.read_text(), resume="allow", dir=folder, config=config, tags=[tag[:64] for tag in tags],
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            self.run.define_metric("*", step_metric="step")
+        except (wandb.Error, OSError) as error:
+            print(f"warning: W&B is off for this run: {error}", file=sys.stderr)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Mirror one row, its figures named event/key."""
+        if self.run is not None:
+            event = row["event"]
+            self.run.log({"step": row["step"], **{f"{event}/{k}": v for k, v in row.items() if k not in ("event", "step")}})
+
+    def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
+        if self.run is not None:
+            self.run.summary.update(summary)
+            self.run.finish(exit_code=exit_code)

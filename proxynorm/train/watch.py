@@ -1,0 +1,51 @@
+"""What one watches while a run goes: throughput, waiting for data, step times, memory."""
+
+from __future__ import annotations
+
+import time
+from statistics import quantiles
+
+import torch
+
+
+class Watch:
+    """Times of the steps since the last row."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.waits: list[float] = []
+        self.steps: list[float] = []
+        self.started = time.perf_counter()
+
+    def waited(self) -> None:
+        """The step's data has come."""
+        self.waits.append(time.perf_counter() - self.started)
+
+    def stepped(self) -> float:
+        """The step is done; its seconds, the wait included."""
+        now = time.perf_counter()
+        self.steps.append(now - self.started)
+        self.started = now
+        return self.steps[-1]
+
+    def resume(self) -> None:
+        """Leave out what happened since the last step: evaluation, saving."""
+        self.started = time.perf_counter()
+
+    def row(self, batch: int) -> dict[str, float]:
+        """images/s, share of the time spent waiting for data, step-time percentiles (ms), peak GPU memory (GiB)."""
+        total = sum(self.steps)
+        times = quantiles(self.steps, n=20) if len(self.steps) > 1 else self.steps * 19
+        row = {
+            "images_per_second": round(batch * len(self.steps) / total, 1),
+            "data_wait": round(sum(self.waits) / total, 4),
+            "step_ms_p50": round(1e3 * times[9], 3),
+            "step_ms_p95": round(1e3 * times[18], 3),
+        }
+        if self.device.type == "cuda":
+            row["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        self.reset()
+        return row

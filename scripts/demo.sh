@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Makes the environment if need be, trains bn, ln and ln_pn on Fashion-MNIST, and prints and draws the comparison.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+exec .venv/bin/python scripts/demo.py "$@"

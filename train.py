@@ -1,0 +1,37 @@
+"""Train a network: python train.py norm=ln_pn batch=32. `--help` lists the configuration."""
+
+import sys
+import traceback
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from proxynorm.cli import fail
+from proxynorm.config import CONFIGS, check_arguments, settings_from
+from proxynorm.errors import ProxynormError
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+def main(config: DictConfig) -> None:
+    from proxynorm.train.run import train
+    from proxynorm.train.settings import run_name
+
+    settings = settings_from(config)
+    try:
+        status = train(settings, OmegaConf.to_container(config, resolve=True))
+    except ProxynormError as error:
+        fail(error)
+    except Exception:
+        traceback.print_exc()
+        print(f"error: the run in {settings.runs_dir}/{run_name(settings)} ended with the fault above", file=sys.stderr)
+        sys.exit(1)
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        check_arguments(sys.argv[1:])
+    except ProxynormError as error:
+        fail(error)
+    main()
