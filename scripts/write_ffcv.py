@@ -13,7 +13,6 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,12 +29,15 @@ from proxynorm.errors import ConfigError
 class Options:
     source: str = option("???", "folder of class folders, flat folder (with labels=), or uncompressed tar file")
     output: str = option("???", "the .beton file to write")
-    labels: Optional[str] = option(None, "CSV of FILE,CLASS, or the folder of ImageNet's devkit, for images without class")
-    on_bad: str = option("raise", "raise: stop at the first damaged image; skip: leave damaged images out and list them")
-    max_side: Optional[int] = option(500, "shrink images whose longer side exceeds this, pixels; null: never")
+    labels: str | None = option(None, "CSV of FILE,CLASS, or the folder of ImageNet's devkit, for images without class")
+    on_bad: str = option(
+        "raise", "raise: stop at the first damaged image; skip: leave damaged images out and list them"
+    )
+    max_side: int | None = option(500, "shrink images whose longer side exceeds this, pixels; null: never")
     jpeg_quality: int = option(90, "1..100")
     jpeg_probability: float = option(1.0, "share of images stored as JPEG; the others are raw: faster to read, larger")
-    workers: Optional[int] = option(None, "processes; all cores if left out")
+    strict: bool = option(True, "also refuse JPEG data that decodes with warnings (needs FFCV's library)")
+    workers: int | None = option(None, "processes; all cores if left out")
     overwrite: bool = option(False, "replace an existing output")
 
 
@@ -43,7 +45,7 @@ def main(options: Options) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     output = Path(options.output).expanduser()
     _check(options, output)
-    storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability)
+    storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability, options.strict)
     labels = Path(options.labels).expanduser() if options.labels else None
     listing = list_source(Path(options.source).expanduser(), labels)
     _write(listing, output, storage, options.on_bad, options.workers or share_of_cores())

@@ -66,7 +66,7 @@ class Samples:
 
 
 def metadata_type(channels: int) -> np.dtype:
-    """The record of one sample: colour images are FFCV's RGBImageField, grey ones its NDArrayField; then an IntField."""
+    """A sample's record: colour images are FFCV's RGBImageField, grey ones its NDArrayField; then an IntField."""
     return np.dtype([("image", IMAGE if channels == 3 else np.dtype("<u8")), ("label", "<i8")], align=True)
 
 
@@ -103,7 +103,7 @@ class BetonWriter:
         self.page_size = PAGE_SIZE
         self.count = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.temporary, "wb")
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed by close or discard
         start = HEADER.itemsize + self.fields.nbytes + self.records.nbytes
         self.file.seek(-(-start // PAGE_SIZE) * PAGE_SIZE)
 
@@ -121,7 +121,9 @@ class BetonWriter:
     def _place(self, size: int) -> int:
         """Where a sample of this size goes: a sample never crosses a page border, as FFCV's page cache requires."""
         if size > self.page_size:
-            raise DataError(f"{self.path}: an image of {size} stored bytes exceeds a page of {self.page_size}; use max_side")
+            raise DataError(
+                f"{self.path}: an image of {size} stored bytes exceeds a page of {self.page_size}; use max_side"
+            )
         position = self.file.tell()
         if position // self.page_size != (position + size - 1) // self.page_size:
             position = self.file.seek(-(-position // self.page_size) * self.page_size)
@@ -150,7 +152,9 @@ class BetonWriter:
         checksum = hashlib.sha256(head + sums.tobytes()).hexdigest()
         contents = {**manifest, "bytes": self.temporary.stat().st_size, "sha256_of_head_and_sums": checksum}
         save_atomically(sums_path(self.path), lambda file: np.save(file, sums))
-        save_atomically(manifest_path(self.path), lambda file: file.write(json.dumps(contents, indent=1).encode() + b"\n"))
+        save_atomically(
+            manifest_path(self.path), lambda file: file.write(json.dumps(contents, indent=1).encode() + b"\n")
+        )
         os.replace(self.temporary, self.path)
 
     def discard(self) -> None:
@@ -160,7 +164,7 @@ class BetonWriter:
 
 
 def byte_sum(data: np.ndarray) -> int:
-    """A 64-bit sum of bytes (uint8, any length) that any single change alters: sum of 8-byte words times odd weights."""
+    """A 64-bit sum of bytes (uint8, any length): 8-byte words times odd weights, so any change within a word shows."""
     whole = len(data) // 8 * 8
     words = np.frombuffer(data[:whole].tobytes(), dtype="<u8")
     weights = (np.arange(len(words), dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * WEIGHT
@@ -191,7 +195,7 @@ def save_atomically(path: Path, write) -> None:
 
 
 def _flush(file) -> None:
-    """Bring the file to the disk, and out of the page cache where the system allows, so that reading it back is a test."""
+    """Bring the file to the disk, and out of the page cache where the system allows: so reading it back is a test."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -220,7 +224,9 @@ def _read_samples(path: Path, header: np.void, fields: np.ndarray) -> Samples:
     names = [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in fields["name"]]
     channels = {IMAGE_FIELD: 3, ARRAY_FIELD: 1}.get(int(fields["type_id"][0]))
     if names != ["image", "label"] or channels is None or fields["type_id"][1] != INT_FIELD:
-        raise DataError(f"{path}: holds the fields {names}; expected an image field 'image' and an integer field 'label'")
+        raise DataError(
+            f"{path}: holds the fields {names}; expected an image field 'image' and an integer field 'label'"
+        )
     offset = HEADER.itemsize + fields.nbytes
     _check(path, offset + count * metadata_type(channels).itemsize <= length)
     records = np.fromfile(path, dtype=metadata_type(channels), count=count, offset=offset)

@@ -20,7 +20,7 @@ def cache_folder(given: str | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}); set data.cache to a folder you may write") from None
+        raise DataError(f"{folder}: cannot be made ({error.strerror}); set data.cache to another folder") from None
     return folder
 
 
@@ -41,9 +41,13 @@ def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path],
 def _lock(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however the process ends."""
     try:
-        file = open(path, "w")
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
-        raise DataError(f"{path.parent}: cannot be written ({error.strerror}); set data.cache to a folder you may write") from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raise DataError(
+            f"{path.parent}: cannot be written ({error.strerror}); set data.cache to another folder"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

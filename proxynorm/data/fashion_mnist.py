@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from pathlib import Path
 
@@ -49,7 +48,9 @@ def _complete_folder(root: Path) -> Path:
     for folder in (root, root / "FashionMNIST" / "raw"):
         if all(_file(folder, part, kind) for part in COUNTS for kind in ("images-idx3", "labels-idx1")):
             return folder
-    raise DataError(f"{root}: lacks Fashion-MNIST's four files (train-images-idx3-ubyte.gz, …); give data.root, or {PACKAGE}")
+    raise DataError(
+        f"{root}: lacks Fashion-MNIST's four files (train-images-idx3-ubyte.gz, …); give data.root, or {PACKAGE}"
+    )
 
 
 def _file(folder: Path, part: str, kind: str) -> Path | None:
@@ -89,11 +90,13 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise DataError(f"{path}: cannot be read ({error}); fetch it again") from None
     expected = np.array([0x0800 + len(shape), *shape], dtype=">u4").tobytes()
     if data[: len(expected)] != expected or len(data) != len(expected) + int(np.prod(shape)):
-        raise DataError(f"{path}: is not the IDX file of {'x'.join(map(str, shape))} bytes it should be; fetch it again")
+        raise DataError(
+            f"{path}: is not the IDX file of {'x'.join(map(str, shape))} bytes it should be; fetch it again"
+        )
     return np.frombuffer(data, dtype=np.uint8, offset=len(expected)).reshape(shape)
 
 
 def signature(folder: Path) -> str:
     """What tells this copy of the files from another: path, sizes and times."""
     files = sorted(folder.glob("*-ubyte*"))
-    return ";".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files) + f";{os.sep}"
+    return ";".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)

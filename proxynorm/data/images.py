@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +21,9 @@ from proxynorm.errors import ConfigError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SMALL = 64 * 64
 LONGEST_SIDE = 65_535
-# Real photographs in ImageNet end in a few stray bytes; nothing of the picture is lost.
-HARMLESS = ("extraneous bytes before marker 0xd9",)
+# Cameras pad the end of the data; more than a few bytes left over mean that the decoder lost its way.
+STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
+STRAY_BYTES_ALLOWED = 16
 
 
 class BadImage(Exception):
@@ -41,11 +43,12 @@ class ImageRef(NamedTuple):
 class StorageOptions:
     """How images are stored. max_side: longer sides are shrunk to it, pixels, None: never; jpeg_quality: 1..100;
     jpeg_probability: the share of images stored as JPEG, the others being raw (faster, larger); images of at most
-    64x64 pixels are raw."""
+    64x64 pixels are raw. strict: an image whose JPEG data decodes with warnings is bad, too."""
 
     max_side: int | None = 500
     jpeg_quality: int = 90
     jpeg_probability: float = 1.0
+    strict: bool = True
 
     def __post_init__(self) -> None:
         if self.max_side is not None and not 1 <= self.max_side <= LONGEST_SIDE:
@@ -149,7 +152,8 @@ def _check_jpeg(data: bytes) -> None:
     pixels = ctypes.create_string_buffer(width * height * 4)
     if library.tjDecompress2(handle, data, length, pixels, width, 0, height, pixel_format, 0) != 0:
         message = _tj_error(library, handle)
-        if not message.endswith(HARMLESS):
+        stray = STRAY_BYTES.fullmatch(message)
+        if stray is None or int(stray[1]) > STRAY_BYTES_ALLOWED:
             raise BadImage(f"has damaged JPEG data ({message})")
 
 
@@ -159,7 +163,7 @@ def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
 
 def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
     """Check an image and encode it for storage; draw in [0, 1) decides between JPEG and raw. Raises BadImage."""
-    image = load_rgb(ref, strict=True)
+    image = load_rgb(ref, options.strict)
     longest = max(image.size)
     if options.max_side is not None and longest > options.max_side:
         size = tuple(max(1, round(side * options.max_side / longest)) for side in image.size)

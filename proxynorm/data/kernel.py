@@ -1,4 +1,4 @@
-"""The decoding loop of the FFCV backend, compiled by numba. Import it through native.decoder, which names the symbols."""
+"""The decoding loop of the FFCV backend, compiled by numba. native.decoder imports it, after naming its symbols."""
 
 from __future__ import annotations
 

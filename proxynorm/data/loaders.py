@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class TrainLoader:
         if spec.ramp is None or epoch >= spec.ramp[1]:
             return spec.image_size
         grown = np.interp(epoch, spec.ramp, (spec.start_size, spec.image_size))
-        return spec.start_size if epoch <= spec.ramp[0] else int(round(grown / 32)) * 32
+        return spec.start_size if epoch <= spec.ramp[0] else round(grown / 32) * 32
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The epoch's batches of micro_batch images, from start_step on; seeking costs nothing.
@@ -88,7 +89,9 @@ def _only_valid(batch: Batch) -> Batch:
     if bool(batch.valid.all()):
         return batch
     if not bool(batch.valid.any()):
-        raise DataError("every image of a micro-batch is damaged; see the list of skipped images, and prepare the data again")
+        raise DataError(
+            "every image of a micro-batch is damaged; see the list of skipped images, and prepare the data again"
+        )
     return Batch(*(part[batch.valid] for part in batch))
 
 
@@ -99,12 +102,12 @@ class EvalLoader:
         if batch_size < 1:
             raise ConfigError(f"evaluation batch size {batch_size}: give at least 1")
         # No larger than a rank's share, so that a small set is not mostly padding.
-        batch_size = min(batch_size, -(-len(split.rows) // world))
+        batch_size = min(batch_size, math.ceil(len(split.rows) / world))
         self.split, self.view, self.size, self.failures = split, view, size, failures
         self.batch_size, self.rank, self.world_size = batch_size, rank, world
 
     def __len__(self) -> int:
-        return -(-len(self.split.rows) // (self.batch_size * self.world_size))
+        return math.ceil(len(self.split.rows) / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         stream = self.split.reader.stream(self._jobs(), self.view, self.failures)
@@ -126,7 +129,9 @@ class Data:
     info: DataInfo; backend: "ffcv" or "torchvision"; failures: the damaged images met so far, name -> reason.
     """
 
-    def __init__(self, spec: DataSpec, info: DataInfo, backend: str, train: Split, evaluation: Split, failures: Failures):
+    def __init__(
+        self, spec: DataSpec, info: DataInfo, backend: str, train: Split, evaluation: Split, failures: Failures
+    ):
         self.spec, self.info, self.backend = spec, info, backend
         self.train, self.evaluation, self._failures = train, evaluation, failures
         colour = tuple(round(255 * value) for value in info.mean)
@@ -141,15 +146,14 @@ class Data:
             spec.randaugment,
         )
         self._eval_view = View(ratio=spec.eval_ratio)
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def failures(self) -> dict[str, str]:
         """Damaged images met by this process under on_bad="skip": name -> reason."""
         return dict(self._failures.reasons)
 
-    def train_loader(
-        self, batch: int, micro_batch: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> TrainLoader:
+    def train_loader(self, batch: int, micro_batch: int, seed: int, rank: int = 0, world_size: int = 1) -> TrainLoader:
         """Training batches: `batch` images a step over all processes, micro_batch a forward pass.
 
         Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, whatever the number of processes.
@@ -172,6 +176,15 @@ class Data:
     ) -> Batch:
         """The batch on the device, images normalized there, (N, C, H, W) of dtype: (x / 255 - mean) / std."""
         images, targets, indices, valid = (part.to(device, non_blocking=True) for part in batch)
-        mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (self.info.mean, self.info.std))
-        images = images.float().sub_(255 * mean).div_(255 * std).to(dtype, memory_format=memory_format)
+        mean, std = self._constants(images.device)
+        images = images.float().sub_(mean).div_(std).to(dtype, memory_format=memory_format)
         return Batch(images, targets, indices, valid)
+
+    def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation on the 0..255 scale, (1, C, 1, 1); kept on the device, as copying them waits for it."""
+        if device not in self._on_device:
+            mean, std = (
+                255 * torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (self.info.mean, self.info.std)
+            )
+            self._on_device[device] = mean, std
+        return self._on_device[device]

@@ -1,13 +1,15 @@
 """FFCV's compiled decoder, called from one cached, GIL-free loop: what FFCV's Loader does, with every status looked at.
 
-Importing the ffcv package costs seconds and sets torch's thread count to one, and its pipelines are compiled anew in each
-process; its shared library is loaded directly here, and the loop is compiled once and kept on disk by numba.
+Importing the ffcv package costs seconds and sets torch's thread count to one, and its pipelines are compiled anew in
+each process; its shared library is loaded directly here, and the loop is compiled once and kept on disk by numba.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +26,9 @@ INSTALL = "install it with: apt-get install libopencv-dev libturbojpeg0-dev pkg-
 def ffcv_library() -> ctypes.CDLL:
     """FFCV's shared library. Raises ConfigError if FFCV is not installed or its libraries are missing."""
     spec = importlib.util.find_spec("ffcv")
-    found = [file for folder in (spec.submodule_search_locations if spec else ()) for file in Path(folder).glob("_libffcv*")]
+    found = [
+        file for folder in (spec.submodule_search_locations if spec else ()) for file in Path(folder).glob("_libffcv*")
+    ]
     if not found:
         raise ConfigError(f"loader.name=ffcv: FFCV is not installed; {INSTALL}")
     try:
@@ -56,8 +60,14 @@ def decoder():
     for name in ("imdecode", "resize"):
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
         binding.add_symbol(f"proxynorm_ffcv_{name}", address)
-    from proxynorm.data.kernel import decode_samples
+    try:
+        from proxynorm.data.kernel import decode_samples
+    except RuntimeError:
+        # Neither the package's folder nor the home can be written: numba wants another for what it compiled.
+        import numba
 
+        numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"proxynorm-numba-{os.getuid()}")
+        from proxynorm.data.kernel import decode_samples
     return decode_samples
 
 

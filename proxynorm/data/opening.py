@@ -36,7 +36,7 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     workers = share_of_cores() if loader.workers is None else loader.workers
     failures = Failures(spec.on_bad)
     openers = {"fashion_mnist": _open_fashion_mnist, "folder": _open_folder, "beton": _open_beton}
-    train, evaluation = openers[spec.name](spec, backend, workers)
+    train, evaluation = openers[spec.name](spec, backend, workers, failures)
     train_split, eval_split = _splits(spec, train, evaluation)
     mean, std = _normalization(spec, train.channels)
     info = DataInfo(spec.name, train.classes, train.channels, len(train_split.rows), len(eval_split.rows), mean, std)
@@ -44,10 +44,12 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
 
 
 def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
-    """"ffcv" or "torchvision". ConfigError if the backend asked for is missing or cannot serve the request."""
+    """Which of "ffcv" and "torchvision" serves the request. ConfigError if the one asked for cannot."""
     if loader.name == "torchvision":
         if spec.name == "beton":
-            raise ConfigError("loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or data.name=folder")
+            raise ConfigError(
+                "loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or data.name=folder"
+            )
         return "torchvision"
     if loader.name == "ffcv" or spec.name == "beton":
         ffcv_library()
@@ -83,26 +85,31 @@ def _normalization(spec: DataSpec, channels: int) -> tuple[tuple[float, ...], tu
     return mean, std
 
 
-def _open_fashion_mnist(spec: DataSpec, backend: str, workers: int) -> tuple[Reader, Reader]:
-    if min(spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size) < fashion_mnist.SIDE:
-        raise ConfigError(f"Fashion-MNIST's images are {fashion_mnist.SIDE} pixels wide and are padded, not shrunk: "
-                          f"give data.image_size and data.eval_size of at least {fashion_mnist.SIDE}")
+def _open_fashion_mnist(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:
+    sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
+    if min(sides) < fashion_mnist.SIDE:
+        raise ConfigError(
+            f"Fashion-MNIST's images are {fashion_mnist.SIDE} pixels wide and are padded, not shrunk: "
+            f"give data.image_size and data.eval_size of at least {fashion_mnist.SIDE}"
+        )
     cache = cache_folder(spec.cache)
     folder = fashion_mnist.find_fashion_mnist(spec.root, cache)
-    readers = []
-    for part in ("train", "t10k"):
-        if backend == "ffcv":
-            signature = f"{fashion_mnist.signature(folder)};{part}"
-            samples = cached_beton(cache, f"fashion-mnist-{part}", signature,
-                                   lambda path: _write_fashion_mnist(path, folder, part))
-            readers.append(BetonReader(samples, fashion_mnist.CLASSES, workers))
-        else:
-            images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-            readers.append(MemoryReader(images[..., None], labels, fashion_mnist.CLASSES))
-    return readers[0], readers[1]
+    train, evaluation = (_fashion_mnist_reader(folder, part, cache, backend, workers) for part in fashion_mnist.COUNTS)
+    return train, evaluation
 
 
-def _write_fashion_mnist(path, folder, part: str) -> None:
+def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, workers: int) -> Reader:
+    if backend == "torchvision":
+        images, labels = fashion_mnist.read_fashion_mnist(folder, part)
+        return MemoryReader(images[..., None], labels, fashion_mnist.CLASSES)
+    signature = f"{fashion_mnist.signature(folder)};{part}"
+    samples = cached_beton(
+        cache, f"fashion-mnist-{part}", signature, lambda path: _write_fashion_mnist(path, folder, part)
+    )
+    return BetonReader(samples, fashion_mnist.CLASSES, workers)
+
+
+def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
     images, labels = fashion_mnist.read_fashion_mnist(folder, part)
     writer = BetonWriter(path, channels=1, capacity=len(images), shape=images.shape[1:])
     try:
@@ -114,7 +121,7 @@ def _write_fashion_mnist(path, folder, part: str) -> None:
         raise
 
 
-def _open_folder(spec: DataSpec, backend: str, workers: int) -> tuple[Reader, Reader]:
+def _open_folder(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give data.root with train/CLASS/*.jpg and val/CLASS/*.jpg")
@@ -122,22 +129,29 @@ def _open_folder(spec: DataSpec, backend: str, workers: int) -> tuple[Reader, Re
     _same_classes(root, train.classes, evaluation.classes)
     if backend == "torchvision":
         return FolderReader(train, workers), FolderReader(evaluation, workers)
-    samples = [_converted(spec, part, listing, workers) for part, listing in (("train", train), ("val", evaluation))]
-    return BetonReader(samples[0], train.classes, workers), BetonReader(samples[1], train.classes, workers)
+    readers = []
+    for part, listing in (("train", train), ("val", evaluation)):
+        samples = _converted(spec, part, listing, workers)
+        for name, reason in samples.manifest["skipped"].items():
+            failures.record(name, reason)
+        readers.append(BetonReader(samples, train.classes, workers))
+    return readers[0], readers[1]
 
 
 def _converted(spec: DataSpec, part: str, listing: Listing, workers: int) -> Samples:
     """The .beton file of a folder, made once and kept in the cache as long as the folder's files stay as they are."""
     options = StorageOptions()
-    stamps = (f"{image.path}:{os.stat(image.path).st_size}:{os.stat(image.path).st_mtime_ns}" for image in listing.images)
-    signature = "\n".join([repr(options), spec.on_bad, *stamps])
+    stats = ((image.path, os.stat(image.path)) for image in listing.images)
+    signature = "\n".join([repr(options), *(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)])
     return cached_beton(
-        cache_folder(spec.cache), f"folder-{part}", signature,
+        cache_folder(spec.cache),
+        f"folder-{part}",
+        signature,
         lambda path: prepare(listing, path, options, spec.on_bad, workers),
     )
 
 
-def _open_beton(spec: DataSpec, backend: str, workers: int) -> tuple[Reader, Reader]:
+def _open_beton(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
     train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
     classes = [tuple(samples.manifest.get("classes", ())) for samples in (train, evaluation)]
@@ -147,7 +161,9 @@ def _open_beton(spec: DataSpec, backend: str, workers: int) -> tuple[Reader, Rea
     count = 1 + max(int(train.target.max()), int(evaluation.target.max()))
     names = classes[0] or classes[1] or tuple(map(str, range(count)))
     if count > len(names):
-        raise DataError(f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the files again")
+        raise DataError(
+            f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the files again"
+        )
     return BetonReader(train, names, workers), BetonReader(evaluation, names, workers)
 
 
@@ -155,4 +171,6 @@ def _same_classes(root: Path, train: tuple[str, ...], evaluation: tuple[str, ...
     odd = sorted(set(train) ^ set(evaluation))
     if train != evaluation:
         where = "train" if odd and odd[0] in train else "val"
-        raise DataError(f"{root}: train and val hold different classes ({odd[0] if odd else 'in another order'}, only in {where})")
+        raise DataError(
+            f"{root}: train and val hold different classes ({odd[0] if odd else 'in another order'}, only in {where})"
+        )

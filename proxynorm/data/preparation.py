@@ -1,4 +1,4 @@
-"""Labelled images into a .beton file: every image decoded and checked first, the file verified before it gets its name."""
+"""Labelled images into a .beton file: each image decoded and checked first, the file verified before it is named."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def prepare(
 def _check_classes(listing: Listing, kept: list[int], output: Path) -> None:
     empty = set(listing.targets.tolist()) - set(kept)
     if empty:
-        raise DataError(f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or remove the class")
+        raise DataError(
+            f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or remove the class"
+        )
 
 
 def _manifest(listing: Listing, kept: list[int], options: StorageOptions, skipped: dict[str, str]) -> dict:

@@ -1,4 +1,4 @@
-"""Order, crops and flips as functions of (seed, epoch, index): a counter-based generator, so nothing has to be replayed.
+"""Order, crops and flips as functions of (seed, epoch, index): a counter-based generator, so nothing is replayed.
 
 The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the
 n-th number of stream `key` is mix(key + n * GOLDEN). It is the same on every platform and NumPy version.
@@ -22,7 +22,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 def sample_keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """The stream of each sample: uint64 (N,), from the seed, the epoch and the samples' indices (N,)."""
     base = np.array([seed & _MASK], dtype=np.uint64)
-    base = mix(mix(base + GOLDEN) + np.uint64(epoch) * GOLDEN)
+    base = mix(mix(base + GOLDEN) + np.array([epoch], dtype=np.uint64) * GOLDEN)
     return mix(base + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 

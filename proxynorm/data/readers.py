@@ -21,7 +21,8 @@ IMAGES_PER_TASK = 8
 
 
 class Job(NamedTuple):
-    """A micro-batch to be made: rows of the store, int64 (N,), -1 for padding; the samples' keys, uint64 (N,); its side."""
+    """A micro-batch to be made: rows of the store, int64 (N,), -1 for padding; the samples' keys, uint64 (N,); its side
+    in pixels."""
 
     rows: np.ndarray
     keys: np.ndarray
@@ -57,7 +58,8 @@ class Failures:
 
 
 def assemble(reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str], failures: Failures) -> Batch:
-    """The batch of a job: images (N, C, S, S); bad: place in the batch -> reason. A bad image is invalid, never another."""
+    """The batch of a job: images (N, C, S, S); bad: place in the batch -> reason. A bad image is invalid, never
+    another's."""
     for place, reason in bad.items():
         failures.record(reader.name(int(job.rows[place])), reason)
     valid = job.rows >= 0

@@ -39,7 +39,7 @@ def list_source(source: Path, labels: Path | None = None) -> Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """The images of folder/CLASS/*; classes in sorted order. DataError: no folder, no class, or a class without images."""
+    """The images of folder/CLASS/*; classes in sorted order. DataError: no folder, no class, a class without images."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -49,7 +49,9 @@ def list_folder(folder: Path) -> Listing:
     for target, name in enumerate(classes):
         found = _images_in(folder / name)
         if not found:
-            raise DataError(f"{folder / name}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder")
+            raise DataError(
+                f"{folder / name}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder"
+            )
         images += found
         targets += [target] * len(found)
     return Listing(tuple(classes), images, np.array(targets, dtype=np.int64))
@@ -118,7 +120,9 @@ def list_tar(path: Path, labels: Path | None) -> Listing:
         return list_flat([ref for _, ref in found], labels, path)
     classes = tuple(sorted({name for name, _ in found}))
     if not found or "" in classes:
-        raise DataError(f"{path}: holds no images in class folders or class tars; give labels= if its images have a list")
+        raise DataError(
+            f"{path}: holds no images in class folders or class tars; give labels= if its images have a list"
+        )
     number = {name: target for target, name in enumerate(classes)}
     return Listing(classes, [ref for _, ref in found], np.array([number[name] for name, _ in found], dtype=np.int64))
 

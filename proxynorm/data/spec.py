@@ -19,12 +19,13 @@ BAD_POLICIES = ("raise", "skip")
 class DataSpec:
     """Which images, at which size, with which augmentation. Sides are in pixels, fractions in 0..1.
 
-    name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton" (root/train.beton, root/val.beton)
+    name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton" (root/train.beton,
+                   root/val.beton)
     root:          folder of the data; Fashion-MNIST is looked for elsewhere when it is None
     image_size:    side of the training crop
     eval_size:     side of the evaluation crop; None: image_size
     eval_ratio:    the centre crop takes this share of the shorter side
-    augmentation:  "pad_crop" (pad with zeros, crop, flip), "inception" (random resized crop, flip) or "none" (centre crop)
+    augmentation:  "pad_crop" (pad with zeros, crop, flip), "inception" (random resized crop, flip), "none" (centre)
     padding:       width of the zero border of pad_crop
     min_area:      smallest share of the image's area an inception crop takes
     flip:          mirror half of the images, chosen at random
@@ -65,7 +66,8 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """Which backend reads the images. workers None: the process's share of the cores; 0: no process or thread beside."""
+    """Which backend reads the images. workers: threads (ffcv) or processes (torchvision); None: the process's share of
+    the cores; 0: no process beside, and one thread for ffcv."""
 
     name: str = "auto"
     workers: int | None = None

@@ -1,4 +1,4 @@
-"""Reading a .beton file back: every sample's bytes against its sum, every JPEG through the decoder that will train on it."""
+"""Reading a .beton file back: every sample's bytes against its sum, every JPEG through the decoder of training."""
 
 from __future__ import annotations
 

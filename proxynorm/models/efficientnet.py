@@ -5,6 +5,7 @@ G16 is the variant of "Making EfficientNet More Efficient" (arXiv 2106.03640), a
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import timm
@@ -28,14 +29,8 @@ def efficientnet_g1(size: str, **kwargs: object) -> nn.Module:
     return timm.create_model(f"efficientnet_{size}", **kwargs)
 
 
-def efficientnet_g16(size: str, pretrained: bool = False, **kwargs: object) -> EfficientNet:
-    """EfficientNet of that size ("b0" … "b5") with group convolutions of 16 channels and expansion 4.
-
-    Raises:
-        ValueError: pretrained weights are asked for; there are none.
-    """
-    if pretrained:
-        raise ValueError(f"there are no pretrained weights of efficientnet_{size}_g16")
+def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
+    """EfficientNet of that size ("b0" … "b5") with group convolutions of 16 channels and expansion 4."""
     width, depth = _MULTIPLIERS[size]
     rounded = partial(round_channels, multiplier=width)
     stages = [
@@ -83,6 +78,38 @@ class CentredSqueezeExcite(nn.Module):
     def scale(self) -> torch.Tensor:
         """PN's 1/sqrt(v + ε) of the norm before, shape (C,)."""
         return self._norm[0].proxy_rescale()
+
+
+    def frozen(self, mean: torch.Tensor, scale: torch.Tensor) -> FrozenSqueezeExcite:
+        """The same for inference, where the norm before leaves out the centring too; m and s have shape (C,)."""
+        return FrozenSqueezeExcite(self, mean, scale)
+
+
+class FrozenSqueezeExcite(nn.Module):
+    """CentredSqueezeExcite of x − m, as a function of x: m and s are constants, and the map is read and written once.
+
+    Args:
+        squeeze_excite: the module to replace; m is merged into the bias of its first layer.
+        mean: m, shape (C,).
+        scale: s = 1/sqrt(v + ε), shape (C,).
+    """
+
+    def __init__(self, squeeze_excite: CentredSqueezeExcite, mean: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.conv_reduce = copy.deepcopy(squeeze_excite.conv_reduce)
+        self.act1 = squeeze_excite.act1
+        self.conv_expand = squeeze_excite.conv_expand
+        self.gate = squeeze_excite.gate
+        with torch.no_grad():
+            self.conv_reduce.bias -= self.conv_reduce.weight.flatten(1) @ mean.to(self.conv_reduce.weight.dtype)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1))
+        self.register_buffer("shift", -mean.view(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
+        gate = self.gate(self.conv_expand(squeezed)) * self.scale
+        return torch.addcmul(gate * self.shift, x, gate)
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:

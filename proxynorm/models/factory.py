@@ -15,7 +15,7 @@ from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1
 from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
 from proxynorm.nn.convert import convert, standardize_before_norms
-from proxynorm.nn.names import norm_spec
+from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 
 
@@ -116,15 +116,15 @@ def create_model(
                    groups=architecture.groups if groups is None else groups,
                    eps=architecture.eps if eps is None else eps)  # fmt: skip
     try:
-        norm_spec(norm)
-        if architecture.takes_norm_layer:
-            model = _with_norm_layer(architecture, norm, options, {**common, **kwargs}, pretrained)
-        else:
-            model = architecture.build(pretrained=pretrained, **common, **kwargs)
+        spec = norm_spec(norm)
+        _check_squeeze_excite(architecture, se)
+        model = _build(architecture, spec, options, {**common, **kwargs}, pretrained)
+        if not architecture.takes_norm_layer:
             convert(model, norm, **options)
-        _place_squeeze_excite(model, architecture, norm, se)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise ConfigError(f"model {name} with norm {norm}: {error}") from error
+    if architecture.has_se and spec.proxy and se != "plain":
+        centre_squeeze_excite(model)
     model.default_size = architecture.size
     return model
 
@@ -134,25 +134,29 @@ def native_size(name: str) -> int:
     return _architecture(name).size
 
 
-def _with_norm_layer(
-    architecture: Architecture, norm: str, options: dict, arguments: dict, pretrained: bool
+def _build(
+    architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool
 ) -> nn.Module:
-    """A model of our own, built with its norm."""
+    """The network: with its norm where it takes one, else with batch norm. Raises ValueError for a wrong argument."""
+    if architecture.takes_norm_layer:
+        arguments["norm_layer"] = partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options)
     if pretrained:
-        raise ValueError("there are no pretrained weights")
-    spec = norm_spec(norm)
-    model = architecture.build(partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options), **arguments)
-    return standardize_before_norms(model) if spec.weight_standardization else model
+        arguments["pretrained"] = True
+    try:
+        model = architecture.build(**arguments)
+    except (TypeError, RuntimeError) as error:  # timm's answer to unknown arguments and missing pretrained weights
+        raise ValueError(str(error)) from error
+    if architecture.takes_norm_layer and spec.weight_standardization:
+        standardize_before_norms(model)
+    return model
 
 
-def _place_squeeze_excite(model: nn.Module, architecture: Architecture, norm: str, se: str | None) -> None:
-    """Puts PN's scale where `se` says."""
+def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:
+    """Raises ValueError for a wrong `se`, and where there is none to place."""
     if se not in (None, "centred", "plain"):
         raise ValueError(f"se={se!r} is neither 'centred' nor 'plain'")
     if se is not None and not architecture.has_se:
         raise ValueError("se is for EfficientNet only")
-    if architecture.has_se and norm_spec(norm).proxy and se != "plain":
-        centre_squeeze_excite(model)
 
 
 def _architecture(name: str) -> Architecture:

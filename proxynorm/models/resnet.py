@@ -15,14 +15,8 @@ def from_timm(timm_name: str, **kwargs: object) -> nn.Module:
     return timm.create_model(timm_name, **kwargs)
 
 
-def resnext50v2(pretrained: bool = False, **kwargs: object) -> ResNetV2:
-    """Pre-activation ResNeXt-50 (32×4d): ResNet-50 v2 with twice the inner width and 3×3 convolutions in 32 groups.
-
-    Raises:
-        ValueError: pretrained weights are asked for; there are none.
-    """
-    if pretrained:
-        raise ValueError("there are no pretrained weights of resnext50v2")
+def resnext50v2(**kwargs: object) -> ResNetV2:
+    """Pre-activation ResNeXt-50 (32×4d): ResNet-50 v2 with twice the inner width and 3×3 convolutions in 32 groups."""
     return ResNetV2(
         [3, 4, 6, 3], bottle_ratio=0.5, conv_layer=_grouped_conv2d, norm_layer=BatchNormAct2d, **kwargs
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Activations by name, class, module or callable, and the canonical name each is known by."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Union
@@ -80,6 +81,14 @@ def _construct(factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[st
         return factory(inplace=inplace, **kwargs)
     except TypeError:  # this activation has no in-place form
         return factory(**kwargs)
+
+
+def out_of_place(module: nn.Module) -> nn.Module:
+    """module, or a copy of it that leaves its input alone."""
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False
+    return module
 
 
 def canonical(name: str) -> str:

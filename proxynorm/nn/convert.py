@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from proxynorm.nn.dataflow import Flow, Follower, Site, is_activation, is_norm, may_stand_between, read_flow
+from proxynorm.nn.dataflow import Flow, Follower, Site, is_activation, is_norm, read_flow
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
-from proxynorm.nn.rewrite import absorb_calls
+from proxynorm.nn.rewrite import RewrittenForward, install_forwards, rewritten_forwards
 from proxynorm.nn.weight_standardization import standardize_weights
 
 
@@ -110,9 +110,9 @@ def convert(
     spec = options.spec
     _separate_shared_activations(model)
     flow = read_flow(model)
-    places = _places(model, flow, set(keep))
+    places = _places(model, flow, set(keep), spec.proxy)
     replacements = {name: _layer(name, place, options) for name, place in places.items()}
-    rows = _rewrite_callers(model, flow, places)
+    rows = _absorb_activations(model, flow, places)
     rows += [_install(model, name, place, replacements[name]) for name, place in places.items()]
     if spec.weight_standardization:
         for name in sorted(flow.feeding):
@@ -156,7 +156,7 @@ def _separate_shared_activations(model: nn.Module) -> None:
             seen.add(child)
 
 
-def _places(model: nn.Module, flow: Flow, keep: set[str]) -> dict[str, Place]:
+def _places(model: nn.Module, flow: Flow, keep: set[str], proxy: bool) -> dict[str, Place]:
     """Every norm to replace, by name, with its place. Raises ValueError, naming the first that has none."""
     names = {name: module for name, module in model.named_modules() if is_norm(module)}
     unknown = keep - set(names)
@@ -169,6 +169,8 @@ def _places(model: nn.Module, flow: Flow, keep: set[str]) -> dict[str, Place]:
     if not places:
         raise ValueError(f"nothing to convert: this {type(model).__name__} has no batch norm or group norm, and no "
                          "layer norm with an activation behind it")  # fmt: skip
+    if proxy and all(place.activation is None for place in places.values()):
+        raise ValueError(f"PN has no place: no norm of this {type(model).__name__} has an activation right behind it")
     _check_shared_calls(flow, places)
     return places
 
@@ -244,33 +246,58 @@ def _channels(norm: nn.Module) -> int:
 
 
 def _carry_over(norm: nn.Module, layer: NormAct2d) -> None:
-    """Copies what both have: γ, β, γ̃, β̃ and running statistics; and the old layer's drop."""
-    for name, new in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+    """Copies what both have: γ, β, γ̃, β̃ and running statistics (float32 or better); and the old layer's drop."""
+    for name, new in layer.named_parameters(recurse=False):
         old = getattr(norm, name, None)
         if old is not None:
             new.detach().copy_(old.detach())
             new.requires_grad_(old.requires_grad)
+    for name, new in layer.named_buffers(recurse=False):
+        old = getattr(norm, name, None)
+        like = layer.weight if old is None else old
+        new.data = new.to(torch.promote_types(like.dtype, new.dtype))
+        if old is not None:
+            new.copy_(old)
     if isinstance(getattr(norm, "drop", None), nn.Module):
         layer.drop = norm.drop
 
 
-def _rewrite_callers(model: nn.Module, flow: Flow, places: dict[str, Place]) -> list[ConversionRow]:
-    """Takes the absorbed activations out: whole modules become the identity, single calls leave their caller."""
-    absorbed = {site for place in places.values() for site in place.sites}
+def _callers_to_rewrite(flow: Flow, absorbed: set[Site]) -> dict[str, list[int]]:
+    """The modules whose forward loses calls, by name: those where an absorbed activation is a function, or a module
+    that is called elsewhere too. There all absorbed calls go, so that their numbers stay valid."""
     lasting = {site.module for site in flow.sites if site not in absorbed}
-    rows, calls = [], {}
-    for site in sorted(absorbed, key=lambda site: (site.caller, site.ordinal)):
-        if site.module is None or site.module in lasting:
-            calls.setdefault(site.caller, []).append(site.ordinal)
-        else:
-            kind = type(model.get_submodule(site.module)).__name__
-            rows.append(ConversionRow(site.module, kind, "joined with its norm; the identity stands here"))
-            _set_submodule(model, site.module, nn.Identity())
-    for caller, ordinals in calls.items():
-        module = model.get_submodule(caller)
-        absorb_calls(module, ordinals)
-        count = f"{len(ordinals)} activation call{'s' if len(ordinals) > 1 else ''}"
-        rows.append(ConversionRow(caller, type(module).__name__, f"{count} of its forward joined with norms"))
+    callers: set[str] = set()
+    while True:
+        more = {s.caller for s in absorbed if s.module is None or s.module in lasting} - callers
+        if not more:
+            return {c: sorted(s.ordinal for s in absorbed if s.caller == c) for c in sorted(callers)}
+        callers |= more
+        lasting |= {site.module for site in absorbed if site.caller in callers}
+
+
+def _absorb_activations(model: nn.Module, flow: Flow, places: dict[str, Place]) -> list[ConversionRow]:
+    """Takes the absorbed activations out: whole modules become the identity, single calls leave their caller.
+
+    Raises ValueError before anything is changed.
+    """
+    absorbed = {site for place in places.values() for site in place.sites}
+    callers = _callers_to_rewrite(flow, absorbed)
+    forwards = {}
+    for name, calls in callers.items():
+        module = model.get_submodule(name)
+        if isinstance(module, RewrittenForward):
+            raise ValueError(f"{name} was rewritten by an earlier conversion: convert the original model")
+        forwards[name] = rewritten_forwards(module, calls, flow.fixed[name])
+    rows = []
+    for name, calls in callers.items():
+        module = model.get_submodule(name)
+        count = f"{len(calls)} activation call{'s' if len(calls) > 1 else ''}"
+        rows.append(ConversionRow(name, type(module).__name__, f"{count} of its forward joined with norms"))
+        install_forwards(module, calls, flow.fixed[name], forwards[name])
+    for name in sorted({site.module for site in absorbed if site.caller not in callers}):
+        kind = type(model.get_submodule(name)).__name__
+        rows.append(ConversionRow(name, kind, "joined with its norm; the identity stands here"))
+        model.set_submodule(name, nn.Identity())
     return rows
 
 
@@ -280,10 +307,10 @@ def _install(model: nn.Module, name: str, place: Place, layer: NormAct2d) -> Con
     if inner:
         layer.drop = inner[0] if len(inner) == 1 else nn.Sequential(*inner)
         for step in place.between:
-            _set_submodule(model, step, nn.Identity())
+            model.set_submodule(step, nn.Identity())
     for alias, module in list(model.named_modules(remove_duplicate=False)):
         if module is place.norm:
-            _set_submodule(model, alias, layer)
+            model.set_submodule(alias, layer)
     return ConversionRow(name, type(place.norm).__name__, _describe(place, layer))
 
 
@@ -295,9 +322,3 @@ def _describe(place: Place, layer: NormAct2d) -> str:
         return f"{kind}, no activation behind it{': scale kept, shift dropped' if dropped else ''}"
     inside = f" with {type(layer.drop).__name__} inside" if not isinstance(layer.drop, nn.Identity) else ""
     return f"{kind} + {type(layer.act).__name__}{' + PN' if layer.proxy else ''}{inside}"
-
-
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replaces the submodule of that qualified name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -83,6 +83,23 @@ class Follower:
 
 
 @dataclass
+class Part:
+    """One traced graph: a whole model, or one of its largest traceable parts.
+
+    Attributes:
+        prefix: what stands before the graph's module names in the whole model ("" or "name.").
+        root: the traced module.
+        graph: its graph; names are counted from root.
+        fixed: for each traced module, its forward's optional arguments that are no tensors, and their values.
+    """
+
+    prefix: str
+    root: nn.Module
+    graph: fx.Graph
+    fixed: dict[str, dict[str, object]]
+
+
+@dataclass
 class Flow:
     """The calls of a network's norms and activations.
 
@@ -90,11 +107,13 @@ class Flow:
         followers: for each norm, by its qualified name, what follows it at each of its calls.
         sites: every activation call.
         feeding: qualified names of the convolutions whose output reaches a norm, alone or in a sum.
+        fixed: for each traced module, its forward's optional arguments that are no tensors, and their values.
     """
 
     followers: dict[str, list[Follower]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     feeding: set[str] = field(default_factory=set)
+    fixed: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -131,6 +150,7 @@ class FlowTracer(fx.Tracer):
         self.opaque = opaque
         self.shallow = shallow
         self.failed: nn.Module | None = None
+        self.fixed: dict[str, dict[str, object]] = {}
         self._frames: list[list] = []
 
     def trace(self, root: nn.Module, concrete_args: dict | None = None) -> fx.Graph:
@@ -139,15 +159,16 @@ class FlowTracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Norms, activations and opaque types are leaves, besides fx's own (torch.nn)."""
-        special = is_norm(m) or is_activation(m) or may_stand_between(m) or type(m) in self.opaque
-        return self.shallow or special or super().is_leaf_module(m, module_qualified_name)
+        """Norms, activations, opaque types and what freeze knows are leaves, besides fx's own (torch.nn)."""
+        special = is_norm(m) or is_activation(m) or may_stand_between(m) or hasattr(m, "frozen")
+        return self.shallow or special or type(m) in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
         """Keeps the stack of forwards, and the innermost module that failed."""
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
         self._frames.append([self.path_of_module(m), 0])
+        self.fixed[self._frames[-1][0]] = _fixed_arguments(m.forward, args, kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -183,7 +204,7 @@ def activation_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return module if is_activation(module) else None
-    name = _called(node)
+    name = called_function(node)
     if name is None or name.rstrip("_") not in _FUNCTIONAL:
         return None
     make, names = _FUNCTIONAL[name.rstrip("_")]
@@ -191,7 +212,7 @@ def activation_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     return make(**options)
 
 
-def _called(node: fx.Node) -> str | None:
+def called_function(node: fx.Node) -> str | None:
     """Name of the torch function or tensor method that a node calls; None for other nodes and other libraries."""
     if node.op == "call_method":
         return str(node.target)
@@ -207,7 +228,7 @@ def _writes_in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether an activation call overwrites its input."""
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    return str(_called(node)).endswith("_") or bool(node.kwargs.get("inplace", False))
+    return str(called_function(node)).endswith("_") or bool(node.kwargs.get("inplace", False))
 
 
 def follower(node: fx.Node, root: nn.Module) -> Follower:
@@ -239,7 +260,7 @@ def _hidden_activation(node: fx.Node, root: nn.Module) -> str | None:
         if user in seen:
             continue
         seen.add(user)
-        name = str(_called(user))
+        name = str(called_function(user))
         if activation_of(user, root) is not None or name in _DISGUISED or _is_unknown_activation(user, root):
             through = f" behind {', '.join(path)}" if path else ""
             return f"the activation {user.target}{through} cannot be joined with it"
@@ -257,11 +278,12 @@ def _is_unknown_activation(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _ends_search(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node computes a new value rather than handing on (reshaped, pooled, joined) the one it got."""
+    """Whether a node computes a new value (or only asks a shape) rather than handing on, reshaped, pooled or joined,
+    the one it got."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return any(True for _ in module.parameters()) or is_norm(module) or type(module).__name__ in _GATES
-    return node.op in ("output", "get_attr") or _called(node) in _ARITHMETIC
+    return node.op in ("output", "get_attr") or node.target in (getattr, "size") or called_function(node) in _ARITHMETIC
 
 
 def read_flow(model: nn.Module) -> Flow:
@@ -274,56 +296,59 @@ def read_flow(model: nn.Module) -> Flow:
     model.train()
     try:
         flow = Flow()
-        for prefix, root, graph in _graphs(model):
-            _collect(flow, prefix, root, graph)
+        for part in traced_parts(model):
+            _collect(flow, part)
         return flow
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _graphs(model: nn.Module) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
-    """(qualified name, module, graph) of the whole model, or of its largest traceable parts."""
+def traced_parts(model: nn.Module) -> Iterator[Part]:
+    """The whole model in its present mode, or its largest traceable parts."""
     todo, done = [("", model)], set()
     while todo:
         prefix, root = todo.pop()
         if root in done:
             continue
         done.add(root)
-        graph, opaque = _trace(root)
+        graph, tracer = _trace(root)
         if graph is None:
             todo += [(f"{prefix}{name}.", child) for name, child in root.named_children()]
             continue
-        yield prefix, root, graph
+        yield Part(prefix, root, graph, tracer.fixed)
         for name, module in root.named_modules():
-            if name and type(module) in opaque and not is_norm(module) and next(module.children(), None) is not None:
+            if name and type(module) in tracer.opaque and not is_norm(module) and next(module.children(), None) is not None:
                 todo += [(f"{prefix}{name}.{child_name}.", child) for child_name, child in module.named_children()]
 
 
-def _trace(root: nn.Module) -> tuple[fx.Graph | None, frozenset[type]]:
+def _trace(root: nn.Module) -> tuple[fx.Graph | None, FlowTracer]:
     """The graph of root with as few opaque types as tracing needs; None if root's own forward cannot be traced."""
-    opaque = _untraceable_types()
-    if type(root) in opaque or is_norm(root) or is_activation(root):
-        return None, opaque
-    while True:
-        tracer = FlowTracer(opaque)
+    tracer = FlowTracer(_untraceable_types())
+    while not (type(root) in tracer.opaque or is_norm(root) or is_activation(root)):
         try:
-            return tracer.trace(root, optional_arguments(root.forward)), opaque
+            fixed = _fixed_arguments(root.forward)
+            graph = tracer.trace(root, fixed)
+            tracer.fixed[""] = fixed
+            return graph, tracer
         except Exception:
-            if tracer.failed is None or type(tracer.failed) is type(root):
-                return None, opaque
-            opaque |= {type(tracer.failed)}
+            tracer = FlowTracer(tracer.opaque | {type(tracer.failed or root)})
+    return None, tracer
 
 
-def optional_arguments(forward: Callable) -> dict[str, object]:
-    """forward's optional arguments at their defaults, so that `if argument is None` goes the usual way."""
-    parameters = inspect.signature(forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+def _fixed_arguments(forward: Callable, args: tuple = (), kwargs: dict | None = None) -> dict[str, object]:
+    """forward's optional arguments that are not given a traced value in this call, and what they are."""
+    signature = inspect.signature(forward)
+    given = signature.bind_partial(*args, **(kwargs or {})).arguments
+    optional = {p.name: given.get(p.name, p.default) for p in signature.parameters.values() if p.default is not p.empty}
+    return {name: value for name, value in optional.items() if not isinstance(value, (fx.Proxy, list, tuple))}
 
 
-def _collect(flow: Flow, prefix: str, root: nn.Module, graph: fx.Graph) -> None:
+def _collect(flow: Flow, part: Part) -> None:
     """Adds one graph's norms and activation sites, under names of the whole model."""
-    for node in graph.nodes:
+    prefix, root = part.prefix, part.root
+    flow.fixed |= {(prefix + name).rstrip("."): values for name, values in part.fixed.items()}
+    for node in part.graph.nodes:
         if "site" in node.meta:
             flow.sites.append(_global_site(prefix, node.meta["site"]))
         if node.op == "call_module" and is_norm(root.get_submodule(str(node.target))):

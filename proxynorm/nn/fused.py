@@ -15,16 +15,14 @@ from typing import NamedTuple, Union
 import torch
 from torch import Tensor, nn
 
+from .folding import Constants
 from .kernels import BatchNorm, GroupNorm, aten, per_channel
 
 
-class Constants(NamedTuple):
-    """values (k, C): scale, shift of the norm and floor (ReLU), or scale, shift, gain and offset (other φ); the k − 2
-    last are absent where the activation is plain. jacobian (k, 4, C): derivatives by γ, β, γ̃, β̃; None where
-    scale = γ and shift = β are all there is."""
-
-    values: Tensor
-    jacobian: Tensor | None
+def is_transformed() -> bool:
+    """Whether something looks into the operations: torch.compile, export, tracing, torch.func, forward-mode AD."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0)
 
 
 class Head(NamedTuple):
@@ -88,3 +86,57 @@ def activate(u: Tensor, head: Head, values: Tensor) -> Tensor:
     if len(values) == 4:
         z = z.mul_(per_channel(values[2]).to(z.dtype)).add_(per_channel(values[3]).to(z.dtype))
     return z
+
+
+def _head_backward(grad: Tensor, x: Tensor, z: Tensor | None, norm: Union[GroupNorm, BatchNorm], head: Head,
+                   values: Tensor, statistics: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradient of u (without the factor gain) and the sums that the constants' gradients need beside the norm's."""
+    if head.name == "relu" and len(values) == 2:
+        return aten.threshold_backward(grad, z, 0), ()
+    if head.name == "relu":
+        above = z - per_channel(values[2]).to(z.dtype)  # 0 exactly where the floor cut
+        return aten.threshold_backward.grad_input(grad, above, 0, grad_input=above), (channel_sum(grad),)
+    direct = _gain_gradients(grad, z, values) if len(values) == 4 else ()
+    if head.name == "identity":
+        return grad, direct
+    u = norm.again(x, values[0], values[1], tuple(statistics))
+    return _activation_backward(grad, u, head), direct
+
+
+def _gain_gradients(grad: Tensor, z: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over a channel of grad·φ and of grad, in one pass: those of a batch norm's weight and bias, since
+    φ = (z − offset) / gain."""
+    gain, offset = values[2], values[3]
+    _, product, total = aten.native_batch_norm_backward(grad, z, torch.ones_like(gain), None, None, offset,
+                                                        gain.reciprocal(), True, 0.0, [False, True, True])
+    return product, total
+
+
+def channel_sum(grad: Tensor) -> Tensor:
+    """Sum over samples and positions, (C,), in float32 or better."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.sum((0, 2, 3), dtype=wide)
+
+
+def _activation_backward(grad: Tensor, u: Tensor, head: Head) -> Tensor:
+    """grad·φ'(u); u's memory is reused."""
+    if head.name == "silu":
+        return aten.silu_backward.grad_input(grad, u, grad_input=u)
+    if head.name in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if head.name == "gelu_tanh" else "none"
+        return aten.gelu_backward.grad_input(grad, u, approximate=approximate, grad_input=u)
+    with torch.enable_grad():
+        u.requires_grad_()
+        return torch.autograd.grad(head.module(u), u, grad)[0]
+
+
+def _differentiable_backward(ctx, grad: Tensor, x: Tensor, parameters: tuple[Tensor | None, ...]) -> tuple:
+    inputs = (x, *parameters)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    z = ctx.reference(*inputs)
+    slopes = iter(torch.autograd.grad(z, wanted, grad, create_graph=True, allow_unused=True))
+    return *(next(slopes) if t is not None and t.requires_grad else None for t in inputs), None, None, None, None
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last

@@ -1,4 +1,7 @@
-"""Mean and variance of an activation φ(γY + β) of a Gaussian proxy Y ~ N(β̃, (1 + γ̃)²), per channel."""
+"""Mean and variance of an activation φ(γY + β) of a Gaussian proxy Y ~ N(β̃, (1 + γ̃)²), per channel.
+
+γY + β is N(a, s²) with a = γβ̃ + β and s = |γ(1 + γ̃)|, so that both are functions of a and s alone.
+"""
 from __future__ import annotations
 
 import math
@@ -7,7 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import gaussian
 from .activations import Activation, activation_name, make_activation
+from .gaussian import Moments
+from .names import unknown_name
 
 METHODS = ("auto", "exact", "grid")
 
@@ -16,61 +22,98 @@ def proxy_moments(weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias
                   activation: Activation = "relu", method: str = "auto", nodes: int = 256) -> tuple[Tensor, Tensor]:
     """Mean and variance of φ(γY + β) with Y ~ N(β̃, (1 + γ̃)²).
 
-    weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,); so have the two results, in float32 (float64 for
-    float64 parameters) whatever autocast says. Twice differentiable in all four.
+    weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,); so have the two results, in float32 (float64
+    for float64 parameters) whatever autocast says. Twice differentiable in all four.
     """
     module = make_activation(activation)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r} of proxy_moments. Choose one of: {', '.join(METHODS)}")
+    check_method(method)
     with torch.autocast(weight.device.type, enabled=False):
         if method == "grid":
-            return grid_moments(module, weight, bias, proxy_weight, proxy_bias, nodes)
-        return exact_moments(module, weight, bias, proxy_weight, proxy_bias)
+            return _grid_moments(module, weight, bias, proxy_weight, proxy_bias, nodes)
+        out = torch.promote_types(weight.dtype, torch.float32)
+        a, s, *_ = location_and_scale(weight, bias, proxy_weight, proxy_bias)
+        mean, var, *_ = closed_form(module)(a, s) if closed_form(module) else quadrature(module, a, s)
+        return mean.to(out), var.to(out)
 
 
-def grid_moments(module: nn.Module, weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor,
-                 nodes: int = 256) -> tuple[Tensor, Tensor]:
-    """The paper's integration: uniform weights on Gaussian mid-point quantiles √2·erfinv(2(k+½)/n − 1)."""
+def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "auto", nodes: int = 256) -> Moments:
+    """Moments of φ(N(a, s²)) and their derivatives by a and s, without autograd; a and s as location_and_scale's."""
+    form = closed_form(module)
+    if form is not None and method != "grid":
+        return form(a, s)
+    with torch.enable_grad():
+        a, s = a.detach().requires_grad_(), s.detach().requires_grad_()
+        mean, var = grid(module, a, s, nodes) if method == "grid" else quadrature(module, a, s)
+        slopes = [torch.autograd.grad(m.sum(), (a, s), retain_graph=True, materialize_grads=True) for m in (mean, var)]
+    return Moments(mean.detach(), var.detach(), *slopes[0], *slopes[1])
+
+
+def check_method(method: str) -> None:
+    """Raises ValueError, with the nearest and all legal ones, for an unknown method."""
+    if method not in METHODS:
+        raise ValueError(unknown_name("method of moments", method, METHODS))
+
+
+def location_and_scale(weight: Tensor, bias: Tensor, proxy_weight: Tensor,
+                       proxy_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a = γβ̃ + β, s = |γ(1 + γ̃)| and the sign of γ(1 + γ̃), in float64 (float32 where the device has no float64)."""
+    work = working_dtype(weight)
+    weight, bias, proxy_weight, proxy_bias = (p.to(work) for p in (weight, bias, proxy_weight, proxy_bias))
+    signed = weight * (1 + proxy_weight)
+    return weight * proxy_bias + bias, signed.abs(), signed.sign()
+
+
+def working_dtype(like: Tensor) -> torch.dtype:
+    """float64, in which v = E[φ²] − m² loses nothing that matters; float32 on devices without it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def closed_form(module: nn.Module) -> Callable[[Tensor, Tensor], Moments] | None:
+    """The closed form for this activation, if there is one."""
+    name = activation_name(module)
+    if name == "leaky_relu":
+        return lambda a, s: gaussian.leaky_relu(a, s, module.negative_slope)
+    return _CLOSED.get(name)
+
+
+_CLOSED: dict[str, Callable[[Tensor, Tensor], Moments]] = {
+    "relu": gaussian.leaky_relu,
+    "identity": lambda a, s: gaussian.leaky_relu(a, s, 1.0),
+    "silu": gaussian.silu,
+    "gelu": gaussian.gelu,
+}
+
+
+def _grid_moments(module: nn.Module, weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor,
+                  nodes: int) -> tuple[Tensor, Tensor]:
+    """The paper's integration written as the authors do: every node is scaled, activated and averaged."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, bias, proxy_weight, proxy_bias = (
         p.to(dtype).unsqueeze(-1) for p in (weight, bias, proxy_weight, proxy_bias))
-    middle = (torch.arange(nodes, dtype=torch.float64, device="cpu") + 0.5) / nodes
-    grid = (math.sqrt(2) * torch.erfinv(2 * middle - 1)).to(weight.device, dtype)
-    z = module(weight * (proxy_bias + (1 + proxy_weight) * grid) + bias)
+    z = module(weight * (proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)) + bias)
     mean = z.mean(-1)
     return mean, (z - mean.unsqueeze(-1)).square().mean(-1)
 
 
-def exact_moments(module: nn.Module, weight: Tensor, bias: Tensor, proxy_weight: Tensor,
-                  proxy_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Closed form or quadrature: γY + β is N(a, s²) with a = γβ̃ + β and s = |γ(1 + γ̃)|."""
-    out = torch.promote_types(weight.dtype, torch.float32)
-    work = torch.float32 if weight.device.type == "mps" else torch.float64
-    weight, bias, proxy_weight, proxy_bias = (p.to(work) for p in (weight, bias, proxy_weight, proxy_bias))
-    a, s = weight * proxy_bias + bias, (weight * (1 + proxy_weight)).abs()
-    name = activation_name(module)
-    if name in ("relu", "leaky_relu", "identity"):
-        slope = {"relu": 0.0, "identity": 1.0}.get(name, getattr(module, "negative_slope", 0.0))
-        mean, var = _two_slopes(a, s, slope)
-    else:
-        mean, var = _quadrature(module, a, s)
-    return mean.to(out), var.to(out)
+def grid_nodes(nodes: int, like: Tensor) -> Tensor:
+    """The Gaussian mid-point quantiles √2·erfinv(2(k + ½)/n − 1), k = 0 … n − 1, computed in float64."""
+    middle = (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes
+    return (math.sqrt(2) * torch.erfinv(2 * middle - 1)).to(like)
 
 
-def _two_slopes(a: Tensor, s: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    s = s.clamp_min(1e-30)
-    t = (a / s).clamp(-40, 40)  # beyond, Φ and the density are 0 or 1 in float64 and only make NaN derivatives
-    cdf, density = torch.special.ndtr(t), torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
-    first, second = a * cdf + s * density, (a * a + s * s) * cdf + a * s * density
-    mean = (1 - slope) * first + slope * a
-    square = (1 - slope * slope) * second + slope * slope * (a * a + s * s)
-    return mean, (square - mean * mean).clamp_min(0)
+def grid(module: nn.Module, a: Tensor, s: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """The paper's integration as a function of a and s: uniform weights on Gaussian mid-point quantiles."""
+    return _weighted(module, a, s, grid_nodes(nodes, a), torch.full((nodes,), 1 / nodes).to(a))
 
 
-def _quadrature(module: Callable[[Tensor], Tensor], a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Any elementwise φ: the trapezoidal rule with 161 nodes on ±6.5 standard deviations."""
     nodes = torch.linspace(-6.5, 6.5, 161, dtype=a.dtype, device=a.device)
-    weights = torch.exp(-nodes * nodes / 2)
-    weights = weights / weights.sum()
+    weights = torch.exp(-0.5 * nodes * nodes)
+    return _weighted(module, a, s, nodes, weights / weights.sum())
+
+
+def _weighted(module: nn.Module, a: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     z = module(a.unsqueeze(-1) + s.unsqueeze(-1) * nodes)
     mean = (z * weights).sum(-1)
     return mean, ((z - mean.unsqueeze(-1)).square() * weights).sum(-1)

@@ -6,8 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .activations import Activation, activation_name, make_activation
-from .moments import METHODS, proxy_moments
+from .activations import Activation, activation_name, make_activation, out_of_place
+from .folding import Constants, Rule, fold
+from .fused import FusedStep, Head, is_transformed
+from .kernels import BatchNorm, GroupNorm, per_channel
+from .moments import check_method, proxy_moments
 from .names import KINDS, NORMS, norm_spec, unknown_name
 from .norms import NormBatch, batch_normalize, group_normalize
 
@@ -38,13 +41,13 @@ class NormAct2d(nn.Module):
         self.kind = norm.split("_")[0]
         self.apply_act = apply_act and act_layer is not None
         self.proxy = bool(proxy) and self.kind != "none"
-        if moments not in METHODS:
-            raise ValueError(unknown_name("moments", moments, METHODS))
+        check_method(moments)
         self.norm_batch, self.proxy_scale, self.moments, self.nodes = norm_batch, proxy_scale, moments, nodes
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
-        self.act = make_activation(act_layer if self.apply_act else None, inplace, **(act_kwargs or {}))
+        self.act = out_of_place(make_activation(act_layer if self.apply_act else None, **(act_kwargs or {})))
         self.act_name = activation_name(self.act)
+        self.shared_constants: Constants | None = None  # set for the time of a forward pass by shared.py
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
         self.reset_parameters()
@@ -84,45 +87,125 @@ class NormAct2d(nn.Module):
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
 
+    @property
+    def proxied(self) -> bool:
+        """Whether the output is proxy-normalized: proxy was asked for and an activation follows."""
+        return self.proxy and self.apply_act
+
     def proxy_statistics(self) -> tuple[Tensor, Tensor]:
         """m and v, shape (C,), of this layer's activation; functions of the four parameters alone."""
-        if not (self.proxy and self.apply_act):
+        if not self.proxied:
             raise ValueError("this layer has no proxy normalization, hence no proxy statistics")
-        weight = self.weight if self.weight is not None else torch.ones_like(self.proxy_weight)
-        bias = self.bias if self.bias is not None else torch.zeros_like(self.proxy_weight)
-        return proxy_moments(weight, bias, self.proxy_weight, self.proxy_bias, self.act, self.moments, self.nodes)
+        return proxy_moments(*self.four_parameters(), self.act, self.moments, self.nodes)
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,): what a layer with proxy_scale=False leaves to a later gate."""
         return torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps)
 
+    def proxy_rule(self) -> Rule:
+        """How this layer integrates and uses its moments."""
+        return Rule(self.act, self.moments, self.nodes, self.proxy_eps, self.proxy_scale)
+
+    def four_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """γ, β, γ̃, β̃ of a proxied layer; ones and zeros stand for γ and β where there are none."""
+        weight, bias = self.weight, self.bias
+        weight = torch.ones_like(self.proxy_weight) if weight is None else weight
+        bias = torch.zeros_like(self.proxy_weight) if bias is None else bias
+        return weight, bias, self.proxy_weight, self.proxy_bias
+
     def normalize(self, x: Tensor) -> Tensor:
-        """y, the norm of x before γ and β; same shape, dtype and, where the norm keeps it, memory format."""
+        """y, the norm of x before γ and β; same shape and dtype. In training, BN's running statistics move."""
+        return self._normalize(x, self.running_mean, self.running_var) if self.kind == "bn" else self._normalize(x)
+
+    def _normalize(self, x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None) -> Tensor:
         if self.kind == "none":
             return x
         if self.kind != "bn":
             return group_normalize(x, self.groups, self.eps)
-        momentum = self.momentum
-        if self.training and self.running_mean is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
-        training = self.training or self.running_mean is None
-        return batch_normalize(x, self.running_mean, self.running_var, training, momentum or 0.0, self.eps,
-                               self.norm_batch)
+        momentum = self._step_momentum() if running_mean is not None else 0.0
+        return batch_normalize(x, running_mean, running_var, self._uses_batch(), momentum, self.eps, self.norm_batch)
+
+    def _uses_batch(self) -> bool:
+        return self.training or self.running_mean is None
+
+    def _step_momentum(self) -> float:
+        """Counts the batch and gives the share it gets in the running statistics."""
+        if not self.training:
+            return 0.0
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.normalize(x)
-        shape = (1, -1, 1, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            u = y if self.weight is None else y * self.weight.view(shape)
-            u = u if self.bias is None else u + self.bias.view(shape)
+        """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
+        self._check(x)
+        if self._needs_plain(x):
+            return self.activate(self.normalize(x))
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._fused(x)
+        return self._fused(x)
+
+    def activate(self, y: Tensor) -> Tensor:
+        """Act or PN-Act of y, written as the paper's formula, in float32 or better; the result has y's dtype."""
+        return self._activate(y, self.weight, self.bias, self.proxy_weight, self.proxy_bias)
+
+    def _activate(self, y: Tensor, weight: Tensor | None, bias: Tensor | None, proxy_weight: Tensor | None,
+                  proxy_bias: Tensor | None) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            u = y.to(torch.promote_types(y.dtype, torch.float32))
+            u = u if weight is None else u * per_channel(weight)
+            u = u if bias is None else u + per_channel(bias)
             z = self.act(self.drop(u))
-            if self.proxy and self.apply_act:
-                mean, var = self.proxy_statistics()
-                z = z - mean.view(shape)
-                if self.proxy_scale:
-                    z = z * torch.rsqrt(var + self.proxy_eps).view(shape)
-            return z.to(x.dtype)
+            if self.proxied:
+                four = (torch.ones_like(proxy_weight) if weight is None else weight,
+                        torch.zeros_like(proxy_weight) if bias is None else bias, proxy_weight, proxy_bias)
+                mean, var = proxy_moments(*four, self.act, self.moments, self.nodes)
+                z = z - per_channel(mean)
+                z = z * per_channel(torch.rsqrt(var + self.proxy_eps)) if self.proxy_scale else z
+            return z.to(y.dtype)
+
+    def _reference(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """The whole layer as a function of its input and four parameters, in plain operations; no side effects."""
+        statistics = (None, None) if self._uses_batch() else (self.running_mean, self.running_var)
+        return self._activate(self._normalize(x, *statistics) if self.kind == "bn" else self._normalize(x),
+                              *parameters)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected an input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}")
+        if self.groups is not None and self.training and x[0].numel() == self.groups:
+            raise ValueError(f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels and "
+                             "so no variance: use fewer groups or a larger input")
+
+    def _needs_plain(self, x: Tensor) -> bool:
+        """Whether the plain operations must serve: they can be traced, transformed and extended, the fused step not."""
+        unusual = self.kind == "none" or self.norm_batch == "global" or not isinstance(self.drop, nn.Identity)
+        return unusual or self.act_name == "callable" or x.numel() == 0 or is_transformed()
+
+    def _fused(self, x: Tensor) -> Tensor:
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        constants = Constants(*(c if c is None else c.to(dtype) for c in self._constants(x)))
+        parameters = (self.weight, self.bias, self.proxy_weight, self.proxy_bias)
+        head = Head(self.act_name, self.act)
+        return FusedStep.apply(x, *parameters, self._kernel(), head, constants, self._reference)
+
+    def _constants(self, x: Tensor) -> Constants:
+        if self.proxied:
+            if self.shared_constants is not None:
+                return self.shared_constants
+            return fold(self.four_parameters(), self.proxy_rule())
+        with torch.no_grad():
+            weight = x.new_ones(self.num_features) if self.weight is None else self.weight
+            bias = torch.zeros_like(weight) if self.bias is None else self.bias
+            return Constants(torch.stack([weight, bias]), None)
+
+    def _kernel(self) -> GroupNorm | BatchNorm:
+        if self.kind != "bn":
+            return GroupNorm(self.groups, self.eps)
+        momentum = self._step_momentum() if self.running_mean is not None else 0.0
+        return BatchNorm(self.running_mean, self.running_var, self._uses_batch(), momentum, self.eps, self.norm_batch)
 
     def extra_repr(self) -> str:
         parts = [str(self.num_features), f"norm={self.kind}", f"proxy={self.proxy}"]

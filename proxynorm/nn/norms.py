@@ -41,22 +41,25 @@ def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor 
 
 def _chunk_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
                      size: int) -> Tensor:
-    """Every chunk of size images becomes a set of channels of its own, so that one batch norm does all chunks."""
+    """All whole chunks at once, as a fifth dimension; then the smaller chunk of what is left over, if any."""
     whole = len(x) // size * size
-    parts, means, variances = [], [], []
-    for part, images in ((x[:whole], size), (x[whole:], len(x) - whole)):
-        if len(part) == 0:
-            continue
-        chunks = len(part) // images
-        _, channels, height, width = part.shape
-        folded = part.unflatten(0, (chunks, images)).transpose(0, 1).reshape(images, -1, height, width)
-        mean, var = (x.new_zeros(chunks * channels, dtype=torch.float32) for _ in range(2))
-        y = F.batch_norm(folded, mean, var, training=True, momentum=1.0, eps=eps)
-        parts.append(y.unflatten(1, (chunks, channels)).transpose(0, 1).flatten(0, 1))
-        means.append(mean.view(chunks, channels))
-        variances.append(var.view(chunks, channels))
+    parts = [x[:whole].unflatten(0, (-1, size))] + ([x[whole:].unsqueeze(0)] if whole < len(x) else [])
+    normalized, means, variances = zip(*(_normalize_chunks(part, eps) for part in parts))
     _update_running(running_mean, running_var, torch.cat(means).mean(0), torch.cat(variances).mean(0), momentum)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(normalized).to(x.dtype)
+
+
+def _normalize_chunks(part: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(K, images, C, H, W) → (K·images, C, H, W), and the chunks' means and unbiased variances, (K, C)."""
+    part = part.to(torch.promote_types(part.dtype, torch.float32))
+    count = part[0, :, 0].numel()
+    if count == 1:
+        raise ValueError("bn over a chunk of one image with a 1×1 map has one value per channel and so no variance: "
+                         "use a larger norm_batch, or one that divides the batch")
+    var, mean = torch.var_mean(part, dim=(1, 3, 4), correction=0, keepdim=True)
+    y = (part - mean) * torch.rsqrt(var + eps)
+    unbiased = var.detach() * (count / (count - 1))
+    return y.flatten(0, 1), mean.detach().flatten(1), unbiased.flatten(1)
 
 
 def _global_batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,

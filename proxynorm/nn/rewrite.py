@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx, nn
 
-from proxynorm.nn.dataflow import FlowTracer, optional_arguments
+from proxynorm.nn.dataflow import FlowTracer
 
 
 class RewrittenForward:
@@ -19,6 +19,7 @@ class RewrittenForward:
     """
 
     absorbed_calls: frozenset[int]
+    fixed_arguments: dict[str, object]
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The original forward without the absorbed activation calls."""
@@ -29,28 +30,61 @@ class RewrittenForward:
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        _make_forwards(self)
+        original = type(self).__mro__[2]
+        self.__dict__["_forwards"] = rewritten_forwards(self, self.absorbed_calls, self.fixed_arguments, original)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _blank, (type(self).__mro__[2],), self.__getstate__()
 
 
-def absorb_calls(module: nn.Module, ordinals: Iterable[int]) -> None:
-    """Takes the activation calls with these ordinals (in the order of execution) out of a module's forward, in place.
+def rewritten_forwards(
+    module: nn.Module, calls: Iterable[int], fixed: dict[str, object], original: type | None = None
+) -> dict[bool, Callable]:
+    """The forwards of a module, for evaluation (False) and training (True), without some of its activation calls.
 
     Args:
-        module: the module whose forward makes the calls.
-        ordinals: which of its activation calls; each becomes the identity at that place alone.
+        module: the module whose forward makes the calls; it is not changed.
+        calls: which of its activation calls (counted from 0 as they are executed) become the identity.
+        fixed: values of the forward's optional arguments that are no tensors; other values raise when it is called.
+        original: the class whose forward is meant; None: the module's own.
 
     Raises:
         ValueError: the forward cannot be traced by itself.
     """
-    already = getattr(module, "absorbed_calls", None)
-    if already is not None:
-        raise ValueError(f"the forward of this {type(module).__name__} was rewritten before: convert the original model")
-    module.absorbed_calls = frozenset(ordinals)
+    mode, present = module.training, module.__class__
+    try:
+        module.__class__ = original or present
+        forwards = {}
+        for training in (False, True):
+            module.training = training
+            forwards[training] = _rewritten_forward(module, frozenset(calls), fixed)
+        return forwards
+    finally:
+        module.training, module.__class__ = mode, present
+
+
+def _rewritten_forward(module: nn.Module, calls: frozenset[int], fixed: dict[str, object]) -> Callable:
+    """The forward in the module's present mode, as a function of the module and its inputs."""
+    try:
+        graph = FlowTracer(shallow=True).trace(module, fixed)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the forward of {type(module).__name__} cannot be rewritten: {reason}") from error
+    for node in list(graph.nodes):
+        if "site" in node.meta and node.meta["site"].ordinal in calls:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return type(fx.GraphModule(module, graph)).forward
+
+
+def install_forwards(
+    module: nn.Module, calls: Iterable[int], fixed: dict[str, object], forwards: dict[bool, Callable]
+) -> None:
+    """Makes a module run the result of rewritten_forwards, in place; arguments as there."""
+    module.absorbed_calls = frozenset(calls)
+    module.fixed_arguments = fixed
+    module.__dict__["_forwards"] = forwards
     module.__class__ = _rewritten_class(type(module))
-    _make_forwards(module)
 
 
 def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
@@ -62,33 +96,3 @@ def _blank(original: type[nn.Module]) -> nn.Module:
     """An object of the rewritten class without state; for copying and unpickling."""
     rewritten = _rewritten_class(original)
     return rewritten.__new__(rewritten)
-
-
-def _make_forwards(module: nn.Module) -> None:
-    """Sets module._forwards: the rewritten forward for evaluation (False) and for training (True)."""
-    mode = module.training
-    try:
-        forwards = {}
-        for training in (False, True):
-            module.training = training
-            forwards[training] = _make_forward(module)
-        module.__dict__["_forwards"] = forwards
-    finally:
-        module.training = mode
-
-
-def _make_forward(module: nn.Module) -> Callable:
-    """The rewritten forward in the present mode, as a function of the module and its inputs."""
-    rewritten, original = type(module), type(module).__mro__[2]
-    module.__class__ = original
-    try:
-        graph = FlowTracer(shallow=True).trace(module, optional_arguments(original.forward))
-    except Exception as error:
-        raise ValueError(f"the forward of {original.__name__} cannot be rewritten: {error}") from error
-    finally:
-        module.__class__ = rewritten
-    for node in list(graph.nodes):
-        if "site" in node.meta and node.meta["site"].ordinal in module.absorbed_calls:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return type(fx.GraphModule(module, graph)).forward

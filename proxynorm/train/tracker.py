@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Tracker:
 
         logger, identifier = settings.logger, folder / "wandb_id.txt"
         if not (resumed and identifier.exists()):
-            write_text(identifier, wandb.util.generate_id())
+            write_text(identifier, secrets.token_hex(4))
         tags = [settings.norm.name, str(settings.model["name"]), f"batch={settings.batch}",
                 f"regularization={settings.regularization.name}", *logger.tags]
         try:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from proxynorm.data import Batch, Data
+from proxynorm.data.mixing import Mixing
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, seeded_model
 from proxynorm.train.distributed import Process
@@ -50,11 +51,10 @@ class Trainer:
 
     # -- making ---------------------------------------------------------------------------------------------------
 
-    def _mixing(self) -> "Mixing | None":
+    def _mixing(self) -> Mixing | None:
         regularization = self.settings.regularization
         if not (regularization.mixup or regularization.cutmix):
             return None
-        from proxynorm.data.mixing import Mixing
         return Mixing(regularization.mixup, regularization.cutmix, regularization.mix_probability,
                       regularization.switch_probability, regularization.label_smoothing, len(self.data.info.classes))
 

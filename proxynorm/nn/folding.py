@@ -1,0 +1,76 @@
+"""Folds affine and proxy normalization into a few constants per channel, with their derivatives.
+
+Everything here is (C,)-sized, without autograd; the channels of many layers may stand side by side.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .activations import activation_name
+from .gaussian import Moments
+from .moments import location_and_scale, moments_with_slopes, working_dtype
+
+
+class Rule(NamedTuple):
+    """How m and v are computed and used. scale False: only m is subtracted (see NormAct2d's proxy_scale)."""
+
+    module: nn.Module
+    method: str
+    nodes: int
+    eps: float
+    scale: bool
+
+
+class Constants(NamedTuple):
+    """values (k, C): scale and shift of the norm, then floor (ReLU) or gain and offset (other activations); only the
+    two first where the activation is plain. jacobian (k, 4, C): derivatives by γ, β, γ̃, β̃; None where scale = γ and
+    shift = β are all there is."""
+
+    values: Tensor
+    jacobian: Tensor | None
+
+
+@torch.no_grad()
+def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Constants:
+    """The constants for γ, β, γ̃, β̃, each (C,), in float32 (float64 for float64 parameters).
+
+    With r = 1/sqrt(v + ε): ReLU: scale = rγ, shift = r(β − m), floor = −rm. Others: scale = γ, shift = β, gain = r,
+    offset = −rm.
+    """
+    four = torch.stack(parameters).to(working_dtype(parameters[0]))
+    weight, bias, proxy_weight, proxy_bias = four
+    a, s, sign = location_and_scale(*four)
+    r, offset = _gain_and_offset(moments_with_slopes(rule.module, a, s, rule.method, rule.nodes), rule)
+    if activation_name(rule.module) == "relu":
+        columns = torch.stack([r * weight, r * bias + offset, offset], dim=1)
+        direct = r[0]
+    else:
+        columns = F.pad(torch.stack([r, offset], dim=1), (0, 0, 2, 0))
+        columns[0, :2] = four[:2]
+        direct = 1.0
+    values, by_a, by_s = columns  # each (k, C)
+    by_s = by_s * sign
+    jacobian = torch.stack([by_a * proxy_bias + by_s * (1 + proxy_weight), by_a, by_s * weight, by_a * weight], dim=1)
+    jacobian[0, 0] += direct  # scale by γ, and shift by β, at fixed moments
+    jacobian[1, 1] += direct
+    out = torch.promote_types(parameters[0].dtype, torch.float32)
+    return Constants(values.to(out), jacobian.to(out))
+
+
+def _gain_and_offset(moments: Moments, rule: Rule) -> tuple[Tensor, Tensor]:
+    """r and −rm, each (3, C): the value, its derivative by a, its derivative by s."""
+    mean = torch.stack([moments.mean, moments.mean_a, moments.mean_s])
+    if not rule.scale:
+        r = torch.zeros_like(mean)
+        r[0] = 1
+        return r, -mean
+    value = torch.rsqrt(moments.var + rule.eps)
+    slope = -0.5 * value * value * value
+    r = torch.stack([value, slope * moments.var_a, slope * moments.var_s])
+    offset = -value * mean
+    offset[1:] -= r[1:] * moments.mean
+    return r, offset

@@ -1,0 +1,283 @@
+"""Turns a trained model into one for inference: PN's moments become constants, and what can be merged is merged.
+
+With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m:
+
+- ReLU: max(sγ·y + s(β − m), −s·m), so that scale and shift fold into the norm's affine and a floor replaces the zero;
+- where the value goes into 1×1 convolutions without padding, or through average pooling into a classifier, s and −s·m
+  are merged into their weights and biases, exactly, and a plain φ remains;
+- where it goes into padded convolutions, s is merged and −m stays (zero padding commutes with a scale, not a shift);
+- batch norm is folded into the convolution before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from proxynorm.nn.dataflow import called_function, traced_parts
+from proxynorm.nn.norm_act import NormAct2d
+
+
+class FrozenNormAct2d(nn.Module):
+    """Norm with affine, φ, then a constant affine per channel; what a NormAct2d becomes for inference.
+
+    Args:
+        layer: the layer to replace; its norm, groups, eps and activation are taken.
+        folded: batch norm only: the norm with its affine is already in the convolution before.
+    """
+
+    def __init__(self, layer: NormAct2d, folded: bool) -> None:
+        super().__init__()
+        self.kind = "folded" if folded else layer.kind
+        self.groups, self.eps = layer.groups, layer.eps
+        self.drop = nn.Identity() if _idles(layer.drop) else layer.drop
+        self.act = copy.deepcopy(layer.act)
+        if hasattr(self.act, "inplace"):
+            self.act.inplace = True
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, getattr(layer, name) if self.kind == "bn" else None)
+        for name in ("weight", "bias", "floor", "gain", "offset"):
+            self.register_buffer(name, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → the same shape. May overwrite x where batch norm was folded into the convolution before."""
+        y = self.drop(self._normalize(x))
+        if y.requires_grad:
+            y = y.clone()  # what follows works in place
+        if self.floor is not None:
+            y = y.clamp_(min=self.floor)
+        else:
+            y = self.act(y)
+        if self.gain is not None:
+            return torch.addcmul(self.offset, y, self.gain)
+        return y if self.offset is None else y.add_(self.offset)
+
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """γ·norm(x) + β with what was folded into γ and β."""
+        if self.kind == "folded":
+            return x
+        if self.kind == "bn":
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if self.kind == "none":
+            return torch.addcmul(self.bias.view(1, -1, 1, 1), x, self.weight.view(1, -1, 1, 1))
+        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """Kind, and what is left of PN."""
+        rest = [name for name in ("floor", "gain", "offset") if getattr(self, name) is not None]
+        return ", ".join([self.kind, *rest])
+
+
+@dataclass
+class Neighbours:
+    """What stands around one norm in the data flow.
+
+    Attributes:
+        before: the convolution whose value goes into this norm alone; None if there is none such.
+        after: the layers, each called once, that take the norm's value (pooled or not); None if others do too.
+        gate: the only one that takes it, if it is a module that can apply PN's constants itself.
+    """
+
+    before: nn.Conv2d | None = None
+    after: list[nn.Conv2d | nn.Linear] | None = field(default=None)
+    gate: str | None = None
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A copy of the model for inference: evaluation mode, no gradients, constants folded; exportable to ONNX.
+
+    The copy computes what the model computes in evaluation mode, to rounding. Weight standardization becomes plain
+    weights. Where the data flow cannot be traced, layers are frozen one by one and nothing is merged.
+
+    Args:
+        model: a model with NormAct2d layers; it is not changed.
+
+    Raises:
+        ValueError: the model has no NormAct2d.
+    """
+    if not any(isinstance(module, NormAct2d) for module in model.modules()):
+        raise ValueError(f"nothing to freeze: this {type(model).__name__} has no NormAct2d; see proxynorm.convert")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(frozen.modules()):
+        if parametrize.is_parametrized(module):
+            _unparametrize(module)
+    neighbours = _neighbours(frozen)
+    with torch.no_grad():
+        for name, module in list(frozen.named_modules()):
+            if isinstance(module, NormAct2d):
+                replacement = _freeze_layer(frozen, module, neighbours.get(name, Neighbours()))
+                for alias, other in list(frozen.named_modules(remove_duplicate=False)):
+                    if other is module:
+                        frozen.set_submodule(alias, replacement)
+    return frozen.requires_grad_(False)
+
+
+def _unparametrize(module: nn.Module) -> None:
+    """Makes computed weights plain ones. torch's remove_parametrizations would change the class, and with it the
+    model that this module was copied from."""
+    weights = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    module.__class__ = type(module).__mro__[1]
+    del module.parametrizations
+    for name, weight in weights.items():
+        module.register_parameter(name, nn.Parameter(weight))
+
+
+def _freeze_layer(model: nn.Module, layer: NormAct2d, around: Neighbours) -> nn.Module:
+    """The layer's replacement; merges into the layers around it."""
+    folded = layer.kind == "bn" and around.before is not None and layer.running_mean is not None
+    result = FrozenNormAct2d(layer, folded)
+    weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach().clone()
+    bias = torch.zeros_like(weight) if layer.bias is None else layer.bias.detach().clone()
+    if layer.proxied:
+        mean, var = (moment.to(weight.dtype) for moment in layer.proxy_statistics())
+        scale = torch.rsqrt(var + layer.proxy_eps) if layer.proxy_scale else torch.ones_like(var)
+        weight, bias = _place_proxy(model, result, around, weight, bias, mean, scale)
+    if folded:
+        gain = weight * torch.rsqrt(layer.running_var + layer.eps)
+        _scale_output(around.before, gain, bias - layer.running_mean * gain)
+    else:
+        result.weight, result.bias = weight, bias
+    idle = folded and isinstance(result.act, nn.Identity) and isinstance(result.drop, nn.Identity)
+    return nn.Identity() if idle else result
+
+
+def _place_proxy(
+    model: nn.Module, layer: FrozenNormAct2d, around: Neighbours, weight: torch.Tensor, bias: torch.Tensor,
+    mean: torch.Tensor, scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Puts s and −s·m where they cost least; returns the norm's affine."""
+    shape = (1, -1, 1, 1)
+    if around.gate is not None:
+        gate = model.get_submodule(around.gate)
+        model.set_submodule(around.gate, gate.frozen(mean, gate.scale()))
+    elif around.after is not None and not any(_pads(module) for module in around.after):
+        for module in around.after:
+            _scale_input(module, scale, -scale * mean)
+    elif type(layer.act) is nn.ReLU and isinstance(layer.drop, nn.Identity):
+        layer.floor = (-scale * mean).view(shape)
+        return scale * weight, scale * (bias - mean)
+    elif around.after is not None:
+        for module in around.after:
+            _scale_input(module, scale, torch.zeros_like(scale))
+        layer.offset = -mean.view(shape)
+    else:
+        layer.gain, layer.offset = scale.view(shape), (-scale * mean).view(shape)
+    return weight, bias
+
+
+def _pads(module: nn.Conv2d | nn.Linear) -> bool:
+    """Whether zeros, rather than values of the map, may enter the layer."""
+    return isinstance(module, nn.Conv2d) and module.padding not in ((0, 0), "valid")
+
+
+def _scale_input(module: nn.Conv2d | nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """Makes module(z) what module(scale·z + shift) was; scale and shift have a value per input channel."""
+    groups = getattr(module, "groups", 1)
+    repeats = module.weight.shape[0] // groups
+    tail = (1,) * (module.weight.ndim - 2)
+    spread_scale, spread_shift = (
+        v.to(module.weight.dtype).view(groups, -1).repeat_interleave(repeats, 0).view(*module.weight.shape[:2], *tail)
+        for v in (scale, shift)
+    )
+    added = (module.weight * spread_shift).flatten(1).sum(1)
+    _set_bias(module, added if module.bias is None else module.bias + added)
+    module.weight = nn.Parameter(module.weight * spread_scale)
+
+
+def _scale_output(module: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """Makes module(x) what scale·module(x) + shift was; scale and shift have a value per output channel."""
+    scale, shift = scale.to(module.weight.dtype), shift.to(module.weight.dtype)
+    _set_bias(module, shift if module.bias is None else module.bias * scale + shift)
+    module.weight = nn.Parameter(module.weight * scale.view(-1, 1, 1, 1))
+
+
+def _set_bias(module: nn.Conv2d | nn.Linear, bias: torch.Tensor) -> None:
+    """Sets the bias, unless there was none and it is zero."""
+    if module.bias is not None or bool(bias.any()):
+        module.bias = nn.Parameter(bias)
+
+
+def _neighbours(model: nn.Module) -> dict[str, Neighbours]:
+    """What stands around each norm that is called once, by the norm's qualified name."""
+    found, calls = {}, Counter()
+    parts = list(traced_parts(model))
+    for part in parts:
+        calls.update(part.root.get_submodule(str(n.target)) for n in part.graph.nodes if n.op == "call_module")
+    for part in parts:
+        for node in part.graph.nodes:
+            module = part.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, NormAct2d) and calls[module] == 1:
+                found[part.prefix + str(node.target)] = _around(node, part.root, calls, part.prefix)
+    return found
+
+
+def _around(node: fx.Node, root: nn.Module, calls: Counter, prefix: str) -> Neighbours:
+    """The neighbours of the norm that `node` calls."""
+    around = Neighbours(after=_takers(node, root, calls))
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
+        module = root.get_submodule(str(source.target))
+        around.before = module if isinstance(module, nn.Conv2d) and calls[module] == 1 else None
+    gate = _single_user(node, root)
+    if gate is not None and hasattr(root.get_submodule(gate), "frozen") and calls[root.get_submodule(gate)] == 1:
+        around.gate = prefix + gate
+    return around
+
+
+def _single_user(node: fx.Node, root: nn.Module) -> str | None:
+    """Name of the module that alone takes the node's value, identities left out; None if there is none such."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.op != "call_module":
+            return None
+        if not isinstance(root.get_submodule(str(node.target)), nn.Identity):
+            return str(node.target)
+    return None
+
+
+def _takers(node: fx.Node, root: nn.Module, calls: Counter) -> list[nn.Conv2d | nn.Linear] | None:
+    """The convolutions and linear layers that take a norm's value, directly or pooled; None if anything else does."""
+    channels = root.get_submodule(str(node.target)).num_features
+    takers, todo = [], list(node.users)
+    while todo:
+        user = todo.pop()
+        module = root.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if _hands_on(user, module):
+            todo += list(user.users)
+        elif _takes(module, channels) and calls[module] == 1 and len(user.all_input_nodes) == 1:
+            takers.append(module)
+        else:
+            return None
+    return takers or None
+
+
+def _takes(module: nn.Module | None, channels: int) -> bool:
+    """Whether a layer is linear in each of that many input channels. A subclass may do more than its class."""
+    if type(module) is nn.Conv2d:
+        return module.in_channels == channels and module.padding_mode == "zeros"
+    return type(module) is nn.Linear and module.in_features == channels
+
+
+def _hands_on(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node commutes with a constant affine (of positive scale) per channel: average and max pooling."""
+    if module is not None:
+        if isinstance(module, nn.AvgPool2d):
+            return module.padding in (0, (0, 0)) or not module.count_include_pad
+        pools = (nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, nn.Identity)
+        return isinstance(module, pools) or _idles(module)
+    name = called_function(node)
+    if name == "mean":
+        dims = [*node.args[1:2], *(node.kwargs[k] for k in ("dim",) if k in node.kwargs)]
+        return bool(dims) and sorted(d % 4 for d in dims[0]) == [2, 3]
+    return name in ("flatten", "adaptive_avg_pool2d") or (name == "dropout" and not node.kwargs.get("training", True))
+
+
+def _idles(module: nn.Module) -> bool:
+    """Whether a module does nothing in evaluation."""
+    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) or "DropBlock" in type(module).__name__

@@ -1,0 +1,127 @@
+"""Mean and variance of φ(u), u ~ N(a, s²), and their slopes by a and s: closed forms.
+
+With M(a, s) = E[φ(a + sG)]: ∂M/∂s = s·∂²M/∂a² (heat equation), E[u f] = a·E[f] + s²·E[f'] (Stein). Everything
+elementwise on float64 tensors of one shape; a and s as moments.py makes them.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SQRT_2PI = math.sqrt(2 * math.pi)
+
+
+def _legendre(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Gauss–Legendre nodes and weights on (0, 1), from the Jacobi matrix (Golub and Welsch)."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    side = k / (4 * k * k - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(side, 1) + torch.diag(side, -1))
+    return tuple(((nodes + 1) / 2).tolist()), tuple(vectors[0].square().tolist())
+
+
+_LEGENDRE = _legendre(12)
+
+
+class Moments(NamedTuple):
+    """Mean and variance, and their derivatives by a and by s."""
+
+    mean: Tensor
+    var: Tensor
+    mean_a: Tensor
+    mean_s: Tensor
+    var_a: Tensor
+    var_s: Tensor
+
+
+def from_raw(mean: Tensor, square: Tensor, mean_a: Tensor, mean_s: Tensor, square_a: Tensor,
+             square_s: Tensor) -> Moments:
+    """From E[φ], E[φ²] and their slopes."""
+    return Moments(mean, (square - mean * mean).clamp_min(0), mean_a, mean_s,
+                   square_a - 2 * mean * mean_a, square_s - 2 * mean * mean_s)
+
+
+def standardized(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Φ(a/s) and the standard normal density at a/s; finite, with finite derivatives, down to s = 0."""
+    # beyond 38 both are 0 or 1 in float64, and only their derivatives could still overflow
+    t = (a / s.clamp_min(1e-30)).clamp(-38, 38)
+    return torch.special.ndtr(t), torch.exp(-0.5 * t * t) / _SQRT_2PI
+
+
+def leaky_relu(a: Tensor, s: Tensor, slope: float = 0.0) -> Moments:
+    """φ = max(u, 0) + slope·min(u, 0); ReLU for slope 0, the identity for slope 1."""
+    cdf, density = standardized(a, s)
+    power = a * a + s * s
+    mean = a * cdf + s * density
+    square = power * cdf + a * s * density
+    if slope == 0:
+        return from_raw(mean, square, cdf, density, 2 * mean, 2 * s * cdf)
+    k, k2 = 1 - slope, 1 - slope * slope
+    return from_raw(k * mean + slope * a, k2 * square + slope * slope * power, k * cdf + slope, k * density,
+                    2 * (k2 * mean + slope * slope * a), 2 * s * (k2 * cdf + slope * slope))
+
+
+# The logistic distribution as a scale mixture of normals, σ(u) ≈ Σ p·Φ(λu): Monahan and Stefanski, in Balakrishnan (ed.),
+# Handbook of the Logistic Distribution (1992), eight terms.
+_P = (0.003246343272134, 0.051517477033972, 0.195077912673858, 0.315569823632818, 0.274149576158423,
+      0.131076880695470, 0.027912418727972, 0.001449567805354)
+_LAMBDA = (1.365340806296348, 1.059523971016916, 0.830791313765644, 0.650732166639391, 0.508135425366489,
+           0.396313345166341, 0.308904252267995, 0.238212616409306)
+
+
+def silu(a: Tensor, s: Tensor) -> Moments:
+    """φ = u·σ(u), through σ² = σ − σ' and the normal mixture for σ. Errors: see moments.py."""
+    d = _sigmoid_derivatives(a, s)
+    return _self_gated(a, s, d[:4], [d[k] - d[k + 1] for k in range(5)])
+
+
+def gelu(a: Tensor, s: Tensor) -> Moments:
+    """φ = u·Φ(u); E[Φ(u)²] = Φ(h) − 2·T(h, r) with Owen's T, h = a/sqrt(1 + s²), r = 1/sqrt(1 + 2s²)."""
+    v = s * s
+    c, r = torch.rsqrt(1 + v), torch.rsqrt(1 + 2 * v)
+    h = c * a
+    cdf, density = torch.special.ndtr(h), torch.exp(-0.5 * h * h) / _SQRT_2PI
+    d = c * density
+    gates = [cdf, d, -h * c * d, (h * h - 1) * c * c * d]
+    hr = h * r
+    p = 2 * d * torch.special.ndtr(hr)  # d/da of E[Φ²]; p' = −hc·p + q, q' = −hc(1 + r²)·q
+    q = 2 * c * r * d * torch.exp(-0.5 * hr * hr) / _SQRT_2PI
+    k, hc, h2, c2 = 2 + r * r, h * c, h * h, c * c
+    squares = [cdf - 2 * _owens_t(h, r), p, q - hc * p, c2 * (h2 - 1) * p - hc * k * q,
+               hc * c2 * (3 - h2) * p + c2 * (h2 - 1 - k + h2 * k * (1 + r * r)) * q]
+    return _self_gated(a, s, gates, squares)
+
+
+def _self_gated(a: Tensor, s: Tensor, gate: list[Tensor], squared_gate: list[Tensor]) -> Moments:
+    """Moments of u·g(u) from E[g⁽ᵏ⁾], k = 0 … 3, and E[(g²)⁽ᵏ⁾], k = 0 … 4, by Stein's identity."""
+    v, (g0, g1, g2, g3), (t0, t1, t2, t3, t4) = s * s, gate, squared_gate
+    mean_aa = 2 * g1 + a * g2 + v * g3
+    square = (a * a + v) * t0 + 2 * a * v * t1 + v * v * t2
+    square_a = 2 * a * t0 + (a * a + 3 * v) * t1 + 2 * a * v * t2 + v * v * t3
+    square_aa = 2 * t0 + 4 * a * t1 + (a * a + 5 * v) * t2 + 2 * a * v * t3 + v * v * t4
+    return from_raw(a * g0 + v * g1, square, g0 + a * g1 + v * g2, s * mean_aa, square_a, s * square_aa)
+
+
+def _owens_t(h: Tensor, r: Tensor) -> Tensor:
+    """Owen's T(h, r) for 0 < r ≤ 1, its defining integral by Gauss–Legendre."""
+    nodes, weights = (torch.tensor(v, dtype=h.dtype, device=h.device).view(-1, *[1] * h.ndim) for v in _LEGENDRE)
+    x2 = (r * nodes).square() + 1
+    return (torch.exp(-0.5 * h.square() * x2) / x2 * weights).sum(0) * r / (2 * math.pi)
+
+
+def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
+    """E[σ⁽ᵏ⁾(u)], k = 0 … 5: the a-derivatives of Σ p·Φ(λa / sqrt(1 + λ²s²))."""
+    column = (-1, *[1] * a.ndim)
+    scale = torch.tensor(_LAMBDA, dtype=a.dtype, device=a.device).view(column)
+    share = torch.tensor(_P, dtype=a.dtype, device=a.device).view(column)
+    c2 = (scale.square().reciprocal() + s * s).reciprocal()
+    c = c2.sqrt()  # dh/da, h = c·a
+    h = c * a
+    h2 = h * h
+    d = torch.exp(-0.5 * h2) * (c * share / _SQRT_2PI)
+    d3 = c2 * d
+    d5 = c2 * d3
+    terms = [d, -h * c * d, (h2 - 1) * d3, (3 - h2) * h * c * d3, ((h2 - 6) * h2 + 3) * d5]
+    return [(torch.special.ndtr(h) * share).sum(0), *(t.sum(0) for t in terms)]

@@ -1,0 +1,1 @@
+"""The paper's tables as data, and what plans, runs, collects and reports them."""

@@ -1,0 +1,119 @@
+"""Run what a table lacks on this machine, k runs at a time."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from proxynorm.errors import ConfigError
+from proxynorm.reproduce.runs import ROOT, STOPPED, Run, last_error, standing
+from proxynorm.train.preemption import stop_request
+
+REQUEUE = 75
+POLL_SECONDS = 0.2
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """jobs: runs at a time; threads: of each run; overrides: further ones for every run; say: prints a line."""
+
+    jobs: int = 1
+    threads: int = 1
+    overrides: tuple[str, ...] = ()
+    say: Callable[[str], None] = print
+
+
+@dataclass
+class Child:
+    """A run that is being trained."""
+
+    run: Run
+    process: subprocess.Popen
+    started: float
+    told: bool = False
+
+
+def run_locally(runs: Sequence[Run], options: LaunchOptions) -> int:
+    """Train the runs that are not finished, `jobs` at a time, skipping those that another process trains.
+
+    Each run is a train.py process with a log beside the run folders, and goes on where it stopped. A stop signal is
+    passed on to the runs, which save. Returns the exit status: 0 all done or running elsewhere, 75 stopped by a signal,
+    1 some failed (listed with their last error line).
+    """
+    if options.jobs < 1 or options.threads < 1:
+        raise ConfigError(f"jobs={options.jobs}, threads={options.threads}: must be at least 1")
+    pending, children, failed = list(runs), [], []
+    with stop_request() as stop:
+        while children or pending and not stop:
+            while pending and len(children) < options.jobs and not stop:
+                children += start_if_due(pending.pop(0), options)
+            ended = [child for child in children if child.process.poll() is not None]
+            children = [child for child in children if child not in ended]
+            failed += [child.run for child in ended if not settle(child, options.say)]
+            if stop:
+                pass_on(children)
+            if not ended:
+                time.sleep(POLL_SECONDS)
+        if stop:
+            options.say(f"stopped by {stop.received.name}; run again to go on")
+            return REQUEUE
+    for run in failed:
+        options.say(f"failed: {run.name}: {last_error(run.log)}  ({run.log})")
+    return 1 if failed else 0
+
+
+def start_if_due(run: Run, options: LaunchOptions) -> list[Child]:
+    """The started run, or nothing if it is finished or being trained elsewhere."""
+    state = standing(run).state
+    if state in ("done", "running"):
+        options.say(f"{run.name}: {'finished' if state == 'done' else 'running elsewhere'}")
+        return []
+    options.say(f"{run.name}: {'going on' if state == 'stopped' else 'starting'}")
+    return [start(run, options)]
+
+
+def start(run: Run, options: LaunchOptions) -> Child:
+    """Start train.py for the run, its output appended to the log."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [*run.arguments(), *options.overrides]
+    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(options.threads))}
+    with open(run.log, "a") as log:
+        print("$ " + shlex.join(["python", "train.py", *arguments]), file=log, flush=True)
+        # a session of its own: an interrupt from the keyboard reaches the run once, through pass_on
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=log, stderr=log,
+                                   stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+    return Child(run, process, time.monotonic())
+
+
+def settle(child: Child, say: Callable[[str], None]) -> bool:
+    """Note the exit status in the log and say how the run ended; False if it failed."""
+    run, status = child.run, child.process.returncode
+    minutes = (time.monotonic() - child.started) / 60
+    if status == 2 and " is in use by " in last_error(run.log):
+        say(f"{run.name}: running elsewhere")
+        return True
+    with open(run.log, "a") as log:
+        print(f"# exit status {status}", file=log)
+    ended_well = status == 0 or status in STOPPED
+    words = f"failed with status {status}: {last_error(run.log)}" if not ended_well else "stopped" if status else "done"
+    say(f"{run.name}: {words} ({minutes:.1f} min)")
+    return ended_well
+
+
+def pass_on(children: Sequence[Child]) -> None:
+    """Send the stop signal, once, to the runs; they save and end with status 75."""
+    for child in children:
+        if not child.told:
+            child.told = True
+            child.process.send_signal(signal.SIGTERM)
+
+
+# A launcher takes the table's runs and LaunchOptions and returns the exit status.
+LAUNCHERS: dict[str, Callable[[Sequence[Run], LaunchOptions], int]] = {"local": run_locally}

@@ -1,0 +1,186 @@
+"""A cell's runs: their folders, commands, and where each stands, read from the files they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proxynorm.errors import ConfigError
+from proxynorm.reproduce.table import Cell, Table
+from proxynorm.train.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+STATES = ("done", "running", "stopped", "failed", "missing")
+STOPPED = (75, -signal.SIGTERM, -signal.SIGINT)  # saved and left; or asked to before it had begun
+EXIT_LINE = re.compile(r"^# exit status (-?\d+)$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a table: a cell and a seed, with its folder and its log."""
+
+    table: str
+    cell: Cell
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        """What the command printed, and its exit status."""
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+    def arguments(self) -> list[str]:
+        """The overrides for train.py, Hydra's quoting included."""
+        tags = ",".join(quoted(tag) for tag in (f"table={self.table}", f"cell={self.cell.name}"))
+        return [*self.cell.overrides, f"seed={self.seed}", f"name={quoted(self.name)}",
+                f"runs_dir={quoted(str(self.folder.parent))}", f"logger.group={quoted(self.table)}", f"logger.tags=[{tags}]"]
+
+    def command(self) -> str:
+        """The command as one types it in a shell."""
+        return shlex.join(["python", "train.py", *self.arguments()])
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands. error: the last error line of a failed one."""
+
+    state: str
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    seconds_left: float | None = None
+    error: str = ""
+
+    def describe(self) -> str:
+        if self.state == "failed":
+            return self.error
+        if not self.step:
+            return ""
+        parts = [f"step {self.step}/{self.total_steps}"]
+        parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
+        if self.seconds_left is not None and self.state == "running":
+            parts.append(f"ETA {timedelta(seconds=round(self.seconds_left))}")
+        return "  ".join(parts)
+
+
+def quoted(text: str) -> str:
+    """`text` as one value of Hydra's override grammar."""
+    if re.fullmatch(r"[A-Za-z_./][\w./+-]*", text):
+        return text
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
+    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
+    return f"'{escaped}'"
+
+
+def table_runs(table: Table, root: str | Path, chosen: dict[str, dict[str, Any]] | None = None) -> list[Run]:
+    """All runs of the table: every cell's first seed, then every cell's second, so that partial tables are of use."""
+    cells = table.expand(chosen)
+    return [Run(table.name, cell, seed, Path(root) / table.name / f"{cell.name}-s{seed}")
+            for seed in range(table.seeds) for cell in cells]
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a completed run, else None."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["completed"] else None
+
+
+def standing(run: Run) -> Standing:
+    """Where the run stands, from its folder and log alone."""
+    if (summary := read_summary(run.folder)) is not None:
+        return Standing("done", summary["steps"], summary["total_steps"], summary["loss"])
+    status = last_exit_status(run.log)
+    running = is_held(run.folder / ".lock")
+    failed = not running and status not in (None, 0, *STOPPED)
+    if failed:
+        return Standing("failed", error=last_error(run.log))
+    rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["event"] == "train"]
+    if not rows:
+        return Standing("running" if running else "missing")
+    row = rows[-1]
+    epochs = yaml.safe_load((run.folder / "config.yaml").read_text())["epochs"]
+    total = round(row["step"] / row["epoch"] * epochs)
+    left = (total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
+    return Standing("running" if running else "stopped", row["step"], total, row["loss"], left)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether the process that a run folder's lock names is alive. On another host: whether its metrics still grow."""
+    try:
+        host, _, pid = lock.read_text().split()
+    except (OSError, ValueError):
+        return False
+    if host != socket.gethostname():
+        metrics = lock.with_name("metrics.jsonl")
+        return metrics.exists() and recently(metrics)
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return is_training(int(pid))
+
+
+def recently(path: Path, seconds: float = 600.0) -> bool:
+    """Whether the file was written within the last `seconds`."""
+    return time.time() - path.stat().st_mtime < seconds
+
+
+def is_training(pid: int) -> bool:
+    """Whether the process is a training run, not another that got a dead one's number; True where one cannot tell."""
+    try:
+        return b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
+def last_exit_status(log: Path) -> int | None:
+    """The exit status that the log ends with, None if it ends without one."""
+    lines = log_lines(log)
+    match = EXIT_LINE.match(lines[-1]) if lines else None
+    return int(match[1]) if match else None
+
+
+def last_error(log: Path) -> str:
+    """The line of the log that tells why its run ended."""
+    told = [line for line in log_lines(log) if not EXIT_LINE.match(line) and "ended with the fault above" not in line]
+    return told[-1].removeprefix("error: ") if told else f"no output in {log}"
+
+
+def log_lines(log: Path) -> list[str]:
+    """The lines of the log's end that are not empty."""
+    if not log.is_file():
+        return []
+    with open(log, "rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 20000))
+        return [line for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
+    """What the table's search has chosen; None for a table without one. Raises ConfigError if it is not there yet."""
+    if table.tuned is None:
+        return None
+    path = Path(results) / table.tuned.table / "chosen.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: first scripts/reproduce.py run table={table.tuned.table}, "
+                          f"then scripts/reproduce.py choose table={table.tuned.table}")
+    return json.loads(path.read_text())["chosen"]

@@ -1,0 +1,60 @@
+"""Choose a table's hyper-parameter from the finished runs of its search."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from proxynorm.errors import ConfigError
+from proxynorm.reproduce.runs import Run, read_summary, standing
+from proxynorm.reproduce.table import Table
+
+DIVERGED = "NonFiniteError"  # in the error line of a run whose loss or gradient left the finite numbers
+
+
+def choose(table: Table, runs: Sequence[Run]) -> dict[str, Any]:
+    """For each place on the search's axis `by`, the value with the best mean metric over seeds.
+
+    Returns {"table", "metric", "chosen": {place: {axis: value}}, "tried": {place: {value: mean metric}}, "at_edge":
+    places whose best value is the smallest or largest tried}. Raises ConfigError for a table that is no search, and while
+    runs are missing.
+    """
+    if table.search is None:
+        raise ConfigError(f"table {table.name} is not a search; nothing is chosen from it")
+    tried = mean_metric(table, runs)
+    best = {place: max(values, key=values.get) for place, values in tried.items()}
+    edge = [place for place, values in tried.items() if best[place] in (min(values), max(values))]
+    return {
+        "table": table.name, "metric": f"{table.metric} on {table.split}",
+        "chosen": {place: {table.search.axis: value} for place, value in best.items()},
+        "tried": {place: {str(value): shown(score) for value, score in values.items()} for place, values in tried.items()},
+        "at_edge": edge,
+    }
+
+
+def shown(score: float) -> float | str:
+    return round(score, 4) if math.isfinite(score) else "diverged"
+
+
+def mean_metric(table: Table, runs: Sequence[Run]) -> dict[str, dict[float, float]]:
+    """{place: {value: mean metric over seeds}}, −inf where a run diverged. Raises ConfigError while runs are missing."""
+    scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    missing = []
+    for run in runs:
+        summary, labels = read_summary(run.folder), run.cell.labels
+        if summary is None and DIVERGED not in standing(run).error:
+            missing.append(run.name)
+            continue
+        score = summary[table.metric] if summary else -math.inf
+        scores[str(labels[table.search.by])][float(labels[table.search.axis])].append(score)
+    if missing:
+        raise ConfigError(f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
+                          f"scripts/reproduce.py run table={table.name}")
+    means = {place: {value: mean(values) for value, values in row.items()} for place, row in scores.items()}
+    for place, values in means.items():
+        if max(values.values()) == -math.inf:
+            raise ConfigError(f"table {table.name}: every value tried for {place} diverged; extend the search")
+    return means

@@ -1,0 +1,99 @@
+"""Reproduce a table: python scripts/reproduce.py COMMAND table=NAME [key=value …]
+
+Commands
+  plan     the table's runs with their commands, what is done, the hours left
+  run      train what is missing on this machine, jobs= at a time (launch: the same with launcher=)
+  status   where each run stands
+  choose   of a finished search: write results/TABLE/chosen.json, which the tuned tables read"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxynorm.cli import nearest, option, script
+from proxynorm.errors import ConfigError
+
+
+@dataclass
+class Options:
+    command: str = option("???", "as the first word: plan, run, launch, status, choose")
+    table: str = option("", "the table's name, or a YAML file; required")
+    root: str = option("runs", "folder of the tables' run folders")
+    results: str = option("results", "folder of what is kept: chosen values, collected runs, reports")
+    seeds: int | None = option(None, "runs a cell; none given: the table's")
+    cells: list[str] = option([], "only these cells")
+    launcher: str = option("local", "what runs them: local")
+    jobs: int = option(1, "runs at a time")
+    threads: int = option(1, "CPU threads of a run")
+    train: list[str] = option([], "further overrides for every run, such as train=[device=cuda]")
+
+
+def selected_runs(options: Options, table):
+    from proxynorm.reproduce.runs import read_chosen, table_runs
+
+    runs = table_runs(table, options.root, read_chosen(table, options.results))
+    names = sorted({run.cell.name for run in runs})
+    for cell in options.cells:
+        if cell not in names:
+            raise ConfigError(f"table {table.name} has no cell '{cell}'; {nearest(cell, names)}")
+    return [run for run in runs if not options.cells or run.cell.name in options.cells]
+
+
+def plan(options: Options, table) -> int:
+    from proxynorm.reproduce.planning import plan as describe
+
+    print(describe(table, selected_runs(options, table), options.jobs))
+    return 0
+
+
+def status(options: Options, table) -> int:
+    from proxynorm.reproduce.planning import status as describe
+
+    print(describe(selected_runs(options, table)))
+    return 0
+
+
+def launch(options: Options, table) -> int:
+    from proxynorm.config import compose_config, settings_from
+    from proxynorm.reproduce.launch import LAUNCHERS, LaunchOptions
+
+    if options.launcher not in LAUNCHERS:
+        raise ConfigError(f"launcher={options.launcher}: {nearest(options.launcher, LAUNCHERS)}")
+    runs, settings = selected_runs(options, table), LaunchOptions(options.jobs, options.threads, tuple(options.train))
+    settings_from(compose_config([*runs[0].arguments(), *settings.overrides]))  # a mistake shows now, not once a run
+    return LAUNCHERS[options.launcher](runs, settings)
+
+
+def choose(options: Options, table) -> int:
+    from proxynorm.files import write_json
+    from proxynorm.reproduce.search import choose as best
+
+    found = best(table, selected_runs(options, table))
+    path = Path(options.results) / table.name / "chosen.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    for place, values in found["chosen"].items():
+        print(f"{place}: {values}  of {found['tried'][place]}")
+    for place in found["at_edge"]:
+        print(f"warning: {place}: the best value lies at the edge of the search", file=sys.stderr)
+    print(path)
+    return 0
+
+
+COMMANDS = {"plan": plan, "run": launch, "launch": launch, "status": status, "choose": choose}
+
+
+def main(options: Options) -> int:
+    from proxynorm.reproduce.table import load_table, with_seeds
+
+    if options.command not in COMMANDS:
+        raise ConfigError(f"no command '{options.command}'; {nearest(options.command, COMMANDS)}")
+    return COMMANDS[options.command](options, with_seeds(load_table(options.table), options.seeds))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"command={sys.argv[1]}"
+    script(Options, main, __doc__)

@@ -1,0 +1,53 @@
+"""Small data sets, made on the spot, for the tests of the data path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from proxynorm.data import fashion_mnist
+from proxynorm.data.native import ffcv_available
+
+torch.set_num_threads(1)
+
+needs_ffcv = pytest.mark.skipif(not ffcv_available(), reason="FFCV is not installed")
+needs_fashion_mnist = pytest.mark.skipif(
+    not fashion_mnist.DEBIAN_FOLDER.is_dir(), reason="dataset-fashion-mnist is not installed"
+)
+BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "torchvision"]
+CLASSES = ("ant", "bee", "cow")
+
+
+def photograph(seed: int, height: int = 90, width: int = 120) -> np.ndarray:
+    """A smooth, colourful image, uint8 (height, width, 3), different for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_folder(root: Path, train: int, val: int, classes: tuple[str, ...] = CLASSES) -> Path:
+    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, `train` and `val` images a class, of differing sizes."""
+    for part, count in (("train", train), ("val", val)):
+        for target, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                image = photograph(1000 * target + n + (500 if part == "val" else 0), 80 + n % 5, 100 + 7 * (n % 3))
+                Image.fromarray(image).save(folder / f"{n:03d}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    """One cache of .beton files for the whole session."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of 3 classes, 12 training and 4 evaluation photographs each. Do not change it."""
+    return write_folder(tmp_path_factory.mktemp("photos"), 12, 4)

@@ -1,0 +1,159 @@
+"""Fashion-MNIST through both backends: the same images, bit for bit, and the file's own labels."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from proxynorm.data import DataSpec, LoaderSpec, fashion_mnist, open_data
+from proxynorm.errors import ConfigError, DataError
+from tests.data.conftest import BACKENDS, needs_fashion_mnist, needs_ffcv
+
+pytestmark = needs_fashion_mnist
+
+
+def opened(backend, cache, **keys):
+    return open_data(DataSpec("fashion_mnist", cache=cache, **keys), LoaderSpec(backend, workers=2))
+
+
+def epoch(data, epoch=0, batch=500, **order):
+    batches = list(data.train_loader(batch, batch, seed=3, **order).epoch(epoch))
+    return [torch.cat(parts) for parts in zip(*batches)]
+
+
+@needs_ffcv
+@pytest.mark.parametrize("augmentation", ["none", "pad_crop"])
+def test_both_backends_deliver_the_same_bits(cache, augmentation):
+    ours, theirs = (
+        epoch(opened(backend, cache, augmentation=augmentation, limit=3000)) for backend in ("ffcv", "torchvision")
+    )
+    assert len(ours[0]) == 3000
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_delivers_the_stored_images_and_labels(cache, backend):
+    images, labels = fashion_mnist.read_fashion_mnist(fashion_mnist.DEBIAN_FOLDER, "t10k")
+    data = opened(backend, cache)
+    seen = [torch.cat(parts) for parts in zip(*data.eval_loader(999))]
+    valid = seen[3]
+    assert valid.sum() == data.info.eval_count == 10_000
+    framed = seen[0][valid][:, 0]
+    assert np.array_equal(framed[:, 2:30, 2:30].numpy(), images)
+    framed[:, 2:30, 2:30] = 0
+    assert not framed.any()
+    assert np.array_equal(seen[1][valid].numpy(), labels)
+    assert np.array_equal(seen[2][valid].numpy(), np.arange(10_000))
+    assert (seen[2][~valid] == -1).all() and not seen[0][~valid].any()
+
+
+def test_every_crop_is_a_window_of_the_padded_image(cache):
+    images, labels = fashion_mnist.read_fashion_mnist(fashion_mnist.DEBIAN_FOLDER, "train")
+    batch = next(opened("torchvision", cache).train_loader(64, 64, seed=0).epoch(0))
+    places, mirrored = set(), 0
+    for crop, target, index in zip(batch.images[:, 0].numpy(), batch.targets, batch.indices):
+        assert target == labels[index]
+        padded = np.pad(images[index], 6)
+        found = [
+            (top, left, flip)
+            for flip in (False, True)
+            for top in range(9)
+            for left in range(9)
+            if np.array_equal(padded[top : top + 32, left : left + 32][:, :: -1 if flip else 1], crop)
+        ]
+        assert found
+        places.add(found[0][:2])
+        mirrored += found[0][2]
+    assert len(places) > 30 and 15 < mirrored < 49
+
+
+def test_normalized_images_have_mean_zero_and_variance_one(cache):
+    data = opened("torchvision", cache, image_size=28, augmentation="none")
+    batch = data.prepare(next(data.train_loader(60_000, 60_000, seed=0).epoch(0)), "cpu", torch.float64)
+    assert batch.images.mean().abs() < 1e-3 and (batch.images.std() - 1).abs() < 1e-3
+    assert data.info.mean == (0.2860,) and data.info.std == (0.3530,)
+
+
+def test_prepare_gives_the_asked_type_and_layout(cache):
+    data = opened("torchvision", cache)
+    batch = data.prepare(next(iter(data.eval_loader(8))), "cpu", torch.bfloat16, torch.channels_last)
+    assert batch.images.dtype == torch.bfloat16
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_prepare_keeps_everything_on_the_device_it_is_given(cache):
+    """The meta device stands in for an accelerator: an operand left on the CPU would be refused."""
+    data = opened("torchvision", cache)
+    batch = data.prepare(next(iter(data.eval_loader(8))), "meta", torch.float16)
+    assert {part.device.type for part in batch} == {"meta"} and batch.images.dtype == torch.float16
+
+
+def test_limit_and_holdout_are_disjoint_and_fixed(cache):
+    everything = opened("torchvision", cache, limit=1000)
+    held = opened("torchvision", cache, limit=1000, holdout=500)
+    train, same = (set(epoch(data)[2].tolist()) for data in (everything, held))
+    kept = {int(index) for batch in held.eval_loader(100) for index in batch.indices}
+    assert train == same and len(train) == 1000
+    assert len(kept) == 500 and not kept & train
+    assert held.info.eval_count == 500 and held.info.train_count == 1000
+    assert opened("torchvision", cache, holdout=500).info.train_count == 59_500
+
+
+def damaged_copy(tmp_path, name, change):
+    root = tmp_path / "copy"
+    shutil.copytree(fashion_mnist.DEBIAN_FOLDER, root)
+    change(root / name)
+    return str(root)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def other_magic(path):
+    path.write_bytes(gzip.compress(b"\0\0\x08\x04" + gzip.decompress(path.read_bytes())[4:], 1))
+
+
+@pytest.mark.parametrize(
+    "change", [shorten, other_magic, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+)
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz"])
+def test_damaged_files_are_one_line(tmp_path, name, change):
+    root = damaged_copy(tmp_path, name, change)
+    with pytest.raises(DataError, match=str(root)) as error:
+        open_data(DataSpec("fashion_mnist", root=root, cache=str(tmp_path)), LoaderSpec("torchvision"))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_root_and_small_crops_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        open_data(DataSpec("fashion_mnist", root=str(tmp_path / "none"), cache=str(tmp_path)))
+    with pytest.raises(ConfigError, match="at least 28"):
+        open_data(DataSpec("fashion_mnist", image_size=24, cache=str(tmp_path)))
+
+
+OPEN = "from proxynorm.data import *; print(open_data(DataSpec('fashion_mnist', cache={!r})).info.train_count)"
+
+
+@needs_ffcv
+def test_two_processes_may_open_an_empty_cache_at_once(tmp_path):
+    command = [sys.executable, "-c", OPEN.format(str(tmp_path))]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["60000", "60000"]
+    assert len(list(tmp_path.glob("*.beton"))) == 2 and not list(tmp_path.glob(".*"))
+
+
+def test_importing_the_package_loads_neither_ffcv_nor_numba():
+    command = (
+        "import sys, proxynorm.data; print([m for m in ('ffcv', 'numba', 'cv2', 'torchvision') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )

@@ -1,0 +1,321 @@
+"""The writer: it names every bad image and no good one, and an interrupted run leaves nothing that looks finished."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from proxynorm.data.beton import JPEG, RAW, byte_sum, read_beton
+from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
+from proxynorm.data.native import map_file
+from proxynorm.data.preparation import prepare
+from proxynorm.data.sources import list_folder, list_source
+from proxynorm.data.verification import find_damage
+from proxynorm.errors import ConfigError, DataError
+from tests.data.conftest import needs_ffcv, photograph, write_folder
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "write_ffcv.py"
+
+
+def jpeg(image: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    mode = options.pop("mode", "RGB")
+    Image.fromarray(image).convert(mode).save(buffer, options.pop("format", "JPEG"), **options)
+    return buffer.getvalue()
+
+
+def rotated(image: np.ndarray) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return jpeg(image, exif=exif, quality=95)
+
+
+def overwritten(image: np.ndarray) -> bytes:
+    data = bytearray(jpeg(image, quality=95))
+    middle = len(data) // 2
+    data[middle : middle + 200] = b"\xff\xd9\x00\x13" * 50
+    return bytes(data)
+
+
+DAMAGED = {
+    "empty": lambda image: b"",
+    "truncated": lambda image: jpeg(image)[:-400],
+    "cut_header": lambda image: jpeg(image)[:100],
+    "overwritten": overwritten,
+    "text": lambda image: b"<html>404 Not Found</html>",
+    "noise": lambda image: np.random.default_rng(0).bytes(3000),
+    "truncated_png": lambda image: jpeg(image, format="PNG")[:-2000],
+}
+UNUSUAL = {
+    "cmyk": lambda image: jpeg(image, mode="CMYK", quality=95),
+    "grey": lambda image: jpeg(image, mode="L", quality=95),
+    "png_named_jpeg": lambda image: jpeg(image, format="PNG"),
+    "progressive": lambda image: jpeg(image, progressive=True, quality=95),
+    "rotated": rotated,
+    "transparent": lambda image: jpeg(image, mode="RGBA", format="PNG"),
+    "stray_bytes": lambda image: jpeg(image, quality=95)[:-2] + b"\0\0\0\0\xff\xd9",
+    "huge": lambda image: jpeg(np.asarray(Image.fromarray(image).resize((4000, 3000)))),
+}
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A class folder with good photographs, unusual ones and damaged ones, each named for what it is."""
+    root = write_folder(tmp_path / "data", 6, 1)
+    for name, make in {**DAMAGED, **UNUSUAL}.items():
+        (root / "train" / "bee" / f"{name}.JPEG").write_bytes(make(photograph(7)))
+    return root / "train"
+
+
+@needs_ffcv
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skip_names_every_damaged_image_and_no_good_one(planted, tmp_path, workers):
+    done = prepare(list_folder(planted), tmp_path / "x.beton", StorageOptions(), "skip", workers)
+    assert {Path(name).stem for name in done.skipped} == set(DAMAGED)
+    assert done.count == 18 + len(UNUSUAL)
+    manifest = json.loads((tmp_path / "x.beton.json").read_text())
+    assert manifest["skipped"] == done.skipped and manifest["classes"] == ["ant", "bee", "cow"]
+    assert manifest["count_per_class"] == {"ant": 6, "bee": 6 + len(UNUSUAL), "cow": 6}
+
+
+def test_raise_names_the_first_damaged_image_and_leaves_no_file(planted, tmp_path):
+    with pytest.raises(DataError, match="bee/cut_header.JPEG.*on_bad=skip"):
+        prepare(list_folder(planted), tmp_path / "x.beton", StorageOptions())
+    assert not list(tmp_path.glob("*beton*")) and not list(tmp_path.glob(".*"))
+
+
+def test_unusual_images_keep_their_content(tmp_path):
+    image = photograph(7)
+    for name, expected in (("png_named_jpeg", image), ("cmyk", image), ("rotated", np.rot90(image, -1))):
+        path = tmp_path / f"{name}.jpg"
+        path.write_bytes(UNUSUAL[name](image))
+        seen = np.asarray(load_rgb(ImageRef(str(path), name)))
+        assert seen.shape == expected.shape
+        assert np.abs(seen.astype(int) - expected).mean() < 3
+
+
+def test_the_bytes_do_not_depend_on_the_workers(photos, tmp_path):
+    options = StorageOptions(jpeg_probability=0.5)
+    for workers in (1, 3):
+        prepare(list_folder(photos / "train"), tmp_path / f"{workers}.beton", options, workers=workers)
+    assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
+    modes = read_beton(tmp_path / "1.beton").mode
+    assert 6 < (modes == RAW).sum() < 30
+
+
+def test_sizes_and_storage_follow_the_options(photos, tmp_path):
+    listing = list_folder(photos / "train")
+    for side, mode in ((96, JPEG), (50, RAW)):
+        prepare(listing, tmp_path / f"{side}.beton", StorageOptions(max_side=side))
+        samples = read_beton(tmp_path / f"{side}.beton")
+        assert np.maximum(samples.height, samples.width).max() == side
+        assert (samples.mode == mode).all()  # images up to 64x64 are kept raw
+        assert np.array_equal(samples.target, listing.targets)
+
+
+@needs_ffcv
+def test_data_that_only_warns_is_bad_when_strict(tmp_path):
+    data = jpeg(photograph(3), quality=95)
+    (tmp_path / "x.jpg").write_bytes(data[:3000] + b"\0" * 256 + data[3256:])
+    ref = ImageRef(str(tmp_path / "x.jpg"), "x")
+    assert load_rgb(ref).size == (120, 90)
+    with pytest.raises(BadImage, match="has damaged JPEG data"):
+        load_rgb(ref, strict=True)
+
+
+@pytest.mark.parametrize("options", [{"max_side": 0}, {"jpeg_quality": 101}, {"jpeg_probability": -0.1}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        StorageOptions(**options)
+
+
+@pytest.fixture
+def written(photos, tmp_path):
+    prepare(list_folder(photos / "train"), tmp_path / "train.beton", StorageOptions())
+    return tmp_path / "train.beton"
+
+
+def change_byte(path: Path, position: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_reading_back_finds_a_single_changed_byte(written):
+    samples = read_beton(written)
+    assert find_damage(samples) == {}
+    change_byte(written, int(samples.pointer[5] + samples.size[5] // 2))
+    assert list(find_damage(read_beton(written))) == [f"{written}: image 5"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 3000, 0.5, 0.999, -1])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_truncated_file_is_one_line(written, keep, manifest):
+    data = written.read_bytes()
+    written.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    if not manifest:
+        written.with_name("train.beton.json").unlink()
+    with pytest.raises(DataError, match="train.beton") as error:
+        read_beton(written)
+    assert "\n" not in str(error.value)
+
+
+def test_any_damage_to_the_head_is_an_error_or_harmless(written):
+    """Never a crash, never a wrong address read: each byte of the head is changed in turn."""
+    data = written.read_bytes()
+    good = read_beton(written)
+    for position in [*range(30), *range(1040, 1070), *range(2106, 2170)]:
+        change_byte(written, position)
+        try:
+            samples = read_beton(written)
+        except DataError:
+            pass
+        else:
+            assert len(samples) == len(good) and (samples.pointer + samples.size <= len(data)).all()
+        written.write_bytes(data)
+
+
+def test_byte_sum_sees_every_byte_and_the_length():
+    data = np.random.default_rng(0).integers(0, 256, 45, dtype=np.uint8)
+    sums = {byte_sum(data), byte_sum(data[:-1]), byte_sum(np.append(data, 0).astype(np.uint8))}
+    for position in range(len(data)):
+        changed = data.copy()
+        changed[position] ^= 1
+        sums.add(byte_sum(changed))
+    assert len(sums) == 48
+
+
+@needs_ffcv
+def test_the_compiled_sum_is_the_same(written):
+    from proxynorm.data.native import decoder
+
+    decoder()
+    from proxynorm.data.kernel import _byte_sum
+
+    samples, file = read_beton(written), np.asarray(map_file(written))
+    for size in (0, 1, 7, 8, 9, 1000, 1003):
+        assert int(_byte_sum(file[5000 : 5000 + size])) == byte_sum(file[5000 : 5000 + size])
+    assert byte_sum(file[samples.pointer[0] : samples.pointer[0] + samples.size[0]]) == samples.sums[0]
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
+    root = write_folder(tmp_path / "data", 150, 1)
+    output = tmp_path / "out" / "train.beton"
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        command = [sys.executable, str(SCRIPT), f"source={root / 'train'}", f"output={output}", "workers=1"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not list(output.parent.glob(".*.tmp")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, kind)
+        assert process.wait(timeout=30) != 0
+        assert not list(output.parent.glob("train.beton*"))
+    # SIGTERM cleans up after itself; after SIGKILL only a hidden temporary file is left.
+    assert len(list(output.parent.iterdir())) <= 1
+
+
+def run_script(monkeypatch, *arguments) -> int:
+    """The script's exit status, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *arguments])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_script_writes_and_refuses_to_overwrite(photos, tmp_path, monkeypatch, capsys):
+    arguments = f"source={photos / 'train'}", f"output={tmp_path / 'x.beton'}", "workers=1"
+    assert run_script(monkeypatch, *arguments) == 0
+    assert "36 images written and verified, 0 skipped" in capsys.readouterr().out
+    assert run_script(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "exists" in error and error.count("\n") == 1
+    assert run_script(monkeypatch, *arguments, "overwrite=true") == 0
+    assert run_script(monkeypatch, "--help") == 0 and "on_bad=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("source=/none", "output=x.beton"),
+        ("source=.",),
+        ("sourc=.",),
+        ("source=.", "output=x.beton", "on_bad=no"),
+        ("source=.", "output=x.beton", "max_side=big"),
+        ("source=.", "output=x.jpg"),
+    ],
+)
+def test_mistaken_arguments_end_with_status_2(monkeypatch, capsys, arguments):
+    assert run_script(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def flat_copy(photos, folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    labels = {}
+    for number, image in enumerate(sorted((photos / "val").glob("*/*.jpg"))[::-1], start=1):
+        name = f"ILSVRC2012_val_{number:08d}"
+        (folder / f"{name}.JPEG").write_bytes(image.read_bytes())
+        labels[name] = image.parent.name
+    return labels
+
+
+def test_a_flat_folder_takes_its_labels_from_a_csv(photos, tmp_path):
+    labels = flat_copy(photos, tmp_path / "val")
+    rows = [f"{name},{label} 10 20 30 40" for name, label in labels.items()]
+    (tmp_path / "labels.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+    listing = list_source(tmp_path / "val", tmp_path / "labels.csv")
+    assert listing.classes == ("ant", "bee", "cow")
+    assert [listing.classes[target] for target in listing.targets] == list(labels.values())
+    (tmp_path / "labels.csv").write_text("\n".join(rows[1:]))
+    with pytest.raises(DataError, match="val_00000001.JPEG: has no label"):
+        list_source(tmp_path / "val", tmp_path / "labels.csv")
+
+
+def test_a_flat_folder_takes_its_labels_from_the_devkit(photos, tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    labels = flat_copy(photos, tmp_path / "val")
+    data = tmp_path / "devkit" / "data"
+    data.mkdir(parents=True)
+    wnids = ("bee", "cow", "ant")
+    synsets = np.array([(n, wnid) for n, wnid in enumerate(wnids, 1)], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    scipy_io.savemat(data / "meta.mat", {"synsets": synsets})
+    numbers = "\n".join(str(wnids.index(label) + 1) for label in labels.values())
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text(numbers)
+    listing = list_source(tmp_path / "val", tmp_path / "devkit")
+    assert [listing.classes[target] for target in listing.targets] == list(labels.values())
+
+
+def test_tar_files_give_the_same_file_as_folders(photos, tmp_path):
+    """ILSVRC2012_img_train.tar is a tar of one tar a class; it is read in place."""
+    outer_path = tmp_path / "ILSVRC2012_img_train.tar"
+    with tarfile.open(outer_path, "w") as outer:
+        for folder in sorted((photos / "train").iterdir()):
+            inner_path = tmp_path / f"{folder.name}.tar"
+            with tarfile.open(inner_path, "w") as inner:
+                for image in sorted(folder.iterdir()):
+                    inner.add(image, image.name)
+            outer.add(inner_path, inner_path.name)
+    for source, name in ((outer_path, "tar"), (photos / "train", "folder")):
+        prepare(list_source(source), tmp_path / f"{name}.beton", StorageOptions())
+    assert (tmp_path / "tar.beton").read_bytes() == (tmp_path / "folder.beton").read_bytes()
+    outer_path.write_bytes(outer_path.read_bytes()[:5000])
+    with pytest.raises(DataError, match="ILSVRC2012_img_train.tar"):
+        prepare(list_source(outer_path), tmp_path / "cut.beton", StorageOptions())

@@ -1,0 +1,164 @@
+"""An interrupted and resumed run equals the unbroken one, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+from conftest import assert_same_run
+
+from proxynorm.errors import CheckpointError, ConfigError
+from proxynorm.train.run_folder import RunFolder
+from proxynorm.train.trainer import Trainer
+
+EVERYTHING = ("micro_batch=10", "regularization=extra", "regularization.ema_decay=0.9", "regularization.dropout=0.1",
+              "checkpoint.every_steps=3")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours runs after it."""
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
+    """Call `action` in place of the training step after weight update `step`, once."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, micro_batches: list) -> None:
+        if self.state.step == step:
+            monkeypatch.setattr(Trainer, "train_step", original)
+            action()
+        original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torchvision"])
+@pytest.mark.parametrize("step", [1, 8, 10, 17])
+def test_killed_run_equals_unbroken(run_small, monkeypatch, loader, step):
+    options = (*EVERYTHING, f"loader={loader}")
+    whole = run_small(*options, "name=whole")
+    at_step(monkeypatch, step, kill)
+    with pytest.raises(Killed):
+        run_small(*options, "name=cut")
+    cut = run_small(*options, "name=cut")
+    assert cut.status == 0
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln_pn"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_signal_saves_and_resumes(run_small, monkeypatch, norm, number):
+    options = (f"norm={norm}", "regularization.ema_decay=0.9")
+    whole = run_small(*options, "name=whole")
+    at_step(monkeypatch, 13, lambda: signal.raise_signal(number))
+    cut = run_small(*options, "name=cut")
+    assert cut.status == 75
+    assert cut.last["counters"]["step"] == 14
+    assert not json.loads((cut.folder / "summary.json").read_text())["completed"]
+    cut = run_small(*options, "name=cut")
+    assert cut.status == 0
+    assert_same_run(whole, cut)
+
+
+def test_signal_during_evaluation_makes_it_again(run_small, monkeypatch):
+    whole = run_small("name=whole", "eval_batch=10")
+    original = Trainer.leave_if_stopped
+
+    def interrupted(self: Trainer) -> None:
+        monkeypatch.setattr(Trainer, "leave_if_stopped", original)
+        signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "leave_if_stopped", interrupted)
+    cut = run_small("name=cut", "eval_batch=10")
+    assert cut.status == 75
+    assert cut.last["counters"]["evaluated"] == 0
+    assert_same_run(whole, run_small("name=cut", "eval_batch=10"))
+
+
+def test_kill_between_evaluation_and_save(run_small, monkeypatch):
+    whole = run_small("name=whole")
+    original = Trainer.save_best
+
+    def dies(self: Trainer) -> None:
+        original(self)
+        monkeypatch.setattr(Trainer, "save_best", original)
+        raise Killed
+
+    monkeypatch.setattr(Trainer, "save_best", dies)
+    with pytest.raises(Killed):
+        run_small("name=cut")
+    assert_same_run(whole, run_small("name=cut"))
+
+
+def test_finished_run_is_left_alone(run_small, capsys):
+    first = run_small("name=a")
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    assert run_small("name=a").status == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+
+
+def test_max_steps_goes_on_later(run_small):
+    part = run_small("name=a", "max_steps=7")
+    assert part.last["counters"]["step"] == 7
+    whole = run_small("name=a")
+    assert whole.last["counters"]["step"] == 20
+    assert run_small("name=a", "max_steps=3").status == 0
+
+
+def test_changed_run_is_refused_by_name_of_what_differs(run_small):
+    run_small("name=a", "max_steps=2")
+    with pytest.raises(CheckpointError, match=r"norm.name: ln_pn → bn"):
+        run_small("name=a", "norm=bn")
+    with pytest.raises(CheckpointError, match=r"seed: 0 → 1"):
+        run_small("name=a", "seed=1")
+    assert run_small("name=a", "norm=bn", "resume=never").rows[-1]["step"] == 20
+
+
+def test_resume_must_needs_a_checkpoint(run_small):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run_small("name=new", "resume=must")
+
+
+def test_unreadable_last_falls_back_to_previous(run_small, capsys):
+    whole = run_small("name=whole", "checkpoint.every_steps=4")
+    cut = run_small("name=cut", "checkpoint.every_steps=4", "max_steps=19")
+    last = cut.folder / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    again = run_small("name=cut", "checkpoint.every_steps=4")
+    assert "falling back" in capsys.readouterr().out
+    for key in ("model", "optimizer"):
+        assert str(whole.last[key]) == str(again.last[key])
+
+
+def test_second_process_is_refused(run_small, tmp_path):
+    holder = RunFolder(tmp_path / "a")
+    holder.acquire()
+    with pytest.raises(ConfigError, match=r"in use by .* pid \d+"):
+        run_small("name=a")
+    holder.release()
+    assert run_small("name=a").status == 0
+
+
+def test_metrics_survive_a_cut_line(run_small):
+    part = run_small("name=a", "max_steps=5")
+    with open(part.folder / "metrics.jsonl", "a") as stream:
+        stream.write('{"event": "train", "st')
+    rows = run_small("name=a").rows
+    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, 21))
+
+
+def test_foreign_files_survive_a_fresh_start(run_small, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    run_small("name=a", "max_steps=1")
+    run_small("name=a", "max_steps=1", "resume=never")
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
