@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.main import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -141,9 +142,9 @@ def check_arguments(arguments: list[str]) -> None:
 
     Raises ConfigError.
     """
-    if any(argument in ("-h", "--help", "--hydra-help", "--version") for argument in arguments):
+    parsed = get_args_parser().parse_args(arguments)
+    if parsed.help or parsed.hydra_help:
         return
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    for point in sweep_points(overrides) if multirun else [overrides]:
-        settings_from(compose_config(item for item in point if not item.lstrip("+~").startswith("hydra")))
+    overrides = [item for item in parsed.overrides if not item.lstrip("+~").startswith("hydra")]
+    for point in sweep_points(overrides) if parsed.multirun else [overrides]:
+        settings_from(compose_config(point))

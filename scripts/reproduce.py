@@ -4,7 +4,9 @@ Commands
   plan     the table's runs with their commands, what is done, the hours left
   run      train what is missing on this machine, jobs= at a time (launch: the same with launcher=)
   status   where each run stands
-  choose   of a finished search: write results/TABLE/chosen.json, which the tuned tables read"""
+  choose   of a finished search: write results/TABLE/chosen.json, which the tuned tables read
+  collect  keep finished runs (configuration, environment, metrics, summary) as results/TABLE/runs/*.tar.xz
+  report   write results/TABLE/report.md, report.html and figures from the run folders and the kept runs"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from proxynorm.errors import ConfigError
 
 @dataclass
 class Options:
-    command: str = option("???", "as the first word: plan, run, launch, status, choose")
+    command: str = option("???", "as the first word: plan, run, launch, status, choose, collect, report")
     table: str = option("", "the table's name, or a YAML file; required")
     root: str = option("runs", "folder of the tables' run folders")
     results: str = option("results", "folder of what is kept: chosen values, collected runs, reports")
@@ -27,6 +29,7 @@ class Options:
     launcher: str = option("local", "what runs them: local")
     jobs: int = option(1, "runs at a time")
     threads: int = option(1, "CPU threads of a run")
+    wandb: str = option("auto", "the report on W&B: online, offline, disabled; auto: online with a key, else offline")
     train: list[str] = option([], "further overrides for every run, such as train=[device=cuda]")
 
 
@@ -82,7 +85,26 @@ def choose(options: Options, table) -> int:
     return 0
 
 
-COMMANDS = {"plan": plan, "run": launch, "launch": launch, "status": status, "choose": choose}
+def collect(options: Options, table) -> int:
+    from proxynorm.reproduce.records import collect as keep
+
+    kept = [run.name for run in selected_runs(options, table) if keep(run, options.results)]
+    print(f"{len(kept)} runs collected into {Path(options.results) / table.name / 'runs'}")
+    return 0
+
+
+def report(options: Options, table) -> int:
+    from proxynorm.reproduce.report import gather, write_report
+    from proxynorm.reproduce.tracking import log_report
+
+    findings, folder = gather(table, selected_runs(options, table), options.results), Path(options.results) / table.name
+    write_report(findings, folder)
+    log_report(findings, options.wandb, Path(options.root) / table.name, project="proxynorm")
+    print(folder / "report.md")
+    return 0
+
+
+COMMANDS = {"plan": plan, "run": launch, "launch": launch, "status": status, "choose": choose, "collect": collect, "report": report}
 
 
 def main(options: Options) -> int:

@@ -9,9 +9,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from proxynorm.analysis.power import PowerRow
 from proxynorm.files import write_atomic
 
 Rows = Sequence[Mapping[str, Any]]
+POWER_COLORS = ("#ee6677", "#ccbb44", "#4477aa", "#66ccee")
+POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -37,4 +40,27 @@ def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
         axes.grid(alpha=0.3)
     if runs:
         accuracy.legend(fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path, expected: Mapping[str, Sequence[float]] | None = None) -> None:
+    """The four terms, stacked, against depth, a panel a norm or step, as in the paper's Fig. 2.
+
+    `expected` maps a panel to mean field's P1 at its depths, drawn as a dashed line.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.6 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for axes, (title, power) in zip(grid, panels.items()):
+        depths = [row.depth for row in power]
+        areas = axes.stackplot(depths, *([getattr(row, term) for row in power] for term in ("p1", "p2", "p3", "p4")),
+                               colors=POWER_COLORS)
+        if expected and title in expected:
+            axes.plot(depths, expected[title], "k--", lw=1)
+        axes.set(title=title, xlabel="depth", ylim=(0, 1))
+        axes.margins(x=0)
+    for axes in list(grid):
+        axes.set_visible(False)
+    figure.legend(areas, POWER_LABELS, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(figure, path)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def field_descriptors(channels: int, shape: tuple[int, int] | None) -> np.ndarra
 
 
 class BetonWriter:
-    """Writes one .beton file under a temporary name; `close` finishes, flushes and renames it, `discard` removes it.
+    """Writes one .beton file under a temporary name; `close` finishes, verifies and renames it, `discard` removes it.
 
     capacity: the most samples that will be added; shape: (height, width) of every image, for grey images only.
     """
@@ -159,8 +160,33 @@ class BetonWriter:
 
     def discard(self) -> None:
         """Remove the unfinished file."""
-        self.file.close()
+        with suppress(OSError):  # a full disk refuses what is still buffered
+            self.file.close()
         self.temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_beton(path: Path, channels: int, capacity: int, shape: tuple[int, int] | None = None) -> Iterator[BetonWriter]:
+    """A BetonWriter to add to and to close; whatever goes wrong, no unfinished file stays.
+
+    Raises DataError if the folder cannot be written or the disk is full.
+    """
+    try:
+        writer = BetonWriter(path, channels, capacity, shape)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield writer
+    except OSError as error:
+        writer.discard()
+        raise _unwritable(path, error) from None
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be written ({error.strerror}); make room, or choose another folder")
 
 
 def byte_sum(data: np.ndarray) -> int:

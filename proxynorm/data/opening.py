@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from proxynorm.data import fashion_mnist
-from proxynorm.data.beton import RAW, BetonWriter, Samples, read_beton
+from proxynorm.data.beton import RAW, Samples, new_beton, read_beton
 from proxynorm.data.cache import cache_folder, cached_beton
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
@@ -111,14 +111,10 @@ def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, wo
 
 def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
     images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-    writer = BetonWriter(path, channels=1, capacity=len(images), shape=images.shape[1:])
-    try:
+    with new_beton(path, channels=1, capacity=len(images), shape=images.shape[1:]) as writer:
         for image, label in zip(images, labels):
             writer.add(image.reshape(-1), int(label), fashion_mnist.SIDE, fashion_mnist.SIDE, RAW)
         writer.close({"classes": list(fashion_mnist.CLASSES), "count": len(images), "source": str(folder)}, verify)
-    except BaseException:
-        writer.discard()
-        raise
 
 
 def _open_folder(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:

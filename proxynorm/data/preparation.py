@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proxynorm.data.beton import BetonWriter
+from proxynorm.data.beton import new_beton
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, store
 from proxynorm.data.randomness import sample_keys, uniform
 from proxynorm.data.sources import Listing
@@ -46,10 +46,9 @@ def prepare(
     on_bad: "raise" ends in a DataError that names the first bad image, "skip" leaves bad images out. progress is told
     how many images are done. An interrupted run leaves nothing named `output`.
     """
-    writer = BetonWriter(output, channels=3, capacity=len(listing.images))
     skipped: dict[str, str] = {}
     kept = []
-    try:
+    with new_beton(output, channels=3, capacity=len(listing.images)) as writer:
         for number, result in enumerate(_stored(listing, options, workers)):
             if isinstance(result, Stored):
                 target = int(listing.targets[number])
@@ -62,9 +61,6 @@ def prepare(
             progress(number + 1)
         _check_classes(listing, kept, output)
         writer.close(_manifest(listing, kept, options, skipped), lambda samples: verify(samples, workers))
-    except BaseException:
-        writer.discard()
-        raise
     return Prepared(Path(output), len(kept), skipped)
 
 

@@ -16,7 +16,9 @@ from proxynorm.data.native import GOOD, REASONS, decoder, map_file
 from proxynorm.data.spec import Batch
 from proxynorm.errors import DataError
 
+# Work begun ahead: some batches, and enough to keep every thread busy where the batches are small.
 BATCHES_AHEAD = 3
+TASKS_AHEAD_PER_WORKER = 2
 IMAGES_PER_TASK = 8
 
 
@@ -94,15 +96,18 @@ class _Pending(NamedTuple):
 
 
 class BetonReader:
-    """A .beton file, read by FFCV's decoder in `workers` threads (at least one)."""
+    """A .beton file, read by FFCV's decoder in `workers` threads (at least one).
 
-    def __init__(self, samples: Samples, classes: tuple[str, ...], workers: int) -> None:
+    pin: batches lie in page-locked memory where there is a GPU to copy them to.
+    """
+
+    def __init__(self, samples: Samples, classes: tuple[str, ...], workers: int, pin: bool = True) -> None:
         self.samples, self.classes, self.workers = samples, classes, max(1, workers)
+        self.pin = pin and torch.cuda.is_available()
         self.targets, self.channels = samples.target, samples.channels
         self.file = map_file(samples.path)
         self.decode = decoder()
-        jpeg_area = samples.height.astype(np.int64) * samples.width
-        self.scratch_size = int(jpeg_area.max()) * 3
+        self.scratch_size = 3 * int((samples.height.astype(np.int64) * samples.width).max())
 
     def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
         pending: deque[_Pending] = deque()
@@ -110,7 +115,7 @@ class BetonReader:
         try:
             for job in jobs:
                 pending.append(self._submit(pool, job, view))
-                if len(pending) > BATCHES_AHEAD:
+                if len(pending) > max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // len(pending[0].tasks)):
                     yield self._finish(pending.popleft(), view, failures)
             while pending:
                 yield self._finish(pending.popleft(), view, failures)
@@ -123,7 +128,7 @@ class BetonReader:
         side = (job.size, job.size) if self.channels == 3 else (int(height[0]), int(width[0]))
         shape = (len(job.rows), *side, self.channels)
         # A fresh buffer each time: nothing that was handed out is written again.
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin).numpy()
         status = np.zeros(len(job.rows), dtype=np.int64)
         parts = [slice(start, start + IMAGES_PER_TASK) for start in range(0, len(job.rows), IMAGES_PER_TASK)]
         tasks = [

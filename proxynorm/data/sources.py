@@ -59,7 +59,8 @@ def list_folder(folder: Path) -> Listing:
 
 def _images_in(folder: Path) -> list[ImageRef]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
-    return [ImageRef(str(folder / name), str(folder / name)) for name in names if not name.startswith(".")]
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return [ImageRef(path, path) for path in paths]
 
 
 def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:

@@ -26,7 +26,7 @@ def find_damage(samples: Samples, workers: int = 1) -> dict[str, str]:
     """The damaged images of a .beton file, name -> reason. Without FFCV only the sums are compared."""
     if not ffcv_available():
         return _compare_sums(samples)
-    reader = BetonReader(samples, (), workers)
+    reader = BetonReader(samples, (), workers, pin=False)
     side = SIDE if samples.channels == 3 else int(samples.height[0])
     failures = Failures("skip")
     rows = np.arange(len(samples))

@@ -86,7 +86,7 @@ class CentredSqueezeExcite(nn.Module):
 
 
 class FrozenSqueezeExcite(nn.Module):
-    """CentredSqueezeExcite of x − m, as a function of x: m and s are constants, and the map is read and written once.
+    """CentredSqueezeExcite of x − m, as a function of x: m and s are constants.
 
     Args:
         squeeze_excite: the module to replace; m is merged into the bias of its first layer.
@@ -109,7 +109,7 @@ class FrozenSqueezeExcite(nn.Module):
         """(N, C, H, W) → (N, C, H, W)."""
         squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
         gate = self.gate(self.conv_expand(squeezed)) * self.scale
-        return torch.addcmul(gate * self.shift, x, gate)
+        return (x * gate).add_(gate * self.shift)
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .activations import activation_name
 from .gaussian import Moments
-from .moments import location_and_scale, moments_with_slopes, working_dtype
+from .moments import location_and_scale, moments_with_slopes, proxy_moments, working_dtype
 
 
 class Rule(NamedTuple):
@@ -26,27 +26,24 @@ class Rule(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """values (k, C): scale and shift of the norm, then floor (ReLU) or gain and offset (other activations); only the
-    two first where the activation is plain. jacobian (k, 4, C): derivatives by γ, β, γ̃, β̃; None where scale = γ and
-    shift = β are all there is."""
+    """values (k, C): see fold. jacobian (k, 4, C): their derivatives by γ, β, γ̃, β̃."""
 
     values: Tensor
-    jacobian: Tensor | None
+    jacobian: Tensor
 
 
 @torch.no_grad()
 def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Constants:
     """The constants for γ, β, γ̃, β̃, each (C,), in float32 (float64 for float64 parameters).
 
-    With r = 1/sqrt(v + ε): ReLU: scale = rγ, shift = r(β − m), floor = −rm. Others: scale = γ, shift = β, gain = r,
-    offset = −rm.
+    With r = 1/sqrt(v + ε): rγ, rβ and the floor −rm for ReLU; γ, β, the gain r and the offset −rm for others.
     """
     four = torch.stack(parameters).to(working_dtype(parameters[0]))
     weight, bias, proxy_weight, proxy_bias = four
     a, s, sign = location_and_scale(*four)
     r, offset = _gain_and_offset(moments_with_slopes(rule.module, a, s, rule.method, rule.nodes), rule)
     if activation_name(rule.module) == "relu":
-        columns = torch.stack([r * weight, r * bias + offset, offset], dim=1)
+        columns = torch.stack([r * weight, r * bias, offset], dim=1)
         direct = r[0]
     else:
         columns = F.pad(torch.stack([r, offset], dim=1), (0, 0, 2, 0))
@@ -55,10 +52,20 @@ def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Const
     values, by_a, by_s = columns  # each (k, C)
     by_s = by_s * sign
     jacobian = torch.stack([by_a * proxy_bias + by_s * (1 + proxy_weight), by_a, by_s * weight, by_a * weight], dim=1)
-    jacobian[0, 0] += direct  # scale by γ, and shift by β, at fixed moments
+    jacobian[0, 0] += direct  # the first by γ and the second by β, at fixed moments
     jacobian[1, 1] += direct
     out = torch.promote_types(parameters[0].dtype, torch.float32)
     return Constants(values.to(out), jacobian.to(out))
+
+
+def fold_reference(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> tuple[Tensor, ...]:
+    """The rows of fold(parameters, rule).values in differentiable operations."""
+    weight, bias, *_ = parameters
+    mean, var = proxy_moments(*parameters, rule.module, rule.method, rule.nodes)
+    r = torch.rsqrt(var + rule.eps) if rule.scale else torch.ones_like(var)
+    if activation_name(rule.module) == "relu":
+        return r * weight, r * bias, -r * mean
+    return weight.to(r.dtype), bias.to(r.dtype), r, -r * mean
 
 
 def _gain_and_offset(moments: Moments, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .activations import Activation, activation_name, make_activation, out_of_place
-from .folding import Constants, Rule, fold
-from .fused import FusedStep, Head, is_transformed
-from .kernels import BatchNorm, GroupNorm, per_channel
+from .folding import Constants, Rule, fold, fold_reference
+from .fused import FlooredReLU, FoldedConstants, GainedActivation, Head, is_transformed, per_channel
 from .moments import check_method, proxy_moments
 from .names import KINDS, NORMS, norm_spec, unknown_name
 from .norms import NormBatch, batch_normalize, group_normalize
@@ -115,97 +115,70 @@ class NormAct2d(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """y, the norm of x before γ and β; same shape and dtype. In training, BN's running statistics move."""
-        return self._normalize(x, self.running_mean, self.running_var) if self.kind == "bn" else self._normalize(x)
+        return self._norm(x, None, None)
 
-    def _normalize(self, x: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None) -> Tensor:
+    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, update: bool = True) -> Tensor:
+        """The norm with the given affine. update False leaves BN's running statistics alone."""
         if self.kind == "none":
-            return x
+            return _affine(x, weight, bias)
         if self.kind != "bn":
-            return group_normalize(x, self.groups, self.eps)
-        momentum = self._step_momentum() if running_mean is not None else 0.0
-        return batch_normalize(x, running_mean, running_var, self._uses_batch(), momentum, self.eps, self.norm_batch)
+            return group_normalize(x, self.groups, self.eps, weight, bias)
+        uses_batch = self.training or self.running_mean is None
+        moves = update and uses_batch and self.running_mean is not None
+        statistics = (self.running_mean, self.running_var) if moves or not uses_batch else (None, None)
+        return batch_normalize(x, *statistics, uses_batch, self._momentum() if moves else 0.0, self.eps,
+                               self.norm_batch, weight, bias)
 
-    def _uses_batch(self) -> bool:
-        return self.training or self.running_mean is None
-
-    def _step_momentum(self) -> float:
+    def _momentum(self) -> float:
         """Counts the batch and gives the share it gets in the running statistics."""
-        if not self.training:
-            return 0.0
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
         self._check(x)
-        if self._needs_plain(x):
+        if self.proxied and not self._needs_plain(x):
+            return self._fused(x)
+        if self.proxied or self.kind == "none":
             return self.activate(self.normalize(x))
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self._fused(x)
-        return self._fused(x)
+        u = self.drop(self._norm(x, self.weight, self.bias))
+        return torch.relu_(u) if self.act_name == "relu" else self.act(u)
 
     def activate(self, y: Tensor) -> Tensor:
         """Act or PN-Act of y, written as the paper's formula, in float32 or better; the result has y's dtype."""
-        return self._activate(y, self.weight, self.bias, self.proxy_weight, self.proxy_bias)
-
-    def _activate(self, y: Tensor, weight: Tensor | None, bias: Tensor | None, proxy_weight: Tensor | None,
-                  proxy_bias: Tensor | None) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
-            u = y.to(torch.promote_types(y.dtype, torch.float32))
-            u = u if weight is None else u * per_channel(weight)
-            u = u if bias is None else u + per_channel(bias)
-            z = self.act(self.drop(u))
+            z = self.act(self.drop(_affine(y.to(torch.promote_types(y.dtype, torch.float32)), self.weight, self.bias)))
             if self.proxied:
-                four = (torch.ones_like(proxy_weight) if weight is None else weight,
-                        torch.zeros_like(proxy_weight) if bias is None else bias, proxy_weight, proxy_bias)
-                mean, var = proxy_moments(*four, self.act, self.moments, self.nodes)
+                mean, var = self.proxy_statistics()
                 z = z - per_channel(mean)
                 z = z * per_channel(torch.rsqrt(var + self.proxy_eps)) if self.proxy_scale else z
             return z.to(y.dtype)
 
-    def _reference(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """The whole layer as a function of its input and four parameters, in plain operations; no side effects."""
-        statistics = (None, None) if self._uses_batch() else (self.running_mean, self.running_var)
-        return self._activate(self._normalize(x, *statistics) if self.kind == "bn" else self._normalize(x),
-                              *parameters)
-
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"expected an input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}")
-        if self.groups is not None and self.training and x[0].numel() == self.groups:
+        if self.groups is not None and self.training and x.shape[1] * x.shape[2] * x.shape[3] == self.groups:
             raise ValueError(f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels and "
                              "so no variance: use fewer groups or a larger input")
 
     def _needs_plain(self, x: Tensor) -> bool:
-        """Whether the plain operations must serve: they can be traced, transformed and extended, the fused step not."""
-        unusual = self.kind == "none" or self.norm_batch == "global" or not isinstance(self.drop, nn.Identity)
-        return unusual or self.act_name == "callable" or x.numel() == 0 or is_transformed()
+        """Whether plain operations must serve: they can be traced, transformed and extended, the fused step cannot."""
+        return (self.kind == "none" or self.act_name == "callable" or not isinstance(self.drop, nn.Identity)
+                or x.numel() == 0 or is_transformed())
 
     def _fused(self, x: Tensor) -> Tensor:
-        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-            x = x.contiguous()
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        constants = Constants(*(c if c is None else c.to(dtype) for c in self._constants(x)))
-        parameters = (self.weight, self.bias, self.proxy_weight, self.proxy_bias)
-        head = Head(self.act_name, self.act)
-        return FusedStep.apply(x, *parameters, self._kernel(), head, constants, self._reference)
-
-    def _constants(self, x: Tensor) -> Constants:
-        if self.proxied:
-            if self.shared_constants is not None:
-                return self.shared_constants
-            return fold(self.four_parameters(), self.proxy_rule())
-        with torch.no_grad():
-            weight = x.new_ones(self.num_features) if self.weight is None else self.weight
-            bias = torch.zeros_like(weight) if self.bias is None else self.bias
-            return Constants(torch.stack([weight, bias]), None)
-
-    def _kernel(self) -> GroupNorm | BatchNorm:
-        if self.kind != "bn":
-            return GroupNorm(self.groups, self.eps)
-        momentum = self._step_momentum() if self.running_mean is not None else 0.0
-        return BatchNorm(self.running_mean, self.running_var, self._uses_batch(), momentum, self.eps, self.norm_batch)
+        rule = self.proxy_rule()
+        four = self.four_parameters()
+        constants = fold(four, rule) if self.shared_constants is None else self.shared_constants
+        folded = FoldedConstants.apply(*four, constants, partial(fold_reference, rule=rule))
+        with torch.autocast(x.device.type, enabled=False):
+            if self.act_name == "relu":
+                scale, shift, floor = folded
+                return FlooredReLU.apply(self._norm(x, scale, shift + floor.detach()), floor)
+            scale, shift, gain, offset = folded
+            again = partial(self._norm, update=False)
+            head = Head(self.act_name, self.act)
+            return GainedActivation.apply(self._norm(x, scale, shift), gain, offset, x, scale, shift, head, again)
 
     def extra_repr(self) -> str:
         parts = [str(self.num_features), f"norm={self.kind}", f"proxy={self.proxy}"]
@@ -213,3 +186,8 @@ class NormAct2d(nn.Module):
         parts += [f"norm_batch={self.norm_batch}"] if self.norm_batch is not None else []
         parts += [f"eps={self.eps}", f"apply_act={self.apply_act}"]
         return ", ".join(parts)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * per_channel(weight)
+    return x if bias is None else x + per_channel(bias)

@@ -1,4 +1,4 @@
-"""The normalizations themselves, without affine: BN with its normalization batch, LN, GN, IN.
+"""The normalizations themselves: BN with its normalization batch, LN, GN, IN; with an affine only where one is handed in.
 
 Statistics are float32 or better whatever autocast says; the map keeps its dtype.
 """
@@ -11,17 +11,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cells import CellGroupNorm, prefers_cells
+
 NormBatch = Union[int, str, None]
 
 
-def group_normalize(x: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+def group_normalize(x: Tensor, groups: int, eps: float = 1e-5, weight: Tensor | None = None,
+                    bias: Tensor | None = None) -> Tensor:
     """Normalizes x (N, C, H, W) per sample and group of C / groups channels. groups = 1 is LN, groups = C is IN."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, groups, eps=eps)
+        if prefers_cells(x) and not torch.compiler.is_compiling():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
+            bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
+            return CellGroupNorm.apply(x, weight, bias, groups, eps)
+        return F.group_norm(x, groups, weight, bias, eps)
 
 
 def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
-                    momentum: float = 0.1, eps: float = 1e-5, norm_batch: NormBatch = None) -> Tensor:
+                    momentum: float = 0.1, eps: float = 1e-5, norm_batch: NormBatch = None,
+                    weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Normalizes x (N, C, H, W) per channel.
 
     In training the statistics are those of norm_batch consecutive images (None: of all of x; "global": of all
@@ -31,44 +40,31 @@ def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor 
     """
     with torch.autocast(x.device.type, enabled=False):
         if not training:
-            return F.batch_norm(x, running_mean, running_var, eps=eps)
-        if norm_batch == "global" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return _global_batch_normalize(x, running_mean, running_var, momentum, eps)
+            return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
         if isinstance(norm_batch, int) and norm_batch < len(x):
-            return _chunk_normalize(x, running_mean, running_var, momentum, eps, norm_batch)
-        return F.batch_norm(x, running_mean, running_var, training=True, momentum=momentum, eps=eps)
+            return _normalize_chunks(x, running_mean, running_var, momentum, eps, norm_batch, weight, bias)
+        if norm_batch == "global" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return _normalize_globally(x, running_mean, running_var, momentum, eps, weight, bias)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
 
 
-def _chunk_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
-                     size: int) -> Tensor:
-    """All whole chunks at once, as a fifth dimension; then the smaller chunk of what is left over, if any."""
-    whole = len(x) // size * size
-    parts = [x[:whole].unflatten(0, (-1, size))] + ([x[whole:].unsqueeze(0)] if whole < len(x) else [])
-    normalized, means, variances = zip(*(_normalize_chunks(part, eps) for part in parts))
-    _update_running(running_mean, running_var, torch.cat(means).mean(0), torch.cat(variances).mean(0), momentum)
-    return torch.cat(normalized).to(x.dtype)
+def _normalize_chunks(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+                      size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, var = x.new_zeros(2, -(-len(x) // size), x.shape[1], dtype=wide)
+    # momentum 1 leaves a chunk's own mean and unbiased variance in its "running" statistics
+    y = torch.cat([F.batch_norm(chunk, m, v, weight, bias, True, 1.0, eps)
+                   for chunk, m, v in zip(x.split(size), mean, var)])
+    _update_running(running_mean, running_var, mean.mean(0), var.mean(0), momentum)
+    return y
 
 
-def _normalize_chunks(part: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(K, images, C, H, W) → (K·images, C, H, W), and the chunks' means and unbiased variances, (K, C)."""
-    part = part.to(torch.promote_types(part.dtype, torch.float32))
-    count = part[0, :, 0].numel()
-    if count == 1:
-        raise ValueError("bn over a chunk of one image with a 1×1 map has one value per channel and so no variance: "
-                         "use a larger norm_batch, or one that divides the batch")
-    var, mean = torch.var_mean(part, dim=(1, 3, 4), correction=0, keepdim=True)
-    y = (part - mean) * torch.rsqrt(var + eps)
-    unbiased = var.detach() * (count / (count - 1))
-    return y.flatten(0, 1), mean.detach().flatten(1), unbiased.flatten(1)
-
-
-def _global_batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
-                            eps: float) -> Tensor:
+def _normalize_globally(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+                        eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     from torch.distributed.nn.functional import all_reduce  # differentiable, unlike torch.distributed.all_reduce
 
     wide = torch.promote_types(x.dtype, torch.float32)
-    var, mean = torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0)
-    var, mean = var.double(), mean.double()
+    var, mean = (s.double() for s in torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0))
     local = x.numel() // x.shape[1]
     count = torch.full((1,), float(local), dtype=torch.float64, device=x.device)
     total = all_reduce(torch.cat([mean * local, (var + mean * mean) * local, count]))
@@ -76,9 +72,9 @@ def _global_batch_normalize(x: Tensor, running_mean: Tensor | None, running_var:
     var = (square - mean * mean).clamp_min(0)
     unbiased = var * total[-1] / (total[-1] - 1)
     _update_running(running_mean, running_var, mean.detach(), unbiased.detach(), momentum)
-    rstd = torch.rsqrt(var + eps)
-    shape = (1, -1, 1, 1)
-    return ((x - mean.to(wide).view(shape)) * rstd.to(wide).view(shape)).to(x.dtype)
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return (x * scale.to(wide).view(1, -1, 1, 1) + shift.to(wide).view(1, -1, 1, 1)).to(x.dtype)
 
 
 def _update_running(running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor,

@@ -3,6 +3,7 @@ functional calls, and one activation module called at several places (torchvisio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 from torch import fx, nn
@@ -20,10 +21,6 @@ class RewrittenForward:
 
     absorbed_calls: frozenset[int]
     fixed_arguments: dict[str, object]
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        """The original forward without the absorbed activation calls."""
-        return self._forwards[self.training](self, *args, **kwargs)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_forwards"}
@@ -88,8 +85,13 @@ def install_forwards(
 
 
 def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class that runs the rewritten forward of `original`, under the same name."""
-    return type(original.__name__, (RewrittenForward, original), {"__module__": original.__module__})
+    """The class that runs the rewritten forward of `original`, under the same name and with the same signature."""
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return self._forwards[self.training](self, *args, **kwargs)
+
+    return type(original.__name__, (RewrittenForward, original), {"__module__": original.__module__, "forward": forward})
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:

@@ -75,6 +75,7 @@ class Table:
     rows, columns: the axes that go down and across in the report
     metric:      the summary's key that is reported, in percent points
     split:       which images the metric is measured on, in words
+    margin:      what a cell may fall behind another, in points, and still match it
     tolerance:   largest distance from a reference, in points, that still is within
     seed_std:    known standard deviation between seeds, in points, and its source in seed_std_source
     minutes:     of one run on `hardware`, evaluations included: an estimate until runs have been measured
@@ -98,6 +99,7 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     metric: str = "top1"
     split: str = "the test set"
+    margin: float = 0.3
     tolerance: float = 0.5
     seed_std: float | None = None
     seed_std_source: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -226,6 +227,20 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
         assert not list(output.parent.glob("train.beton*"))
     # SIGTERM cleans up after itself; after SIGKILL only a hidden temporary file is left.
     assert len(list(output.parent.iterdir())) <= 1
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_one_line(photos, tmp_path, monkeypatch):
+    listing = list_folder(photos / "train")
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare(listing, Path("/dev/null/x.beton"), StorageOptions())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("proxynorm.data.beton.os.fsync", full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare(listing, tmp_path / "x.beton", StorageOptions())
+    assert not list(tmp_path.iterdir())
 
 
 def run_script(monkeypatch, *arguments) -> int:

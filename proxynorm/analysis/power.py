@@ -1,0 +1,118 @@
+"""The power decomposition of the paper's Fig. 2: where the unit power of a norm's output lies.
+
+On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation (population) over the
+positions of sample x and channel c:
+
+    P1 = mean over c of (E_x μ)²      the channel-wise constant part; near 1: channel collapse
+    P2 = mean over c of Var_x μ       variability of the instance mean
+    P3 = mean over c of (E_x σ)²
+    P4 = mean over c of Var_x σ       variability of the instance standard deviation
+
+They sum to 1 up to the norm's ε.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from proxynorm.nn import NormAct2d
+
+TERMS = ("p1", "p2", "p3", "p4")
+
+
+@dataclass(frozen=True)
+class PowerRow:
+    """The four terms of one norm. depth: its place, from 1, in the order of the forward pass."""
+
+    name: str
+    depth: int
+    p1: float
+    p2: float
+    p3: float
+    p4: float
+
+
+class PowerSums:
+    """Sums over samples of μ, μ², σ and σ² of each channel, in float64."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        # MPS has no float64; sums live on the host there
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.sums = torch.zeros(4, channels, dtype=torch.float64, device=self.device)
+        self.count = 0
+
+    def add(self, y: Tensor) -> None:
+        """Add the samples of y, (N, C, H, W)."""
+        wide = y.float().flatten(2)
+        var, mean = (moment.to(self.device, torch.float64) for moment in torch.var_mean(wide, dim=2, correction=0))
+        self.sums += torch.stack([mean.sum(0), mean.square().sum(0), var.sqrt().sum(0), var.sum(0)])
+        self.count += len(y)
+
+    def terms(self) -> tuple[float, float, float, float]:
+        """P1, P2, P3, P4."""
+        mean, mean_square, std, std_square = self.sums / self.count
+        p1, p3 = mean.square(), std.square()
+        p2, p4 = (mean_square - p1).clamp_min(0), (std_square - p3).clamp_min(0)
+        return tuple(term.mean().item() for term in (p1, p2, p3, p4))
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but Batch Norm by the batch's statistics; all is as before afterwards, running statistics included."""
+    training = {module: module.training for module in model.modules()}
+    norms = [m for m in model.modules() if isinstance(m, NormAct2d) and getattr(m, "running_mean", None) is not None]
+    running = [(module.running_mean, module.running_var) for module in norms]
+    model.eval()
+    for module in norms:
+        module.running_mean = module.running_var = None
+    try:
+        yield
+    finally:
+        for module, (mean, var) in zip(norms, running, strict=True):
+            module.running_mean, module.running_var = mean, var
+        for module, mode in training.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]]) -> list[PowerRow]:
+    """P1 … P4 of every NormAct2d of the model that has a norm, in the order of the forward pass.
+
+    Nothing but sums is stored, however many the images. BN normalizes by the statistics of the batch, as in training.
+
+    Args:
+        model: a model with NormAct2d layers; left as it was.
+        batches: images (N, C, H, W) ready for the model, or tuples that begin with them.
+
+    Raises:
+        ValueError: the model has no NormAct2d with a norm, or there are no images.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, NormAct2d) and m.kind != "none"}
+    if not norms:
+        raise ValueError(f"no norm to decompose: this {type(model).__name__} has no NormAct2d; see proxynorm.convert")
+    sums: dict[str, PowerSums] = {}  # ordered by first call
+
+    def watch(name: str):
+        def hook(module: NormAct2d, inputs: tuple) -> None:
+            y = module.normalize(inputs[0])
+            sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
+    device = next(model.parameters()).device
+    try:
+        with measuring(model):
+            for batch in batches:
+                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not sums:
+        raise ValueError("no images to decompose the power on")
+    return [PowerRow(name, depth, *found.terms()) for depth, (name, found) in enumerate(sums.items(), 1)]

@@ -1,0 +1,40 @@
+"""Power decompositions as rows of metrics.jsonl and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from proxynorm.analysis.power import TERMS, PowerRow
+from proxynorm.files import write_text
+
+
+def to_metrics(rows: Sequence[PowerRow]) -> dict[str, float]:
+    """Flat keys p1/NAME … p4/NAME, in the order of depth, for a row of metrics.jsonl."""
+    return {f"{term}/{row.name}": getattr(row, term) for term in TERMS for row in rows}
+
+
+def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
+    """The inverse of `to_metrics`, other keys left out."""
+    names = [key.partition("/")[2] for key in row if key.startswith("p1/")]
+    return [PowerRow(name, depth, *(row[f"{term}/{name}"] for term in TERMS)) for depth, name in enumerate(names, 1)]
+
+
+def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
+    """The mean over nets of equal shape, norm by norm."""
+    return [PowerRow(rows[0].name, rows[0].depth, *(fmean(getattr(row, term) for row in rows) for term in TERMS))
+            for rows in zip(*nets, strict=True)]
+
+
+def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:
+    """A line a panel and norm: `panel` (the name of the first column), name, depth, p1 … p4."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([panel, "name", "depth", *TERMS])
+    for title, rows in panels.items():
+        writer.writerows([title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)] for row in rows)
+    write_text(path, stream.getvalue())

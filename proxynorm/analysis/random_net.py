@@ -1,0 +1,82 @@
+"""The random net of the paper's Fig. 2 (top row), and what mean-field theory expects of its channel-wise constant part."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from numpy.polynomial.hermite_e import hermegauss
+from torch import Tensor, nn
+
+from proxynorm.nn import NormAct2d, norm_spec, standardize_weights
+
+
+def random_net(norm: str, width: int = 1024, depth: int = 50, seed: int = 0, kernel: int = 3, padding_mode: str = "circular",
+               beta_std: float = 0.2, gamma_std: float = 0.2, groups: int | None = None, in_channels: int = 3) -> nn.Sequential:
+    """`depth` layers of convolution, norm and ReLU with random weights: β ~ N(0, beta_std²), γ ~ N(1, gamma_std²).
+
+    Args:
+        norm: one of proxynorm.nn.NORMS.
+        width: channels of every layer.
+        kernel: side of the convolutions, odd; padding_mode: as in nn.Conv2d; "circular" is the paper's periodic padding.
+        groups: of gn.
+        in_channels: channels of the input.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+    spec = norm_spec(norm)
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for index in range(depth):
+        channels = in_channels if index == 0 else width
+        # without torch's own initialisation, which would cost more than ours
+        conv = nn.utils.skip_init(nn.Conv2d, channels, width, kernel, padding=kernel // 2, padding_mode=padding_mode, bias=False)
+        nn.init.normal_(conv.weight, std=1 / math.sqrt(channels * kernel**2), generator=generator)
+        if spec.weight_standardization:
+            standardize_weights(conv)
+        layer = NormAct2d(width, norm=spec.kind, proxy=spec.proxy, groups=groups)
+        nn.init.normal_(layer.weight, 1.0, gamma_std, generator=generator)
+        nn.init.normal_(layer.bias, 0.0, beta_std, generator=generator)
+        layers += [conv, layer]
+    return nn.Sequential(*layers)
+
+
+def mean_field_p1(layers: int, beta_std: float = 0.2, gamma_std: float = 0.2, proxy: bool = False, start: float = 0.0,
+                  nodes: int = 10) -> list[float]:
+    """P1 behind 1 … `layers` ReLU layers of an infinitely wide random net with LN, P1 being `start` before the first.
+
+    With P1 = p a channel of y is m + sqrt(1 − p)·g, m ~ N(0, p) constant and g ~ N(0, 1); the next P1 is the constant share
+    of the power of φ(γy + β), or of the proxy-normalized step. Gauss–Hermite over γ and β, trapezoids over m (near P1 = 1 the
+    mean over g has ReLU's kink), closed form over g.
+    """
+    points, weights = _hermite(nodes)
+    places = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    density = torch.exp(-0.5 * places**2)
+    gamma, beta, m = torch.meshgrid(1 + gamma_std * points, beta_std * points, places, indexing="ij")
+    share = weights[:, None, None] * weights[:, None] * (density / density.sum())
+    centre, variance = (0.0, 1.0)
+    if proxy:
+        centre, square = _relu_moments(beta, gamma.abs())
+        variance = square - centre**2 + NormAct2d(1).proxy_eps
+    found, p = [], start
+    for _ in range(layers):
+        mean, square = _relu_moments(gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p))
+        constant = (share * (mean - centre) ** 2 / variance).sum()
+        total = (share * (square - 2 * centre * mean + centre**2) / variance).sum()
+        p = min((constant / total).item(), 1.0)
+        found.append(p)
+    return found
+
+
+def _hermite(nodes: int) -> tuple[Tensor, Tensor]:
+    """Points and weights that integrate against the standard normal density."""
+    points, weights = (torch.from_numpy(array) for array in hermegauss(nodes))
+    return points, weights / math.sqrt(2 * math.pi)
+
+
+def _relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """E[φ] and E[φ²] of a ReLU of N(a, s²)."""
+    s = s.clamp_min(1e-12)
+    cdf, density = torch.special.ndtr(a / s), torch.exp(-0.5 * (a / s) ** 2) / math.sqrt(2 * math.pi)
+    return a * cdf + s * density, (a * a + s * s) * cdf + a * s * density

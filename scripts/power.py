@@ -1,0 +1,119 @@
+"""The power decomposition (Fig. 2): of random nets, python scripts/power.py norms=[bn,ln,ln_pn], or of a run, run=FOLDER.
+
+With run= it shows the steps logged in training (power.every_epochs=…), or else measures the checkpoint last.pt. Writes
+power.csv, power.png and, for random nets, summary.json into output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxynorm.cli import option, script
+from proxynorm.errors import ConfigError
+
+
+@dataclass
+class Options:
+    output: str = option("results/power", "folder of the files")
+    run: str | None = option(None, "a run folder instead of random nets")
+    weights: str = option("", "with run=: measure this checkpoint, last or best, even if steps were logged")
+    images: int = option(32, "images to measure on")
+    batch: int = option(8, "images a forward; Batch Norm's statistics are over these")
+    norms: list[str] = option(["bn", "in", "ln", "gn", "ln_pn", "ln_ws"], "random nets: their norms")
+    width: int = option(1024, "random nets: channels")
+    depth: int = option(50, "random nets: layers")
+    size: int = option(8, "random nets: side of the input, which is white noise")
+    nets: int = option(1, "random nets: number of seeds to average over")
+    beta_std: float = option(0.2, "random nets: β ~ N(0, beta_std²)")
+    gamma_std: float = option(0.2, "random nets: γ ~ N(1, gamma_std²)")
+    padding: str = option("circular", "random nets: circular, zeros, reflect")
+    groups: int | None = option(None, "random nets: groups of gn")
+    threads: int | None = option(None, "CPU threads")
+    device: str = option("auto", "auto, cpu, cuda")
+
+
+def random_nets(options: Options, device) -> dict[str, list[list]]:
+    """For each norm, each net's rows."""
+    import torch
+
+    from proxynorm.analysis.power import power_decomposition
+    from proxynorm.analysis.random_net import random_net
+
+    found: dict[str, list[list]] = {}
+    for norm in options.norms:
+        for seed in range(options.nets):
+            net = random_net(norm, options.width, options.depth, seed, 3, options.padding, options.beta_std, options.gamma_std,
+                             options.groups).to(device)
+            images = torch.randn(options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(seed))
+            found.setdefault(norm, []).append(power_decomposition(net, images.split(options.batch)))
+            print(f"{norm} net {seed}: P1 at depth {options.depth} {found[norm][-1][-1].p1:.4f}", flush=True)
+    return found
+
+
+def show_random_nets(options: Options, folder: Path, device) -> None:
+    from proxynorm.analysis.plots import plot_power
+    from proxynorm.analysis.power_files import mean_rows, write_csv
+    from proxynorm.analysis.random_net import mean_field_p1
+    from proxynorm.files import write_json
+
+    found = random_nets(options, device)
+    means = {norm: mean_rows(nets) for norm, nets in found.items()}
+    field = [0.0, *mean_field_p1(options.depth - 1, options.beta_std, options.gamma_std)]
+    expected = {"ln": field} if "ln" in means else {}
+    write_csv(folder / "power.csv", means, "norm")
+    plot_power(means, folder / "power.png", expected)
+    summary = {"width": options.width, "depth": options.depth, "nets": options.nets, "images": options.images, "size": options.size,
+               "beta_std": options.beta_std, "gamma_std": options.gamma_std, "padding": options.padding,
+               "largest_p1": {norm: max(row.p1 for row in rows) for norm, rows in means.items()},
+               "p1_of_each_net_at_last_depth": {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()}}
+    if expected:
+        summary["mean_field_p1"] = field
+        summary["largest_distance_of_ln_from_mean_field"] = {
+            "mean over nets": max(abs(row.p1 - p) for row, p in zip(means["ln"], field)),
+            "each net": [max(abs(row.p1 - p) for row, p in zip(rows, field)) for rows in found["ln"]]}
+    write_json(folder / "summary.json", summary)
+
+
+def show_run(options: Options, folder: Path, device) -> None:
+    from proxynorm.analysis.plots import plot_power
+    from proxynorm.analysis.power_files import from_metrics, write_csv
+    from proxynorm.train.run_folder import read_metrics
+
+    logged = [row for row in read_metrics(Path(options.run) / "metrics.jsonl") if row["event"] == "power"]
+    if logged and not options.weights:
+        panels = {f"epoch {row['epoch']:g}": from_metrics(row) for row in logged}
+    else:
+        panels = {options.weights or "last": measure_checkpoint(options, device)}
+    write_csv(folder / "power.csv", panels, "step")
+    plot_power(panels, folder / "power.png")
+
+
+def measure_checkpoint(options: Options, device) -> list:
+    from proxynorm.analysis.power_monitor import measure
+    from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
+
+    restored = restore(checkpoint_path(options.run, None, options.weights or "last"))
+    data = open_evaluation_data(restored, None, None, None, None)
+    return measure(restored.model.to(device), data, options.images, options.batch)
+
+
+def main(options: Options) -> int:
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.images < 1 or options.depth < 1 or options.nets < 1 or options.batch < 1:
+        raise ConfigError("images, batch, depth and nets must be at least 1")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    folder, device = Path(options.output), torch.device(automatic if options.device == "auto" else options.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (show_run if options.run else show_random_nets)(options, folder, device)
+    except ValueError as error:  # a wrong norm, padding or number of groups
+        raise ConfigError(str(error)) from error
+    print(folder / "power.png")
+    return 0
+
+
+if __name__ == "__main__":
+    script(Options, main, __doc__)

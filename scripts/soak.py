@@ -1,0 +1,76 @@
+"""Kill a training run with -9 at random moments, again and again, until it has ended; then compare it with an unbroken one.
+
+The last line is one JSON object: kills, the steps at which they fell, and whether the bits are those of the unbroken run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxynorm.cli import option, script
+from proxynorm.train.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Options:
+    kills: int = option(50, "how often to kill")
+    runs_dir: str = option("runs/soak", "where the run folder goes")
+    name: str = option("soak", "the run folder's name")
+    seed: int = option(0, "of the moments")
+    seconds: float = option(1.0, "longest wait between a training row and the kill")
+    overrides: list[str] = option([], "of the run, as train.py takes them; empty: a small one")
+    reference: str | None = option(None, "run folder of an unbroken run to compare with")
+
+
+SMALL = ["model.depth=8", "model.width=8", "data.limit=2000", "data.holdout=100", "batch=20", "epochs=3", "log_every=1",
+         "logger=none", "checkpoint.every_steps=1", "regularization.ema_decay=0.9"]
+
+
+def steps(metrics: Path) -> int:
+    """The last step that metrics.jsonl knows of."""
+    rows = read_metrics(metrics)
+    return rows[-1]["step"] if rows else 0
+
+
+def run_and_kill(command: list[str], metrics: Path, wait: float) -> int | None:
+    """Start the run, kill it `wait` seconds after its first new row; the step it had reached, or None if it ended first."""
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+        time.sleep(0.002)
+    time.sleep(wait)
+    if process.poll() is not None:
+        if process.returncode:
+            raise SystemExit(f"the run ended with status {process.returncode}")
+        return None
+    process.kill()
+    process.wait()
+    return steps(metrics)
+
+
+def main(options: Options) -> int:
+    generator = random.Random(options.seed)
+    command = [sys.executable, "train.py", *(options.overrides or SMALL), f"runs_dir={options.runs_dir}", f"name={options.name}"]
+    metrics = Path(options.runs_dir) / options.name / "metrics.jsonl"
+    killed_at = []
+    while len(killed_at) < options.kills:
+        step = run_and_kill(command, metrics, generator.uniform(0, options.seconds))
+        if step is None:
+            break
+        killed_at.append(step)
+        print(f"kill {len(killed_at)} at step {step}", flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    print(json.dumps({"kills": len(killed_at), "steps": killed_at}))
+    return 0
+
+
+if __name__ == "__main__":
+    script(Options, main, __doc__)

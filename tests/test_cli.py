@@ -1,0 +1,97 @@
+"""key=value command lines, as a user meets them: exit statuses, one-line errors, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxynorm.cli import option, options_help, parse_options
+from proxynorm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Options:
+    size: int = option(3, "a size")
+    names: list[str] = option(["a"], "names")
+    file: str | None = option(None, "a file")
+
+
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def assert_user_error(result: subprocess.CompletedProcess[str], message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_options():
+    assert parse_options(Options, ["size=5", "names=[x,y]"]) == Options(5, ["x", "y"], None)
+    assert "size=3" in options_help(Options) and "a size" in options_help(Options)
+    for arguments, message in ((["sise=5"], "did you mean 'size'"), (["size=x"], "could not be converted"),
+                               (["size"], "not of the form key=value"), (["names=[x"], "")):
+        with pytest.raises(ConfigError, match=message) as error:
+            parse_options(Options, arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_train_help_is_readable():
+    result = command("train.py", "--help")
+    assert result.returncode == 0
+    assert "norm: bn, bn_pn, gn" in result.stdout and "python train.py norm=ln_pn batch=32" in result.stdout
+
+
+def test_wrong_norm():
+    assert_user_error(command("train.py", "norm=ln_pm"), "did you mean 'ln_pn'")
+
+
+def test_no_such_data_folder():
+    assert_user_error(command("train.py", "data=folder", "data.root=/nowhere/at/all"), "/nowhere/at/all")
+
+
+@pytest.mark.parametrize("script", ["eval.py", "scripts/demo.py", "scripts/reproduce.py", "scripts/benchmark.py",
+                                    "scripts/write_ffcv.py", "scripts/power.py"])
+def test_scripts_have_help(script):
+    result = command(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "=" in result.stdout
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    """Train, find it finished, evaluate it: the last evaluation again."""
+    arguments = ["train.py", "model.depth=8", "model.width=8", "data.limit=640", "data.holdout=300", "batch=64", "epochs=1",
+                 f"runs_dir={tmp_path}", "name=a run", "norm=bn"]
+    first = command(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "top-1" in first.stdout and "\x1b" not in first.stdout
+    folder = tmp_path / "a run"
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "curves.png"}
+    assert expected <= {path.name for path in folder.iterdir()}
+    again = command(*arguments)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    result = command("eval.py", f"run={folder}", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    evaluated = json.loads(result.stdout.splitlines()[-1])
+    assert evaluated == {key: last[key] for key in ("top1", "top5", "loss", "count")}
+    best = command("eval.py", f"checkpoint={folder / 'checkpoints' / 'best.pt'}", "loader=torchvision", "batch=7")
+    assert json.loads(best.stdout.splitlines()[-1])["top1"] == last["top1"]
+
+
+def test_wrong_checkpoints(tmp_path):
+    other = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(3)}, other)
+    text = tmp_path / "text.pt"
+    text.write_text("hello")
+    assert_user_error(command("eval.py", f"checkpoint={other}"), "not a checkpoint of proxynorm")
+    assert_user_error(command("eval.py", f"checkpoint={text}"), "not a readable checkpoint")
+    assert_user_error(command("eval.py", "run=nowhere"), "no run folder nowhere")

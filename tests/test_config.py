@@ -1,0 +1,100 @@
+"""The configuration: every file composes, and mistakes are one line with the nearest name."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxynorm.config import CONFIGS, check_arguments, compose_config, groups, settings_from
+from proxynorm.errors import ConfigError
+from proxynorm.nn import NORMS
+from proxynorm.train.settings import identity, run_name
+
+NEEDED = {("data", "folder"): ["data.root=x"], ("data", "beton"): ["data.root=x"], ("model", "timm"): ["model.name=resnet18"]}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in groups().items() for name in names])
+def test_every_option_composes(group, name):
+    overrides = [f"{group}={name}", *NEEDED.get((group, name), [])]
+    if group == "experiment" and compose_config(overrides).data.name != "fashion_mnist":
+        overrides.append("data.root=x")
+    settings_from(compose_config(overrides))
+
+
+def test_every_file_says_what_it_is():
+    for path in CONFIGS.rglob("*.yaml"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+        assert lines[0].startswith("# ") and len(lines[0]) > 8, path
+
+
+def test_every_norm_has_a_file():
+    assert set(groups()["norm"]) == set(NORMS)
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("norm=ln_pm", "norm=ln_pm: no such norm; did you mean 'ln_pn'? valid: bn, bn_pn"),
+    ("modle=resnet50", "no key 'modle'; did you mean 'model'?"),
+    ("bacth=3", "no key 'bacth'; did you mean 'batch'?"),
+    ("optim.momentun=0.5", "did you mean 'optim.momentum'? valid: optim.base_batch"),
+    ("batch=many", "batch: Value 'many' of type 'str' could not be converted to Integer"),
+    ("batch=0", "batch=0: must be at least 1"),
+    ("epochs=-1", "epochs=-1: must be at least 1"),
+    ("batch=10 micro_batch=3", "batch=10 is not divisible by micro_batch=3"),
+    ("precision=fp8", "precision=fp8: valid: auto, fp32, bf16, fp16"),
+    ("norm_batch=local", "norm_batch=local: valid: a number of images, 'global'"),
+    ("data=folder", "data.root must be given, as data.root=…"),
+    ("norm=[bn,ln]", "no such norm"),
+    ("name=../elsewhere", "must be a plain folder name"),
+    ("optim.lr=0", "the learning rate is 0.0: must be above 0"),
+    ("batch", "arguments have the form key=value"),
+    ("-m norm=bn,lln", "norm=lln: no such norm"),
+])
+def test_mistakes_are_one_line(argument, message):
+    with pytest.raises(ConfigError) as error:
+        check_arguments(argument.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_learning_rate_follows_the_batch():
+    rates = [settings_from(compose_config([f"batch={batch}"])).learning_rate for batch in (32, 128, 256)]
+    assert rates == pytest.approx([0.025, 0.1, 0.2])
+    assert settings_from(compose_config(["batch=32", "optim.lr=0.3"])).learning_rate == 0.3
+
+
+def test_run_name_follows_what_is_trained():
+    def name(*overrides: str) -> str:
+        return run_name(settings_from(compose_config(overrides)))
+
+    assert name() == name("device=cpu", "loader=torchvision", "logger=none", "max_steps=3", "checkpoint.every_steps=5")
+    others = {name(), name("norm=bn"), name("batch=64"), name("seed=1"), name("model.width=8"), name("data.limit=100"),
+              name("optim.weight_decay=0.1"), name("regularization=extra"), name("norm_batch=4"), name("epochs=6")}
+    assert len(others) == 10
+    assert name("name=mine") == "mine"
+    assert "ln_pn" in name() and "b128" in name() and "s0" in name()
+
+
+def test_identity_holds_no_machine():
+    flat = identity(settings_from(compose_config(["device=cpu", "data.root=/somewhere"])))
+    assert not [key for key in flat if key.split(".")[0] in ("device", "logger", "loader", "runs_dir")]
+    assert "/somewhere" not in flat.values()
+
+
+HEAD = ("command", "hardware", "time", "accuracy", "status", "source")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_have_a_head_and_take_effect(path):
+    lines = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")]
+    head = dict(line.split(": ", 1) for line in lines if line.split(": ")[0] in HEAD)
+    assert tuple(head) == HEAD
+    assert head["status"] in ("measured", "quoted", "not run")
+    assert f"experiment={path.stem} " in head["command"]
+    config = compose_config([f"experiment={path.stem}", "data.root=x"])
+    assert (config.batch, config.epochs) == ((768, 350) if "efficientnet" in path.stem else (1024, 65))
+    assert str(config.model.name) in path.stem
+
+
+def test_imagenet_learning_rates_are_the_recipes():
+    rate = {name: settings_from(compose_config([f"experiment={name}", "data.root=x", "batch=512"])).learning_rate
+            for name in ("imagenet_resnet50", "imagenet_efficientnet_b0")}
+    assert rate == pytest.approx({"imagenet_resnet50": 512 * 2**-11, "imagenet_efficientnet_b0": 512 * 2**-14})

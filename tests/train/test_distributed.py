@@ -1,0 +1,102 @@
+"""Several processes under torchrun (gloo): the same training, exact evaluation, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import SMALL, assert_same_run
+
+from proxynorm.train import checkpoint
+from proxynorm.train.run_folder import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes: int, runs: Path, *overrides: str, restarts: int = 0) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    return [sys.executable, *launcher, "train.py", *SMALL, f"runs_dir={runs}", *overrides]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def read(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(folder=folder, rows=read_metrics(folder / "metrics.jsonl"),
+                           last=checkpoint.load(folder / "checkpoints" / "last.pt"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run_small, tmp_path):
+    """Same batch on 1 and 2 processes: the same losses to rounding, and every evaluation image once (101 of them)."""
+    options = ("data.holdout=101", "micro_batch=5", "regularization=none")
+    one = run_small(*options, "name=one")
+    result = run(torchrun(2, tmp_path, *options, "name=two"))
+    assert result.returncode == 0, result.stderr
+    two = read(tmp_path / "two")
+    for first, second in zip(one.rows, two.rows, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+    assert two.rows[-1]["count"] == 101
+    assert "2 × 2 × 5" in result.stdout
+    assert result.stdout.count("top-1") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly(tmp_path):
+    """A worker killed with -9 under --max-restarts: torchrun restarts, the run ends with the bits of an unbroken one."""
+    options = ("norm=bn", "micro_batch=5", "regularization=extra", "regularization.ema_decay=0.9", "checkpoint.every_steps=3")
+    whole = run(torchrun(2, tmp_path, *options, "name=whole"))
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(torchrun(2, tmp_path, *options, "name=cut", restarts=2), cwd=ROOT, env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 5)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "resumed at step" in output
+    assert_same_run(read(tmp_path / "whole"), read(tmp_path / "cut"))
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_user_error_in_every_process_is_status_2(tmp_path):
+    result = run(torchrun(2, tmp_path, "batch=25"))
+    assert result.returncode != 0
+    assert "batch=25 is not divisible by the 2 processes" in result.stderr
+
+
+@pytest.mark.slow
+def test_changed_number_of_processes_is_said(run_small, tmp_path):
+    assert run(torchrun(2, tmp_path, "name=a", "max_steps=7")).returncode == 0
+    again = run_small("name=a")
+    assert again.status == 0 and again.rows[-1]["step"] == 20
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_random_moments(run_small, tmp_path):
+    """A shortened soak: killed again and again, the run ends with the bits of the unbroken one."""
+    options = ["regularization.ema_decay=0.9", "checkpoint.every_steps=1", "epochs=12"]
+    whole = run_small(*options, "name=whole")
+    command = [sys.executable, "scripts/soak.py", "kills=4", f"runs_dir={tmp_path}", "name=cut", "seed=1",
+               f"overrides=[{','.join([*SMALL, *options])}]"]
+    result = run(command)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert json.loads(result.stdout.splitlines()[-1])["kills"] == 4
+    assert_same_run(whole, read(tmp_path / "cut"))

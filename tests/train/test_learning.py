@@ -1,0 +1,124 @@
+"""Training learns, the same way each time, for every norm."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_same_run
+
+from proxynorm.data import Batch
+from proxynorm.nn import NORMS
+from proxynorm.train.distributed import Process
+from proxynorm.train.evaluate import evaluate
+from proxynorm.train.nonfinite import NonFiniteError
+from proxynorm.train.restore import open_evaluation_data, restore
+from proxynorm.train.trainer import Trainer
+
+
+def test_short_training_learns(run_small):
+    run = run_small("data.limit=3000", "data.holdout=500", "batch=50", "epochs=3", "model.width=16", "log_every=20")
+    losses = [row["loss"] for row in run.rows if row["event"] == "train"]
+    final = run.rows[-1]
+    assert losses[-1] < 0.75 * losses[0]
+    assert final["event"] == "eval" and final["count"] == 500 and final["top1"] > 50 and final["top5"] > 90
+
+
+def test_rerun_gives_the_same_bits(run_small):
+    options = ("regularization=extra", "regularization.ema_decay=0.9")
+    assert_same_run(run_small(*options, "name=a"), run_small(*options, "name=b"))
+
+
+def test_seeds_differ(run_small):
+    assert run_small("seed=1").rows[0]["loss"] != run_small("seed=2").rows[0]["loss"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_trains_a_step(run_small, norm):
+    row = run_small(f"norm={norm}", "max_steps=1").rows[0]
+    assert row["step"] == 1 and 1.5 < row["loss"] < 4
+
+
+def test_accumulation_is_the_large_batch(run_small):
+    """Without batch statistics, 4 micro-batches of 5 are a batch of 20, to rounding."""
+    whole, parts = run_small("name=whole"), run_small("name=parts", "micro_batch=5")
+    for first, second in zip(whole.rows, parts.rows, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=2e-4)
+
+
+def test_overfitting_one_batch(run_small):
+    run = run_small("debug=overfit", "epochs=8", "regularization=none", "optim.lr=0.1", "data.augmentation=none", "model.width=16")
+    losses = [row["loss"] for row in run.rows if row["event"] == "train"]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_evaluation_restored_from_the_folder_alone(run_small):
+    run = run_small("regularization.ema_decay=0.5", "norm=bn_pn")
+    restored = restore(run.folder / "checkpoints" / "last.pt")
+    data = open_evaluation_data(restored, None, None, "torchvision", 0)
+    process = Process(0, 1, torch.device("cpu"))
+    result = evaluate(restored.model, data.eval_loader(33), lambda batch: data.prepare(batch, "cpu"), process, expected=100)
+    assert result.top1 == run.rows[-1]["top1"] and result.loss == pytest.approx(run.rows[-1]["loss"], rel=1e-5)
+
+
+def test_evaluation_masks_padding_and_counts():
+    """Padding rows count neither as hits nor as images; a wrong number of images is refused."""
+    targets = torch.arange(6) % 3
+    valid = torch.tensor([True] * 5 + [False])
+    batch = Batch(torch.eye(3)[targets][:, :, None, None], targets, torch.arange(6), valid)
+    model = torch.nn.Flatten()
+    process = Process(0, 1, torch.device("cpu"))
+    result = evaluate(model, [batch, replace_valid(batch, False)], lambda b: b, process, expected=5)
+    assert (result.top1, result.count) == (100.0, 5)
+    with pytest.raises(Exception, match="evaluation saw 5 images, the data set has 6"):
+        evaluate(model, [batch], lambda b: b, process, expected=6)
+
+
+def replace_valid(batch: Batch, value: bool) -> Batch:
+    return batch._replace(valid=torch.full_like(batch.valid, value))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the network's last layer produce NaN at one step."""
+    original = Trainer.forward_backward
+
+    def forward_backward(self: Trainer, micro_batches: list[Batch]) -> torch.Tensor:
+        if self.state.step == step:
+            with torch.no_grad():
+                kept = self.state.model.fc.bias.clone()
+                self.state.model.fc.bias.fill_(float("nan"))
+                self.restore_bias = lambda: self.state.model.fc.bias.data.copy_(kept)
+        return original(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
+
+
+def test_nonfinite_stops_and_names_the_layer(run_small, monkeypatch):
+    poison(monkeypatch, 12)
+    with pytest.raises(NonFiniteError, match=r"step 13: loss nan, .* learning rate 0\.\d+: not finite, first in fc"):
+        run_small("name=a")
+    monkeypatch.undo()
+    resumed = run_small("name=a")
+    assert resumed.status == 0 and resumed.rows[-1]["step"] == 20
+    assert json.dumps(resumed.rows, allow_nan=False)
+
+
+def test_nonfinite_skip_leaves_the_weights(run_small, monkeypatch):
+    original = Trainer.gradient_norm
+
+    def gradient_norm(self: Trainer) -> torch.Tensor:
+        norm = original(self)
+        return norm * float("inf") if self.state.step in (3, 4) else norm
+
+    monkeypatch.setattr(Trainer, "gradient_norm", gradient_norm)
+    run = run_small("nonfinite=skip")
+    assert run.last["counters"]["skipped"] == 2 and run.rows[-1]["step"] == 20
+    with pytest.raises(NonFiniteError):
+        run_small("nonfinite=skip", "nonfinite_limit=1", "name=b")
+
+
+def test_small_settings_are_what_was_asked(run_small):
+    settings = run_small("max_steps=1").settings
+    assert replace(settings, seed=0) == settings
