@@ -36,7 +36,8 @@ class Exported:
     metrics: dict[str, Any]
 
 
-def export_run(run: str | Path, output: str | Path, weights: str = "last", onnx: bool = False) -> dict[str, float]:
+def export_run(run: str | Path, output: str | Path, weights: str = "last", onnx: bool = False,
+               licence: str = "mit") -> dict[str, float]:
     """Write a run's model to the folder `output`: model.safetensors, config.json, README.md and, if asked for, model.onnx.
 
     Returns the largest differences from the run's own logits, by file. Raises CheckpointError if the run has no such
@@ -56,7 +57,7 @@ def export_run(run: str | Path, output: str | Path, weights: str = "last", onnx:
         raise CheckpointError(f"{output / 'model.safetensors'}: the logits differ from the run's by {differences['model.safetensors']:g}")
     if onnx:
         differences["model.onnx"] = export_onnx(restored.model, output / "model.onnx", images)
-    write_text(output / "README.md", model_card(content, onnx))
+    write_text(output / "README.md", model_card(content, onnx, licence))
     return differences
 
 
@@ -82,9 +83,7 @@ def load(folder: str | Path) -> Exported:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; export the run with scripts/export.py")
     content = json.loads((folder / "config.json").read_text())
-    config = dict(content["config"])
-    config["data"] = {"root": "", **config["data"]}
-    settings, inputs = settings_from(OmegaConf.create(config)), content["inputs"]
+    settings, inputs = settings_from(OmegaConf.create(content["config"])), content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return Exported(model.eval(), inputs, content["metrics"])
@@ -126,14 +125,14 @@ def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
     return difference
 
 
-def model_card(content: dict[str, Any], onnx: bool) -> str:
+def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
     """The README.md of an export, from what config.json holds."""
     config, inputs, metrics = content["config"], content["inputs"], content["metrics"]
     recipe = [f"- {key}: `{json.dumps(config[key], ensure_ascii=False)}`" for key in
               ("model", "norm", "optim", "schedule", "regularization", "data", "batch", "norm_batch", "epochs", "seed") if key in config]
     files = "`model.safetensors`, `config.json`" + (", `model.onnx` (inference, proxy constants folded)" if onnx else "")
     return f"""---
-license: mit
+license: {licence}
 library_name: proxynorm
 tags: [image-classification, proxy-normalization, {config['norm']['name']}]
 ---
@@ -168,5 +167,5 @@ exported = load("FOLDER")  # exported.model, exported.inputs, exported.metrics
 
 ## Licence
 
-The weights are under the MIT licence, as the code is. The data set ({config['data']['name']}) has its own terms.
+Of the weights: {licence}. The data set ({config['data']['name']}) has its own terms.
 """

@@ -13,6 +13,7 @@ class Options:
     run: str = option("", "run folder; required")
     output: str = option("", "folder of the files; none given: RUN/export")
     weights: str = option("last", "last or best")
+    licence: str = option("mit", "of the weights, for the model card")
     onnx: bool = option(False, "also model.onnx, checked with onnxruntime")
 
 
@@ -22,7 +23,7 @@ def main(options: Options) -> int:
     if not options.run:
         raise ConfigError("run=FOLDER must be given")
     output = options.output or f"{options.run}/export"
-    for file, difference in export_run(options.run, output, options.weights, options.onnx).items():
+    for file, difference in export_run(options.run, output, options.weights, options.onnx, options.licence).items():
         print(f"{output}/{file}: largest difference of the logits {difference:g}")
     return 0
 

@@ -22,6 +22,10 @@ SMALL = ("model.depth=8", "model.width=8", "data.limit=200", "data.holdout=100",
          "logger=none", "schedule.warmup_epochs=0.2")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew-golden", action="store_true", help="write the golden losses anew, on purpose")
+
+
 @pytest.fixture
 def run_small(tmp_path: Path):
     """Train a small network in this process: run_small(*overrides) -> (status, folder, rows, last checkpoint)."""

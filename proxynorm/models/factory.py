@@ -17,6 +17,7 @@ from proxynorm.models.small_resnet import SmallResNetV2
 from proxynorm.nn.convert import convert, standardize_before_norms
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.shared import share_moments
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def _build(
         raise ValueError(str(error)) from error
     if architecture.takes_norm_layer and spec.weight_standardization:
         standardize_before_norms(model)
+    if architecture.takes_norm_layer and spec.proxy:
+        share_moments(model)
     return model
 
 

@@ -13,6 +13,7 @@ from proxynorm.nn.dataflow import Flow, Follower, Site, is_activation, is_norm, 
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.rewrite import RewrittenForward, install_forwards, rewritten_forwards
+from proxynorm.nn.shared import share_moments
 from proxynorm.nn.weight_standardization import standardize_weights
 
 
@@ -117,6 +118,8 @@ def convert(
     if spec.weight_standardization:
         for name in sorted(flow.feeding):
             standardize_weights(model.get_submodule(name))
+    if spec.proxy:
+        share_moments(model)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     model.conversion_rows = ConversionReport(sorted(rows, key=lambda row: order.get(row.module, -1)))
     return model
@@ -185,7 +188,7 @@ def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
         return Place(norm, own)
     followers = flow.followers.get(name)
     if not followers:
-        raise _refusal(name, kind, "no call of it is seen in the model's forward")
+        raise _refusal(name, kind, "no call of it is seen in what can be traced of the model")
     for found in followers:
         if found.problem is not None:
             raise _refusal(name, kind, found.problem)
@@ -237,6 +240,8 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
     _carry_over(norm, layer)
+    if layer.proxied and not layer.weight.is_meta and not layer.weight.any():
+        nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0 (METHOD section 2)
     return layer.train(norm.training)
 
 

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from proxynorm.nn.dataflow import called_function, traced_parts
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.shared import share_moments
 
 
 class FrozenNormAct2d(nn.Module):
@@ -112,6 +113,7 @@ def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
     if not any(isinstance(module, NormAct2d) for module in model.modules()):
         raise ValueError(f"nothing to freeze: this {type(model).__name__} has no NormAct2d; see proxynorm.convert")
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    _remove_sharing(frozen)
     for module in list(frozen.modules()):
         if parametrize.is_parametrized(module):
             _unparametrize(module)
@@ -124,6 +126,15 @@ def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
                     if other is module:
                         frozen.set_submodule(alias, replacement)
     return frozen.requires_grad_(False)
+
+
+def _remove_sharing(model: nn.Module) -> None:
+    """Takes off the hooks of share_moments: there are no moments left to share."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__module__", None) == share_moments.__module__:
+                    del hooks[key]
 
 
 def _unparametrize(module: nn.Module) -> None:

@@ -63,24 +63,25 @@ def _differentiable(outputs: tuple[Tensor, ...], inputs: list[Tensor], grads: tu
 
 class FlooredReLU(torch.autograd.Function):
     """max(u, floor), in place of u (N, C, H, W). u = … + floor, so that floor's gradient is all of the output's:
-    the caller detaches the floor that it adds to the norm's shift."""
+    the caller detaches the floor that it adds to the norm's shift. watch is told of the output before it is saved."""
 
     @staticmethod
-    def forward(ctx, u: Tensor, floor: Tensor) -> Tensor:
+    def forward(ctx, u: Tensor, floor: Tensor, watch: Callable[[Tensor], None] | None = None) -> Tensor:
         ctx.mark_dirty(u)
-        floor = per_channel(floor).to(u.dtype)
-        torch.clamp(u, min=floor, out=u)
-        ctx.save_for_backward(u, floor)
+        ctx.save_for_backward(floored_relu_(u, floor), floor)
+        if watch is not None:
+            watch(u)
         return u
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, floor = ctx.saved_tensors
         total = channel_sum(grad)
+        floor = per_channel(floor).to(z.dtype)
         if torch.is_grad_enabled():
-            return torch.where(z > floor, grad, 0), total
+            return torch.where(z > floor, grad, 0), total, None
         above = z - floor  # 0 exactly where the floor cut
-        return aten.threshold_backward.grad_input(grad, above, 0, grad_input=above), total
+        return aten.threshold_backward.grad_input(grad, above, 0, grad_input=above), total, None
 
 
 class GainedActivation(torch.autograd.Function):
@@ -91,11 +92,13 @@ class GainedActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u: Tensor, gain: Tensor, offset: Tensor, x: Tensor, scale: Tensor, shift: Tensor, head: Head,
-                norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+                norm: Callable[[Tensor, Tensor, Tensor], Tensor],
+                watch: Callable[[Tensor], None] | None = None) -> Tensor:
         ctx.mark_dirty(u)
         ctx.head, ctx.norm = head, norm
-        _scale_and_add(_activate(u, head), per_channel(gain), per_channel(offset))
-        ctx.save_for_backward(u, gain, offset, x, scale, shift)
+        ctx.save_for_backward(gained_activation_(u, gain, offset, head), gain, offset, x, scale, shift)
+        if watch is not None:
+            watch(u)
         return u
 
     @staticmethod
@@ -104,13 +107,13 @@ class GainedActivation(torch.autograd.Function):
         u = ctx.norm(x, scale, shift)
         if torch.is_grad_enabled():
             reference = per_channel(gain) * ctx.head.module(u) + per_channel(offset)
-            return *_differentiable((reference.to(grad.dtype),), [u, gain, offset], (grad,)), *[None] * 5
+            return *_differentiable((reference.to(grad.dtype),), [u, gain, offset], (grad,)), *[None] * 6
         # sums over a channel of grad·φ and of grad, in one pass: those of a batch norm's weight and bias,
         # since φ = (z − offset) / gain
         _, product, total = aten.native_batch_norm_backward(
             grad, z, torch.ones_like(gain), None, None, offset, gain.reciprocal(), True, 0.0, [False, True, True])
         du = activation_backward(grad, u, ctx.head).mul_(per_channel(gain).to(grad.dtype))
-        return du, product, total, *[None] * 5
+        return du, product, total, *[None] * 6
 
 
 def per_channel(v: Tensor) -> Tensor:
@@ -123,8 +126,14 @@ def channel_sum(grad: Tensor) -> Tensor:
     return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
-def _scale_and_add(z: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
-    """gain·z + offset in place; for half precision in one pass that rounds once."""
+def floored_relu_(u: Tensor, floor: Tensor) -> Tensor:
+    """max(u, floor), in place."""
+    return torch.clamp(u, min=per_channel(floor).to(u.dtype), out=u)
+
+
+def gained_activation_(u: Tensor, gain: Tensor, offset: Tensor, head: Head) -> Tensor:
+    """gain·φ(u) + offset, in place; for half precision in one pass that rounds once."""
+    z, gain, offset = _activate(u, head), per_channel(gain), per_channel(offset)
     if z.dtype == gain.dtype:
         return z.mul_(gain).add_(offset)
     return torch.addcmul(offset, z, gain, out=z)

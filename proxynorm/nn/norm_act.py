@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from .activations import Activation, activation_name, make_activation, out_of_place
 from .folding import Constants, Rule, fold, fold_reference
-from .fused import FlooredReLU, FoldedConstants, GainedActivation, Head, is_transformed, per_channel
+from .fused import (FlooredReLU, FoldedConstants, GainedActivation, Head, floored_relu_, gained_activation_, is_transformed,
+                    per_channel)
 from .moments import check_method, proxy_moments
 from .names import KINDS, NORMS, norm_spec, unknown_name
 from .norms import NormBatch, batch_normalize, group_normalize
+from .recompute import Recipe, is_recomputing
 
 
 def default_groups(num_features: int, most: int = 32) -> int:
@@ -174,11 +176,30 @@ class NormAct2d(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if self.act_name == "relu":
                 scale, shift, floor = folded
-                return FlooredReLU.apply(self._norm(x, scale, shift + floor.detach()), floor)
+                shift = shift + floor.detach()
+                recipe = self._recipe(floored_relu_, x, scale, shift, floor)
+                return FlooredReLU.apply(self._norm(x, scale, shift), floor, recipe)
             scale, shift, gain, offset = folded
-            again = partial(self._norm, update=False)
             head = Head(self.act_name, self.act)
-            return GainedActivation.apply(self._norm(x, scale, shift), gain, offset, x, scale, shift, head, again)
+            recipe = self._recipe(partial(gained_activation_, head=head), x, scale, shift, gain, offset)
+            return GainedActivation.apply(self._norm(x, scale, shift), gain, offset, x, scale, shift, head,
+                                          partial(self._norm, update=False), recipe)
+
+    def _recipe(self, head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
+                *constants: Tensor) -> Callable[[Tensor], None] | None:
+        """What recompute.py needs to rebuild the output; None where nothing is recomputed."""
+        if not is_recomputing():
+            return None
+        x, scale, shift, *constants = (t.detach() for t in (x, scale, shift, *constants))
+        version = x._version
+
+        def build() -> Tensor:
+            if x._version != version:
+                raise RuntimeError("the input of a NormAct2d was changed in place, so its output cannot be recomputed: "
+                                   "do not use recompute here, or change the input out of place")
+            return head(self._norm(x, scale, shift, update=False), *constants)
+
+        return Recipe(build).watch
 
     def extra_repr(self) -> str:
         parts = [str(self.num_features), f"norm={self.kind}", f"proxy={self.proxy}"]

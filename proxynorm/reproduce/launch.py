@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from proxynorm.errors import ConfigError
-from proxynorm.reproduce.runs import ROOT, STOPPED, Run, last_error, standing
+from proxynorm.reproduce.runs import STOPPED, TRAIN, Run, last_error, standing
 from proxynorm.train.preemption import stop_request
+from proxynorm.train.run import REQUEUE
 
-REQUEUE = 75
 POLL_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -27,7 +28,7 @@ class LaunchOptions:
     jobs: int = 1
     threads: int = 1
     overrides: tuple[str, ...] = ()
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = partial(print, flush=True)
 
 
 @dataclass
@@ -87,7 +88,7 @@ def start(run: Run, options: LaunchOptions) -> Child:
     with open(run.log, "a") as log:
         print("$ " + shlex.join(["python", "train.py", *arguments]), file=log, flush=True)
         # a session of its own: an interrupt from the keyboard reaches the run once, through pass_on
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=log, stderr=log,
+        process = subprocess.Popen([sys.executable, str(TRAIN), *arguments], stdout=log, stderr=log,
                                    stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
     return Child(run, process, time.monotonic())
 

@@ -37,12 +37,12 @@ def gather(table: Table, runs: Sequence[Run], results: str | Path) -> Findings:
     """Read what the runs left, in their folders or in `results`."""
     found = {run.name: read_record(run, results) for run in runs}
     records = [record for record in found.values() if record is not None]
-    states = {run: standing(run).state for run in runs if found[run.name] is None}
+    states = [(run.cell.name, standing(run).state) for run in runs if found[run.name] is None]
     samples = cell_samples(table, records)
     cells = list({run.cell.name: run.cell for run in runs}.values())
     return Findings(table, cells, records, samples, compare(table, samples),
-                    Counter(run.cell.name for run, state in states.items() if state == "running"),
-                    Counter(run.cell.name for run, state in states.items() if state == "failed"))
+                    Counter(cell for cell, state in states if state == "running"),
+                    Counter(cell for cell, state in states if state == "failed"))
 
 
 def write_report(findings: Findings, folder: Path) -> None:

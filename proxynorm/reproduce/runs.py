@@ -18,11 +18,12 @@ import yaml
 
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.table import Cell, Table
+from proxynorm.train.run import REQUEUE
 from proxynorm.train.run_folder import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 STATES = ("done", "running", "stopped", "failed", "missing")
-STOPPED = (75, -signal.SIGTERM, -signal.SIGINT)  # saved and left; or asked to before it had begun
+STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGINT)  # saved and left; or asked to before it had begun
 EXIT_LINE = re.compile(r"^# exit status (-?\d+)$")
 
 

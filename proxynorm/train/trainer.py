@@ -21,6 +21,7 @@ from proxynorm.train.evaluate import Result, autocast, evaluate
 from proxynorm.train.nonfinite import NonFiniteError, describe
 from proxynorm.train.optimizer import create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest
+from proxynorm.train.profiling import profiled
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings, identity
@@ -86,19 +87,21 @@ class Trainer:
         self.display, self.tracker = display, tracker
         display.header()
         self.evaluate_if_due()
-        while self.state.step < self.last_step:
-            self.train_epoch()
-            self.evaluate_if_due()
+        with profiled(self.settings.debug.profile_steps if self.process.is_main else 0, self.run.path) as self.after_step:
+            while self.state.step < self.last_step:
+                self.train_epoch()
+                self.evaluate_if_due()
 
     def train_epoch(self) -> None:
         """Train from the current step to the end of its epoch, or to the last step."""
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
         self.network.train()
-        self.watch.reset()
+        self.watch.resume()
         with self.step_batches(epoch, start) as steps:
             for micro_batches in steps:
                 self.watch.waited()
                 self.train_step(micro_batches)
+                self.after_step()
                 if self.state.step == self.last_step:
                     break
         if self.settings.regularization.ema_every == "epoch" and self.state.ema and self.at_epoch_end():

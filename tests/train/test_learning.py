@@ -122,3 +122,13 @@ def test_nonfinite_skip_leaves_the_weights(run_small, monkeypatch):
 def test_small_settings_are_what_was_asked(run_small):
     settings = run_small("max_steps=1").settings
     assert replace(settings, seed=0) == settings
+
+
+def test_profile_leaves_a_trace(run_small):
+    trace = json.loads((run_small("debug.profile_steps=2", "max_steps=6").folder / "trace.json").read_text())
+    assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_three_steps(run_small):
+    rows = run_small("debug=three_steps").rows
+    assert [row["event"] for row in rows] == ["train"] * 3 + ["eval"]

@@ -1,0 +1,33 @@
+"""The tiny table and the stand-in for train.py as fixtures."""
+
+import json
+import textwrap
+
+import pytest
+
+from proxynorm.reproduce import launch
+from proxynorm.reproduce.table import load_table
+from tiny_table import STAND_IN, TINY
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The tiny table."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return load_table(str(path))
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Replaces train.py; the returned function sets what named runs do."""
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(STAND_IN))
+    monkeypatch.setattr(launch, "TRAIN", script)
+    (tmp_path / "runs").mkdir()
+
+    def plan(**runs):
+        (tmp_path / "runs" / "plan.json").write_text(json.dumps({name.replace("__", "-"): what for name, what in runs.items()}))
+
+    plan()
+    return plan

@@ -1,0 +1,119 @@
+"""The local launcher: what is missing is trained once, what fails is told, what is stopped goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from proxynorm.errors import ConfigError
+from proxynorm.reproduce.launch import LaunchOptions, run_locally
+from proxynorm.reproduce.planning import plan, status
+from proxynorm.reproduce.report import gather, write_report
+from proxynorm.reproduce.runs import standing, table_runs
+from proxynorm.reproduce.table import load_table
+from tiny_table import TINY, reproduce, write_run
+
+
+@pytest.fixture
+def launch(tiny, tmp_path, stand_in):
+    """Runs the tiny table with the stand-in; returns (exit status, lines said, runs)."""
+    def go(jobs=2, overrides=()):
+        lines, runs = [], table_runs(tiny, tmp_path / "runs")
+        return run_locally(runs, LaunchOptions(jobs, 1, overrides, lines.append)), lines, runs
+    return go
+
+
+def starts(runs):
+    return [len((run.folder / "started").read_text()) if (run.folder / "started").exists() else 0 for run in runs]
+
+
+def test_all_runs_are_trained_once(launch):
+    code, _, runs = launch()
+    assert code == 0 and [standing(run).state for run in runs] == ["done"] * 4
+    code, lines, runs = launch()
+    assert code == 0 and starts(runs) == [1] * 4 and lines == [f"{run.name}: finished" for run in runs]
+
+
+def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in):
+    stand_in(bn__s1={"status": 1, "says": "ValueError: no such thing\nerror: the run in x ended with the fault above"})
+    code, lines, runs = launch()
+    assert code == 1 and lines[-1].startswith("failed: bn-s1: ValueError: no such thing")
+    assert [standing(run).state for run in runs] == ["done", "done", "failed", "done"]
+    assert "ValueError: no such thing" in status(runs)
+    stand_in()
+    assert launch()[0] == 0 and starts(runs) == [1, 1, 2, 1]
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(launch, stand_in):
+    stand_in(bn__s0={"status": 2, "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it, or choose another name="})
+    code, lines, _ = launch()
+    assert code == 0 and "bn-s0: running elsewhere" in lines
+
+
+def test_two_launches_at_once_train_no_run_twice(launch, stand_in):
+    stand_in(**{f"{norm}__s{seed}": {"seconds": 1} for norm in ("bn", "ln_pn") for seed in (0, 1)})
+    code = subprocess_of_stand_in(launch)
+    assert code == [0, 0] and starts(table := launch()[2]) == [1] * 4 and len(table) == 4
+
+
+def subprocess_of_stand_in(launch):
+    """Two processes that launch the same table, the second when the first has taken its first run."""
+    first = os.fork()
+    if first == 0:
+        os._exit(launch(jobs=1)[0])
+    time.sleep(0.5)
+    second = launch(jobs=1)[0]
+    return [os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]), second]
+
+
+def test_a_signal_is_passed_on_and_nothing_more_is_started(launch, stand_in):
+    stand_in(bn__s0={"seconds": 30}, ln_pn__s0={"seconds": 30})
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    begun = time.monotonic()
+    code, lines, runs = launch()
+    assert code == 75 and time.monotonic() - begun < 15 and lines[-1].startswith("stopped by SIGTERM")
+    assert starts(runs)[2:] == [0, 0] and [standing(run).state for run in runs] == ["missing"] * 4
+
+
+def test_jobs_and_threads_must_be_positive(launch):
+    with pytest.raises(ConfigError, match="jobs=0"):
+        launch(jobs=0)
+
+
+def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
+    run = table_runs(tiny, tmp_path / "runs")[0]
+    write_run(run, 50.0, epochs=3)
+    (run.folder / "summary.json").unlink()
+    now = standing(run)
+    assert (now.state, now.step, now.total_steps) == ("stopped", 4, 12)
+    assert now.loss == pytest.approx(1.9) and now.seconds_left == pytest.approx(8 * 64 / 100)
+
+
+def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    assert "4 to do" in plan(tiny, runs, 1) and "estimate for one CPU core" in plan(tiny, runs, 1)
+    write_run(runs[0], 50.0)
+    text = plan(tiny, runs, 2)
+    assert "1 done, 3 to do" in text and "0.01 h a run (mean of 1 finished" in text
+    assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
+
+
+@pytest.mark.slow
+def test_a_real_table_from_run_to_report(tmp_path):
+    """Interrupted on the command line, run again, reported; with the real train.py and paths that a shell would break."""
+    path, root = tmp_path / "it's tiny.yaml", tmp_path / "the runs"
+    path.write_text(TINY.replace("seeds: 2", "seeds: 1"))
+    first = subprocess.Popen(reproduce("run", f'table="{path}"', f"root={root}", "jobs=2"), stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "bn-s0: starting\n"
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 75
+    table = load_table(str(path))
+    runs = table_runs(table, root)
+    assert run_locally(runs, LaunchOptions(jobs=2)) == 0
+    write_report(gather(table, runs, tmp_path), tmp_path / "report")
+    summary = json.loads((root / "it's tiny" / "bn-s0" / "summary.json").read_text())
+    assert f"| bn | {summary['top1']:.2f} | 1 | done |" in (tmp_path / "report" / "report.md").read_text()
