@@ -107,7 +107,7 @@ def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
     device = next(model.parameters()).device
     try:
-        with measuring(model):
+        with measuring(model), torch.compiler.set_stance("force_eager"):  # a compiled model would not call the hooks
             for batch in batches:
                 model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     finally:

@@ -1,7 +1,7 @@
 """Photographs to measure loaders on, where one has no ImageNet at hand: JPEGs of 500x375 pixels in class folders.
 
 They are collages of the photographs among the stamps of Debian's package tuxpaint-stamps-default: cut-out animals,
-plants, vehicles… at three quarters to twice their resolution, so that the JPEGs are as large as ImageNet's. The pieces of
+plants, vehicles… at one to two times their resolution, so that the JPEGs are about as large as ImageNet's. The pieces of
 an image and their places follow from its number alone.
 """
 
@@ -21,7 +21,7 @@ CLASSES = 16
 # Drawings have few colours; photographs have nearly as many as pixels.
 LEAST_PIXELS, LEAST_COLOURS, LEAST_SHARE = 200 * 200, 8_000, 0.3
 OPAQUE = 250
-PIECES, SCALES = 16, (0.75, 2.0)
+PIECES, SCALES = 8, (1.0, 2.0)
 
 
 def find_photographs(folder: Path = STAMPS) -> list[Image.Image]:
@@ -50,7 +50,7 @@ def collage(photographs: list[Image.Image], rng: np.random.Generator) -> Image.I
     for index in rng.integers(len(photographs), size=PIECES):
         piece = photographs[index]
         scale = rng.uniform(*SCALES)
-        piece = piece.resize([max(1, round(side * scale)) for side in piece.size], Image.Resampling.LANCZOS)
+        piece = piece.resize([max(1, round(side * scale)) for side in piece.size], Image.Resampling.BILINEAR)
         if rng.random() < 0.5:
             piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         centre = rng.uniform(0, 1, 2) * SIZE

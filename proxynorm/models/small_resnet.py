@@ -95,12 +95,14 @@ class SmallResNetV2(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """He initialisation by fan-out, as timm's v2 ResNets; a small classifier."""
+        """He initialisation by fan-out for the convolutions, as timm's v2 ResNets; torch's own for the classifier.
+
+        A smaller classifier starves norms whose pooled activations are centred: with a standard deviation of 0.01, LN+PN
+        lags in the first epochs and IN+PN hardly starts.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) → the last map, normalized and activated."""

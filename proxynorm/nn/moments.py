@@ -107,11 +107,15 @@ def _grid_moments(module: nn.Module, weight: Tensor, bias: Tensor, proxy_weight:
                   nodes: int) -> tuple[Tensor, Tensor]:
     """The paper's integration written as the authors do: every node is scaled, activated and averaged."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, bias, proxy_weight, proxy_bias = (
-        p.to(dtype).unsqueeze(-1) for p in (weight, bias, proxy_weight, proxy_bias))
-    z = module(weight * (proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)) + bias)
-    mean = z.mean(-1)
-    return mean, (z - mean.unsqueeze(-1)).square().mean(-1)
+    weight, bias, proxy_weight, proxy_bias = (p.to(dtype) for p in (weight, bias, proxy_weight, proxy_bias))
+    z = _activate(module, weight * (proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]) + bias)
+    mean = z.mean(0)
+    return mean, (z - mean).square().mean(0)
+
+
+def _activate(module: nn.Module, u: Tensor) -> Tensor:
+    """φ of u (nodes, C), shown as a map so that an activation with parameters per channel finds its channels."""
+    return module(u[:, :, None, None])[:, :, 0, 0]
 
 
 def grid_nodes(nodes: int, like: Tensor) -> Tensor:
@@ -133,6 +137,6 @@ def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _weighted(module: nn.Module, a: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    z = module(a.unsqueeze(-1) + s.unsqueeze(-1) * nodes)
-    mean = (z * weights).sum(-1)
-    return mean, ((z - mean.unsqueeze(-1)).square() * weights).sum(-1)
+    z = _activate(module, a + s * nodes[:, None])
+    mean = weights @ z
+    return mean, weights @ (z - mean).square()

@@ -22,6 +22,20 @@ def default_groups(num_features: int, most: int = 32) -> int:
     return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
 
 
+def norm_layer(norm: str, **options: object) -> Callable[..., NormAct2d]:
+    """What timm's constructors of norm+act networks take as norm_layer=: a function from num_features to a NormAct2d.
+
+    norm is a full name ("ln" is LN without PN); options are NormAct2d's. timm hands a function no activation: give
+    act_layer here where the network's is not ReLU. Raises ValueError for an unknown norm.
+    """
+    spec = norm_spec(norm)
+
+    def make(num_features: int, **kwargs: object) -> NormAct2d:
+        return NormAct2d(num_features, norm=spec.kind, proxy=spec.proxy, **{**options, **kwargs})
+
+    return make
+
+
 class NormAct2d(nn.Module):
     """Norm, then Act(y) = φ(γy + β) or PN-Act(y) = (φ(γy + β) − m) / sqrt(v + proxy_eps); a timm norm_act layer.
 

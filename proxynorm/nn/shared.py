@@ -32,7 +32,7 @@ def _fold_all(model: nn.Module, inputs: tuple) -> None:
         return
     families: dict[Hashable, list[NormAct2d]] = {}
     for module in model.modules():
-        if isinstance(module, NormAct2d) and module.proxied:
+        if isinstance(module, NormAct2d) and module.proxied and module.act_name != "callable":
             families.setdefault(_family(module), []).append(module)
     for layers in families.values():
         if len(layers) > 1:

@@ -62,10 +62,10 @@ def cell_samples(table: Table, records: Sequence[Record]) -> dict[str, Sample]:
 def cell_status(table: Table, sample: Sample, running: int, failed: int, reference: Reference | None) -> str:
     """not run, running, n/N seeds, within or outside the tolerance of the reference, done; failures are added."""
     words = []
-    if not sample.n and not failed:
-        words.append("running" if running else "not run")
+    if not sample.n:
+        words += ["running"] if running else [] if failed else ["not run"]
     elif sample.n < table.seeds:
-        words.append(f"{sample.n}/{table.seeds} seeds" + (", running" if running else ""))
+        words += [f"{sample.n}/{table.seeds} seeds"] + (["running"] if running else [])
     if reference is not None and sample.n:
         near = abs(sample.mean - reference.value) <= table.tolerance
         words.append("within" if near else "outside")

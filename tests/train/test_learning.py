@@ -51,7 +51,7 @@ def test_accumulation_is_the_large_batch(run_small):
 def test_overfitting_one_batch(run_small):
     run = run_small("debug=overfit", "epochs=8", "regularization=none", "optim.lr=0.1", "data.augmentation=none", "model.width=16")
     losses = [row["loss"] for row in run.rows if row["event"] == "train"]
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_evaluation_restored_from_the_folder_alone(run_small):

@@ -1,0 +1,76 @@
+"""Export: a run becomes files that give its logits back."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from proxynorm.config import compose_config, settings_from
+from proxynorm.errors import CheckpointError
+from proxynorm.export import export_run, load
+from proxynorm.files import write_json, write_text
+from proxynorm.train import checkpoint
+from proxynorm.train.build import build_model
+
+INPUTS = {"classes": ["a", "b", "c"], "channels": 1, "mean": [0.3], "std": [0.4]}
+RESULT = {"top1": 91.5, "top5": 99.0, "loss": 0.3, "count": 10000}
+
+
+def make_run(folder, *overrides):
+    """A run folder with random weights, as train.py would leave it."""
+    config = compose_config(["model.depth=8", "model.width=4", "data.root=somewhere", *overrides])
+    settings = settings_from(config)
+    torch.manual_seed(0)
+    model = build_model(settings, 3, 1)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    (folder / "checkpoints").mkdir(parents=True)
+    content = {"model": model.state_dict(), "ema": None, "inputs": INPUTS, "step": 7, **RESULT}
+    checkpoint.save(folder / "checkpoints" / "last.pt", content)
+    checkpoint.save(folder / "checkpoints" / "best.pt", {**content, "top1": 92.0})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_json(folder / "summary.json", {**RESULT, "epochs": 5, "steps": 9, "seed": 0})
+    return model.eval()
+
+
+@pytest.mark.parametrize("norm", ["bn", "ln_pn", "ln_ws"])
+def test_what_is_exported_gives_the_same_logits(tmp_path, norm):
+    model = make_run(tmp_path / "run", f"norm={norm}")
+    assert export_run(tmp_path / "run", tmp_path / "out") == {"model.safetensors": 0.0}
+    exported, images = load(tmp_path / "out"), torch.randn(2, 1, 32, 32)
+    assert torch.equal(exported.model(images), model(images)) and not exported.model.training
+    assert exported.inputs["classes"] == ["a", "b", "c"] and exported.metrics["top1"] == 91.5
+
+
+def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
+    make_run(tmp_path / "run", "norm=ln_pn")
+    export_run(tmp_path / "run", tmp_path / "out", weights="best", licence="cc0-1.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("Top-1 92.00 %", "10000 images of the evaluation set", "one run (seed 0), the best weights, after 7 weight updates",
+                  "license: cc0-1.0", "from proxynorm.export import load", '"name": "ln_pn"'):
+        assert words in card
+    assert "somewhere" not in card + (tmp_path / "out" / "config.json").read_text()
+
+
+def test_onnx_agrees_with_the_run(tmp_path):
+    pytest.importorskip("onnxscript")
+    make_run(tmp_path / "run", "norm=gn_pn", "norm.groups=2")
+    differences = export_run(tmp_path / "run", tmp_path / "out", onnx=True)
+    assert differences["model.onnx"] < 1e-4 and "model.onnx" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_without_a_summary_is_not_exported(tmp_path):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(CheckpointError, match="no summary.json"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="model.safetensors is missing|config.json is missing"):
+        load(tmp_path / "out")
+
+
+def test_config_json_is_plain(tmp_path):
+    make_run(tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(content) == {"config", "inputs", "metrics"} and "runs_dir" not in content["config"]
