@@ -6,7 +6,6 @@ The names below are imported when first used, so that `import proxynorm` is quic
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -22,14 +21,6 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES, "__version__"]
-
-if TYPE_CHECKING:
-    from proxynorm.analysis.power import power_decomposition
-    from proxynorm.models import create_model
-    from proxynorm.nn import NormAct2d, parameter_groups, proxy_moments
-    from proxynorm.nn.convert import conversion_report, convert
-    from proxynorm.nn.freeze import freeze
-
 
 def __getattr__(name: str) -> object:
     """Imports a public name from its home (PEP 562)."""

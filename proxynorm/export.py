@@ -1,4 +1,4 @@
-"""A trained run as files for others: safetensors, config.json, a model card and ONNX; each is loaded back and checked."""
+"""A trained run as files for others: safetensors, config.json, a model card, ONNX; each is loaded back and checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ ONNX_TOLERANCE = 1e-3
 class Exported:
     """What an export's config.json holds beside the model's configuration.
 
-    inputs: classes, channels, size (pixels), and mean and std per channel on the 0..1 scale; metrics: the run's summary.
+    inputs: classes, channels, size (pixels), and mean and std per channel on the 0..1 scale.
+    metrics: the run's summary.
     """
 
     model: nn.Module
@@ -36,9 +37,10 @@ class Exported:
     metrics: dict[str, Any]
 
 
-def export_run(run: str | Path, output: str | Path, weights: str = "last", onnx: bool = False,
-               licence: str = "mit") -> dict[str, float]:
-    """Write a run's model to the folder `output`: model.safetensors, config.json, README.md and, if asked for, model.onnx.
+def export_run(
+    run: str | Path, output: str | Path, weights: str = "last", onnx: bool = False, licence: str = "mit"
+) -> dict[str, float]:
+    """Write a run's model to the folder `output`: model.safetensors, config.json, README.md; model.onnx if asked for.
 
     Returns the largest differences from the run's own logits, by file. Raises CheckpointError if the run has no such
     checkpoint or summary, or if what was written does not give the same logits; ConfigError where a library is missing.
@@ -49,12 +51,16 @@ def export_run(run: str | Path, output: str | Path, weights: str = "last", onnx:
         raise CheckpointError(f"{run} has no summary.json: the run has not ended")
     content = describe(restored, run, weights)
     output.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in restored.model.state_dict().items()}, output / "model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in restored.model.state_dict().items()}, output / "model.safetensors"
+    )
     write_json(output / "config.json", content)
     images = example_images(content["inputs"])
     differences = {"model.safetensors": largest_difference(restored.model, load(output).model, images)}
     if differences["model.safetensors"] != 0:
-        raise CheckpointError(f"{output / 'model.safetensors'}: the logits differ from the run's by {differences['model.safetensors']:g}")
+        raise CheckpointError(
+            f"{output / 'model.safetensors'}: the logits differ from the run's by {differences['model.safetensors']:g}"
+        )
     if onnx:
         differences["model.onnx"] = export_onnx(restored.model, output / "model.onnx", images)
     write_text(output / "README.md", model_card(content, onnx, licence))
@@ -70,10 +76,16 @@ def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     summary = json.loads((run / "summary.json").read_text())
     last = {key: summary[key] for key in ("top1", "top5", "loss", "count", "epochs", "steps", "seed")}
     if weights == "best":
-        last |= {key: restored.content[key] for key in ("top1", "top5", "loss", "count")} | {"steps": restored.content["step"]}
+        last |= {key: restored.content[key] for key in ("top1", "top5", "loss", "count")} | {
+            "steps": restored.content["step"]
+        }
     size = settings.data.eval_size or settings.data.image_size
     split = "training images that were held out" if settings.data.holdout else "images of the evaluation set"
-    return {"config": config, "inputs": {**inputs, "size": size}, "metrics": {**last, "weights": weights, "split": split}}
+    return {
+        "config": config,
+        "inputs": {**inputs, "size": size},
+        "metrics": {**last, "weights": weights, "split": split},
+    }
 
 
 def load(folder: str | Path) -> Exported:
@@ -101,9 +113,10 @@ def largest_difference(first: nn.Module, second: nn.Module, images: torch.Tensor
 
 
 def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
-    """Write the frozen model (proxy constants folded) as ONNX with any batch size; the largest difference under onnxruntime.
+    """Write the frozen model (proxy constants folded) as ONNX with any batch size.
 
-    Raises ConfigError where onnx, onnxscript or onnxruntime is missing, CheckpointError if the logits differ.
+    Returns the largest difference of the logits under onnxruntime. Raises ConfigError where onnx, onnxscript or
+    onnxruntime is missing, CheckpointError if the logits differ.
     """
     try:
         import onnx  # noqa: F401
@@ -112,8 +125,15 @@ def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
     except ImportError as error:
         raise ConfigError(f"onnx=true needs {error.name}: pip install 'proxynorm[export]'") from error
     batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(freeze(model), (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"],
-                                output_names=["logits"], verbose=False)
+    program = torch.onnx.export(
+        freeze(model),
+        (images,),
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     with torch.no_grad():
@@ -128,30 +148,46 @@ def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
     """The README.md of an export, from what config.json holds."""
     config, inputs, metrics = content["config"], content["inputs"], content["metrics"]
-    recipe = [f"- {key}: `{json.dumps(config[key], ensure_ascii=False)}`" for key in
-              ("model", "norm", "optim", "schedule", "regularization", "data", "batch", "norm_batch", "epochs", "seed") if key in config]
-    files = "`model.safetensors`, `config.json`" + (", `model.onnx` (inference, proxy constants folded)" if onnx else "")
+    recipe = [
+        f"- {key}: `{json.dumps(config[key], ensure_ascii=False)}`"
+        for key in (
+            "model",
+            "norm",
+            "optim",
+            "schedule",
+            "regularization",
+            "data",
+            "batch",
+            "norm_batch",
+            "epochs",
+            "seed",
+        )
+        if key in config
+    ]
+    files = "`model.safetensors`, `config.json`" + (
+        ", `model.onnx` (inference, proxy constants folded)" if onnx else ""
+    )
     return f"""---
 license: {licence}
 library_name: proxynorm
-tags: [image-classification, proxy-normalization, {config['norm']['name']}]
+tags: [image-classification, proxy-normalization, {config["norm"]["name"]}]
 ---
 
-# {config['model']['name']}, {config['norm']['name']}, {config['data']['name']}
+# {config["model"]["name"]}, {config["norm"]["name"]}, {config["data"]["name"]}
 
 Trained with proxynorm (Labatie et al., "Proxy-Normalizing Activations to Match Batch Normalization while Removing Batch
 Dependence", arXiv 2106.03743). Files: {files}.
 
 ## Measured
 
-Top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, cross-entropy {metrics['loss']:.4f} on {metrics['count']} {metrics['split']}:
-one run (seed {metrics['seed']}), the {metrics['weights']} weights, after {metrics['steps']} weight updates. No spread over seeds is
-known from this run alone.
+Top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} %, cross-entropy {metrics["loss"]:.4f} on
+{metrics["count"]} {metrics["split"]}: one run (seed {metrics["seed"]}), the {metrics["weights"]} weights, after
+{metrics["steps"]} weight updates. No spread over seeds is known from this run alone.
 
 ## Inputs
 
-{inputs['channels']} × {inputs['size']} × {inputs['size']}, values in 0..1, then (x − mean) / std with mean {inputs['mean']} and std {inputs['std']};
-{len(inputs['classes'])} classes, named in `config.json`.
+{inputs["channels"]} × {inputs["size"]} × {inputs["size"]}, values in 0..1, then (x − mean) / std with mean
+{inputs["mean"]} and std {inputs["std"]}; {len(inputs["classes"])} classes, named in `config.json`.
 
 ## Load
 
@@ -167,5 +203,5 @@ exported = load("FOLDER")  # exported.model, exported.inputs, exported.metrics
 
 ## Licence
 
-Of the weights: {licence}. The data set ({config['data']['name']}) has its own terms.
+Of the weights: {licence}. The data set ({config["data"]["name"]}) has its own terms.
 """

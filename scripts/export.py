@@ -1,4 +1,4 @@
-"""Write a run's model as safetensors + config + model card, and as ONNX: python scripts/export.py run=runs/NAME onnx=true"""
+"""Write a run's model as safetensors, config and model card, and as ONNX: python scripts/export.py run=DIR onnx=true"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The power decomposition (Fig. 2): of random nets, python scripts/power.py norms=[bn,ln,ln_pn], or of a run, run=FOLDER.
+"""The power decomposition (Fig. 2): of random nets, python scripts/power.py norms=[bn,ln], or of a run, run=FOLDER.
 
 With run= it shows the steps logged in training (power.every_epochs=…), or else measures the checkpoint last.pt. Writes
 power.csv, power.png and, for random nets, summary.json into output."""
@@ -42,9 +42,20 @@ def random_nets(options: Options, device) -> dict[str, list[list]]:
     found: dict[str, list[list]] = {}
     for norm in options.norms:
         for seed in range(options.nets):
-            net = random_net(norm, options.width, options.depth, seed, 3, options.padding, options.beta_std, options.gamma_std,
-                             options.groups).to(device)
-            images = torch.randn(options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(seed))
+            net = random_net(
+                norm,
+                options.width,
+                options.depth,
+                seed,
+                3,
+                options.padding,
+                options.beta_std,
+                options.gamma_std,
+                options.groups,
+            ).to(device)
+            images = torch.randn(
+                options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(seed)
+            )
             found.setdefault(norm, []).append(power_decomposition(net, images.split(options.batch)))
             print(f"{norm} net {seed}: P1 at depth {options.depth} {found[norm][-1][-1].p1:.4f}", flush=True)
     return found
@@ -62,15 +73,24 @@ def show_random_nets(options: Options, folder: Path, device) -> None:
     expected = {"ln": field} if "ln" in means else {}
     write_csv(folder / "power.csv", means, "norm")
     plot_power(means, folder / "power.png", expected)
-    summary = {"width": options.width, "depth": options.depth, "nets": options.nets, "images": options.images, "size": options.size,
-               "beta_std": options.beta_std, "gamma_std": options.gamma_std, "padding": options.padding,
-               "largest_p1": {norm: max(row.p1 for row in rows) for norm, rows in means.items()},
-               "p1_of_each_net_at_last_depth": {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()}}
+    summary = {
+        "width": options.width,
+        "depth": options.depth,
+        "nets": options.nets,
+        "images": options.images,
+        "size": options.size,
+        "beta_std": options.beta_std,
+        "gamma_std": options.gamma_std,
+        "padding": options.padding,
+        "largest_p1": {norm: max(row.p1 for row in rows) for norm, rows in means.items()},
+        "p1_of_each_net_at_last_depth": {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()},
+    }
     if expected:
         summary["mean_field_p1"] = field
         summary["largest_distance_of_ln_from_mean_field"] = {
-            "mean over nets": max(abs(row.p1 - p) for row, p in zip(means["ln"], field)),
-            "each net": [max(abs(row.p1 - p) for row, p in zip(rows, field)) for rows in found["ln"]]}
+            "mean over nets": max(abs(row.p1 - p) for row, p in zip(means["ln"], field, strict=True)),
+            "each net": [max(abs(row.p1 - p) for row, p in zip(rows, field, strict=True)) for rows in found["ln"]],
+        }
     write_json(folder / "summary.json", summary)
 
 

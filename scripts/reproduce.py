@@ -6,7 +6,10 @@ Commands
   status   where each run stands
   choose   of a finished search: write results/TABLE/chosen.json, which the tuned tables read
   collect  keep finished runs (configuration, environment, metrics, summary) as results/TABLE/runs/*.tar.xz
-  report   write results/TABLE/report.md, report.html and figures from the run folders and the kept runs"""
+  report   write results/TABLE/report.md, report.html and figures from the run folders and the kept runs
+  claims   write results/claims.md: each claim of the poster, what shows it here, its status (no table=)
+
+Offline W&B runs, the report's included, go up with: wandb sync runs/TABLE/*/wandb/offline-run-* runs/TABLE/wandb/offline-*"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from proxynorm.errors import ConfigError
 
 @dataclass
 class Options:
-    command: str = option("???", "as the first word: plan, run, launch, status, choose, collect, report")
+    command: str = option("???", "as the first word: plan, run, launch, status, choose, collect, report, claims")
     table: str = option("", "the table's name, or a YAML file; required")
     root: str = option("runs", "folder of the tables' run folders")
     results: str = option("results", "folder of what is kept: chosen values, collected runs, reports")
@@ -104,14 +107,42 @@ def report(options: Options, table) -> int:
     return 0
 
 
-COMMANDS = {"plan": plan, "run": launch, "launch": launch, "status": status, "choose": choose, "collect": collect, "report": report}
+def claims(options: Options) -> int:
+    from proxynorm.files import write_text
+    from proxynorm.reproduce.claims import claims_report, load_claims
+    from proxynorm.reproduce.report import gather
+    from proxynorm.reproduce.runs import table_runs
+    from proxynorm.reproduce.table import load_table
+
+    tables = {name: load_table(name) for claim in load_claims() for name in claim.tables}
+    outcomes = {
+        name: gather(table, table_runs(table, options.root), options.results).outcomes for name, table in tables.items()
+    }
+    path = Path(options.results) / "claims.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, claims_report(outcomes))
+    print(path)
+    return 0
+
+
+COMMANDS = {
+    "plan": plan,
+    "run": launch,
+    "launch": launch,
+    "status": status,
+    "choose": choose,
+    "collect": collect,
+    "report": report,
+}
 
 
 def main(options: Options) -> int:
     from proxynorm.reproduce.table import load_table, with_seeds
 
+    if options.command == "claims":
+        return claims(options)
     if options.command not in COMMANDS:
-        raise ConfigError(f"no command '{options.command}'; {nearest(options.command, COMMANDS)}")
+        raise ConfigError(f"no command '{options.command}'; {nearest(options.command, [*COMMANDS, 'claims'])}")
     return COMMANDS[options.command](options, with_seeds(load_table(options.table), options.seeds))
 
 

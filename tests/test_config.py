@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 
 from proxynorm.config import CONFIGS, check_arguments, compose_config, groups, settings_from
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS
+from proxynorm.train.optimizer import create_schedule
 from proxynorm.train.settings import identity, run_name
 
 NEEDED = {("data", "folder"): ["data.root=x"], ("data", "beton"): ["data.root=x"], ("model", "timm"): ["model.name=resnet18"]}
@@ -90,7 +94,9 @@ def test_experiments_have_a_head_and_take_effect(path):
     assert head["status"] in ("measured", "quoted", "not run")
     assert f"experiment={path.stem} " in head["command"]
     config = compose_config([f"experiment={path.stem}", "data.root=x"])
-    assert (config.batch, config.epochs) == ((768, 350) if "efficientnet" in path.stem else (1024, 65))
+    rung = re.fullmatch(r"imagenet_resnet50_(\d+)epochs", path.stem)
+    ladder = (4096, int(rung[1])) if rung else (1024, 65)
+    assert (config.batch, config.epochs) == ((768, 350) if "efficientnet" in path.stem else ladder)
     assert str(config.model.name) in path.stem
 
 
@@ -98,3 +104,17 @@ def test_imagenet_learning_rates_are_the_recipes():
     rate = {name: settings_from(compose_config([f"experiment={name}", "data.root=x", "batch=512"])).learning_rate
             for name in ("imagenet_resnet50", "imagenet_efficientnet_b0")}
     assert rate == pytest.approx({"imagenet_resnet50": 512 * 2**-11, "imagenet_efficientnet_b0": 512 * 2**-14})
+
+
+@pytest.mark.parametrize("epochs", [16, 24, 32, 40, 56, 88])
+def test_the_epoch_ladder_follows_ffcv_imagenet(epochs):
+    """From epoch 2 on the rate is their line from 1.7 to 0; the resolution grows in the configured epochs."""
+    settings = settings_from(compose_config([f"experiment=imagenet_resnet50_{epochs}epochs", "data.root=x"]))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.learning_rate)
+    schedule = create_schedule(optimizer, settings, steps_per_epoch=10)
+    for epoch in (2, 5, epochs // 2, epochs - 1):
+        schedule.step_update(10 * epoch)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1.7 * (epochs - epoch) / (epochs - 2), rel=1e-5)
+    start, end = settings.data.ramp
+    assert 0.65 < start / epochs < 0.76 < end / epochs < 0.87
+    assert (settings.data.start_size, settings.data.image_size, settings.data.eval_size) == (160, 192, 256)

@@ -47,8 +47,14 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
     make_run(tmp_path / "run", "norm=ln_pn")
     export_run(tmp_path / "run", tmp_path / "out", weights="best", licence="cc0-1.0")
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ("Top-1 92.00 %", "10000 images of the evaluation set", "one run (seed 0), the best weights, after 7 weight updates",
-                  "license: cc0-1.0", "from proxynorm.export import load", '"name": "ln_pn"'):
+    for words in (
+        "Top-1 92.00 %",
+        "10000 images of the evaluation set",
+        "one run (seed 0), the best weights, after\n7 weight updates",
+        "license: cc0-1.0",
+        "from proxynorm.export import load",
+        '"name": "ln_pn"',
+    ):
         assert words in card
     assert "somewhere" not in card + (tmp_path / "out" / "config.json").read_text()
 

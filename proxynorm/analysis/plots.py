@@ -31,7 +31,8 @@ def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
         training = [row for row in rows if row["event"] == "train"]
         evaluations = [row for row in rows if row["event"] == "eval"]
         color = f"C{index % 10}"
-        losses.plot([row["epoch"] for row in training], [row["loss"] for row in training], color=color, lw=1, label=label)
+        losses.plot([row["epoch"] for row in training], [row["loss"] for row in training], color=color, lw=1,
+                    label=label)
         accuracy.plot([row["epoch"] for row in evaluations], [row["top1"] for row in evaluations], "o-", color=color,
                       ms=4, label=label)
     losses.set(xlabel="epoch", ylabel="training loss")
@@ -43,7 +44,8 @@ def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path, expected: Mapping[str, Sequence[float]] | None = None) -> None:
+def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path,
+               expected: Mapping[str, Sequence[float]] | None = None) -> None:
     """The four terms, stacked, against depth, a panel a norm or step, as in the paper's Fig. 2.
 
     `expected` maps a panel to mean field's P1 at its depths, drawn as a dashed line.
@@ -52,7 +54,7 @@ def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path, expected: M
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes, (title, power) in zip(grid, panels.items()):
+    for axes, (title, power) in zip(grid, panels.items(), strict=False):  # what is left of the grid stays empty
         depths = [row.depth for row in power]
         areas = axes.stackplot(depths, *([getattr(row, term) for row in power] for term in ("p1", "p2", "p3", "p4")),
                                colors=POWER_COLORS)

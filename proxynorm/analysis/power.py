@@ -1,7 +1,7 @@
 """The power decomposition of the paper's Fig. 2: where the unit power of a norm's output lies.
 
-On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation (population) over the
-positions of sample x and channel c:
+On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation (population) over
+the positions of sample x and channel c:
 
     P1 = mean over c of (E_x μ)²      the channel-wise constant part; near 1: channel collapse
     P2 = mean over c of Var_x μ       variability of the instance mean
@@ -64,7 +64,7 @@ class PowerSums:
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but Batch Norm by the batch's statistics; all is as before afterwards, running statistics included."""
+    """Evaluation mode, but Batch Norm by the batch's statistics; afterwards all is as before, running ones included."""
     training = {module: module.training for module in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, NormAct2d) and getattr(m, "running_mean", None) is not None]
     running = [(module.running_mean, module.running_var) for module in norms]
@@ -102,6 +102,7 @@ def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]
         def hook(module: NormAct2d, inputs: tuple) -> None:
             y = module.normalize(inputs[0])
             sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
+
         return hook
 
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]

@@ -26,8 +26,10 @@ def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
 
 def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
     """The mean over nets of equal shape, norm by norm."""
-    return [PowerRow(rows[0].name, rows[0].depth, *(fmean(getattr(row, term) for row in rows) for term in TERMS))
-            for rows in zip(*nets, strict=True)]
+    return [
+        PowerRow(rows[0].name, rows[0].depth, *(fmean(getattr(row, term) for row in rows) for term in TERMS))
+        for rows in zip(*nets, strict=True)
+    ]
 
 
 def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:

@@ -23,10 +23,13 @@ class PowerSettings:
 
 
 def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[PowerRow]:
-    """The decomposition on `images` images spread evenly over the evaluation set (whose order may follow the classes)."""
+    """The decomposition on images spread evenly over the evaluation set, whose order may follow the classes."""
     device = next(model.parameters()).device
     loader = spread(data.eval_loader(batch, 0, 1), images)
-    batches = (data.prepare(batch, device, torch.float32, torch.contiguous_format).images[batch.valid.to(device)] for batch in loader)
+    batches = (
+        data.prepare(batch, device, torch.float32, torch.contiguous_format).images[batch.valid.to(device)]
+        for batch in loader
+    )
     return power_decomposition(model, batches)
 
 
@@ -43,5 +46,7 @@ def collapse_warning(rows: Sequence[PowerRow], threshold: float) -> str | None:
     if not collapsed:
         return None
     worst = max(collapsed, key=lambda row: row.p1)
-    return (f"channel collapse: P1 exceeds {threshold:g} in {len(collapsed)} of {len(rows)} norms, worst {worst.name} "
-            f"(depth {worst.depth}) with {worst.p1:.3f}; a proxy-normalized norm (norm=…_pn) keeps channels normalized")
+    return (
+        f"channel collapse: P1 exceeds {threshold:g} in {len(collapsed)} of {len(rows)} norms, worst {worst.name} "
+        f"(depth {worst.depth}) with {worst.p1:.3f}; a proxy-normalized norm (norm=…_pn) keeps channels normalized"
+    )

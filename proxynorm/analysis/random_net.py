@@ -1,4 +1,4 @@
-"""The random net of the paper's Fig. 2 (top row), and what mean-field theory expects of its channel-wise constant part."""
+"""The random net of the paper's Fig. 2 (top row), and what mean-field theory expects of its P1."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from torch import Tensor, nn
 from proxynorm.nn import NormAct2d, norm_spec, standardize_weights
 
 
-def random_net(norm: str, width: int = 1024, depth: int = 50, seed: int = 0, kernel: int = 3, padding_mode: str = "circular",
-               beta_std: float = 0.2, gamma_std: float = 0.2, groups: int | None = None, in_channels: int = 3) -> nn.Sequential:
+def random_net(
+    norm: str,
+    width: int = 1024,
+    depth: int = 50,
+    seed: int = 0,
+    kernel: int = 3,
+    padding_mode: str = "circular",
+    beta_std: float = 0.2,
+    gamma_std: float = 0.2,
+    groups: int | None = None,
+    in_channels: int = 3,
+) -> nn.Sequential:
     """`depth` layers of convolution, norm and ReLU with random weights: β ~ N(0, beta_std²), γ ~ N(1, gamma_std²).
 
     Args:
         norm: one of proxynorm.nn.NORMS.
         width: channels of every layer.
-        kernel: side of the convolutions, odd; padding_mode: as in nn.Conv2d; "circular" is the paper's periodic padding.
+        kernel: side of the convolutions, odd.
+        padding_mode: as in nn.Conv2d; "circular" is the paper's periodic padding.
         groups: of gn.
         in_channels: channels of the input.
 
@@ -31,7 +42,9 @@ def random_net(norm: str, width: int = 1024, depth: int = 50, seed: int = 0, ker
     for index in range(depth):
         channels = in_channels if index == 0 else width
         # without torch's own initialisation, which would cost more than ours
-        conv = nn.utils.skip_init(nn.Conv2d, channels, width, kernel, padding=kernel // 2, padding_mode=padding_mode, bias=False)
+        conv = nn.utils.skip_init(
+            nn.Conv2d, channels, width, kernel, padding=kernel // 2, padding_mode=padding_mode, bias=False
+        )
         nn.init.normal_(conv.weight, std=1 / math.sqrt(channels * kernel**2), generator=generator)
         if spec.weight_standardization:
             standardize_weights(conv)
@@ -42,13 +55,14 @@ def random_net(norm: str, width: int = 1024, depth: int = 50, seed: int = 0, ker
     return nn.Sequential(*layers)
 
 
-def mean_field_p1(layers: int, beta_std: float = 0.2, gamma_std: float = 0.2, proxy: bool = False, start: float = 0.0,
-                  nodes: int = 10) -> list[float]:
+def mean_field_p1(
+    layers: int, beta_std: float = 0.2, gamma_std: float = 0.2, proxy: bool = False, start: float = 0.0, nodes: int = 10
+) -> list[float]:
     """P1 behind 1 … `layers` ReLU layers of an infinitely wide random net with LN, P1 being `start` before the first.
 
-    With P1 = p a channel of y is m + sqrt(1 − p)·g, m ~ N(0, p) constant and g ~ N(0, 1); the next P1 is the constant share
-    of the power of φ(γy + β), or of the proxy-normalized step. Gauss–Hermite over γ and β, trapezoids over m (near P1 = 1 the
-    mean over g has ReLU's kink), closed form over g.
+    With P1 = p a channel of y is m + sqrt(1 − p)·g, m ~ N(0, p) constant and g ~ N(0, 1); the next P1 is the constant
+    share of the power of φ(γy + β), or of the proxy-normalized step. Gauss–Hermite over γ and β, trapezoids over m
+    (near P1 = 1 the mean over g has ReLU's kink), closed form over g.
     """
     points, weights = _hermite(nodes)
     places = torch.linspace(-6, 6, 241, dtype=torch.float64)

@@ -9,8 +9,20 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#000000", "#e69f00", "#999933",
-           "#882255", "#44aa99")
+PALETTE = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#777777",
+    "#000000",
+    "#e69f00",
+    "#999933",
+    "#882255",
+    "#44aa99",
+)
 FONT = 'font-family="sans-serif" font-size="12"'
 Point = tuple[float, float]
 
@@ -49,16 +61,22 @@ class Frame:
 
     def line(self, start: Point, end: Point, color: str = "#ccc", width: float = 1) -> None:
         (x1, y1), (x2, y2) = start, end
-        self.elements.append(f'<line x1="{number(x1)}" y1="{number(y1)}" x2="{number(x2)}" y2="{number(y2)}" '
-                             f'stroke="{color}" stroke-width="{number(width)}"/>')
+        self.elements.append(
+            f'<line x1="{number(x1)}" y1="{number(y1)}" x2="{number(x2)}" y2="{number(y2)}" '
+            f'stroke="{color}" stroke-width="{number(width)}"/>'
+        )
 
     def text(self, x: float, y: float, words: str, anchor: str = "middle", turn: bool = False) -> None:
         rotation = f' transform="rotate(-90 {number(x)} {number(y)})"' if turn else ""
-        self.elements.append(f'<text x="{number(x)}" y="{number(y)}" text-anchor="{anchor}" {FONT}{rotation}>{escape(words)}</text>')
+        self.elements.append(
+            f'<text x="{number(x)}" y="{number(y)}" text-anchor="{anchor}" {FONT}{rotation}>{escape(words)}</text>'
+        )
 
     def dot(self, x: float, y: float, color: str, radius: float, opacity: float = 1) -> None:
-        self.elements.append(f'<circle cx="{number(x)}" cy="{number(y)}" r="{number(radius)}" fill="{color}" '
-                             f'fill-opacity="{number(opacity)}"/>')
+        self.elements.append(
+            f'<circle cx="{number(x)}" cy="{number(y)}" r="{number(radius)}" fill="{color}" '
+            f'fill-opacity="{number(opacity)}"/>'
+        )
 
     def path(self, points: Sequence[Point], color: str) -> None:
         joined = " ".join(f"{number(self.x(x))},{number(self.y(y))}" for x, y in points)
@@ -78,9 +96,12 @@ class Frame:
 
     def svg(self) -> str:
         size = f"{number(self.width)} {number(self.height)}"
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{number(self.width)}" '
-                f'height="{number(self.height)}">\n<rect width="100%" height="100%" fill="#fff"/>\n'
-                + "\n".join(self.elements) + "\n</svg>\n")
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{number(self.width)}" '
+            f'height="{number(self.height)}">\n<rect width="100%" height="100%" fill="#fff"/>\n'
+            + "\n".join(self.elements)
+            + "\n</svg>\n"
+        )
 
 
 def padded(bounds: Point) -> Point:

@@ -1,13 +1,25 @@
-"""Bytes that a forward pass keeps alive for the backward pass, counted tensor by tensor, on any device."""
+"""Bytes that a forward pass keeps alive for the backward pass, counted tensor by tensor, for every norm.
+
+  python scripts/benchmark.py memory model=resnet50 batch=8 size=224 json=results/memory/NAME.json
+
+The last column is relative to batch norm and activation as torch's own modules, as timm has them.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from proxynorm.benchmark.variants import TORCH_BN, Variant, build, check_norm
+from proxynorm.cli import option
+from proxynorm.files import write_json
+from proxynorm.train.run_folder import environment
 
 
 class _Allocations(TorchDispatchMode):
@@ -43,3 +55,32 @@ def bytes_kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     loss.backward()
     model.zero_grad(set_to_none=True)
     return kept
+
+
+@dataclass
+class Options:
+    model: str = option("resnet50", "a model of proxynorm.create_model")
+    batch: int = option(8, "images")
+    size: int = option(224, "side of the images, pixels")
+    norms: list[str] = option(["torch bn", "torch ln", "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn", "in_pn"],
+                              "norms; with +recompute: outputs rebuilt in backward; torch bn and torch ln: torch's own")
+    device: str = option("auto", "auto, cpu, cuda")
+    json: str | None = option(None, "file for the figures, with the machine's description")
+
+
+def main(options: Options) -> None:
+    """Print one row a norm. Raises ConfigError."""
+    for norm in options.norms:
+        check_norm(norm)
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
+                          options.device.replace("auto", "cpu"))
+    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    labels = torch.zeros(options.batch, dtype=torch.long, device=device)
+    norms = [TORCH_BN, *(norm for norm in options.norms if norm != TORCH_BN)]
+    kept = {}
+    print(f"{'norm':<18}{'MB kept':>10}{'of torch bn':>14}")
+    for norm in norms:
+        kept[norm] = bytes_kept(build(Variant(norm, "nchw"), options.model, device), images, labels)
+        print(f"{norm:<18}{kept[norm] / 1e6:>10.1f}{kept[norm] / kept[TORCH_BN]:>14.4f}", flush=True)
+    if options.json:
+        write_json(Path(options.json), {"options": asdict(options), "bytes_kept": kept, "environment": environment()})

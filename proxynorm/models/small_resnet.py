@@ -47,7 +47,7 @@ class PreActBlock(nn.Module):
 
 
 class SmallResNetV2(nn.Module):
-    """3×3 stem, three stages of pre-activation blocks of width, 2·width and 4·width channels, norm+act, pool, classifier.
+    """3×3 stem, three stages of pre-activation blocks (width, 2·width, 4·width), norm+act, pool, classifier.
 
     Args:
         norm_layer: makes a norm+act layer from a number of channels.
@@ -97,8 +97,8 @@ class SmallResNetV2(nn.Module):
     def _initialise(self) -> None:
         """He initialisation by fan-out for the convolutions, as timm's v2 ResNets; torch's own for the classifier.
 
-        A smaller classifier starves norms whose pooled activations are centred: with a standard deviation of 0.01, LN+PN
-        lags in the first epochs and IN+PN hardly starts.
+        A smaller classifier starves norms whose pooled activations are centred: with a standard deviation of 0.01,
+        LN+PN lags in the first epochs and IN+PN hardly starts.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

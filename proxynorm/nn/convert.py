@@ -217,8 +217,8 @@ def _check_shared_calls(flow: Flow, places: dict[str, Place]) -> None:
     absorbed = [site for place in places.values() for site in place.sites]
     for site, name in taken.items():
         if flow.sites.count(site) != absorbed.count(site):
-            raise _refusal(name, type(places[name].norm).__name__,
-                           f"the activation behind it, called in {site.caller or 'the model'}, serves other values too")  # fmt: skip
+            why = f"the activation behind it, called in {site.caller or 'the model'}, serves other values too"
+            raise _refusal(name, type(places[name].norm).__name__, why)
 
 
 def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
@@ -240,9 +240,17 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
     _carry_over(norm, layer)
-    if layer.proxied and not layer.weight.is_meta and not layer.weight.any():
+    if layer.proxied and _is_zero(layer.weight):
         nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0 (METHOD section 2)
     return layer.train(norm.training)
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    """Whether all values are zero; False where there are none to see (meta and fake tensors)."""
+    try:
+        return not bool(tensor.any())
+    except RuntimeError:
+        return False
 
 
 def _channels(norm: nn.Module) -> int:

@@ -208,8 +208,8 @@ def activation_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
     if name is None or name.rstrip("_") not in _FUNCTIONAL:
         return None
     make, names = _FUNCTIONAL[name.rstrip("_")]
-    options = dict(zip(names, node.args[1:])) | {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
-    return make(**options)
+    given = dict(zip(names, node.args[1:])) | dict(node.kwargs)
+    return make(**{key: value for key, value in given.items() if key not in ("inplace", "input")})
 
 
 def called_function(node: fx.Node) -> str | None:
@@ -318,7 +318,7 @@ def traced_parts(model: nn.Module) -> Iterator[Part]:
             continue
         yield Part(prefix, root, graph, tracer.fixed)
         for name, module in root.named_modules():
-            if name and type(module) in tracer.opaque and not is_norm(module) and next(module.children(), None) is not None:
+            if name and type(module) in tracer.opaque and not is_norm(module):
                 todo += [(f"{prefix}{name}.{child_name}.", child) for child_name, child in module.named_children()]
 
 

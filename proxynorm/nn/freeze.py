@@ -9,8 +9,8 @@ With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m:
 - other activations before padded convolutions: s is merged, −m stays (zero padding commutes with a scale, not a shift);
 - batch norm is folded into the convolution before it.
 
-PyTorch adds a convolution's bias in a pass of its own, on GPUs and partly on CPUs (ResNet-50 at batch 8 on one core: 5 %
-of the time), so merging a shift pays only sometimes; other runtimes fuse it. Hence the two ways to merge.
+PyTorch adds a convolution's bias in a pass of its own, on GPUs and partly on CPUs (ResNet-50 at batch 8 on one core:
+5 % of the time), so merging a shift pays only sometimes; other runtimes fuse it. Hence the two ways to merge.
 """
 
 from __future__ import annotations
@@ -151,8 +151,7 @@ def _freeze_layer(model: nn.Module, layer: NormAct2d, around: Neighbours, full: 
     """The layer's replacement; merges into the layers around it."""
     folded = layer.kind == "bn" and around.before is not None and layer.running_mean is not None
     result = FrozenNormAct2d(layer, folded)
-    weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach().clone()
-    bias = torch.zeros_like(weight) if layer.bias is None else layer.bias.detach().clone()
+    weight, bias = _affine(layer)
     if layer.proxied:
         mean, var = (moment.to(weight.dtype) for moment in layer.proxy_statistics())
         scale = torch.rsqrt(var + layer.proxy_eps) if layer.proxy_scale else torch.ones_like(var)
@@ -164,6 +163,15 @@ def _freeze_layer(model: nn.Module, layer: NormAct2d, around: Neighbours, full: 
         result.weight, result.bias = weight, bias
     idle = folded and isinstance(result.act, nn.Identity) and isinstance(result.drop, nn.Identity)
     return nn.Identity() if idle else result
+
+
+def _affine(layer: NormAct2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """γ and β as new tensors; 1 and 0 where the layer has none."""
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    like = tensors[0].detach() if tensors else torch.empty(layer.num_features)
+    weight = torch.ones_like(like) if layer.weight is None else layer.weight.detach().clone()
+    bias = torch.zeros_like(like) if layer.bias is None else layer.bias.detach().clone()
+    return weight, bias
 
 
 def _place_proxy(

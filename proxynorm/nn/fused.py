@@ -34,7 +34,7 @@ def is_transformed() -> bool:
 class FoldedConstants(torch.autograd.Function):
     """The rows of constants.values, as a differentiable function of γ, β, γ̃, β̃, each (C,).
 
-    reference(γ, β, γ̃, β̃) is the same function in differentiable operations, for derivatives of the derivatives.
+    reference((γ, β, γ̃, β̃)) is the same function in differentiable operations, for derivatives of the derivatives.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class FoldedConstants(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple:
         *parameters, jacobian = ctx.saved_tensors
         if torch.is_grad_enabled():
-            slopes = _differentiable(ctx.reference(*parameters), parameters, grads)
+            slopes = _differentiable(ctx.reference(tuple(parameters)), parameters, grads)
         else:
             slopes = (jacobian * torch.stack(grads).unsqueeze(1)).sum(0).unbind()
         return *(slope if slope is None else slope.to(p.dtype) for slope, p in zip(slopes, parameters)), None, None

@@ -22,20 +22,6 @@ def default_groups(num_features: int, most: int = 32) -> int:
     return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
 
 
-def norm_layer(norm: str, **options: object) -> Callable[..., NormAct2d]:
-    """What timm's constructors of norm+act networks take as norm_layer=: a function from num_features to a NormAct2d.
-
-    norm is a full name ("ln" is LN without PN); options are NormAct2d's. timm hands a function no activation: give
-    act_layer here where the network's is not ReLU. Raises ValueError for an unknown norm.
-    """
-    spec = norm_spec(norm)
-
-    def make(num_features: int, **kwargs: object) -> NormAct2d:
-        return NormAct2d(num_features, norm=spec.kind, proxy=spec.proxy, **{**options, **kwargs})
-
-    return make
-
-
 class NormAct2d(nn.Module):
     """Norm, then Act(y) = φ(γy + β) or PN-Act(y) = (φ(γy + β) − m) / sqrt(v + proxy_eps); a timm norm_act layer.
 
@@ -58,6 +44,8 @@ class NormAct2d(nn.Module):
         self.apply_act = apply_act and act_layer is not None
         self.proxy = bool(proxy) and self.kind != "none"
         check_method(moments)
+        if not (norm_batch in (None, "global") or (isinstance(norm_batch, int) and norm_batch >= 1)):
+            raise ValueError(f"norm_batch is a number of images, None or 'global', not {norm_batch!r}")
         self.norm_batch, self.proxy_scale, self.moments, self.nodes = norm_batch, proxy_scale, moments, nodes
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
@@ -71,8 +59,9 @@ class NormAct2d(nn.Module):
     def _number_of_groups(self, groups: int | None) -> int | None:
         if self.kind in ("bn", "none"):
             return None
-        chosen = {"ln": 1, "in": self.num_features}.get(self.kind) or groups or default_groups(self.num_features)
-        if self.num_features % chosen:
+        groups = default_groups(self.num_features) if groups is None else groups
+        chosen = {"ln": 1, "in": self.num_features}.get(self.kind, groups)
+        if chosen < 1 or self.num_features % chosen:
             raise ValueError(f"groups={chosen} does not divide num_features={self.num_features}")
         return chosen
 
@@ -183,10 +172,7 @@ class NormAct2d(nn.Module):
                 or x.numel() == 0 or is_transformed())
 
     def _fused(self, x: Tensor) -> Tensor:
-        rule = self.proxy_rule()
-        four = self.four_parameters()
-        constants = fold(four, rule) if self.shared_constants is None else self.shared_constants
-        folded = FoldedConstants.apply(*four, constants, partial(fold_reference, rule=rule))
+        folded = self.folded_constants()
         with torch.autocast(x.device.type, enabled=False):
             if self.act_name == "relu":
                 scale, shift, floor = folded
@@ -198,6 +184,12 @@ class NormAct2d(nn.Module):
             recipe = self._recipe(partial(gained_activation_, head=head), x, scale, shift, gain, offset)
             return GainedActivation.apply(self._norm(x, scale, shift), gain, offset, x, scale, shift, head,
                                           partial(self._norm, update=False), recipe)
+
+    def folded_constants(self) -> tuple[Tensor, ...]:
+        """What folding.fold makes of this layer's parameters, each (C,), as a differentiable function of them."""
+        rule, four = self.proxy_rule(), self.four_parameters()
+        constants = fold(four, rule) if self.shared_constants is None else self.shared_constants
+        return FoldedConstants.apply(*four, constants, partial(fold_reference, rule=rule))
 
     def _recipe(self, head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
                 *constants: Tensor) -> Callable[[Tensor], None] | None:

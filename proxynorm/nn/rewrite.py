@@ -91,7 +91,8 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         return self._forwards[self.training](self, *args, **kwargs)
 
-    return type(original.__name__, (RewrittenForward, original), {"__module__": original.__module__, "forward": forward})
+    namespace = {"__module__": original.__module__, "forward": forward}
+    return type(original.__name__, (RewrittenForward, original), namespace)
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:

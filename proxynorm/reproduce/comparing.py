@@ -77,7 +77,7 @@ def cell_status(table: Table, sample: Sample, running: int, failed: int, referen
 
 
 def seed_spread(table: Table, samples: Mapping[str, Sample]) -> float | None:
-    """Standard deviation between seeds in points: that of the table's own cells together, else the one the table knows."""
+    """Standard deviation between seeds, points: that of the table's own cells pooled, else the one the table knows."""
     spread = [sample for sample in samples.values() if sample.n > 1]
     if spread:
         freedom = sum(sample.n - 1 for sample in spread)
@@ -88,8 +88,10 @@ def seed_spread(table: Table, samples: Mapping[str, Sample]) -> float | None:
 def compare(table: Table, samples: Mapping[str, Sample]) -> list[Outcome]:
     """The outcome of each of the table's comparisons."""
     spread = seed_spread(table, samples)
-    return [outcome(comparison, samples[comparison.first], samples[comparison.second], table.margin, spread)
-            for comparison in table.comparisons]
+    return [
+        outcome(comparison, samples[comparison.first], samples[comparison.second], table.margin, spread)
+        for comparison in table.comparisons
+    ]
 
 
 def outcome(comparison: Comparison, first: Sample, second: Sample, margin: float, spread: float | None) -> Outcome:
@@ -113,12 +115,16 @@ def single_verdict(difference: float, spread: float | None) -> str:
     if spread is None:
         return "single seed, spread unknown"
     # two standard deviations of a difference of two runs
-    return "single seed, below the seed spread" if abs(difference) < 2 * math.sqrt(2) * spread else "single seed, beyond the seed spread"
+    return (
+        "single seed, below the seed spread"
+        if abs(difference) < 2 * math.sqrt(2) * spread
+        else "single seed, beyond the seed spread"
+    )
 
 
 def verdict(expect: str, interval: tuple[float, float], margin: float) -> str:
-    """shown, contradicted or not shown. higher and lower: the interval lies on that side of zero. equal: the first is not
-    worse than the second by `margin` points or more (matches or exceeds)."""
+    """shown, contradicted or not shown. higher and lower: the interval lies on that side of zero. equal: the first is
+    not worse than the second by `margin` points or more (matches or exceeds)."""
     low, high = interval
     if expect == "equal":
         return "shown" if low > -margin else "contradicted" if high < -margin else "not shown"

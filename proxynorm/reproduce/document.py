@@ -69,8 +69,10 @@ def _markdown(block: Block) -> str:
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     body = "\n".join(_html(block) for block in blocks)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
 
 
 def _html(block: Block) -> str:

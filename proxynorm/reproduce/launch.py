@@ -88,8 +88,14 @@ def start(run: Run, options: LaunchOptions) -> Child:
     with open(run.log, "a") as log:
         print("$ " + shlex.join(["python", "train.py", *arguments]), file=log, flush=True)
         # a session of its own: an interrupt from the keyboard reaches the run once, through pass_on
-        process = subprocess.Popen([sys.executable, str(TRAIN), *arguments], stdout=log, stderr=log,
-                                   stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *arguments],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
     return Child(run, process, time.monotonic())
 
 

@@ -24,9 +24,14 @@ def plan(table: Table, runs: Sequence[Run], jobs: int) -> str:
     states = [standing(run).state for run in runs]
     left = sum(state != "done" for state in states)
     hours, origin = run_hours(table, runs)
-    lines = [f"{table.name}: {table.title}", f"{len(runs) // table.seeds} cells × {table.seeds} seeds = {len(runs)} runs; "
-             f"{len(runs) - left} done, {left} to do", f"{hours:.2f} h a run ({origin}); {left * hours:.1f} h of runs left, "
-             f"{left * hours / jobs:.1f} h with jobs={jobs}", ""]
+    lines = [
+        f"{table.name}: {table.title}",
+        f"{len(runs) // table.seeds} cells × {table.seeds} seeds = {len(runs)} runs; "
+        f"{len(runs) - left} done, {left} to do",
+        f"{hours:.2f} h a run ({origin}); {left * hours:.1f} h of runs left, "
+        f"{left * hours / jobs:.1f} h with jobs={jobs}",
+        "",
+    ]
     return "\n".join(lines + [f"[{state}] {run.command()}" for run, state in zip(runs, states, strict=True)])
 
 

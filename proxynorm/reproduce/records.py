@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 from proxynorm.errors import DataError
 from proxynorm.files import write_atomic
-from proxynorm.reproduce.runs import Run, read_summary
-from proxynorm.train.run_folder import read_metrics
+from proxynorm.reproduce.runs import Run, read_summary, standing
 
 KEPT = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json")
+FAILURE = "failure.txt"  # of a run that failed, in place of its summary: why
 
 
 @dataclass(frozen=True)
@@ -33,39 +34,50 @@ def archive_path(run: Run, results: str | Path) -> Path:
     return Path(results) / run.table / "runs" / f"{run.name}.tar.xz"
 
 
-def read_record(run: Run, results: str | Path) -> Record | None:
-    """The finished run from its folder, else from its archive; None if there is neither. Raises DataError."""
-    if read_summary(run.folder) is not None:
-        contents = {name: (run.folder / name).read_bytes() for name in KEPT}
-        rows = read_metrics(run.folder / "metrics.jsonl")
-    elif archive_path(run, results).is_file():
-        contents = read_archive(archive_path(run, results))
-        rows = [json.loads(line) for line in contents["metrics.jsonl"].splitlines()]
-    else:
-        return None
-    return Record(run.cell.name, run.seed, json.loads(contents["summary.json"]), json.loads(contents["environment.json"]), rows)
+def run_files(run: Run) -> dict[str, bytes] | None:
+    """The files to keep of a finished or failed run; None of any other."""
+    if read_summary(run.folder) is None:
+        now = standing(run)
+        if now.state != "failed":
+            return None
+        kept = {name: (run.folder / name).read_bytes() for name in KEPT[:3] if (run.folder / name).is_file()}
+        return {**kept, FAILURE: f"{now.error}\n".encode()}
+    return {name: (run.folder / name).read_bytes() for name in KEPT}
+
+
+def kept_files(run: Run, results: str | Path) -> dict[str, bytes] | None:
+    """The run's files from its folder, else from its archive; None if neither tells an end. Raises DataError."""
+    path, files = archive_path(run, results), run_files(run)
+    return read_archive(path) if files is None and path.is_file() else files
+
+
+def as_record(run: Run, files: dict[str, bytes]) -> Record:
+    """The record of a finished run's files."""
+    rows = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
+    return Record(
+        run.cell.name, run.seed, json.loads(files["summary.json"]), json.loads(files["environment.json"]), rows
+    )
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
     """The kept files of an archive by name. Raises DataError if it is damaged or incomplete."""
     try:
         with tarfile.open(path, "r:xz") as archive:
-            contents = {Path(member.name).name: archive.extractfile(member).read() for member in archive if member.isfile()}
-    except (tarfile.TarError, EOFError, OSError) as error:
+            contents = {
+                Path(member.name).name: archive.extractfile(member).read() for member in archive if member.isfile()
+            }
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
         raise DataError(f"{path} is damaged ({error}); collect the run again") from error
-    missing = [name for name in KEPT if name not in contents]
+    missing = [] if FAILURE in contents else [name for name in KEPT if name not in contents]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; collect the run again")
     return contents
 
 
 def collect(run: Run, results: str | Path) -> bool:
-    """Keep a finished run as an archive; False if it is not finished or kept already, equal in content."""
-    if read_summary(run.folder) is None:
-        return False
-    contents = {name: (run.folder / name).read_bytes() for name in KEPT}
-    path = archive_path(run, results)
-    if path.is_file() and read_archive(path) == contents:
+    """Keep a finished or failed run as an archive; False if it is neither, or kept already, equal in content."""
+    contents, path = run_files(run), archive_path(run, results)
+    if contents is None or path.is_file() and read_archive(path) == contents:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda stream: write_archive(stream, run.name, contents))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -12,11 +13,17 @@ from proxynorm.analysis.svg import dot_chart, line_chart
 from proxynorm.files import write_text
 from proxynorm.reproduce.comparing import Outcome, Sample, cell_samples, cell_status, compare, seed_spread
 from proxynorm.reproduce.document import Block, Code, Figure, Grid, Heading, Paragraph, to_html, to_markdown
-from proxynorm.reproduce.records import Record, read_record
+from proxynorm.reproduce.records import FAILURE, Record, as_record, kept_files
 from proxynorm.reproduce.runs import Run, standing
 from proxynorm.reproduce.table import Cell, Table
 
-LABELS = {"P": "poster", "C": "authors' code", "F": "figure caption", "D": "digitised from a figure", "E": "not the paper's, a yardstick"}
+LABELS = {
+    "P": "poster",
+    "C": "authors' code",
+    "F": "figure caption",
+    "D": "digitised from a figure",
+    "E": "not the paper's, a yardstick",
+}
 MOST_CURVES = 20
 
 
@@ -35,14 +42,13 @@ class Findings:
 
 def gather(table: Table, runs: Sequence[Run], results: str | Path) -> Findings:
     """Read what the runs left, in their folders or in `results`."""
-    found = {run.name: read_record(run, results) for run in runs}
-    records = [record for record in found.values() if record is not None]
-    states = [(run.cell.name, standing(run).state) for run in runs if found[run.name] is None]
+    found = [(run, kept_files(run, results)) for run in runs]
+    records = [as_record(run, files) for run, files in found if files is not None and FAILURE not in files]
+    failed = Counter(run.cell.name for run, files in found if files is not None and FAILURE in files)
+    running = Counter(run.cell.name for run, files in found if files is None and standing(run).state == "running")
     samples = cell_samples(table, records)
     cells = list({run.cell.name: run.cell for run in runs}.values())
-    return Findings(table, cells, records, samples, compare(table, samples),
-                    Counter(cell for cell, state in states if state == "running"),
-                    Counter(cell for cell, state in states if state == "failed"))
+    return Findings(table, cells, records, samples, compare(table, samples), running, failed)
 
 
 def write_report(findings: Findings, folder: Path) -> None:
@@ -74,13 +80,19 @@ def wide_table(findings: Findings) -> Grid:
     table = findings.table
 
     def place(cell: Cell, axes: Sequence[str]) -> str:
-        return ", ".join(value if isinstance(value, str) else f"{axis.rpartition('.')[2]} {value}"
-                         for axis in axes if (value := cell.labels.get(axis)) is not None)
+        return ", ".join(
+            value if isinstance(value, str) else f"{axis.rpartition('.')[2]} {value}"
+            for axis in axes
+            if (value := cell.labels.get(axis)) is not None
+        )
 
     rows = list(dict.fromkeys(place(cell, table.rows) for cell in findings.cells))
     columns = list(dict.fromkeys(place(cell, table.columns) for cell in findings.cells))
-    shown = {(place(cell, table.rows), place(cell, table.columns)): str(findings.samples[cell.name]) for cell in findings.cells}
-    header = ["", *(column or "—" for column in columns)]
+    shown = {
+        (place(cell, table.rows), place(cell, table.columns)): str(findings.samples[cell.name])
+        for cell in findings.cells
+    }
+    header = ["", *(column or "any" for column in columns)]
     return Grid(header, [[row, *(shown.get((row, column), "") for column in columns)] for row in rows])
 
 
@@ -108,31 +120,44 @@ def explanation(findings: Findings) -> str:
     if labels:
         told = "; ".join(f"[{label}] {LABELS[label]}" for label in labels)
         sources = "; ".join(dict.fromkeys(reference.source for reference in table.references))
-        text += f" References: {told}. Sources: {sources}. within: at most {table.tolerance:g} points from the reference."
+        text += (
+            f" References: {told}. Sources: {sources}. within: at most {table.tolerance:g} points from the reference."
+        )
     return text
 
 
 def figures(findings: Findings) -> list[Block]:
-    """The dot chart of the cells, curves of the training loss and of the metric, P1 against depth where it was logged."""
+    """The dot chart of the cells, curves of the training loss and the metric, P1 against depth where it was logged."""
     samples = {name: sample.values for name, sample in findings.samples.items() if sample.n}
     if not samples:
         return []
     table, records = findings.table, findings.records
     references = {reference.cell: reference.value for reference in table.references if reference.cell in samples}
     caption = f"{table.metric} (%): every run faint, mean and ± one standard deviation bold"
-    blocks: list[Block] = [Figure("cells.svg", dot_chart(samples, f"{table.metric} (%)", references),
-                                  caption + ("; a bar across: the reference" if references else ""))]
-    charts = [("loss.svg", "train", "epoch", "loss", "training loss, mean over seeds"),
-              ("curves.svg", "eval", "epoch", table.metric, f"{table.metric} (%) on {table.split}, mean over seeds")]
+    blocks: list[Block] = [
+        Figure(
+            "cells.svg",
+            dot_chart(samples, f"{table.metric} (%)", references),
+            caption + ("; a bar across: the reference" if references else ""),
+        )
+    ]
+    charts = [
+        ("loss.svg", "train", "epoch", "loss", "training loss, mean over seeds"),
+        ("curves.svg", "eval", "epoch", table.metric, f"{table.metric} (%) on {table.split}, mean over seeds"),
+    ]
     for file, event, x, y, caption in charts:
-        series = mean_curves(records, lambda record: points(record, event, x, y))
+        series = mean_curves(records, partial(points, event=event, x=x, y=y))
         series = {name: series[name] for name in samples if len(series.get(name, ())) > 1}
         if 0 < len(series) <= MOST_CURVES:
             blocks.append(Figure(file, line_chart(series, x, caption.split(",")[0]), caption))
     powers = mean_curves(records, last_power)
     if powers:
         chart = line_chart({name: powers[name] for name in samples if name in powers}, "norm layer", "P1", (0.0, 1.0))
-        blocks.append(Figure("power.svg", chart, "P1, the channel-wise constant part of the power, after training, mean over seeds"))
+        blocks.append(
+            Figure(
+                "power.svg", chart, "P1, the channel-wise constant part of the power, after training, mean over seeds"
+            )
+        )
     return blocks
 
 
@@ -147,21 +172,34 @@ def last_power(record: Record) -> list[tuple[float, float]]:
     return [(float(place), value) for place, value in enumerate(values, 1)]
 
 
-def mean_curves(records: Sequence[Record], curve: Callable[[Record], list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+def mean_curves(
+    records: Sequence[Record], curve: Callable[[Record], list[tuple[float, float]]]
+) -> dict[str, list[tuple[float, float]]]:
     """For each cell the mean over its seeds of `curve`, at the x that all its runs have."""
     collected: dict[str, list[dict[float, float]]] = defaultdict(list)
     for record in records:
         if found := dict(curve(record)):
             collected[record.cell].append(found)
-    return {cell: [(x, fmean(run[x] for run in runs)) for x in sorted(set.intersection(*map(set, runs)))]
-            for cell, runs in collected.items()}
+    return {
+        cell: [(x, fmean(run[x] for run in runs)) for x in sorted(set.intersection(*map(set, runs)))]
+        for cell, runs in collected.items()
+    }
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
-    rows = [[item.comparison.claim, f"{item.comparison.first} − {item.comparison.second}", item.comparison.expect,
-             "" if item.difference is None else f"{item.difference:+.2f}",
-             "" if item.interval is None else f"{item.interval[0]:+.2f} … {item.interval[1]:+.2f}",
-             "" if item.p is None else p_value(item.p), f"{item.first.n}, {item.second.n}", item.verdict] for item in outcomes]
+    rows = [
+        [
+            item.comparison.claim,
+            f"{item.comparison.first} − {item.comparison.second}",
+            item.comparison.expect,
+            "" if item.difference is None else f"{item.difference:+.2f}",
+            "" if item.interval is None else f"{item.interval[0]:+.2f} … {item.interval[1]:+.2f}",
+            "" if item.p is None else p_value(item.p),
+            f"{item.first.n}, {item.second.n}",
+            item.verdict,
+        ]
+        for item in outcomes
+    ]
     return Grid(["claim", "cells", "expected", "difference", "95 % interval", "p", "n", "verdict"], rows)
 
 
@@ -171,11 +209,14 @@ def p_value(p: float) -> str:
 
 def comparison_notes(findings: Findings) -> str:
     table, spread = findings.table, seed_spread(findings.table, findings.samples)
-    text = (f"Differences in points; Welch's t-test, two-sided, not corrected for the number of comparisons. equal: shown if the interval stays above "
-            f"−{table.margin:g} points (matches or exceeds).")
+    text = (
+        f"Differences in points; Welch's t-test, two-sided, not corrected for the number of comparisons. "
+        f"equal: shown if the interval stays above −{table.margin:g} points (matches or exceeds)."
+    )
     if spread is not None:
         own = any(sample.n > 1 for sample in findings.samples.values())
-        text += f" Standard deviation between seeds: {spread:.2f} points ({'this table, pooled' if own else table.seed_std_source})."
+        source = "this table, pooled" if own else table.seed_std_source
+        text += f" Standard deviation between seeds: {spread:.2f} points ({source})."
     return text
 
 
@@ -183,14 +224,19 @@ def provenance(records: Sequence[Record]) -> str:
     """Machines, versions, commits and hours of the records."""
     if not records:
         return "Nothing has been run yet."
-    machines = tally(f"{e['processor']}, {e['cores']} cores" + (f", {', '.join(e['gpus'])}" if e["gpus"] else "")
-                     for e in (record.environment for record in records))
+    machines = tally(
+        f"{e['processor']}, {e['cores']} cores" + (f", {', '.join(e['gpus'])}" if e["gpus"] else "")
+        for e in (record.environment for record in records)
+    )
     versions = tally(f"python {r.environment['python']}, torch {r.environment['packages']['torch']}" for r in records)
     commits = tally(commit_name(record.environment["git"]) for record in records)
     threads = tally(str(record.environment["threads"]) for record in records)
     hours = sum(record.summary["train_seconds"] for record in records) / 3600
-    return (f"{len(records)} runs, {hours:.2f} hours of training (evaluation and start-up left out). Machine: {machines}; CPU threads a run: {threads}. "
-            f"Versions: {versions}. Source: {commits}.")
+    return (
+        f"{len(records)} runs, {hours:.2f} hours of training (evaluation and start-up left out). "
+        f"Machine: {machines}; CPU threads a run: {threads}. "
+        f"Versions: {versions}. Source: {commits}."
+    )
 
 
 def commit_name(git: Mapping[str, object]) -> str:
@@ -208,7 +254,18 @@ def tally(names) -> str:
 def commands(findings: Findings) -> str:
     """The commands that make the table, and the overrides of each cell."""
     table = findings.table
-    first = [f"python scripts/reproduce.py run table={table.tuned.table}",
-             f"python scripts/reproduce.py choose table={table.tuned.table}"] if table.tuned else []
-    lines = [*first, f"python scripts/reproduce.py run table={table.name}", f"python scripts/reproduce.py report table={table.name}", ""]
+    first = (
+        [
+            f"python scripts/reproduce.py run table={table.tuned.table}",
+            f"python scripts/reproduce.py choose table={table.tuned.table}",
+        ]
+        if table.tuned
+        else []
+    )
+    lines = [
+        *first,
+        f"python scripts/reproduce.py run table={table.name}",
+        f"python scripts/reproduce.py report table={table.name}",
+        "",
+    ]
     return "\n".join(lines + [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells])

@@ -48,8 +48,14 @@ class Run:
     def arguments(self) -> list[str]:
         """The overrides for train.py, Hydra's quoting included."""
         tags = ",".join(quoted(tag) for tag in (f"table={self.table}", f"cell={self.cell.name}"))
-        return [*self.cell.overrides, f"seed={self.seed}", f"name={quoted(self.name)}",
-                f"runs_dir={quoted(str(self.folder.parent))}", f"logger.group={quoted(self.table)}", f"logger.tags=[{tags}]"]
+        return [
+            *self.cell.overrides,
+            f"seed={self.seed}",
+            f"name={quoted(self.name)}",
+            f"runs_dir={quoted(str(self.folder.parent))}",
+            f"logger.group={quoted(self.table)}",
+            f"logger.tags=[{tags}]",
+        ]
 
     def command(self) -> str:
         """The command as one types it in a shell."""
@@ -91,8 +97,11 @@ def quoted(text: str) -> str:
 def table_runs(table: Table, root: str | Path, chosen: dict[str, dict[str, Any]] | None = None) -> list[Run]:
     """All runs of the table: every cell's first seed, then every cell's second, so that partial tables are of use."""
     cells = table.expand(chosen)
-    return [Run(table.name, cell, seed, Path(root) / table.name / f"{cell.name}-s{seed}")
-            for seed in range(table.seeds) for cell in cells]
+    return [
+        Run(table.name, cell, seed, Path(root) / table.name / f"{cell.name}-s{seed}")
+        for seed in range(table.seeds)
+        for cell in cells
+    ]
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -182,6 +191,8 @@ def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] 
         return None
     path = Path(results) / table.tuned.table / "chosen.json"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: first scripts/reproduce.py run table={table.tuned.table}, "
-                          f"then scripts/reproduce.py choose table={table.tuned.table}")
+        raise ConfigError(
+            f"{path} is missing: first scripts/reproduce.py run table={table.tuned.table}, "
+            f"then scripts/reproduce.py choose table={table.tuned.table}"
+        )
     return json.loads(path.read_text())["chosen"]

@@ -19,8 +19,8 @@ def choose(table: Table, runs: Sequence[Run]) -> dict[str, Any]:
     """For each place on the search's axis `by`, the value with the best mean metric over seeds.
 
     Returns {"table", "metric", "chosen": {place: {axis: value}}, "tried": {place: {value: mean metric}}, "at_edge":
-    places whose best value is the smallest or largest tried}. Raises ConfigError for a table that is no search, and while
-    runs are missing.
+    places whose best value is the smallest or largest tried}. Raises ConfigError for a table that is no search, and
+    while runs are missing.
     """
     if table.search is None:
         raise ConfigError(f"table {table.name} is not a search; nothing is chosen from it")
@@ -28,9 +28,12 @@ def choose(table: Table, runs: Sequence[Run]) -> dict[str, Any]:
     best = {place: max(values, key=values.get) for place, values in tried.items()}
     edge = [place for place, values in tried.items() if best[place] in (min(values), max(values))]
     return {
-        "table": table.name, "metric": f"{table.metric} on {table.split}",
+        "table": table.name,
+        "metric": f"{table.metric} on {table.split}",
         "chosen": {place: {table.search.axis: value} for place, value in best.items()},
-        "tried": {place: {str(value): shown(score) for value, score in values.items()} for place, values in tried.items()},
+        "tried": {
+            place: {str(value): shown(score) for value, score in values.items()} for place, values in tried.items()
+        },
         "at_edge": edge,
     }
 
@@ -40,7 +43,7 @@ def shown(score: float) -> float | str:
 
 
 def mean_metric(table: Table, runs: Sequence[Run]) -> dict[str, dict[float, float]]:
-    """{place: {value: mean metric over seeds}}, −inf where a run diverged. Raises ConfigError while runs are missing."""
+    """{place: {value: mean metric over seeds}}, −inf where a run diverged. Raises ConfigError if runs are missing."""
     scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for run in runs:
@@ -51,8 +54,10 @@ def mean_metric(table: Table, runs: Sequence[Run]) -> dict[str, dict[float, floa
         score = summary[table.metric] if summary else -math.inf
         scores[str(labels[table.search.by])][float(labels[table.search.axis])].append(score)
     if missing:
-        raise ConfigError(f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
-                          f"scripts/reproduce.py run table={table.name}")
+        raise ConfigError(
+            f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
+            f"scripts/reproduce.py run table={table.name}"
+        )
     means = {place: {value: mean(values) for value, values in row.items()} for place, row in scores.items()}
     for place, values in means.items():
         if max(values.values()) == -math.inf:

@@ -168,8 +168,11 @@ def check_table(table: Table) -> None:
     cells = table.expand()
     names = {cell.name for cell in cells}
     axes = {axis for cell in cells for axis in cell.labels}
-    for named in [*(r.cell for r in table.references), *(c.first for c in table.comparisons),
-                  *(c.second for c in table.comparisons)]:
+    for named in [
+        *(r.cell for r in table.references),
+        *(c.first for c in table.comparisons),
+        *(c.second for c in table.comparisons),
+    ]:
         if named not in names:
             raise ConfigError(f"table {table.name}: no cell '{named}'; {nearest(named, names)}")
     for axis in [*table.rows, *table.columns]:

@@ -11,7 +11,7 @@ from proxynorm.train.tracker import choose_mode
 
 
 def log_report(findings: Findings, mode: str, folder: Path, project: str) -> None:
-    """Log the cells, the comparisons, the figures and the deltas. W&B's files go below `folder`; without W&B it says so.
+    """Log the cells, the figures, the report and the deltas, with W&B's files below `folder`; without W&B it says so.
 
     Raises ConfigError for an unknown mode.
     """
@@ -23,12 +23,25 @@ def log_report(findings: Findings, mode: str, folder: Path, project: str) -> Non
     table, blocks = findings.table, report(findings)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with wandb.init(mode=mode, project=project, group=table.name, job_type="report", name=f"{table.name}-report", dir=folder,
-                        tags=["report", f"table={table.name}"], settings=wandb.Settings(silent=True, console="off")) as run:
-            content = {"cells": as_wandb_table(wandb, cell_table(findings)),
-                       "report": wandb.Html(to_html(table.title, blocks), inject=False)}
-            content |= {block.file.removesuffix(".svg"): wandb.Html(block.svg, inject=False)
-                        for block in blocks if isinstance(block, Figure)}
+        with wandb.init(
+            mode=mode,
+            project=project,
+            group=table.name,
+            job_type="report",
+            name=f"{table.name}-report",
+            dir=folder,
+            tags=["report", f"table={table.name}"],
+            settings=wandb.Settings(silent=True, console="off"),
+        ) as run:
+            content = {
+                "cells": as_wandb_table(wandb, cell_table(findings)),
+                "report": wandb.Html(to_html(table.title, blocks), inject=False),
+            }
+            content |= {
+                block.file.removesuffix(".svg"): wandb.Html(block.svg, inject=False)
+                for block in blocks
+                if isinstance(block, Figure)
+            }
             run.log(content)
             run.summary.update(deltas(findings))
     except (wandb.Error, OSError) as error:
@@ -42,8 +55,11 @@ def as_wandb_table(wandb, grid: Grid):
 def deltas(findings: Findings) -> dict[str, float]:
     """Mean of each cell, difference from its reference, and difference and p of each comparison, as flat keys."""
     flat = {f"mean/{name}": sample.mean for name, sample in findings.samples.items() if sample.n}
-    flat |= {f"delta/{reference.cell}": findings.samples[reference.cell].mean - reference.value
-             for reference in findings.table.references if findings.samples[reference.cell].n}
+    flat |= {
+        f"delta/{reference.cell}": findings.samples[reference.cell].mean - reference.value
+        for reference in findings.table.references
+        if findings.samples[reference.cell].n
+    }
     for outcome in findings.outcomes:
         pair = f"{outcome.comparison.first}-{outcome.comparison.second}"
         flat |= {f"difference/{pair}": outcome.difference} if outcome.difference is not None else {}

@@ -47,6 +47,12 @@ class Process:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def align_buffers(self, model: torch.nn.Module) -> None:
+        """Give every process rank 0's buffers, which Batch Norm's running averages are, so that all evaluate one network."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -79,6 +85,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def fresh_store(rank: int, world_size: int) -> dist.Store:
+    """The rendezvous store under a prefix of its own for each restart by torchrun, whose agent keeps one store for
+    all of them: without it a restarted worker finds the addresses of dead ones."""
+    store, *_ = next(dist.rendezvous("env://", rank, world_size))
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 @contextmanager
 def processes(device_name: str) -> Iterator[Process]:
     """Join the run's process group for the duration of the block; a lone process needs none."""
@@ -90,7 +103,7 @@ def processes(device_name: str) -> Iterator[Process]:
         yield Process(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=fresh_store(rank, world_size), rank=rank, world_size=world_size)
     try:
         yield Process(rank, world_size, device)
     finally:

@@ -31,6 +31,7 @@ class Display:
     def say(self, text: str) -> None:
         if self.visible:
             self.console.print(text, markup=False)
+            self.console.file.flush()
 
     def header(self) -> None:
         self.say(ROW.format(*COLUMNS))

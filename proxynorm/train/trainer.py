@@ -206,6 +206,7 @@ class Trainer:
 
     def evaluate(self) -> Result:
         data, process = self.data, self.process
+        process.align_buffers(self.state.evaluated_model)
         loader = data.eval_loader(self.settings.eval_batch, process.rank, process.world_size)
         expected = data.info.eval_count if data.spec.on_bad == "raise" else None
         result = evaluate(self.state.evaluated_model, loader, self.prepare, process, self.dtype, expected=expected,

@@ -1,8 +1,10 @@
 """The power decomposition: its formula, what it leaves alone, its files, its warning."""
 
 import csv
-import subprocess
+import importlib.util
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from proxynorm.analysis.power_files import from_metrics, mean_rows, to_metrics, 
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.data import DataSpec, LoaderSpec, open_data
+from proxynorm.errors import ConfigError
 
 
 def images(count=12, seed=0, size=32):
@@ -29,14 +32,19 @@ def tiny_model(norm="ln"):
 def by_definition(y):
     """P1 … P4 of y, (N, C, H, W), as METHOD defines them."""
     mean, std = y.double().mean((2, 3)), y.double().std((2, 3), correction=0)
-    return [mean.mean(0).square().mean(), mean.var(0, correction=0).mean(), std.mean(0).square().mean(), std.var(0, correction=0).mean()]
+    return [
+        mean.mean(0).square().mean(),
+        mean.var(0, correction=0).mean(),
+        std.mean(0).square().mean(),
+        std.var(0, correction=0).mean(),
+    ]
 
 
 @pytest.mark.parametrize("norm", ["ln", "gn", "in", "bn", "ln_pn"])
 def test_the_terms_are_those_of_the_definition(norm):
     layer, x = NormAct2d(8, norm), torch.randn(10, 8, 5, 5) * 2 + torch.randn(8, 1, 1)
     wanted = by_definition(layer.normalize(x))
-    row, = power_decomposition(nn.Sequential(layer), [x])
+    (row,) = power_decomposition(nn.Sequential(layer), [x])
     assert (row.p1, row.p2, row.p3, row.p4) == pytest.approx([term.item() for term in wanted], abs=1e-6)
     assert sum(wanted).item() == pytest.approx(1, abs=1e-3)
 
@@ -51,8 +59,14 @@ def test_streaming_over_batches_equals_one_batch():
 def test_rows_follow_the_forward_pass_and_name_the_norms():
     model = tiny_model()
     rows = power_decomposition(model, [images()])
-    assert [row.depth for row in rows] == list(range(1, 8)) and rows[0].name == "stages.0.0.norm1" and rows[-1].name == "norm"
-    assert {row.name for row in rows} == {name for name, module in model.named_modules() if isinstance(module, NormAct2d)}
+    assert (
+        [row.depth for row in rows] == list(range(1, 8))
+        and rows[0].name == "stages.0.0.norm1"
+        and rows[-1].name == "norm"
+    )
+    assert {row.name for row in rows} == {
+        name for name, module in model.named_modules() if isinstance(module, NormAct2d)
+    }
 
 
 def test_tuples_that_begin_with_images_are_batches_too():
@@ -65,9 +79,11 @@ def test_the_model_is_left_as_it_was(norm):
     model = tiny_model(norm).train()
     model.stages[0].eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
+    modes, hooks = [module.training for module in model.modules()], [len(m._forward_pre_hooks) for m in model.modules()]
     power_decomposition(model, [images()])
-    assert modes == [module.training for module in model.modules()] and not any(m._forward_pre_hooks for m in model.modules())
+    assert modes == [module.training for module in model.modules()] and hooks == [
+        len(m._forward_pre_hooks) for m in model.modules()
+    ]
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -104,11 +120,13 @@ def test_mean_field_has_the_known_values():
 def test_mean_field_of_pn_stays_at_zero_and_contracts():
     assert mean_field_p1(5, proxy=True) == pytest.approx([0] * 5, abs=1e-12)
     falling = mean_field_p1(4, proxy=True, start=0.3)
-    assert all(later < 0.9 * earlier for earlier, later in zip([0.3, *falling], falling))
+    assert all(later < 0.9 * earlier for earlier, later in zip([0.3, *falling], falling, strict=False))
 
 
 def test_random_nets_are_functions_of_their_seed():
-    first, same, other = (random_net("ln", 8, 2, seed=seed)(images(2, size=4).expand(-1, 3, -1, -1)) for seed in (0, 0, 1))
+    first, same, other = (
+        random_net("ln", 8, 2, seed=seed)(images(2, size=4).expand(-1, 3, -1, -1)) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert random_net("ln", 8, 2)[0].padding_mode == "circular"
 
@@ -119,7 +137,15 @@ def test_metrics_and_csv_keep_the_rows(tmp_path):
     assert mean_rows([rows, rows]) == rows
     write_csv(tmp_path / "power.csv", {"ln": rows}, "norm")
     found = list(csv.DictReader(open(tmp_path / "power.csv")))
-    assert found[1] == {"norm": "ln", "name": "norm", "depth": "2", "p1": "0.400000", "p2": "0.300000", "p3": "0.200000", "p4": "0.100000"}
+    assert found[1] == {
+        "norm": "ln",
+        "name": "norm",
+        "depth": "2",
+        "p1": "0.400000",
+        "p2": "0.300000",
+        "p3": "0.200000",
+        "p4": "0.100000",
+    }
 
 
 def test_the_plot_is_the_same_bytes_again(tmp_path):
@@ -138,16 +164,42 @@ def test_collapse_is_warned_of():
 def test_the_monitor_measures_images_from_all_over_the_evaluation_set(monkeypatch):
     data = open_data(DataSpec(name="fashion_mnist"), LoaderSpec("torchvision", 0))
     seen = []
-    monkeypatch.setattr(data, "prepare", lambda batch, *rest, _prepare=data.prepare: seen.append(batch) or _prepare(batch, *rest))
+    monkeypatch.setattr(
+        data, "prepare", lambda batch, *rest, _prepare=data.prepare: seen.append(batch) or _prepare(batch, *rest)
+    )
     rows = measure(tiny_model(), data, images=20, batch=8)
     assert len(rows) == 7 and sum(int(batch.valid.sum()) for batch in seen) == 20
     indices = torch.cat([batch.indices[batch.valid] for batch in seen])
     assert indices.max() - indices.min() > 9000
 
 
-def test_the_command_writes_csv_plot_and_summary(tmp_path):
-    command = [sys.executable, "scripts/power.py", "norms=[ln,ln_pn]", "width=16", "depth=3", "images=4", f"output={tmp_path}", "threads=1"]
-    assert subprocess.run(command).returncode == 0
+@pytest.fixture(scope="module")
+def script():
+    """scripts/power.py as a module."""
+    spec = importlib.util.spec_from_file_location("power_script", Path(__file__).parents[2] / "scripts" / "power.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_writes_csv_plot_and_summary(tmp_path, script):
+    options = script.Options(str(tmp_path), norms=["ln", "ln_pn"], width=16, depth=3, images=4, nets=2)
+    assert script.main(options) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"power.csv", "power.png", "summary.json"}
-    wrong = subprocess.run([*command, "norms=[lm]"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: unknown norm 'lm'") and wrong.stderr.count("\n") == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["largest_distance_of_ln_from_mean_field"]["each net"]) == 2
+
+
+def test_a_wrong_norm_is_the_users_mistake(tmp_path, script):
+    with pytest.raises(ConfigError, match="unknown norm 'lm'"):
+        script.main(script.Options(str(tmp_path), norms=["lm"]))
+
+
+def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
+    rows = [PowerRow("a.norm1", 1, 0.1, 0.2, 0.3, 0.4), PowerRow("norm", 2, 0.4, 0.3, 0.2, 0.1)]
+    lines = [{"event": "power", "step": step, "epoch": step / 4, **to_metrics(rows)} for step in (0, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) == 0
+    found = list(csv.DictReader(open(tmp_path / "power" / "power.csv")))
+    assert [row["step"] for row in found] == ["epoch 0", "epoch 0", "epoch 1", "epoch 1"]

@@ -8,7 +8,10 @@ from proxynorm.analysis.svg import dot_chart, line_chart, ticks
 
 
 def test_charts_are_well_formed_and_escape_names():
-    for chart in (dot_chart({"a<b": [1.0, 2.0], "c": []}, "x & y", {"c": 1.5}), line_chart({"<s>": [(0, 1), (1, 2)]}, "x", "y")):
+    for chart in (
+        dot_chart({"a<b": [1.0, 2.0], "c": []}, "x & y", {"c": 1.5}),
+        line_chart({"<s>": [(0, 1), (1, 2)]}, "x", "y"),
+    ):
         assert chart.startswith("<svg") and xml.dom.minidom.parseString(chart)
     assert dot_chart({"a": [1.0]}, "x") == dot_chart({"a": [1.0]}, "x")
 

@@ -22,8 +22,6 @@ TIMM = {
     "resnet26": {"drop_block_rate": 0.2, "aa_layer": BlurPool2d, "drop_path_rate": 0.1},
     "seresnet50": {"layers": (1, 1, 1, 1)},
     "resnetv2_50": {"layers": (1, 1, 1, 1)},
-    "resnext50_32x4d": {"layers": (1, 1, 1, 1)},
-    "efficientnet_lite0": {},
     "mobilenetv3_small_050": {},
     "regnety_002": {},
     "densenet121": {"block_config": (2, 2, 2, 2)},
@@ -36,7 +34,7 @@ TORCHVISION = {
     "resnext50_32x4d": {},  # one ReLU, called three times
     "mobilenet_v2": {},
     "mobilenet_v3_small": {},
-    "densenet121": {"block_config": (2, 2, 2, 2)},  # a functional ReLU in the root's forward
+    "densenet121": {},  # a functional ReLU in the root's forward
     "shufflenet_v2_x0_5": {},
     "regnet_y_400mf": {},
     "efficientnet_b0": {},
@@ -66,7 +64,7 @@ def outputs(model: nn.Module, size: int = 64) -> list[torch.Tensor]:
     for training in (True, False):
         torch.manual_seed(1)
         with torch.no_grad():
-            results.append(model.train(training)(torch.randn(4, 3, size, size, dtype=torch.float64)))
+            results.append(model.train(training)(torch.randn(2, 3, size, size, dtype=torch.float64)))
     return results
 
 
@@ -167,7 +165,7 @@ def test_the_activation_behind_a_sum_stays() -> None:
 
 
 @pytest.mark.parametrize("make", [SharedAct, FunctionalAct, lambda: torchvision.models.resnet18()])
-def test_rewritten_modules_copy_pickle_compile_and_keep_their_class(make) -> None:
+def test_rewritten_modules_copy_pickle_and_keep_their_class(make) -> None:
     original = make()
     kind = type(original)
     model = convert(original, "ln_pn").eval()
@@ -177,8 +175,13 @@ def test_rewritten_modules_copy_pickle_compile_and_keep_their_class(make) -> Non
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(copy.deepcopy(model))):
         torch.testing.assert_close(twin(images), expected, rtol=0, atol=0)
         assert conversion_report(twin) == conversion_report(model)
+
+
+def test_rewritten_modules_compile() -> None:
+    model = convert(SharedAct(), "ln_pn")
+    images = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 class DataDependent(nn.Module):
@@ -287,7 +290,7 @@ def test_zero_initialised_scale_under_pn_is_set_to_one() -> None:
 
 
 def test_group_norms_are_converted_too() -> None:
-    model = convert(timm.create_model("resnetv2_50x1_bit", layers=(1, 1, 1, 1), num_classes=5), "gn_pn")
+    model = convert(timm.create_model("resnetv2_50x1_bit", num_classes=5), "gn_pn")
     assert all(layer.groups == 32 for layer in model.modules() if isinstance(layer, NormAct2d))
     assert not any(isinstance(module, nn.GroupNorm) for module in model.modules())
 
@@ -312,9 +315,11 @@ def test_report() -> None:
     rows = {row.module: (row.kind, row.action) for row in report}
     assert rows["bn1"] == ("BatchNorm2d", "LN + ReLU + PN")
     assert rows["layer1.0.bn2"] == ("BatchNorm2d", "LN, no activation behind it: scale kept, shift dropped")
-    assert rows["relu"][0] == "ReLU" and rows["layer1.0"] == ("BasicBlock", "1 activation call of its forward joined with norms")
+    assert rows["relu"] == ("ReLU", "joined with its norm; the identity stands here")
+    assert rows["layer1.0"] == ("BasicBlock", "1 activation call of its forward joined with norms")
     table = str(report).splitlines()
-    assert table[0].split() == ["module", "kind", "action"] and len({line.index("BatchNorm2d") for line in table if "BatchNorm2d" in line}) == 1
+    assert table[0].split() == ["module", "kind", "action"]
+    assert len({line.index("BatchNorm2d") for line in table if "BatchNorm2d" in line}) == 1
     with pytest.raises(ValueError, match="was not converted"):
         conversion_report(torchvision.models.resnet18())
 

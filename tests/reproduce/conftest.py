@@ -4,10 +4,10 @@ import json
 import textwrap
 
 import pytest
+from tiny_table import STAND_IN, TINY
 
 from proxynorm.reproduce import launch
 from proxynorm.reproduce.table import load_table
-from tiny_table import STAND_IN, TINY
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def stand_in(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
 
     def plan(**runs):
-        (tmp_path / "runs" / "plan.json").write_text(json.dumps({name.replace("__", "-"): what for name, what in runs.items()}))
+        (tmp_path / "runs" / "plan.json").write_text(
+            json.dumps({name.replace("__", "-"): what for name, what in runs.items()})
+        )
 
     plan()
     return plan

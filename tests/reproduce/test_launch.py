@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from tiny_table import TINY, reproduce, write_run
 
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.launch import LaunchOptions, run_locally
@@ -15,15 +16,16 @@ from proxynorm.reproduce.planning import plan, status
 from proxynorm.reproduce.report import gather, write_report
 from proxynorm.reproduce.runs import standing, table_runs
 from proxynorm.reproduce.table import load_table
-from tiny_table import TINY, reproduce, write_run
 
 
 @pytest.fixture
 def launch(tiny, tmp_path, stand_in):
     """Runs the tiny table with the stand-in; returns (exit status, lines said, runs)."""
+
     def go(jobs=2, overrides=()):
         lines, runs = [], table_runs(tiny, tmp_path / "runs")
         return run_locally(runs, LaunchOptions(jobs, 1, overrides, lines.append)), lines, runs
+
     return go
 
 
@@ -49,7 +51,12 @@ def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(launch, stand_in):
-    stand_in(bn__s0={"status": 2, "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it, or choose another name="})
+    stand_in(
+        bn__s0={
+            "status": 2,
+            "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it, or choose another name=",
+        }
+    )
     code, lines, _ = launch()
     assert code == 0 and "bn-s0: running elsewhere" in lines
 
@@ -104,10 +111,12 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_table_from_run_to_report(tmp_path):
-    """Interrupted on the command line, run again, reported; with the real train.py and paths that a shell would break."""
+    """Interrupted, run again, reported: with the real train.py, the command line and paths that a shell would break."""
     path, root = tmp_path / "it's tiny.yaml", tmp_path / "the runs"
     path.write_text(TINY.replace("seeds: 2", "seeds: 1"))
-    first = subprocess.Popen(reproduce("run", f'table="{path}"', f"root={root}", "jobs=2"), stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        reproduce("run", f'table="{path}"', f"root={root}", "jobs=2"), stdout=subprocess.PIPE, text=True
+    )
     assert first.stdout.readline() == "bn-s0: starting\n"
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 75

@@ -6,16 +6,16 @@ import xml.dom.minidom
 
 import pytest
 from mpmath import betainc
+from tiny_table import write_run
 
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.reproduce.comparing import Sample, cell_status, outcome, single_verdict
-from proxynorm.reproduce.records import archive_path, collect, read_record
+from proxynorm.reproduce.records import archive_path, collect, kept_files
 from proxynorm.reproduce.report import gather, write_report
 from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.search import choose
 from proxynorm.reproduce.table import Comparison, Reference, Search, load_table
 from proxynorm.reproduce.tracking import deltas, log_report
-from tiny_table import write_run
 
 
 def sample(*values):
@@ -40,23 +40,28 @@ def test_welch_by_its_textbook_formula():
     assert found.interval[0] + found.interval[1] == pytest.approx(2 * found.difference)
 
 
-@pytest.mark.parametrize("expect, first, second, verdict", [
-    ("higher", (92.0, 92.1, 91.9), (90.0, 90.1, 89.9), "shown"),
-    ("higher", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "contradicted"),
-    ("higher", (90.0, 92.0, 91.0), (90.1, 91.8, 91.0), "not shown"),
-    ("lower", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "shown"),
-    ("equal", (91.9, 92.0, 91.95), (92.0, 92.1, 92.05), "shown"),
-    ("equal", (93.0, 93.1, 92.9), (92.0, 92.1, 91.9), "shown"),
-    ("equal", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "contradicted"),
-    ("equal", (90.0, 93.0, 91.5), (92.0, 92.1, 91.9), "not shown"),
-])
+@pytest.mark.parametrize(
+    "expect, first, second, verdict",
+    [
+        ("higher", (92.0, 92.1, 91.9), (90.0, 90.1, 89.9), "shown"),
+        ("higher", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "contradicted"),
+        ("higher", (90.0, 92.0, 91.0), (90.1, 91.8, 91.0), "not shown"),
+        ("lower", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "shown"),
+        ("equal", (91.9, 92.0, 91.95), (92.0, 92.1, 92.05), "shown"),
+        ("equal", (93.0, 93.1, 92.9), (92.0, 92.1, 91.9), "shown"),
+        ("equal", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "contradicted"),
+        ("equal", (90.0, 93.0, 91.5), (92.0, 92.1, 91.9), "not shown"),
+    ],
+)
 def test_verdicts(expect, first, second, verdict):
     assert compare(expect, sample(*first), sample(*second)).verdict == verdict
 
 
 def test_a_single_seed_is_measured_against_the_known_spread():
     assert compare("higher", sample(91.0), sample(90.9), spread=0.2).verdict == "single seed, below the seed spread"
-    assert single_verdict(2.0, 0.2) == "single seed, beyond the seed spread" and single_verdict(2.0, None).endswith("unknown")
+    assert single_verdict(2.0, 0.2) == "single seed, beyond the seed spread" and single_verdict(2.0, None).endswith(
+        "unknown"
+    )
 
 
 def test_equal_values_without_spread_have_p_1():
@@ -65,20 +70,43 @@ def test_equal_values_without_spread_have_p_1():
 
 def test_cell_status_words(tiny):
     near, far = Reference("bn", 90.2, "D", "figure"), Reference("bn", 95.0, "D", "figure")
-    words = [cell_status(tiny, sample(), 0, 0, None), cell_status(tiny, sample(), 1, 0, None), cell_status(tiny, sample(90.0), 0, 0, None),
-             cell_status(tiny, sample(90.0, 90.1), 0, 0, near), cell_status(tiny, sample(90.0, 90.1), 0, 0, far),
-             cell_status(tiny, sample(90.0), 1, 0, near), cell_status(tiny, sample(), 0, 2, None), cell_status(tiny, sample(1, 2), 0, 0, None)]
-    assert words == ["not run", "running", "1/2 seeds", "within", "outside", "1/2 seeds, running, within", "2 failed", "done"]
+    words = [
+        cell_status(tiny, sample(), 0, 0, None),
+        cell_status(tiny, sample(), 1, 0, None),
+        cell_status(tiny, sample(90.0), 0, 0, None),
+        cell_status(tiny, sample(90.0, 90.1), 0, 0, near),
+        cell_status(tiny, sample(90.0, 90.1), 0, 0, far),
+        cell_status(tiny, sample(90.0), 1, 0, near),
+        cell_status(tiny, sample(), 0, 2, None),
+        cell_status(tiny, sample(1, 2), 0, 0, None),
+    ]
+    assert words == [
+        "not run",
+        "running",
+        "1/2 seeds",
+        "within",
+        "outside",
+        "1/2 seeds, running, within",
+        "2 failed",
+        "done",
+    ]
 
 
 @pytest.fixture
 def finished(tiny, tmp_path):
-    """The tiny table's runs, three of four finished."""
+    """The tiny table's runs: three finished, one failed."""
     runs = table_runs(tiny, tmp_path / "runs")
     power = {f"p{term}/{layer}": 0.25 for term in (1, 2, 3, 4) for layer in ("a", "b")}
     for run, top1 in zip(runs, (90.0, 91.0, 90.2), strict=False):
         write_run(run, top1, power=power)
+    fail(runs[3], "NonFiniteError: step 3: loss nan")
     return runs
+
+
+def fail(run, line):
+    """The log of a failed run."""
+    run.log.parent.mkdir(exist_ok=True)
+    run.log.write_text(f"{line}\n# exit status 1\n")
 
 
 def files(folder):
@@ -89,7 +117,7 @@ def test_the_report_is_the_same_bytes_from_folders_and_from_archives(tiny, finis
     results = tmp_path / "results"
     first, second = results / "first", results / "second"
     write_report(gather(tiny, finished, results), first)
-    assert [collect(run, results) for run in finished] == [True, True, True, False]
+    assert [collect(run, results) for run in finished] == [True] * 4
     assert [collect(run, results) for run in finished] == [False] * 4
     shutil.rmtree(tmp_path / "runs")
     write_report(gather(tiny, finished, results), second)
@@ -108,7 +136,7 @@ def test_equal_runs_give_equal_archives(tiny, finished, tmp_path):
 def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
     write_report(gather(tiny, finished, tmp_path), tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "| bn | 90.10 ± 0.14 | 2 | done |" in text and "| ln_pn | 91.00 | 1 | 1/2 seeds |" in text
+    assert "| bn | 90.10 ± 0.14 | 2 | done |" in text and "| ln_pn | 91.00 | 1 | 1/2 seeds, 1 failed |" in text
     assert "single seed, beyond the seed spread" in text
     assert "3 runs, 0.03 hours" in text and "commit 0123456789ab" in text and str(tmp_path) not in text
     page = (tmp_path / "report" / "report.html").read_text()
@@ -130,7 +158,7 @@ def test_a_damaged_archive_is_named(tiny, finished, tmp_path):
     path = archive_path(run, tmp_path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="bn-s0.tar.xz is damaged"):
-        read_record(run, tmp_path)
+        kept_files(run, tmp_path)
 
 
 def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_path):
@@ -152,8 +180,7 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
         if run.cell.name != "ln-base_lr0.2":
             write_run(run, float(top1))
     diverged = next(run for run in runs if run.cell.name == "ln-base_lr0.2")
-    diverged.log.parent.mkdir()
-    diverged.log.write_text("proxynorm.train.nonfinite.NonFiniteError: step 3: loss nan\n# exit status 1\n")
+    fail(diverged, "proxynorm.train.nonfinite.NonFiniteError: step 3: loss nan")
     found = choose(table, runs)
     assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.4}}
     assert found["at_edge"] == ["ln"] and found["tried"]["ln"]["0.2"] == "diverged"

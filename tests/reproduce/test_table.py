@@ -1,16 +1,24 @@
 """Tables as data: every one is well formed, its cells are trainable, its references are those that may be quoted."""
 
 import pytest
+from tiny_table import TINY
 
 from proxynorm.config import check_choice, compose_config, is_group, parse, settings_from
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS
 from proxynorm.reproduce.runs import quoted, table_runs
 from proxynorm.reproduce.table import load_table, table_names
-from tiny_table import TINY
 
-TABLES = ("efficientnet_g16", "imagenet_batch", "imagenet_norms", "mini_batch", "mini_depth", "mini_norms", "mini_norms_lr",
-          "mini_regularization")
+TABLES = (
+    "efficientnet_g16",
+    "imagenet_batch",
+    "imagenet_norms",
+    "mini_batch",
+    "mini_depth",
+    "mini_norms",
+    "mini_norms_lr",
+    "mini_regularization",
+)
 
 
 def test_the_tables_are_there():
@@ -69,17 +77,30 @@ def test_rules_apply_to_the_cells_they_name():
     assert not any(item.startswith("data.image_size") for item in cells["b2-native-gn"].overrides)
 
 
-@pytest.mark.parametrize("text", ["plain", "with space", "it's", "a\\'b", "$(touch x)", "back\\", "`x`; rm", "a,b", "ünï", "x=y", "12"])
+@pytest.mark.parametrize(
+    "text", ["plain", "with space", "it's", "a\\'b", "$(touch x)", "back\\", "`x`; rm", "a,b", "ünï", "x=y", "12"]
+)
 def test_quoting_reaches_the_configuration_literally(text):
     config = compose_config([f"logger.group={quoted(text)}", f"logger.tags=[{quoted(text)}]"])
     assert config.logger.group == text and config.logger.tags == [text]
 
 
-@pytest.mark.parametrize("change, message", [
-    ("rows: [norm]", "no axis 'nrom'"), ("cells:", "unexpected keyword"), ("first: ln_pn", "no cell 'lnpn'"), ("expect: equal", "expect"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("rows: [norm]", "no axis 'nrom'"),
+        ("cells:", "unexpected keyword"),
+        ("first: ln_pn", "no cell 'lnpn'"),
+        ("expect: equal", "expect"),
+    ],
+)
 def test_a_malformed_table_is_one_clear_line(tmp_path, change, message):
-    wrong = {"rows: [norm]": "rows: [nrom]", "cells:": "colour: red\ncells:", "first: ln_pn": "first: lnpn", "expect: equal": "expect: same"}
+    wrong = {
+        "rows: [norm]": "rows: [nrom]",
+        "cells:": "colour: red\ncells:",
+        "first: ln_pn": "first: lnpn",
+        "expect: equal": "expect: same",
+    }
     path = tmp_path / "wrong.yaml"
     path.write_text(TINY.replace(change, wrong[change]))
     with pytest.raises(ConfigError, match=message) as error:

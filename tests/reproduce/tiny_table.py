@@ -40,14 +40,30 @@ sys.exit(plan.get("status", 0))
 def write_run(run, top1, epochs=1, power=None):
     """A finished run's folder, as train.py would leave it."""
     run.folder.mkdir(parents=True)
-    rows = [{"event": "train", "step": step, "epoch": step / 4, "images": 64 * step, "loss": 2.3 - 0.1 * step,
-             "images_per_second": 100.0} for step in range(1, 5)]
+    rows = [
+        {
+            "event": "train",
+            "step": step,
+            "epoch": step / 4,
+            "images": 64 * step,
+            "loss": 2.3 - 0.1 * step,
+            "images_per_second": 100.0,
+        }
+        for step in range(1, 5)
+    ]
     rows += [{"event": "power", "step": 4, "epoch": 1, "images": 256, **power}] if power else []
     rows.append({"event": "eval", "step": 4, "epoch": 1.0, "images": 256, "top1": top1, "loss": 1.9})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run.folder / "config.yaml").write_text(f"epochs: {epochs}\n")
-    environment = {"python": "3.11.0", "packages": {"torch": "2.14"}, "processor": "CPU", "cores": 2, "threads": 1, "gpus": [],
-                   "git": {"commit": "0123456789abcdef", "dirty": False}}
+    environment = {
+        "python": "3.11.0",
+        "packages": {"torch": "2.14"},
+        "processor": "CPU",
+        "cores": 2,
+        "threads": 1,
+        "gpus": [],
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+    }
     (run.folder / "environment.json").write_text(json.dumps(environment))
     summary = {"completed": True, "steps": 4, "total_steps": 4, "loss": 1.9, "top1": top1, "train_seconds": 36.0}
     (run.folder / "summary.json").write_text(json.dumps(summary))

@@ -1,0 +1,235 @@
+"""Time of a training step (forward, loss, backward) and of inference, for every norm, in interleaved rounds.
+
+  python scripts/benchmark.py step model=resnet50 batch=8 size=224 json=results/step/NAME.json
+
+Ratios are medians over rounds of the ratio within a round. "torch ln" is torch's group_norm with one group and the
+activation in place, "torch bn" torch's batch norm likewise. Proxied norms are frozen for inference. On CUDA the same command
+adds the peak memory of a step; precision=bf16 or fp16 runs under autocast.
+"""
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from proxynorm.benchmark.memory import bytes_kept
+from proxynorm.benchmark.variants import FORMATS, RECOMPUTE, TORCH_BN, TORCH_LN, Variant, build, check_norm, for_inference
+from proxynorm.cli import option
+from proxynorm.errors import ConfigError
+from proxynorm.files import write_json
+from proxynorm.nn import NormAct2d
+from proxynorm.train.run_folder import environment
+
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Options:
+    model: str = option("resnet50", "a model of proxynorm.create_model")
+    batch: int = option(8, "images a step")
+    size: int = option(224, "side of the images, pixels")
+    norms: list[str] = option([TORCH_BN, TORCH_LN, "bn", "bn_pn", "ln", "ln_pn", f"ln_pn{RECOMPUTE}", "gn", "gn_pn",
+                               "in", "in_pn"], "norms; with +recompute; torch bn and torch ln: torch's own")
+    formats: list[str] = option(list(FORMATS), "memory formats: nchw, channels_last")
+    modes: list[str] = option(["eager"], "eager, compiled")
+    precision: str = option("float32", "float32, bf16, fp16 (the last two under autocast)")
+    rounds: int = option(9, "steps of each, taken in turns")
+    inference: bool = option(True, "time inference as well")
+    threads: int | None = option(None, "CPU threads; torch's default if left out")
+    device: str = option("auto", "auto, cpu, cuda")
+    json: str | None = option(None, "file for the figures, with the machine's description")
+
+
+@dataclass
+class Contender:
+    """A variant ready to run, and what was measured of it: seconds a step, bytes."""
+
+    variant: Variant
+    net: nn.Module
+    frozen: nn.Module | None
+    images: torch.Tensor
+    labels: torch.Tensor
+    kept: int
+    train: list[float] = field(default_factory=list)
+    infer: list[float] = field(default_factory=list)
+    peak: int | None = None
+
+
+def main(options: Options) -> None:
+    """Measure, print the table and the figures, write the file. Raises ConfigError."""
+    _check(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
+                          options.device.replace("auto", "cpu"))
+    variants = [Variant(norm, memory_format, mode == "compiled")
+                for mode in options.modes for memory_format in options.formats for norm in options.norms]
+    contenders = [_prepare(variant, options, device) for variant in variants]
+    for _ in range(options.rounds):
+        for contender in contenders:
+            _measure(contender, options)
+    share = {c.variant: moments_seconds(c.net) / median(c.train) for c in contenders
+             if c.variant.norm.endswith("_pn") and not c.variant.compiled}
+    rows = [_row(c, contenders, share.get(c.variant)) for c in contenders]
+    print_table(rows)
+    figures = _figures(contenders, share)
+    for name, value in figures.items():
+        print(f"{name:<72}{value:>8.4f}")
+    if options.json:
+        write_json(Path(options.json), {"options": asdict(options), "rows": rows, "figures": figures,
+                                        "threads": torch.get_num_threads(), "environment": environment()})
+
+
+def _check(options: Options) -> None:
+    for norm in options.norms:
+        check_norm(norm)
+    for name, given, legal in (("formats", options.formats, FORMATS), ("modes", options.modes, ("eager", "compiled")),
+                               ("precision", [options.precision], PRECISIONS)):
+        for value in given:
+            if value not in legal:
+                raise ConfigError(f"{name}={value}: choose of {', '.join(legal)}")
+    if min(options.batch, options.size, options.rounds) < 1:
+        raise ConfigError("batch, size and rounds must be at least 1")
+
+
+def _prepare(variant: Variant, options: Options, device: torch.device) -> Contender:
+    """Build, count bytes, warm up."""
+    net = build(variant, options.model, device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
+    images = images.to(device).contiguous(memory_format=FORMATS[variant.memory_format])
+    labels = torch.zeros(options.batch, dtype=torch.long, device=device)
+    with _autocast(options, device):
+        kept = bytes_kept(net, images, labels)
+    frozen = for_inference(variant, net) if options.inference else None
+    if variant.compiled:
+        net, frozen = torch.compile(net), frozen and torch.compile(frozen)
+    contender = Contender(variant, net, frozen, images, labels, kept)
+    _measure(contender, options)
+    contender.train.clear()
+    contender.infer.clear()
+    print(f"ready: {variant.norm}, {variant.memory_format}, {variant.mode}", flush=True)
+    return contender
+
+
+def _autocast(options: Options, device: torch.device) -> contextlib.AbstractContextManager:
+    dtype = PRECISIONS[options.precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _measure(contender: Contender, options: Options) -> None:
+    device = contender.images.device
+
+    def train() -> None:
+        with _autocast(options, device):
+            loss = nn.functional.cross_entropy(contender.net(contender.images), contender.labels)
+        loss.backward()
+
+    def infer() -> None:
+        with _autocast(options, device), torch.inference_mode():
+            contender.frozen(contender.images)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    contender.train.append(_seconds(train, device))
+    if device.type == "cuda":
+        contender.peak = torch.cuda.max_memory_allocated()
+    contender.net.zero_grad(set_to_none=True)
+    if contender.frozen is not None:
+        contender.infer.append(_seconds(infer, device))
+
+
+def _seconds(action: Callable[[], None], device: torch.device) -> float:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
+    """What everything of size (C,) costs in a step: the folding of all layers, and its backward, layer by layer."""
+    layers = [m for m in net.modules() if isinstance(m, NormAct2d) and m.proxied]
+    device = layers[0].proxy_weight.device
+    fold_all = [hook for hook in net._forward_pre_hooks.values() if hook.__module__ == "proxynorm.nn.shared"]
+
+    def once() -> None:
+        for hook in fold_all:
+            hook(net, ())
+        for layer in layers:
+            folded = layer.folded_constants()
+            torch.autograd.grad(folded, [p for p in layer.four_parameters() if p.requires_grad],
+                                [torch.ones_like(c) for c in folded])
+            layer.shared_constants = None
+
+    once()
+    return median(_seconds(once, device) for _ in range(repeats))
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """Median over rounds of the ratio within the round."""
+    return median(a / b for a, b in zip(times, base))
+
+
+def _find(contenders: list[Contender], norm: str, memory_format: str, mode: str) -> Contender | None:
+    wanted = (norm, memory_format, mode)
+    return next((c for c in contenders if (c.variant.norm, c.variant.memory_format, c.variant.mode) == wanted), None)
+
+
+def _row(c: Contender, contenders: list[Contender], share: float | None) -> dict[str, object]:
+    v = c.variant
+    torch_ln = _find(contenders, TORCH_LN, v.memory_format, v.mode)
+    torch_bn = _find(contenders, TORCH_BN, v.memory_format, v.mode)
+    return {
+        "norm": v.norm, "format": v.memory_format, "mode": v.mode, "step ms": median(c.train) * 1e3,
+        "/ torch ln": torch_ln and ratio(c.train, torch_ln.train),
+        "inference ms": median(c.infer) * 1e3 if c.infer else None,
+        "/ torch ln (inf.)": torch_ln and c.infer and ratio(c.infer, torch_ln.infer) or None,
+        "MB kept": c.kept / 1e6, "/ torch bn": torch_bn and c.kept / torch_bn.kept,
+        "moments %": None if share is None else share * 100,
+        **({"peak MB": c.peak / 1e6} if c.peak else {}),
+    }  # fmt: skip
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """One aligned table; three decimals for ratios, one for the rest."""
+    def cell(name: str, value: object) -> str:
+        if value is None:
+            return "–"
+        return value if isinstance(value, str) else f"{value:.3f}" if "/" in name or "%" in name else f"{value:.1f}"
+
+    table = [list(rows[0]), *([cell(name, value) for name, value in row.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+
+
+def _figures(contenders: list[Contender], share: dict[Variant, float]) -> dict[str, float]:
+    """LN+PN against the two it is measured by, eager, each in the format given or in its own best one."""
+    eager = [c for c in contenders if not c.variant.compiled]
+    best: dict[str, Contender] = {}
+    for c in eager:
+        if c.variant.norm not in best or median(c.train) < median(best[c.variant.norm].train):
+            best[c.variant.norm] = c
+    figures = {}
+    for ours in ("ln_pn", f"ln_pn{RECOMPUTE}"):
+        for base in (TORCH_LN, TORCH_BN):
+            if ours in best and base in best:
+                figures[f"step, {ours} / {base}, each in its best format"] = ratio(best[ours].train, best[base].train)
+                figures[f"bytes kept, {ours} / {base}"] = best[ours].kept / best[base].kept
+        if ours in best and TORCH_LN in best and best[ours].infer:
+            figures[f"inference, {ours} frozen / {TORCH_LN}"] = ratio(best[ours].infer, best[TORCH_LN].infer)
+    for variant, value in share.items():
+        if variant.norm == "ln_pn":
+            figures[f"moments' share of a step, ln_pn, {variant.memory_format}"] = value
+    return figures

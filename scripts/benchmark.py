@@ -1,0 +1,39 @@
+"""Measure: python scripts/benchmark.py loader [source=DIR] [json=FILE]
+
+The first word names the benchmark, key=value arguments follow; `python scripts/benchmark.py NAME --help` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from proxynorm.cli import fail, nearest, script
+from proxynorm.errors import ConfigError
+
+# Each is a module of proxynorm.benchmark with a dataclass Options and a function main(options).
+BENCHMARKS = {
+    "step": "training and inference steps of every norm, in turns: time, bytes kept for backward, share of the moments",
+    "memory": "bytes kept for the backward pass by every norm, beside BN + activation",
+    "loader": "images a second of the loaders on the same JPEGs, against FFCV's, torchvision's and timm's",
+    "storage": "size against speed of .beton files, by longest side and JPEG quality",
+    "damage": "preparation of images with planted damage: every bad one named, no good one",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        width = max(map(len, BENCHMARKS))
+        rows = "\n".join(f"  {key:<{width}}  {text}" for key, text in BENCHMARKS.items())
+        print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}")
+        return
+    if name not in BENCHMARKS:
+        fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
+    del sys.argv[1]
+    module = import_module(f"proxynorm.benchmark.{name}")
+    script(module.Options, module.main, module.__doc__)
+
+
+if __name__ == "__main__":
+    main()

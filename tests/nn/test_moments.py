@@ -1,0 +1,185 @@
+"""Moments of the proxy: METHOD.md's reference values, the documented errors, gradients, safety at the ends."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch import nn
+
+from proxynorm.nn import ACTIVATIONS, proxy_moments
+from proxynorm.nn.activations import make_activation
+from proxynorm.nn.moments import moments_with_slopes
+
+ZERO, ONE = torch.zeros(1), torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("activation", "method", "nodes", "mean", "var", "scale"),
+    [
+        ("relu", "grid", 200, 0.398451, 0.338035, 1.648373),
+        ("relu", "grid", 256, 0.398565, 0.338637, 1.647026),
+        ("relu", "exact", 256, 0.398942, 0.340845, 1.642116),
+        ("silu", "grid", 200, 0.206048, 0.310004, 1.714977),
+        ("silu", "grid", 256, 0.206184, 0.310665, 1.713312),
+        ("silu", "exact", 256, 0.206621, 0.313083, 1.707262),
+    ],
+)  # fmt: skip
+def test_reference_values(activation, method, nodes, mean, var, scale):
+    m, v = proxy_moments(ONE, ZERO, ZERO, ZERO, activation, method, nodes)
+    assert m.dtype == v.dtype == torch.float32
+    assert m.item() == pytest.approx(mean, abs=1e-5)
+    assert v.item() == pytest.approx(var, abs=1e-5)
+    assert (v + 0.03).rsqrt().item() == pytest.approx(scale, abs=1e-5)
+
+
+# the table in moments.py: mean, variance
+CLOSED = (1e-12, 1e-11)
+ERRORS = {
+    **dict.fromkeys(("relu", "leaky_relu", "relu6", "hard_tanh", "hard_sigmoid", "hard_swish", "elu", "celu", "selu",
+                     "gelu", "identity"), CLOSED),
+    "silu": (2e-8, 5e-7),
+    **dict.fromkeys(("mish", "gelu_tanh", "softplus", "sigmoid"), (5e-8, 1e-6)),
+    "tanh": (1e-5, 5e-5),
+}  # fmt: skip
+
+
+def integrated(activation: nn.Module, weight: float, bias: float) -> tuple[float, float]:
+    """Mean and variance by composite Gauss–Legendre in float64, split at every kink and finely around u = 0."""
+    limits = {-9.5, 9.5, *torch.linspace(-9.5, 9.5, 77).tolist()}
+    kinks = [*torch.linspace(-12, 12, 49).tolist(), 20.0]  # -3, -1, 0, 1, 3, 6 among them
+    limits |= {(k - bias) / weight for k in kinks if abs((k - bias) / weight) < 9.5}
+    edges = torch.tensor(sorted(limits), dtype=torch.float64)
+    middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
+    g = (middle[:, None] + half[:, None] * NODES).flatten()
+    w = (half[:, None] * WEIGHTS).flatten() * torch.exp(-g * g / 2) / math.sqrt(2 * math.pi)
+    z = activation(weight * g + bias)
+    mean = (w * z).sum()
+    return mean.item(), (w * (z - mean).square()).sum().item()
+
+
+def _legendre(count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    k = torch.arange(1, count, dtype=torch.float64)
+    side = k / (4 * k * k - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(side, 1) + torch.diag(side, -1))
+    return nodes, 2 * vectors[0].square()
+
+
+NODES, WEIGHTS = _legendre()
+WEIGHT, BIAS = (t.flatten() for t in torch.meshgrid(
+    torch.tensor([0.01, 0.1, 0.5, 1, 2, 4, 10], dtype=torch.float64),
+    torch.tensor([-5, -2, -0.3, 0, 0.4, 1.5, 5], dtype=torch.float64), indexing="ij"))  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_exact_has_the_documented_error(activation):
+    module = make_activation(activation)
+    pairs = [integrated(module, w, b) for w, b in zip(WEIGHT.tolist(), BIAS.tolist())]
+    mean, var = torch.tensor(pairs, dtype=torch.float64).T
+    zero = torch.zeros_like(WEIGHT)
+    m, v = proxy_moments(WEIGHT, BIAS, zero, zero, activation)
+    assert (m - mean).abs().max() < ERRORS[activation][0]
+    assert (v - var).abs().max() < ERRORS[activation][1]
+    if activation == "relu":
+        grid_mean, grid_var = proxy_moments(WEIGHT, BIAS, zero, zero, activation, "grid")
+        assert (grid_mean - mean).abs().max() > 100 * (m - mean).abs().max()
+        assert (grid_var - var).abs().max() > 100 * (v - var).abs().max()
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(0.01, 5), (10, -5), (1.3, 0.2)])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_exact_against_high_precision(activation, weight, bias):
+    phi = {
+        "relu": lambda u: max(u, mpmath.mpf(0)),
+        "silu": lambda u: u / (1 + mpmath.exp(-u)),
+        "gelu": lambda u: u * mpmath.ncdf(u),
+    }[activation]
+    split = [-12, max(-12, min(12, -bias / weight)), 12]
+    mean = mpmath.quad(lambda g: phi(weight * g + bias) * mpmath.npdf(g), split)
+    var = mpmath.quad(lambda g: (phi(weight * g + bias) - mean) ** 2 * mpmath.npdf(g), split)
+    one = torch.ones(1, dtype=torch.float64)
+    m, v = proxy_moments(weight * one, bias * one, 0 * one, 0 * one, activation)
+    assert m.item() == pytest.approx(float(mean), abs=2e-8)
+    assert v.item() == pytest.approx(float(var), abs=5e-7)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "hard_swish"])
+def test_grid_is_the_formula_to_the_bit(activation):
+    w, b, pw, pb = torch.randn(4, 7, dtype=torch.float64)
+    k = torch.arange(200, dtype=torch.float64)
+    g = (math.sqrt(2) * torch.erfinv(2 * (k + 0.5) / 200 - 1))[:, None]
+    z = make_activation(activation)(w * (pb + (1 + pw) * g) + b)
+    m, v = proxy_moments(w, b, pw, pb, activation, "grid", 200)
+    assert torch.equal(m, z.mean(0))
+    torch.testing.assert_close(v, z.var(0, correction=0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hard_swish", "elu", "mish"])
+def test_derivatives(activation):
+    torch.manual_seed(0)
+    parameters = tuple(p.requires_grad_() for p in torch.randn(4, 3, dtype=torch.float64))
+
+    def moments(*p):
+        return proxy_moments(*p, activation)
+
+    assert torch.autograd.gradcheck(moments, parameters)
+    assert torch.autograd.gradgradcheck(moments, parameters)
+
+
+@pytest.mark.parametrize("method", ["exact", "grid"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_are_the_derivatives(activation, method):
+    a = torch.tensor([-1.3, 0.2, 2.5], dtype=torch.float64, requires_grad=True)
+    s = torch.tensor([0.4, 1.7, 3.0], dtype=torch.float64, requires_grad=True)
+    module = make_activation(activation)
+    slopes = moments_with_slopes(module, a.detach(), s.detach(), method)
+    zero, one = torch.zeros_like(a), torch.ones_like(a)
+    m, v = proxy_moments(one, a, s - 1, zero, module, method)  # a + s·G
+    torch.testing.assert_close((slopes.mean, slopes.var), (m.detach(), v.detach()), atol=1e-12, rtol=1e-10)
+    by_mean = torch.autograd.grad(m.sum(), (a, s), retain_graph=True)
+    by_var = torch.autograd.grad(v.sum(), (a, s))
+    torch.testing.assert_close(slopes[2:], (*by_mean, *by_var), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hard_swish", "elu", "mish"])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e4, 1e8])
+def test_safe_at_the_ends(activation, size):
+    for bias in (-3.0, 0.0, 3.0):
+        p = [torch.tensor([v], requires_grad=True) for v in (size, bias, 0.0, 0.0)]
+        m, v = proxy_moments(*p, activation)
+        first = torch.autograd.grad((m + v).sum(), p, create_graph=True)
+        second = torch.autograd.grad(sum(f.sum() for f in first), p, allow_unused=True)
+        assert all(torch.isfinite(t).all() for t in (m, v, *first))
+        if activation != "mish":  # torch's own second derivative of mish is NaN beyond u = 709
+            assert not any(t.isnan().any() for t in second if t is not None)  # at a kink they do grow without bound
+        if size < 1e-7:
+            phi = make_activation(activation)(torch.tensor(bias))
+            assert m.item() == pytest.approx(phi.item(), abs=1e-6)
+            assert v.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_any_callable_module_or_class():
+    parameters = (torch.rand(5) + 0.5, torch.randn(5), torch.zeros(5), torch.zeros(5))
+    expected = proxy_moments(*parameters, "relu")
+    for activation in (nn.ReLU, nn.ReLU(inplace=True), torch.relu, nn.functional.relu):
+        torch.testing.assert_close(proxy_moments(*parameters, activation), expected)
+    close = proxy_moments(*parameters, lambda u: u.clamp(min=0))
+    torch.testing.assert_close(close, expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(proxy_moments(*parameters, nn.PReLU(5, 0.0)), expected, atol=2e-3, rtol=0)
+
+
+def test_float32_under_autocast():
+    parameters = torch.rand(4, 5)
+    expected = proxy_moments(*parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(proxy_moments(*parameters), expected))
+    assert proxy_moments(*parameters.bfloat16())[0].dtype == torch.float32
+
+
+def test_wrong_names_are_one_line_with_the_nearest():
+    with pytest.raises(ValueError, match="'rleu'.*'relu'.*silu"):
+        proxy_moments(ONE, ZERO, ZERO, ZERO, "rleu")
+    with pytest.raises(ValueError, match="'exat'.*'exact'.*grid"):
+        proxy_moments(ONE, ZERO, ZERO, ZERO, "relu", "exat")
+    with pytest.raises(TypeError, match="an activation is"):
+        proxy_moments(ONE, ZERO, ZERO, ZERO, 3)

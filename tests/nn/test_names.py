@@ -1,0 +1,43 @@
+"""Norm names and activations by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from proxynorm.nn import ACTIVATIONS, NORMS, NormSpec, norm_spec
+from proxynorm.nn.activations import activation_name, make_activation
+
+
+def test_all_names():
+    assert set(NORMS) == {"bn", "ln", "gn", "in", "bn_pn", "ln_pn", "gn_pn", "in_pn", "ln_ws", "gn_ws", "none"}
+    assert norm_spec("gn_pn") == NormSpec("gn", True, False)
+    assert norm_spec("ln_ws") == NormSpec("ln", False, True)
+    assert norm_spec("none") == NormSpec("none", False, False)
+
+
+@pytest.mark.parametrize("wrong", ["ln_pm", "LN", "", None, "batchnorm"])
+def test_a_wrong_name_is_one_line_with_the_list(wrong):
+    with pytest.raises(ValueError, match="Choose one of: bn, ln, gn, in") as error:
+        norm_spec(wrong)
+    assert "\n" not in str(error.value)
+    if wrong == "ln_pm":
+        assert "Did you mean 'ln_pn'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_know_their_names(name):
+    module = make_activation(name)
+    assert activation_name(module) == name
+    assert activation_name(make_activation(type(module))) == (name if name != "gelu_tanh" else "gelu")
+    assert module(torch.randn(3)).shape == (3,)
+
+
+def test_other_libraries_activations_are_recognized():
+    from timm.layers import create_act_layer
+
+    for theirs, ours in {"swish": "silu", "hard_swish": "hard_swish", "gelu_tanh": "gelu_tanh", "mish": "mish",
+                         "leaky_relu": "leaky_relu", "relu6": "relu6", "hard_sigmoid": "hard_sigmoid"}.items():  # fmt: skip
+        assert activation_name(create_act_layer(theirs)) == ours
+    assert activation_name(make_activation(torch.sin)) == "callable"
+    assert activation_name(nn.PReLU()) == "callable"
+    assert isinstance(make_activation(None), nn.Identity)

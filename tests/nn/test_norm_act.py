@@ -1,0 +1,303 @@
+"""NormAct2d: the paper's formula, the fused step against it, precision, formats, transforms, refusals."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from proxynorm.nn import NORMS, NormAct2d, batch_normalize, group_normalize, norm_spec, proxy_moments
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def layer(norm: str = "ln_pn", features: int = 12, dtype: torch.dtype = torch.float64, **options) -> NormAct2d:
+    """A layer with random parameters; norm is a full name."""
+    spec = norm_spec(norm)
+    groups = 4 if spec.kind == "gn" else None
+    made = NormAct2d(features, spec.kind, spec.proxy, **{"groups": groups, "dtype": dtype, **options})
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+        for name, b in made.named_buffers():
+            if b.is_floating_point():
+                made.register_buffer(name, (b + torch.rand_like(b) * 0.3).to(dtype))
+    return made
+
+
+def maps(shape=(5, 12, 4, 3), dtype=torch.float64, memory_format=torch.contiguous_format) -> torch.Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * 1.5 + 0.4).to(dtype).contiguous(memory_format=memory_format)
+
+
+def test_formula():
+    """Written out once, with nothing of the package but the moments."""
+    x, act = maps(), layer("ln_pn")
+    y = (x - x.mean((1, 2, 3), keepdim=True)) * (x.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).rsqrt()
+    w, b, pw, pb = (p.detach() for p in (act.weight, act.bias, act.proxy_weight, act.proxy_bias))
+    m, v = proxy_moments(w, b, pw, pb)
+    samples = F.relu(w * (pb + (1 + pw) * torch.randn(100_000, 12, dtype=torch.float64)) + b)
+    torch.testing.assert_close(m, samples.mean(0), atol=2e-2, rtol=0)
+    torch.testing.assert_close(v, samples.var(0), atol=6e-2, rtol=0)
+    view = (1, -1, 1, 1)
+    z = (F.relu(w.view(view) * y + b.view(view)) - m.view(view)) * (v.view(view) + 0.03).rsqrt()
+    torch.testing.assert_close(act(x), z)
+
+
+CASES = list(itertools.product(
+    ("ln", "ln_pn", "gn_pn", "in_pn", "bn", "bn_pn", "none"), ("relu", "silu", "gelu", "leaky_relu", "hard_swish"),
+    (torch.contiguous_format, torch.channels_last)))  # fmt: skip
+
+
+@pytest.mark.parametrize(("norm", "activation", "memory_format"), CASES)
+def test_fused_equals_reference(norm, activation, memory_format):
+    for training, apply_act, scale, method, chunk in (
+        (True, True, True, "auto", None), (True, True, False, "grid", 2), (False, True, True, "auto", None),
+        (True, False, True, "auto", 2), (False, True, False, "auto", None),
+    ):  # fmt: skip
+        options = dict(apply_act=apply_act, proxy_scale=scale, moments=method, norm_batch=chunk)
+        fused = layer(norm, act_layer=activation, **options).train(training)
+        plain = copy.deepcopy(fused)
+        x = maps(memory_format=memory_format).requires_grad_()
+        z, reference = fused(x), plain.activate(plain.normalize(x))
+        torch.testing.assert_close(z, reference)
+        assert z.is_contiguous(memory_format=memory_format)
+        grad = torch.randn_like(z)
+        ours = torch.autograd.grad(z, (x, *fused.parameters()), grad)
+        theirs = torch.autograd.grad(reference, (x, *plain.parameters()), grad)
+        torch.testing.assert_close(ours, theirs)
+        for one, other in zip(fused.buffers(), plain.buffers()):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("norm", ["ln_pn", "gn_pn", "in_pn", "bn_pn"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_gradients_and_gradients_of_gradients(norm, activation):
+    act = layer(norm, features=4, act_layer=activation, groups=2 if norm == "gn_pn" else None)
+    names = list(dict(act.named_parameters()))
+
+    def function(x, *parameters):
+        return torch.func.functional_call(act, dict(zip(names, parameters)), (x,))
+
+    inputs = (maps((2, 4, 2, 2)).requires_grad_(), *(p.detach().requires_grad_() for p in act.parameters()))
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_transforms(activation):
+    """torch.func.grad, vmap, jvp and forward-mode AD give what backward gives."""
+    act = layer("ln_pn", act_layer=activation)
+    x, tangent = maps(), torch.randn(5, 12, 4, 3, dtype=torch.float64)
+    expected = torch.autograd.grad(act(x.requires_grad_()).square().sum(), x)[0]
+    x = x.detach()
+
+    def loss(x):
+        return act(x).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], (expected * tangent).sum())
+    per_sample = torch.func.vmap(torch.func.grad(lambda one: loss(one[None])))(x)
+    torch.testing.assert_close(per_sample, expected)
+    with forward_ad.dual_level():
+        out = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(out, (expected * tangent).sum())
+
+
+@pytest.mark.parametrize("checkpointed", ["reentrant", "not reentrant"])
+def test_gradient_checkpointing(checkpointed):
+    from torch.utils.checkpoint import checkpoint
+
+    act, x = layer("gn_pn"), maps().requires_grad_()
+    inputs = (x, *act.parameters())
+    expected = torch.autograd.grad(act(x).square().sum(), inputs)
+    z = checkpoint(act, x, use_reentrant=checkpointed == "reentrant")
+    z.square().sum().backward()
+    torch.testing.assert_close(tuple(t.grad for t in inputs), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["ln_pn", "bn_pn"])
+def test_compiled_equals_eager(norm):
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), layer(norm, dtype=torch.float32),
+                        nn.Conv2d(12, 12, 1), layer(norm, dtype=torch.float32, act_layer="silu"))  # fmt: skip
+    compiled = torch.compile(copy.deepcopy(net), backend="inductor" if norm == "ln_pn" else "aot_eager")
+    x = torch.randn(2, 3, 6, 6)
+    grad = torch.randn(2, 12, 4, 4)
+    out = []
+    for model in (net, compiled):
+        z = model(x)
+        z.backward(grad)
+        out.append((z.detach(), *(p.grad for p in model.parameters())))
+    torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("norm", "activation"), [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")])
+def test_half_precision(norm, activation, dtype, memory_format):
+    """Maps stay half precision, statistics do not: a mean of 60 costs no more than the rounding of the input."""
+    act = layer(norm, dtype=torch.float32, act_layer=activation)
+    double = copy.deepcopy(act).double()
+    x = (maps(dtype=torch.float32) + 60).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = act(x)
+    assert z.dtype == dtype and z.is_contiguous(memory_format=memory_format)
+    reference = double(x.double())
+    torch.testing.assert_close(z.double(), reference, atol=0.03, rtol=0.02)
+    grad = torch.randn_like(z)
+    ours = torch.autograd.grad(z, (x, *act.parameters()), grad)
+    theirs = torch.autograd.grad(reference, (x, *double.parameters()), grad.double())
+    assert ours[0].dtype == dtype and all(g.dtype == torch.float32 for g in ours[1:])
+    for one, other in zip(ours, theirs):  # in norm, since rounding moves single elements across ReLU's kink
+        assert (one.double() - other).norm() <= 0.05 * other.norm() + 1e-3
+
+
+def test_no_overflow_in_float16():
+    act = layer("ln_pn", dtype=torch.float32)
+    x = (torch.randn(2, 12, 8, 8) * 1e4).half().requires_grad_()  # squares and sums are far beyond 65504
+    z = act(x)
+    z.backward(torch.randn_like(z))
+    assert torch.isfinite(z).all() and torch.isfinite(x.grad).all() and z.abs().max() > 0.5
+
+
+def test_outputs_of_proxied_layers_are_normalized():
+    for norm in ("ln_pn", "gn_pn", "in_pn", "bn_pn"):
+        spec = norm_spec(norm)
+        z = NormAct2d(64, spec.kind, spec.proxy)(torch.randn(8, 64, 16, 16))
+        assert z.mean().abs() < 0.02
+        assert z.std().item() == pytest.approx((0.340845 / 0.370845) ** 0.5, abs=0.02)
+
+
+def test_placement_without_activation():
+    """Behind no activation: no PN; with PN asked for, the scale stays and the shift goes (METHOD.md section 2)."""
+    assert set(dict(NormAct2d(8, "ln_pn", apply_act=False).named_parameters())) == {"weight"}
+    assert set(dict(NormAct2d(8, "ln", False, apply_act=False).named_parameters())) == {"weight", "bias"}
+    act, x = layer("ln_pn", apply_act=False), maps()
+    torch.testing.assert_close(act(x), F.group_norm(x, 1) * act.weight.view(1, -1, 1, 1))
+
+
+def test_centring_only_and_the_gate_s_factor():
+    centred, x = layer("ln_pn", act_layer="silu", proxy_scale=False), maps()
+    scaled = layer("ln_pn", act_layer="silu")
+    scaled.load_state_dict(centred.state_dict())
+    torch.testing.assert_close(centred(x) * centred.proxy_rescale().view(1, -1, 1, 1), scaled(x))
+
+
+def test_state_dict_keys_are_frozen():
+    four = ["weight", "bias", "proxy_weight", "proxy_bias"]
+    running = ["running_mean", "running_var", "num_batches_tracked"]
+    assert list(NormAct2d(8, "ln_pn").state_dict()) == four
+    assert list(NormAct2d(8, "ln", proxy=False).state_dict()) == four[:2]
+    assert list(NormAct2d(8, "bn_pn").state_dict()) == four + running
+    assert list(NormAct2d(8, "bn", proxy=False).state_dict()) == four[:2] + running
+    batch_norm = nn.BatchNorm2d(8)
+    NormAct2d(8, "bn", proxy=False).load_state_dict(batch_norm.state_dict())
+
+
+def test_initial_values():
+    act = NormAct2d(8, "gn_pn")
+    assert (act.weight == 1).all() and all((p == 0).all() for p in (act.bias, act.proxy_weight, act.proxy_bias))
+
+
+def test_a_full_name_decides_about_proxy():
+    assert NormAct2d(8, "ln").proxy and not NormAct2d(8, "ln", proxy=False).proxy
+    assert NormAct2d(8, "ln_pn", proxy=False).proxy and not NormAct2d(8, "gn_ws").proxy
+    assert not NormAct2d(8, "none").proxy
+    for norm in NORMS:
+        NormAct2d(8, norm)(torch.randn(2, 8, 4, 4))
+
+
+@pytest.mark.parametrize(("features", "groups"), [(64, 32), (48, 24), (40, 20), (24, 24), (7, 7), (22, 22), (37, 1)])
+def test_default_groups(features, groups):
+    """32 where it divides, else the largest divisor below."""
+    assert NormAct2d(features, "gn").groups == groups
+    assert (NormAct2d(features, "ln").groups, NormAct2d(features, "in").groups) == (1, features)
+
+
+def test_batch_norm_is_torch_s():
+    ours, theirs = NormAct2d(12, "bn", proxy=False), nn.Sequential(nn.BatchNorm2d(12), nn.ReLU())
+    for momentum in (0.1, None):
+        ours.momentum = theirs[0].momentum = momentum
+        for _ in range(3):
+            x = maps(dtype=torch.float32)
+            torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs[0].state_dict()))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+def test_normalization_batch(size):
+    """Every size images have statistics of their own; what is left over is a smaller chunk."""
+    x, act = maps(), layer("bn", norm_batch=size)
+    chunks = [F.batch_norm(c, None, None, training=True) for c in x.split(size)]
+    torch.testing.assert_close(act.normalize(x), torch.cat(chunks))
+    mean = torch.stack([c.mean((0, 2, 3)) for c in x.split(size)]).mean(0)
+    fresh = torch.zeros(12, dtype=torch.float64)
+    batch_normalize(x, fresh, torch.ones_like(fresh), True, 0.1, norm_batch=size)
+    torch.testing.assert_close(fresh, 0.1 * mean)
+
+
+def test_sensible_at_the_edges():
+    for norm in ("ln_pn", "gn_pn", "bn_pn"):
+        act = layer(norm)
+        assert act.eval()(maps((0, 12, 4, 4))).shape == (0, 12, 4, 4)
+        act.train()
+        x = maps((4, 12, 6, 8)).requires_grad_()
+        sliced = x[:, :, ::2, 1::2]  # neither format
+        torch.testing.assert_close(act(sliced), copy.deepcopy(act)(sliced.contiguous()))
+        act(maps((3, 12, 1, 1)).requires_grad_()).sum().backward()
+        expanded = maps((1, 12, 4, 4)).expand(3, -1, -1, -1)
+        assert torch.isfinite(act(expanded)).all()
+        frozen = layer(norm).requires_grad_(False)
+        frozen(x).sum().backward()
+        out = layer(norm)(x.detach())
+        out.mean((2, 3)).sum().backward()  # an expanded gradient
+
+
+def test_plain_options():
+    x = maps(dtype=torch.float32)
+    no_affine = NormAct2d(12, "ln_pn", affine=False)
+    assert set(dict(no_affine.named_parameters())) == {"proxy_weight", "proxy_bias"}
+    torch.testing.assert_close(no_affine(x), NormAct2d(12, "ln_pn")(x))
+    dropped = NormAct2d(12, "ln_pn", drop_layer=lambda: nn.Dropout(0.0))
+    torch.testing.assert_close(dropped(x), NormAct2d(12, "ln_pn")(x))
+    timm_like = NormAct2d(12, "ln_pn", act_layer=nn.ReLU, inplace=True, act_kwargs={}, device="cpu")
+    assert isinstance(timm_like.act, nn.ReLU) and isinstance(timm_like.drop, nn.Identity)
+    assert timm_like.act_name == "relu" and "ln" in repr(timm_like)
+    before = x.clone()
+    NormAct2d(12, "none", affine=False)(x)
+    torch.testing.assert_close(x, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NormAct2d(8, "ln_pm"), "unknown norm 'ln_pm'. Did you mean 'ln_pn'"),
+        (lambda: NormAct2d(8, "gn", groups=3), "groups=3 does not divide num_features=8"),
+        (lambda: NormAct2d(8, "gn", groups=0), "groups=0 does not divide num_features=8"),
+        (lambda: NormAct2d(8, norm_batch="globl"), "norm_batch"),
+        (lambda: NormAct2d(8, norm_batch=0), "norm_batch"),
+        (lambda: NormAct2d(8, moments="exat"), "Did you mean 'exact'"),
+        (lambda: NormAct2d(8, act_layer="rleu"), "Did you mean 'relu'"),
+        (lambda: NormAct2d(8, "in")(torch.randn(2, 8, 1, 1)), "no variance"),
+        (lambda: NormAct2d(8)(torch.randn(2, 8)), "expected an input of shape"),
+        (lambda: NormAct2d(8)(torch.randn(2, 6, 3, 3)), "expected an input of shape"),
+        (lambda: NormAct2d(8, "ln", False).proxy_statistics(), "no proxy"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_clear_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_group_normalize_is_group_norm():
+    x = maps()
+    for groups in (1, 3, 12):
+        torch.testing.assert_close(group_normalize(x, groups), F.group_norm(x, groups))

@@ -1,0 +1,199 @@
+"""Shared moments, recomputation and float32 cells change what a pass costs, never what it gives."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from proxynorm.benchmark.memory import bytes_kept
+from proxynorm.nn import NormAct2d, proxy_moments, recompute, share_moments
+from proxynorm.nn import shared as shared_module
+from proxynorm.nn.cells import CellGroupNorm
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def network(activation: str = "relu", norm: str = "ln_pn", depth: int = 4, width: int = 16) -> nn.Sequential:
+    layers = [nn.Conv2d(3, width, 3, padding=1)]
+    for _ in range(depth):
+        layers += [NormAct2d(width, norm, act_layer=activation), nn.Conv2d(width, width, 3, padding=1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    net.zero_grad()
+    out = net(x)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.mark.parametrize("norm", ["ln_pn", "bn_pn"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "mish"])
+def test_same_results(activation, norm):
+    net, x = network(activation, norm), torch.randn(4, 3, 8, 8)
+    expected = gradients(net, x)
+    for change in (share_moments, recompute, lambda n: recompute(share_moments(n))):
+        other = change(change(copy.deepcopy(net)))  # twice is once
+        torch.testing.assert_close(gradients(other, x), expected)
+        torch.testing.assert_close(gradients(copy.deepcopy(other), x), expected)
+        assert list(other.state_dict()) == list(net.state_dict())
+
+
+def test_moments_are_shared_in_one_evaluation(monkeypatch):
+    net, calls = share_moments(network()), []
+    fold = shared_module.fold
+    monkeypatch.setattr(shared_module, "fold", lambda *args: calls.append(1) or fold(*args))
+    monkeypatch.setattr("proxynorm.nn.norm_act.fold", lambda *args: pytest.fail("a layer folded by itself"))
+    net(torch.randn(2, 3, 8, 8))
+    assert len(calls) == 1
+    with torch.no_grad():
+        net(torch.randn(2, 3, 8, 8))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["data", "in place", "load", "swap", "dtype"])
+def test_shared_moments_are_never_stale(change):
+    net, x = share_moments(network()), torch.randn(2, 3, 8, 8)
+    net(x)
+    act = net[1]
+    if change == "data":
+        act.bias.data.fill_(0.7)
+    elif change == "in place":
+        with torch.no_grad():
+            act.bias.fill_(0.7)
+    elif change == "load":
+        net.load_state_dict({k: torch.full_like(v, 0.7) if k == "1.bias" else v for k, v in net.state_dict().items()})
+    elif change == "swap":
+        act.bias = nn.Parameter(torch.full((16,), 0.7))
+    else:
+        net, x, act = net.double(), x.double(), net[1]
+        nn.init.constant_(act.bias, 0.7)
+    plain = network().to(x.dtype)
+    plain.load_state_dict(net.state_dict())
+    torch.testing.assert_close(net(x), plain(x))
+    torch.testing.assert_close(net[1](net[0](x)), plain[1](plain[0](x)))  # an inner module alone
+
+
+def test_shared_constants_do_not_outlive_a_failed_forward():
+    net = share_moments(network())
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 5, 8, 8))
+    assert net[1].shared_constants is None
+
+
+def test_layers_of_different_kinds_share_apart():
+    net = share_moments(nn.Sequential(NormAct2d(4), NormAct2d(4, act_layer="silu"), NormAct2d(4, proxy_eps=0.1),
+                                      NormAct2d(4), NormAct2d(4, act_layer="silu"), NormAct2d(4, "ln", False),
+                                      NormAct2d(4, act_layer=torch.sin), NormAct2d(4, act_layer=torch.cos)))  # fmt: skip
+    x = torch.randn(2, 4, 3, 3)
+    out = x
+    for module in net:
+        out = module(out)
+    torch.testing.assert_close(net(x), out)
+
+
+def batch_norm_network() -> nn.Sequential:
+    """The same network as of old: BN and ReLU in place."""
+    layers = [nn.Conv2d(3, 16, 3, padding=1)]
+    for _ in range(4):
+        layers += [nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def test_bytes_kept_for_backward():
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    batch_norm = bytes_kept(batch_norm_network(), images, labels)
+    for activation in ("relu", "silu", "gelu"):
+        kept = bytes_kept(network(activation), images, labels)
+        assert kept / batch_norm < 1.01  # the hundredth: constants per channel, on maps as small as these
+        assert bytes_kept(recompute(network(activation)), images, labels) / batch_norm < 0.57
+
+
+def test_recompute_with_other_uses_of_the_output():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.one, self.two = NormAct2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            z = self.act(x)
+            later = z * 2
+            later += self.one(z) * self.two(z)
+            return later * F.max_pool2d(z, 3, 1, 1)
+
+    net, x = Net(), torch.randn(2, 4, 6, 6)
+    expected = gradients(net, x)
+    torch.testing.assert_close(gradients(recompute(net), x), expected)
+
+
+def test_recompute_twice_backward_and_without_gradients():
+    net, x = recompute(network()), torch.randn(2, 3, 8, 8)
+    loss = net(x).square().sum()
+    first = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(net.parameters())), first)
+    with torch.no_grad():
+        net(x)
+    with torch.inference_mode():
+        net(x)
+
+
+def test_recompute_notices_a_changed_input():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.conv = NormAct2d(4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            x = x * 1
+            out = self.conv(self.act(x))
+            x.add_(1)
+            return out
+
+    net = recompute(Net())
+    with pytest.raises(RuntimeError, match="changed in place"):
+        net(torch.randn(2, 4, 3, 3)).sum().backward()
+
+
+def test_proxy_statistics_are_float32_under_autocast():
+    act = NormAct2d(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, var = act.proxy_statistics()
+        assert act.normalize(torch.randn(2, 8, 3, 3).bfloat16()).dtype == torch.bfloat16
+    four = (act.weight, act.bias, act.proxy_weight, act.proxy_bias)
+    assert mean.dtype == var.dtype == torch.float32
+    torch.testing.assert_close((mean, var), proxy_moments(*four))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 4, 12])
+def test_cells_are_group_norm(groups, memory_format):
+    """The path of half precision and channels_last on CUDA, run here on CPU."""
+    x = (torch.randn(3, 12, 5, 4, dtype=torch.float64) + 2).contiguous(memory_format=memory_format).requires_grad_()
+    scale, shift = (torch.randn(12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    inputs, grad = (x, scale, shift), torch.randn(3, 12, 5, 4, dtype=torch.float64)
+    ours, theirs = CellGroupNorm.apply(*inputs, groups, 1e-5), F.group_norm(x, groups, scale, shift)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad))
+    assert torch.autograd.gradgradcheck(lambda *t: CellGroupNorm.apply(*t, groups, 1e-5), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cells_in_half_precision(dtype, memory_format):
+    x = (torch.randn(3, 12, 5, 4) * 3 + 40).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    scale, shift = (torch.randn(12, requires_grad=True) for _ in range(2))
+    wide = [t.detach().double().requires_grad_() for t in (x, scale, shift)]
+    z, reference = CellGroupNorm.apply(x, scale, shift, 4, 1e-5), F.group_norm(wide[0], 4, wide[1], wide[2])
+    torch.testing.assert_close(z.double(), reference, atol=0.02, rtol=0.01)
+    grad = torch.randn_like(z)
+    ours = torch.autograd.grad(z, (x, scale, shift), grad)
+    theirs = torch.autograd.grad(reference, wide, grad.double())
+    assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
+    for one, other in zip(ours, theirs):
+        assert (one.double() - other).norm() < 0.02 * other.norm()

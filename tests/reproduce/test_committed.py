@@ -1,0 +1,32 @@
+"""What is committed in results/ is what the commands make of the committed runs, byte for byte."""
+
+import filecmp
+from pathlib import Path
+
+from proxynorm.reproduce.claims import claims_report, load_claims
+from proxynorm.reproduce.report import gather, write_report
+from proxynorm.reproduce.runs import read_chosen, table_runs
+from proxynorm.reproduce.table import load_table, table_names
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def committed(name, nowhere):
+    table = load_table(name)
+    return gather(table, table_runs(table, nowhere, read_chosen(table, RESULTS)), RESULTS)
+
+
+def test_reports_are_rebuilt_to_the_byte(tmp_path):
+    for name in table_names():
+        if (RESULTS / name / "report.md").is_file():
+            write_report(committed(name, tmp_path / "no runs"), tmp_path / name)
+            names = sorted(path.name for path in (tmp_path / name).iterdir())
+            match, mismatch, errors = filecmp.cmpfiles(RESULTS / name, tmp_path / name, names, shallow=False)
+            assert match == names, f"{name}: {mismatch + errors}"
+
+
+def test_the_table_of_claims_is_rebuilt_to_the_byte(tmp_path):
+    if (RESULTS / "claims.md").is_file():
+        tables = {name for claim in load_claims() for name in claim.tables}
+        outcomes = {name: committed(name, tmp_path).outcomes for name in tables}
+        assert (RESULTS / "claims.md").read_text() == claims_report(outcomes)
