@@ -16,6 +16,8 @@ BENCHMARKS = {
     "step": "training and inference steps of every norm, in turns: time, bytes kept for backward, share of the moments",
     "memory": "bytes kept for the backward pass by every norm, beside BN + activation",
     "loader": "images a second of the loaders on the same JPEGs, against FFCV's, torchvision's and timm's",
+    "engine": "our training loop against a bare one, against its loader, and against timm's loader, model and optimizer",
+    "startup": "seconds from the command to the first weight update, with a warm cache",
     "storage": "size against speed of .beton files, by longest side and JPEG quality",
     "damage": "preparation of images with planted damage: every bad one named, no good one",
 }

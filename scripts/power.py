@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from proxynorm.cli import option, script
 from proxynorm.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from proxynorm.analysis.power import PowerRow
 
 
 @dataclass
@@ -32,14 +38,14 @@ class Options:
     device: str = option("auto", "auto, cpu, cuda")
 
 
-def random_nets(options: Options, device) -> dict[str, list[list]]:
+def random_nets(options: Options, device: torch.device) -> dict[str, list[list[PowerRow]]]:
     """For each norm, each net's rows."""
     import torch
 
     from proxynorm.analysis.power import power_decomposition
     from proxynorm.analysis.random_net import random_net
 
-    found: dict[str, list[list]] = {}
+    found: dict[str, list[list[PowerRow]]] = {}
     for norm in options.norms:
         for seed in range(options.nets):
             net = random_net(
@@ -61,7 +67,7 @@ def random_nets(options: Options, device) -> dict[str, list[list]]:
     return found
 
 
-def show_random_nets(options: Options, folder: Path, device) -> None:
+def show_random_nets(options: Options, folder: Path, device: torch.device) -> None:
     from proxynorm.analysis.plots import plot_power
     from proxynorm.analysis.power_files import mean_rows, write_csv
     from proxynorm.analysis.random_net import mean_field_p1
@@ -94,7 +100,7 @@ def show_random_nets(options: Options, folder: Path, device) -> None:
     write_json(folder / "summary.json", summary)
 
 
-def show_run(options: Options, folder: Path, device) -> None:
+def show_run(options: Options, folder: Path, device: torch.device) -> None:
     from proxynorm.analysis.plots import plot_power
     from proxynorm.analysis.power_files import from_metrics, write_csv
     from proxynorm.train.run_folder import read_metrics
@@ -108,7 +114,7 @@ def show_run(options: Options, folder: Path, device) -> None:
     plot_power(panels, folder / "power.png")
 
 
-def measure_checkpoint(options: Options, device) -> list:
+def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]:
     from proxynorm.analysis.power_monitor import measure
     from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
 

@@ -16,9 +16,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
+from proxynorm.reproduce.table import Table, load_table, with_seeds
+
+if TYPE_CHECKING:
+    from proxynorm.reproduce.runs import Run
 
 
 @dataclass
@@ -36,7 +41,8 @@ class Options:
     train: list[str] = option([], "further overrides for every run, such as train=[device=cuda]")
 
 
-def selected_runs(options: Options, table):
+def selected_runs(options: Options, table: Table) -> list[Run]:
+    """The table's runs, or those of the cells asked for. Raises ConfigError for a cell it does not have."""
     from proxynorm.reproduce.runs import read_chosen, table_runs
 
     runs = table_runs(table, options.root, read_chosen(table, options.results))
@@ -47,21 +53,21 @@ def selected_runs(options: Options, table):
     return [run for run in runs if not options.cells or run.cell.name in options.cells]
 
 
-def plan(options: Options, table) -> int:
+def plan(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import plan as describe
 
     print(describe(table, selected_runs(options, table), options.jobs))
     return 0
 
 
-def status(options: Options, table) -> int:
+def status(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import status as describe
 
     print(describe(selected_runs(options, table)))
     return 0
 
 
-def launch(options: Options, table) -> int:
+def launch(options: Options, table: Table) -> int:
     from proxynorm.config import compose_config, settings_from
     from proxynorm.reproduce.launch import LAUNCHERS, LaunchOptions
 
@@ -72,7 +78,7 @@ def launch(options: Options, table) -> int:
     return LAUNCHERS[options.launcher](runs, settings)
 
 
-def choose(options: Options, table) -> int:
+def choose(options: Options, table: Table) -> int:
     from proxynorm.files import write_json
     from proxynorm.reproduce.search import choose as best
 
@@ -88,7 +94,7 @@ def choose(options: Options, table) -> int:
     return 0
 
 
-def collect(options: Options, table) -> int:
+def collect(options: Options, table: Table) -> int:
     from proxynorm.reproduce.records import collect as keep
 
     kept = [run.name for run in selected_runs(options, table) if keep(run, options.results)]
@@ -96,7 +102,7 @@ def collect(options: Options, table) -> int:
     return 0
 
 
-def report(options: Options, table) -> int:
+def report(options: Options, table: Table) -> int:
     from proxynorm.reproduce.report import gather, write_report
     from proxynorm.reproduce.tracking import log_report
 
@@ -112,7 +118,6 @@ def claims(options: Options) -> int:
     from proxynorm.reproduce.claims import claims_report, load_claims
     from proxynorm.reproduce.report import gather
     from proxynorm.reproduce.runs import table_runs
-    from proxynorm.reproduce.table import load_table
 
     tables = {name: load_table(name) for claim in load_claims() for name in claim.tables}
     outcomes = {
@@ -137,8 +142,6 @@ COMMANDS = {
 
 
 def main(options: Options) -> int:
-    from proxynorm.reproduce.table import load_table, with_seeds
-
     if options.command == "claims":
         return claims(options)
     if options.command not in COMMANDS:

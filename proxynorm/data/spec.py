@@ -122,6 +122,8 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
     if spec.name == "fashion_mnist" and spec.augmentation == "inception":
         raise ConfigError("data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none")
+    if spec.name == "fashion_mnist" and spec.randaugment is not None:
+        raise ConfigError("randaugment is for photographs in colour (data=folder); Fashion-MNIST has none")
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .activations import activation_name
 from .gaussian import Moments
-from .moments import location_and_scale, moments_with_slopes, proxy_moments, working_dtype
+from .moments import location_and_scale, moments_with_slopes, proxy_moments
 
 
 class Rule(NamedTuple):
@@ -38,24 +38,24 @@ def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Const
 
     With r = 1/sqrt(v + ε): rγ, rβ and the floor −rm for ReLU; γ, β, the gain r and the offset −rm for others.
     """
-    four = torch.stack(parameters).to(working_dtype(parameters[0]))
-    weight, bias, proxy_weight, proxy_bias = four
-    a, s, sign = location_and_scale(*four)
-    r, offset = _gain_and_offset(moments_with_slopes(rule.module, a, s, rule.method, rule.nodes), rule)
+    out = torch.promote_types(parameters[0].dtype, torch.float32)
+    a, s, sign = location_and_scale(*parameters)
+    moments = moments_with_slopes(rule.module, a, s, rule.method, rule.nodes)
+    r, offset = _gain_and_offset(Moments(*(m.to(out) for m in moments)), rule)
+    weight, bias, proxy_weight, proxy_bias = (p.to(out) for p in parameters)
     if activation_name(rule.module) == "relu":
         columns = torch.stack([r * weight, r * bias, offset], dim=1)
         direct = r[0]
     else:
         columns = F.pad(torch.stack([r, offset], dim=1), (0, 0, 2, 0))
-        columns[0, :2] = four[:2]
+        columns[0, 0], columns[0, 1] = weight, bias
         direct = 1.0
     values, by_a, by_s = columns  # each (k, C)
-    by_s = by_s * sign
+    by_s = by_s * sign.to(out)
     jacobian = torch.stack([by_a * proxy_bias + by_s * (1 + proxy_weight), by_a, by_s * weight, by_a * weight], dim=1)
     jacobian[0, 0] += direct  # the first by γ and the second by β, at fixed moments
     jacobian[1, 1] += direct
-    out = torch.promote_types(parameters[0].dtype, torch.float32)
-    return Constants(values.to(out), jacobian.to(out))
+    return Constants(values, jacobian)
 
 
 def fold_reference(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> tuple[Tensor, ...]:

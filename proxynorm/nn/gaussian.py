@@ -112,16 +112,16 @@ def _owens_t(h: Tensor, r: Tensor) -> Tensor:
 
 
 def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
-    """E[σ⁽ᵏ⁾(u)], k = 0 … 5: the a-derivatives of Σ p·Φ(λa / sqrt(1 + λ²s²))."""
+    """E[σ⁽ᵏ⁾(u)], k = 0 … 5: the a-derivatives of Σ p·Φ(h), h = λa / sqrt(1 + λ²s²); dh/da = c, and hc = c²a."""
     column = (-1, *[1] * a.ndim)
     scale = torch.tensor(_LAMBDA, dtype=a.dtype, device=a.device).view(column)
     share = torch.tensor(_P, dtype=a.dtype, device=a.device).view(column)
     c2 = (scale.square().reciprocal() + s * s).reciprocal()
-    c = c2.sqrt()  # dh/da, h = c·a
-    h = c * a
-    h2 = h * h
-    d = torch.exp(-0.5 * h2) * (c * share / _SQRT_2PI)
-    d3 = c2 * d
-    d5 = c2 * d3
-    terms = [d, -h * c * d, (h2 - 1) * d3, (3 - h2) * h * c * d3, ((h2 - 6) * h2 + 3) * d5]
-    return [(torch.special.ndtr(h) * share).sum(0), *(t.sum(0) for t in terms)]
+    c, a2 = c2.sqrt(), a * a
+    d = torch.exp((-0.5 * a2) * c2) * (c * (share / _SQRT_2PI))
+    k = [d]  # c²ʲ·d, whose sums give Hermite's polynomials in h
+    for _ in range(4):
+        k.append(k[-1] * c2)
+    k0, k1, k2, k3, k4 = (t.sum(0) for t in k)
+    return [(torch.special.ndtr(c * a) * share).sum(0), k0, -a * k1, a2 * k2 - k1, a * (3 * k2 - a2 * k3),
+            a2 * (a2 * k4 - 6 * k3) + 3 * k2]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proxynorm.analysis.power_monitor import PowerSettings
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
 
@@ -115,6 +116,7 @@ class Settings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
+    power: PowerSettings = field(default_factory=PowerSettings)
     batch: int = 128
     micro_batch: int | None = None
     norm_batch: int | str | None = None
@@ -165,7 +167,7 @@ CHOICES = {
 POSITIVE = ("batch", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "eval_batch")
 
 # Keys that do not change what is trained: they may differ between a run and its resumption, and do not name it.
-INCIDENTAL = ("name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint", "debug.profile_steps",
+INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint", "debug.profile_steps",
               "debug.name", "max_steps", "log_every", "eval_batch", "data.root", "data.cache")
 
 
@@ -185,6 +187,8 @@ def check(settings: Settings) -> Settings:
         raise ConfigError(f"regularization.ema_every={settings.regularization.ema_every}: valid: step, epoch")
     if not settings.learning_rate > 0:
         raise ConfigError(f"the learning rate is {settings.learning_rate}: must be above 0")
+    if settings.power.images < 1 or settings.power.every_epochs is not None and settings.power.every_epochs < 1:
+        raise ConfigError("power.every_epochs and power.images must be at least 1")
     if settings.batch % (settings.micro_batch or 1):
         raise ConfigError(f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}")
     if settings.name is not None and settings.name != Path(settings.name).name:

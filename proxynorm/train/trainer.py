@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from proxynorm.analysis.power_files import to_metrics
+from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.mixing import Mixing
 from proxynorm.train import checkpoint
@@ -86,6 +88,8 @@ class Trainer:
         """Train to the last step. Raises Preempted after saving when asked to stop."""
         self.display, self.tracker = display, tracker
         display.header()
+        if self.state.step == 0:
+            self.log_power_if_due()
         self.evaluate_if_due()
         with profiled(self.settings.debug.profile_steps if self.process.is_main else 0, self.run.path) as self.after_step:
             while self.state.step < self.last_step:
@@ -104,8 +108,6 @@ class Trainer:
                 self.after_step()
                 if self.state.step == self.last_step:
                     break
-        if self.settings.regularization.ema_every == "epoch" and self.state.ema and self.at_epoch_end():
-            self.state.ema.update(self.state.model)
 
     def step_batches(self, epoch: int, start: int) -> "StepBatches":
         return StepBatches(self.loader.epoch(epoch, start), self.accumulation, self.settings.debug.overfit)
@@ -124,6 +126,7 @@ class Trainer:
             state.add_loss(loss)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        self.average_epoch()
         learning_rate = state.optimizer.param_groups[0]["lr"]
         state.scheduler.step_update(state.step)
         state.train_seconds += self.watch.stepped()
@@ -176,6 +179,12 @@ class Trainer:
         if state.ema is not None and self.settings.regularization.ema_every == "step":
             state.ema.update(state.model, step=state.step + 1)
 
+    def average_epoch(self) -> None:
+        """At an epoch's end, take its weights into the authors' average over epochs; the first epoch's are its start."""
+        ema = self.state.ema
+        if ema is not None and self.settings.regularization.ema_every == "epoch" and self.at_epoch_end():
+            ema.update(self.state.model, step=self.state.step // self.steps_per_epoch)
+
     def handle_nonfinite(self, micro_batches: list[Batch], loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Stop before the weights are touched, or skip this update on all processes, as configured."""
         state = self.state
@@ -202,7 +211,20 @@ class Trainer:
             if state.best_top1 is None or result.top1 > state.best_top1:
                 state.best_top1 = result.top1
                 self.save_best()
+        self.log_power_if_due()
         self.save()
+
+    def log_power_if_due(self) -> None:
+        """Before training, every power.every_epochs epochs and at the end: P1 … P4 of each norm, and a warning on collapse."""
+        state, power = self.state, self.settings.power
+        epochs_done = state.step // self.steps_per_epoch
+        if power.every_epochs is None or not self.process.is_main:
+            return
+        if self.at_epoch_end() and epochs_done % power.every_epochs == 0 or state.step == self.last_step:
+            rows = measure(state.evaluated_model, self.data, power.images, self.settings.eval_batch)
+            self.write({"event": "power", **self.position(), **to_metrics(rows)})
+            if warning := collapse_warning(rows, power.threshold):
+                self.display.say(warning)
 
     def evaluate(self) -> Result:
         data, process = self.data, self.process
