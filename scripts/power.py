@@ -128,8 +128,9 @@ def main(options: Options) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.images < 1 or options.depth < 1 or options.nets < 1 or options.batch < 1:
-        raise ConfigError("images, batch, depth and nets must be at least 1")
+    for name in ("images", "batch", "width", "depth", "size", "nets"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}={getattr(options, name)}: must be at least 1")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     folder, device = Path(options.output), torch.device(automatic if options.device == "auto" else options.device)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ Commands
   report   write results/TABLE/report.md, report.html and figures from the run folders and the kept runs
   claims   write results/claims.md: each claim of the poster, what shows it here, its status (no table=)
 
-Offline W&B runs, the report's included, go up with: wandb sync runs/TABLE/*/wandb/offline-run-* runs/TABLE/wandb/offline-*"""
+Offline W&B runs go up with: wandb sync runs/TABLE/wandb/offline-run-* runs/TABLE/*/wandb/offline-run-*"""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Options:
 
 def photographs(source: str | None, images: int) -> Listing:
     """`images` images of a folder of class folders, drawn at random, or as many made."""
-    listing = list_folder(Path(source) if source else make_photographs(cache_folder(None) / "photographs", images))
+    listing = list_folder(Path(source) if source else make_photographs(cache_folder(None) / "benchmark-photographs", images))
     if source is None and len(listing.images) < images:
         raise ConfigError(f"images={images}: must be above 0")
     rows = np.sort(permutation(0, 0, len(listing.images))[:images])

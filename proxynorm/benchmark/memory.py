@@ -62,8 +62,9 @@ class Options:
     model: str = option("resnet50", "a model of proxynorm.create_model")
     batch: int = option(8, "images")
     size: int = option(224, "side of the images, pixels")
-    norms: list[str] = option(["torch bn", "torch ln", "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn", "in_pn"],
-                              "norms; with +recompute: outputs rebuilt in backward; torch bn and torch ln: torch's own")
+    norms: list[str] = option(
+        ["torch bn", "torch ln", "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn", "in_pn"],
+        "norms; with +recompute: outputs rebuilt in backward; torch bn and torch ln: torch's own")
     device: str = option("auto", "auto, cpu, cuda")
     json: str | None = option(None, "file for the figures, with the machine's description")
 

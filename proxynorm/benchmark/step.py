@@ -3,8 +3,8 @@
   python scripts/benchmark.py step model=resnet50 batch=8 size=224 json=results/step/NAME.json
 
 Ratios are medians over rounds of the ratio within a round. "torch ln" is torch's group_norm with one group and the
-activation in place, "torch bn" torch's batch norm likewise. Proxied norms are frozen for inference. On CUDA the same command
-adds the peak memory of a step; precision=bf16 or fp16 runs under autocast.
+activation in place, "torch bn" torch's batch norm likewise. Proxied norms are frozen for inference. On CUDA the same
+command adds the peak memory of a step; precision=bf16 or fp16 runs under autocast.
 """
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ import torch
 from torch import nn
 
 from proxynorm.benchmark.memory import bytes_kept
-from proxynorm.benchmark.variants import FORMATS, RECOMPUTE, TORCH_BN, TORCH_LN, Variant, build, check_norm, for_inference
+from proxynorm.benchmark.variants import (
+    FORMATS,
+    RECOMPUTE,
+    TORCH_BN,
+    TORCH_LN,
+    Variant,
+    build,
+    check_norm,
+    for_inference,
+)
 from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json

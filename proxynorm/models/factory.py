@@ -41,7 +41,7 @@ class Architecture:
     has_se: bool = False
 
 
-# Native sizes of METHOD section 4.
+# Native sizes, pixels, of the sister paper's EfficientNets (arXiv 2106.03640).
 _EFFICIENTNET_SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456}
 
 _ARCHITECTURES: dict[str, Architecture] = {

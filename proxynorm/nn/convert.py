@@ -84,8 +84,8 @@ def convert(
     """Replaces, in place, every norm of a network and the activation that follows it in the data flow by NormAct2d.
 
     Batch and group norms are replaced wherever they stand, channels-first layer norms only where an activation
-    follows. A norm without an activation gets no PN; with PN on it keeps its scale and drops its shift (METHOD
-    section 2, the authors' rule). Weights, γ, β and running statistics are carried over, and the keys of all other
+    follows. A norm without an activation gets no PN; with PN on it keeps its scale and drops its shift (the
+    authors' rule). Weights, γ, β and running statistics are carried over, and the keys of all other
     weights stay. Where an activation cannot be replaced as a module (a function, or one module called at several
     places) its caller's forward is rewritten; see proxynorm.nn.rewrite.
 
@@ -241,7 +241,7 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
         raise ValueError(f"cannot convert {name}: {error}") from error
     _carry_over(norm, layer)
     if layer.proxied and _is_zero(layer.weight):
-        nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0 (METHOD section 2)
+        nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
     return layer.train(norm.training)
 
 

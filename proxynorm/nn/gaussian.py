@@ -53,18 +53,29 @@ def standardized(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def leaky_relu(a: Tensor, s: Tensor, slope: float = 0.0) -> Moments:
     """φ = max(u, 0) + slope·min(u, 0); ReLU for slope 0, the identity for slope 1."""
     cdf, density = standardized(a, s)
-    power = a * a + s * s
-    mean = a * cdf + s * density
-    square = power * cdf + a * s * density
+    mean, square = _rectified(a, s, cdf, density)
     if slope == 0:
         return from_raw(mean, square, cdf, density, 2 * mean, 2 * s * cdf)
     k, k2 = 1 - slope, 1 - slope * slope
-    return from_raw(k * mean + slope * a, k2 * square + slope * slope * power, k * cdf + slope, k * density,
-                    2 * (k2 * mean + slope * slope * a), 2 * s * (k2 * cdf + slope * slope))
+    slope2 = slope * slope
+    return from_raw(k * mean + slope * a, k2 * square + slope2 * (a * a + s * s), k * cdf + slope, k * density,
+                    2 * (k2 * mean + slope2 * a), 2 * s * (k2 * cdf + slope2))
 
 
-# The logistic distribution as a scale mixture of normals, σ(u) ≈ Σ p·Φ(λu): Monahan and Stefanski, in Balakrishnan (ed.),
-# Handbook of the Logistic Distribution (1992), eight terms.
+def relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ReLU alone, at half the operations."""
+    mean, square = _rectified(a, s, *standardized(a, s))
+    return mean, (square - mean * mean).clamp_min(0)
+
+
+def _rectified(a: Tensor, s: Tensor, cdf: Tensor, density: Tensor) -> tuple[Tensor, Tensor]:
+    """E[max(u, 0)] = aΦ + s·pdf and E[max(u, 0)²] = a·E[max(u, 0)] + s²Φ, both at a/s."""
+    mean = torch.addcmul(s * density, a, cdf)
+    return mean, torch.addcmul(a * mean, s * s, cdf)
+
+
+# The logistic distribution as a scale mixture of normals, σ(u) ≈ Σ p·Φ(λu), to 2.1e-9: eight terms, after Monahan and
+# Stefanski in Balakrishnan (ed.), Handbook of the Logistic Distribution (1992).
 _P = (0.003246343272134, 0.051517477033972, 0.195077912673858, 0.315569823632818, 0.274149576158423,
       0.131076880695470, 0.027912418727972, 0.001449567805354)
 _LAMBDA = (1.365340806296348, 1.059523971016916, 0.830791313765644, 0.650732166639391, 0.508135425366489,

@@ -91,7 +91,9 @@ _WITH_SLOPES: dict[str, Callable[[Tensor, Tensor, nn.Module], Moments]] = {
     "gelu": lambda a, s, module: gaussian.gelu(a, s),
 }
 _CLOSED: dict[str, _Form] = {
-    **_WITH_SLOPES, "relu6": piecewise.relu6, "hard_tanh": piecewise.hard_tanh,
+    **_WITH_SLOPES,
+    "relu": lambda a, s, module: gaussian.relu_moments(a, s),
+    "relu6": piecewise.relu6, "hard_tanh": piecewise.hard_tanh,
     "hard_sigmoid": piecewise.hard_sigmoid, "hard_swish": piecewise.hard_swish,
     "elu": piecewise.elu, "celu": piecewise.celu, "selu": piecewise.selu,
 }

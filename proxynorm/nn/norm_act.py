@@ -9,8 +9,16 @@ from torch import Tensor, nn
 
 from .activations import Activation, activation_name, make_activation, out_of_place
 from .folding import Constants, Rule, fold, fold_reference
-from .fused import (FlooredReLU, FoldedConstants, GainedActivation, Head, floored_relu_, gained_activation_, is_transformed,
-                    per_channel)
+from .fused import (
+    FlooredReLU,
+    FoldedConstants,
+    GainedActivation,
+    Head,
+    floored_relu_,
+    gained_activation_,
+    is_transformed,
+    per_channel,
+)
 from .moments import check_method, proxy_moments
 from .names import KINDS, NORMS, norm_spec, unknown_name
 from .norms import NormBatch, batch_normalize, group_normalize
@@ -163,13 +171,14 @@ class NormAct2d(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"expected an input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}")
         if self.groups is not None and self.training and x.shape[1] * x.shape[2] * x.shape[3] == self.groups:
-            raise ValueError(f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels and "
-                             "so no variance: use fewer groups or a larger input")
+            raise ValueError(f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels "
+                             "and so no variance: use fewer groups or a larger input")
 
     def _needs_plain(self, x: Tensor) -> bool:
         """Whether plain operations must serve: they can be traced, transformed and extended, the fused step cannot."""
-        return (self.kind == "none" or self.act_name == "callable" or not isinstance(self.drop, nn.Identity)
-                or x.numel() == 0 or is_transformed())
+        # the heads call the norm again in backward, where its collective operations might meet others out of order
+        unusual = self.kind == "none" or self.norm_batch == "global" or not isinstance(self.drop, nn.Identity)
+        return unusual or self.act_name == "callable" or x.numel() == 0 or is_transformed()
 
     def _fused(self, x: Tensor) -> Tensor:
         folded = self.folded_constants()

@@ -1,4 +1,4 @@
-"""The normalizations themselves: BN with its normalization batch, LN, GN, IN; with an affine only where one is handed in.
+"""The normalizations themselves: BN with its normalization batch, LN, GN, IN; an affine only where one is handed in.
 
 Statistics are float32 or better whatever autocast says; the map keeps its dtype.
 """

@@ -1,8 +1,8 @@
 """Keeps one map a layer: a convolution's saved input is replaced by how to rebuild it from the norm's input.
 
-The output z of a NormAct2d is kept for backward by the convolution that follows, and by the layer itself; the norm's input x
-is kept besides. While a model of recompute() runs forward, saved-tensor hooks put a handle in z's place, from which
-backward rebuilds z: one norm and one clamp or activation more. What no handle fits is kept as ever.
+The output z of a NormAct2d is kept for backward by the convolution that follows, and by the layer itself; the norm's
+input x is kept besides. While a model of recompute() runs forward, saved-tensor hooks put a handle in z's place, from
+which backward rebuilds z: one norm and one clamp or activation more. What no handle fits is kept as ever.
 """
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ class StandardizedWeight(nn.Module):
 def standardize_weights(model: nn.Module) -> nn.Module:
     """Puts weight standardization on every nn.Conv2d of model that has none yet; returns the model.
 
-    Qiao et al., arXiv 1903.10520. The factor 1/sqrt(fan-in) leaves what the following norm sees at unit scale
-    and is undone by it. A convolution with a single weight per filter (depthwise 1×1) has no variance and is left alone.
+    Qiao et al., arXiv 1903.10520. The factor 1/sqrt(fan-in) leaves what the following norm sees at unit scale and is
+    undone by it. A convolution with a single weight per filter (depthwise 1×1) has no variance and is left alone.
     """
     for module in list(model.modules()):
         if isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module, "weight"):

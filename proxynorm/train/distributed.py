@@ -47,6 +47,14 @@ class Process:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def union(self, values: dict[str, str]) -> dict[str, str]:
+        """The entries of all processes' `values`, in every process."""
+        if self.world_size == 1:
+            return dict(values)
+        gathered: list[dict[str, str]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, dict(values))
+        return {key: value for part in gathered for key, value in part.items()}
+
     def align_buffers(self, model: torch.nn.Module) -> None:
         """Give every process rank 0's buffers, which Batch Norm's running averages are, so that all evaluate one network."""
         if self.world_size > 1:

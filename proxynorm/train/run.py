@@ -73,7 +73,8 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
     return True
 
 
-def summarize(trainer: Trainer, name: str) -> dict[str, Any]:
+def summarize(trainer: Trainer, name: str, damaged: dict[str, str]) -> dict[str, Any]:
+    """What summary.json says; `damaged` are the images left out under data.on_bad=skip, with the reasons."""
     settings, state = trainer.settings, trainer.state
     norm_batch = settings.norm_batch or trainer.micro_batch
     return {
@@ -82,7 +83,7 @@ def summarize(trainer: Trainer, name: str) -> dict[str, Any]:
         "seed": settings.seed, "epochs": settings.epochs, "steps": state.step, "total_steps": trainer.total_steps,
         "top1": state.last_result.get("top1"), "top5": state.last_result.get("top5"),
         "loss": state.last_result.get("loss"), "best_top1": state.best_top1, "count": state.last_result.get("count"),
-        "train_seconds": round(state.train_seconds, 3), "skipped_updates": state.skipped,
+        "train_seconds": round(state.train_seconds, 3), "skipped_updates": state.skipped, "damaged_images": len(damaged),
         "completed": state.step == trainer.last_step,
     }
 
@@ -146,14 +147,17 @@ def train_in(run: RunFolder, name: str, settings: Settings, config: dict[str, An
     finally:
         display.close()
         trainer.loader.close()
+    damaged = process.union(data.failures)
     if process.is_main:
-        finish(trainer, run, name, tracker, status)
+        finish(trainer, run, name, tracker, status, damaged)
     return status
 
 
-def finish(trainer: Trainer, run: RunFolder, name: str, tracker: Tracker, status: int) -> None:
+def finish(trainer: Trainer, run: RunFolder, name: str, tracker: Tracker, status: int, damaged: dict[str, str]) -> None:
     """Write the summary and the curves; close the W&B run."""
-    summary = summarize(trainer, name)
+    for image, reason in list(damaged.items())[:10]:
+        trainer.display.say(f"left out: {image}: {reason}")
+    summary = summarize(trainer, name, damaged)
     write_json(run.summary, summary)
     plot_curves({name: run.read_rows()}, run.curves)
     tracker.finish(summary, exit_code=status)

@@ -16,6 +16,7 @@ from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.mixing import Mixing
+from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, seeded_model
 from proxynorm.train.distributed import Process
@@ -73,7 +74,9 @@ class Trainer:
         return state
 
     def _wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the loop calls it: compiled, with gradients averaged over the processes."""
+        """The model as the loop calls it: recomputing or compiled if asked for, with gradients averaged over the processes."""
+        if self.settings.recompute:
+            recompute(model)
         if self.settings.compile:
             model.compile()
         if self.process.world_size == 1:

@@ -1,4 +1,4 @@
-"""create_model: every model with every norm, placement by METHOD section 2, parameter counts, equality with timm."""
+"""create_model: every model with every norm, placement by the authors' rules, parameter counts, equality with timm."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_outputs_of_proxied_layers_are_normalized():
 
 
 def test_placement_without_activation():
-    """Behind no activation: no PN; with PN asked for, the scale stays and the shift goes (METHOD.md section 2)."""
+    """Behind no activation: no PN; with PN asked for, the scale stays and the shift goes."""
     assert set(dict(NormAct2d(8, "ln_pn", apply_act=False).named_parameters())) == {"weight"}
     assert set(dict(NormAct2d(8, "ln", False, apply_act=False).named_parameters())) == {"weight", "bias"}
     act, x = layer("ln_pn", apply_act=False), maps()

@@ -100,3 +100,14 @@ def test_kill_minus_nine_at_random_moments(run_small, tmp_path):
     assert result.returncode == 0, result.stderr + result.stdout
     assert json.loads(result.stdout.splitlines()[-1])["kills"] == 4
     assert_same_run(whole, read(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_global_batch_norm_over_processes(run_small, tmp_path):
+    """norm_batch=global shares BN's statistics over the processes: two of 10 images train as one of 20."""
+    options = ("norm=bn", "regularization=none", "data.holdout=20")
+    one = run_small(*options, "name=one")
+    result = run(torchrun(2, tmp_path, *options, "norm_batch=global", "name=two"))
+    assert result.returncode == 0, result.stderr
+    for first, second in zip(one.rows[:10], read(tmp_path / "two").rows[:10], strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)

@@ -1,0 +1,126 @@
+"""The doctor: a finding a line, and what is missing is named with the command that mends it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxynorm import doctor
+from proxynorm.config import compose_config, settings_from
+from proxynorm.data import fashion_mnist
+from proxynorm.data.beton import read_beton
+from proxynorm.data.images import StorageOptions
+from proxynorm.data.preparation import prepare
+from proxynorm.data.sources import list_folder
+from proxynorm.doctor import MISSING, OK, WARNING, Finding
+from proxynorm.errors import ConfigError
+from tests.data.conftest import needs_fashion_mnist, needs_ffcv, write_folder
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "doctor.py"
+
+
+def settings(*overrides: str):
+    return settings_from(compose_config(overrides))
+
+
+def run_script(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return end.value.code
+
+
+@needs_fashion_mnist
+def test_the_default_experiment_can_run_here(monkeypatch, capsys):
+    assert run_script(monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} <= {OK, WARNING}
+    assert {line.split()[1] for line in lines} == {
+        "python", "packages", "cuda", "ffcv", "data", "disk", "memory", "wandb", "slurm"}
+
+
+def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, capsys, tmp_path):
+    assert run_script(monkeypatch, "experiment=imagenet_resnet50") == 2
+    out = capsys.readouterr().out
+    assert "data.root is not given; mend it with: data.root=DIR, made with scripts/write_ffcv.py" in out
+    assert "the experiment asks for 8 GPUs" in out
+    missing = list(doctor.check_data(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}")))
+    assert [finding.status for finding in missing] == [MISSING] * 2
+    assert missing[0].remedy == f"python scripts/write_ffcv.py source=DIR output={tmp_path / 'train.beton'}"
+
+
+def test_a_wrong_argument_is_one_line(monkeypatch, capsys):
+    assert run_script(monkeypatch, "experiment=imagenet_resnet5") == 2
+    assert "did you mean 'imagenet_resnet50'" in capsys.readouterr().err
+
+
+@needs_ffcv
+def test_data_files_are_held_against_their_manifest(tmp_path):
+    root = write_folder(tmp_path / "photos", 4, 2)
+    for part in ("train", "val"):
+        prepare(list_folder(root / part), tmp_path / f"{part}.beton", StorageOptions())
+    asked = settings("data=beton", f"data.root={tmp_path}")
+    assert [finding.status for finding in doctor.check_data(asked)] == [OK, OK]
+    path = tmp_path / "train.beton"
+    data, samples = bytearray(path.read_bytes()), read_beton(path)
+    data[int(samples.pointer[3]) + 200] ^= 1
+    path.write_bytes(data)
+    finding = next(doctor.check_data(asked))
+    assert finding.status == MISSING and "1 of 12 images looked at are damaged" in finding.text
+    path.write_bytes(data[:-5])
+    finding = next(doctor.check_data(asked))
+    assert finding.status == MISSING and "manifest" in finding.text and "overwrite=true" in finding.remedy
+    (tmp_path / "val.beton.json").unlink()
+    assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, WARNING]
+
+
+def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):
+    def absent():
+        raise ConfigError("loader.name=ffcv: FFCV is not installed; install it with: …")
+
+    monkeypatch.setattr(doctor, "ffcv_library", absent)
+    (needless,), (needed,) = (list(doctor.check_ffcv(settings(*keys))) for keys in ((), ("loader=ffcv",)))
+    assert needless.status == WARNING and "the torchvision loader serves" in needless.text
+    assert needed.status == MISSING and "FFCV is not installed" in needed.text and "apt-get install" in needed.remedy
+
+
+@needs_ffcv
+def test_a_decoder_that_returns_another_image_is_found(monkeypatch):
+    real = doctor.open_data
+
+    def shuffled(*arguments):
+        data = real(*arguments)
+        data.evaluation.reader.samples.pointer[:] = data.evaluation.reader.samples.pointer[::-1].copy()
+        data.evaluation.reader.samples.size[:] = data.evaluation.reader.samples.size[::-1].copy()
+        data.evaluation.reader.samples.sums = data.evaluation.reader.samples.sums[:0]
+        return data
+
+    monkeypatch.setattr(doctor, "open_data", shuffled)
+    (finding,) = doctor.check_ffcv(settings("loader=ffcv"))
+    assert finding.status == MISSING and "came back changed" in finding.text
+
+
+def test_a_full_disk_and_a_small_memory_are_said(monkeypatch, tmp_path):
+    needed = doctor.room(tmp_path / "not" / "yet", 1e30, "checkpoints")
+    assert needed.status == MISSING and "runs_dir=" in needed.remedy
+    monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
+    (finding,) = doctor.check_memory(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}"))
+    assert finding.status == WARNING and "does not fit" in finding.text
+    statuses = [f.status for f in doctor.check_disk(settings("data=folder", f"data.root={tmp_path}", "model.width=8"))]
+    assert statuses == [OK, OK]
+
+
+def test_missing_fashion_mnist_is_a_warning_with_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "none")
+    (finding,) = doctor.check_data(settings())
+    assert finding.status == WARNING and finding.remedy == "apt-get install dataset-fashion-mnist"
+    (finding,) = doctor.check_data(settings(f"data.root={tmp_path}"))
+    assert finding.status == MISSING
+
+
+def test_a_finding_is_one_line():
+    assert str(Finding(OK, "python", "3.11")) == "ok       python    3.11"
+    assert str(Finding(MISSING, "ffcv", "not there", "pip install")) == "missing  ffcv      not there; mend it with: pip install"
