@@ -72,7 +72,7 @@ def test_data_files_are_held_against_their_manifest(tmp_path):
     assert finding.status == MISSING and "1 of 12 images looked at are damaged" in finding.text
     path.write_bytes(data[:-5])
     finding = next(doctor.check_data(asked))
-    assert finding.status == MISSING and "manifest" in finding.text and "overwrite=true" in finding.remedy
+    assert finding.status == MISSING and "truncated" in finding.text and "overwrite=true" in finding.remedy
     (tmp_path / "val.beton.json").unlink()
     assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, WARNING]
 

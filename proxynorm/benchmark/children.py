@@ -10,7 +10,7 @@ from pathlib import Path
 
 from proxynorm.errors import ProxynormError
 
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1
 COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 

@@ -11,8 +11,9 @@ _DECAYED_WEIGHT = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two optimizer groups, decayed and not, that hold every parameter that requires a gradient exactly once.
 
-    Decayed are the weights of convolutions and linear layers and PN's γ̃ and β̃ (authors' code: the ordinary L2 coefficient on
-    them); norms' γ and β, biases and all other parameters are not. The kind of module decides, not the shape.
+    Decayed are the weights of convolutions and linear layers and PN's γ̃ and β̃ (as in the authors' code, with the
+    ordinary coefficient); norms' γ and β, biases and all other parameters are not. The kind of module decides, not
+    the shape.
     """
     decayed, kept, seen = [], [], set()
     for module in model.modules():

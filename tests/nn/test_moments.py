@@ -1,4 +1,4 @@
-"""Moments of the proxy: reference values of the paper's method, the documented errors, gradients, safety at the ends."""
+"""Moments of the proxy: reference values, the documented errors, gradients, safety at the ends."""
 
 import math
 

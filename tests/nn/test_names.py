@@ -35,8 +35,8 @@ def test_activations_know_their_names(name):
 def test_other_libraries_activations_are_recognized():
     from timm.layers import create_act_layer
 
-    for theirs, ours in {"swish": "silu", "hard_swish": "hard_swish", "gelu_tanh": "gelu_tanh", "mish": "mish",
-                         "leaky_relu": "leaky_relu", "relu6": "relu6", "hard_sigmoid": "hard_sigmoid"}.items():  # fmt: skip
+    names = ("hard_swish", "gelu_tanh", "mish", "leaky_relu", "relu6", "hard_sigmoid")
+    for theirs, ours in {"swish": "silu", **{name: name for name in names}}.items():
         assert activation_name(create_act_layer(theirs)) == ours
     assert activation_name(make_activation(torch.sin)) == "callable"
     assert activation_name(nn.PReLU()) == "callable"

@@ -139,7 +139,9 @@ def test_compiled_equals_eager(norm):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("norm", "activation"), [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")])
+@pytest.mark.parametrize(
+    ("norm", "activation"), [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")]
+)
 def test_half_precision(norm, activation, dtype, memory_format):
     """Maps stay half precision, statistics do not: a mean of 60 costs no more than the rounding of the input."""
     act = layer(norm, dtype=torch.float32, act_layer=activation)
@@ -258,6 +260,21 @@ def test_sensible_at_the_edges():
         frozen(x).sum().backward()
         out = layer(norm)(x.detach())
         out.mean((2, 3)).sum().backward()  # an expanded gradient
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("norm", ["ln_pn", "in_pn", "bn_pn", "ln", "bn"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_any_memory_format_of_the_gradient(norm, activation, images):
+    act = layer(norm, act_layer=activation)
+    x, grad = maps((images, 12, 4, 5)), maps((images, 12, 4, 5))
+    reference = copy.deepcopy(act)
+    expected = torch.autograd.grad(reference.activate(reference.normalize(x.requires_grad_())), x, grad)[0]
+    formats = (torch.contiguous_format, torch.channels_last)
+    for of_x, of_grad in itertools.product(formats, formats):
+        one = x.detach().contiguous(memory_format=of_x).requires_grad_()
+        ours = torch.autograd.grad(act(one), one, grad.contiguous(memory_format=of_grad))[0]
+        torch.testing.assert_close(ours, expected)
 
 
 def test_plain_options():

@@ -4,7 +4,7 @@ import json
 import textwrap
 
 import pytest
-from tiny_table import STAND_IN, TINY
+from tests.reproduce.tiny_table import STAND_IN, TINY
 
 from proxynorm.reproduce import launch
 from proxynorm.reproduce.table import load_table

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from tiny_table import TINY, reproduce, write_run
+from tests.reproduce.tiny_table import TINY, reproduce, write_run
 
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.launch import LaunchOptions, run_locally

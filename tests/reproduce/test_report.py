@@ -6,7 +6,7 @@ import xml.dom.minidom
 
 import pytest
 from mpmath import betainc
-from tiny_table import write_run
+from tests.reproduce.tiny_table import write_run
 
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.reproduce.comparing import Sample, cell_status, outcome, single_verdict

@@ -1,7 +1,7 @@
 """Tables as data: every one is well formed, its cells are trainable, its references are those that may be quoted."""
 
 import pytest
-from tiny_table import TINY
+from tests.reproduce.tiny_table import TINY
 
 from proxynorm.config import check_choice, compose_config, is_group, parse, settings_from
 from proxynorm.errors import ConfigError

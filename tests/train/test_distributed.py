@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMALL, assert_same_run
+from tests.helpers import SMALL, assert_same_run
 
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics

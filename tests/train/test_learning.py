@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same_run
+from tests.helpers import assert_same_run
 
 from proxynorm.data import Batch
 from proxynorm.nn import NORMS

@@ -18,7 +18,7 @@ from proxynorm.train.distributed import Process
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.trainer import Trainer
-from tests.conftest import SMALL, assert_same_run
+from tests.helpers import SMALL, assert_same_run
 
 NONE = settings_from(compose_config(["regularization=none"])).regularization
 KEYS = {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0, "mix_probability": 0.5, "switch_probability": 0.3,

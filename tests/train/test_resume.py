@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from conftest import assert_same_run
+from tests.helpers import assert_same_run
 
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train.run_folder import RunFolder
