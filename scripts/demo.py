@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from proxynorm.analysis.plots import plot_curves
 from proxynorm.analysis.tables import markdown_table, text_table
 from proxynorm.cli import option, script
-from proxynorm.files import write_text
+from proxynorm.files import write_json, write_text
 from proxynorm.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ class Options:
     batch: int = option(128, "images per weight update")
     seed: int = option(0, "seed of weights and data order")
     runs_dir: str = option("runs/demo", "where the runs and the report go")
+    record: bool = option(False, "keep the figures in results/demo, which the README quotes")
 
 
 def command(norm: str, options: Options) -> list[str]:
@@ -69,6 +71,14 @@ epoch; images/s and seconds of training, evaluation and start-up left out. Machi
 """
 
 
+def record(options: Options, rows: list[list[str]], environment: dict, target: Path) -> None:
+    """Keep the table, the plot and the machine's description in results/demo."""
+    kept = ROOT / "results" / "demo"
+    kept.mkdir(parents=True, exist_ok=True)
+    write_json(kept / "demo.json", {"options": vars(options), "environment": environment, "header": HEADER, "rows": rows})
+    shutil.copyfile(target / "curves.png", kept / "curves.png")
+
+
 def main(options: Options) -> int:
     folders = [train(norm, options) for norm in options.norms]
     rows = [row(json.loads((folder / "summary.json").read_text())) for folder in folders]
@@ -77,6 +87,8 @@ def main(options: Options) -> int:
     environment = json.loads((folders[-1] / "environment.json").read_text())
     write_text(target / "report.md", report(options, rows, environment))
     print(f"\n{text_table(HEADER, rows)}\n\n{target / 'report.md'}")
+    if options.record:
+        record(options, rows, environment, target)
     return 0
 
 

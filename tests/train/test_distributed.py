@@ -90,16 +90,14 @@ def test_changed_number_of_processes_is_said(run_small, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_at_random_moments(run_small, tmp_path):
+def test_kill_minus_nine_at_random_moments(tmp_path):
     """A shortened soak: killed again and again, the run ends with the bits of the unbroken one."""
     options = ["regularization.ema_decay=0.9", "checkpoint.every_steps=1", "epochs=12"]
-    whole = run_small(*options, "name=whole")
-    command = [sys.executable, "scripts/soak.py", "kills=4", f"runs_dir={tmp_path}", "name=cut", "seed=1",
-               f"overrides=[{','.join([*SMALL, *options])}]"]
-    result = run(command)
+    result = run([sys.executable, "scripts/soak.py", "kills=3", f"runs_dir={tmp_path}", "seconds=0.5",
+                  f"overrides=[{','.join([*SMALL, *options])}]"])
     assert result.returncode == 0, result.stderr + result.stdout
-    assert json.loads(result.stdout.splitlines()[-1])["kills"] == 4
-    assert_same_run(whole, read(tmp_path / "cut"))
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["kills"] == 3 and report["differences"] == []
 
 
 @pytest.mark.slow

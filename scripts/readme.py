@@ -1,0 +1,33 @@
+"""Render the README's measured blocks from results/ anew; check=true only tells whether they are up to date."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxynorm.cli import option, script
+from proxynorm.errors import DataError
+from proxynorm.files import write_text
+from proxynorm.reproduce.readme import render
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Options:
+    check: bool = option(False, "change nothing; status 2 if a block differs from results/")
+
+
+def main(options: Options) -> int:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    rendered = render(text, ROOT / "results")
+    if options.check and rendered != text:
+        raise DataError("README.md differs from results/: run python scripts/readme.py")
+    if not options.check:
+        write_text(path, rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    script(Options, main, __doc__)

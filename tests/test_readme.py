@@ -1,0 +1,44 @@
+"""The README: its measured blocks come from results/, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from proxynorm.config import check_arguments
+from proxynorm.errors import DataError
+from proxynorm.reproduce.readme import BLOCK, render
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_blocks_are_rendered_from_results():
+    assert len(BLOCK.findall(README)) >= 1
+    assert render(README, ROOT / "results") == README
+
+
+def test_a_changed_number_is_found():
+    name = BLOCK.search(README)["body"]
+    digit = re.search(r"\d\.\d", name)[0]
+    assert render(README.replace(digit, "9.9", 1), ROOT / "results") == README
+
+
+def test_an_unknown_block_is_refused():
+    with pytest.raises(DataError, match="nothing renders"):
+        render("<!-- elsewhere: x -->\n1\n<!-- end of elsewhere -->", ROOT / "results")
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if re.match(r"(python|torchrun \S+ \S+) train\.py", line)])
+def test_training_commands_compose(line):
+    arguments = line.split("#")[0].split("train.py", 1)[1].split()
+    check_arguments([argument.replace("DIR", "somewhere") for argument in arguments])
+
+
+def test_named_files_exist():
+    for path in re.findall(r"(?:bash|python) ((?:scripts/)?[a-z_]+\.(?:sh|py))", README):
+        assert (ROOT / path).exists(), path
+    for folder in re.findall(r"^\| `([a-z/]+)/` \|", README, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder

@@ -1,0 +1,75 @@
+"""Training on a file that was damaged after its preparation stops with one line, or goes on and counts, as asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxynorm.data.beton import read_beton
+from proxynorm.data.images import StorageOptions
+from proxynorm.data.preparation import prepare
+from proxynorm.data.sources import list_folder
+from tests.data.conftest import needs_ffcv, write_folder
+
+pytestmark = needs_ffcv
+TRAIN = Path(__file__).parents[2] / "train.py"
+BAD = (2, 11, 17)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """train.beton with 36 images, three of them damaged after preparation, and val.beton with 12, one damaged."""
+    folder = tmp_path_factory.mktemp("damaged")
+    photos = write_folder(folder / "photos", 12, 4)
+    for part, rows in (("train", BAD), ("val", (5,))):
+        prepare(list_folder(photos / part), folder / f"{part}.beton", StorageOptions())
+        samples = read_beton(folder / f"{part}.beton")
+        with open(folder / f"{part}.beton", "r+b") as file:
+            for row in rows:
+                file.seek(int(samples.pointer[row]) + 400)
+                file.write(b"\xff\xd9" * 20)
+    return folder
+
+
+def overrides(folder: Path, *more: str) -> list[str]:
+    return ["data=beton", f"data.root={folder}", "data.image_size=32", "data.limit=null", "data.holdout=0", "batch=12",
+            "eval_batch=5", "model.depth=8", "model.width=8", "epochs=2", *more]
+
+
+def test_it_stops_with_one_line_that_names_the_image(damaged, tmp_path):
+    arguments = overrides(damaged, "logger=none", f"runs_dir={tmp_path}", "device=cpu")
+    done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert any(f"train.beton: image {row}: its stored bytes have changed" in errors[0] for row in BAD)
+    assert "data.on_bad=skip" in errors[0]
+
+
+def test_it_skips_and_counts(run_small, damaged):
+    run = run_small(*overrides(damaged, "data.on_bad=skip"))
+    assert run.status == 0
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["damaged_images"] == len(BAD) + 1
+    assert summary["count"] == 11 and summary["steps"] == 6 and summary["completed"]
+    assert all(row["count"] == 11 for row in run.rows if row["event"] == "eval")
+
+
+def test_what_is_trained_on_is_never_another_image(damaged):
+    """The images that come are those of the undamaged file, bit for bit."""
+    from proxynorm.data import DataSpec, LoaderSpec, open_data
+
+    prepare(list_folder(damaged / "photos" / "train"), damaged / "whole" / "train.beton", StorageOptions())
+    prepare(list_folder(damaged / "photos" / "val"), damaged / "whole" / "val.beton", StorageOptions())
+    seen = []
+    for root in (damaged, damaged / "whole"):
+        data = open_data(DataSpec("beton", root=str(root), augmentation="inception", on_bad="skip"), LoaderSpec("ffcv", 1))
+        batches = list(data.train_loader(12, 12, seed=3).epoch(0))
+        seen.append({int(i): image for batch in batches for i, image in zip(batch.indices, batch.images)})
+    assert set(seen[1]) - set(seen[0]) == set(BAD)
+    assert all(torch.equal(image, seen[1][index]) for index, image in seen[0].items())
