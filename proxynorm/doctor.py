@@ -90,8 +90,12 @@ def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
         return
     status = MISSING if settings.device.startswith("cuda") else WARNING if hardware else OK
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        yield Finding(WARNING if status == OK else status, "cuda", f"this torch is built for CPUs{asked}",
-                      "pip install --force-reinstall torch torchvision, with the index that pytorch.org names for your driver")
+        yield Finding(
+            WARNING if status == OK else status,
+            "cuda",
+            f"this torch is built for CPUs{asked}",
+            "pip install --force-reinstall torch torchvision, with the index that pytorch.org names for your driver",
+        )
     else:
         yield Finding(status, "cuda", f"no GPU: training runs on {os.cpu_count()} CPU cores{asked}")
 
@@ -104,14 +108,24 @@ def check_ffcv(settings: Settings) -> Iterator[Finding]:
         seconds = round_trip()
     except ConfigError as error:
         reason = str(error).partition(": ")[2].partition(";")[0]
-        yield Finding(MISSING if needed else WARNING, "ffcv", reason + ("" if needed else "; the torchvision loader serves"),
-                      INSTALL.partition(": ")[2])
+        yield Finding(
+            MISSING if needed else WARNING,
+            "ffcv",
+            reason + ("" if needed else "; the torchvision loader serves"),
+            INSTALL.partition(": ")[2],
+        )
         return
     except Exception as error:  # whatever a half-installed library does is the finding
-        yield Finding(MISSING if needed else WARNING, "ffcv", f"{TRIAL_IMAGES} images do not survive a round trip: {error}",
-                      "pip install --force-reinstall --no-deps ffcv")
+        yield Finding(
+            MISSING if needed else WARNING,
+            "ffcv",
+            f"{TRIAL_IMAGES} images do not survive a round trip: {error}",
+            "pip install --force-reinstall --no-deps ffcv",
+        )
         return
-    yield Finding(OK, "ffcv", f"{metadata.version('ffcv')}: {TRIAL_IMAGES} images written, read and counted in {seconds:.1f} s")
+    yield Finding(
+        OK, "ffcv", f"{metadata.version('ffcv')}: {TRIAL_IMAGES} images written, read and counted in {seconds:.1f} s"
+    )
 
 
 def round_trip() -> float:
@@ -143,8 +157,12 @@ def check_data(settings: Settings) -> Iterator[Finding]:
         if spec.name == "fashion_mnist":
             yield check_fashion_mnist(spec)
         elif spec.root is None:
-            yield Finding(MISSING, "data", "data.root is not given", "data.root=DIR"
-                          + (", made with scripts/write_ffcv.py" if spec.name == "beton" else ""))
+            yield Finding(
+                MISSING,
+                "data",
+                "data.root is not given",
+                "data.root=DIR" + (", made with scripts/write_ffcv.py" if spec.name == "beton" else ""),
+            )
         elif spec.name == "folder":
             root = Path(spec.root).expanduser()
             counts = {part: len(list_folder(root / part).images) for part in ("train", "val")}
@@ -152,12 +170,16 @@ def check_data(settings: Settings) -> Iterator[Finding]:
         else:
             yield from (check_beton(Path(spec.root).expanduser() / f"{part}.beton") for part in ("train", "val"))
     except DataError as error:
-        yield Finding(MISSING, "data", str(error), "" if spec.name == "fashion_mnist" else "data.root=DIR with the images")
+        yield Finding(
+            MISSING, "data", str(error), "" if spec.name == "fashion_mnist" else "data.root=DIR with the images"
+        )
 
 
 def check_fashion_mnist(spec: DataSpec) -> Finding:
     if spec.root is None and not fashion_mnist.DEBIAN_FOLDER.is_dir():
-        return Finding(WARNING, "data", "Fashion-MNIST is not installed; the first run downloads it", fashion_mnist.PACKAGE)
+        return Finding(
+            WARNING, "data", "Fashion-MNIST is not installed; the first run downloads it", fashion_mnist.PACKAGE
+        )
     folder = fashion_mnist.find_fashion_mnist(spec.root, cache_folder(spec.cache))
     return Finding(OK, "data", f"Fashion-MNIST in {folder}")
 
@@ -177,15 +199,21 @@ def check_beton(path: Path) -> Finding:
         return Finding(MISSING, "data", f"{path}: {len(damage)} of {len(rows)} images looked at are damaged", rewrite)
     size = f"{len(samples)} images, {path.stat().st_size / 1e9:.2f} GB, {len(rows)} of them looked at"
     if not samples.manifest:
-        return Finding(WARNING, "data", f"{path}: {size}; no manifest, so classes and later damage cannot be checked", rewrite)
+        return Finding(
+            WARNING, "data", f"{path}: {size}; no manifest, so classes and later damage cannot be checked", rewrite
+        )
     return Finding(OK, "data", f"{path}: {size}, as its manifest says")
 
 
 def subset(samples: Samples, rows: np.ndarray) -> Samples:
     """Some rows of a table of samples."""
     columns = {field.name: getattr(samples, field.name) for field in dataclasses.fields(samples)}
-    return Samples(**{name: value[rows] if isinstance(value, np.ndarray) and len(value) else value
-                      for name, value in columns.items()})
+    return Samples(
+        **{
+            name: value[rows] if isinstance(value, np.ndarray) and len(value) else value
+            for name, value in columns.items()
+        }
+    )
 
 
 def existing(folder: Path) -> Path:
@@ -228,8 +256,12 @@ def check_memory(settings: Settings) -> Iterator[Finding]:
         file = Path(settings.data.root or "").expanduser() / "train.beton"
         size = file.stat().st_size if file.is_file() else IMAGENET_BYTES
     if size > available:
-        yield Finding(WARNING, "memory", f"{text}; the training file of {size / 1e9:.1f} GB does not fit, every epoch reads the "
-                      "disk", "a smaller file (write_ffcv.py max_side=400), or a fast local disk for data.root")
+        yield Finding(
+            WARNING,
+            "memory",
+            f"{text}; the training file of {size / 1e9:.1f} GB does not fit, every epoch reads the disk",
+            "a smaller file (write_ffcv.py max_side=400), or a fast local disk for data.root",
+        )
     else:
         yield Finding(OK, "memory", text + (f"; the training file of {size / 1e9:.1f} GB fits" if size else ""))
 
@@ -248,7 +280,9 @@ def check_wandb(settings: Settings) -> Iterator[Finding]:
     mode = choose_mode(settings.logger.mode)
     notes = {"online": "online", "disabled": "off for this experiment"}
     if mode == "offline":
-        yield Finding(WARNING, "wandb", "no key: runs are logged offline, into their folders", "wandb login (or logger=none)")
+        yield Finding(
+            WARNING, "wandb", "no key: runs are logged offline, into their folders", "wandb login (or logger=none)"
+        )
     else:
         yield Finding(OK, "wandb", notes.get(mode, mode))
 
@@ -256,11 +290,17 @@ def check_wandb(settings: Settings) -> Iterator[Finding]:
 def check_slurm(settings: Settings) -> Iterator[Finding]:
     """SLURM's commands and whether its controller answers."""
     if not shutil.which("sbatch"):
-        yield Finding(WARNING, "slurm", "sbatch is not here, so slurm/*.sbatch cannot be submitted",
-                      "run on a cluster's login node; elsewhere: torchrun --standalone --nproc-per-node=8 train.py …")
+        yield Finding(
+            WARNING,
+            "slurm",
+            "sbatch is not here, so slurm/*.sbatch cannot be submitted",
+            "run on a cluster's login node; elsewhere: torchrun --standalone --nproc-per-node=8 train.py …",
+        )
         return
     try:
-        answer = subprocess.run(["sinfo", "--noheader", "--format=%P %D %G"], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %D %G"], capture_output=True, text=True, timeout=20
+        )
         fine, said = answer.returncode == 0, (answer.stdout or answer.stderr).strip().splitlines()
     except (OSError, subprocess.TimeoutExpired) as error:
         fine, said = False, [str(error)]
@@ -268,14 +308,26 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
     if fine:
         yield Finding(OK, "slurm", f"partition, nodes, GPUs: {'; '.join(said) or text}")
     else:
-        yield Finding(WARNING, "slurm", f"installed, but its controller does not answer: {text}", "systemctl start slurmctld slurmd")
+        yield Finding(
+            WARNING,
+            "slurm",
+            f"installed, but its controller does not answer: {text}",
+            "systemctl start slurmctld slurmd",
+        )
 
 
 def examine(settings: Settings, hardware: str | None = None) -> Iterator[Finding]:
     """All findings for an experiment; hardware: what its head says it needs, None without experiment."""
     checks: list[Callable[[Settings], Iterator[Finding]]] = [
-        lambda settings: check_python(), lambda settings: check_cuda(settings, hardware),
-        check_ffcv, check_data, check_disk, check_memory, check_wandb, check_slurm]
+        lambda settings: check_python(),
+        lambda settings: check_cuda(settings, hardware),
+        check_ffcv,
+        check_data,
+        check_disk,
+        check_memory,
+        check_wandb,
+        check_slurm,
+    ]
     for check in checks:
         try:
             yield from check(settings)

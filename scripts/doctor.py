@@ -3,8 +3,8 @@
   python scripts/doctor.py                                                   # for the default experiment
   python scripts/doctor.py experiment=imagenet_resnet50 data.root=DIR norm=bn
 
-Takes the arguments of train.py, and checks what that run would need. One line each: ok, warning or missing, and the command that mends
-it. Exit status 0, or 2 if something is missing without which the run cannot start.
+Takes the arguments of train.py, and checks what that run would need. One line each: ok, warning or missing, and the
+command that mends it. Exit status 0, or 2 if something is missing without which the run cannot start.
 """
 
 from __future__ import annotations

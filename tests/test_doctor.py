@@ -39,7 +39,16 @@ def test_the_default_experiment_can_run_here(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} <= {OK, WARNING}
     assert {line.split()[1] for line in lines} == {
-        "python", "packages", "cuda", "ffcv", "data", "disk", "memory", "wandb", "slurm"}
+        "python",
+        "packages",
+        "cuda",
+        "ffcv",
+        "data",
+        "disk",
+        "memory",
+        "wandb",
+        "slurm",
+    }
 
 
 def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, capsys, tmp_path):
@@ -123,4 +132,7 @@ def test_missing_fashion_mnist_is_a_warning_with_the_package(monkeypatch, tmp_pa
 
 def test_a_finding_is_one_line():
     assert str(Finding(OK, "python", "3.11")) == "ok       python    3.11"
-    assert str(Finding(MISSING, "ffcv", "not there", "pip install")) == "missing  ffcv      not there; mend it with: pip install"
+    assert (
+        str(Finding(MISSING, "ffcv", "not there", "pip install"))
+        == "missing  ffcv      not there; mend it with: pip install"
+    )

@@ -27,7 +27,7 @@ def process_tree(pid: int) -> list[int]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a process tree holds and that are no file's pages, shared ones counted once; 0 where it is not Linux."""
+    """Bytes that a process tree holds beside files' pages, shared ones counted once; 0 where it is not Linux."""
     total = 0
     for process in process_tree(pid):
         try:
@@ -58,7 +58,8 @@ class Child:
         self.command, self.errors = command, errors
         with open(errors, "wb") as file:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, text=True)
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, text=True
+            )
 
     def ask(self) -> dict:
         """The answer to one more line, with "cpu_seconds", the processor time it took.

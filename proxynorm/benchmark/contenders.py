@@ -52,9 +52,15 @@ def bare_ffcv(work: Work) -> Epoch:
 
     crop = RandomResizedCropRGBImageDecoder((work.size, work.size), CROP_AREA, CROP_RATIO)
     image = [crop, RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
-    loader = Loader(f"{work.folder}/train.beton", batch_size=work.batch, num_workers=work.workers,
-                    order=OrderOption.RANDOM, os_cache=True, drop_last=True,
-                    pipelines={"image": image, "label": [IntDecoder(), ToTensor(), Squeeze(1)]})
+    loader = Loader(
+        f"{work.folder}/train.beton",
+        batch_size=work.batch,
+        num_workers=work.workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor(), Squeeze(1)]},
+    )
     return lambda: (images for images, _ in loader)
 
 
@@ -66,8 +72,13 @@ def torchvision_loader(work: Work) -> Epoch:
     crop = transforms.RandomResizedCrop(work.size, CROP_AREA, CROP_RATIO)
     operations = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
     loader = torch.utils.data.DataLoader(
-        ImageFolder(f"{work.folder}/train", operations), batch_size=work.batch, shuffle=True, drop_last=True,
-        num_workers=work.workers, persistent_workers=work.workers > 0)
+        ImageFolder(f"{work.folder}/train", operations),
+        batch_size=work.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=work.workers,
+        persistent_workers=work.workers > 0,
+    )
     return lambda: (images for images, _ in loader)
 
 
@@ -76,9 +87,18 @@ def timm_loader(work: Work) -> Epoch:
     from timm.data import create_dataset, create_loader
 
     loader = create_loader(
-        create_dataset("", f"{work.folder}/train"), (3, work.size, work.size), work.batch, is_training=True,
-        scale=CROP_AREA, ratio=CROP_RATIO, color_jitter=0.0, interpolation="bilinear", num_workers=work.workers,
-        device=torch.device("cpu"), persistent_workers=work.workers > 0)
+        create_dataset("", f"{work.folder}/train"),
+        (3, work.size, work.size),
+        work.batch,
+        is_training=True,
+        scale=CROP_AREA,
+        ratio=CROP_RATIO,
+        color_jitter=0.0,
+        interpolation="bilinear",
+        num_workers=work.workers,
+        device=torch.device("cpu"),
+        persistent_workers=work.workers > 0,
+    )
     return lambda: (images for images, _ in loader.loader)
 
 

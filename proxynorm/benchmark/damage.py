@@ -123,17 +123,22 @@ def judge(listing: Listing, planted: dict[str, str], folder: Path, workers: int)
     change_bytes(done.path, rows)
     found = set(find_damage(read_beton(done.path), workers))
     changed = {f"{done.path}: image {row}" for row in rows}
-    return {"images": len(listing.images), "written": done.count, "seconds": round(seconds, 1),
-            "planted": dict(sorted(Counter(planted.values()).items())),
-            "missed": sorted(planted[path] for path in damaged - set(done.skipped)),
-            "wrongly_named": sorted(planted.get(path, "an ordinary image") for path in set(done.skipped) - damaged),
-            "changed_after_preparation": len(changed), "changed_missed": len(changed - found),
-            "changed_wrongly_named": len(found - changed)}
+    return {
+        "images": len(listing.images),
+        "written": done.count,
+        "seconds": round(seconds, 1),
+        "planted": dict(sorted(Counter(planted.values()).items())),
+        "missed": sorted(planted[path] for path in damaged - set(done.skipped)),
+        "wrongly_named": sorted(planted.get(path, "an ordinary image") for path in set(done.skipped) - damaged),
+        "changed_after_preparation": len(changed),
+        "changed_missed": len(changed - found),
+        "changed_wrongly_named": len(found - changed),
+    }
 
 
 def main(options: Options) -> int:
     if not 0 < options.share <= 0.5 or round(options.images * options.share) < 1:
-        raise ConfigError(f"images={options.images} share={options.share}: at least one and at most half must be damaged")
+        raise ConfigError(f"images={options.images} share={options.share}: damage at least one and at most half")
     workers = share_of_cores() if options.workers is None else options.workers
     base = [load_rgb(image) for image in photographs(options.source, 64).images]
     if any(side < piece for image in base for side, piece in zip(image.size, SIZE)):
@@ -146,6 +151,14 @@ def main(options: Options) -> int:
         print(f"{key}: {value}")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(options.json), {"benchmark": "damage", "options": {**asdict(options), "workers": workers},
-                                        "load_average": os.getloadavg(), "machine": environment(), **found})
+        write_json(
+            Path(options.json),
+            {
+                "benchmark": "damage",
+                "options": {**asdict(options), "workers": workers},
+                "load_average": os.getloadavg(),
+                "machine": environment(),
+                **found,
+            },
+        )
     return 0 if not (found["missed"] or found["wrongly_named"] or found["changed_missed"]) else 1

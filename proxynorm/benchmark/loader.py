@@ -36,7 +36,12 @@ from proxynorm.files import write_json
 from proxynorm.train.run_folder import environment
 
 OURS, FREE, BARE, TORCHVISION, TIMM = (
-    "proxynorm ffcv", "proxynorm ffcv, not deterministic", "ffcv.Loader", "torchvision DataLoader", "timm create_loader")
+    "proxynorm ffcv",
+    "proxynorm ffcv, not deterministic",
+    "ffcv.Loader",
+    "torchvision DataLoader",
+    "timm create_loader",
+)
 FIRST_BATCH_SECONDS, DETERMINISTIC_PRICE = 5.0, 0.03
 LEAST_RATIO = {BARE: 0.97, TORCHVISION: 2.0, TIMM: 2.5}
 
@@ -57,7 +62,9 @@ class Options:
 
 def photographs(source: str | None, images: int) -> Listing:
     """`images` images of a folder of class folders, drawn at random, or as many made."""
-    listing = list_folder(Path(source) if source else make_photographs(cache_folder(None) / "benchmark-photographs", images))
+    listing = list_folder(
+        Path(source) if source else make_photographs(cache_folder(None) / "benchmark-photographs", images)
+    )
     if source is None and len(listing.images) < images:
         raise ConfigError(f"images={images}: must be above 0")
     rows = np.sort(permutation(0, 0, len(listing.images))[:images])
@@ -117,23 +124,38 @@ def ratio(figures: dict[str, dict], name: str, other: str, speed: str = "images_
 
 def rows(figures: dict[str, dict]) -> list[dict]:
     """The table: one row per contender."""
-    return [{"loader": name, "images_per_second": round(median(found["images_per_second"]), 1),
-             "ours_over_it": round(ratio(figures, OURS, name), 3),
-             "images_per_cpu_second": round(median(found["images_per_cpu_second"]), 1),
-             "ours_over_it_per_cpu_second": round(ratio(figures, OURS, name, "images_per_cpu_second"), 3),
-             "first_batch_seconds": round(found["first_batch"][0], 2),
-             "first_batch_seconds_second_run": round(found["first_batch"][1], 2),
-             "memory_mb": round(found["memory"] / 1e6, 1)} for name, found in figures.items()]
+    return [
+        {
+            "loader": name,
+            "images_per_second": round(median(found["images_per_second"]), 1),
+            "ours_over_it": round(ratio(figures, OURS, name), 3),
+            "images_per_cpu_second": round(median(found["images_per_cpu_second"]), 1),
+            "ours_over_it_per_cpu_second": round(ratio(figures, OURS, name, "images_per_cpu_second"), 3),
+            "first_batch_seconds": round(found["first_batch"][0], 2),
+            "first_batch_seconds_second_run": round(found["first_batch"][1], 2),
+            "memory_mb": round(found["memory"] / 1e6, 1),
+        }
+        for name, found in figures.items()
+    ]
 
 
 def goals(figures: dict[str, dict]) -> list[dict]:
     """What is asked of the FFCV backend: goal, figure, whether it is met."""
-    found = [(f"{least} x {name}", ratio(figures, OURS, name), lambda x, least=least: x >= least)
-             for name, least in LEAST_RATIO.items()]
+    found = [
+        (f"{least} x {name}", ratio(figures, OURS, name), lambda x, least=least: x >= least)
+        for name, least in LEAST_RATIO.items()
+    ]
     price = 1 - ratio(figures, OURS, FREE)
-    found.append((f"price of deterministic crops at most {DETERMINISTIC_PRICE}", price, lambda x: x <= DETERMINISTIC_PRICE))
-    found.append((f"first batch of a second run within {FIRST_BATCH_SECONDS} s", figures[OURS]["first_batch"][1],
-                  lambda x: x <= FIRST_BATCH_SECONDS))
+    found.append(
+        (f"price of deterministic crops at most {DETERMINISTIC_PRICE}", price, lambda x: x <= DETERMINISTIC_PRICE)
+    )
+    found.append(
+        (
+            f"first batch of a second run within {FIRST_BATCH_SECONDS} s",
+            figures[OURS]["first_batch"][1],
+            lambda x: x <= FIRST_BATCH_SECONDS,
+        )
+    )
     return [{"goal": goal, "found": round(value, 3), "met": met(value)} for goal, value, met in found]
 
 
@@ -152,7 +174,8 @@ def check(options: Options) -> int:
     """The number of workers. Raises ConfigError on options that cannot be meant."""
     ffcv_library()
     workers = share_of_cores() if options.workers is None else options.workers
-    for name, value in (("workers", workers), ("rounds", options.rounds), ("size", options.size), ("batch", options.batch)):
+    given = {"workers": workers, "rounds": options.rounds, "size": options.size, "batch": options.batch}
+    for name, value in given.items():
         if value < 1:
             raise ConfigError(f"{name}={value}: give at least 1")
     if options.images < options.batch:
@@ -167,15 +190,28 @@ def main(options: Options) -> int:
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         folder = Path(name)
         size = lay_out(listing, folder, storage, workers, options.same_bytes)
-        print(f"{len(listing.images)} images, mean bytes: {size['beton']} in the .beton file, {size['folder']} in the folder; "
-              f"{workers} workers", flush=True)
+        print(
+            f"{len(listing.images)} images, mean bytes: {size['beton']} in the .beton file, {size['folder']} in the "
+            f"folder; {workers} workers",
+            flush=True,
+        )
         figures = measure(Work(str(folder), options.size, options.batch, workers), options.rounds, folder)
     table, aims = rows(figures), goals(figures)
     show(table, aims)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(options.json), {
-            "benchmark": "loader", "options": {**asdict(options), "workers": workers}, "images": len(listing.images), "mean_bytes": size,
-            "load_average": os.getloadavg(), "machine": environment(),
-            "table": table, "goals": aims, "figures": figures})
+        write_json(
+            Path(options.json),
+            {
+                "benchmark": "loader",
+                "options": {**asdict(options), "workers": workers},
+                "images": len(listing.images),
+                "mean_bytes": size,
+                "load_average": os.getloadavg(),
+                "machine": environment(),
+                "table": table,
+                "goals": aims,
+                "figures": figures,
+            },
+        )
     return 0

@@ -1,8 +1,8 @@
 """Photographs to measure loaders on, where one has no ImageNet at hand: JPEGs of 500x375 pixels in class folders.
 
 They are collages of the photographs among the stamps of Debian's package tuxpaint-stamps-default: cut-out animals,
-plants, vehicles… at one to two times their resolution, so that the JPEGs are about as large as ImageNet's. The pieces of
-an image and their places follow from its number alone.
+plants, vehicles… at one to two times their resolution, so that the JPEGs are about as large as ImageNet's. The pieces
+of an image and their places follow from its number alone.
 """
 
 from __future__ import annotations

@@ -25,7 +25,15 @@ from proxynorm.files import write_json
 from proxynorm.train.run_folder import environment
 
 # max_side, jpeg_quality, jpeg_probability
-STORED = ((None, 95, 1.0), (500, 90, 1.0), (500, 80, 1.0), (400, 90, 1.0), (320, 90, 1.0), (500, 90, 0.5), (400, 90, 0.1))
+STORED = (
+    (None, 95, 1.0),
+    (500, 90, 1.0),
+    (500, 80, 1.0),
+    (400, 90, 1.0),
+    (320, 90, 1.0),
+    (500, 90, 0.5),
+    (400, 90, 0.1),
+)
 
 
 @dataclass
@@ -44,11 +52,18 @@ def store(listing: Listing, folder: Path, workers: int) -> list[dict]:
     rows = []
     for number, way in enumerate(STORED):
         options = StorageOptions(*way)
-        samples = read_beton(prepare(listing, folder / str(number) / "train.beton", options, "raise", workers).path)
+        done = prepare(listing, folder / str(number) / "train.beton", options, "raise", workers)
+        samples = read_beton(done.path)
         for suffix in ("", ".json", ".sums.npy"):
             (folder / str(number) / f"val.beton{suffix}").symlink_to(f"train.beton{suffix}")
-        rows.append({"max_side": options.max_side, "jpeg_quality": options.jpeg_quality,
-                     "jpeg_probability": options.jpeg_probability, "bytes_per_image": round(float(samples.size.mean()))})
+        rows.append(
+            {
+                "max_side": options.max_side,
+                "jpeg_quality": options.jpeg_quality,
+                "jpeg_probability": options.jpeg_probability,
+                "bytes_per_image": round(float(samples.size.mean())),
+            }
+        )
     return rows
 
 
@@ -68,8 +83,9 @@ def show(rows: list[dict]) -> None:
     """Print the table."""
     print(f"{'max_side':>8}  {'quality':>7}  {'JPEG share':>10}  {'KB/image':>8}  {'images/s':>8}  {'per CPU s':>9}")
     for row in rows:
-        print(f"{row['max_side'] or 'any':>8}  {row['jpeg_quality']:>7}  {row['jpeg_probability']:>10}  "
-              f"{row['bytes_per_image'] / 1e3:>8.1f}  {row['images_per_second']:>8.0f}  {row['images_per_cpu_second']:>9.0f}")
+        way = f"{row['max_side'] or 'any':>8}  {row['jpeg_quality']:>7}  {row['jpeg_probability']:>10}"
+        speeds = f"{row['images_per_second']:>8.0f}  {row['images_per_cpu_second']:>9.0f}"
+        print(f"{way}  {row['bytes_per_image'] / 1e3:>8.1f}  {speeds}")
 
 
 def main(options: Options) -> int:
@@ -87,6 +103,14 @@ def main(options: Options) -> int:
     show(rows)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(options.json), {"benchmark": "storage", "options": {**asdict(options), "workers": workers},
-                                        "load_average": os.getloadavg(), "machine": environment(), "table": rows})
+        write_json(
+            Path(options.json),
+            {
+                "benchmark": "storage",
+                "options": {**asdict(options), "workers": workers},
+                "load_average": os.getloadavg(),
+                "machine": environment(),
+                "table": rows,
+            },
+        )
     return 0

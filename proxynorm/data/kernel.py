@@ -17,6 +17,10 @@ _imdecode = types.ExternalFunction(
     ),
 )
 _resize = types.ExternalFunction("proxynorm_ffcv_resize", types.void(*([_i64] * 11)))
+# Precision of the shares of pixels in _shrink: 2^8 values times two shares stay below 2^31.
+BITS = 11
+# Four pixels a side cover an area of three pixels wherever it begins.
+MOST_SHRUNK = 3
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -52,12 +56,98 @@ def _mirror(image):
 
 
 @numba.njit(**_options)
+def _area_weights(length, size, taps, first, weights):
+    """The shares of `length` pixels in each of `size` <= length: n takes weights[n, :taps] 2^-BITS of first[n] on."""
+    scale = length / size
+    one = np.int32(1 << BITS)
+    for n in range(size):
+        start, end = n * scale, min((n + 1) * scale, np.float64(length))
+        low = min(np.int64(start), length - taps)
+        first[n] = low
+        total, largest = np.int32(0), 0
+        for k in range(taps):
+            covered = max(0.0, min(end, low + k + 1.0) - max(start, low + k + 0.0))
+            weights[n, k] = np.int32(np.rint(covered / scale * one))
+            total += weights[n, k]
+            if weights[n, k] > weights[n, largest]:
+                largest = k
+        weights[n, largest] += one - total
+
+
+@numba.njit(**_options)
+def _shrink(image, box, flip, first, weights, line, out):
+    """The mean over areas, as OpenCV's INTER_AREA to within one step of 255, in integers, twice as fast.
+
+    image (H, 3 W); box: top, left, height, width, at least out's sides and at most MOST_SHRUNK times them; out: (rows,
+    columns, 3). Room for the shares, with S the longer side of out: first (2, S), weights (2, S, 4); for a row: line
+    (3 W).
+    """
+    top, left, height, width = box
+    rows, columns = out.shape[0], out.shape[1]
+    half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
+    # Up to a factor of two, a pixel takes from three.
+    taps = 3 if height <= 2 * rows else 4
+    _area_weights(height, rows, taps, first[0], weights[0])
+    _area_weights(width, columns, 4, first[1], weights[1])
+    begin, end = 3 * left, 3 * (left + width)
+    for row in range(rows):
+        y = top + first[0, row]
+        a, b, c = weights[0, row, 0], weights[0, row, 1], weights[0, row, 2]
+        s, t, u = image[y, begin:end], image[y + 1, begin:end], image[y + 2, begin:end]
+        if taps == 3:
+            for i in range(end - begin):
+                line[i] = a * np.int32(s[i]) + b * np.int32(t[i]) + c * np.int32(u[i])
+        else:
+            d, v = weights[0, row, 3], image[y + 3, begin:end]
+            for i in range(end - begin):
+                line[i] = a * np.int32(s[i]) + b * np.int32(t[i]) + c * np.int32(u[i]) + d * np.int32(v[i])
+        for column in range(columns):
+            i = 3 * first[1, column]
+            a, b, c, d = weights[1, column]
+            to = columns - 1 - column if flip else column
+            for channel in range(3):
+                j = i + channel
+                total = a * line[j] + b * line[j + 3] + c * line[j + 6] + d * line[j + 9]
+                out[row, to, channel] = np.uint8((total + half) >> shift)
+
+
+@numba.njit(**_options)
+def _shrinkable(box, out):
+    """Whether _shrink serves: a smaller or equal output, by no more than its four pixels a side can cover."""
+    height, width = box[2], box[3]
+    rows, columns = out.shape[0], out.shape[1]
+    fits = rows <= height <= MOST_SHRUNK * rows and columns <= width <= MOST_SHRUNK * columns
+    return fits and min(height, width) >= 4
+
+
+@numba.njit(**_options)
+def _fit(image, box, flip, first, weights, line, out):
+    """Resize the box of image (H, 3 W) to out (S, S', 3), mirrored if flip."""
+    if _shrinkable(box, out):
+        _shrink(image, box, flip, first, weights, line, out)
+        return
+    top, left, height, width = box
+    h, w = image.shape[0], image.shape[1] // 3
+    end, right = top + height, left + width
+    _resize(0, image.ctypes.data, h, w, top, end, left, right, out.ctypes.data, out.shape[0], out.shape[1])
+    if flip:
+        _mirror(out)
+
+
+@numba.njit(**_options)
 def decode_samples(file, rows, mode, height, width, pointer, size, sums, boxes, flips, scratch, out, status):
     """Decode, crop, resize and mirror samples `rows` (n,) of the mapped `file` into out, uint8 (n, S, S, C).
 
     mode … sums: the columns of Samples. boxes: (n, 4) top, left, height, width. scratch: room for the largest image.
     status: (n,) GOOD, BAD_SUM or BAD_JPEG; a row that is not good is black, and so is one whose row number is negative.
     """
+    first = np.empty((2, max(out.shape[1], out.shape[2])), dtype=np.int64)
+    weights = np.empty((2, first.shape[1], 4), dtype=np.int32)
+    widest = 1
+    for i in rows:
+        if i >= 0:
+            widest = max(widest, np.int64(width[i]))
+    line = np.empty(3 * widest, dtype=np.int32)
     for k in range(rows.size):
         i = rows[k]
         status[k] = GOOD
@@ -68,21 +158,17 @@ def decode_samples(file, rows, mode, height, width, pointer, size, sums, boxes, 
         h, w = np.int64(height[i]), np.int64(width[i])
         if sums.size > 0 and _byte_sum(data) != sums[i]:
             status[k] = BAD_SUM
-        source = data.ctypes.data
-        if status[k] == GOOD and mode[i] == JPEG:
-            source = scratch.ctypes.data
-            if _imdecode(data.ctypes.data, size[i], h, w, source, h, w, 0, 0, 1, 1, False, False) != 0:
+        elif mode[i] == JPEG:
+            pixels = scratch.ctypes.data
+            if _imdecode(data.ctypes.data, size[i], h, w, pixels, h, w, 0, 0, 1, 1, False, False) != 0:
                 status[k] = BAD_JPEG
         if status[k] != GOOD:
             out[k] = 0
-            continue
-        top, left, box_height, box_width = boxes[k]
-        if out.shape[3] == 3:
-            destination = out[k].ctypes.data
-            _resize(
-                0, source, h, w, top, top + box_height, left, left + box_width, destination, out.shape[1], out.shape[2]
-            )
-        else:
+        elif out.shape[3] == 1:
             out[k] = data.reshape(h, w, 1)
-        if flips[k]:
-            _mirror(out[k])
+            if flips[k]:
+                _mirror(out[k])
+        elif mode[i] == JPEG:
+            _fit(scratch[: 3 * h * w].reshape(h, 3 * w), boxes[k], flips[k], first, weights, line, out[k])
+        else:
+            _fit(data.reshape(h, 3 * w), boxes[k], flips[k], first, weights, line, out[k])

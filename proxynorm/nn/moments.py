@@ -30,6 +30,7 @@ from .gaussian import Moments
 from .names import unknown_name
 
 METHODS = ("auto", "exact", "grid")
+_BLOCK = 2048  # channels whose temporaries, up to 8 float64 a channel, stay in a CPU's cache
 
 
 def proxy_moments(weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor,
@@ -54,7 +55,10 @@ def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "
     """Moments of φ(N(a, s²)) and their derivatives by a and s, without autograd; a and s as location_and_scale's."""
     name = activation_name(module)
     if name in _WITH_SLOPES and method != "grid":
-        return _WITH_SLOPES[name](a, s, module)
+        if a.device.type != "cpu" or len(a) <= _BLOCK:
+            return _WITH_SLOPES[name](a, s, module)
+        blocks = [_WITH_SLOPES[name](*block, module) for block in zip(a.split(_BLOCK), s.split(_BLOCK))]
+        return Moments(*map(torch.cat, zip(*blocks)))
     with torch.enable_grad():
         a, s = a.detach().requires_grad_(), s.detach().requires_grad_()
         mean, var = grid(module, a, s, nodes) if method == "grid" else _exact(module, a, s)

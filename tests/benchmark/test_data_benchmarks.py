@@ -41,14 +41,17 @@ def run_script(monkeypatch, *arguments) -> int:
     return end.value.code
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("loadr",), "did you mean 'loader'?"),
-    (("loader", "round=3"), "did you mean 'rounds'?"),
-    (("loader", "rounds=0"), "rounds=0: give at least 1"),
-    (("loader", "source=/none"), "/none: no such folder"),
-    (("storage", "images=3"), "images at least batch"),
-    (("damage", "share=0.7"), "at most half"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("loadr",), "did you mean 'loader'?"),
+        (("loader", "round=3"), "did you mean 'rounds'?"),
+        (("loader", "rounds=0"), "rounds=0: give at least 1"),
+        (("loader", "source=/none"), "/none: no such folder"),
+        (("storage", "images=3"), "images at least batch"),
+        (("damage", "share=0.7"), "at most half"),
+    ],
+)
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
     assert run_script(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
@@ -82,10 +85,17 @@ def test_a_round_measures_every_loader(source, tmp_path, monkeypatch):
 
 
 def test_ratios_are_taken_round_by_round_and_goals_judged():
-    speeds = {loader.OURS: [100, 50, 10], loader.FREE: [100, 50, 10], loader.BARE: [100, 50, 8],
-              loader.TORCHVISION: [40, 20, 5], loader.TIMM: [50, 25, 5]}
-    figures = {name: {"images_per_second": value, "images_per_cpu_second": value, "first_batch": [9.0, 2.0], "memory": 1e8}
-               for name, value in speeds.items()}
+    speeds = {
+        loader.OURS: [100, 50, 10],
+        loader.FREE: [100, 50, 10],
+        loader.BARE: [100, 50, 8],
+        loader.TORCHVISION: [40, 20, 5],
+        loader.TIMM: [50, 25, 5],
+    }
+    figures = {
+        name: {"images_per_second": value, "images_per_cpu_second": value, "first_batch": [9.0, 2.0], "memory": 1e8}
+        for name, value in speeds.items()
+    }
     aims = loader.goals(figures)
     assert [aim["met"] for aim in aims] == [True, True, False, True, True]
     assert [aim["found"] for aim in aims] == [1.0, 2.5, 2.0, 0.0, 2.0]
@@ -95,14 +105,19 @@ def test_ratios_are_taken_round_by_round_and_goals_judged():
 
 def test_a_loader_that_fails_says_why(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
-    with Child(command, dict(os.environ), tmp_path / "errors") as child, pytest.raises(ProxynormError, match="no such thing"):
+    with (
+        Child(command, dict(os.environ), tmp_path / "errors") as child,
+        pytest.raises(ProxynormError, match="no such thing"),
+    ):
         child.ask()
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
 def test_memory_and_time_of_a_process_tree(tmp_path):
-    program = ("import sys, json; x = None\nfor _ in sys.stdin:\n"
-               " x = bytearray(b'1' * 50_000_000); sum(range(5_000_000)); print(json.dumps({}), flush=True)")
+    program = (
+        "import sys, json; x = None\nfor _ in sys.stdin:\n"
+        " x = bytearray(b'1' * 50_000_000); sum(range(5_000_000)); print(json.dumps({}), flush=True)"
+    )
     with Child([sys.executable, "-c", program], dict(os.environ), tmp_path / "errors") as child:
         before = memory_of(child.process.pid)
         answer = child.ask()
@@ -123,7 +138,9 @@ def test_damage_is_found_and_nothing_else(source, tmp_path, monkeypatch):
 
 @needs_ffcv
 def test_storage_is_measured(source, tmp_path, capsys):
-    options = storage.Options(source=str(source), images=16, size=32, batch=8, workers=1, rounds=1, json=str(tmp_path / "s.json"))
+    options = storage.Options(
+        source=str(source), images=16, size=32, batch=8, workers=1, rounds=1, json=str(tmp_path / "s.json")
+    )
     assert storage.main(options) == 0
     table = json.loads((tmp_path / "s.json").read_text())["table"]
     assert len(table) == len(storage.STORED) and all(row["images_per_second"] > 0 for row in table)

@@ -189,7 +189,8 @@ def test_ffcv_reads_our_files_as_we_do(betons):
     keys = {"augmentation": "none", "image_size": 64, "eval_ratio": 0.875}
     (batch,) = opened(betons, betons, "ffcv", "beton", **keys).train_loader(36, 36, seed=0).epoch(0)
     order = batch.indices.numpy()
-    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), images[order])
+    # Ours resizes in integers, OpenCV in floating point: one step of 255 apart at most.
+    assert np.abs(batch.images.permute(0, 2, 3, 1).numpy().astype(int) - images[order]).max() <= 1
     assert np.array_equal(batch.targets.numpy(), labels[order, 0])
     torch.set_num_threads(threads)
 

@@ -89,7 +89,7 @@ def test_shared_constants_do_not_outlive_a_failed_forward():
 def test_layers_of_different_kinds_share_apart():
     options = [{}, {"act_layer": "silu"}, {"proxy_eps": 0.1}, {}, {"act_layer": "silu"}, {"proxy": False},
                {"act_layer": torch.sin}, {"act_layer": torch.cos}, {"act_layer": nn.LeakyReLU(0.1)},
-               {"act_layer": nn.LeakyReLU(0.2)}, {"act_layer": nn.Hardtanh(-2, 1)}, {"act_layer": "hard_tanh"}]  # fmt: skip
+               {"act_layer": nn.LeakyReLU(0.2)}, {"act_layer": nn.Hardtanh(-2, 1)}, {"act_layer": "hard_tanh"}]
     net = share_moments(nn.Sequential(*(NormAct2d(4, **option) for option in options)))
     x = torch.randn(2, 4, 3, 3)
     out = x

@@ -37,8 +37,19 @@ def damaged(tmp_path_factory) -> Path:
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
-    return ["data=beton", f"data.root={folder}", "data.image_size=32", "data.limit=null", "data.holdout=0", "batch=12",
-            "eval_batch=5", "model.depth=8", "model.width=8", "epochs=2", *more]
+    return [
+        "data=beton",
+        f"data.root={folder}",
+        "data.image_size=32",
+        "data.limit=null",
+        "data.holdout=0",
+        "batch=12",
+        "eval_batch=5",
+        "model.depth=8",
+        "model.width=8",
+        "epochs=2",
+        *more,
+    ]
 
 
 def test_it_stops_with_one_line_that_names_the_image(damaged, tmp_path):
@@ -68,7 +79,9 @@ def test_what_is_trained_on_is_never_another_image(damaged):
     prepare(list_folder(damaged / "photos" / "val"), damaged / "whole" / "val.beton", StorageOptions())
     seen = []
     for root in (damaged, damaged / "whole"):
-        data = open_data(DataSpec("beton", root=str(root), augmentation="inception", on_bad="skip"), LoaderSpec("ffcv", 1))
+        data = open_data(
+            DataSpec("beton", root=str(root), augmentation="inception", on_bad="skip"), LoaderSpec("ffcv", 1)
+        )
         batches = list(data.train_loader(12, 12, seed=3).epoch(0))
         seen.append({int(i): image for batch in batches for i, image in zip(batch.indices, batch.images)})
     assert set(seen[1]) - set(seen[0]) == set(BAD)

@@ -21,9 +21,19 @@ from proxynorm.train.trainer import Trainer
 from tests.helpers import SMALL, assert_same_run
 
 NONE = settings_from(compose_config(["regularization=none"])).regularization
-KEYS = {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0, "mix_probability": 0.5, "switch_probability": 0.3,
-        "dropout": 0.2, "stochastic_depth": 0.1, "randaugment": "rand-m9-mstd0.5", "random_erasing": 0.25,
-        "ema_decay": 0.99, "ema_every": "epoch"}
+KEYS = {
+    "label_smoothing": 0.1,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "mix_probability": 0.5,
+    "switch_probability": 0.3,
+    "dropout": 0.2,
+    "stochastic_depth": 0.1,
+    "randaugment": "rand-m9-mstd0.5",
+    "random_erasing": 0.25,
+    "ema_decay": 0.99,
+    "ema_every": "epoch",
+}
 
 
 @pytest.fixture
@@ -65,8 +75,9 @@ def test_none_is_none(make_trainer):
     assert not [m for m in trainer.state.model.modules() if isinstance(m, DropPath) or getattr(m, "p", 0)]
 
 
-@pytest.mark.parametrize("overrides", [
-    ("mixup=0.4",), ("cutmix=1",), ("mixup=0.4", "cutmix=1"), ("mixup=0.4", "label_smoothing=0.1")])
+@pytest.mark.parametrize(
+    "overrides", [("mixup=0.4",), ("cutmix=1",), ("mixup=0.4", "cutmix=1"), ("mixup=0.4", "label_smoothing=0.1")]
+)
 def test_mixed_targets_sum_to_one(make_trainer, overrides):
     trainer = make_trainer(*(f"regularization.{override}" for override in overrides))
     for step in range(5):
@@ -100,7 +111,9 @@ def test_label_smoothing_enters_once(make_trainer):
     soft = 0.9 * one_hot(targets, 10) + 0.1 / 10
     trainer = make_trainer("regularization.label_smoothing=0.1")
     assert float(trainer.criterion(logits, targets)) == pytest.approx(float(cross_entropy(logits, soft)), rel=1e-6)
-    mixing = make_trainer("regularization.label_smoothing=0.1", "regularization.mixup=0.2", "regularization.mix_probability=0")
+    mixing = make_trainer(
+        "regularization.label_smoothing=0.1", "regularization.mixup=0.2", "regularization.mix_probability=0"
+    )
     _, mixed = mixing.inputs(flat_images(20), 0)
     assert mixed.numpy() == pytest.approx(soft.numpy(), abs=1e-6)
     assert float(mixing.criterion(logits, mixed)) == pytest.approx(float(cross_entropy(logits, soft)), rel=1e-6)
@@ -152,7 +165,9 @@ def test_random_erasing_erases_its_share_of_training_images_only(make_trainer):
 
 
 def test_randaugment_reaches_the_images_or_is_refused(make_trainer):
-    settings = settings_from(compose_config(["data=folder", "data.root=x", "regularization.randaugment=rand-m9-mstd0.5"]))
+    settings = settings_from(
+        compose_config(["data=folder", "data.root=x", "regularization.randaugment=rand-m9-mstd0.5"])
+    )
     assert settings.data.randaugment == "rand-m9-mstd0.5"
     with pytest.raises(ConfigError, match="randaugment"):
         make_trainer("regularization.randaugment=rand-m9-mstd0.5")
