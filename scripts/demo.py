@@ -75,7 +75,8 @@ def record(options: Options, rows: list[list[str]], environment: dict, target: P
     """Keep the table, the plot and the machine's description in results/demo."""
     kept = ROOT / "results" / "demo"
     kept.mkdir(parents=True, exist_ok=True)
-    write_json(kept / "demo.json", {"options": vars(options), "environment": environment, "header": HEADER, "rows": rows})
+    chosen = {key: value for key, value in vars(options).items() if key not in ("runs_dir", "record")}
+    write_json(kept / "demo.json", {"options": chosen, "environment": environment, "header": HEADER, "rows": rows})
     shutil.copyfile(target / "curves.png", kept / "curves.png")
 
 

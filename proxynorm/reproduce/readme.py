@@ -33,8 +33,8 @@ def demo(results: Path) -> str:
     options = content["options"]
     return f"""{markdown_table(content["header"], content["rows"])}
 
-Fashion-MNIST test set, one run each, {options["limit"]} training images, {options["epochs"]} epochs, batch {options["batch"]}
-({machine(content["environment"])}).
+Fashion-MNIST test set, one run each, {options["limit"]} training images, {options["epochs"]} epochs, batch {options["batch"]}, the
+same learning rate for all, at which ln is not stable ({machine(content["environment"])}).
 
 ![training loss and top-1 of the demo](results/demo/curves.png)
 """
