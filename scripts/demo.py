@@ -34,14 +34,14 @@ class Options:
 def command(norm: str, options: Options) -> list[str]:
     """The training command of one row."""
     return ["python", "train.py", f"norm={norm}", f"batch={options.batch}", f"epochs={options.epochs}",
-            f"data.limit={options.limit}", f"seed={options.seed}", f"runs_dir={options.runs_dir}"]
+            f"data.limit={options.limit}", f"seed={options.seed}", f"runs_dir={options.runs_dir}", f"name={norm}"]
 
 
 def train(norm: str, options: Options) -> Path:
     """Train one norm, or find it trained; its run folder. Exits with the training's status if that is not 0."""
     arguments = command(norm, options)
     print(f"\n$ {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, *arguments[1:], f"name={norm}"], cwd=ROOT).returncode
+    status = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT).returncode
     if status:
         sys.exit(status)
     return ROOT / options.runs_dir / norm

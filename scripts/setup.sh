@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-system_packages=(build-essential pkg-config python3-dev libopencv-dev libturbojpeg0-dev dataset-fashion-mnist)
+system_packages=(build-essential pkg-config python3-dev python3-venv libopencv-dev libturbojpeg0-dev dataset-fashion-mnist)
 stamp=.venv/.proxynorm-setup
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -17,12 +17,12 @@ has_fashion_mnist() { [ -d /usr/share/datasets/fashion-mnist ]; }
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
-        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    say "no Python 3.10 or newer with the venv module found; install one, or name it: PYTHON=/path/to/python3" >&2
+    say "no Python 3.10 or newer found; install one, or name it: PYTHON=/path/to/python3" >&2
     exit 2
 }
 
@@ -43,34 +43,42 @@ install_system_packages() {
     fi
     say "installing system packages: ${system_packages[*]}"
     "${as_root[@]}" apt-get update -qq || true
-    if ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        "${system_packages[@]}" >/dev/null; then
-        say "the system packages could not be installed; going on without those that are missing"
-    fi
+    local package
+    for package in "${system_packages[@]}"; do
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+            say "$package could not be installed; going on without"
+    done
 }
 
 fingerprint() {
-    { cat pyproject.toml scripts/setup.sh; has_ffcv_libraries && echo ffcv; } | cksum
+    { cat pyproject.toml scripts/setup.sh; if has_ffcv_libraries; then echo ffcv; fi; } | cksum
 }
 
 make_environment() {
     local python
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        rm -rf .venv
         python=$(find_python)
         say "making .venv with $("$python" --version)"
-        "$python" -m venv .venv
+        if ! "$python" -m venv .venv; then
+            rm -rf .venv
+            say "$python cannot make virtual environments; on Debian or Ubuntu run: sudo apt-get install -y python3-venv" >&2
+            exit 2
+        fi
     fi
     say "installing proxynorm and what it needs (a few minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,export]'
     if has_ffcv_libraries; then
         say "building FFCV"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[ffcv]' ||
-            say "FFCV did not build; the torchvision loader serves instead"
+        if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[ffcv]'; then
+            say "FFCV did not build; the torchvision loader serves instead; the next run of this script tries again"
+            return
+        fi
     fi
+    fingerprint > "$stamp"
 }
 
-install_system_packages
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then exit 0; fi
+install_system_packages
 make_environment
-fingerprint > "$stamp"
 say "ready: source .venv/bin/activate"

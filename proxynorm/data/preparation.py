@@ -55,7 +55,7 @@ def prepare(
                 writer.add(np.frombuffer(result.data, np.uint8), target, result.height, result.width, result.mode)
                 kept.append(target)
             elif on_bad == "raise":
-                raise DataError(f"{listing.images[number].name}: {result}; mend or remove it, or set on_bad=skip")
+                raise DataError(f"{listing.images[number].name}: {result}; mend or remove it, or set on_bad=skip (in training: data.on_bad=skip)")
             else:
                 skipped[listing.images[number].name] = result
             progress(number + 1)

@@ -49,9 +49,10 @@ class Display:
             self.say(f"  step {row['step']}/{self.total_steps}  {text}")
 
     def epoch(self, row: dict, train_loss: float, images_per_second: float, seconds: float) -> None:
-        """Add the row of an evaluation."""
-        self.say(ROW.format(f"{row['epoch']:g}/{self.epochs}", row["step"], f"{train_loss:.4f}", f"{row['loss']:.4f}",
-                            f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{images_per_second:.0f}", f"{seconds:.0f}"))
+        """Add the row of an evaluation; the training figures are left out if they are not a number (just resumed)."""
+        trained = ("", "") if train_loss != train_loss else (f"{train_loss:.4f}", f"{images_per_second:.0f}")
+        self.say(ROW.format(f"{row['epoch']:g}/{self.epochs}", row["step"], trained[0], f"{row['loss']:.4f}",
+                            f"{row['top1']:.2f}", f"{row['top5']:.2f}", trained[1], f"{seconds:.0f}"))
 
     def close(self) -> None:
         if self.bar:

@@ -45,8 +45,10 @@ def restore(path: Path) -> Restored:
     content = checkpoint.load(path)
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
-        raise CheckpointError(f"{config} is missing: a checkpoint is read with its run folder's config.yaml")
+        raise CheckpointError(f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): its configuration is missing")
     settings = settings_from(OmegaConf.create(config.read_text()))
+    if "name" not in settings.model:
+        raise CheckpointError(f"{config} names no model: it is empty or damaged")
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
     model.load_state_dict(content["ema"] or content["model"])

@@ -20,7 +20,7 @@ from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings, check, identity, run_name
 from proxynorm.train.tracker import Tracker
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.trainer import Trainer, inputs
 
 REQUEUE = 75
 
@@ -38,8 +38,18 @@ def check_identity(content: dict[str, Any], settings: Settings, path: Path) -> N
         raise CheckpointError(f"{path} holds another run ({'; '.join(changed)}); choose another name=, or resume=never")
 
 
-def finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do under `settings`, else None."""
+def check_data(content: dict[str, Any], data: Data, path: Path) -> None:
+    """Raises CheckpointError if the run was trained on other classes or another number of images than `data`'s."""
+    stored, present = content["inputs"], inputs(data.info)
+    for key in ("classes", "train_count", "eval_count"):
+        if stored[key] != present[key]:
+            shown = (len(stored[key]), len(present[key])) if key == "classes" else (stored[key], present[key])
+            raise CheckpointError(f"{path} was trained on another data set ({key}: {shown[0]} → {shown[1]}, not the same); "
+                                  "choose another name=, or resume=never")
+
+
+def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do under `settings`, else None. Raises CheckpointError as resume does."""
     if settings.resume == "never" or not run.summary.exists():
         return None
     summary = json.loads(run.summary.read_text())
@@ -47,7 +57,9 @@ def finished(run: RunFolder, settings: Settings) -> dict[str, Any] | None:
     if not summary["completed"] or summary["steps"] < target:
         return None
     if run.last.exists():
-        check_identity(checkpoint.load(run.last), settings, run.path)
+        content = checkpoint.load(run.last)
+        check_identity(content, settings, run.path)
+        check_data(content, data, run.path)
     return summary
 
 
@@ -61,9 +73,7 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
             raise CheckpointError(f"resume=must: {run.path} holds no checkpoint")
         return False
     check_identity(content, settings, run.path)
-    if content["steps_per_epoch"] != trainer.steps_per_epoch:
-        raise CheckpointError(f"{run.path} had {content['steps_per_epoch']} steps an epoch, the data now give "
-                              f"{trainer.steps_per_epoch}: the data set has changed")
+    check_data(content, trainer.data, run.path)
     trainer.state.load_state_dict(content)
     if trainer.process.is_main:
         run.rewind(trainer.state.step)
@@ -84,7 +94,7 @@ def summarize(trainer: Trainer, name: str, damaged: dict[str, str]) -> dict[str,
         "top1": state.last_result.get("top1"), "top5": state.last_result.get("top5"),
         "loss": state.last_result.get("loss"), "best_top1": state.best_top1, "count": state.last_result.get("count"),
         "train_seconds": round(state.train_seconds, 3), "skipped_updates": state.skipped, "damaged_images": len(damaged),
-        "completed": state.step == trainer.last_step,
+        "completed": state.step == trainer.last_step == state.evaluated,
     }
 
 
@@ -110,12 +120,12 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
     run = RunFolder(Path(settings.runs_dir) / name)
     with processes(settings.device) as process, stop_request() as stop:
         settings.micro_batch_for(process.world_size)
-        done = process.share(finished(run, settings) if process.is_main else None)
+        data = open_data(settings.data, settings.loader)
+        done = process.share(finished(run, settings, data) if process.is_main else None)
         if done:
             if process.is_main:
                 print(f"{run.path} is finished: top-1 {done['top1']:.2f} % after {done['steps']} steps")
             return 0
-        data = open_data(settings.data, settings.loader)
         if process.is_main:
             run.acquire()
         try:

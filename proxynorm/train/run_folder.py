@@ -39,8 +39,11 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Create the folder and lock it. Raises ConfigError naming the holder if another process trains there."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        stream = open(self.path / ".lock", "a+")
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            stream = open(self.path / ".lock", "a+")
+        except OSError as error:
+            raise ConfigError(f"cannot write the run folder {self.path}: {error.strerror}; choose another runs_dir=") from None
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
-from proxynorm.data import Batch, Data
+from proxynorm.data import Batch, Data, DataInfo
 from proxynorm.data.mixing import Mixing
 from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
@@ -292,11 +292,8 @@ class Trainer:
 
     def header(self) -> dict:
         """What a checkpoint says of itself: the run's identity and what the network is fed."""
-        info = self.data.info
         return {"identity": identity(self.settings), "world_size": self.process.world_size,
-                "steps_per_epoch": self.steps_per_epoch,
-                "inputs": {"classes": list(info.classes), "channels": info.channels,
-                           "mean": list(info.mean), "std": list(info.std)}}
+                "steps_per_epoch": self.steps_per_epoch, "inputs": inputs(self.data.info)}
 
     def save(self) -> None:
         """Save the state as last.pt, and the former one as previous.pt."""
@@ -310,6 +307,12 @@ class Trainer:
             weights = self.state.evaluated_model.state_dict()
             content = {**self.header(), "model": weights, "ema": None, "step": self.state.step, **self.state.last_result}
             checkpoint.save(self.run.best, content)
+
+
+def inputs(info: DataInfo) -> dict:
+    """What the network is fed and trained on, as a checkpoint keeps it."""
+    return {"classes": list(info.classes), "channels": info.channels, "mean": list(info.mean), "std": list(info.std),
+            "train_count": info.train_count, "eval_count": info.eval_count}
 
 
 class StepBatches:

@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import assert_same_run
 
 from proxynorm.errors import CheckpointError, ConfigError
+from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.trainer import Trainer
 
@@ -162,3 +163,38 @@ def test_foreign_files_survive_a_fresh_start(run_small, tmp_path):
     run_small("name=a", "max_steps=1")
     run_small("name=a", "max_steps=1", "resume=never")
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+
+
+def test_signal_during_the_last_evaluation_is_not_the_end(run_small, monkeypatch):
+    whole = run_small("name=whole")
+    original = Trainer.leave_if_stopped
+
+    def interrupted(self: Trainer) -> None:
+        if self.state.step == 20:
+            monkeypatch.setattr(Trainer, "leave_if_stopped", original)
+            signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "leave_if_stopped", interrupted)
+    cut = run_small("name=cut")
+    assert cut.status == 75 and not json.loads((cut.folder / "summary.json").read_text())["completed"]
+    monkeypatch.setattr(Trainer, "leave_if_stopped", original)
+    cut = run_small("name=cut")
+    assert cut.status == 0 and json.loads((cut.folder / "summary.json").read_text())["completed"]
+    assert_same_run(whole, cut)
+
+
+def test_another_data_set_is_refused(run_small):
+    run_small("name=a", "max_steps=2")
+    run = run_small("name=a", "max_steps=2")
+    content = dict(run.last, inputs=dict(run.last["inputs"], train_count=7))
+    checkpoint.save(run.folder / "checkpoints" / "last.pt", content)
+    for steps in ("max_steps=2", "max_steps=4"):
+        with pytest.raises(CheckpointError, match="another data set"):
+            run_small("name=a", steps)
+
+
+def test_unwritable_runs_dir_is_one_line(run_small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the run folder"):
+        run_small(f"runs_dir={tmp_path / 'file'}")
