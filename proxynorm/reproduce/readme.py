@@ -40,7 +40,35 @@ same learning rate for all, at which ln is not stable ({machine(content["environ
 """
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo}
+def storage(results: Path) -> str:
+    content = load(results, "loader/storage.json")
+    header = ("longest side", "JPEG quality", "share of JPEG", "KB an image", "images/s and core")
+    rows = [[str(row["max_side"] or "as it is"), str(row["jpeg_quality"]), f"{row['jpeg_probability']:.0%}",
+             f"{row['bytes_per_image'] / 1000:.0f}", f"{row['images_per_cpu_second']:.0f}"] for row in content["table"]]
+    size, count = content["options"]["size"], content["options"]["images"]
+    return f"""{markdown_table(header, rows)}
+
+{count} photographs of 500×375 pixels, random resized crops of {size}; images in a second of processor time
+({machine(content["machine"])}; `python scripts/benchmark.py storage`).
+"""
+
+
+def loader(results: Path) -> str:
+    content = load(results, "loader/benchmark.json")
+    header = ("loader", "images/s", "ours ÷ it", "images per CPU second", "first batch, s", "on a second run, s", "memory, MB")
+    rows = [[row["loader"], f"{row['images_per_second']:.0f}", f"{row['ours_over_it']:.2f}",
+             f"{row['images_per_cpu_second']:.0f}", f"{row['first_batch_seconds']:.1f}",
+             f"{row['first_batch_seconds_second_run']:.1f}", f"{row['memory_mb']:.0f}"] for row in content["table"]]
+    options = content["options"]
+    return f"""{markdown_table(header, rows)}
+
+{options["images"]} photographs, the same crops, {options["workers"]} workers each, in turns, medians of {options["rounds"]} rounds, on a machine with other
+work to do (load average {content["load_average"][0]:.1f}); the FFCV loaders read the prepared file, the others the JPEGs it was made of
+({machine(content["machine"])}; `python scripts/benchmark.py loader`).
+"""
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo, "storage": storage, "loader": loader}
 
 
 def render(text: str, results: Path) -> str:
