@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxynorm.nn.activations import Activation
+from proxynorm.nn.names import norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 
 
@@ -20,7 +21,9 @@ def norm_act_layer(norm: str = "ln_pn", act_layer: Activation = "relu", **option
         options: further arguments of NormAct2d.
     """
 
+    spec = norm_spec(norm)
+
     def layer(num_features: int, **kwargs: object) -> NormAct2d:
-        return NormAct2d(num_features, norm=norm, **{"act_layer": act_layer, **options, **kwargs})
+        return NormAct2d(num_features, norm=spec.kind, **{"proxy": spec.proxy, "act_layer": act_layer, **options, **kwargs})
 
     return layer

@@ -333,3 +333,9 @@ def test_norm_layer_of_timm(name: str, act: str) -> None:
     converted.load_state_dict(built.state_dict())
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(built(images), converted(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("norm", "proxy"), [("ln", False), ("ln_pn", True), ("gn", False), ("bn_pn", True)])
+def test_the_layer_for_timm_follows_the_norms_name(norm, proxy):
+    layer = norm_act_layer(norm)(8)
+    assert layer.kind == norm[:2] and layer.proxied == proxy
