@@ -11,6 +11,7 @@ from pathlib import Path
 from proxynorm.errors import ProxynormError
 
 SAMPLE_SECONDS = 0.1
+CLOCK_TICK = 1 / os.sysconf("SC_CLK_TCK")  # processor time is told no finer
 COUNTED = ("Pss_Anon:", "Pss_Shmem:")
 
 
@@ -48,7 +49,7 @@ def cpu_seconds_of(pid: int) -> float:
             continue
         # utime, stime, cutime, cstime: proc(5) numbers them 14 to 17, and the state, the first here, 3.
         ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return ticks * CLOCK_TICK
 
 
 class Child:
@@ -76,7 +77,8 @@ class Child:
         if not line:
             said = self.errors.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise ProxynormError(f"{' '.join(self.command[1:4])} ended: {said[-1]}")
-        return {**json.loads(line), "cpu_seconds": cpu_seconds_of(self.process.pid) - before}
+        used = max(cpu_seconds_of(self.process.pid) - before, CLOCK_TICK)
+        return {**json.loads(line), "cpu_seconds": used}
 
     def ask_with_memory(self) -> dict:
         """As ask, with "memory": the largest of the samples taken meanwhile, bytes."""

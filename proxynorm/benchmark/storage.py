@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -74,9 +75,9 @@ def open_loader(folder: Path, options: Options, workers: int) -> TrainLoader:
 
 def speed(loader: TrainLoader, epoch: int) -> tuple[float, float]:
     """Images a second, and a second of processor time, of an epoch."""
-    start, images = os.times(), sum(len(batch.images) for batch in loader.epoch(epoch))
-    end = os.times()
-    return images / (end.elapsed - start.elapsed), images / (end.user + end.system - start.user - start.system)
+    start, used = time.perf_counter(), time.process_time()
+    images = sum(len(batch.images) for batch in loader.epoch(epoch))
+    return images / (time.perf_counter() - start), images / (time.process_time() - used)
 
 
 def show(rows: list[dict]) -> None:
