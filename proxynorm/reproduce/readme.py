@@ -60,11 +60,12 @@ def loader(results: Path) -> str:
              f"{row['images_per_cpu_second']:.0f}", f"{row['first_batch_seconds']:.1f}",
              f"{row['first_batch_seconds_second_run']:.1f}", f"{row['memory_mb']:.0f}"] for row in content["table"]]
     options = content["options"]
+    bytes_read = "all read the same JPEG bytes" if options["same_bytes"] else "the FFCV loaders read the prepared file, the others its sources"
+    command = "python scripts/benchmark.py loader" + (" same_bytes=true" if options["same_bytes"] else "")
     return f"""{markdown_table(header, rows)}
 
-{options["images"]} photographs, the same crops, {options["workers"]} workers each, in turns, medians of {options["rounds"]} rounds, on a machine with other
-work to do (load average {content["load_average"][0]:.1f}); the FFCV loaders read the prepared file, the others the JPEGs it was made of
-({machine(content["machine"])}; `python scripts/benchmark.py loader`).
+{options["images"]} photographs, the same crops, {options["workers"]} workers each, in turns, medians of {options["rounds"]} rounds; {bytes_read}
+({machine(content["machine"])}, load average {content["load_average"][0]:.1f}; `{command}`).
 """
 
 
