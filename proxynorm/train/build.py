@@ -40,9 +40,14 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 
 
 def choose_memory_format(settings: Settings, device: torch.device) -> torch.memory_format:
-    """auto: channels_last for Batch Norm on GPU, where it is the faster; contiguous where torch's group norm works in NCHW."""
+    """auto: the faster format for the norm, by measurement on CPU (scripts/benchmark.py step) and by timm's table on GPUs.
+
+    On CPU channels_last, in which oneDNN's convolutions work, except for Instance Norm, whose sums over one channel's pixels
+    then stride over memory. On GPUs channels_last for Batch Norm and for no norm, contiguous where torch's group norm would leave channels_last.
+    """
     name = settings.memory_format
     if name == "auto":
-        batch_norm = norm_spec(settings.norm.name).kind in ("bn", "none")
-        name = "channels_last" if device.type == "cuda" and batch_norm else "contiguous"
+        kind = norm_spec(settings.norm.name).kind
+        suits = kind != "in" if device.type == "cpu" else kind in ("bn", "none")
+        name = "channels_last" if suits else "contiguous"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format

@@ -10,7 +10,8 @@ import pytest
 from proxynorm.nn import NORMS
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-OPTIONS = ("model.depth=20", "model.width=16", "batch=32", "max_steps=20", "epochs=20", "optim.lr=0.02", "micro_batch=16")
+# A small learning rate: float rounding, which differs from CPU to CPU, grows to 2 % within 20 steps at 0.02, and stays below 5e-5 here.
+OPTIONS = ("model.depth=20", "model.width=16", "batch=32", "max_steps=20", "epochs=20", "optim.lr=5e-5", "micro_batch=16")
 
 
 @pytest.mark.parametrize("norm", NORMS)
