@@ -44,6 +44,8 @@ def test_every_norm_has_a_file():
     ("epochs=-1", "epochs=-1: must be at least 1"),
     ("batch=10 micro_batch=3", "batch=10 is not divisible by micro_batch=3"),
     ("precision=fp8", "precision=fp8: valid: auto, fp32, bf16, fp16"),
+    ("norm=bn norm_batch=48", "norm_batch=48 does not divide the 128 images of a process's forward"),
+    ("norm=bn_pn norm_batch=64 micro_batch=32", "norm_batch=64 does not divide the 32 images"),
     ("norm_batch=local", "norm_batch=local: valid: a number of images, 'global'"),
     ("data=folder", "data.root must be given, as data.root=…"),
     ("norm=[bn,ln]", "no such norm"),
@@ -57,6 +59,15 @@ def test_mistakes_are_one_line(argument, message):
         check_arguments(argument.split())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_normalization_batches_divide_every_process_s_forward():
+    settings = settings_from(compose_config(["norm=bn", "batch=128", "norm_batch=32"]))
+    assert settings.micro_batch_for(4) == 32
+    with pytest.raises(ConfigError, match="norm_batch=32 does not divide the 16 images"):
+        settings.micro_batch_for(8)
+    for unconcerned in ("norm=ln_pn norm_batch=48", "norm=bn norm_batch=global"):
+        assert settings_from(compose_config(unconcerned.split())).micro_batch_for(8) == 16
 
 
 def test_learning_rate_follows_the_batch():
@@ -104,6 +115,15 @@ def test_imagenet_learning_rates_are_the_recipes():
     rate = {name: settings_from(compose_config([f"experiment={name}", "data.root=x", "batch=512"])).learning_rate
             for name in ("imagenet_resnet50", "imagenet_efficientnet_b0")}
     assert rate == pytest.approx({"imagenet_resnet50": 512 * 2**-11, "imagenet_efficientnet_b0": 512 * 2**-14})
+
+
+@pytest.mark.parametrize("name", [name for name in groups()["experiment"] if "efficientnet" in name])
+def test_efficientnets_cut_and_mix_as_the_authors_do(name):
+    """λ 0.95, 0.9, 0.9, 0.85, 0.8 for B1 … B5, none for B0; mixup 0.1 up to B2, then 0.2 (authors' code)."""
+    number = int(re.search(r"_b(\d)", name)[1])
+    regularization = settings_from(compose_config([f"experiment={name}", "data.root=x"])).regularization
+    assert regularization.cutmix_lambda == (None, 0.95, 0.9, 0.9, 0.85, 0.8)[number]
+    assert (regularization.mixup, regularization.cutmix) == (0.1 if number < 3 else 0.2, 0)
 
 
 @pytest.mark.parametrize("epochs", [16, 24, 32, 40, 56, 88])

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import Mixup, mixup_target, rand_bbox
 
 from proxynorm.data.randomness import sample_keys
 from proxynorm.errors import ConfigError
+
+# P(no CutMix) = SLOPE · λ − OFFSET, else 1 + ln(u) / DEPTH of the image stays its own (authors' code).
+SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
 
 
 class Mixing:
     """Mixes a micro-batch with its own reverse, with one weight for all of it, and softens the targets to match.
 
     mixup_alpha, cutmix_alpha: the Beta distributions' parameters, 0: off; prob: probability that a micro-batch is
-    mixed; switch_prob: probability of CutMix where both are on; smoothing: label smoothing. Raises ConfigError.
+    mixed; switch_prob: probability of CutMix where both are on; smoothing: label smoothing; cutmix_lambda: λ of the
+    authors' CutMix, which comes on top of mixup, in place of cutmix_alpha; None: off. Raises ConfigError.
     """
 
     def __init__(
@@ -25,15 +33,13 @@ class Mixing:
         switch_prob: float,
         smoothing: float,
         num_classes: int,
+        cutmix_lambda: float | None = None,
     ) -> None:
-        if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
-            raise ConfigError(
-                f"mixup_alpha={mixup_alpha} cutmix_alpha={cutmix_alpha}: none may be negative, one must be above 0"
-            )
+        _check(mixup_alpha, cutmix_alpha, cutmix_lambda)
         for name, value in (("prob", prob), ("switch_prob", switch_prob), ("smoothing", smoothing)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"mixing: {name}={value}: give a number from 0 to 1")
-        self.num_classes, self.smoothing = num_classes, smoothing
+        self.num_classes, self.smoothing, self.cutmix_lambda = num_classes, smoothing, cutmix_lambda
         self.mixup = Mixup(
             mixup_alpha=mixup_alpha,
             cutmix_alpha=cutmix_alpha,
@@ -42,23 +48,73 @@ class Mixing:
             label_smoothing=smoothing,
             num_classes=num_classes,
         )
+        self.mixup.mixup_enabled = max(mixup_alpha, cutmix_alpha) > 0
 
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, seed: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Floating-point images (N, C, H, W), changed in place, targets int64 (N,) -> images, targets (N, classes).
 
-        The same (seed, step) mixes alike. Of an odd number the last image stays unmixed. ConfigError if N is 1.
+        The same (seed, step) mixes alike. Of an odd number the last image is not mixed with its reverse. ConfigError
+        if N is 1.
         """
         if len(images) < 2:
             raise ConfigError("mixup and CutMix need at least two images a micro-batch; give a larger micro_batch")
         even = len(images) // 2 * 2
-        # timm draws from NumPy's global generator; it is put back for whoever else uses it.
-        state = np.random.get_state()
-        np.random.seed(int(sample_keys(seed, step, np.zeros(1))[0]) % (1 << 32))
-        try:
+        with _seeded(seed, step):
             _, mixed = self.mixup(images[:even], targets[:even])
-        finally:
-            np.random.set_state(state)
-        last = mixup_target(targets[even:], self.num_classes, smoothing=self.smoothing)
-        return images, torch.cat([mixed, last])
+            last = mixup_target(targets[even:], self.num_classes, smoothing=self.smoothing)
+            soft = torch.cat([mixed, last])
+            if self.cutmix_lambda is not None:
+                soft = paste(images, soft, own_share(self.cutmix_lambda))
+        return images, soft
+
+
+def _check(mixup_alpha: float, cutmix_alpha: float, cutmix_lambda: float | None) -> None:
+    if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0 and cutmix_lambda is None:
+        raise ConfigError(
+            f"mixup_alpha={mixup_alpha} cutmix_alpha={cutmix_alpha}: none may be negative, one must be above 0"
+        )
+    if cutmix_lambda is None:
+        return
+    if cutmix_alpha:
+        raise ConfigError(f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; give one")
+    if not OFFSET / SLOPE <= cutmix_lambda < 1:
+        raise ConfigError(f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null")
+
+
+@contextmanager
+def _seeded(seed: int, step: int) -> Iterator[None]:
+    """Seed NumPy's global generator, from which timm draws, and put it back for whoever else uses it."""
+    state = np.random.get_state()
+    np.random.seed(int(sample_keys(seed, step, np.zeros(1))[0]) % (1 << 32))
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def own_share(nominal: float) -> float:
+    """How much of each image stays its own, in (0, 1], drawn as the authors' code does for their λ, `nominal`.
+
+    1 (no CutMix) with probability 1.55 λ − 0.96, else 1 + ln(u) / 4 with u uniform on (e⁻⁴, 1).
+    """
+    if np.random.rand() < SLOPE * nominal - OFFSET:
+        return 1.0
+    # Not quite 0: timm has no place left to draw for a box as large as the image.
+    return max(1e-9, 1 + math.log(np.random.uniform(math.exp(-DEPTH), 1)) / DEPTH)
+
+
+def paste(images: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
+    """Paste one box, all but `share` of the area, from the image two places before into each image, in place.
+
+    images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the area of the box as it came out. Two
+    places, as in the authors' code, so that it is not the image that mixup has taken.
+    """
+    # A margin of half the box keeps it inside, as the authors' is, so that its area is what was drawn.
+    top, bottom, left, right = rand_bbox(images.shape, share, margin=0.5)
+    area = (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+    distance = 2 if len(images) > 2 else 1
+    box = images[:, :, top:bottom, left:right]
+    box.copy_(box.roll(distance, dims=0))
+    return (1 - area) * targets + area * targets.roll(distance, dims=0)

@@ -18,7 +18,7 @@ from proxynorm.train.distributed import Process, processes
 from proxynorm.train.preemption import Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
-from proxynorm.train.settings import Settings, check, identity, run_name
+from proxynorm.train.settings import Settings, check, identity, run_name, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 from proxynorm.train.trainer import Trainer, inputs
 
@@ -86,7 +86,7 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
 def summarize(trainer: Trainer, name: str, damaged: dict[str, str]) -> dict[str, Any]:
     """What summary.json says; `damaged` are the images left out under data.on_bad=skip, with the reasons."""
     settings, state = trainer.settings, trainer.state
-    norm_batch = settings.norm_batch or trainer.micro_batch
+    norm_batch = (settings.norm_batch or trainer.micro_batch) if uses_batch_norm(settings) else None
     return {
         "name": name, "model": settings.model["name"], "norm": settings.norm.name, "batch": settings.batch,
         "norm_batch": norm_batch, "regularization": settings.regularization.name, "data": settings.data.name,

@@ -64,6 +64,7 @@ class RegularizationSettings:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    cutmix_lambda: float | None = None
     mix_probability: float = 1.0
     switch_probability: float = 0.5
     dropout: float = 0.0
@@ -145,7 +146,7 @@ class Settings:
         return self.optim.base_lr * self.batch / self.optim.base_batch
 
     def micro_batch_for(self, world_size: int) -> int:
-        """Images per process and forward. Raises ConfigError if the batch cannot be shared out evenly."""
+        """Images per process and forward. Raises ConfigError if they, or their normalization batches, do not come out even."""
         if self.batch % world_size:
             raise ConfigError(f"batch={self.batch} is not divisible by the {world_size} processes")
         share = self.batch // world_size
@@ -155,6 +156,7 @@ class Settings:
                 f"batch={self.batch} over {world_size} process(es) is {share} images each, "
                 f"not divisible by micro_batch={micro}"
             )
+        check_norm_batch(self, micro)
         return micro
 
 
@@ -191,9 +193,23 @@ def check(settings: Settings) -> Settings:
         raise ConfigError("power.every_epochs and power.images must be at least 1")
     if settings.batch % (settings.micro_batch or 1):
         raise ConfigError(f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}")
+    check_norm_batch(settings, settings.micro_batch or settings.batch)
     if settings.name is not None and settings.name != Path(settings.name).name:
         raise ConfigError(f"name={settings.name}: must be a plain folder name; runs_dir= says where it lies")
     return settings
+
+
+def uses_batch_norm(settings: Settings) -> bool:
+    """Whether the norm's statistics are shared by images, so that norm_batch matters."""
+    return settings.norm.name.partition("_")[0] == "bn"
+
+
+def check_norm_batch(settings: Settings, micro_batch: int) -> None:
+    """Raise ConfigError unless Batch Norm's micro-batches of `micro_batch` images split into whole normalization batches."""
+    norm_batch = settings.norm_batch
+    if uses_batch_norm(settings) and isinstance(norm_batch, int) and micro_batch % norm_batch:
+        raise ConfigError(f"norm_batch={norm_batch} does not divide the {micro_batch} images of a process's forward "
+                          "(micro_batch); choose a divisor of it, or another batch, micro_batch or number of processes")
 
 
 def identity(settings: Settings) -> dict[str, Any]:

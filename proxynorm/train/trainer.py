@@ -57,10 +57,11 @@ class Trainer:
 
     def _mixing(self) -> Mixing | None:
         regularization = self.settings.regularization
-        if not (regularization.mixup or regularization.cutmix):
+        if not (regularization.mixup or regularization.cutmix or regularization.cutmix_lambda is not None):
             return None
         return Mixing(regularization.mixup, regularization.cutmix, regularization.mix_probability,
-                      regularization.switch_probability, regularization.label_smoothing, len(self.data.info.classes))
+                      regularization.switch_probability, regularization.label_smoothing, len(self.data.info.classes),
+                      regularization.cutmix_lambda)
 
     def _fresh_state(self) -> TrainState:
         settings, device = self.settings, self.process.device

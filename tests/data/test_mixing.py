@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from proxynorm.data.mixing import Mixing
+from proxynorm.data.mixing import Mixing, own_share
 from proxynorm.errors import ConfigError
 
 
-def mixing(mixup=0.0, cutmix=0.0, prob=1.0, switch_prob=0.5, smoothing=0.0):
-    return Mixing(mixup, cutmix, prob, switch_prob, smoothing, num_classes=4)
+def mixing(mixup=0.0, cutmix=0.0, prob=1.0, switch_prob=0.5, smoothing=0.0, cutmix_lambda=None):
+    return Mixing(mixup, cutmix, prob, switch_prob, smoothing, 4, cutmix_lambda)
 
 
 def batch(count):
@@ -58,6 +58,55 @@ def test_randomness_is_of_seed_and_step_alone_and_disturbs_nobody():
     assert not torch.equal(runs[0, 0], runs[0, 1]) and not torch.equal(runs[0, 0], runs[1, 0])
 
 
+@pytest.mark.parametrize("nominal", [0.95, 0.9, 0.85, 0.8])
+def test_the_authors_shares_follow_their_formulas(nominal):
+    """1 with probability 1.55 λ − 0.96; else 1 + ln(u)/4, whose distribution function is (e^(4 s) − 1) / (e⁴ − 1)."""
+    np.random.seed(0)
+    shares = np.array([own_share(nominal) for _ in range(20_000)])
+    assert np.mean(shares == 1) == pytest.approx(1.55 * nominal - 0.96, abs=0.012)
+    cut = shares[shares < 1]
+    for share in (0.25, 0.5, 0.75, 0.9):
+        expected = (np.exp(4 * share) - 1) / (np.exp(4) - 1)
+        assert np.mean(cut < share) == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize("count", [2, 7, 8])
+def test_the_authors_cutmix_weighs_targets_by_the_area_of_its_box(count):
+    uncut = 0
+    for step in range(300):
+        images, targets = mixing(cutmix_lambda=0.9)(*batch(count), seed=2, step=step)
+        distance = 2 if count > 2 else 1
+        own = [float((image == n).float().mean()) for n, image in enumerate(images)]
+        assert own == pytest.approx([own[0]] * count)
+        uncut += own[0] == 1
+        for n, image in enumerate(images):
+            pasted = (n - distance) % count
+            assert ((image == n) | (image == pasted)).all()
+            assert float(targets[n, n % 4]) == pytest.approx(own[n] + (1 - own[n]) * (pasted % 4 == n % 4), abs=1e-6)
+        assert torch.allclose(targets.sum(1), torch.ones(count))
+    # 1.55 · 0.9 − 0.96 = 0.435 of them, and the few boxes smaller than a pixel.
+    assert 0.36 < uncut / 300 < 0.52
+
+
+def test_the_authors_cutmix_comes_on_top_of_mixup():
+    """Linear images: what a pixel shows and what the target says are the same mixture of up to four images."""
+    weights = torch.eye(8)
+    seen = set()
+    for step in range(60):
+        images = weights.view(8, 8, 1, 1).expand(-1, -1, 32, 32).clone()
+        mixer = Mixing(0.5, 0.0, 1.0, 0.5, 0.0, 8, 0.8)
+        images, targets = mixer(images, torch.arange(8), seed=0, step=step)
+        assert torch.allclose(images.mean(dim=(2, 3)), targets, atol=1e-5)
+        seen.add(int((targets > 1e-6).sum(1).max()))
+    assert {2, 4} <= seen
+
+
+def test_the_authors_cutmix_is_of_seed_and_step_alone():
+    runs = {key: mixing(cutmix_lambda=0.8)(*batch(8), *key)[0] for key in ((0, 1), (0, 2), (1, 1))}
+    assert torch.equal(runs[0, 1], mixing(cutmix_lambda=0.8)(*batch(8), 0, 1)[0])
+    assert not torch.equal(runs[0, 1], runs[0, 2]) and not torch.equal(runs[0, 1], runs[1, 1])
+
+
 def test_prob_is_the_share_of_mixed_batches():
     mixed = [bool((mixing(mixup=1.0, prob=0.3)(*batch(2), 0, step)[1].max(1).values < 1).any()) for step in range(500)]
     assert 0.24 < np.mean(mixed) < 0.36
@@ -69,6 +118,9 @@ def test_impossible_values_are_refused():
         lambda: mixing(mixup=-1.0),
         lambda: mixing(1.0, prob=1.5),
         lambda: mixing(1.0)(*batch(1), 0, 0),
+        lambda: mixing(cutmix=1.0, cutmix_lambda=0.9),
+        lambda: mixing(cutmix_lambda=1.0),
+        lambda: mixing(cutmix_lambda=0.5),
     ):
         with pytest.raises(ConfigError):
             bad()

@@ -18,6 +18,7 @@ from proxynorm.train.distributed import Process
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.trainer import Trainer
+from tests.data.conftest import needs_ffcv
 from tests.helpers import SMALL, assert_same_run
 
 NONE = settings_from(compose_config(["regularization=none"])).regularization
@@ -25,6 +26,7 @@ KEYS = {
     "label_smoothing": 0.1,
     "mixup": 0.2,
     "cutmix": 1.0,
+    "cutmix_lambda": 0.9,
     "mix_probability": 0.5,
     "switch_probability": 0.3,
     "dropout": 0.2,
@@ -104,6 +106,15 @@ def test_cutmix_area_is_its_weight_and_mixup_mixes_as_its_targets(make_trainer):
             assert pure if kind == "cutmix" else torch.allclose(images, expected, atol=1e-5)
             areas.append(float(own[0]))
     assert min(areas) < 0.3 and max(areas) > 0.7
+
+
+@needs_ffcv
+def test_the_authors_cutmix_is_the_same_in_both_backends(make_trainer):
+    cut = []
+    for backend in ("ffcv", "torchvision"):
+        trainer = make_trainer("regularization.cutmix_lambda=0.8", "regularization.mixup=0.1", f"loader={backend}")
+        cut.append([trainer.inputs(batch, index) for index, batch in enumerate(trainer.loader.epoch(0))])
+    assert all(torch.equal(a, b) for pair in zip(*cut, strict=True) for a, b in zip(*pair, strict=True))
 
 
 def test_label_smoothing_enters_once(make_trainer):
@@ -217,9 +228,8 @@ def test_the_average_is_what_is_evaluated(run_small):
     assert rows == pytest.approx([rows[0]] * 3, abs=1e-5)
 
 
-@pytest.mark.parametrize("step", [10, 13])
-def test_stopping_at_an_epochs_end_keeps_the_average(run_small, monkeypatch, step):
-    options = ("regularization.ema_decay=0.5", "regularization.ema_every=epoch", "epochs=3")
+def assert_stopping_changes_nothing(run_small, monkeypatch, step, *options):
+    """A run stopped after `step` steps and resumed is the unbroken one to the last bit."""
     whole = run_small(*options, "name=whole")
     take_step = Trainer.train_step
 
@@ -232,3 +242,14 @@ def test_stopping_at_an_epochs_end_keeps_the_average(run_small, monkeypatch, ste
         patch.setattr(Trainer, "train_step", stopped)
         assert run_small(*options, "name=stopped").status == 75
     assert_same_run(whole, run_small(*options, "name=stopped"))
+
+
+@pytest.mark.parametrize("step", [10, 13])
+def test_stopping_at_an_epochs_end_keeps_the_average(run_small, monkeypatch, step):
+    options = ("regularization.ema_decay=0.5", "regularization.ema_every=epoch", "epochs=3")
+    assert_stopping_changes_nothing(run_small, monkeypatch, step, *options)
+
+
+def test_the_authors_cutmix_resumes_exactly(run_small, monkeypatch):
+    options = ("regularization.cutmix_lambda=0.8", "regularization.mixup=0.1", "micro_batch=10")
+    assert_stopping_changes_nothing(run_small, monkeypatch, 7, *options)
