@@ -79,7 +79,6 @@ class CentredSqueezeExcite(nn.Module):
         """PN's 1/sqrt(v + ε) of the norm before, shape (C,)."""
         return self._norm[0].proxy_rescale()
 
-
     def frozen(self, mean: torch.Tensor, scale: torch.Tensor) -> FrozenSqueezeExcite:
         """The same for inference, where the norm before leaves out the centring too; m and s have shape (C,)."""
         return FrozenSqueezeExcite(self, mean, scale)

@@ -85,13 +85,13 @@ class FlooredReLU(torch.autograd.Function):
 
 
 class GainedActivation(torch.autograd.Function):
-    """gain·φ(u) + offset, in place of u = norm(x, scale, shift) (N, C, H, W).
+    """gain·φ(u) + offset, in place of u = norm(x, scale, shift) (N, C, H, W); gain None stands for 1.
 
     norm has no side effects: the backward pass calls it again. x, scale and shift get their gradients through u.
     """
 
     @staticmethod
-    def forward(ctx, u: Tensor, gain: Tensor, offset: Tensor, x: Tensor, scale: Tensor, shift: Tensor, head: Head,
+    def forward(ctx, u: Tensor, gain: Tensor | None, offset: Tensor, x: Tensor, scale: Tensor, shift: Tensor, head: Head,
                 norm: Callable[[Tensor, Tensor, Tensor], Tensor],
                 watch: Callable[[Tensor], None] | None = None) -> Tensor:
         ctx.mark_dirty(u)
@@ -106,8 +106,12 @@ class GainedActivation(torch.autograd.Function):
         z, gain, offset, x, scale, shift = ctx.saved_tensors
         u = ctx.norm(x, scale, shift)
         if torch.is_grad_enabled():
-            reference = per_channel(gain) * ctx.head.module(u) + per_channel(offset)
-            return *_differentiable((reference.to(grad.dtype),), [u, gain, offset], (grad,)), *[None] * 6
+            reference = per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)
+            inputs = [t for t in (u, gain, offset) if t is not None]
+            slopes = _differentiable((reference.to(grad.dtype),), inputs, (grad,))
+            return *(slopes if gain is not None else (slopes[0], None, slopes[1])), *[None] * 6
+        if gain is None:
+            return activation_backward(grad, u, ctx.head), None, channel_sum(grad), *[None] * 6
         # sums over a channel of grad·φ and of grad, in one pass: those of a batch norm's weight and bias,
         # since φ = (z − offset) / gain
         _, product, total = aten.native_batch_norm_backward(
@@ -131,9 +135,12 @@ def floored_relu_(u: Tensor, floor: Tensor) -> Tensor:
     return torch.clamp(u, min=per_channel(floor).to(u.dtype), out=u)
 
 
-def gained_activation_(u: Tensor, gain: Tensor, offset: Tensor, head: Head) -> Tensor:
+def gained_activation_(u: Tensor, gain: Tensor | None, offset: Tensor, head: Head) -> Tensor:
     """gain·φ(u) + offset, in place; for half precision in one pass that rounds once."""
-    z, gain, offset = _activate(u, head), per_channel(gain), per_channel(offset)
+    z, offset = _activate(u, head), per_channel(offset)
+    if gain is None:
+        return torch.add(z, offset, out=z)
+    gain = per_channel(gain)
     if z.dtype == gain.dtype:
         return z.mul_(gain).add_(offset)
     return torch.addcmul(offset, z, gain, out=z)

@@ -113,6 +113,8 @@ class NormAct2d(nn.Module):
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,): what a layer with proxy_scale=False leaves to a later gate."""
+        if self.proxied and not self.proxy_scale and self.act_name != "callable" and not is_transformed():
+            return self.folded_constants()[-1]
         return torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps)
 
     def proxy_rule(self) -> Rule:
@@ -182,6 +184,7 @@ class NormAct2d(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         folded = self.folded_constants()
+        folded = folded if self.proxy_scale else folded[:-1]
         with torch.autocast(x.device.type, enabled=False):
             if self.act_name == "relu":
                 scale, shift, floor = folded
@@ -189,6 +192,7 @@ class NormAct2d(nn.Module):
                 recipe = self._recipe(floored_relu_, x, scale, shift, floor)
                 return FlooredReLU.apply(self._norm(x, scale, shift), floor, recipe)
             scale, shift, gain, offset = folded
+            gain = gain if self.proxy_scale else None  # spares passes over the map
             head = Head(self.act_name, self.act)
             recipe = self._recipe(partial(gained_activation_, head=head), x, scale, shift, gain, offset)
             return GainedActivation.apply(self._norm(x, scale, shift), gain, offset, x, scale, shift, head,
@@ -201,11 +205,11 @@ class NormAct2d(nn.Module):
         return FoldedConstants.apply(*four, constants, partial(fold_reference, rule=rule))
 
     def _recipe(self, head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
-                *constants: Tensor) -> Callable[[Tensor], None] | None:
+                *constants: Tensor | None) -> Callable[[Tensor], None] | None:
         """What recompute.py needs to rebuild the output; None where nothing is recomputed."""
         if not is_recomputing():
             return None
-        x, scale, shift, *constants = (t.detach() for t in (x, scale, shift, *constants))
+        x, scale, shift, *constants = (t if t is None else t.detach() for t in (x, scale, shift, *constants))
         version = x._version
 
         def build() -> Tensor:
