@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from proxynorm.errors import ConfigError
+from proxynorm.train.faults import shared_fate
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ def fresh_store(rank: int, world_size: int) -> dist.Store:
 
 @contextmanager
 def processes(device_name: str) -> Iterator[Process]:
-    """Join the run's process group for the duration of the block; a lone process needs none."""
+    """Join the run's process group for the duration of the block; a lone process needs none.
+
+    Raises PeerError, a ProxynormError, where another process failed first.
+    """
     rank, local_rank, world_size = environment_ranks()
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":
@@ -110,9 +114,10 @@ def processes(device_name: str) -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=fresh_store(rank, world_size), rank=rank, world_size=world_size)
+    backend, store = "nccl" if device.type == "cuda" else "gloo", fresh_store(rank, world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        yield Process(rank, world_size, device)
+        with shared_fate(store, rank):
+            yield Process(rank, world_size, device)
     finally:
         dist.destroy_process_group()

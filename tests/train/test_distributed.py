@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tests.helpers import SMALL, assert_same_run
 
 from proxynorm.train import checkpoint
@@ -36,17 +38,18 @@ def read(folder: Path) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(run_small, tmp_path):
-    """Same batch on 1 and 2 processes: the same losses to rounding, and every evaluation image once (101 of them)."""
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_as_one(run_small, tmp_path, processes):
+    """Same batch on 1, 2 and 4 processes: the same losses to rounding, and every evaluation image once (101 of them)."""
     options = ("data.holdout=101", "micro_batch=5", "regularization=none")
     one = run_small(*options, "name=one")
-    result = run(torchrun(2, tmp_path, *options, "name=two"))
+    result = run(torchrun(processes, tmp_path, *options, "name=several"))
     assert result.returncode == 0, result.stderr
-    two = read(tmp_path / "two")
-    for first, second in zip(one.rows, two.rows, strict=True):
+    several = read(tmp_path / "several")
+    for first, second in zip(one.rows, several.rows, strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
-    assert two.rows[-1]["count"] == 101
-    assert "2 × 2 × 5" in result.stdout
+    assert several.rows[-1]["count"] == 101
+    assert f"{processes} × {4 // processes} × 5" in result.stdout
     assert result.stdout.count("top-1") == 1
 
 
@@ -80,6 +83,22 @@ def test_user_error_in_every_process_is_status_2(tmp_path):
     result = run(torchrun(2, tmp_path, "batch=25"))
     assert result.returncode != 0
     assert "batch=25 is not divisible by the 2 processes" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_fault_of_one_process_ends_all_with_its_message(tmp_path):
+    """An image that only one process draws cannot be decoded: one line from each, no trace of a lost connection."""
+    for path in (tmp_path / "data" / split / name / f"{i}.png" for split in ("train", "val") for name in "ab" for i in range(10)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 60).convert("RGB").save(path)
+    damaged = tmp_path / "data/train/a/7.png"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    result = run(torchrun(2, tmp_path, "data=folder", f"data.root={tmp_path}/data", "data.limit=null", "data.holdout=0",
+                          "data.image_size=32", "loader=torchvision", "batch=10"))
+    assert result.returncode != 0
+    assert "7.png: cannot be decoded" in result.stderr
+    assert re.search(r"^error: process [01] failed, and with it the run: .*7.png: cannot be decoded", result.stderr, re.MULTILINE)
+    assert "Connection closed" not in result.stderr
 
 
 @pytest.mark.slow
