@@ -72,6 +72,8 @@ def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str,
         done = prepare(listing, output, storage, on_bad, workers, lambda images: bar.update(task, completed=images))
     for name, reason in done.skipped.items():
         print(f"skipped {name}: {reason}")
+    if done.converted:
+        print("converted: " + ", ".join(f"{count} {kind}" for kind, count in done.converted.items()))
     print(f"{done.count} images written and verified, {len(done.skipped)} skipped: {done.path}")
 
 

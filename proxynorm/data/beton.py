@@ -11,6 +11,7 @@ FILE.beton.sums.npy, a 64-bit sum of every sample's bytes, by which later damage
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from proxynorm.errors import DataError
+from proxynorm.files import sync_folder
 
 VERSION = 2
 PAGE_SIZE = 1 << 23
@@ -90,12 +93,13 @@ def field_descriptors(channels: int, shape: tuple[int, int] | None) -> np.ndarra
 class BetonWriter:
     """Writes one .beton file under a temporary name; `close` finishes, verifies and renames it, `discard` removes it.
 
-    capacity: the most samples that will be added; shape: (height, width) of every image, for grey images only.
+    capacity: the most samples that will be added; shape: (height, width) of every image, for grey images only. Raises
+    DataError if another process is writing the same file.
     """
 
     def __init__(self, path: Path, channels: int, capacity: int, shape: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = _hidden(self.path)
         self.channels = channels
         self.fields = field_descriptors(channels, shape)
         self.records = np.zeros(capacity, dtype=metadata_type(channels))
@@ -104,7 +108,7 @@ class BetonWriter:
         self.page_size = PAGE_SIZE
         self.count = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed by close or discard
+        self.file = _open_alone(self.path)
         start = HEADER.itemsize + self.fields.nbytes + self.records.nbytes
         self.file.seek(-(-start // PAGE_SIZE) * PAGE_SIZE)
 
@@ -146,23 +150,57 @@ class BetonWriter:
         self.file.seek(0)
         self.file.write(head)
         _flush(self.file)
-        self.file.close()
         sums = self.sums[: self.count]
         verify(replace(read_beton(self.temporary), sums=sums))
         # The head holds every label and address, the sums stand for the images' bytes.
         checksum = hashlib.sha256(head + sums.tobytes()).hexdigest()
         contents = {**manifest, "bytes": self.temporary.stat().st_size, "sha256_of_head_and_sums": checksum}
-        save_atomically(sums_path(self.path), lambda file: np.save(file, sums))
-        save_atomically(
-            manifest_path(self.path), lambda file: file.write(json.dumps(contents, indent=1).encode() + b"\n")
-        )
-        os.replace(self.temporary, self.path)
+        with open(_hidden(sums_path(self.path)), "wb") as file:
+            np.save(file, sums)
+            _flush(file)
+        with open(_hidden(manifest_path(self.path)), "wb") as file:
+            file.write(json.dumps(contents, indent=1).encode() + b"\n")
+            _flush(file)
+        # Until the new file is whole: no file rather than an old one beside the new one's manifest.
+        self.path.unlink(missing_ok=True)
+        for path in (sums_path(self.path), manifest_path(self.path), self.path):
+            os.replace(_hidden(path), path)
+        sync_folder(self.path.parent)
+        self.file.close()  # and with it the lock
 
     def discard(self) -> None:
         """Remove the unfinished file."""
+        for path in (self.path, sums_path(self.path), manifest_path(self.path)):
+            _hidden(path).unlink(missing_ok=True)
         with suppress(OSError):  # a full disk refuses what is still buffered
             self.file.close()
-        self.temporary.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> Path:
+    """The name of a file while it is being written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """The temporary file of `path`, empty, and locked while it is open: one writer at a time.
+
+    What a killed writer left is overwritten: its lock ended with it. DataError if another process is writing.
+    """
+    while True:
+        file = os.fdopen(os.open(_hidden(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise DataError(f"{path}: another process is writing it; wait for it, or give another name") from None
+        except OSError:
+            pass  # a file system without locks; reading back finds what two writers would do to each other
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(_hidden(path))):
+                file.truncate(0)
+                return file
+        # Between opening and locking the other writer finished, and this is now its file.
+        file.close()
 
 
 @contextmanager
@@ -209,15 +247,6 @@ def sums_path(path: Path) -> Path:
 def manifest_path(path: Path) -> Path:
     """The manifest beside a .beton file."""
     return path.with_name(path.name + ".json")
-
-
-def save_atomically(path: Path, write) -> None:
-    """Let write(file) fill a temporary file beside path, flush it to the disk, and rename it to path."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        _flush(file)
-    os.replace(temporary, path)
 
 
 def _flush(file) -> None:

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from proxynorm.data.beton import Samples, read_beton
@@ -40,14 +40,13 @@ def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path],
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however the process ends."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    except OSError as error:
-        raise DataError(
-            f"{path.parent}: cannot be written ({error.strerror}); set data.cache to another folder"
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise DataError(
+                f"{path.parent}: cannot be written or locked ({error.strerror}); set data.cache to another folder"
+            ) from None
         yield
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,11 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from proxynorm.data.beton import JPEG, PAGE_SIZE, RAW
 from proxynorm.data.native import ffcv_library
@@ -21,6 +22,8 @@ from proxynorm.errors import ConfigError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SMALL = 64 * 64
 LONGEST_SIDE = 65_535
+# What the manifest calls the modes of images that are not RGB.
+MODES = {"L": "grey", "1": "one bit", "P": "palette", "LA": "alpha", "RGBA": "alpha", "PA": "alpha"}
 # Cameras pad the end of the data; more than a few bytes left over mean that the decoder lost its way.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
@@ -60,12 +63,13 @@ class StorageOptions:
 
 
 class Stored(NamedTuple):
-    """An image as it goes into a .beton file: bytes, height and width in pixels, JPEG or RAW."""
+    """An image as it goes into a .beton file: bytes, height and width in pixels, JPEG or RAW; what was converted."""
 
     data: bytes
     height: int
     width: int
     mode: int
+    converted: tuple[str, ...] = ()
 
 
 def read_bytes(ref: ImageRef) -> bytes:
@@ -88,6 +92,11 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
 
     strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises BadImage.
     """
+    return _decode(ref, strict)[0]
+
+
+def _decode(ref: ImageRef, strict: bool) -> tuple[Image.Image, tuple[str, ...]]:
+    """load_rgb's image, and what was converted on the way."""
     data = read_bytes(ref)
     try:
         with warnings.catch_warnings():
@@ -96,13 +105,27 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
             if strict and image.format in ("JPEG", "MPO"):
                 _check_jpeg(data)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image)), conversions(image, ref.name)
     except UnidentifiedImageError:
         raise BadImage("is no image") from None
     except Image.DecompressionBombError:
         raise BadImage("has more pixels than can be decoded safely") from None
     except (OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError, MemoryError) as error:
         raise BadImage(f"cannot be decoded ({_first_line(error)})") from None
+
+
+def conversions(image: Image.Image, name: str) -> tuple[str, ...]:
+    """In what an opened image differs from upright RGB in a file named for its format: the kinds a manifest counts."""
+    kinds = []
+    suffix = Path(name).suffix
+    format = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second picture behind it
+    if Image.registered_extensions().get(suffix.lower()) != format:
+        kinds.append(f"{format} named {suffix}")
+    if image.mode != "RGB":
+        kinds.append("16-bit grey" if image.mode.startswith("I") else MODES.get(image.mode, image.mode))
+    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+        kinds.append("EXIF rotation")
+    return tuple(kinds)
 
 
 def _first_line(error: BaseException) -> str:
@@ -131,18 +154,20 @@ def _turbojpeg() -> ctypes.CDLL | None:
     return library
 
 
-@cache
-def _decompressor(process: int) -> ctypes.c_void_p:
-    """A decompressor for this process."""
-    return ctypes.c_void_p(_turbojpeg().tjInitDecompress())
-
-
 def _check_jpeg(data: bytes) -> None:
     """Decode at an eighth of the size, which reads every coefficient, and refuse what libjpeg only warns of."""
     library = _turbojpeg()
     if library is None:
         return
-    handle = _decompressor(os.getpid())
+    # Each image its own decompressor: one that met a damaged header goes on in the middle of it with the next image.
+    handle = ctypes.c_void_p(library.tjInitDecompress())
+    try:
+        _decode_eighth(library, handle, data)
+    finally:
+        library.tjDestroy(handle)
+
+
+def _decode_eighth(library: ctypes.CDLL, handle: ctypes.c_void_p, data: bytes) -> None:
     length, out = ctypes.c_ulong(len(data)), [ctypes.c_int() for _ in range(4)]
     if library.tjDecompressHeader3(handle, data, length, *map(ctypes.byref, out)) != 0:
         raise BadImage(f"has a damaged JPEG header ({_tj_error(library, handle)})")
@@ -163,7 +188,7 @@ def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
 
 def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
     """Check an image and encode it for storage; draw in [0, 1) decides between JPEG and raw. Raises BadImage."""
-    image = load_rgb(ref, options.strict)
+    image, converted = _decode(ref, options.strict)
     longest = max(image.size)
     if options.max_side is not None and longest > options.max_side:
         size = tuple(max(1, round(side * options.max_side / longest)) for side in image.size)
@@ -173,9 +198,9 @@ def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
         raise BadImage(f"is longer than {LONGEST_SIDE} pixels; use max_side")
     raw_size = 3 * width * height
     if raw_size <= PAGE_SIZE and (width * height <= SMALL or draw >= options.jpeg_probability):
-        return Stored(image.tobytes(), height, width, RAW)
+        return Stored(image.tobytes(), height, width, RAW, converted)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=options.jpeg_quality)
     if buffer.tell() > PAGE_SIZE:
         raise BadImage(f"takes {buffer.tell()} bytes as JPEG, more than a page of {PAGE_SIZE}; use max_side")
-    return Stored(buffer.getvalue(), height, width, JPEG)
+    return Stored(buffer.getvalue(), height, width, JPEG, converted)

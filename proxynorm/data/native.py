@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import tempfile
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,24 @@ def ffcv_library() -> ctypes.CDLL:
     if set_threads is not None:
         set_threads(1)
     return library
+
+
+def library_versions() -> dict[str, str]:
+    """FFCV's version and those of the libraries it was linked with, as far as they tell; {} without FFCV."""
+    try:
+        library = ffcv_library()
+    except ConfigError:
+        return {}
+    versions = {"ffcv": metadata.version("ffcv")}
+    parts = [getattr(library, f"_ZN2cv{name}Ev", None) for name in ("15getVersionMajor", "15getVersionMinor")]
+    if None not in parts:
+        versions["opencv"] = ".".join(str(part()) for part in parts)
+    # libturbojpeg cannot be asked; the number of its file tells 2.x (0.2) from 3.x (0.3).
+    mapped = Path("/proc/self/maps")
+    file = re.search(r"libturbojpeg\S*$", mapped.read_text() if mapped.exists() else "", re.MULTILINE)
+    if file:
+        versions["turbojpeg"] = file[0]
+    return versions
 
 
 def ffcv_available() -> bool:

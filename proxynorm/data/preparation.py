@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import platform
-from collections import Counter, deque
+import threading
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from PIL import features
 
+import proxynorm
 from proxynorm.data.beton import new_beton
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, store
+from proxynorm.data.native import library_versions
 from proxynorm.data.randomness import sample_keys, uniform
 from proxynorm.data.sources import Listing
 from proxynorm.data.verification import verify
@@ -22,15 +28,19 @@ from proxynorm.errors import DataError
 
 IMAGES_PER_TASK = 16
 TASKS_AHEAD_PER_WORKER = 4
+# Of each kind of conversion the manifest names the first so many files; it counts all.
+FILES_NAMED = 100
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare did: the file, the number of images in it, and what was left out, name -> reason."""
+    """What prepare did: the file, the number of images in it, what was left out, name -> reason, and what was
+    converted, kind (images.conversions) -> number of images."""
 
     path: Path
     count: int
     skipped: dict[str, str]
+    converted: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
@@ -47,6 +57,7 @@ def prepare(
     how many images are done. An interrupted run leaves nothing named `output`.
     """
     skipped: dict[str, str] = {}
+    converted: dict[str, list[str]] = defaultdict(list)
     kept = []
     with new_beton(output, channels=3, capacity=len(listing.images)) as writer:
         for number, result in enumerate(_stored(listing, options, workers)):
@@ -54,14 +65,20 @@ def prepare(
                 target = int(listing.targets[number])
                 writer.add(np.frombuffer(result.data, np.uint8), target, result.height, result.width, result.mode)
                 kept.append(target)
+                for kind in result.converted:
+                    converted[kind].append(listing.images[number].name)
             elif on_bad == "raise":
-                raise DataError(f"{listing.images[number].name}: {result}; mend or remove it, or set on_bad=skip (in training: data.on_bad=skip)")
+                raise DataError(
+                    f"{listing.images[number].name}: {result}; mend or remove it, or set on_bad=skip (in training: "
+                    "data.on_bad=skip)"
+                )
             else:
                 skipped[listing.images[number].name] = result
             progress(number + 1)
         _check_classes(listing, kept, output)
-        writer.close(_manifest(listing, kept, options, skipped), lambda samples: verify(samples, workers))
-    return Prepared(Path(output), len(kept), skipped)
+        manifest = _manifest(listing, kept, options, skipped, converted)
+        writer.close(manifest, lambda samples: verify(samples, workers))
+    return Prepared(Path(output), len(kept), skipped, {kind: len(names) for kind, names in sorted(converted.items())})
 
 
 def _check_classes(listing: Listing, kept: list[int], output: Path) -> None:
@@ -72,7 +89,13 @@ def _check_classes(listing: Listing, kept: list[int], output: Path) -> None:
         )
 
 
-def _manifest(listing: Listing, kept: list[int], options: StorageOptions, skipped: dict[str, str]) -> dict:
+def _manifest(
+    listing: Listing,
+    kept: list[int],
+    options: StorageOptions,
+    skipped: dict[str, str],
+    converted: dict[str, list[str]],
+) -> dict:
     counts = Counter(kept)
     return {
         "classes": list(listing.classes),
@@ -80,7 +103,22 @@ def _manifest(listing: Listing, kept: list[int], options: StorageOptions, skippe
         "count_per_class": {name: counts[target] for target, name in enumerate(listing.classes)},
         "options": asdict(options),
         "skipped": skipped,
-        "versions": {"python": platform.python_version(), "pillow": version("pillow"), "numpy": np.__version__},
+        "converted": {
+            kind: {"count": len(names), "files": names[:FILES_NAMED]} for kind, names in sorted(converted.items())
+        },
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    """What the images went through: Pillow and its libjpeg-turbo decode and encode, FFCV and its libraries verify."""
+    return {
+        "proxynorm": proxynorm.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pillow": version("pillow"),
+        "libjpeg_turbo": features.version("libjpeg_turbo"),
+        **library_versions(),
     }
 
 
@@ -95,7 +133,7 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
         for refs, numbers in tasks:
             yield from _store_all(refs, options, numbers)
         return
-    pool = ProcessPoolExecutor(workers)
+    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent)
     pending: deque = deque()
     try:
         for refs, numbers in tasks:
@@ -108,6 +146,16 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
         raise DataError("a worker process was killed, most likely for lack of memory; give fewer workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Have this worker end when its parent is killed: it would otherwise wait for work for ever, and hold the lock."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _store_all(refs: list[ImageRef], options: StorageOptions, draws: np.ndarray) -> list[Stored | str]:

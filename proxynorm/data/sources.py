@@ -44,7 +44,10 @@ def list_folder(folder: Path) -> Listing:
         raise DataError(f"{folder}: no such folder")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise DataError(f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg")
+        raise DataError(
+            f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg (scripts/write_ffcv.py takes a flat folder "
+            "with labels=)"
+        )
     images, targets = [], []
     for target, name in enumerate(classes):
         found = _images_in(folder / name)
@@ -68,7 +71,8 @@ def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
     table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels)
     if not images:
         raise DataError(f"{source}: holds no images ({', '.join(EXTENSIONS)})")
-    names = [table.get(Path(image.name).stem) for image in images]
+    # A file in a tar is called TAR:NAME.
+    names = [table.get(Path(image.name.removeprefix(f"{source}:")).stem) for image in images]
     if None in names:
         raise DataError(f"{images[names.index(None)].name}: has no label in {labels}")
     classes = tuple(sorted(set(table.values())))
@@ -89,8 +93,8 @@ def _read_csv(path: Path) -> dict[str, str]:
 
 
 def _read_devkit(folder: Path) -> dict[str, str]:
-    """File stem -> WNID, from ImageNet's devkit (its folder, or the data folder in it)."""
-    data = folder if (folder / GROUND_TRUTH).is_file() else folder / "data"
+    """File stem -> WNID, from ImageNet's devkit (its folder, or one above or below it)."""
+    data = next(folder.rglob(GROUND_TRUTH), folder / GROUND_TRUTH).parent
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -115,7 +119,9 @@ def list_tar(path: Path, labels: Path | None) -> Listing:
         else:
             found = [(Path(m.name).parent.name, _ref(path, m.name, m.offset_data, m.size)) for m in members]
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it first") from None
+        raise DataError(
+            f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is compressed, else fetch it again"
+        ) from None
     found = sorted(pair for pair in found if pair[1].name.lower().endswith(EXTENSIONS))
     if labels is not None:
         return list_flat([ref for _, ref in found], labels, path)

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
-from proxynorm.data.beton import JPEG, RAW, byte_sum, read_beton
+import proxynorm
+from proxynorm.data.beton import JPEG, RAW, byte_sum, new_beton, read_beton
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
 from proxynorm.data.native import map_file
 from proxynorm.data.preparation import prepare
@@ -50,7 +52,15 @@ def overwritten(image: np.ndarray) -> bytes:
     return bytes(data)
 
 
+def bad_scan(image: np.ndarray) -> bytes:
+    """A header that names a colour component it has not defined."""
+    data = bytearray(jpeg(image, quality=95))
+    data[data.index(b"\xff\xda") + 5] = 77
+    return bytes(data)
+
+
 DAMAGED = {
+    "bad_scan": bad_scan,
     "empty": lambda image: b"",
     "truncated": lambda image: jpeg(image)[:-400],
     "cut_header": lambda image: jpeg(image)[:100],
@@ -91,8 +101,41 @@ def test_skip_names_every_damaged_image_and_no_good_one(planted, tmp_path, worke
     assert manifest["count_per_class"] == {"ant": 6, "bee": 6 + len(UNUSUAL), "cow": 6}
 
 
+def test_the_manifest_counts_and_names_what_was_converted(tmp_path, monkeypatch):
+    monkeypatch.setattr("proxynorm.data.preparation.FILES_NAMED", 2)
+    folder, image = tmp_path / "data" / "ant", photograph(7)
+    folder.mkdir(parents=True)
+    for name in ("good", "grey", "cmyk", "rotated", "progressive", "png_named_jpeg", "transparent"):
+        data = jpeg(image) if name == "good" else UNUSUAL[name](image)
+        (folder / f"{name}.{'png' if name == 'transparent' else 'JPEG'}").write_bytes(data)
+    for n in range(3):
+        Image.fromarray(image).quantize().save(folder / f"palette{n}.png")
+    Image.fromarray(np.full((9, 9), 65535, dtype=np.uint16)).save(folder / "deep.png")
+    counts = prepare(list_folder(tmp_path / "data"), tmp_path / "x.beton", StorageOptions()).converted
+    assert counts == {
+        "16-bit grey": 1,
+        "CMYK": 1,
+        "EXIF rotation": 1,
+        "PNG named .JPEG": 1,
+        "alpha": 1,
+        "grey": 1,
+        "palette": 3,
+    }
+    manifest = json.loads((tmp_path / "x.beton.json").read_text())
+    assert {kind: entry["count"] for kind, entry in manifest["converted"].items()} == counts
+    assert manifest["converted"]["palette"]["files"] == [str(folder / f"palette{n}.png") for n in (0, 1)]
+    assert manifest["converted"]["EXIF rotation"]["files"] == [str(folder / "rotated.JPEG")]
+
+
+@needs_ffcv
+def test_the_manifest_names_the_versions_it_was_made_with(written):
+    versions = json.loads(written.with_name("train.beton.json").read_text())["versions"]
+    assert {"proxynorm", "python", "numpy", "pillow", "libjpeg_turbo", "ffcv", "opencv"} <= set(versions)
+    assert versions["proxynorm"] == proxynorm.__version__ and versions["opencv"].startswith("4.")
+
+
 def test_raise_names_the_first_damaged_image_and_leaves_no_file(planted, tmp_path):
-    with pytest.raises(DataError, match="bee/cut_header.JPEG.*on_bad=skip"):
+    with pytest.raises(DataError, match="bee/bad_scan.JPEG.*on_bad=skip"):
         prepare(list_folder(planted), tmp_path / "x.beton", StorageOptions())
     assert not list(tmp_path.glob("*beton*")) and not list(tmp_path.glob(".*"))
 
@@ -225,8 +268,53 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
         os.kill(process.pid, kind)
         assert process.wait(timeout=30) != 0
         assert not list(output.parent.glob("train.beton*"))
-    # SIGTERM cleans up after itself; after SIGKILL only a hidden temporary file is left.
+    # SIGTERM cleans up after itself; after SIGKILL only a hidden temporary file is left, which the next run takes over.
     assert len(list(output.parent.iterdir())) <= 1
+    prepare(list_folder(root / "val"), output, StorageOptions())
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "train.beton",
+        "train.beton.json",
+        "train.beton.sums.npy",
+    ]
+
+
+def test_the_workers_of_a_killed_run_end(tmp_path):
+    """They would otherwise wait for work for ever, and hold the file's lock."""
+    root = write_folder(tmp_path / "data", 100, 1)
+    output = tmp_path / "train.beton"
+    command = [sys.executable, str(SCRIPT), f"source={root / 'train'}", f"output={output}", "workers=2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(workers) == 2 and not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid: str) -> bool:
+    """Whether the process exists and is more than an entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_one_writer_at_a_time(photos, tmp_path):
+    """The second says so and leaves the first alone."""
+    listing = list_folder(photos / "train")
+    with new_beton(tmp_path / "x.beton", 3, 1) as writer:
+        with pytest.raises(DataError, match="x.beton: another process is writing it"):
+            prepare(listing, tmp_path / "x.beton", StorageOptions())
+        image = np.zeros(300, dtype=np.uint8)
+        writer.add(image, 0, 10, 10, RAW)
+        writer.close({}, lambda samples: None)
+    assert len(read_beton(tmp_path / "x.beton")) == 1
+    prepare(listing, tmp_path / "x.beton", StorageOptions())
+    assert len(read_beton(tmp_path / "x.beton")) == 36
 
 
 def test_a_folder_that_cannot_be_written_and_a_full_disk_are_one_line(photos, tmp_path, monkeypatch):
@@ -241,6 +329,20 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_one_line(photos, tm
     with pytest.raises(DataError, match="No space left"):
         prepare(listing, tmp_path / "x.beton", StorageOptions())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_at_the_manifest_leaves_the_old_file(photos, tmp_path, monkeypatch):
+    listing, path = list_folder(photos / "train"), tmp_path / "x.beton"
+    prepare(listing, path, StorageOptions())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("proxynorm.data.beton.np.save", full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare(listing, path, StorageOptions(jpeg_quality=50))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def run_script(monkeypatch, *arguments) -> int:
@@ -305,17 +407,20 @@ def test_a_flat_folder_takes_its_labels_from_a_csv(photos, tmp_path):
 
 
 def test_a_flat_folder_takes_its_labels_from_the_devkit(photos, tmp_path):
-    scipy_io = pytest.importorskip("scipy.io")
     labels = flat_copy(photos, tmp_path / "val")
     data = tmp_path / "devkit" / "data"
     data.mkdir(parents=True)
     wnids = ("bee", "cow", "ant")
     synsets = np.array([(n, wnid) for n, wnid in enumerate(wnids, 1)], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
-    scipy_io.savemat(data / "meta.mat", {"synsets": synsets})
+    savemat(data / "meta.mat", {"synsets": synsets})
     numbers = "\n".join(str(wnids.index(label) + 1) for label in labels.values())
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text(numbers)
-    listing = list_source(tmp_path / "val", tmp_path / "devkit")
-    assert [listing.classes[target] for target in listing.targets] == list(labels.values())
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
+        for image in sorted((tmp_path / "val").iterdir()):
+            archive.add(image, image.name)
+    for source, kit in (("val", "devkit"), ("val", "devkit/data"), ("val", "."), ("ILSVRC2012_img_val.tar", "devkit")):
+        listing = list_source(tmp_path / source, tmp_path / kit)
+        assert [listing.classes[target] for target in listing.targets] == list(labels.values())
 
 
 def test_tar_files_give_the_same_file_as_folders(photos, tmp_path):
