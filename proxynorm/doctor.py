@@ -22,7 +22,7 @@ from PIL import Image
 from proxynorm.data import DataInfo, DataSpec, LoaderSpec, fashion_mnist, open_data
 from proxynorm.data.beton import Samples, read_beton
 from proxynorm.data.cache import cache_folder
-from proxynorm.data.images import StorageOptions
+from proxynorm.data.images import BadImage, StorageOptions, load_rgb
 from proxynorm.data.native import INSTALL, ffcv_library
 from proxynorm.data.preparation import prepare
 from proxynorm.data.randomness import permutation
@@ -38,6 +38,8 @@ TRIAL_IMAGES, TRIAL_CLASSES, SAMPLED_IMAGES = 64, 4, 512
 # The weights; SGD's momentum, or RMSProp's square and momentum. last.pt and previous.pt hold both, best.pt the weights.
 OPTIMIZER_COPIES = {"momentum": 1, "sgd": 1}
 IMAGENET_BYTES = 65.5e9  # as JPEG-90, longest side 500
+# Classes, training and evaluation images that the experiments of this beginning are made for; a few may be left out.
+EXPECTED, TOLERANCE = {"imagenet_": (1000, 1_281_167, 50_000)}, 0.02
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,31 @@ def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
         yield Finding(OK, "cuda", f"{torch.version.cuda}: {names}{asked}")
         return
     status = MISSING if settings.device.startswith("cuda") else WARNING if hardware else OK
-    if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        yield Finding(
-            WARNING if status == OK else status,
-            "cuda",
-            f"this torch is built for CPUs{asked}",
-            "pip install --force-reinstall torch torchvision, with the index that pytorch.org names for your driver",
+    if shutil.which("nvidia-smi"):
+        status = WARNING if status == OK else status
+        yield Finding(status, "cuda", *unusable_gpu(asked))
+        return
+    remedy = (
+        ""
+        if status == OK
+        else "device=auto"
+        if status == MISSING
+        else "sbatch slurm/train.sbatch, on a cluster with GPUs"
+    )
+    yield Finding(status, "cuda", f"no GPU: training runs on {os.cpu_count()} CPU cores{asked}", remedy)
+
+
+def unusable_gpu(asked: str) -> tuple[str, str]:
+    """Why torch does not see the GPU that the driver knows, and the command that mends it."""
+    if torch.version.cuda is None:
+        command = (
+            "pip install --force-reinstall torch torchvision, with the index that pytorch.org names for your driver"
         )
-    else:
-        yield Finding(status, "cuda", f"no GPU: training runs on {os.cpu_count()} CPU cores{asked}")
+        return f"this torch is built for CPUs{asked}", command
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES hides every GPU{asked}", "unset CUDA_VISIBLE_DEVICES"
+    command = "nvidia-smi; then update the driver, or pip install --force-reinstall a torch built for an older CUDA"
+    return f"the driver does not serve this torch, built for CUDA {torch.version.cuda}{asked}", command
 
 
 def check_ffcv(settings: Settings) -> Iterator[Finding]:
@@ -115,7 +133,7 @@ def check_ffcv(settings: Settings) -> Iterator[Finding]:
             INSTALL.partition(": ")[2],
         )
         return
-    except Exception as error:  # whatever a half-installed library does is the finding
+    except Exception as error:  # noqa: BLE001 - whatever a half-installed library does is the finding
         yield Finding(
             MISSING if needed else WARNING,
             "ffcv",
@@ -164,15 +182,29 @@ def check_data(settings: Settings) -> Iterator[Finding]:
                 "data.root=DIR" + (", made with scripts/write_ffcv.py" if spec.name == "beton" else ""),
             )
         elif spec.name == "folder":
-            root = Path(spec.root).expanduser()
-            counts = {part: len(list_folder(root / part).images) for part in ("train", "val")}
-            yield Finding(OK, "data", f"{root}: {counts['train']} training, {counts['val']} evaluation images")
+            yield from (check_folder(Path(spec.root).expanduser() / part) for part in ("train", "val"))
         else:
             yield from (check_beton(Path(spec.root).expanduser() / f"{part}.beton") for part in ("train", "val"))
     except DataError as error:
-        yield Finding(
-            MISSING, "data", str(error), "" if spec.name == "fashion_mnist" else "data.root=DIR with the images"
-        )
+        remedy = f"data.root=null and {fashion_mnist.PACKAGE}" if spec.name == "fashion_mnist" else "data.root=DIR"
+        yield Finding(MISSING, "data", str(error), remedy)
+
+
+def check_folder(folder: Path) -> Finding:
+    """One folder of class folders, SAMPLED_IMAGES of its images decoded; the torchvision loader looks no earlier."""
+    images = list_folder(folder).images
+    bad = []
+    for row in permutation(0, 0, len(images))[:SAMPLED_IMAGES]:
+        try:
+            load_rgb(images[row], strict=True)
+        except BadImage as reason:
+            bad.append(f"{images[row].name}: {reason}")
+    looked = f"{folder}: {len(images)} images, {min(len(images), SAMPLED_IMAGES)} of them looked at"
+    if not bad:
+        return Finding(OK, "data", looked)
+    return Finding(
+        MISSING, "data", f"{looked}, {len(bad)} damaged ({bad[0]})", "data.on_bad=skip, or mend or remove them"
+    )
 
 
 def check_fashion_mnist(spec: DataSpec) -> Finding:
@@ -216,6 +248,52 @@ def subset(samples: Samples, rows: np.ndarray) -> Samples:
     )
 
 
+def check_amount(settings: Settings, experiment: str | None) -> Iterator[Finding]:
+    """Whether the data is what the experiment was made for, and enough for one batch."""
+    try:
+        classes, train, evaluation = data_sizes(settings.data)
+    except (DataError, TypeError):  # check_data has told it
+        return
+    usable = min(train, settings.data.limit or train)
+    if settings.batch > usable:
+        text = f"batch={settings.batch} exceeds the {usable} training images"
+        yield Finding(MISSING, "data", text, f"batch={usable}")
+    expected = next((sizes for name, sizes in EXPECTED.items() if (experiment or "").startswith(name)), None)
+    if expected is None:
+        return
+    off = [
+        f"{found:,} {what} instead of {wanted:,}"
+        for what, found, wanted, tolerance in zip(
+            ("classes", "training images", "evaluation images"),
+            (classes, train, evaluation),
+            expected,
+            (0, TOLERANCE, TOLERANCE),
+        )
+        if abs(found - wanted) > tolerance * wanted
+    ]
+    if off:
+        root = f" data.root={settings.data.root}" if settings.data.root else ""
+        own = f"python train.py data={settings.data.name}{root} model={settings.model['name']}"
+        yield Finding(
+            WARNING,
+            "data",
+            f"experiment={experiment} is ImageNet's recipe, and this is not ImageNet: {', '.join(off)}",
+            f"data.root=DIR of ImageNet, or your own recipe: {own}",
+        )
+
+
+def data_sizes(spec: DataSpec) -> tuple[int, int, int]:
+    """Classes, training and evaluation images. Raises DataError, or TypeError without data.root."""
+    if spec.name == "fashion_mnist":
+        return len(fashion_mnist.CLASSES), *fashion_mnist.COUNTS.values()
+    root = Path(spec.root).expanduser()
+    if spec.name == "folder":
+        train, evaluation = (list_folder(root / part) for part in ("train", "val"))
+        return len(train.classes), len(train.images), len(evaluation.images)
+    train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
+    return len(train.manifest.get("classes", ())) or int(train.target.max()) + 1, len(train), len(evaluation)
+
+
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.expanduser().absolute()
@@ -253,14 +331,14 @@ def check_memory(settings: Settings) -> Iterator[Finding]:
     available = available_memory()
     text, size = f"{available / 1e9:.1f} GB available", 0
     if settings.data.name == "beton":
-        file = Path(settings.data.root or "").expanduser() / "train.beton"
+        file = Path(settings.data.root or "DIR").expanduser() / "train.beton"
         size = file.stat().st_size if file.is_file() else IMAGENET_BYTES
     if size > available:
         yield Finding(
             WARNING,
             "memory",
             f"{text}; the training file of {size / 1e9:.1f} GB does not fit, every epoch reads the disk",
-            "a smaller file (write_ffcv.py max_side=400), or a fast local disk for data.root",
+            f"python scripts/write_ffcv.py source=DIR output={file} overwrite=true max_side=400, or data.root=FAST LOCAL DISK",
         )
     else:
         yield Finding(OK, "memory", text + (f"; the training file of {size / 1e9:.1f} GB fits" if size else ""))
@@ -294,12 +372,12 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
             WARNING,
             "slurm",
             "sbatch is not here, so slurm/*.sbatch cannot be submitted",
-            "run on a cluster's login node; elsewhere: torchrun --standalone --nproc-per-node=8 train.py …",
+            "ssh LOGIN-NODE; without SLURM: torchrun --standalone --nproc-per-node=8 train.py …",
         )
         return
     try:
         answer = subprocess.run(
-            ["sinfo", "--noheader", "--format=%P %D %G"], capture_output=True, text=True, timeout=20
+            ["sinfo", "--noheader", "--format=%P %D %G"], check=False, capture_output=True, text=True, timeout=20
         )
         fine, said = answer.returncode == 0, (answer.stdout or answer.stderr).strip().splitlines()
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -316,20 +394,21 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def examine(settings: Settings, hardware: str | None = None) -> Iterator[Finding]:
-    """All findings for an experiment; hardware: what its head says it needs, None without experiment."""
-    checks: list[Callable[[Settings], Iterator[Finding]]] = [
-        lambda settings: check_python(),
-        lambda settings: check_cuda(settings, hardware),
-        check_ffcv,
-        check_data,
-        check_disk,
-        check_memory,
-        check_wandb,
-        check_slurm,
-    ]
-    for check in checks:
+def examine(settings: Settings, hardware: str | None = None, experiment: str | None = None) -> Iterator[Finding]:
+    """All findings for an experiment; hardware: what its head says it needs; both None for the default experiment."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "python": check_python,
+        "cuda": lambda: check_cuda(settings, hardware),
+        "ffcv": lambda: check_ffcv(settings),
+        "data": lambda: check_data(settings),
+        "amount": lambda: check_amount(settings, experiment),
+        "disk": lambda: check_disk(settings),
+        "memory": lambda: check_memory(settings),
+        "wandb": lambda: check_wandb(settings),
+        "slurm": lambda: check_slurm(settings),
+    }
+    for name, check in checks.items():
         try:
-            yield from check(settings)
+            yield from check()
         except ProxynormError as error:
-            yield Finding(MISSING, getattr(check, "__name__", "check").removeprefix("check_"), str(error))
+            yield Finding(MISSING, name, str(error), "python train.py --help, which lists what can be given")

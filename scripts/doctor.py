@@ -16,12 +16,17 @@ from proxynorm.config import CONFIGS, compose_config, parse, settings_from
 from proxynorm.errors import ConfigError
 
 
-def hardware_of(arguments: list[str]) -> str | None:
-    """What the head of the named experiment's file says it needs."""
+def experiment_of(arguments: list[str]) -> str | None:
+    """The experiment that is named, None for the default one."""
     names = [override.value() for override in parse(arguments) if override.key_or_group == "experiment"]
-    if not names or names[-1] is None:
+    return names[-1] if names else None
+
+
+def hardware_of(experiment: str | None) -> str | None:
+    """What the head of the experiment's file says it needs."""
+    if experiment is None:
         return None
-    lines = (CONFIGS / "experiment" / f"{names[-1]}.yaml").read_text().splitlines()
+    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     return next((line.partition(": ")[2] for line in lines if line.startswith("# hardware: ")), None)
 
 
@@ -39,8 +44,8 @@ def main() -> int:
         settings = settings_from(compose_config([*arguments, "data.root=null"]))
     from proxynorm.doctor import MISSING, examine
 
-    missing = 0
-    for finding in examine(settings, hardware_of(arguments)):
+    missing, experiment = 0, experiment_of(arguments)
+    for finding in examine(settings, hardware_of(experiment), experiment):
         print(finding, flush=True)
         missing += finding.status == MISSING
     return 2 if missing else 0

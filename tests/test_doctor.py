@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from proxynorm import doctor
 from proxynorm.config import compose_config, settings_from
@@ -31,6 +32,15 @@ def run_script(monkeypatch, *arguments) -> int:
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return end.value.code
+
+
+@pytest.fixture
+def small_betons(tmp_path) -> Path:
+    """train.beton and val.beton, 12 and 6 photographs of three classes."""
+    root = write_folder(tmp_path / "photos", 4, 2)
+    for part in ("train", "val"):
+        prepare(list_folder(root / part), tmp_path / f"{part}.beton", StorageOptions())
+    return tmp_path
 
 
 @needs_fashion_mnist
@@ -61,16 +71,69 @@ def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, ca
     assert missing[0].remedy == f"python scripts/write_ffcv.py source=DIR output={tmp_path / 'train.beton'}"
 
 
+@needs_ffcv
+def test_every_line_that_is_not_ok_names_a_command(monkeypatch, capsys, small_betons):
+    for arguments in (
+        ("experiment=imagenet_resnet50",),
+        ("experiment=imagenet_efficientnet_b1", f"data.root={small_betons}"),
+    ):
+        assert run_script(monkeypatch, *arguments, "device=cuda") == 2
+        lines = capsys.readouterr().out.splitlines()
+        assert all("; mend it with: " in line for line in lines if not line.startswith(OK))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hidden", "remedy"),
+    [
+        (None, "0", "pip install --force-reinstall torch"),
+        ("13.0", "", "unset CUDA_VISIBLE_DEVICES"),
+        ("13.0", "0", "nvidia-smi"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, cuda, hidden, remedy):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    (finding,) = doctor.check_cuda(settings(), None)
+    assert finding.status == WARNING and finding.remedy.startswith(remedy)
+
+
+@needs_ffcv
+def test_data_that_is_not_the_experiments_is_said(small_betons):
+    """Twelve images of three classes are neither ImageNet nor enough for a batch of 1024."""
+    keys = "experiment=imagenet_resnet50", f"data.root={small_betons}"
+    short, other = doctor.check_amount(settings(*keys), "imagenet_resnet50")
+    assert short.status == MISSING and short.remedy == "batch=12"
+    assert other.status == WARNING and "3 classes instead of 1,000, 12 training images instead of" in other.text
+    assert list(doctor.check_amount(settings("data=beton", f"data.root={small_betons}", "batch=12"), None)) == []
+
+
+def test_imagenet_with_a_few_images_left_out_is_imagenet(monkeypatch):
+    asked = settings("experiment=imagenet_resnet50", "data.root=x")
+    for train, findings in ((1_281_167, 0), (1_281_000, 0), (1_000_000, 1)):
+        monkeypatch.setattr(doctor, "data_sizes", lambda spec, train=train: (1000, train, 50_000))
+        assert len(list(doctor.check_amount(asked, "imagenet_resnet50"))) == findings
+
+
+def test_damaged_images_in_a_folder_are_found(tmp_path):
+    root = write_folder(tmp_path / "photos", 4, 2)
+    asked = settings("data=folder", f"data.root={root}")
+    assert [finding.status for finding in doctor.check_data(asked)] == [OK, OK]
+    (root / "val" / "bee" / "000.jpg").write_bytes(b"")
+    train, evaluation = doctor.check_data(asked)
+    assert train.status == OK and evaluation.status == MISSING
+    assert "1 damaged" in evaluation.text and "bee/000.jpg: is empty" in evaluation.text
+
+
 def test_a_wrong_argument_is_one_line(monkeypatch, capsys):
     assert run_script(monkeypatch, "experiment=imagenet_resnet5") == 2
     assert "did you mean 'imagenet_resnet50'" in capsys.readouterr().err
 
 
 @needs_ffcv
-def test_data_files_are_held_against_their_manifest(tmp_path):
-    root = write_folder(tmp_path / "photos", 4, 2)
-    for part in ("train", "val"):
-        prepare(list_folder(root / part), tmp_path / f"{part}.beton", StorageOptions())
+def test_data_files_are_held_against_their_manifest(small_betons):
+    tmp_path = small_betons
     asked = settings("data=beton", f"data.root={tmp_path}")
     assert [finding.status for finding in doctor.check_data(asked)] == [OK, OK]
     path = tmp_path / "train.beton"

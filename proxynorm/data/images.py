@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import io
-import os
 import re
 import warnings
 from dataclasses import dataclass
