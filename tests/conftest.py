@@ -20,6 +20,19 @@ from tests.helpers import SMALL
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "need(condition, reason): tests.helpers.need")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose needs are not met, or fail it in continuous integration."""
+    for mark in item.iter_markers("need"):
+        condition, reason = mark.args
+        if not condition:
+            pytest.fail(reason, pytrace=False) if os.environ.get("CI") == "true" else pytest.skip(reason)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--renew-golden", action="store_true", help="write the golden losses anew, on purpose")
 

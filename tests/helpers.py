@@ -1,13 +1,26 @@
-"""What several tests share: the small run's overrides, and equality of runs to the last bit."""
+"""What several tests share: the small run's overrides, equality of runs to the last bit, and what a test needs installed."""
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
+
+import pytest
 
 from proxynorm.train.compare import differences
 
 SMALL = ("model.depth=8", "model.width=8", "data.limit=200", "data.holdout=100", "batch=20", "epochs=2", "log_every=1",
          "logger=none", "schedule.warmup_epochs=0.2")
+
+
+def need(condition: bool, reason: str) -> pytest.MarkDecorator:
+    """A mark: without `condition` the test is skipped, but fails in continuous integration (CI=true), which has everything."""
+    return pytest.mark.need(bool(condition), reason)
+
+
+def need_module(name: str) -> pytest.MarkDecorator:
+    """`need` of a module that is not a requirement."""
+    return need(importlib.util.find_spec(name) is not None, f"{name} is not installed")
 
 
 def assert_same_run(first: SimpleNamespace, second: SimpleNamespace) -> None:

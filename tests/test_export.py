@@ -12,6 +12,7 @@ from proxynorm.export import export_run, load
 from proxynorm.files import write_json, write_text
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model
+from tests.helpers import need_module
 
 INPUTS = {"classes": ["a", "b", "c"], "channels": 1, "mean": [0.3], "std": [0.4]}
 RESULT = {"top1": 91.5, "top5": 99.0, "loss": 0.3, "count": 10000}
@@ -59,8 +60,8 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
     assert "somewhere" not in card + (tmp_path / "out" / "config.json").read_text()
 
 
+@need_module("onnxscript")
 def test_onnx_agrees_with_the_run(tmp_path):
-    pytest.importorskip("onnxscript")
     make_run(tmp_path / "run", "norm=gn_pn", "norm.groups=2")
     differences = export_run(tmp_path / "run", tmp_path / "out", onnx=True)
     assert differences["model.onnx"] < 1e-4 and "model.onnx" in (tmp_path / "out" / "README.md").read_text()

@@ -20,6 +20,7 @@ from proxynorm.data.beton import read_beton
 from proxynorm.data.images import StorageOptions
 from proxynorm.errors import DataError, ProxynormError
 from tests.data.conftest import needs_ffcv, photograph
+from tests.helpers import need
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
@@ -112,7 +113,7 @@ def test_a_loader_that_fails_says_why(tmp_path):
         child.ask()
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
+@need(Path("/proc/self/smaps_rollup").exists(), "Linux only")
 def test_memory_and_time_of_a_process_tree(tmp_path):
     program = (
         "import sys, json; x = None\nfor _ in sys.stdin:\n"
@@ -148,7 +149,7 @@ def test_storage_is_measured(source, tmp_path, capsys):
     assert by_way[500, 80, 1.0] < by_way[500, 90, 1.0] < by_way[500, 90, 0.5]
 
 
-@pytest.mark.skipif(not STAMPS.is_dir(), reason="tuxpaint-stamps-default is not installed")
+@need(STAMPS.is_dir(), "tuxpaint-stamps-default is not installed")
 def test_photographs_are_made_once_and_alike(tmp_path):
     for name in ("one", "two"):
         make_photographs(tmp_path / name, 3)

@@ -11,13 +11,12 @@ from PIL import Image
 
 from proxynorm.data import fashion_mnist
 from proxynorm.data.native import ffcv_available
+from tests.helpers import need
 
 torch.set_num_threads(1)
 
-needs_ffcv = pytest.mark.skipif(not ffcv_available(), reason="FFCV is not installed")
-needs_fashion_mnist = pytest.mark.skipif(
-    not fashion_mnist.DEBIAN_FOLDER.is_dir(), reason="dataset-fashion-mnist is not installed"
-)
+needs_ffcv = need(ffcv_available(), "FFCV is not installed")
+needs_fashion_mnist = need(fashion_mnist.DEBIAN_FOLDER.is_dir(), "dataset-fashion-mnist is not installed")
 BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "torchvision"]
 CLASSES = ("ant", "bee", "cow")
 

@@ -15,6 +15,7 @@ from torch import nn
 from proxynorm import convert, create_model, freeze
 from proxynorm.nn import NORMS, NormAct2d
 from proxynorm.nn.freeze import FrozenNormAct2d
+from tests.helpers import need_module
 
 MODELS = {"resnet20v2": {"depth": 8}, "resnet50": {"layers": (1, 1, 1, 1)}, "resnet50v2": {"layers": (1, 1, 1, 1)},
           "efficientnet_b0": {}}  # fmt: skip
@@ -168,13 +169,15 @@ def start_of_efficientnet(norm: str) -> nn.Module:
     return nn.Sequential(model.conv_stem, model.bn1, model.blocks[0], model.blocks[1][:1])
 
 
+@need_module("onnxruntime")
+@need_module("onnxscript")
 @pytest.mark.parametrize("make", [
     lambda: create_model("resnet20v2", "ln_pn", depth=8), lambda: create_model("resnet20v2", "bn_pn", depth=8),
     lambda: start_of_efficientnet("gn_pn"),
 ])  # fmt: skip
 def test_onnx_runtime_computes_the_same(make, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     model = trained_like(make())
     images = torch.randn(2, 3, 64, 64)
     path = str(tmp_path / "model.onnx")
