@@ -55,7 +55,7 @@ class Failures:
     def record(self, name: str, reason: str) -> None:
         """Note a damaged image. Raises DataError under the policy "raise"."""
         if self.on_bad == "raise":
-            raise DataError(f"{name}: {reason}; mend or remove it, or set data.on_bad=skip")
+            raise DataError(f"{name}: {reason}; mend it (a .beton file: write it again), or set data.on_bad=skip")
         self.reasons[name] = reason
 
 

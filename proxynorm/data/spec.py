@@ -34,7 +34,9 @@ class DataSpec:
     limit:         train on the first N images of a shuffle seeded with limit_seed
     holdout:       keep N training images (the end of that shuffle) out of training and evaluate on them
     deterministic: crops and flips depend on (seed, epoch, index) alone; False: also on the run
-    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip")
+    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip"): of a folder, FFCV's
+                   backend finds it when it converts the folder at the first start, torchvision's when it draws it; of
+                   a .beton file, when it is drawn
     cache:         folder of files made on the fly; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
     randaugment:   timm's configuration string, such as "rand-m9-mstd0.5" (torchvision backend)
     random_erasing: probability that a box of 2 % to a third of the image is replaced by the mean colour

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 def test_it_stops_with_one_line_that_names_the_image(damaged, tmp_path):
     arguments = overrides(damaged, "logger=none", f"runs_dir={tmp_path}", "device=cpu")
-    done = subprocess.run([sys.executable, str(TRAIN), *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(TRAIN), *arguments], check=False, capture_output=True, text=True)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
@@ -69,6 +70,16 @@ def test_it_skips_and_counts(run_small, damaged):
     assert summary["damaged_images"] == len(BAD) + 1
     assert summary["count"] == 11 and summary["steps"] == 6 and summary["completed"]
     assert all(row["count"] == 11 for row in run.rows if row["event"] == "eval")
+
+
+def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(run_small, damaged, monkeypatch, capsys):
+    run = run_small(*overrides(damaged, "data.on_bad=skip"))
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"run={run.folder}", "device=cpu"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TRAIN.with_name("eval.py")), run_name="__main__")
+    assert end.value.code == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["count"] == 11 and result["top1"] == run.rows[-1]["top1"]
 
 
 def test_what_is_trained_on_is_never_another_image(damaged):
