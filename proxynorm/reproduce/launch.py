@@ -1,4 +1,4 @@
-"""Run what a table lacks on this machine, k runs at a time."""
+"""The launchers: run what a table lacks on this machine, k runs at a time, or hand it to SLURM."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from proxynorm.errors import ConfigError
-from proxynorm.reproduce.runs import STOPPED, TRAIN, Run, last_error, standing
+from proxynorm.reproduce.runs import IN_USE, STOPPED, TRAIN, Run, last_error, standing
+from proxynorm.reproduce.slurm import SlurmOptions
+from proxynorm.reproduce.sweep import run_on_slurm
 from proxynorm.train.preemption import stop_request
 from proxynorm.train.run import REQUEUE
 
@@ -23,12 +25,15 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """jobs: runs at a time; threads: of each run; overrides: further ones for every run; say: prints a line."""
+    """jobs: runs at a time; threads: of each run; overrides: further ones for every run; say: prints a line; slurm: what
+    sbatch is asked for; check: gets the runs about to be submitted to SLURM, and raises ConfigError to refuse."""
 
     jobs: int = 1
     threads: int = 1
     overrides: tuple[str, ...] = ()
     say: Callable[[str], None] = partial(print, flush=True)
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    check: Callable[[Sequence[Run]], None] | None = None
 
 
 @dataclass
@@ -103,7 +108,7 @@ def settle(child: Child, say: Callable[[str], None]) -> bool:
     """Note the exit status in the log and say how the run ended; False if it failed."""
     run, status = child.run, child.process.returncode
     minutes = (time.monotonic() - child.started) / 60
-    if status == 2 and " is in use by " in last_error(run.log):
+    if status == 2 and IN_USE in last_error(run.log):
         say(f"{run.name}: running elsewhere")
         return True
     with open(run.log, "a") as log:
@@ -123,4 +128,7 @@ def pass_on(children: Sequence[Child]) -> None:
 
 
 # A launcher takes the table's runs and LaunchOptions and returns the exit status.
-LAUNCHERS: dict[str, Callable[[Sequence[Run], LaunchOptions], int]] = {"local": run_locally}
+LAUNCHERS: dict[str, Callable[[Sequence[Run], LaunchOptions], int]] = {
+    "local": run_locally,
+    "slurm": run_on_slurm,
+}

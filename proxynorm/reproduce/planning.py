@@ -8,6 +8,7 @@ from statistics import mean
 
 from proxynorm.analysis.tables import text_table
 from proxynorm.reproduce.runs import STATES, Run, read_summary, standing
+from proxynorm.reproduce.sweep import Jobs
 from proxynorm.reproduce.table import Table
 
 
@@ -36,8 +37,9 @@ def plan(table: Table, runs: Sequence[Run], jobs: int) -> str:
 
 
 def status(runs: Sequence[Run]) -> str:
-    """One line a run that has begun, then how many there are of each state."""
-    standings = [(run, standing(run)) for run in runs]
+    """One line a run that has begun or waits in SLURM's queue, then how many there are of each state."""
+    jobs = Jobs(runs[0].folder.parent)
+    standings = [(run, jobs.standing(run)) for run in runs]
     rows = [(run.name, now.state, now.describe()) for run, now in standings if now.state != "missing"]
     counts = Counter(now.state for _, now in standings)
     total = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])

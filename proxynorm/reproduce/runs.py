@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -22,9 +22,16 @@ from proxynorm.train.run import REQUEUE
 from proxynorm.train.run_folder import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-STATES = ("done", "running", "stopped", "failed", "missing")
+STATES = ("done", "running", "queued", "preempted", "stopped", "failed", "missing")
+IN_USE = " is in use by "  # in the line with which train.py refuses a run folder that another process holds
 STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGINT)  # saved and left; or asked to before it had begun
+# killed, or, under srun, signalled before it could listen: not the run's own failure
+KILLED = (
+    -signal.SIGKILL,
+    *(128 + number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)),
+)
 EXIT_LINE = re.compile(r"^# exit status (-?\d+)$")
+SLURM_LINE = re.compile(r"^(srun|slurmstepd(-\S+)?): ")
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,19 @@ class Run:
         return shlex.join(["python", "train.py", *self.arguments()])
 
 
+class Trained(Protocol):
+    """What has a run folder and a log."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def log(self) -> Path: ...
+
+
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands. error: the last error line of a failed one."""
+    """Where a run stands. error: the last error line of a failed one; job: its task in SLURM's queue."""
 
     state: str
     step: int = 0
@@ -72,13 +89,13 @@ class Standing:
     loss: float | None = None
     seconds_left: float | None = None
     error: str = ""
+    job: str = ""
 
     def describe(self) -> str:
         if self.state == "failed":
             return self.error
-        if not self.step:
-            return ""
-        parts = [f"step {self.step}/{self.total_steps}"]
+        parts = [f"job {self.job}"] if self.job else []
+        parts += [f"step {self.step}/{self.total_steps}"] if self.step else []
         parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
         if self.seconds_left is not None and self.state == "running":
             parts.append(f"ETA {timedelta(seconds=round(self.seconds_left))}")
@@ -113,15 +130,14 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if summary["completed"] else None
 
 
-def standing(run: Run) -> Standing:
+def standing(run: Trained) -> Standing:
     """Where the run stands, from its folder and log alone."""
     if (summary := read_summary(run.folder)) is not None:
         return Standing("done", summary["steps"], summary["total_steps"], summary["loss"])
     status = last_exit_status(run.log)
     running = is_held(run.folder / ".lock")
-    failed = not running and status not in (None, 0, *STOPPED)
-    if failed:
-        return Standing("failed", error=last_error(run.log))
+    if not running and is_failure(status, error := last_error(run.log)):
+        return Standing("failed", error=error)
     rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["event"] == "train"]
     if not rows:
         return Standing("running" if running else "missing")
@@ -130,6 +146,14 @@ def standing(run: Run) -> Standing:
     total = round(row["step"] / row["epoch"] * epochs)
     left = (total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
     return Standing("running" if running else "stopped", row["step"], total, row["loss"], left)
+
+
+def is_failure(status: int | None, error: str) -> bool:
+    """Whether a run that ended so, with that last line, failed: it was neither stopped, nor killed by anything but a
+    lack of memory, nor sent away because another process trains it."""
+    if status in KILLED:
+        return "oom" in error.lower()
+    return status not in (None, 0, *STOPPED) and IN_USE not in error
 
 
 def is_held(lock: Path) -> bool:
@@ -172,8 +196,19 @@ def last_exit_status(log: Path) -> int | None:
 
 def last_error(log: Path) -> str:
     """The line of the log that tells why its run ended."""
-    told = [line for line in log_lines(log) if not EXIT_LINE.match(line) and "ended with the fault above" not in line]
+    told = own_lines(log)
     return told[-1].removeprefix("error: ") if told else f"no output in {log}"
+
+
+def own_lines(log: Path) -> list[str]:
+    """The last lines of the log without those that only tell that it ended."""
+    return [
+        line
+        for line in log_lines(log)
+        if not EXIT_LINE.match(line)
+        and "ended with the fault above" not in line
+        and (not SLURM_LINE.match(line) or "oom" in line.lower())
+    ]
 
 
 def log_lines(log: Path) -> list[str]:

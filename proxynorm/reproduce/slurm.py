@@ -1,0 +1,148 @@
+"""SLURM's commands: submit a sweep's runs as an array, ask what is queued and how jobs ended. SLURM does the rest."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxynorm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "report.sbatch"
+WARNING_SECONDS = 120  # slurm/train.sbatch asks to be warned so long before the time limit
+Task = tuple[str, str]  # an array's job id and the task's index in it
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What a run asks for, in sbatch's words, None leaving it to the cluster's defaults.
+
+    gpus: of a run, over all its nodes, one process each; limit: array tasks at a time; stage: folder of each node into
+    which the .beton files are copied first; sbatch: further arguments of sbatch; dry_run: submit nothing, tell all;
+    retry_failed: submit the runs that failed, too; report: arguments of scripts/reproduce.py for a job after the array.
+    """
+
+    time: str | None = None
+    partition: str | None = None
+    nodes: int | None = None
+    gpus: int | None = None
+    cpus_per_task: int | None = None
+    limit: int | None = None
+    stage: str | None = None
+    sbatch: tuple[str, ...] = ()
+    dry_run: bool = False
+    retry_failed: bool = False
+    report: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command with the variables that are added to its environment."""
+
+    words: tuple[str, ...]
+    variables: dict[str, str]
+
+    def __str__(self) -> str:
+        return shlex.join(["env", *(f"{name}={value}" for name, value in self.variables.items()), *self.words])
+
+    def submit(self) -> str:
+        """Run it; the id of the submitted job. Raises ConfigError with SLURM's reason."""
+        return ask(self.words, self.variables).strip().split(";")[0]
+
+
+def ask(words: Sequence[str], variables: dict[str, str] | None = None) -> str:
+    """What one of SLURM's commands prints. Raises ConfigError if it is missing or refuses."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **(variables or {})})
+    except FileNotFoundError:
+        raise ConfigError(f"{words[0]} not found: launcher=slurm needs SLURM; launcher=local runs without") from None
+    if done.returncode:
+        raise ConfigError(f"{words[0]} refused: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def array_command(plan: Path, count: int, name: str, logs: Path, options: SlurmOptions) -> Command:
+    """sbatch for the `count` runs of a plan file."""
+    limit = f"%{options.limit}" if options.limit else ""
+    variables = {"PROXYNORM_ROOT": str(ROOT)} | ({"STAGE": options.stage} if options.stage else {})
+    words = ["sbatch", "--parsable", f"--array=0-{count - 1}{limit}", f"--job-name={name}"]
+    words += [f"--output={pattern(logs)}/slurm-%A_%a.log", *requests(options), *options.sbatch]
+    return Command((*words, str(TRAIN_SCRIPT), "--sweep", str(plan)), variables)
+
+
+def report_command(jobs: Iterable[str], name: str, logs: Path, options: SlurmOptions) -> Command:
+    """sbatch for the report after the arrays `jobs` have ended, well or not."""
+    words = ["sbatch", "--parsable", f"--dependency=afterany:{':'.join(jobs)}", f"--job-name={name}-report"]
+    words += [f"--output={pattern(logs)}/slurm-report-%j.log"]
+    words += [f"--partition={options.partition}"] if options.partition else []
+    return Command((*words, *options.sbatch, str(REPORT_SCRIPT), *options.report), {"PROXYNORM_ROOT": str(ROOT)})
+
+
+def pattern(path: Path) -> str:
+    """The path in a file name for sbatch, where % begins a substitution."""
+    return str(path).replace("%", "%%")
+
+
+def requests(options: SlurmOptions) -> list[str]:
+    """sbatch's arguments for what a run needs. Raises ConfigError for what cannot be."""
+    nodes = options.nodes or 1
+    for key in ("nodes", "cpus_per_task", "limit"):
+        if getattr(options, key) is not None and getattr(options, key) < 1:
+            raise ConfigError(f"{key}={getattr(options, key)}: must be at least 1")
+    if (options.gpus or 0) < 0 or (options.gpus or 0) % nodes:
+        raise ConfigError(f"gpus={options.gpus}: must be a multiple of nodes={nodes}")
+    words = [f"--time={options.time}"] if options.time else []
+    words += [f"--partition={options.partition}"] if options.partition else []
+    words += [f"--nodes={options.nodes}"] if options.nodes else []
+    words += (
+        [f"--gpus-per-node={options.gpus // nodes}", f"--ntasks-per-node={options.gpus // nodes}"]
+        if options.gpus
+        else []
+    )
+    words += [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
+    return words
+
+
+def queue() -> dict[Task, str]:
+    """The user's array tasks that wait or run, with SLURM's state of each; empty where SLURM is not installed."""
+    if shutil.which("squeue") is None:
+        return {}
+    lines = ask(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T"]).splitlines()
+    return {(job, index): state for job, index, state in (line.strip().split("|") for line in lines)}
+
+
+def endings(jobs: Sequence[str]) -> dict[Task, str]:
+    """How the tasks of the arrays `jobs` ended, in SLURM's words; empty where SLURM keeps no accounts."""
+    if not jobs or shutil.which("sacct") is None:
+        return {}
+    words = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(jobs)}", "--format=JobID,State"]
+    try:
+        lines = ask(words).splitlines()
+    except ConfigError:
+        return {}
+    rows = [line.split("|") for line in lines if "_" in line]
+    return {tuple(name.split("_")): state.split()[0] for name, state in rows}
+
+
+def seconds(time: str) -> float:
+    """A time limit in SLURM's notation (minutes, minutes:seconds, hours:minutes:seconds, days-hours:…) in seconds.
+
+    Raises ConfigError if it is none.
+    """
+    days, separator, rest = time.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        if separator:
+            hours, minutes, seconds_ = [*parts, 0, 0][:3]
+        elif len(parts) < 3:
+            hours, minutes, seconds_ = 0, *[*parts, 0][:2]
+        else:
+            hours, minutes, seconds_ = parts
+        return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds_
+    except ValueError:
+        raise ConfigError(f"time={time}: valid: minutes, hours:minutes:seconds, days-hours:minutes:seconds") from None
