@@ -42,7 +42,8 @@ class Options:
 
 
 def main(options: Options) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     output = Path(options.output).expanduser()
     _check(options, output)
     storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability, options.strict)
@@ -50,6 +51,12 @@ def main(options: Options) -> int:
     listing = list_source(Path(options.source).expanduser(), labels)
     _write(listing, output, storage, options.on_bad, options.workers or share_of_cores())
     return 0
+
+
+def _stop(number: int, _frame: object) -> None:
+    """Leave, cleaning up, when asked to by a signal."""
+    print(f"stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _check(options: Options, output: Path) -> None:

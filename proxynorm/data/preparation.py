@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,7 @@ IMAGES_PER_TASK = 16
 TASKS_AHEAD_PER_WORKER = 4
 # Of each kind of conversion the manifest names the first so many files; it counts all.
 FILES_NAMED = 100
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,12 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
         for refs, numbers in tasks:
             yield from _store_all(refs, options, numbers)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, initializer=_obey_parent)
     pending: deque = deque()
     try:
         for refs, numbers in tasks:
-            pending.append(pool.submit(_store_all, refs, options, numbers))
+            with _signals_held():  # the first one forks the workers, which an exception would leave without a master
+                pending.append(pool.submit(_store_all, refs, options, numbers))
             if len(pending) > TASKS_AHEAD_PER_WORKER * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -148,8 +152,30 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Have this worker end when its parent is killed: it would otherwise wait for work for ever, and hold the lock."""
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait meanwhile. By handlers: a mask would leave them to the other threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: waiting.append(number)) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for number in waiting:
+        signal.raise_signal(number)
+
+
+def _obey_parent() -> None:
+    """Have this worker leave Ctrl-C to its parent, and end when that is killed.
+
+    It would otherwise wait for work for ever, and hold the file's lock.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -259,16 +259,17 @@ def test_the_compiled_sum_is_the_same(written):
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     root = write_folder(tmp_path / "data", 150, 1)
     output = tmp_path / "out" / "train.beton"
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        command = [sys.executable, str(SCRIPT), f"source={root / 'train'}", f"output={output}", "workers=1"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for kind, workers, status in ((signal.SIGTERM, 1, 143), (signal.SIGINT, 2, 130), (signal.SIGKILL, 1, -9)):
+        command = [sys.executable, str(SCRIPT), f"source={root / 'train'}", f"output={output}", f"workers={workers}"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 30
         while not list(output.parent.glob(".*.tmp")) and time.monotonic() < deadline:
             time.sleep(0.005)
         os.kill(process.pid, kind)
-        assert process.wait(timeout=30) != 0
+        errors = process.communicate(timeout=30)[1]
+        assert process.returncode == status and "Traceback" not in errors
         assert not list(output.parent.glob("train.beton*"))
-    # SIGTERM cleans up after itself; after SIGKILL only a hidden temporary file is left, which the next run takes over.
+    # The others clean up after themselves; after SIGKILL only a hidden temporary file is left, which the next run takes over.
     assert len(list(output.parent.iterdir())) <= 1
     prepare(list_folder(root / "val"), output, StorageOptions())
     assert sorted(path.name for path in output.parent.iterdir()) == [
@@ -348,13 +349,14 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_the_old_file(photos, tmp_pat
 def run_script(monkeypatch, *arguments) -> int:
     """The script's exit status, run in this process."""
     monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *arguments])
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     except SystemExit as end:
         return end.code
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_the_script_writes_and_refuses_to_overwrite(photos, tmp_path, monkeypatch, capsys):
