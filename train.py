@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.cli import fail
-from proxynorm.config import CONFIGS, check_arguments, settings_from
+from proxynorm.config import CONFIGS, check_arguments, multirun_first, settings_from
 from proxynorm.errors import ProxynormError
 
 
@@ -30,6 +30,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = multirun_first(sys.argv[1:])
     try:
         check_arguments(sys.argv[1:])
     except ProxynormError as error:

@@ -137,6 +137,11 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
     return points
 
 
+def multirun_first(arguments: list[str]) -> list[str]:
+    """The arguments with -m before the others, where Hydra's parser takes it whatever comes after."""
+    return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+
+
 def check_arguments(arguments: list[str]) -> None:
     """Compose and convert what the command line asks for, so that its mistakes show in one line before Hydra starts.
 

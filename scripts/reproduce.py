@@ -2,7 +2,8 @@
 
 Commands
   plan     the table's runs with their commands, what is done, the hours left
-  run      train what is missing on this machine, jobs= at a time (launch: the same with launcher=)
+  run      train what is missing on this machine, jobs= at a time
+  launch   the same, or with launcher=slurm as an array of jobs, and the report after it
   status   where each run stands
   choose   of a finished search: write results/TABLE/chosen.json, which the tuned tables read
   collect  keep finished runs (configuration, environment, metrics, summary) as results/TABLE/runs/*.tar.xz
@@ -13,8 +14,9 @@ Offline W&B runs go up with: wandb sync runs/TABLE/wandb/offline-run-* runs/TABL
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,10 @@ from proxynorm.errors import ConfigError
 from proxynorm.reproduce.table import Table, load_table, with_seeds
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from proxynorm.reproduce.runs import Run
+    from proxynorm.reproduce.slurm import SlurmOptions
 
 
 @dataclass
@@ -34,9 +39,25 @@ class Options:
     results: str = option("results", "folder of what is kept: chosen values, collected runs, reports")
     seeds: int | None = option(None, "runs a cell; none given: the table's")
     cells: list[str] = option([], "only these cells")
-    launcher: str = option("local", "what runs them: local")
-    jobs: int = option(1, "runs at a time")
-    threads: int = option(1, "CPU threads of a run")
+    launcher: str = option("local", "what runs them: local, slurm")
+    jobs: int = option(1, "local: runs at a time")
+    threads: int = option(1, "local: CPU threads of a run")
+    limit: int | None = option(None, "slurm: array tasks at a time")
+    time: str | None = option(None, "slurm: time limit of a run, as sbatch takes it; it is queued again if it saved")
+    partition: str | None = option(None, "slurm: partition")
+    nodes: int | None = option(None, "slurm: nodes of a run")
+    gpus: int | None = option(None, "slurm: GPUs of a run, over all its nodes, a process each")
+    cpus_per_task: int | None = option(None, "slurm: CPUs of a process")
+    stage: str | None = option(
+        None, "slurm: folder of each node, such as /dev/shm, into which .beton files are copied first"
+    )
+    sbatch: list[str] = option([], "slurm: further arguments of sbatch, such as sbatch=[--account=A,--mem=32G]")
+    requeues: int = option(0, "slurm: how many more time limits a run may take")
+    report: bool = option(True, "slurm: a job that writes the report after the array")
+    retry_failed: bool = option(False, "slurm: submit failed runs again")
+    probe: bool = option(False, "first train a few steps of each cell, to estimate by")
+    dry_run: bool = option(False, "slurm: print the sbatch command and the array's runs, submit nothing")
+    force: bool = option(False, "slurm: submit what the estimate says cannot end within its limits")
     wandb: str = option("auto", "the report on W&B: online, offline, disabled; auto: online with a key, else offline")
     train: list[str] = option([], "further overrides for every run, such as train=[device=cuda]")
 
@@ -56,7 +77,7 @@ def selected_runs(options: Options, table: Table) -> list[Run]:
 def plan(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import plan as describe
 
-    print(describe(table, selected_runs(options, table), options.jobs))
+    print(describe(table, selected_runs(options, table), options.jobs, options.train))
     return 0
 
 
@@ -69,13 +90,37 @@ def status(options: Options, table: Table) -> int:
 
 def launch(options: Options, table: Table) -> int:
     from proxynorm.config import compose_config, settings_from
+    from proxynorm.reproduce.estimate import Estimator, describe, probe_runs, refuse_impossible
     from proxynorm.reproduce.launch import LAUNCHERS, LaunchOptions
 
     if options.launcher not in LAUNCHERS:
         raise ConfigError(f"launcher={options.launcher}: {nearest(options.launcher, LAUNCHERS)}")
-    runs, settings = selected_runs(options, table), LaunchOptions(options.jobs, options.threads, tuple(options.train))
-    settings_from(compose_config([*runs[0].arguments(), *settings.overrides]))  # a mistake shows now, not once a run
-    return LAUNCHERS[options.launcher](runs, settings)
+    runs, overrides = selected_runs(options, table), tuple(options.train)
+    settings_from(compose_config([*runs[0].arguments(), *overrides]))  # a mistake shows now, not once a run
+
+    def check(due: Sequence[Run]) -> None:
+        estimate = Estimator(table, runs, overrides)
+        print(describe(due, estimate), flush=True)
+        if not options.force:
+            refuse_impossible(due, estimate, settings.slurm)
+
+    settings = LaunchOptions(options.jobs, options.threads, overrides, slurm=slurm_options(options), check=check)
+    launcher = LAUNCHERS[options.launcher]
+    if options.probe:
+        launcher(probe_runs(runs), replace(settings, slurm=replace(settings.slurm, wait=True, report=()), check=None))
+    return launcher(runs, settings)
+
+
+def slurm_options(options: Options) -> SlurmOptions:
+    """What sbatch is asked for; the report's arguments are those of this command line, as YAML strings."""
+    from proxynorm.reproduce.slurm import SlurmOptions
+
+    words = {name: json.dumps(str(getattr(options, name))) for name in ("table", "root", "results", "wandb")}
+    words |= {"cells": json.dumps(options.cells)} | ({"seeds": str(options.seeds)} if options.seeds else {})
+    report = ("report", *(f"{name}={word}" for name, word in words.items())) if options.report else ()
+    shared = {field.name for field in fields(SlurmOptions)} & {field.name for field in fields(options)}
+    values = {name: getattr(options, name) for name in shared}
+    return SlurmOptions(**{**values, "sbatch": tuple(options.sbatch), "report": report})
 
 
 def choose(options: Options, table: Table) -> int:
@@ -152,4 +197,6 @@ def main(options: Options) -> int:
 if __name__ == "__main__":
     if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"command={sys.argv[1]}"
+    # YAML reads 1:30:00 as a number to the base of 60
+    sys.argv[1:] = [f"time={json.dumps(word[5:])}" if word.startswith("time=") else word for word in sys.argv[1:]]
     script(Options, main, __doc__)

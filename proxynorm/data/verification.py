@@ -25,7 +25,7 @@ def verify(samples: Samples, workers: int = 1) -> None:
 def find_damage(samples: Samples, workers: int = 1) -> dict[str, str]:
     """The damaged images of a .beton file, name -> reason. Without FFCV only the sums are compared."""
     if not ffcv_available():
-        return _compare_sums(samples)
+        return compare_sums(samples)
     reader = BetonReader(samples, (), workers, pin=False)
     side = SIDE if samples.channels == 3 else int(samples.height[0])
     failures = Failures("skip")
@@ -39,7 +39,8 @@ def find_damage(samples: Samples, workers: int = 1) -> dict[str, str]:
     return failures.reasons
 
 
-def _compare_sums(samples: Samples) -> dict[str, str]:
+def compare_sums(samples: Samples) -> dict[str, str]:
+    """The images whose stored bytes do not have the sum that was written down, name -> reason."""
     file = map_file(samples.path)
     bad = (
         row

@@ -23,8 +23,8 @@ class SlurmOptions:
     """What a run asks for, in sbatch's words, None leaving it to the cluster's defaults.
 
     gpus: of a run, over all its nodes, one process each; limit: array tasks at a time; stage: folder of each node into
-    which the .beton files are copied first; sbatch: further arguments of sbatch; dry_run: submit nothing, tell all;
-    retry_failed: submit the runs that failed, too; report: arguments of scripts/reproduce.py for a job after the array.
+    which the .beton files are copied first; requeues: how often a run may be queued again to end; sbatch: further arguments of sbatch; dry_run: submit nothing, tell all;
+    retry_failed: submit the runs that failed, too; wait: until the array has ended; report: arguments of scripts/reproduce.py for a job after the array.
     """
 
     time: str | None = None
@@ -34,9 +34,11 @@ class SlurmOptions:
     cpus_per_task: int | None = None
     limit: int | None = None
     stage: str | None = None
+    requeues: int = 0
     sbatch: tuple[str, ...] = ()
     dry_run: bool = False
     retry_failed: bool = False
+    wait: bool = False
     report: tuple[str, ...] = ()
 
 
@@ -56,12 +58,15 @@ class Command:
 
 
 def ask(words: Sequence[str], variables: dict[str, str] | None = None) -> str:
-    """What one of SLURM's commands prints. Raises ConfigError if it is missing or refuses."""
+    """What one of SLURM's commands prints. Raises ConfigError if it is missing or refuses; sbatch --wait, which prints the
+    job's id and fails as the job does, has not refused."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **(variables or {})})
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env={**os.environ, **(variables or {})}
+        )
     except FileNotFoundError:
         raise ConfigError(f"{words[0]} not found: launcher=slurm needs SLURM; launcher=local runs without") from None
-    if done.returncode:
+    if done.returncode and not done.stdout.strip():
         raise ConfigError(f"{words[0]} refused: {' '.join(done.stderr.split())}")
     return done.stdout
 
@@ -72,6 +77,7 @@ def array_command(plan: Path, count: int, name: str, logs: Path, options: SlurmO
     variables = {"PROXYNORM_ROOT": str(ROOT)} | ({"STAGE": options.stage} if options.stage else {})
     words = ["sbatch", "--parsable", f"--array=0-{count - 1}{limit}", f"--job-name={name}"]
     words += [f"--output={pattern(logs)}/slurm-%A_%a.log", *requests(options), *options.sbatch]
+    words += ["--wait"] if options.wait else []
     return Command((*words, str(TRAIN_SCRIPT), "--sweep", str(plan)), variables)
 
 

@@ -7,18 +7,15 @@ at once submit nothing twice; were they to, the lock of the run folder would let
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxynorm.files import write_json
+from proxynorm.files import locked, write_json
 from proxynorm.reproduce import slurm
 from proxynorm.reproduce.runs import Run, Standing, own_lines, standing
 from proxynorm.reproduce.slurm import Command, SlurmOptions, Task
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 FATAL = ("FAILED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")  # ends that the next launch would most likely meet again
+GOES_ON = "# goes on in "  # what slurm/train.sbatch says before it turns to the run's log
 Say = Callable[[str], None]
 
 
@@ -116,7 +114,7 @@ class Jobs:
         job, index = self.tasks[name][-1]
         lines = own_lines(self.logs / f"slurm-{job}_{index}.log")
         ending = self.endings.get((job, index))
-        if lines:
+        if lines and not lines[-1].startswith(GOES_ON):
             return lines[-1].removeprefix("error: ")
         return f"SLURM: {ending}" if ending in FATAL else ""
 
@@ -210,14 +208,3 @@ def submit_planned(command: Command, plan: Path, due: Sequence[Entry]) -> str:
         raise
     write_json(plan, {**content, "job": job})
     return job
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file, waiting for it; it ends with the process."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -121,13 +121,13 @@ class Cluster:
 
     def run(self, *command: str, **options) -> str:
         """What the command prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, **options)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, **options)
         return done.stdout
 
     def check(self, *command: str, extra: dict[str, str] | None = None, **options) -> str:
         """What the command prints; the test fails with its errors if it fails. `extra` goes into its environment."""
         environment = {**self.environment, **(extra or {})}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -151,7 +151,10 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), "")
 
+    def state(self, job: str) -> str:
+        return self.field(job, "JobState")
+
     def wait_until_settled(self, job: str, seconds: float) -> str:
         """The state in which the job ended for good."""
-        self.wait_for(lambda: self.field(job, "JobState") in SETTLED, f"job {job} has not ended", seconds, every=0.3)
-        return self.field(job, "JobState")
+        self.wait_for(lambda: self.state(job) in SETTLED, f"job {job} has not ended", seconds, every=0.3)
+        return self.state(job)

@@ -1,26 +1,26 @@
-"""A SLURM for the session, and small runs whose metrics tell when a signal can fall into their middle."""
+"""A SLURM for the session, and slurm/train.sbatch submitted to it. Tests that need it are marked `needs_slurm`."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import need
 from tests.slurm.cluster import Cluster, lacking
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_slurm = need(
+    not lacking(), f"SLURM is not installed ({', '.join(lacking())} not found): apt-get install slurm-wlm munge"
+)
 
 
 @pytest.fixture(scope="session")
 def slurm():
-    """A running SLURM; where it is not installed the tests are skipped, but fail in continuous integration."""
-    missing = lacking()
-    if missing:
-        text = f"SLURM is not installed ({', '.join(missing)} not found): apt-get install slurm-wlm munge"
-        pytest.fail(text) if os.environ.get("CI") == "true" else pytest.skip(text)
+    """A running SLURM."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path: that of a socket may have 107 characters
     cluster = Cluster(folder / "cluster")
     cluster.environment |= {"PATH": f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"}

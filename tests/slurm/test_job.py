@@ -13,18 +13,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.helpers import SMALL
-from tests.slurm.cluster import SETTLED
 
 from proxynorm.reproduce.runs import quoted
 from proxynorm.train.compare import differences
 from proxynorm.train.run_folder import read_metrics
+from tests.helpers import SMALL
+from tests.slurm.cluster import SETTLED
+from tests.slurm.conftest import needs_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTIONS, JOBS = int(os.environ.get("SLURM_INTERRUPTIONS", "10")), 5
 MIDDLE = ("data.limit=2000", "epochs=3", "eval_every=3")  # 300 updates
 TINY = (*SMALL, "model.width=4", "loader=torchvision", "loader.workers=0")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_slurm]
 
 
 def arguments(folder: Path, name: str, *more: str) -> list[str]:
@@ -75,7 +76,7 @@ def test_a_run_longer_than_its_time_limit_is_that_of_an_unbroken_one(slurm, subm
     log = tmp_path / f"job-{job}.log"
     hold_until_warned(slurm, tmp_path / "limited")
     slurm.wait_for(lambda: stops(log)[0], "not stopped", 30)
-    slurm.wait_for(lambda: slurm.field(job, "JobState") == "PENDING", "not queued again", 60)
+    slurm.wait_for(lambda: slurm.state(job) == "PENDING", "not queued again", 60)
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     whole = run_small(*arguments(tmp_path, "whole", *MIDDLE))
     assert slurm.wait_until_settled(job, 200) == "COMPLETED", log.read_text()
@@ -86,7 +87,7 @@ def test_a_run_longer_than_its_time_limit_is_that_of_an_unbroken_one(slurm, subm
 
 def interrupt(slurm, job: str, metrics: Path, chance: random.Random) -> bool:
     """Requeue or signal the job soon after its next training row, or while it starts; False if it had ended."""
-    slurm.wait_for(lambda: slurm.field(job, "JobState") in ("RUNNING", "COMPLETED"), f"job {job} does not run", 120)
+    slurm.wait_for(lambda: slurm.state(job) in ("RUNNING", "COMPLETED"), f"job {job} does not run", 120)
     before, rows_first = length(metrics), chance.random() < 0.7
     until = time.monotonic() + (60 if rows_first else chance.uniform(0, 8))
     while time.monotonic() < until and length(metrics) <= before:
@@ -96,7 +97,7 @@ def interrupt(slurm, job: str, metrics: Path, chance: random.Random) -> bool:
     restarts = slurm.field(job, "Restarts")
     slurm.run(*how, job)
     slurm.wait_for(
-        lambda: slurm.field(job, "Restarts") != restarts or slurm.field(job, "JobState") in SETTLED,
+        lambda: slurm.field(job, "Restarts") != restarts or slurm.state(job) in SETTLED,
         f"job {job} was not queued again after {how}",
         120,
     )
@@ -159,12 +160,12 @@ def test_a_job_that_never_gets_further_is_not_queued_for_ever(slurm, submit, tmp
     """Each time it is stopped while Python is starting: after one fruitless requeue it ends as failed."""
     job = submit(overrides=arguments(tmp_path, "stuck"), environment={"FRUITLESS_REQUEUES": "1"})
     for restarts in ("0", "1"):
-        slurm.wait_for(lambda: slurm.field(f"{job}", "JobState") == "RUNNING", "not running", 60)  # noqa: B023
+        slurm.wait_for(lambda: slurm.state(job) == "RUNNING", "not running", 60)
         assert slurm.field(job, "Restarts") == restarts
         slurm.wait_for(
             lambda: "RUNNING" in slurm.run("squeue", "-h", "--steps", f"{job}.0", "-o", "%i RUNNING"), "no step", 20
         )
         slurm.run("scancel", "--signal=USR2", job)
-        slurm.wait_for(lambda: slurm.field(job, "JobState") != "RUNNING", "it runs on", 60)
+        slurm.wait_for(lambda: slurm.state(job) != "RUNNING", "it runs on", 60)
     assert slurm.wait_until_settled(job, 60) == "FAILED"
     assert "1 times queued again" in (tmp_path / f"job-{job}.log").read_text()

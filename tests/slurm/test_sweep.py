@@ -1,0 +1,167 @@
+"""A table as an array of jobs under a real SLURM: launched twice at once, killed in the middle, launched again, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from proxynorm.config import compose_config, settings_from
+from proxynorm.reproduce.report import gather, write_report
+from proxynorm.reproduce.runs import Run, read_summary, table_runs
+from proxynorm.reproduce.sweep import plan_paths
+from proxynorm.reproduce.table import load_table
+from proxynorm.train.compare import differences
+from proxynorm.train.run import train
+from proxynorm.train.run_folder import read_metrics
+from tests.helpers import SMALL
+from tests.reproduce.tiny_table import reproduce
+from tests.slurm.conftest import ROOT, needs_slurm
+
+pytestmark = [pytest.mark.slow, needs_slurm]
+
+TABLE = """
+title: Eight small cells
+about: A table for tests.
+train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=4, batch=20, epochs=2, data.limit=2000, norm.groups=2,
+        data.holdout=200, log_every=1, eval_every=2, loader=torchvision, loader.workers=0, logger=none]
+cells:
+  - norm: [bn, ln, gn, in, bn_pn, ln_pn, gn_pn, in_pn]
+rows: [norm]
+seeds: 2
+minutes: 0.1
+hardware: one CPU core
+"""
+
+
+def launch(slurm, *arguments: object) -> str:
+    """What scripts/reproduce.py launch prints."""
+    return slurm.check(*reproduce("launch", "launcher=slurm", *arguments), cwd=ROOT)
+
+
+def submitted(said: str) -> int:
+    return sum(int(count) for count in re.findall(r"submitted array \d+ of (\d+) runs", said))
+
+
+def running(slurm, job: str) -> list[str]:
+    """The indices of the array's tasks that run."""
+    return slurm.run("squeue", "-h", "-r", "-j", job, "-t", "RUNNING", "-o", "%K").split()
+
+
+def kill_two(slurm, job: str, runs: list[Run]) -> list[Run]:
+    """Cancel one task in the middle of its training, and kill the process of another; the two runs. Checks the limit."""
+    killed: list[Run] = []
+
+    def in_the_middle(run: Run) -> bool:
+        rows = read_metrics(run.folder / "metrics.jsonl")
+        return run not in killed and 0 < len(rows) < 100
+
+    while len(killed) < 2:
+        assert len(running(slurm, job)) <= 2
+        slurm.wait_for(lambda: any(map(in_the_middle, runs)), "no run trains", 120, every=0.02)
+        run = next(filter(in_the_middle, runs), None)
+        if run is None:
+            continue
+        if killed:
+            os.kill(int((run.folder / ".lock").read_text().split()[-1]), signal.SIGKILL)
+        else:
+            slurm.run("scancel", f"{job}_{runs.index(run)}")
+        killed.append(run)
+    return killed
+
+
+def train_unbroken(runs: list[Run]) -> None:
+    """The same runs, one after another in this process."""
+    for run in runs:
+        config = compose_config(run.arguments())
+        assert train(settings_from(config), OmegaConf.to_container(config, resolve=True)) == 0
+
+
+def report_of(table, runs: list[Run], folder: Path) -> str:
+    """The report's text without the folder and what was measured in seconds."""
+    write_report(gather(table, runs, folder / "no kept runs"), folder)
+    lines = (folder / "report.md").read_text().splitlines()
+    return "\n".join(line for line in lines if not re.search(r"\bh\b|hours|seconds|images/s|minutes", line))
+
+
+def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_sweep(slurm, tmp_path):
+    path, root = tmp_path / "it's $(eight).yaml", tmp_path / "the runs"
+    path.write_text(TABLE)
+    table = load_table(str(path))
+    runs = table_runs(table, root)
+    words = [
+        f"table={json.dumps(str(path))}",
+        f"root={root}",
+        f"results={tmp_path / 'results'}",
+        "wandb=disabled",
+        "limit=2",
+    ]
+    shown = launch(slurm, *words, "dry_run=true")
+    assert (
+        "--array=0-15%2" in shown and shown.count("] python train.py") == 16 and not plan_paths(runs[0].folder.parent)
+    )
+
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: launch(slurm, *words), range(2)))
+    assert submitted("".join(both)) == 16, both
+    job = re.search(r"submitted array (\d+)", "".join(both))[1]
+    killed = kill_two(slurm, job, runs)
+    status = slurm.check(*reproduce("status", *words[:2]), cwd=ROOT)
+    assert re.search(r"\d queued|\d\d queued", status) and "job " + job in status
+    unbroken = table_runs(table, tmp_path / "unbroken")
+    train_unbroken(unbroken)
+    slurm.wait_for(
+        lambda: not slurm.run("squeue", "-h", "-r", "-j", job).strip(), "the array has not ended", 400, every=0.5
+    )
+    assert {run.name for run in runs if read_summary(run.folder) is None} == {run.name for run in killed}
+
+    again = launch(slurm, *words)
+    assert submitted(again) == 2 and again.count(": finished") == 14
+    report = re.search(r"submitted job (\d+), the report", again)[1]
+    assert slurm.wait_until_settled(report, 200) == "COMPLETED"
+    assert (tmp_path / "results" / table.name / "report.md").is_file()
+    assert "nothing to submit" in launch(slurm, *words)
+    for run, whole in zip(runs, unbroken, strict=True):
+        assert differences(run.folder, whole.folder) == []
+        assert run.log.read_text().count("$ python train.py") == (2 if run in killed else 1)
+    assert report_of(table, runs, tmp_path / "a") == report_of(table, unbroken, tmp_path / "b")
+
+
+def test_a_hydra_multirun_becomes_an_array(slurm, tmp_path):
+    """What is finished is not submitted again; a failure is listed, and submitted again only when asked for."""
+    sweep = [
+        sys.executable,
+        "train.py",
+        "optim.lr=0.01,1e30",
+        "-m",
+        "hydra/launcher=slurm",
+        "hydra.launcher.limit=2",
+        *SMALL,
+        "model.width=4",
+        "data.limit=100",
+        "epochs=1",
+        "loader=torchvision",
+        "loader.workers=0",
+        f"runs_dir={tmp_path}",
+    ]
+    said = slurm.check(*sweep, cwd=ROOT)
+    assert submitted(said) == 2, said
+    job = re.search(r"submitted array (\d+)", said)[1]
+    slurm.wait_for(
+        lambda: not slurm.run("squeue", "-h", "-r", "-j", job).strip(), "the array has not ended", 120, every=0.5
+    )
+    said = slurm.check(*sweep, cwd=ROOT)
+    assert (
+        ": finished" in said
+        and "NonFiniteError" in said
+        and "1 failed runs are left out" in said
+        and not submitted(said)
+    )
+    assert submitted(slurm.check(*sweep, "hydra.launcher.retry_failed=true", cwd=ROOT)) == 1
