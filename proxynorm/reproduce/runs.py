@@ -130,12 +130,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if summary["completed"] else None
 
 
-def standing(run: Trained) -> Standing:
-    """Where the run stands, from its folder and log alone."""
+def standing(run: Trained, held: bool | None = None) -> Standing:
+    """Where the run stands, from its folder and log alone. held: whether a process trains it, None to ask its lock."""
     if (summary := read_summary(run.folder)) is not None:
         return Standing("done", summary["steps"], summary["total_steps"], summary["loss"])
     status = last_exit_status(run.log)
-    running = is_held(run.folder / ".lock")
+    running = is_held(run.folder / ".lock") if held is None else held
     if not running and is_failure(status, error := last_error(run.log)):
         return Standing("failed", error=error)
     rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["event"] == "train"]
@@ -158,20 +158,29 @@ def is_failure(status: int | None, error: str) -> bool:
 
 def is_held(lock: Path) -> bool:
     """Whether the process that a run folder's lock names is alive. On another host: whether its metrics still grow."""
-    try:
-        host, _, pid = lock.read_text().split()
-    except (OSError, ValueError):
+    holder = lock_holder(lock)
+    if holder is None:
         return False
+    host, pid = holder
     if host != socket.gethostname():
         metrics = lock.with_name("metrics.jsonl")
         return metrics.exists() and recently(metrics)
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return is_training(int(pid))
+    return is_training(pid)
+
+
+def lock_holder(lock: Path) -> tuple[str, int] | None:
+    """Host and process that a run folder's lock names."""
+    try:
+        host, _, pid = lock.read_text().split()
+        return host, int(pid)
+    except (OSError, ValueError):
+        return None
 
 
 def recently(path: Path, seconds: float = 600.0) -> bool:

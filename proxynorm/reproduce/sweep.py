@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from proxynorm.files import locked, write_json
 from proxynorm.reproduce import slurm
-from proxynorm.reproduce.runs import Run, Standing, own_lines, standing
+from proxynorm.reproduce.runs import Run, Standing, lock_holder, own_lines, standing
 from proxynorm.reproduce.slurm import Command, SlurmOptions, Task
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class Jobs:
 
     def standing(self, run: Run | Entry) -> Standing:
         """Where the run stands, from its folder and from SLURM."""
-        now, task = standing(run), self.queued(run.name)
+        task = self.queued(run.name)
+        now = standing(run, held=False if task is None and self.has_left(run) else None)
         if now.state == "done":
             return now
         if task is not None:
@@ -106,6 +108,11 @@ class Jobs:
         if now.state in ("missing", "stopped") and (error := self.failure(run.name)):
             return replace(now, state="failed", error=error)
         return now
+
+    def has_left(self, run: Run | Entry) -> bool:
+        """Whether the lock is one that a task, gone from the queue, left behind on another host."""
+        holder = lock_holder(run.folder / ".lock")
+        return run.name in self.tasks and holder is not None and holder[0] != socket.gethostname()
 
     def failure(self, name: str) -> str:
         """Why the run's last task failed outside of training: in SLURM's accounts, or before its log was opened."""

@@ -102,10 +102,10 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
 
 def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
-    assert "4 to do" in plan(tiny, runs, 1) and "estimate for one CPU core" in plan(tiny, runs, 1)
+    assert "4 runs to do" in plan(tiny, runs, 1) and "estimate for one CPU core" in plan(tiny, runs, 1)
     write_run(runs[0], 50.0)
     text = plan(tiny, runs, 2)
-    assert "1 done, 3 to do" in text and "0.01 h a run (mean of 1 finished" in text
+    assert "4 runs; 1 done" in text and "3 runs to do, 12 steps, 768 images, 0.1 h (mean of 1 measured cells; measured)" in text
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
 
 

@@ -114,6 +114,14 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
     assert jobs.standing(launched[3]).error == "SLURM: OUT_OF_MEMORY"
 
 
+def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launched, commands):
+    write_run(launched[0], 50.0, epochs=3)
+    (launched[0].folder / "summary.json").unlink()
+    (launched[0].folder / ".lock").write_text("node17 pid 4711")
+    jobs = Jobs(launched[0].folder.parent)
+    assert standing(launched[0]).state == "running" and jobs.standing(launched[0]).state == "stopped"
+
+
 def test_what_failed_before_its_log_was_opened_is_told(launched):
     (launched[0].folder.parent / "logs/slurm-7_0.log").write_text("env.sh: line 3: module: command not found\n")
     (launched[0].folder.parent / "logs/slurm-7_1.log").write_text(
