@@ -1,4 +1,6 @@
-"""A real SLURM on this machine: munged, slurmctld and slurmd on loopback, all their files in one folder.
+"""A real SLURM on this machine: munged, slurmctld and a slurmd for each of two nodes, all their files in one folder.
+
+The nodes are addresses of the loopback network, so that their names lead where a rank looks for its peers.
 
 It touches nothing of an installed SLURM: its own configuration (SLURM_CONF), key, sockets and free ports.
 """
@@ -14,6 +16,7 @@ import subprocess
 import time
 from pathlib import Path
 
+NODES = ("127.0.0.2", "127.0.0.3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 SETTLED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
@@ -21,18 +24,17 @@ CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -45,7 +47,8 @@ OverTimeLimit=0
 KillWait=20
 MinJobAge=3600
 InactiveLimit=0
-NodeName=localhost CPUs=4 State=UNKNOWN
+NodeName={nodes[0]} Port={ports[1]} CPUs=2 State=UNKNOWN
+NodeName={nodes[1]} Port={ports[2]} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=10:00 State=UP
 """
 
@@ -80,14 +83,16 @@ class Cluster:
 
     def start(self) -> None:
         """Start the daemons and wait until the node takes jobs. Raises RuntimeError with their last words."""
-        for name in ("state", "spool"):
-            (self.folder / name).mkdir(parents=True)
-        text = CONFIGURATION.format(ports=free_ports(2), user=getpass.getuser(), folder=self.folder)
+        (self.folder / "state").mkdir(parents=True)
+        text = CONFIGURATION.format(ports=free_ports(3), user=getpass.getuser(), folder=self.folder, nodes=NODES)
         (self.folder / "slurm.conf").write_text(text)
         self.start_munge()
-        for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]):
-            self.spawn(*command)
-        self.wait_for(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T"), "the node is not idle", 60)
+        self.spawn("slurmctld", "-D")
+        for node in NODES:
+            self.spawn("slurmd", "-D", "-N", node)
+        self.wait_for(
+            lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 2, "the nodes are not idle", 60
+        )
 
     def start_munge(self) -> None:
         """munged with a key and a socket of this cluster's own."""

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from proxynorm.data.images import StorageOptions
+from proxynorm.data.preparation import prepare
+from proxynorm.data.sources import list_folder
 from proxynorm.reproduce.runs import quoted
 from proxynorm.train.compare import differences
 from proxynorm.train.run_folder import read_metrics
+from tests.data.conftest import needs_ffcv, write_folder
 from tests.helpers import SMALL
 from tests.slurm.cluster import SETTLED
 from tests.slurm.conftest import needs_slurm
@@ -42,8 +46,9 @@ def stops(log: Path) -> tuple[list[str], list[str]]:
     return re.findall(r"stopped at step (\d+)", text), re.findall(r"resumed at step (\d+)", text)
 
 
-def test_two_tasks_train_together(slurm, submit, tmp_path):
-    job = submit("--ntasks=2", overrides=arguments(tmp_path, "pair"))
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_tasks_train_together(slurm, submit, tmp_path, nodes):
+    job = submit(f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", overrides=arguments(tmp_path, "pair"))
     assert slurm.wait_until_settled(job, 120) == "COMPLETED", (tmp_path / f"job-{job}.log").read_text()
     log = (tmp_path / f"job-{job}.log").read_text()
     assert "batch 20 = 2 × 1 × 10" in log and log.endswith("# exit status 0\n")
@@ -138,6 +143,34 @@ def test_words_reach_the_job_literally(slurm, submit, tmp_path):
     assert slurm.wait_until_settled(job, 120) == "COMPLETED", (tmp_path / f"job-{job}.log").read_text()
     assert summary(folder / name)["name"] == name
     assert not trap.exists() and not (ROOT / trap.name).exists()
+
+
+@needs_ffcv
+def test_data_is_staged_to_the_node_once(slurm, submit, tmp_path):
+    """Two jobs at once train on one copy, made on the node; the source is not read after that."""
+    for part in ("train", "val"):
+        photos = write_folder(tmp_path / "photos", 8, 4) if part == "train" else tmp_path / "photos"
+        prepare(list_folder(photos / part), tmp_path / "the data" / f"{part}.beton", StorageOptions())
+    (tmp_path / "node").mkdir()
+    words = [
+        "data=beton",
+        f"data.root={quoted(str(tmp_path / 'the data'))}",
+        "loader=ffcv",
+        "loader.workers=1",
+        "data.image_size=32",
+        "data.limit=null",
+        "data.holdout=0",
+        "batch=8",
+    ]
+    jobs = [
+        submit(overrides=arguments(tmp_path, f"staged {number}", *words), environment={"STAGE": str(tmp_path / "node")})
+        for number in range(2)
+    ]
+    for number, job in enumerate(jobs):
+        assert slurm.wait_until_settled(job, 120) == "COMPLETED", (tmp_path / f"job-{job}.log").read_text()
+        config = (tmp_path / f"staged {number}/config.yaml").read_text()
+        assert f"root: {tmp_path}/node/proxynorm-{os.getuid()}/" in config
+    assert len(list((tmp_path / "node").glob("proxynorm-*/*/train.beton"))) == 1
 
 
 def test_a_failure_is_not_queued_again(slurm, submit, tmp_path):

@@ -27,10 +27,11 @@ from tests.slurm.conftest import ROOT, needs_slurm
 
 pytestmark = [pytest.mark.slow, needs_slurm]
 
+STEPS = 100
 TABLE = """
 title: Eight small cells
 about: A table for tests.
-train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=4, batch=20, epochs=2, data.limit=2000, norm.groups=2,
+train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=4, batch=20, epochs=2, data.limit=1000, norm.groups=2,
         data.holdout=200, log_every=1, eval_every=2, loader=torchvision, loader.workers=0, logger=none]
 cells:
   - norm: [bn, ln, gn, in, bn_pn, ln_pn, gn_pn, in_pn]
@@ -55,26 +56,27 @@ def running(slurm, job: str) -> list[str]:
     return slurm.run("squeue", "-h", "-r", "-j", job, "-t", "RUNNING", "-o", "%K").split()
 
 
-def kill_two(slurm, job: str, runs: list[Run]) -> list[Run]:
-    """Cancel one task in the middle of its training, and kill the process of another; the two runs. Checks the limit."""
-    killed: list[Run] = []
+def trouble(slurm, job: str, runs: list[Run]) -> list[Run]:
+    """In the middle of their training: cancel one task, kill the process of another, signal a third, which queues itself
+    again. Returns the three runs. Checks the limit of two at a time."""
+    troubled: list[Run] = []
 
     def in_the_middle(run: Run) -> bool:
-        rows = read_metrics(run.folder / "metrics.jsonl")
-        return run not in killed and 0 < len(rows) < 100
+        return run not in troubled and 0 < len(read_metrics(run.folder / "metrics.jsonl")) < STEPS // 2
 
-    while len(killed) < 2:
-        assert len(running(slurm, job)) <= 2
+    while len(troubled) < 3:
         slurm.wait_for(lambda: any(map(in_the_middle, runs)), "no run trains", 120, every=0.02)
         run = next(filter(in_the_middle, runs), None)
         if run is None:
             continue
-        if killed:
+        task = f"{job}_{runs.index(run)}"
+        if len(troubled) == 1:
             os.kill(int((run.folder / ".lock").read_text().split()[-1]), signal.SIGKILL)
         else:
-            slurm.run("scancel", f"{job}_{runs.index(run)}")
-        killed.append(run)
-    return killed
+            slurm.run("scancel", *(["--signal=USR2"] if troubled else []), task)
+        troubled.append(run)
+        assert len(running(slurm, job)) <= 2
+    return troubled
 
 
 def train_unbroken(runs: list[Run]) -> None:
@@ -112,7 +114,7 @@ def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_
         both = list(pool.map(lambda _: launch(slurm, *words), range(2)))
     assert submitted("".join(both)) == 16, both
     job = re.search(r"submitted array (\d+)", "".join(both))[1]
-    killed = kill_two(slurm, job, runs)
+    *killed, signalled = trouble(slurm, job, runs)
     status = slurm.check(*reproduce("status", *words[:2]), cwd=ROOT)
     assert re.search(r"\d queued|\d\d queued", status) and "job " + job in status
     unbroken = table_runs(table, tmp_path / "unbroken")
@@ -130,7 +132,7 @@ def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_
     assert "nothing to submit" in launch(slurm, *words)
     for run, whole in zip(runs, unbroken, strict=True):
         assert differences(run.folder, whole.folder) == []
-        assert run.log.read_text().count("$ python train.py") == (2 if run in killed else 1)
+        assert run.log.read_text().count("$ python train.py") == (2 if run in (*killed, signalled) else 1)
     assert report_of(table, runs, tmp_path / "a") == report_of(table, unbroken, tmp_path / "b")
 
 
