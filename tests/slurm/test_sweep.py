@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from proxynorm.cli import parse_options
 from proxynorm.config import compose_config, settings_from
 from proxynorm.reproduce.report import gather, write_report
 from proxynorm.reproduce.runs import Run, read_summary, table_runs
@@ -21,6 +22,7 @@ from proxynorm.reproduce.table import load_table
 from proxynorm.train.compare import differences
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import read_metrics
+from scripts.reproduce import Options, main
 from tests.helpers import SMALL
 from tests.reproduce.tiny_table import reproduce
 from tests.slurm.conftest import ROOT, needs_slurm
@@ -42,9 +44,18 @@ hardware: one CPU core
 """
 
 
-def launch(slurm, *arguments: object) -> str:
-    """What scripts/reproduce.py launch prints."""
-    return slurm.check(*reproduce("launch", "launcher=slurm", *arguments), cwd=ROOT)
+@pytest.fixture
+def script(slurm, monkeypatch, capsys):
+    """scripts/reproduce.py in this process, which spares its start; returns what it prints."""
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def go(command: str, *words: str) -> str:
+        capsys.readouterr()
+        assert main(parse_options(Options, [f"command={command}", *words])) == 0
+        return capsys.readouterr().out
+
+    return go
 
 
 def submitted(said: str) -> int:
@@ -93,7 +104,7 @@ def report_of(table, runs: list[Run], folder: Path) -> str:
     return "\n".join(line for line in lines if not re.search(r"\bh\b|hours|seconds|images/s|minutes", line))
 
 
-def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_sweep(slurm, tmp_path):
+def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_sweep(slurm, script, tmp_path):
     path, root = tmp_path / "it's $(eight).yaml", tmp_path / "the runs"
     path.write_text(TABLE)
     table = load_table(str(path))
@@ -105,17 +116,17 @@ def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_
         "wandb=disabled",
         "limit=2",
     ]
-    shown = launch(slurm, *words, "dry_run=true")
+    shown = script("launch", "launcher=slurm", *words, "dry_run=true")
     assert (
         "--array=0-15%2" in shown and shown.count("] python train.py") == 16 and not plan_paths(runs[0].folder.parent)
     )
 
     with ThreadPoolExecutor() as pool:
-        both = list(pool.map(lambda _: launch(slurm, *words), range(2)))
+        both = list(pool.map(lambda _: slurm.check(*reproduce("launch", "launcher=slurm", *words), cwd=ROOT), range(2)))
     assert submitted("".join(both)) == 16, both
     job = re.search(r"submitted array (\d+)", "".join(both))[1]
     *killed, signalled = trouble(slurm, job, runs)
-    status = slurm.check(*reproduce("status", *words[:2]), cwd=ROOT)
+    status = script("status", *words[:2])
     assert re.search(r"\d queued|\d\d queued", status) and "job " + job in status
     unbroken = table_runs(table, tmp_path / "unbroken")
     train_unbroken(unbroken)
@@ -124,12 +135,12 @@ def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_
     )
     assert {run.name for run in runs if read_summary(run.folder) is None} == {run.name for run in killed}
 
-    again = launch(slurm, *words)
+    again = script("launch", "launcher=slurm", *words)
     assert submitted(again) == 2 and again.count(": finished") == 14
     report = re.search(r"submitted job (\d+), the report", again)[1]
     assert slurm.wait_until_settled(report, 200) == "COMPLETED"
     assert (tmp_path / "results" / table.name / "report.md").is_file()
-    assert "nothing to submit" in launch(slurm, *words)
+    assert "nothing to submit" in script("launch", "launcher=slurm", *words)
     for run, whole in zip(runs, unbroken, strict=True):
         assert differences(run.folder, whole.folder) == []
         assert run.log.read_text().count("$ python train.py") == (2 if run in (*killed, signalled) else 1)
