@@ -26,11 +26,12 @@ class Options:
     runs_dir: str = option("runs/soak", "where the run folder goes")
     name: str = option("soak", "the run folder's name")
     seed: int = option(0, "of the moments")
-    seconds: float = option(1.0, "longest wait between a training row and the kill")
+    steps: int = option(8, "most new steps between two kills")
+    seconds: float = option(0.1, "longest wait between the last of them and the kill")
     overrides: list[str] = option([], "of the run, as train.py takes them; empty: a small one")
 
 
-SMALL = ["model.depth=8", "model.width=8", "data.limit=2000", "data.holdout=100", "batch=20", "epochs=3", "log_every=1",
+SMALL = ["model.depth=8", "model.width=8", "data.limit=2000", "data.holdout=100", "batch=20", "epochs=4", "log_every=1",
          "logger=none", "checkpoint.every_steps=1", "regularization.ema_decay=0.9"]
 
 
@@ -40,12 +41,12 @@ def steps(metrics: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def run_and_kill(command: list[str], metrics: Path, wait: float) -> int | None:
-    """Start the run, kill it `wait` seconds after its first new row; the step it had reached, or None if it ended first."""
-    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+def run_and_kill(command: list[str], metrics: Path, more: int, wait: float) -> int | None:
+    """Start the run, kill it `wait` seconds after `more` new steps; the step it had reached, or None if it ended first."""
+    goal = steps(metrics) + more
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
-        time.sleep(0.002)
+    while process.poll() is None and steps(metrics) < goal:
+        time.sleep(0.01)
     time.sleep(wait)
     if process.poll() is not None:
         if process.returncode:
@@ -62,7 +63,7 @@ def main(options: Options) -> int:
     metrics = ROOT / options.runs_dir / options.name / "metrics.jsonl"
     killed_at = []
     while len(killed_at) < options.kills:
-        step = run_and_kill(command, metrics, generator.uniform(0, options.seconds))
+        step = run_and_kill(command, metrics, generator.randint(1, options.steps), generator.uniform(0, options.seconds))
         if step is None:
             break
         killed_at.append(step)

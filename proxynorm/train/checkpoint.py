@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
     try:
         write_atomic(path, lambda stream: torch.save({"format": FORMAT, **content}, stream), keep)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; the last good checkpoint is untouched") from error
+        kept = "; the last good checkpoint is untouched" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {reason(error, path)}{kept}") from error
+
+
+def reason(error: Exception, path: Path) -> str:
+    """Why writing failed. torch's archive writer does not tell that the disk is full: then it is looked up."""
+    if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20:
+        return "no space left on the disk"
+    return str(error).splitlines()[0]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -52,18 +61,18 @@ def load(path: Path) -> dict[str, Any]:
 
 def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest readable checkpoint of a run's folder (None if there is none), and what had to be said on the way."""
-    messages = []
+    messages, faults = [], []
     for name in ("last.pt", "previous.pt"):
         if not (folder / name).exists():
             continue
         try:
             content = load(folder / name)
         except CheckpointError as error:
-            messages.append(f"{error}; falling back")
+            faults.append(str(error))
             continue
         if name == "previous.pt":
-            messages.append(f"going on from {folder / name}")
+            messages = [*faults, f"falling back: going on from {folder / name}"]
         return content, messages
-    if messages:
-        raise CheckpointError(f"no readable checkpoint in {folder}: {messages[0]}; resume=never starts anew")
+    if faults:
+        raise CheckpointError(f"no readable checkpoint: {'; '.join(faults)}; resume=never starts anew")
     return None, []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
+from proxynorm.nn import NormAct2d
 from proxynorm.train.evaluate import autocast
 from proxynorm.train.state import TrainState
 
@@ -23,8 +26,7 @@ def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype)
                 found.append(name)
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()
-             if not any(module.children())]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in layers(model)]
     try:
         with torch.no_grad(), autocast(images.device, dtype):
             model(images)
@@ -32,6 +34,14 @@ def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype)
         for hook in hooks:
             hook.remove()
     return found
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that compute something themselves, by name: those without children, and each norm with its activation."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, NormAct2d)]
+    for name, module in model.named_modules():
+        if name in norms or not any(module.children()) and not name.startswith(tuple(f"{norm}." for norm in norms)):
+            yield name, module
 
 
 def describe(state: TrainState, micro_batches: list[torch.Tensor], loss: torch.Tensor, norm: torch.Tensor,

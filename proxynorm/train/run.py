@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from proxynorm.data import Data, open_data
 from proxynorm.errors import CheckpointError
 from proxynorm.files import write_json
 from proxynorm.train import checkpoint
-from proxynorm.train.distributed import Process, processes
+from proxynorm.train.distributed import Process, environment_ranks, processes
 from proxynorm.train.preemption import Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
@@ -52,12 +51,12 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
     """The summary of a run that has nothing left to do under `settings`, else None. Raises CheckpointError as resume does."""
     if settings.resume == "never" or not run.summary.exists():
         return None
-    summary = json.loads(run.summary.read_text())
+    summary = run.read_summary()
     target = min(summary["total_steps"], settings.max_steps or summary["total_steps"])
     if not summary["completed"] or summary["steps"] < target:
         return None
-    if run.last.exists():
-        content = checkpoint.load(run.last)
+    content, _ = checkpoint.load_latest(run.checkpoints)
+    if content is not None:
         check_identity(content, settings, run.path)
         check_data(content, data, run.path)
     return summary
@@ -74,9 +73,9 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
         return False
     check_identity(content, settings, run.path)
     check_data(content, trainer.data, run.path)
-    trainer.state.load_state_dict(content)
+    trainer.load(content, last_is_damaged=bool(messages))
     if trainer.process.is_main:
-        run.rewind(trainer.state.step)
+        run.rewind(trainer.state.step, trainer.state.evaluated)
     if content["world_size"] != trainer.process.world_size:
         display.say(f"resuming with {trainer.process.world_size} process(es), was {content['world_size']}")
     display.say(f"resumed at step {trainer.state.step} of {trainer.last_step}")
@@ -118,8 +117,8 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
     check(settings)
     name = run_name(settings)
     run = RunFolder(Path(settings.runs_dir) / name)
+    settings.micro_batch_for(environment_ranks()[2])
     with processes(settings.device) as process, stop_request() as stop:
-        settings.micro_batch_for(process.world_size)
         data = open_data(settings.data, settings.loader)
         done = process.share(finished(run, settings, data) if process.is_main else None)
         if done:
@@ -152,7 +151,7 @@ def train_in(run: RunFolder, name: str, settings: Settings, config: dict[str, An
     try:
         trainer.fit(display, tracker)
     except Preempted as signal:
-        display.say(f"{signal} by {stop.received.name if stop.received else 'another process'}; saved; run again to go on")
+        display.say(f"{signal} by {stop.received.name if stop.received else 'a signal to another process'}; saved; run again to go on")
         status = REQUEUE
     finally:
         display.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from proxynorm.errors import ConfigError
+from proxynorm.errors import CheckpointError, ConfigError, DataError
 from proxynorm.files import write_json, write_text
 
 PACKAGES = ("proxynorm", "torch", "torchvision", "timm", "hydra-core", "wandb", "ffcv", "numpy")
@@ -80,13 +80,23 @@ class RunFolder:
     def write_environment(self, extra: dict[str, Any]) -> None:
         write_json(self.path / "environment.json", {**environment(), **extra})
 
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json. Raises CheckpointError if it is damaged."""
+        try:
+            return json.loads(self.summary.read_text())
+        except ValueError:
+            raise CheckpointError(f"{self.summary} is damaged; remove it, and the run goes on from its checkpoint") from None
+
     def read_rows(self) -> list[dict[str, Any]]:
         """The complete rows of metrics.jsonl; a last line cut short by a kill is left out."""
         return read_metrics(self.metrics)
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows after weight update `step`."""
-        rows = [row for row in self.read_rows() if row["step"] <= step]
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Drop the rows after weight update `step`, and those of an evaluation at it that is to be made again."""
+        def stays(row: dict[str, Any]) -> bool:
+            return row["step"] < step or row["step"] == step and (row["event"] == "train" or evaluated == step)
+
+        rows = [row for row in self.read_rows() if stays(row)]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
@@ -100,7 +110,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: a line is not JSON ({error}); remove that line") from None
 
 
 def git_state() -> dict[str, Any]:

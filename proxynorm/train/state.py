@@ -19,7 +19,8 @@ COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_
 class TrainState:
     """Model, optimizer and counters. `step` is the number of weight updates made; `evaluated` the step last evaluated.
 
-    Randomness needs no place here: data order, crops, mixing and dropout are functions of (seed, step, rank).
+    loss_sum and loss_steps: of this process's steps since the last row of metrics.jsonl. Randomness needs no place here:
+    data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
 
     model: nn.Module
@@ -46,12 +47,10 @@ class TrainState:
         self.loss_sum += loss
         self.loss_steps += 1
 
-    def take_loss(self) -> float:
-        """Mean loss of the steps since the last row."""
-        mean = self.loss_sum.item() / max(self.loss_steps, 1)
+    def clear_loss(self) -> None:
+        """Begin a new row."""
         self.loss_sum.zero_()
         self.loss_steps = 0
-        return mean
 
     def state_dict(self) -> dict[str, Any]:
         return {

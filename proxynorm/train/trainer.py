@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from itertools import islice
+from itertools import islice, repeat
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ class Trainer:
         self.network = self._wrap(self.state.model)
         self.watch = Watch(process.device)
         self.saved_at = time.monotonic()
+        self.last_is_damaged = False
         self.last_training = {"loss": float("nan"), "images_per_second": float("nan")}
 
     # -- making ---------------------------------------------------------------------------------------------------
@@ -113,18 +114,22 @@ class Trainer:
                 if self.state.step == self.last_step:
                     break
 
-    def step_batches(self, epoch: int, start: int) -> "StepBatches":
-        return StepBatches(self.loader.epoch(epoch, start), self.accumulation, self.settings.debug.overfit)
+    def step_batches(self, epoch: int, start: int) -> StepBatches:
+        """The epoch's steps from `start`; to overfit, the first step of all in the place of each."""
+        if self.settings.debug.overfit:
+            return StepBatches(self.loader.epoch(0, 0), self.accumulation, repeat=self.steps_per_epoch - start)
+        return StepBatches(self.loader.epoch(epoch, start), self.accumulation)
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One weight update, and what is due after it."""
         state, settings = self.state, self.settings
+        buffers = self.copy_buffers()
         loss = self.forward_backward(micro_batches)
         norm = self.gradient_norm()
         finite = bool(torch.isfinite(loss)) and (state.scaler.is_enabled() or bool(torch.isfinite(norm)))
         nonfinite, stop, save = self.process.any(not finite, bool(self.stop), self.save_is_due())
         if nonfinite:
-            self.handle_nonfinite(micro_batches, loss, norm)
+            self.handle_nonfinite(micro_batches, loss, norm, buffers)
         else:
             self.update_weights(norm)
             state.add_loss(loss)
@@ -189,13 +194,23 @@ class Trainer:
         if ema is not None and self.settings.regularization.ema_every == "epoch" and self.at_epoch_end():
             ema.update(self.state.model, step=self.state.step // self.steps_per_epoch)
 
-    def handle_nonfinite(self, micro_batches: list[Batch], loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Stop before the weights are touched, or skip this update on all processes, as configured."""
+    def copy_buffers(self) -> list[torch.Tensor]:
+        """Batch Norm's running statistics, for a step that may have to be undone; empty where none is skipped."""
+        return [buffer.clone() for buffer in self.state.model.buffers()] if self.settings.nonfinite == "skip" else []
+
+    def handle_nonfinite(self, micro_batches: list[Batch], loss: torch.Tensor, norm: torch.Tensor,
+                         buffers: list[torch.Tensor]) -> None:
+        """Stop before the weights are touched, or skip this update on all processes, as configured.
+
+        A skipped step leaves no trace in the running statistics: `buffers` are those from before it.
+        """
         state = self.state
         state.scaler.update()
         state.skipped += 1
         if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
             self.display.say(f"step {state.step + 1}: loss or gradient is not finite; update skipped ({state.skipped})")
+            for buffer, former in zip(state.model.buffers(), buffers, strict=True):
+                buffer.copy_(former)
             return
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(micro_batches)]
         raise NonFiniteError(describe(state, images, loss, norm, self.process.device, self.dtype))
@@ -251,11 +266,9 @@ class Trainer:
             raise Preempted(f"stopped while evaluating step {self.state.step}")
 
     def log_training(self, learning_rate: float, norm: torch.Tensor) -> None:
-        state, loss = self.state, self.state.take_loss()
-        if self.process.world_size > 1:
-            loss = self.process.sum(torch.tensor(loss, dtype=torch.float64, device=self.process.device)).item()
-            loss /= self.process.world_size
-        norm = norm.item()
+        state, norm = self.state, norm.item()
+        loss = self.process.sum(state.loss_sum).item() / max(state.loss_steps, 1) / self.process.world_size
+        state.clear_loss()
         row = {"event": "train", **self.position(), "loss": loss, "lr": learning_rate,
                "gradient_norm": norm if norm < float("inf") else None, **self.watch.row(self.settings.batch)}
         if state.skipped:
@@ -297,11 +310,20 @@ class Trainer:
                 "steps_per_epoch": self.steps_per_epoch, "inputs": inputs(self.data.info)}
 
     def save(self) -> None:
-        """Save the state as last.pt, and the former one as previous.pt."""
+        """Save the state as last.pt, and the former one, unless it was found damaged, as previous.pt."""
+        loss_sum = self.process.sum(self.state.loss_sum.clone())
         if self.process.is_main:
-            checkpoint.save(self.run.last, {**self.header(), **self.state.state_dict()}, previous=self.run.previous)
+            content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
+            checkpoint.save(self.run.last, content, None if self.last_is_damaged else self.run.previous)
+        self.last_is_damaged = False
         self.saved_at = time.monotonic()
         self.watch.resume()
+
+    def load(self, content: dict, last_is_damaged: bool) -> None:
+        """Go on from a checkpoint. Its loss_sum is all processes' together: the first takes it over."""
+        self.state.load_state_dict(content)
+        self.state.loss_sum *= self.process.world_size / content["world_size"] if self.process.is_main else 0
+        self.last_is_damaged = last_is_damaged
 
     def save_best(self) -> None:
         if self.process.is_main:
@@ -317,10 +339,13 @@ def inputs(info: DataInfo) -> dict:
 
 
 class StepBatches:
-    """An epoch's micro-batches, gathered into lists of one weight update each; closes the loader's iterator at the end."""
+    """An epoch's micro-batches, gathered into lists of one weight update each; closes the loader's iterator at the end.
 
-    def __init__(self, batches: Iterator[Batch], accumulation: int, repeat_first: bool = False) -> None:
-        self.batches, self.accumulation, self.repeat_first = batches, accumulation, repeat_first
+    repeat: give the first list so often, instead.
+    """
+
+    def __init__(self, batches: Iterator[Batch], accumulation: int, repeat: int | None = None) -> None:
+        self.batches, self.accumulation, self.repeat = batches, accumulation, repeat
 
     def __enter__(self) -> Iterator[list[Batch]]:
         self.stack = ExitStack()
@@ -332,7 +357,8 @@ class StepBatches:
         self.stack.close()
 
     def steps(self) -> Iterator[list[Batch]]:
-        first: list[Batch] | None = None
         while micro_batches := list(islice(self.batches, self.accumulation)):
-            first = first or micro_batches
-            yield first if self.repeat_first else micro_batches
+            if self.repeat is not None:
+                yield from repeat(micro_batches, self.repeat)
+                return
+            yield micro_batches

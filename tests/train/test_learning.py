@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -123,6 +124,32 @@ def test_nonfinite_skip_leaves_the_weights(run_small, monkeypatch):
     assert run.last["counters"]["skipped"] == 2 and run.rows[-1]["step"] == 20
     with pytest.raises(NonFiniteError):
         run_small("nonfinite=skip", "nonfinite_limit=1", "name=b")
+
+
+def test_nonfinite_skip_leaves_the_running_statistics(run_small, monkeypatch):
+    """Not-finite images of one step are in Batch Norm's running statistics before the loss tells."""
+    original = Trainer.inputs
+
+    def inputs(self: Trainer, batch: Batch, index: int):
+        images, targets = original(self, batch, index)
+        return (images * float("nan"), targets) if self.state.step == 5 else (images, targets)
+
+    monkeypatch.setattr(Trainer, "inputs", inputs)
+    run = run_small("norm=bn", "nonfinite=skip")
+    assert run.last["counters"]["skipped"] == 1
+    assert all(math.isfinite(row["loss"]) for row in run.rows if row["event"] == "eval")
+    assert all(torch.isfinite(tensor).all() for tensor in run.last["model"].values())
+
+
+def test_overfit_sees_one_batch(run_small, monkeypatch):
+    """In every epoch, and after resuming in the middle of one."""
+    seen = []
+    original = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, batches: (
+        seen.append(batches[0].indices.tolist()), original(self, batches)))
+    run_small("debug=overfit", "name=a", "max_steps=13", "epochs=2")
+    run_small("debug=overfit", "name=a", "epochs=2")
+    assert len(seen) == 20 and all(indices == seen[0] for indices in seen)
 
 
 def test_small_settings_are_what_was_asked(run_small):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+from pathlib import Path
 
 import pytest
-from tests.helpers import assert_same_run
+from tests.helpers import SMALL, assert_same_run
 
+from proxynorm.config import compose_config, settings_from
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
+from proxynorm.train.run import train
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.trainer import Trainer
 
@@ -95,6 +99,48 @@ def test_kill_between_evaluation_and_save(run_small, monkeypatch):
     with pytest.raises(Killed):
         run_small("name=cut")
     assert_same_run(whole, run_small("name=cut"))
+
+
+def test_kill_between_evaluation_and_save_writes_its_row_once(run_small, monkeypatch):
+    """With a save at every step the checkpoint is of the evaluated step already, but from before the evaluation."""
+    options = ("checkpoint.every_steps=1", "power.every_epochs=1", "power.images=20")
+    whole = run_small("name=whole", *options)
+    original = Trainer.save_best
+    monkeypatch.setattr(Trainer, "save_best", lambda self: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run_small("name=cut", *options)
+    monkeypatch.setattr(Trainer, "save_best", original)
+    assert_same_run(whole, run_small("name=cut", *options))
+
+
+def test_a_damaged_last_does_not_replace_a_good_previous(run_small, monkeypatch):
+    """Falling back, then killed in the next save between its two renames: there is still something to go on from."""
+    whole = run_small("name=whole")
+    folder = run_small("name=cut", "max_steps=13", "checkpoint.every_steps=5").folder / "checkpoints"
+    (folder / "last.pt").write_bytes(b"")
+    original = os.replace
+
+    def dies(source, target) -> None:
+        if Path(target).name == "last.pt":
+            raise Killed
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(Killed):
+        run_small("name=cut")
+    monkeypatch.undo()
+    assert_same_run(whole, run_small("name=cut"))
+
+
+def test_a_finished_run_with_a_damaged_last_is_still_finished(run_small, capsys):
+    folder = run_small("name=a", "checkpoint.every_steps=5").folder
+    (folder / "checkpoints" / "last.pt").write_bytes(b"")
+    settings = settings_from(compose_config([*SMALL, f"runs_dir={folder.parent}", "name=a", "checkpoint.every_steps=5"]))
+    assert train(settings, {}) == 0
+    assert "is finished" in capsys.readouterr().out
+    (folder / "summary.json").write_text("")
+    with pytest.raises(CheckpointError, match="summary.json is damaged"):
+        run_small("name=a")
 
 
 def test_finished_run_is_left_alone(run_small, capsys):
