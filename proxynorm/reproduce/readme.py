@@ -10,6 +10,9 @@ from typing import Any
 
 from proxynorm.analysis.tables import markdown_table
 from proxynorm.errors import DataError
+from proxynorm.reproduce.report import gather, p_value, provenance
+from proxynorm.reproduce.runs import read_chosen, table_runs
+from proxynorm.reproduce.table import load_table
 
 BLOCK = re.compile(r"(<!-- (?P<name>[a-z_]+): .*? -->\n)(?P<body>.*?)(<!-- end of (?P=name) -->)", re.DOTALL)
 
@@ -69,7 +72,73 @@ def loader(results: Path) -> str:
 """
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo, "storage": storage, "loader": loader}
+def mini_norms(results: Path) -> str:
+    """The table's cells and its claims, from the kept runs alone."""
+    table = load_table("mini_norms")
+    findings = gather(table, table_runs(table, results / "no run folders", read_chosen(table, results)), results)
+    norms = [[cell.name, str(findings.samples[cell.name]), str(findings.samples[cell.name].n)] for cell in findings.cells]
+    outcomes = [[item.comparison.claim, f"{item.comparison.first} − {item.comparison.second}",
+                 "" if item.difference is None else f"{item.difference:+.2f}",
+                 "" if item.p is None else p_value(item.p), item.verdict] for item in findings.outcomes]
+    return f"""{markdown_table(("norm", "top-1 %", "seeds"), norms)}
+
+![top-1 of every run](results/mini_norms/cells.svg)
+
+{markdown_table(("claim", "difference", "points", "p", "verdict"), outcomes)}
+
+{table.about.strip()} Mean ± standard deviation over seeds; Welch's t-test. {provenance(findings.records)} The whole report:
+[results/mini_norms/report.md](results/mini_norms/report.md).
+"""
+
+
+STEP_NORMS = ("torch bn", "torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "gn", "gn_pn", "in", "in_pn", "bn_pn")
+
+
+def step(results: Path) -> str:
+    return "\n".join(step_table(load(results, f"step/{model}.json")) for model in ("resnet50", "efficientnet_b0"))
+
+
+def step_table(content: dict[str, Any]) -> str:
+    """The eager steps of one model: a norm a row, both memory formats."""
+    options = content["options"]
+    rows = {(row["norm"], row["format"]): row for row in content["rows"] if row["mode"] == "eager"}
+    header = ("norm", "step, NCHW, ms", "step, channels_last, ms", "inference, NCHW, ms", "inference, channels_last, ms",
+              "kept for backward, MB", "÷ torch bn")
+    table = []
+    for norm in STEP_NORMS:
+        pair = [rows[norm, memory_format] for memory_format in ("nchw", "channels_last")]
+        times = [f"{row[key]:.0f}" for key in ("step ms", "inference ms") for row in pair]
+        table.append([norm, *times, f"{pair[0]['MB kept']:.0f}", f"{pair[0]['/ torch bn']:.3f}"])
+    command = f"python scripts/benchmark.py step model={options['model']} batch={options['batch']} size={options['size']}"
+    best = [f"{key.removeprefix('step, ').removesuffix(', each in its best format')}: {value:.3f}"
+            for key, value in content["figures"].items() if key.startswith("step, ")]
+    return f"""{options["model"]}, {options["batch"]} images of {options["size"]} pixels:
+
+{markdown_table(header, table)}
+
+Ratios of training steps, each norm in its best format, medians of {options["rounds"]} interleaved rounds: {"; ".join(best)}
+({machine(content["environment"])}; `{command}`).
+"""
+
+
+def engine(results: Path) -> str:
+    header = ("model, data", "what", "images/s", "ratio", "of")
+    rows = []
+    for name, data in (("resnet20v2", "Fashion-MNIST"), ("resnet18", "photographs, 128 px")):
+        content = load(results, f"engine/{name}.json")
+        rows += [[f"{name}, {data}", row["what"], f"{row['images_per_second']:.0f}",
+                  f"{row['ratio']:.3f}" if row["ratio"] else "", row["of"]] for row in content["rows"]]
+    start = load(results, "engine/startup.json")["seconds"]
+    return f"""{markdown_table(header, rows)}
+
+Medians of {content["options"]["rounds"]} interleaved rounds, the same batch and {content["options"]["workers"]} worker each; timm's parts joined as
+its training script joins them ({machine(content["environment"])}; `python scripts/benchmark.py engine`). From `python train.py` to its first
+weight update, with a warm cache: {start["median"]:.1f} s (`python scripts/benchmark.py startup`).
+"""
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo, "storage": storage, "loader": loader, "step": step, "engine": engine,
+                                           "mini_norms": mini_norms}
 
 
 def render(text: str, results: Path) -> str:
