@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from proxynorm.cli import first_line, nearest
 from proxynorm.errors import ConfigError
@@ -112,9 +112,25 @@ def to_dataclass(config: DictConfig, schema: type) -> Any:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, as {missing[0]}=…")
-        return OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(config, resolve=True)))
+        merged = OmegaConf.merge(typed, OmegaConf.to_container(config, resolve=True))
+        check_flags(config, merged)
+        return OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        key = error.full_key
+        raise ConfigError(f"no key '{key}'; {nearest(key, siblings(key, flat_keys(typed)))}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+        key, words = error.full_key, first_line(error)
+        if "is not a ListConfig" in words:
+            words = f"must be a list, as {key}=[{OmegaConf.select(config, key)}]"
+        raise ConfigError(f"{key}: {words}") from error
+
+
+def check_flags(config: DictConfig, typed: DictConfig) -> None:
+    """Raises ConfigError where a number other than 0 and 1 is given for true or false, which OmegaConf takes."""
+    for key in flat_keys(config):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, int) and value not in (0, 1) and isinstance(OmegaConf.select(typed, key), bool):
+            raise ConfigError(f"{key}={value}: must be true or false")
 
 
 def settings_from(config: DictConfig) -> Settings:
@@ -142,12 +158,19 @@ def multirun_first(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
 
 
+def refuse_arguments(message: str) -> NoReturn:
+    """In place of argparse's own, which adds a page of usage. Raises ConfigError."""
+    raise ConfigError(f"{message}; give key=value; the options are --help, -m (sweep) and --cfg job (print)")
+
+
 def check_arguments(arguments: list[str]) -> None:
     """Compose and convert what the command line asks for, so that its mistakes show in one line before Hydra starts.
 
     Raises ConfigError.
     """
-    parsed = get_args_parser().parse_args(arguments)
+    parser = get_args_parser()
+    parser.error = refuse_arguments
+    parsed = parser.parse_args(arguments)
     if parsed.help or parsed.hydra_help:
         return
     overrides = [item for item in parsed.overrides if not item.lstrip("+~").startswith("hydra")]

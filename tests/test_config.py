@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from proxynorm.config import CONFIGS, check_arguments, compose_config, groups, settings_from
+from proxynorm.config import CONFIGS, check_arguments, compose_config, flat_keys, groups, settings_from
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS
 from proxynorm.train.optimizer import create_schedule
-from proxynorm.train.settings import identity, run_name
+from proxynorm.train.settings import CHOICES, RANGES, Settings, identity, run_name
 
 NEEDED = {("data", "folder"): ["data.root=x"], ("data", "beton"): ["data.root=x"], ("model", "timm"): ["model.name=resnet18"]}
 
@@ -50,7 +51,18 @@ def test_every_norm_has_a_file():
     ("data=folder", "data.root must be given, as data.root=…"),
     ("norm=[bn,ln]", "no such norm"),
     ("name=../elsewhere", "must be a plain folder name"),
-    ("optim.lr=0", "the learning rate is 0.0: must be above 0"),
+    ("name=..", "name=..: must be a plain folder name"),
+    ("name=.", "must be a plain folder name"),
+    ("name=", "name=: must be a plain folder name"),
+    ("logger.mode=foo", "logger.mode=foo: valid: auto, online, offline, disabled"),
+    ("logger.tags=abc", "logger.tags: must be a list, as logger.tags=[abc]"),
+    ("schedule.name=foo", "schedule.name=foo: valid: cosine, step"),
+    ("data.deterministic=7", "data.deterministic=7: must be true or false"),
+    ("+foo=1", "no key 'foo'; valid: batch"),
+    ("+data.rot=1", "no key 'data.rot'; did you mean 'data.root'?"),
+    ("--foo", "unrecognized arguments: --foo; give key=value"),
+    ("--cfg", "argument --cfg/-c: expected one argument"),
+    ("optim.lr=0", "optim.lr=0: must be above 0 and finite"),
     ("batch", "arguments have the form key=value"),
     ("-m norm=bn,lln", "norm=lln: no such norm"),
 ])
@@ -59,6 +71,31 @@ def test_mistakes_are_one_line(argument, message):
         check_arguments(argument.split())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ("checkpoint.every_steps=0,-1 norm.groups=0 norm.nodes=0 optim.base_batch=0 power.images=0", "at least 1"),
+    ("debug.profile_steps=-3 schedule.min_lr=-1 norm.eps=-1 nonfinite_limit=-1 schedule.warmup_epochs=-1 seed=-1 "
+     "optim.weight_decay=-1,inf regularization.mixup=-1", "at least 0 and finite"),
+    ("optim.lr=inf,-1,nan optim.base_lr=0 optim.clip_grad=0,-1 checkpoint.every_minutes=-1", "above 0 and finite"),
+    ("regularization.label_smoothing=2 regularization.mix_probability=3", "from 0 to 1"),
+    ("regularization.stochastic_depth=2 optim.momentum=2 regularization.ema_decay=2,1", "at least 0 and below 1"),
+])
+def test_a_value_out_of_its_range_is_named_with_it(values, words):
+    config = compose_config([])
+    for key, listed in (item.split("=") for item in values.split()):
+        for value in listed.split(","):
+            with pytest.raises(ConfigError) as error:
+                settings_from(OmegaConf.merge(config, OmegaConf.from_dotlist([f"{key}={value}"])))
+            assert str(error.value) == f"{key}={value}: must be {words}"
+
+
+def test_every_range_is_of_a_setting():
+    """Defaults lie in their ranges, and a range's key exists."""
+    keys = [key for keys, _, _ in RANGES for key in keys]
+    assert len(keys) == len(set(keys))
+    known = flat_keys(OmegaConf.structured(Settings))
+    assert {*keys, *CHOICES} <= set(known)
 
 
 def test_normalization_batches_divide_every_process_s_forward():
@@ -81,6 +118,7 @@ def test_run_name_follows_what_is_trained():
         return run_name(settings_from(compose_config(overrides)))
 
     assert name() == name("device=cpu", "loader=torchvision", "logger=none", "max_steps=3", "checkpoint.every_steps=5")
+    assert name() == name("nonfinite=skip", "nonfinite_limit=3")
     others = {name(), name("norm=bn"), name("batch=64"), name("seed=1"), name("model.width=8"), name("data.limit=100"),
               name("optim.weight_decay=0.1"), name("regularization=extra"), name("norm_batch=4"), name("epochs=6")}
     assert len(others) == 10

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -165,38 +168,64 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "memory_format": ("auto", "contiguous", "channels_last"),
     "nonfinite": ("stop", "skip"),
+    "schedule.name": ("cosine", "step", "multistep", "poly", "tanh", "constant"),
+    "regularization.ema_every": ("step", "epoch"),
+    "logger.mode": ("auto", "online", "offline", "disabled"),
 }
-POSITIVE = ("batch", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "eval_batch")
+
+# The keys that share a range, the range in words, and its test. null is left to the type.
+RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (("batch", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "eval_batch", "checkpoint.every_steps",
+      "norm.groups", "norm.nodes", "optim.base_batch", "power.every_epochs", "power.images"),
+     "at least 1", lambda value: value >= 1),
+    (("seed", "nonfinite_limit", "debug.profile_steps", "norm.eps", "norm.proxy_eps", "optim.weight_decay", "optim.eps",
+      "optim.alpha_per_image", "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "schedule.decay_rate",
+      "regularization.mixup", "regularization.cutmix"),
+     "at least 0 and finite", lambda value: 0 <= value < math.inf),
+    (("optim.lr", "optim.base_lr", "optim.clip_grad", "schedule.decay_epochs", "checkpoint.every_minutes"),
+     "above 0 and finite", lambda value: 0 < value < math.inf),
+    (("regularization.label_smoothing", "regularization.mix_probability", "regularization.switch_probability",
+      "regularization.random_erasing"),
+     "from 0 to 1", lambda value: 0 <= value <= 1),
+    (("optim.momentum", "optim.alpha", "regularization.dropout", "regularization.stochastic_depth",
+      "regularization.ema_decay"),
+     "at least 0 and below 1", lambda value: 0 <= value < 1),
+)
 
 # Keys that do not change what is trained: they may differ between a run and its resumption, and do not name it.
 INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint", "debug.profile_steps",
               "debug.name", "max_steps", "log_every", "eval_batch", "data.root", "data.cache")
 
+# Incidental too, but written as its default: runs made while it was part of a run keep their names and go on.
+FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}
+
 
 def check(settings: Settings) -> Settings:
     """Return `settings` if its values make sense together; raise ConfigError otherwise."""
-    for key, choices in CHOICES.items():
-        if getattr(settings, key) not in choices:
-            raise ConfigError(f"{key}={getattr(settings, key)}: valid: {', '.join(choices)}")
-    for key in POSITIVE:
-        value = getattr(settings, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}={value}: must be at least 1")
+    check_values(settings)
     norm_batch = settings.norm_batch
     if isinstance(norm_batch, str) and norm_batch != "global" or isinstance(norm_batch, int) and norm_batch < 1:
         raise ConfigError(f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null")
-    if settings.regularization.ema_every not in ("step", "epoch"):
-        raise ConfigError(f"regularization.ema_every={settings.regularization.ema_every}: valid: step, epoch")
-    if not settings.learning_rate > 0:
-        raise ConfigError(f"the learning rate is {settings.learning_rate}: must be above 0")
-    if settings.power.images < 1 or settings.power.every_epochs is not None and settings.power.every_epochs < 1:
-        raise ConfigError("power.every_epochs and power.images must be at least 1")
     if settings.batch % (settings.micro_batch or 1):
         raise ConfigError(f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}")
     check_norm_batch(settings, settings.micro_batch or settings.batch)
-    if settings.name is not None and settings.name != Path(settings.name).name:
-        raise ConfigError(f"name={settings.name}: must be a plain folder name; runs_dir= says where it lies")
+    name = settings.name
+    if name is not None and (name in ("", "..") or name != Path(name).name):
+        raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= says where it lies")
     return settings
+
+
+def check_values(settings: Settings) -> None:
+    """Raise ConfigError on a value outside CHOICES or RANGES, by its key as one writes it."""
+    for key, choices in CHOICES.items():
+        value = attrgetter(key)(settings)
+        if value not in choices:
+            raise ConfigError(f"{key}={value}: valid: {', '.join(choices)}")
+    for keys, words, holds in RANGES:
+        for key in keys:
+            value = attrgetter(key)(settings)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key}={value:g}: must be {words}")
 
 
 def uses_batch_norm(settings: Settings) -> bool:
@@ -225,7 +254,7 @@ def identity(settings: Settings) -> dict[str, Any]:
         else:
             flat[prefix] = list(value) if isinstance(value, tuple) else value
 
-    walk("", dataclasses.asdict(settings))
+    walk("", dataclasses.asdict(dataclasses.replace(settings, **FIXED)))
     return flat
 
 

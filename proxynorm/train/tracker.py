@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from proxynorm.cli import first_line
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.train.settings import Settings
+from proxynorm.train.settings import CHOICES, Settings
 
-MODES = ("auto", "online", "offline", "disabled")
+MODES = CHOICES["logger.mode"]
 
 
 def has_key() -> bool:
@@ -57,8 +58,9 @@ class Tracker:
                 settings=wandb.Settings(silent=True, console="off"),
             )
             self.run.define_metric("*", step_metric="step")
-        except (wandb.Error, OSError) as error:
-            print(f"warning: W&B is off for this run: {error}", file=sys.stderr)
+        except Exception as error:  # whatever W&B and its libraries raise, the training does not depend on it
+            self.run = None
+            print(f"warning: W&B is off for this run: {first_line(error)}", file=sys.stderr)
 
     def log(self, row: dict[str, Any]) -> None:
         """Mirror one row, its figures named event/key."""
