@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from proxynorm.errors import ConfigError, ProxynormError
@@ -61,6 +61,8 @@ def parse_options(options: type, arguments: list[str]) -> Any:
         return OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None)
+        if isinstance(error, MissingMandatoryValue):
+            raise ConfigError(f"{key}= is missing; --help tells what it is") from None
         raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
 
 
@@ -76,9 +78,12 @@ def options_help(options: type) -> str:
 
 
 def guard(action: Callable[[], int | None]) -> NoReturn:
-    """Run `action`, turning the user's mistakes into one line and status 2."""
+    """Run `action`, turning the user's mistakes into one line and status 2, and Ctrl-C into one line and 130."""
     try:
         sys.exit(action() or 0)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
     except ProxynormError as error:
         fail(error)
 

@@ -4,7 +4,7 @@
   python scripts/write_ffcv.py source=imagenet/val output=data/val.beton labels=LOC_val_solution.csv
   python scripts/write_ffcv.py source=ILSVRC2012_img_train.tar output=data/train.beton on_bad=skip
 
-Train on them with data=… data.name=beton data.root=FOLDER, where train.beton and val.beton lie.
+Train on them with data=beton data.root=FOLDER, where train.beton and val.beton lie.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from proxynorm.cli import option, script
-from proxynorm.data.images import StorageOptions
-from proxynorm.data.opening import share_of_cores
-from proxynorm.data.preparation import prepare
-from proxynorm.data.sources import Listing, list_source
 from proxynorm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from proxynorm.data.images import StorageOptions
+    from proxynorm.data.sources import Listing
 
 
 @dataclass
@@ -46,6 +44,10 @@ def main(options: Options) -> int:
         signal.signal(number, _stop)
     output = Path(options.output).expanduser()
     _check(options, output)
+    from proxynorm.data.images import StorageOptions  # slow to import: only now that a signal is one line
+    from proxynorm.data.opening import share_of_cores
+    from proxynorm.data.sources import list_source
+
     storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability, options.strict)
     labels = Path(options.labels).expanduser() if options.labels else None
     listing = list_source(Path(options.source).expanduser(), labels)
@@ -71,6 +73,11 @@ def _check(options: Options, output: Path) -> None:
 
 
 def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str, workers: int) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from proxynorm.data.preparation import prepare
+
     total = len(listing.images)
     print(f"{total} images, {len(listing.classes)} classes, {workers} workers -> {output}", flush=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()

@@ -54,7 +54,7 @@ def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
     if loader.name == "ffcv" or spec.name == "beton":
         ffcv_library()
         if spec.randaugment is not None:
-            raise ConfigError("data.randaugment needs loader.name=torchvision (and data.name=folder)")
+            raise ConfigError("regularization.randaugment works on image folders alone: give data=folder loader=torchvision")
         return "ffcv"
     return "ffcv" if spec.randaugment is None and ffcv_available() else "torchvision"
 

@@ -68,11 +68,12 @@ def _images_in(folder: Path) -> list[ImageRef]:
 
 def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
     """Images without class folders, labelled by a CSV or the devkit; an image without a label is a DataError."""
-    table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels)
     if not images:
         raise DataError(f"{source}: holds no images ({', '.join(EXTENSIONS)})")
     # A file in a tar is called TAR:NAME.
-    names = [table.get(Path(image.name.removeprefix(f"{source}:")).stem) for image in images]
+    stems = [Path(image.name.removeprefix(f"{source}:")).stem for image in images]
+    table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels, set(stems))
+    names = [table.get(stem) for stem in stems]
     if None in names:
         raise DataError(f"{images[names.index(None)].name}: has no label in {labels}")
     classes = tuple(sorted(set(table.values())))
@@ -80,16 +81,20 @@ def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
     return Listing(classes, images, np.array([number[name] for name in names], dtype=np.int64))
 
 
-def _read_csv(path: Path) -> dict[str, str]:
-    """File stem -> class, from the first two columns; of the second only the first word. A heading line is left out."""
+def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
+    """File stem -> class, from the first two columns; of the second only the first word.
+
+    A first line that names none of the images, whose `stems` are given, is a heading and left out.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row]
-        table = {Path(row[0].strip()).stem: row[1].split()[0] for row in rows}
+        pairs = [(Path(row[0].strip()).stem, row[1].split()[0]) for row in rows]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file or folder") from None
     except (OSError, UnicodeDecodeError, IndexError, csv.Error) as error:
         raise DataError(f"{path}: is no list of labels, lines of FILE,CLASS ({error})") from None
-    table.pop("ImageId", None)
-    return table
+    return dict(pairs[1:] if pairs and pairs[0][0] not in stems else pairs)
 
 
 def _read_devkit(folder: Path) -> dict[str, str]:

@@ -396,10 +396,11 @@ def flat_copy(photos, folder: Path) -> dict[str, str]:
     return labels
 
 
-def test_a_flat_folder_takes_its_labels_from_a_csv(photos, tmp_path):
+@pytest.mark.parametrize("heading", ["ImageId,PredictionString", "filename,label"])
+def test_a_flat_folder_takes_its_labels_from_a_csv(photos, tmp_path, heading):
     labels = flat_copy(photos, tmp_path / "val")
     rows = [f"{name},{label} 10 20 30 40" for name, label in labels.items()]
-    (tmp_path / "labels.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+    (tmp_path / "labels.csv").write_text("\n".join([heading, *rows]))
     listing = list_source(tmp_path / "val", tmp_path / "labels.csv")
     assert listing.classes == ("ant", "bee", "cow")
     assert [listing.classes[target] for target in listing.targets] == list(labels.values())
