@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_SECONDS = 10.0
+BAR_WIDTHS = (8, 24)  # least, most
 COLUMNS = ("epoch", "step", "train loss", "loss", "top-1", "top-5", "images/s", "seconds")
 ROW = "{:>9} {:>9} {:>10} {:>8} {:>7} {:>7} {:>9} {:>8}"
 
@@ -22,10 +24,9 @@ class Display:
         self.last_line = time.monotonic()
         self.bar = None
         if visible and self.console.is_terminal:
-            columns = (TextColumn("epoch {task.fields[epoch]:.2f}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                       TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("", total=total_steps, text="", epoch=0.0)
+            self.columns = (TextColumn("{task.fields[head]}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*self.columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=total_steps, head="", text="")
             self.bar.start()
 
     def say(self, text: str) -> None:
@@ -40,17 +41,25 @@ class Display:
         """Show a training row; off a terminal at most every ten seconds."""
         if not self.visible:
             return
-        text = (f"loss {row['loss']:.4f}  lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s  "
-                f"data {100 * row['data_wait']:.0f}%  ETA {timedelta(seconds=round(eta_seconds))}")
+        parts = figures(row, eta_seconds)
         if self.bar:
-            self.bar.update(self.task, completed=row["step"], text=text, epoch=row["epoch"])
+            self.move(row, parts)
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
-            self.say(f"  step {row['step']}/{self.total_steps}  {text}")
+            self.say(f"  step {row['step']}/{self.total_steps}  {'  '.join(parts)}")
+
+    def move(self, row: dict, parts: list[str]) -> None:
+        """Redraw the moving line: epoch and step always, then as many figures as the terminal is wide, then the bar."""
+        head = f"epoch {row['epoch']:.2f}  {row['step']}/{self.total_steps}"
+        text, room = fit(parts, self.console.width - len(head) - 1)
+        left, bar, right = self.columns
+        bar.bar_width = min(room - 1, BAR_WIDTHS[1])
+        self.bar.columns = (left, bar, right) if bar.bar_width >= BAR_WIDTHS[0] else (left, right)
+        self.bar.update(self.task, completed=row["step"], head=head, text=text)
 
     def epoch(self, row: dict, train_loss: float, images_per_second: float, seconds: float) -> None:
         """Add the row of an evaluation; the training figures are left out if they are not a number (just resumed)."""
-        trained = ("", "") if train_loss != train_loss else (f"{train_loss:.4f}", f"{images_per_second:.0f}")
+        trained = ("", "") if math.isnan(train_loss) else (f"{train_loss:.4f}", f"{images_per_second:.0f}")
         self.say(ROW.format(f"{row['epoch']:g}/{self.epochs}", row["step"], trained[0], f"{row['loss']:.4f}",
                             f"{row['top1']:.2f}", f"{row['top5']:.2f}", trained[1], f"{seconds:.0f}"))
 
@@ -58,3 +67,23 @@ class Display:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+def figures(row: dict, eta_seconds: float) -> list[str]:
+    """A training row's figures as the progress line shows them, the most wanted first."""
+    norm, memory = row.get("gradient_norm"), row.get("gpu_memory_gib")
+    parts = [f"loss {row['loss']:.4f}", f"ETA {timedelta(seconds=round(eta_seconds))}",
+             f"{row['images_per_second']:.0f} images/s", f"lr {row['lr']:.4g}", f"data {100 * row['data_wait']:.0f}%"]
+    parts += [] if norm is None else [f"gradient {norm:.3g}"]
+    return parts + ([] if memory is None else [f"GPU {memory:.1f} GiB"])
+
+
+def fit(parts: list[str], width: int) -> tuple[str, int]:
+    """The first of `parts` that go into `width` characters, two spaces between, and the characters left over."""
+    text = ""
+    for part in parts:
+        longer = f"{text}  {part}" if text else part
+        if len(longer) > width:
+            break
+        text = longer
+    return text, width - len(text)

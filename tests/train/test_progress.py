@@ -1,0 +1,50 @@
+"""The moving line: the step counter first, the figures as the width allows, the bar in what is left."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from proxynorm.train import progress
+from proxynorm.train.progress import Display, figures, fit
+
+ROW = {"step": 12345, "epoch": 12.34, "loss": 2.3456, "lr": 0.01234, "images_per_second": 1234.5, "data_wait": 0.25,
+       "gradient_norm": 1.234, "gpu_memory_gib": 12.34}
+
+
+def line(monkeypatch, width: int) -> str:
+    """What a terminal of `width` columns shows for ROW."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(progress, "Console", lambda **arguments: console)
+    display = Display(450000, 100)
+    display.update(ROW, 12345.0)
+    display.bar.stop()
+    with console.capture() as capture:
+        console.print(display.bar.make_tasks_table(display.bar.tasks))
+    return capture.get().rstrip("\n")
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 120, 200])
+def test_the_step_counter_is_whole_at_any_width(monkeypatch, width):
+    shown = Console(file=io.StringIO()).render_str(line(monkeypatch, width)).plain
+    assert "12345/450000" in shown and "\n" not in shown and "…" not in shown
+
+
+def test_a_wide_terminal_shows_everything(monkeypatch):
+    shown = line(monkeypatch, 200)
+    for part in (*figures(ROW, 12345.0), "━"):
+        assert part in shown
+
+
+def test_eighty_columns_give_up_the_bar_before_the_time_left(monkeypatch):
+    shown = line(monkeypatch, 80)
+    assert "loss 2.3456" in shown and "ETA 3:25:45" in shown and "━" not in shown
+
+
+def test_figures_leave_out_what_is_not_known():
+    row = {**ROW, "gradient_norm": None}
+    del row["gpu_memory_gib"]
+    assert not [part for part in figures(row, 1.0) if part.startswith(("gradient", "GPU"))]
+    assert fit(["abc", "de", "f"], 7) == ("abc  de", 0) and fit(["abc"], 2) == ("", 2)
