@@ -12,7 +12,7 @@ from proxynorm.config import CONFIGS, check_arguments, compose_config, flat_keys
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS
 from proxynorm.train.optimizer import create_schedule
-from proxynorm.train.settings import CHOICES, RANGES, Settings, identity, run_name
+from proxynorm.train.settings import CHOICES, RANGES, RegularizationSettings, Settings, identity, run_name
 
 NEEDED = {("data", "folder"): ["data.root=x"], ("data", "beton"): ["data.root=x"], ("model", "timm"): ["model.name=resnet18"]}
 
@@ -23,6 +23,13 @@ def test_every_option_composes(group, name):
     if group == "experiment" and compose_config(overrides).data.name != "fashion_mnist":
         overrides.append("data.root=x")
     settings_from(compose_config(overrides))
+
+
+@pytest.mark.parametrize("experiment", [[], ["experiment=imagenet_efficientnet_b2", "data.root=x"]])
+def test_overfitting_leaves_nothing_in_the_loss_s_way(experiment):
+    settings = settings_from(compose_config([*experiment, "debug=overfit"]))
+    assert settings.debug.overfit and settings.schedule.name == "constant" and settings.optim.weight_decay == 0
+    assert settings.regularization == RegularizationSettings(name="none", ema_every=settings.regularization.ema_every)
 
 
 def test_every_file_says_what_it_is():
@@ -75,8 +82,8 @@ def test_mistakes_are_one_line(argument, message):
 
 @pytest.mark.parametrize(("values", "words"), [
     ("checkpoint.every_steps=0,-1 norm.groups=0 norm.nodes=0 optim.base_batch=0 power.images=0", "at least 1"),
-    ("debug.profile_steps=-3 schedule.min_lr=-1 norm.eps=-1 nonfinite_limit=-1 schedule.warmup_epochs=-1 seed=-1 "
-     "optim.weight_decay=-1,inf regularization.mixup=-1", "at least 0 and finite"),
+    ("debug.profile_steps=-3 norm.eps=-1 nonfinite_limit=-1 seed=-1", "at least 0 and finite"),
+    ("schedule.min_lr=-1 schedule.warmup_epochs=-1 optim.weight_decay=-1,inf regularization.mixup=-1", "at least 0 and finite"),
     ("optim.lr=inf,-1,nan optim.base_lr=0 optim.clip_grad=0,-1 checkpoint.every_minutes=-1", "above 0 and finite"),
     ("regularization.label_smoothing=2 regularization.mix_probability=3", "from 0 to 1"),
     ("regularization.stochastic_depth=2 optim.momentum=2 regularization.ema_decay=2,1", "at least 0 and below 1"),

@@ -58,7 +58,7 @@ class Tracker:
                 settings=wandb.Settings(silent=True, console="off"),
             )
             self.run.define_metric("*", step_metric="step")
-        except Exception as error:  # whatever W&B and its libraries raise, the training does not depend on it
+        except Exception as error:  # noqa: BLE001 - whatever W&B and its libraries raise, the training does not depend on it
             self.run = None
             print(f"warning: W&B is off for this run: {first_line(error)}", file=sys.stderr)
 
