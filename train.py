@@ -3,6 +3,11 @@
 import sys
 import traceback
 
+from proxynorm.train.preemption import leave_on_signals
+
+if __name__ == "__main__":
+    leave_on_signals()  # before the imports that take seconds
+
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,7 +26,7 @@ def main(config: DictConfig) -> None:
         status = train(settings, OmegaConf.to_container(config, resolve=True))
     except ProxynormError as error:
         fail(error)
-    except Exception:
+    except Exception:  # noqa: BLE001 - named with the run's folder, whatever it is
         traceback.print_exc()
         print(f"error: the run in {settings.runs_dir}/{run_name(settings)} ended with the fault above", file=sys.stderr)
         sys.exit(1)

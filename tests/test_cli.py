@@ -25,7 +25,7 @@ class Options:
 
 
 def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
 def assert_user_error(result: subprocess.CompletedProcess[str], message: str) -> None:
@@ -48,6 +48,31 @@ def test_train_help_is_readable():
     result = command("train.py", "--help")
     assert result.returncode == 0
     assert "norm: bn, bn_pn, gn" in result.stdout and "python train.py norm=ln_pn batch=32" in result.stdout
+
+
+SIGNAL_ON_IMPORT = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "hydra":
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, Finder)
+sys.argv = ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+def test_a_signal_before_anything_is_loaded_asks_to_be_queued_again(name):
+    result = command("-c", SIGNAL_ON_IMPORT.replace("{name}", name))
+    assert (result.returncode, result.stderr) == (75, f"stopped by {name}; run again to go on\n")
+
+
+@pytest.mark.parametrize("argument", ["checkpoint.every_steps=0", "optim.lr=inf", "--foo"])
+def test_wrong_values(argument):
+    assert_user_error(command("train.py", argument), argument)
 
 
 def test_wrong_norm():

@@ -1,13 +1,19 @@
-"""Signals that ask a run to stop: a handler only sets a flag; the loop saves at its next step boundary."""
+"""Signals that ask a run to stop: a handler only sets a flag; the loop saves at its next step boundary.
+
+Imports nothing heavy: a command listens before it imports what is.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+REQUEUE = 75  # the exit status of what a signal stopped
 
 
 class Preempted(Exception):
@@ -41,3 +47,15 @@ def stop_request() -> Iterator[StopRequest]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """End with status 75 and one line: there is nothing to save yet. No exception, which an import might swallow."""
+    os.write(2, f"stopped by {signal.Signals(number).name}; run again to go on\n".encode())
+    os._exit(REQUEUE)
+
+
+def leave_on_signals() -> None:
+    """Meet stop signals with `leave_at_once`, wherever no `stop_request` is open."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, leave_at_once)
