@@ -24,9 +24,9 @@ class Display:
         self.last_line = time.monotonic()
         self.bar = None
         if visible and self.console.is_terminal:
-            self.columns = (TextColumn("{task.fields[head]}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.columns = (TextColumn("{task.fields[head]}"), BarColumn(BAR_WIDTHS[1]), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*self.columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("", total=total_steps, head="", text="")
+            self.task = self.bar.add_task("", total=total_steps, head="starting", text="")
             self.bar.start()
 
     def say(self, text: str) -> None:

@@ -7,9 +7,9 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from proxynorm.cli import first_line
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
 from proxynorm.train.settings import CHOICES, Settings
@@ -60,7 +60,7 @@ class Tracker:
             self.run.define_metric("*", step_metric="step")
         except Exception as error:  # noqa: BLE001 - whatever W&B and its libraries raise, the training does not depend on it
             self.run = None
-            print(f"warning: W&B is off for this run: {first_line(error)}", file=sys.stderr)
+            print(f"warning: W&B is off for this run: {shorten(str(error), 240)}", file=sys.stderr)
 
     def log(self, row: dict[str, Any]) -> None:
         """Mirror one row, its figures named event/key."""
