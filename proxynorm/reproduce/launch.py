@@ -17,7 +17,7 @@ from proxynorm.reproduce.runs import IN_USE, STOPPED, TRAIN, Run, last_error, st
 from proxynorm.reproduce.slurm import SlurmOptions
 from proxynorm.reproduce.sweep import run_on_slurm
 from proxynorm.train.preemption import stop_request
-from proxynorm.train.run import REQUEUE
+from proxynorm.train.preemption import REQUEUE
 
 POLL_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")

@@ -18,7 +18,7 @@ import yaml
 
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.table import Cell, Table
-from proxynorm.train.run import REQUEUE
+from proxynorm.train.preemption import REQUEUE
 from proxynorm.train.run_folder import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"

@@ -14,14 +14,12 @@ from proxynorm.errors import CheckpointError
 from proxynorm.files import write_json
 from proxynorm.train import checkpoint
 from proxynorm.train.distributed import Process, environment_ranks, processes
-from proxynorm.train.preemption import Preempted, StopRequest, stop_request
+from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings, check, identity, run_name, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 from proxynorm.train.trainer import Trainer, inputs
-
-REQUEUE = 75
 
 
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
