@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from proxynorm.benchmark.memory import bytes_kept
@@ -80,6 +81,8 @@ def main(options: Options) -> None:
                           options.device.replace("auto", "cpu"))
     variants = [Variant(norm, memory_format, mode == "compiled")
                 for mode in options.modes for memory_format in options.formats for norm in options.norms]
+    # every variant compiles the same forward twice; past the limit, 8, torch would silently go on uncompiled
+    torch._dynamo.config.recompile_limit = 2 * len(variants)
     contenders = [_prepare(variant, options, device) for variant in variants]
     for _ in range(options.rounds):
         for contender in contenders:

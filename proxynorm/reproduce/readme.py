@@ -131,7 +131,7 @@ def engine(results: Path) -> str:
     start = load(results, "engine/startup.json")["seconds"]
     return f"""{markdown_table(header, rows)}
 
-Medians of {content["options"]["rounds"]} interleaved rounds, the same batch and {content["options"]["workers"]} worker each; timm's parts joined as
+Medians of interleaved rounds, the same batch and {content["options"]["workers"]} worker each; timm's parts joined as
 its training script joins them ({machine(content["environment"])}; `python scripts/benchmark.py engine`). From `python train.py` to its first
 weight update, with a warm cache: {start["median"]:.1f} s (`python scripts/benchmark.py startup`).
 """
