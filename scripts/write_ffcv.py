@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,10 @@ def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str,
     from proxynorm.data.preparation import prepare
 
     total = len(listing.images)
+    if listing.aside:
+        kinds = Counter(Path(name).suffix.lower() or "no ending" for name in listing.aside)
+        words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        print(f"left aside, not images by their names: {words}; the manifest names them", file=sys.stderr)
     print(f"{total} images, {len(listing.classes)} classes, {workers} workers -> {output}", flush=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     with Progress(TextColumn("checking and writing"), *columns, console=Console(stderr=True)) as bar:

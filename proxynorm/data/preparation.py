@@ -109,6 +109,7 @@ def _manifest(
         "converted": {
             kind: {"count": len(names), "files": names[:FILES_NAMED]} for kind, names in sorted(converted.items())
         },
+        "left_aside": {"count": len(listing.aside), "files": list(listing.aside[:FILES_NAMED])},
         "versions": _versions(),
     }
 

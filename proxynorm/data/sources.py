@@ -17,11 +17,15 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 class Listing(NamedTuple):
-    """Labelled images, in a fixed order: class names, sorted; one reference and one target, int64 (N,), per image."""
+    """Labelled images, in a fixed order: class names, sorted; one reference and one target, int64 (N,), per image.
+
+    aside: the files among them that are not images by their names.
+    """
 
     classes: tuple[str, ...]
     images: list[ImageRef]
     targets: np.ndarray
+    aside: tuple[str, ...] = ()
 
 
 def list_source(source: Path, labels: Path | None = None) -> Listing:
@@ -35,7 +39,10 @@ def list_source(source: Path, labels: Path | None = None) -> Listing:
         return list_tar(source, labels)
     if not source.is_dir():
         raise DataError(f"{source}: no such folder or tar file")
-    return list_flat(_images_in(source), labels, source) if labels else list_folder(source)
+    if not labels:
+        return list_folder(source)
+    images, aside = _images_in(source)
+    return list_flat(images, labels, source)._replace(aside=tuple(aside))
 
 
 def list_folder(folder: Path) -> Listing:
@@ -48,22 +55,25 @@ def list_folder(folder: Path) -> Listing:
             f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg (scripts/write_ffcv.py takes a flat folder "
             "with labels=)"
         )
-    images, targets = [], []
+    images, targets, aside = [], [], []
     for target, name in enumerate(classes):
-        found = _images_in(folder / name)
+        found, others = _images_in(folder / name)
         if not found:
             raise DataError(
                 f"{folder / name}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder"
             )
         images += found
         targets += [target] * len(found)
-    return Listing(tuple(classes), images, np.array(targets, dtype=np.int64))
+        aside += others
+    return Listing(tuple(classes), images, np.array(targets, dtype=np.int64), tuple(aside))
 
 
-def _images_in(folder: Path) -> list[ImageRef]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
-    paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    return [ImageRef(path, path) for path in paths]
+def _images_in(folder: Path) -> tuple[list[ImageRef], list[str]]:
+    """The images of a folder, and the other files in it; hidden ones and folders count as neither."""
+    names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and not entry.is_dir())
+    paths = [os.path.join(folder, name) for name in names]
+    images = [ImageRef(path, path) for path in paths if path.lower().endswith(EXTENSIONS)]
+    return images, [path for path in paths if not path.lower().endswith(EXTENSIONS)]
 
 
 def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
@@ -127,16 +137,18 @@ def list_tar(path: Path, labels: Path | None) -> Listing:
         raise DataError(
             f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is compressed, else fetch it again"
         ) from None
+    aside = tuple(ref.name for _, ref in found if not ref.name.lower().endswith(EXTENSIONS))
     found = sorted(pair for pair in found if pair[1].name.lower().endswith(EXTENSIONS))
     if labels is not None:
-        return list_flat([ref for _, ref in found], labels, path)
+        return list_flat([ref for _, ref in found], labels, path)._replace(aside=aside)
     classes = tuple(sorted({name for name, _ in found}))
     if not found or "" in classes:
         raise DataError(
             f"{path}: holds no images in class folders or class tars; give labels= if its images have a list"
         )
     number = {name: target for target, name in enumerate(classes)}
-    return Listing(classes, [ref for _, ref in found], np.array([number[name] for name, _ in found], dtype=np.int64))
+    targets = np.array([number[name] for name, _ in found], dtype=np.int64)
+    return Listing(classes, [ref for _, ref in found], targets, aside)
 
 
 def _inner_images(path: Path, outer: tarfile.TarInfo) -> list[tuple[str, ImageRef]]:

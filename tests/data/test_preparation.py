@@ -128,6 +128,16 @@ def test_the_manifest_counts_and_names_what_was_converted(tmp_path, monkeypatch)
 
 
 @needs_ffcv
+def test_files_of_other_kinds_are_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data" / "ant").mkdir(parents=True)
+    for name in ("a.jpg", "b.gif", "notes", ".hidden"):
+        (tmp_path / "data" / "ant" / name).write_bytes(jpeg(photograph(1)))
+    assert run_script(monkeypatch, f"source={tmp_path}/data", f"output={tmp_path}/x.beton", "workers=1") == 0
+    assert "left aside, not images by their names: 1 .gif, 1 no ending;" in capsys.readouterr().err
+    files = json.loads((tmp_path / "x.beton.json").read_text())["left_aside"]["files"]
+    assert [Path(file).name for file in files] == ["b.gif", "notes"]
+
+
 def test_the_manifest_names_the_versions_it_was_made_with(written):
     versions = json.loads(written.with_name("train.beton.json").read_text())["versions"]
     assert {"proxynorm", "python", "numpy", "pillow", "libjpeg_turbo", "ffcv", "opencv"} <= set(versions)
