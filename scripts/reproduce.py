@@ -96,6 +96,9 @@ def launch(options: Options, table: Table) -> int:
     if options.launcher not in LAUNCHERS:
         raise ConfigError(f"launcher={options.launcher}: {nearest(options.launcher, LAUNCHERS)}")
     runs, overrides = selected_runs(options, table), tuple(options.train)
+    for override in overrides:
+        if override.split("=")[0].lstrip("+") in ("seed", "name", "runs_dir"):
+            raise ConfigError(f"train=[{override}]: each run of a table has its own seed, name and runs_dir; leave it out")
     settings_from(compose_config([*runs[0].arguments(), *overrides]))  # a mistake shows now, not once a run
 
     def check(due: Sequence[Run]) -> None:

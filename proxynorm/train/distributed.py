@@ -96,7 +96,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name}: torch finds no CUDA device; use device=cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
+        # under SLURM's --gpus-per-task a process sees its own GPU alone, as the first
+        device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
     return device
 
 
