@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 from proxynorm.cli import option, script
+from proxynorm.files import finite
 
 
 @dataclass
@@ -44,7 +45,7 @@ def main(options: Options) -> int:
                           process, choose_dtype(settings, process.device),
                           expected=data.info.eval_count if data.spec.on_bad == "raise" else None)
         if process.is_main:
-            print(json.dumps(asdict(result)))
+            print(json.dumps(finite(asdict(result))))
     return 0
 
 

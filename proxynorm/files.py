@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -51,9 +52,18 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda stream: stream.write(text.encode()))
 
 
+def finite(value: Any) -> Any:
+    """`value` with null in the place of every number that JSON does not know: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` with `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Replace `path` with `value` as indented JSON, atomically; NaN and infinities become null."""
+    write_text(path, json.dumps(finite(value), indent=2) + "\n")
 
 
 @contextmanager

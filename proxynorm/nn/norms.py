@@ -4,7 +4,7 @@ Statistics are float32 or better whatever autocast says; the map keeps its dtype
 """
 from __future__ import annotations
 
-from typing import Union
+from typing import Any, Union
 
 import torch
 import torch.distributed as dist
@@ -61,13 +61,11 @@ def _normalize_chunks(x: Tensor, running_mean: Tensor | None, running_var: Tenso
 
 def _normalize_globally(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
                         eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    from torch.distributed.nn.functional import all_reduce  # differentiable, unlike torch.distributed.all_reduce
-
     wide = torch.promote_types(x.dtype, torch.float32)
     var, mean = (s.double() for s in torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0))
     local = x.numel() // x.shape[1]
     count = torch.full((1,), float(local), dtype=torch.float64, device=x.device)
-    total = all_reduce(torch.cat([mean * local, (var + mean * mean) * local, count]))
+    total = _AllReduce.apply(torch.cat([mean * local, (var + mean * mean) * local, count]))
     mean, square = (total[:-1] / total[-1]).chunk(2)
     var = (square - mean * mean).clamp_min(0)
     unbiased = var * total[-1] / (total[-1] - 1)
@@ -75,6 +73,20 @@ def _normalize_globally(x: Tensor, running_mean: Tensor | None, running_var: Ten
     scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     return (x * scale.to(wide).view(1, -1, 1, 1) + shift.to(wide).view(1, -1, 1, 1)).to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum of a tensor over all processes, differentiable: its gradient is the sum of the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _AllReduce.apply(grad)
 
 
 def _update_running(running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor,

@@ -162,7 +162,7 @@ def figures(findings: Findings) -> list[Block]:
 
 
 def points(record: Record, event: str, x: str, y: str) -> list[tuple[float, float]]:
-    return [(row[x], row[y]) for row in record.rows if row["event"] == event and y in row]
+    return [(row[x], row[y]) for row in record.rows if row["event"] == event and row.get(y) is not None]
 
 
 def last_power(record: Record) -> list[tuple[float, float]]:

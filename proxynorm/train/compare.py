@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics
 
-TIMINGS = {"images_per_second", "data_wait", "step_ms_p50", "step_ms_p95", "gpu_memory_gib", "seconds", "train_seconds"}
+TIMINGS = {"images_per_second", "data_wait", "step_ms_p50", "step_ms_p95", "gpu_memory_gib", "eta_seconds", "seconds",
+           "train_seconds"}
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -53,4 +55,6 @@ def different_keys(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 def same(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, float) and isinstance(second, float):
+        return first == second or math.isnan(first) and math.isnan(second)
     return type(first) is type(second) and first == second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from proxynorm.errors import ProxynormError
 
 KEY = "fault"
 POLL_SECONDS = 1.0
+LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's words when a peer is gone
 GRACE_SECONDS = 10.0  # for a process to notice by itself that a peer is gone, as gloo does
 
 
@@ -39,6 +41,8 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
         first = _tell(store, json.dumps([rank, words]))
         if first is not None and first[0] != rank and not isinstance(error, ProxynormError):
             raise PeerError(_sentence(first)) from None
+        if isinstance(error, RuntimeError) and LOST.search(str(error)):
+            raise PeerError("the connection to another process of the run is lost: it was killed, or its machine is gone") from None
         raise
     finally:
         ended.set()

@@ -37,11 +37,11 @@ class Display:
     def header(self) -> None:
         self.say(ROW.format(*COLUMNS))
 
-    def update(self, row: dict, eta_seconds: float) -> None:
+    def update(self, row: dict) -> None:
         """Show a training row; off a terminal at most every ten seconds."""
         if not self.visible:
             return
-        parts = figures(row, eta_seconds)
+        parts = figures(row)
         if self.bar:
             self.move(row, parts)
         elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
@@ -69,13 +69,12 @@ class Display:
             self.bar = None
 
 
-def figures(row: dict, eta_seconds: float) -> list[str]:
+def figures(row: dict) -> list[str]:
     """A training row's figures as the progress line shows them, the most wanted first."""
-    norm, memory = row.get("gradient_norm"), row.get("gpu_memory_gib")
-    parts = [f"loss {row['loss']:.4f}", f"ETA {timedelta(seconds=round(eta_seconds))}",
-             f"{row['images_per_second']:.0f} images/s", f"lr {row['lr']:.4g}", f"data {100 * row['data_wait']:.0f}%"]
-    parts += [] if norm is None else [f"gradient {norm:.3g}"]
-    return parts + ([] if memory is None else [f"GPU {memory:.1f} GiB"])
+    parts = [f"loss {row['loss']:.4f}", f"ETA {timedelta(seconds=round(row['eta_seconds']))}",
+             f"{row['images_per_second']:.0f} images/s", f"lr {row['lr']:.4g}", f"data {100 * row['data_wait']:.0f}%",
+             f"step {row['step_ms_p50']:.3g}, p95 {row['step_ms_p95']:.3g} ms", f"gradient {row['gradient_norm']:.3g}"]
+    return parts + ([f"GPU {row['gpu_memory_gib']:.1f} GiB"] if "gpu_memory_gib" in row else [])
 
 
 def fit(parts: list[str], width: int) -> tuple[str, int]:

@@ -42,7 +42,12 @@ def checkpoint_path(run: str | None, file: str | None, weights: str = "last") ->
 
 def restore(path: Path) -> Restored:
     """Rebuild the network of a run's checkpoint file. Raises CheckpointError."""
-    content = checkpoint.load(path)
+    try:
+        content = checkpoint.load(path)
+    except CheckpointError as error:
+        previous = path.with_name("previous.pt")
+        hint = f"; the one before it: checkpoint={previous}" if previous.is_file() and path.name == "last.pt" else ""
+        raise CheckpointError(f"{error}{hint}") from error
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
         raise CheckpointError(f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): its configuration is missing")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from proxynorm.errors import CheckpointError, ConfigError, DataError
-from proxynorm.files import write_json, write_text
+from proxynorm.files import finite, write_json, write_text
 
 PACKAGES = ("proxynorm", "torch", "torchvision", "timm", "hydra-core", "wandb", "ffcv", "numpy")
 
@@ -100,9 +100,9 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one complete line to metrics.jsonl in a single write."""
+        """Add one complete line to metrics.jsonl in a single write; null stands for what is not a finite number."""
         with open(self.metrics, "ab", buffering=0) as stream:
-            stream.write((json.dumps(row) + "\n").encode())
+            stream.write((json.dumps(finite(row)) + "\n").encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

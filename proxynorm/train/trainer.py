@@ -266,16 +266,18 @@ class Trainer:
             raise Preempted(f"stopped while evaluating step {self.state.step}")
 
     def log_training(self, learning_rate: float, norm: torch.Tensor) -> None:
-        state, norm = self.state, norm.item()
-        loss = self.process.sum(state.loss_sum).item() / max(state.loss_steps, 1) / self.process.world_size
+        """A row of the mean loss since the last row (over the steps that were not skipped) and what one watches."""
+        state = self.state
+        loss = self.process.sum(state.loss_sum).item() / self.process.world_size
+        loss = loss / state.loss_steps if state.loss_steps else float("nan")
         state.clear_loss()
-        row = {"event": "train", **self.position(), "loss": loss, "lr": learning_rate,
-               "gradient_norm": norm if norm < float("inf") else None, **self.watch.row(self.settings.batch)}
+        watched = self.watch.row(self.settings.batch, self.last_step - state.step)
+        row = {"event": "train", **self.position(), "loss": loss, "lr": learning_rate, "gradient_norm": norm.item(), **watched}
         if state.skipped:
             row["skipped"] = state.skipped
         self.last_training = row
         self.write(row)
-        self.display.update(row, (self.last_step - state.step) * self.settings.batch / row["images_per_second"])
+        self.display.update(row)
 
     def write(self, row: dict) -> None:
         if self.process.is_main:

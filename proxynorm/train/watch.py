@@ -35,8 +35,9 @@ class Watch:
         """Leave out what happened since the last step: evaluation, saving."""
         self.started = time.perf_counter()
 
-    def row(self, batch: int) -> dict[str, float]:
-        """images/s, share of the time spent waiting for data, step-time percentiles (ms), peak GPU memory (GiB)."""
+    def row(self, batch: int, steps_left: int) -> dict[str, float]:
+        """images/s, share of the time spent waiting for data, step-time percentiles (ms), training time left at this rate
+        (s, without evaluations), peak GPU memory (GiB)."""
         total = sum(self.steps)
         times = quantiles(self.steps, n=20) if len(self.steps) > 1 else self.steps * 19
         row = {
@@ -44,6 +45,7 @@ class Watch:
             "data_wait": round(sum(self.waits) / total, 4),
             "step_ms_p50": round(1e3 * times[9], 3),
             "step_ms_p95": round(1e3 * times[18], 3),
+            "eta_seconds": round(steps_left * total / len(self.steps), 1),
         }
         if self.device.type == "cuda":
             row["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)

@@ -67,7 +67,7 @@ def test_two_processes_resume_exactly(tmp_path):
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0 and "RuntimeError" not in errors, errors
     assert "resumed at step" in output
     assert_same_run(read(tmp_path / "whole"), read(tmp_path / "cut"))
 
@@ -126,6 +126,6 @@ def test_global_batch_norm_over_processes(run_small, tmp_path):
     options = ("norm=bn", "regularization=none", "data.holdout=20")
     one = run_small(*options, "name=one")
     result = run(torchrun(2, tmp_path, *options, "norm_batch=global", "name=two"))
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     for first, second in zip(one.rows[:10], read(tmp_path / "two").rows[:10], strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)

@@ -120,8 +120,11 @@ def test_nonfinite_skip_leaves_the_weights(run_small, monkeypatch):
         return norm * float("inf") if self.state.step in (3, 4) else norm
 
     monkeypatch.setattr(Trainer, "gradient_norm", gradient_norm)
-    run = run_small("nonfinite=skip")
+    run = run_small("nonfinite=skip", "log_every=1")
     assert run.last["counters"]["skipped"] == 2 and run.rows[-1]["step"] == 20
+    training = [row for row in run.rows if row["event"] == "train"]
+    assert [row["step"] for row in training if row["loss"] is None] == [4, 5]
+    assert [row["step"] for row in training if row["gradient_norm"] is None] == [4, 5]
     with pytest.raises(NonFiniteError):
         run_small("nonfinite=skip", "nonfinite_limit=1", "name=b")
 
@@ -165,3 +168,4 @@ def test_profile_leaves_a_trace(run_small):
 def test_three_steps(run_small):
     rows = run_small("debug=three_steps").rows
     assert [row["event"] for row in rows] == ["train"] * 3 + ["eval"]
+    assert rows[0]["eta_seconds"] > rows[2]["eta_seconds"] == 0 and rows[0]["step_ms_p95"] >= rows[0]["step_ms_p50"] > 0
