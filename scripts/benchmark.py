@@ -14,6 +14,7 @@ from proxynorm.errors import ConfigError
 # Each is a module of proxynorm.benchmark with a dataclass Options and a function main(options).
 BENCHMARKS = {
     "step": "training and inference steps of every norm, in turns: time, bytes kept for backward, share of the moments",
+    "passes": "where LN+PN's time goes: its layers and its extra passes over the map, alone, against torch's LN",
     "memory": "bytes kept for the backward pass by every norm, beside BN + activation",
     "loader": "images a second of the loaders on the same JPEGs, against FFCV's, torchvision's and timm's",
     "engine": "our training loop against a bare one, against its loader, and against timm's loader, model and optimizer",

@@ -150,16 +150,18 @@ def _measure(contender: Contender, options: Options) -> None:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    contender.train.append(_seconds(train, device))
+    gc.collect()
+    contender.train.append(timed(train, device))
     if device.type == "cuda":
         contender.peak = torch.cuda.max_memory_allocated()
     contender.net.zero_grad(set_to_none=True)
     if contender.frozen is not None:
-        contender.infer.append(_seconds(infer, device))
+        gc.collect()
+        contender.infer.append(timed(infer, device))
 
 
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
-    gc.collect()
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run of `action`."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -185,7 +187,7 @@ def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
             layer.shared_constants = None
 
     once()
-    return median(_seconds(once, device) for _ in range(repeats))
+    return median(timed(once, device) for _ in range(repeats))
 
 
 def ratio(times: list[float], base: list[float]) -> float:
