@@ -6,6 +6,7 @@ imported when it launches. Hydra runs it before it is in sys.modules, where data
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
@@ -30,8 +31,11 @@ class SlurmLauncherConfig:
     limit: int | None = None
     stage: str | None = None
     sbatch: list[str] = field(default_factory=list)
+    requeues: int = 0
+    probe: bool = False
     dry_run: bool = False
     retry_failed: bool = False
+    force: bool = False
 
 
 class SlurmLauncher(Launcher):
@@ -41,12 +45,17 @@ class SlurmLauncher(Launcher):
         self.options = options
 
     def setup(self, *, hydra_context: "HydraContext", task_function: "TaskFunction", config: "DictConfig") -> None:
-        """Nothing to keep: each job is train.py's command line."""
+        """Note what Hydra is about to create, which dry_run takes away: each job is train.py's command line, and needs none."""
+        folder = Path(config.hydra.sweep.dir)
+        self.fresh = [path for path in (folder / "multirun.yaml", folder, *folder.parents) if not path.exists()]
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> "list[JobReturn]":
         from proxynorm.reproduce.multirun import launch
 
         launch([list(overrides) for overrides in job_overrides], self.options)
+        if self.options["dry_run"]:
+            for path in self.fresh:
+                path.rmdir() if path.is_dir() else path.unlink()
         return []
 
 

@@ -15,8 +15,10 @@ Offline W&B runs go up with: wandb sync runs/TABLE/wandb/offline-run-* runs/TABL
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from proxynorm.reproduce.runs import Run
     from proxynorm.reproduce.slurm import SlurmOptions
+    from proxynorm.reproduce.sweep import Entry
 
 
 @dataclass
@@ -43,7 +46,9 @@ class Options:
     jobs: int = option(1, "local: runs at a time")
     threads: int = option(1, "local: CPU threads of a run")
     limit: int | None = option(None, "slurm: array tasks at a time")
-    time: str | None = option(None, "slurm: time limit of a run, as sbatch takes it; it is queued again if it saved")
+    time: str | None = option(
+        None, "slurm: time limit of a run, as sbatch takes it: 90 (minutes), 12:00:00; it is queued again if it saved"
+    )
     partition: str | None = option(None, "slurm: partition")
     nodes: int | None = option(None, "slurm: nodes of a run")
     gpus: int | None = option(None, "slurm: GPUs of a run, over all its nodes, a process each")
@@ -77,41 +82,63 @@ def selected_runs(options: Options, table: Table) -> list[Run]:
 def plan(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import plan as describe
 
-    print(describe(table, selected_runs(options, table), options.jobs, options.train))
+    print(describe(table, selected_runs(options, table), Path(options.results), options.jobs, options.train))
     return 0
 
 
 def status(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import status as describe
 
-    print(describe(selected_runs(options, table)))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(describe(selected_runs(options, table), Path(options.results), width))
     return 0
 
 
 def launch(options: Options, table: Table) -> int:
-    from proxynorm.config import compose_config, settings_from
-    from proxynorm.reproduce.estimate import Estimator, describe, probe_runs, refuse_impossible
+    from proxynorm.reproduce.estimate import Estimator, check, probe_runs
     from proxynorm.reproduce.launch import LAUNCHERS, LaunchOptions
 
     if options.launcher not in LAUNCHERS:
         raise ConfigError(f"launcher={options.launcher}: {nearest(options.launcher, LAUNCHERS)}")
-    runs, overrides = selected_runs(options, table), tuple(options.train)
+    runs, overrides = not_kept(selected_runs(options, table), options.results), tuple(options.train)
     for override in overrides:
         if override.split("=")[0].lstrip("+") in ("seed", "name", "runs_dir"):
-            raise ConfigError(f"train=[{override}]: each run of a table has its own seed, name and runs_dir; leave it out")
-    settings_from(compose_config([*runs[0].arguments(), *overrides]))  # a mistake shows now, not once a run
+            raise ConfigError(
+                f"train=[{override}]: each run of a table has its own seed, name and runs_dir; leave it out"
+            )
+    if not runs:
+        return 0
+    check_overrides(runs[0], overrides)
 
-    def check(due: Sequence[Run]) -> None:
-        estimate = Estimator(table, runs, overrides)
-        print(describe(due, estimate), flush=True)
-        if not options.force:
-            refuse_impossible(due, estimate, settings.slurm)
+    def estimated(due: Sequence[Entry]) -> None:
+        estimate = Estimator(runs[0].folder.parent, Path(options.results), table, options.gpus or 1)
+        check(due, estimate, settings.slurm, options.force, partial(print, flush=True))
 
-    settings = LaunchOptions(options.jobs, options.threads, overrides, slurm=slurm_options(options), check=check)
+    settings = LaunchOptions(options.jobs, options.threads, overrides, slurm=slurm_options(options), check=estimated)
     launcher = LAUNCHERS[options.launcher]
     if options.probe:
         launcher(probe_runs(runs), replace(settings, slurm=replace(settings.slurm, wait=True, report=()), check=None))
     return launcher(runs, settings)
+
+
+def check_overrides(run: Run, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a mistake in the overrides, which shows now, not once a run."""
+    from proxynorm.config import compose_config, settings_from
+
+    try:
+        settings_from(compose_config([*run.arguments(), *overrides]))
+    except ConfigError as error:
+        raise ConfigError(f"cell {run.cell.name}: {error}") from error
+
+
+def not_kept(runs: Sequence[Run], results: str) -> list[Run]:
+    """The runs without those that are finished and kept as archives alone, which it names."""
+    from proxynorm.reproduce.records import kept_standing
+
+    kept = {run.name: now for run in runs if (now := kept_standing(run, results)) and now.state == "done"}
+    for name, now in kept.items():
+        print(f"{name}: finished, {now.note}", flush=True)
+    return [run for run in runs if run.name not in kept]
 
 
 def slurm_options(options: Options) -> SlurmOptions:

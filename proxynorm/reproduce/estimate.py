@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.config import compose_config, settings_from
 from proxynorm.data.beton import read_beton
@@ -18,9 +18,10 @@ from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.reproduce import slurm
 from proxynorm.reproduce.runs import Run
 from proxynorm.reproduce.slurm import SlurmOptions
-from proxynorm.reproduce.table import Cell, Table
+from proxynorm.reproduce.sweep import Entry, Say
+from proxynorm.reproduce.table import Table
+from proxynorm.reproduce.throughput import Measured, in_archives, in_folders, kind, processor_here
 from proxynorm.train.build import build_model
-from proxynorm.train.run_folder import read_metrics
 from proxynorm.train.settings import Settings
 
 FASHION_IMAGES = 60000
@@ -30,12 +31,12 @@ START_SECONDS = 60.0  # allowed for starting a run: queueing the step, imports, 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run. images: of training, over all epochs; hours: training and start-up, with their origin; disk: bytes
+    """Of one run. images: of training, over all epochs; seconds: training and start-up, with their origin; disk: bytes
     of its checkpoints; memory: peak GPU memory in GiB. None: not known before data or a measurement is at hand."""
 
     steps: int | None
     images: int | None
-    hours: float
+    seconds: float | None
     origin: str
     disk: int
     memory: float | None = None
@@ -57,12 +58,16 @@ def train_images(settings: Settings) -> int | None:
     return min(spec.limit or rest, rest)
 
 
-def planned_settings(arguments: Sequence[str]) -> Settings:
-    """The settings of a run whose data.root need not be given yet."""
+def planned_config(arguments: Sequence[str]) -> DictConfig:
+    """The configuration of a run whose data.root need not be given yet."""
     config = compose_config(arguments)
     if OmegaConf.is_missing(config.data, "root"):
         config.data.root = None
-    return settings_from(config)
+    return config
+
+
+def planned_settings(arguments: Sequence[str]) -> Settings:
+    return settings_from(planned_config(arguments))
 
 
 def total_steps(settings: Settings) -> int | None:
@@ -83,98 +88,142 @@ def checkpoint_bytes(settings: Settings) -> int:
     return (3 * copies + 1) * weights
 
 
-def last_training_row(folder: Path) -> dict | None:
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["event"] == "train"]
-    return rows[-1] if rows else None
-
-
 class Estimator:
-    """Estimates a table's runs from what was measured of it: each cell's own runs or probe, else all the others' mean."""
+    """Estimates runs from what was measured of their kind: in the folder of the runs and its probes, else in the archives of
+    kept runs; else from the mean of the kinds that the folder tells of; else from the table's own words.
 
-    def __init__(self, table: Table, runs: Sequence[Run], overrides: Sequence[str] = ()) -> None:
-        self.table, self.overrides = table, list(overrides)
-        rows: dict[str, list[dict]] = defaultdict(list)
-        for run in [*runs, *probe_runs(runs)]:
-            if row := last_training_row(run.folder):
-                rows[run.cell.name].append(row)
-        self.speed = {cell: mean(row["images_per_second"] for row in group) for cell, group in rows.items()}
-        self.memory = {cell: max(row.get("gpu_memory_gib", 0.0) for row in group) for cell, group in rows.items()}
+    An archive counts if as many processes trained it, and on this machine's processor or for this table. Raises
+    ConfigError naming the cell, or the run, that cannot be built.
+    """
+
+    def __init__(self, runs_dir: Path, results: Path, table: Table | None = None, processes: int = 1) -> None:
+        self.table, self.folders = table, by_kind(in_folders(runs_dir))
+        kept = [found for found in in_archives(results) if found.processes == processes]
+        here, own = processor_here(), table.name if table else ""
+        self.archives = by_kind(found for found in kept if found.table == own)
+        self.archives |= by_kind(found for found in kept if found.processor == here)
         self.known: dict[str, Estimate] = {}
 
-    def __call__(self, run: Run) -> Estimate:
+    def __call__(self, entry: Entry) -> Estimate:
         """The estimate of a run; its cell's other seeds share it."""
-        name = run.cell.name
+        name = entry.cell or entry.name
         if name not in self.known:
-            self.known[name] = self._estimate(run.cell, planned_settings([*run.arguments(), *self.overrides]))
+            try:
+                self.known[name] = self._estimate(planned_config(entry.arguments))
+            except ProxynormError as error:
+                raise ConfigError(f"{'cell ' if entry.cell else ''}{name}: {error}") from error
         return self.known[name]
 
-    def _estimate(self, cell: Cell, settings: Settings) -> Estimate:
+    def _estimate(self, config: DictConfig) -> Estimate:
+        settings, what = settings_from(config), kind(OmegaConf.to_container(config, resolve=True))
         steps = total_steps(settings)
         images = None if steps is None else steps * settings.batch
-        memory = self.memory.get(cell.name) or None
-        hours, origin = self._hours(cell, images)
-        return Estimate(steps, images, hours, origin, checkpoint_bytes(settings), memory)
+        found = self.folders.get(what) or self.archives.get(what, [])
+        memory = max((item.memory for item in found), default=0.0) or None
+        seconds, origin = self._seconds(what, found, images)
+        return Estimate(steps, images, seconds, origin, checkpoint_bytes(settings), memory)
 
-    def _hours(self, cell: Cell, images: int | None) -> tuple[float, str]:
-        if images is not None and self.speed:
-            own = cell.name in self.speed
-            speed = self.speed[cell.name] if own else mean(self.speed.values())
-            origin = "measured" if own else f"mean of {len(self.speed)} measured cells"
-            return (images / speed + START_SECONDS) / 3600, origin
-        return self.table.minutes / 60, f"estimate for {self.table.hardware}"
+    def _seconds(self, what: str, found: Sequence[Measured], images: int | None) -> tuple[float | None, str]:
+        if images is not None and (found or self.folders):
+            speed = mean_speed(found) if found else mean(mean_speed(group) for group in self.folders.values())
+            origin = f"mean of {len(self.folders)} measured kinds of runs"
+            if found:
+                origin = "measured" if what in self.folders else f"kept runs on {found[0].processor}"
+            return images / speed + START_SECONDS, origin
+        if self.table is None:
+            return None, "nothing like it was measured"
+        return self.table.minutes * 60, f"estimate for {self.table.hardware}"
+
+
+def by_kind(measured: Iterable[Measured]) -> dict[str, list[Measured]]:
+    groups: dict[str, list[Measured]] = defaultdict(list)
+    for found in measured:
+        groups[found.kind].append(found)
+    return dict(groups)
+
+
+def mean_speed(group: Iterable[Measured]) -> float:
+    return mean(item.images_per_second for item in group)
+
+
+SHORT = (f"max_steps={PROBE_STEPS}", "log_every=5", "logger=none")
 
 
 def probe_runs(runs: Sequence[Run]) -> list[Run]:
     """For each cell a run of a few steps, in the folder probe/ beside the cells' own."""
     cells = {run.cell.name: run for run in runs}
-    short = (f"max_steps={PROBE_STEPS}", "log_every=5", "logger=none")
     return [
         replace(
             run,
             seed=0,
             folder=run.folder.parent / "probe" / run.cell.name,
-            cell=replace(run.cell, overrides=(*run.cell.overrides, *short)),
+            cell=replace(run.cell, overrides=(*run.cell.overrides, *SHORT)),
         )
         for run in cells.values()
     ]
 
 
-def describe(runs: Sequence[Run], estimate: Callable[[Run], Estimate]) -> str:
-    """Steps, images, hours, disk and memory of the runs together, and where the hours come from."""
-    estimates = [estimate(run) for run in runs]
+def duration(seconds: float) -> str:
+    """In the unit that suits: 40 s, 25 min, 7.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(entries: Sequence[Entry], estimate: Callable[[Entry], Estimate]) -> str:
+    """Steps, images, time, disk and memory of the runs together, and where the time comes from."""
+    estimates = [estimate(entry) for entry in entries]
     origins = sorted({item.origin for item in estimates})
     unknown = sum(item.steps is None for item in estimates)
     steps = (
         f"{sum(item.steps or 0 for item in estimates):,} steps, {sum(item.images or 0 for item in estimates):,} images"
     )
     memory = max((item.memory for item in estimates if item.memory), default=None)
-    parts = [f"{len(runs)} runs to do", steps if not unknown else "steps unknown without data.root"]
-    parts += [f"{sum(item.hours for item in estimates):.1f} h ({'; '.join(origins)})"]
+    parts = [f"{len(entries)} runs to do", steps if not unknown else "steps unknown without data.root"]
+    parts += [f"{total_time(estimates)} ({'; '.join(origins)})"] if estimates else []
     parts += [f"{sum(item.disk for item in estimates) / 1e9:.2f} GB of checkpoints"]
     parts += [f"up to {memory:.1f} GiB of GPU memory" if memory else "memory not measured"]
     return ", ".join(parts)
 
 
-def refuse_impossible(runs: Sequence[Run], estimate: Callable[[Run], Estimate], options: SlurmOptions) -> None:
+def total_time(estimates: Sequence[Estimate]) -> str:
+    """The sum over the runs whose time is known, and how many it leaves out."""
+    known = [item.seconds for item in estimates if item.seconds is not None]
+    if not known:
+        return "time unknown"
+    left_out = len(estimates) - len(known)
+    return duration(sum(known)) + (f" and {left_out} runs of unknown time" if left_out else "")
+
+
+def check(
+    entries: Sequence[Entry], estimate: Callable[[Entry], Estimate], options: SlurmOptions, force: bool, say: Say
+) -> None:
+    """Say what the runs would take, before they are submitted. Raises ConfigError, unless `force`, for what cannot end."""
+    say(describe(entries, estimate))
+    if not force:
+        refuse_impossible(entries, estimate, options)
+
+
+def refuse_impossible(entries: Sequence[Entry], estimate: Callable[[Entry], Estimate], options: SlurmOptions) -> None:
     """Raises ConfigError if a run cannot end within its time limits, or the checkpoints do not fit on the disk."""
-    needed = sum(estimate(run).disk for run in runs)
-    folder = runs[0].folder.parent
+    needed = sum(estimate(entry).disk for entry in entries)
+    folder = entries[0].folder.parent
     free = shutil.disk_usage(existing(folder)).free
     if needed > free:
         raise ConfigError(
-            f"{folder}: {free / 1e9:.1f} GB free, the checkpoints of {len(runs)} runs take {needed / 1e9:.1f} GB; "
-            "choose root= on a larger disk, or force=true"
+            f"{folder}: {free / 1e9:.1f} GB free, the checkpoints of {len(entries)} runs take {needed / 1e9:.1f} GB; "
+            "choose another disk, or force=true"
         )
-    if options.time is None:
-        return
-    useful = slurm.seconds(options.time) - slurm.WARNING_SECONDS - START_SECONDS
-    longest = max(runs, key=lambda run: estimate(run).hours)
-    seconds = estimate(longest).hours * 3600 - START_SECONDS
+    limit, warning = slurm.time_limit(options), slurm.warning_seconds(options)
+    useful = limit - warning - START_SECONDS
+    longest = max(entries, key=lambda entry: estimate(entry).seconds or 0)
+    seconds = (estimate(longest).seconds or 0) - START_SECONDS
     if useful <= 0 or seconds > useful * (1 + options.requeues):
         limits = f"{1 + options.requeues} time limits" if options.requeues else "its time limit"
         enough = -(-seconds // useful) - 1 if useful > 0 else None
         remedy = f", or requeues={enough:.0f} to spread it over several" if enough else ""
         raise ConfigError(
-            f"{longest.name} takes about {estimate(longest).hours:.2f} h ({estimate(longest).origin}) and cannot end within {limits} of "
-            f"{options.time}, of which the last {slurm.WARNING_SECONDS} s are for saving; give a longer time={remedy}, or force=true"
+            f"{longest.name} takes about {duration(seconds + START_SECONDS)} ({estimate(longest).origin}) and cannot end "
+            f"within {limits} of {duration(limit)}, of which the last {duration(warning)} are for saving; "
+            f"give a longer time={remedy}, or force=true"
         )

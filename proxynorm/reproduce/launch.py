@@ -15,9 +15,8 @@ from functools import partial
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.runs import IN_USE, STOPPED, TRAIN, Run, last_error, standing
 from proxynorm.reproduce.slurm import SlurmOptions
-from proxynorm.reproduce.sweep import run_on_slurm
-from proxynorm.train.preemption import stop_request
-from proxynorm.train.preemption import REQUEUE
+from proxynorm.reproduce.sweep import Entry, run_on_slurm
+from proxynorm.train.preemption import REQUEUE, stop_request
 
 POLL_SECONDS = 0.2
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -33,7 +32,7 @@ class LaunchOptions:
     overrides: tuple[str, ...] = ()
     say: Callable[[str], None] = partial(print, flush=True)
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
-    check: Callable[[Sequence[Run]], None] | None = None
+    check: Callable[[Sequence[Entry]], None] | None = None
 
 
 @dataclass

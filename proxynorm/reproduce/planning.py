@@ -1,4 +1,4 @@
-"""What a table would take: its runs, where each stands, commands, hours."""
+"""What a table would take: its runs, where each stands, commands, time."""
 
 from __future__ import annotations
 
@@ -7,37 +7,45 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from proxynorm.analysis.tables import text_table
 from proxynorm.errors import ConfigError
-from proxynorm.reproduce.estimate import Estimator, describe
+from proxynorm.reproduce.estimate import Estimator, describe, duration
+from proxynorm.reproduce.records import kept_standing
 from proxynorm.reproduce.runs import STATES, Run, Standing, standing
-from proxynorm.reproduce.sweep import Jobs
+from proxynorm.reproduce.sweep import Jobs, as_entry
 from proxynorm.reproduce.table import Table
 
 
-def plan(table: Table, runs: Sequence[Run], jobs: int, overrides: Sequence[str] = ()) -> str:
+def plan(table: Table, runs: Sequence[Run], results: Path, jobs: int, overrides: Sequence[str] = ()) -> str:
     """The table's runs with their commands and states, and what the missing ones would take."""
-    states = [standing(run).state for run in runs]
-    left = [run for run, state in zip(runs, states, strict=True) if state != "done"]
-    estimate = Estimator(table, runs, overrides)
-    hours = sum(estimate(run).hours for run in left)
+    states = [(kept_standing(run, results) or standing(run)).state for run in runs]
+    left = [as_entry(run, overrides) for run, state in zip(runs, states, strict=True) if state != "done"]
+    estimate = Estimator(runs[0].folder.parent, results, table)
+    seconds = sum(estimate(entry).seconds or 0 for entry in left)
     lines = [
         f"{table.name}: {table.title}",
         f"{len(runs) // table.seeds} cells × {table.seeds} seeds = {len(runs)} runs; {len(runs) - len(left)} done",
-        f"{describe(left, estimate)}; {hours / jobs:.1f} h with jobs={jobs}",
+        f"{describe(left, estimate)}; {duration(seconds / jobs)} with jobs={jobs}",
         "",
     ]
     return "\n".join(lines + [f"[{state}] {run.command()}" for run, state in zip(runs, states, strict=True)])
 
 
-def status(runs: Sequence[Run]) -> str:
-    """One line a run that has begun or waits in SLURM's queue, then how many there are of each state."""
+def status(runs: Sequence[Run], results: Path, width: int | None = None) -> str:
+    """One line a run that has begun, waits in SLURM's queue or is kept, then how many there are of each state. width: of
+    the terminal, at which a line is cut; None leaves it whole."""
     tell = teller(runs[0].folder.parent)
-    standings = [(run, tell(run)) for run in runs]
+    standings = [(run, kept_standing(run, results) or tell(run)) for run in runs]
     rows = [(run.name, now.state, now.describe()) for run, now in standings if now.state != "missing"]
     counts = Counter(now.state for _, now in standings)
     total = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    return text_table(("run", "state", ""), rows) + "\n\n" + total if rows else total
+    return "\n".join([*aligned([("run", "state", ""), *rows], width), "", total]) if rows else total
+
+
+def aligned(rows: Sequence[tuple[str, str, str]], width: int | None) -> list[str]:
+    """Lines of columns to the left, each cut to `width` characters."""
+    name, state = (max(len(row[index]) for row in rows) for index in (0, 1))
+    lines = (f"{row[0]:<{name}}  {row[1]:<{state}}  {row[2]}".rstrip() for row in rows)
+    return [line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
 
 def teller(runs_dir: Path) -> Callable[[Run], Standing]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from proxynorm.errors import DataError
 from proxynorm.files import write_atomic
-from proxynorm.reproduce.runs import Run, read_summary, standing
+from proxynorm.reproduce.runs import Run, Standing, read_summary, standing
 
 KEPT = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json")
 FAILURE = "failure.txt"  # of a run that failed, in place of its summary: why
@@ -49,6 +49,18 @@ def kept_files(run: Run, results: str | Path) -> dict[str, bytes] | None:
     """The run's files from its folder, else from its archive; None if neither tells an end. Raises DataError."""
     path, files = archive_path(run, results), run_files(run)
     return read_archive(path) if files is None and path.is_file() else files
+
+
+def kept_standing(run: Run, results: str | Path) -> Standing | None:
+    """How the run ended that is kept as an archive alone, without a folder; None for any other. Raises DataError."""
+    path = archive_path(run, results)
+    if run.folder.exists() or not path.is_file():
+        return None
+    files = read_archive(path)
+    if FAILURE in files:
+        return Standing("failed", error=f"{files[FAILURE].decode().strip()} (kept in {results})")
+    summary = json.loads(files["summary.json"])
+    return Standing("done", summary["steps"], summary["total_steps"], summary["loss"], note=f"kept in {results}")
 
 
 def as_record(run: Run, files: dict[str, bytes]) -> Record:

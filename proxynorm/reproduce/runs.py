@@ -81,7 +81,7 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands. error: the last error line of a failed one; job: its task in SLURM's queue."""
+    """Where a run stands. error: the last error line of a failed one; job: its task in SLURM's queue; note: what else."""
 
     state: str
     step: int = 0
@@ -90,6 +90,7 @@ class Standing:
     seconds_left: float | None = None
     error: str = ""
     job: str = ""
+    note: str = ""
 
     def describe(self) -> str:
         if self.state == "failed":
@@ -99,6 +100,7 @@ class Standing:
         parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
         if self.seconds_left is not None and self.state == "running":
             parts.append(f"ETA {timedelta(seconds=round(self.seconds_left))}")
+        parts += [self.note] if self.note else []
         return "  ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from proxynorm.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "report.sbatch"
 WARNING_SECONDS = 120  # slurm/train.sbatch asks to be warned so long before the time limit
+NO_LIMIT = ("unlimited", "infinite", "-1")
 Task = tuple[str, str]  # an array's job id and the task's index in it
 
 
@@ -102,6 +104,12 @@ def requests(options: SlurmOptions) -> list[str]:
             raise ConfigError(f"{key}={getattr(options, key)}: must be at least 1")
     if (options.gpus or 0) < 0 or (options.gpus or 0) % nodes:
         raise ConfigError(f"gpus={options.gpus}: must be a multiple of nodes={nodes}")
+    limit, warning = time_limit(options), warning_seconds(options)
+    if limit <= warning:
+        raise ConfigError(
+            f"a time limit of {limit:.0f} s: runs are warned {warning} s before it, and would be stopped as soon as they start; "
+            "give a longer time=, or a shorter warning as sbatch=[--signal=USR2@SECONDS]"
+        )
     words = [f"--time={options.time}"] if options.time else []
     words += [f"--partition={options.partition}"] if options.partition else []
     words += [f"--nodes={options.nodes}"] if options.nodes else []
@@ -135,11 +143,35 @@ def endings(jobs: Sequence[str]) -> dict[Task, str]:
     return {tuple(name.split("_")): state.split()[0] for name, state in rows}
 
 
+def sbatch_value(options: SlurmOptions, name: str) -> str | None:
+    """The value of --NAME=… among the further arguments of sbatch, None without it."""
+    values = [word.partition("=")[2] for word in options.sbatch if word.startswith(f"--{name}=")]
+    return values[-1] if values else None
+
+
+def time_limit(options: SlurmOptions) -> float:
+    """The time limit of a run in seconds; infinite where none is asked for. Raises ConfigError for what is none."""
+    time = sbatch_value(options, "time") or options.time
+    return seconds(time) if time else math.inf
+
+
+def warning_seconds(options: SlurmOptions) -> int:
+    """How long before its time limit a run is warned: sbatch's --signal=NAME@SECONDS, else slurm/train.sbatch's."""
+    signal = sbatch_value(options, "signal")
+    if signal is None:
+        return WARNING_SECONDS
+    asked = signal.partition("@")[2]
+    return int(asked) if asked.isdecimal() else 60  # sbatch's own default
+
+
 def seconds(time: str) -> float:
-    """A time limit in SLURM's notation (minutes, minutes:seconds, hours:minutes:seconds, days-hours:…) in seconds.
+    """A time limit in SLURM's notation (minutes, minutes:seconds, hours:minutes:seconds, days-hours:…) in seconds;
+    infinite for UNLIMITED, INFINITE, -1 and zero, which sbatch takes for no limit.
 
     Raises ConfigError if it is none.
     """
+    if time.lower() in NO_LIMIT:
+        return math.inf
     days, separator, rest = time.rpartition("-")
     try:
         parts = [int(part) for part in rest.split(":")]
@@ -149,6 +181,8 @@ def seconds(time: str) -> float:
             hours, minutes, seconds_ = 0, *[*parts, 0][:2]
         else:
             hours, minutes, seconds_ = parts
-        return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds_
+        return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds_ or math.inf
     except ValueError:
-        raise ConfigError(f"time={time}: valid: minutes, hours:minutes:seconds, days-hours:minutes:seconds") from None
+        raise ConfigError(
+            f"time={time}: valid: minutes, hours:minutes:seconds, days-hours:minutes:seconds, UNLIMITED"
+        ) from None

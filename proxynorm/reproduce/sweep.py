@@ -11,8 +11,9 @@ import json
 import re
 import shlex
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,15 +33,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A run as a plan lists it: the arguments are train.py's."""
+    """A run as a plan lists it: the arguments are train.py's. cell: of a table's run, its cell's name."""
 
     name: str
     folder: Path
     log: Path
     arguments: tuple[str, ...]
+    cell: str = ""
 
     def as_json(self) -> dict:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return {"name": self.name, "folder": str(self.folder), "log": str(self.log), "arguments": self.arguments}
+
+
+def as_entry(run: Run, overrides: Sequence[str] = ()) -> Entry:
+    """A table's run, with further overrides."""
+    return Entry(run.name, run.folder, run.log, (*run.arguments(), *overrides), run.cell.name)
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,8 @@ class Jobs:
 
 def run_on_slurm(runs: Sequence[Run], options: LaunchOptions) -> int:
     """Submit the table's runs that are missing or stopped as one array; see `launch_array`."""
-    overrides = options.overrides
-    entries = [Entry(run.name, run.folder, run.log, (*run.arguments(), *overrides)) for run in runs]
-    by_name = {run.name: run for run in runs}
-
-    def check(due: Sequence[Entry]) -> None:
-        if options.check:
-            options.check([by_name[entry.name] for entry in due])
-
-    return launch_array(entries, runs[0].folder.parent, runs[0].table, options.slurm, options.say, check)
+    entries = [as_entry(run, options.overrides) for run in runs]
+    return launch_array(entries, runs[0].folder.parent, runs[0].table, options.slurm, options.say, options.check)
 
 
 def launch_array(
@@ -148,7 +148,7 @@ def launch_array(
     name: str,
     options: SlurmOptions,
     say: Say,
-    check: Callable[[Sequence[Entry]], None] = lambda due: None,
+    check: Callable[[Sequence[Entry]], None] | None = None,
 ) -> int:
     """Submit what neither is finished nor queued nor being trained, and a report after it.
 
@@ -156,16 +156,14 @@ def launch_array(
     only if options.retry_failed. Returns the exit status: 1 if failed runs are left, else 0. Raises ConfigError if
     SLURM refuses.
     """
-    folder = sweep_folder(runs_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (runs_dir / "logs").mkdir(exist_ok=True)
-    with locked(folder / ".lock"):
+    with nullcontext() if options.dry_run else submitting(runs_dir):
         jobs = Jobs(runs_dir)
         standings = [(entry, jobs.standing(entry)) for entry in entries]
         due = [entry for entry, now in standings if is_due(entry, now, options.retry_failed, say)]
         failed = [entry for entry, now in standings if now.state == "failed" and entry not in due]
         if due:
-            check(due)
+            if check:
+                check(due)
             queued = {task[0] for entry in entries if (task := jobs.queued(entry.name))}
             submit(due, queued, runs_dir, name, options, say)
         else:
@@ -173,6 +171,16 @@ def launch_array(
     if failed:
         say(f"{len(failed)} failed runs are left out; retry_failed=true submits them again")
     return 1 if failed else 0
+
+
+@contextmanager
+def submitting(runs_dir: Path) -> Iterator[None]:
+    """Make the folders of plans and logs, and hold the lock of whoever decides what to submit."""
+    folder = sweep_folder(runs_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (runs_dir / "logs").mkdir(exist_ok=True)
+    with locked(folder / ".lock"):
+        yield
 
 
 def is_due(entry: Entry, now: Standing, retry_failed: bool, say: Say) -> bool:

@@ -4,10 +4,10 @@ import json
 import textwrap
 
 import pytest
-from tests.reproduce.tiny_table import STAND_IN, TINY
 
 from proxynorm.reproduce import launch
 from proxynorm.reproduce.table import load_table
+from tests.reproduce.tiny_table import STAND_IN, TINY
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def stand_in(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STAND_IN))
     monkeypatch.setattr(launch, "TRAIN", script)
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs").mkdir(exist_ok=True)
 
     def plan(**runs):
         (tmp_path / "runs" / "plan.json").write_text(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from proxynorm.errors import ConfigError
@@ -10,13 +14,17 @@ from proxynorm.reproduce.estimate import (
     Estimate,
     Estimator,
     checkpoint_bytes,
+    describe,
+    duration,
     planned_settings,
     probe_runs,
     refuse_impossible,
     total_steps,
 )
+from proxynorm.reproduce.records import collect
 from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.slurm import SlurmOptions
+from proxynorm.reproduce.sweep import as_entry
 from proxynorm.train import checkpoint
 from tests.reproduce.tiny_table import write_run
 
@@ -41,13 +49,19 @@ def test_data_that_is_not_here_leaves_the_steps_open():
     assert total_steps(settings) is None and settings.data.root is None
 
 
-def test_hours_come_from_the_cell_itself_then_from_the_others_then_from_the_table(tiny, runs):
-    assert Estimator(tiny, runs)(runs[0]).origin == "estimate for one CPU core"
+def estimator(table, runs, results="no kept runs", **options):
+    """Of the table's runs, by name."""
+    estimate = Estimator(runs[0].folder.parent, Path(results), table, **options)
+    return lambda run: estimate(as_entry(run))
+
+
+def test_times_come_from_runs_of_the_kind_then_from_the_others_then_from_the_table(tiny, runs):
+    assert estimator(tiny, runs)(runs[0]).origin == "estimate for one CPU core"
     write_run(runs[0], 50.0)
-    own, other = Estimator(tiny, runs)(runs[0]), Estimator(tiny, runs)(runs[1])
-    assert (own.origin, other.origin) == ("measured", "mean of 1 measured cells")
+    own, other = estimator(tiny, runs)(runs[0]), estimator(tiny, runs)(runs[1])
+    assert (own.origin, other.origin) == ("measured", "mean of 1 measured kinds of runs")
     assert (own.steps, own.images) == (4, 256)
-    assert own.hours == other.hours == pytest.approx((256 / 100 + module.START_SECONDS) / 3600)
+    assert own.seconds == other.seconds == pytest.approx(256 / 100 + module.START_SECONDS)
 
 
 def test_a_probe_is_a_short_run_of_each_cell_and_counts_as_measured(tiny, runs):
@@ -55,23 +69,69 @@ def test_a_probe_is_a_short_run_of_each_cell_and_counts_as_measured(tiny, runs):
     assert [probe.folder.name for probe in probes] == ["bn", "ln_pn"]
     assert total_steps(planned_settings(probes[0].arguments())) == 4 and "max_steps=20" in probes[0].arguments()
     write_run(probes[1], 50.0)
-    assert Estimator(tiny, runs)(runs[1]).origin == "measured"
+    assert estimator(tiny, runs)(runs[1]).origin == "measured"
 
 
-def fixed(hours: float, disk: int = 10**6):
-    return lambda run: Estimate(100, 1000, hours, "measured", disk)
+@pytest.fixture
+def kept(runs, tmp_path):
+    """results/ with the first run kept as an archive; its folder is gone."""
+    write_run(runs[0], 50.0)
+    assert collect(runs[0], tmp_path / "results")
+    shutil.rmtree(runs[0].folder)
+    return tmp_path / "results"
+
+
+def test_kept_runs_of_the_kind_tell_the_speed(tiny, runs, kept, monkeypatch):
+    """Of the same table on whatever processor, of another table only on this one's; never for another number of processes."""
+    other = replace(tiny, name="other")
+    assert estimator(tiny, runs, kept)(runs[0]).origin == "kept runs on CPU"
+    assert estimator(tiny, runs, kept)(runs[0]).seconds == pytest.approx(256 / 100 + module.START_SECONDS)
+    assert estimator(tiny, runs, kept)(runs[1]).origin == "estimate for one CPU core"
+    assert estimator(other, runs, kept)(runs[0]).origin == "estimate for one CPU core"
+    monkeypatch.setattr(module, "processor_here", lambda: "CPU")
+    assert estimator(other, runs, kept)(runs[0]).origin == "kept runs on CPU"
+    assert estimator(other, runs, kept, processes=8)(runs[0]).origin == "estimate for one CPU core"
+
+
+def test_a_damaged_archive_does_not_hinder_an_estimate(tiny, runs, kept):
+    next(kept.glob("*/runs/*")).write_bytes(b"no archive")
+    assert estimator(tiny, runs, kept)(runs[0]).origin == "estimate for one CPU core"
+
+
+def test_the_cell_that_cannot_be_built_is_named(tiny, runs):
+    wrong = replace(runs[1], cell=replace(runs[1].cell, overrides=(*runs[1].cell.overrides, "micro_batch=7")))
+    with pytest.raises(ConfigError, match="^cell ln_pn: .*micro_batch"):
+        estimator(tiny, runs)(wrong)
+
+
+def fixed(seconds: float, disk: int = 10**6):
+    return lambda entry: Estimate(100, 1000, seconds, "measured", disk)
 
 
 def test_what_cannot_end_within_its_limits_is_refused(runs):
-    refuse_impossible(runs, fixed(1.0), SlurmOptions())
-    refuse_impossible(runs, fixed(1.0), SlurmOptions(time="1:10:00"))
+    entries = [as_entry(run) for run in runs]
+    refuse_impossible(entries, fixed(3600), SlurmOptions())
+    refuse_impossible(entries, fixed(3600), SlurmOptions(time="1:10:00"))
+    refuse_impossible(entries, fixed(36000), SlurmOptions(time="UNLIMITED"))
+    refuse_impossible(entries, fixed(None), SlurmOptions(time="30"))
     with pytest.raises(
         ConfigError,
-        match=r"takes about 1.00 h \(measured\) and cannot end within its time limit of 30.*requeues=2 .*or force=true",
+        match=r"takes about 60 min \(measured\) and cannot end within its time limit of 30 min.*requeues=2 .*or force=true",
     ):
-        refuse_impossible(runs, fixed(1.0), SlurmOptions(time="30"))
-    refuse_impossible(runs, fixed(1.0), SlurmOptions(time="30", requeues=2))
-    with pytest.raises(ConfigError, match="cannot end within 10 time limits of 2"):
-        refuse_impossible(runs, fixed(1.0), SlurmOptions(time="2", requeues=9))
+        refuse_impossible(entries, fixed(3600), SlurmOptions(time="30"))
+    with pytest.raises(ConfigError, match="cannot end within its time limit of 30 min"):
+        refuse_impossible(entries, fixed(3600), SlurmOptions(sbatch=("--time=30",)))
+    refuse_impossible(entries, fixed(3600), SlurmOptions(time="30", requeues=2))
+    with pytest.raises(ConfigError, match="cannot end within 10 time limits of 3 min"):
+        refuse_impossible(entries, fixed(3600), SlurmOptions(time="3", requeues=9))
     with pytest.raises(ConfigError, match="the checkpoints of 4 runs take 4000000000.0 GB"):
-        refuse_impossible(runs, fixed(1.0, disk=10**18), SlurmOptions())
+        refuse_impossible(entries, fixed(3600, disk=10**18), SlurmOptions())
+
+
+def test_times_are_told_in_the_unit_that_suits_them(runs):
+    assert [duration(seconds) for seconds in (40, 1500, 27000)] == ["40 s", "25 min", "7.5 h"]
+    entries = [as_entry(run) for run in runs]
+    assert "4,000 images, 44 s (measured)" in describe(entries, fixed(11))
+    assert "time unknown (measured)" in describe(entries, fixed(None))
+    mixed = iter([Estimate(1, 1, None, "unknown", 0), *[Estimate(1, 1, 60.0, "measured", 0)] * 3])
+    assert "3 min and 1 runs of unknown time (measured; unknown)" in describe(entries, lambda entry: next(mixed))

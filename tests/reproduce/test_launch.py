@@ -2,20 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 
 import pytest
-from tests.reproduce.tiny_table import TINY, reproduce, write_run
 
+from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.launch import LaunchOptions, run_locally
 from proxynorm.reproduce.planning import plan, status
+from proxynorm.reproduce.records import archive_path, collect, kept_standing
 from proxynorm.reproduce.report import gather, write_report
 from proxynorm.reproduce.runs import standing, table_runs
 from proxynorm.reproduce.table import load_table
+from scripts.reproduce import Options, main, not_kept
+from tests.reproduce.tiny_table import TINY, reproduce, write_run
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in
     code, lines, runs = launch()
     assert code == 1 and lines[-1].startswith("failed: bn-s1: ValueError: no such thing")
     assert [standing(run).state for run in runs] == ["done", "done", "failed", "done"]
-    assert "ValueError: no such thing" in status(runs)
+    assert "ValueError: no such thing" in status(runs, runs[0].folder / "no results")
     stand_in()
     assert launch()[0] == 0 and starts(runs) == [1, 1, 2, 1]
 
@@ -102,11 +106,68 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
 
 def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
-    assert "4 runs to do" in plan(tiny, runs, 1) and "estimate for one CPU core" in plan(tiny, runs, 1)
+    results = tmp_path / "results"
+    assert "4 runs to do" in (text := plan(tiny, runs, results, 1)) and "24 s (estimate for one CPU core)" in text
     write_run(runs[0], 50.0)
-    text = plan(tiny, runs, 2)
-    assert "4 runs; 1 done" in text and "3 runs to do, 12 steps, 768 images, 0.1 h (mean of 1 measured cells; measured)" in text
+    text = plan(tiny, runs, results, 2)
+    assert (
+        "4 runs; 1 done" in text
+        and "3 runs to do, 12 steps, 768 images, 3 min (mean of 1 measured kinds of runs; measured)" in text
+    )
+    assert "; 2 min with jobs=2" in text
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
+
+
+@pytest.fixture
+def one_kept(tiny, tmp_path):
+    """The tiny table's runs, the first of them kept in results/ alone."""
+    runs, results = table_runs(tiny, tmp_path / "runs"), tmp_path / "results"
+    write_run(runs[0], 50.0)
+    assert collect(runs[0], results)
+    shutil.rmtree(runs[0].folder)
+    return runs, results
+
+
+def test_a_run_that_is_kept_alone_counts_as_done(tiny, one_kept):
+    runs, results = one_kept
+    assert f"kept in {results}" in status(runs, results) and "1 done, 3 missing" in status(runs, results)
+    assert "4 runs; 1 done" in plan(tiny, runs, results, 1)
+    runs[0].folder.mkdir()
+    assert kept_standing(runs[0], results) is None
+
+
+def test_a_kept_run_is_trained_again_once_its_archive_is_gone(tiny, one_kept, tmp_path, stand_in, capsys):
+    runs, results = one_kept
+
+    def run() -> str:
+        words = ("run", f"table={tmp_path}/tiny.yaml", f"root={tmp_path}/runs", f"results={results}")
+        assert main(parse_options(Options, [f"command={words[0]}", *words[1:]])) == 0
+        return capsys.readouterr().out
+
+    assert f"bn-s0: finished, kept in {results}" in run() and starts(runs) == [0, 1, 1, 1]
+    archive_path(runs[0], results).unlink()
+    assert "bn-s0: starting" in run() and starts(runs) == [1, 1, 1, 1]
+
+
+def test_a_kept_failure_is_told_and_tried_again(one_kept, stand_in):
+    runs, results = one_kept
+    runs[1].log.parent.mkdir(exist_ok=True)
+    runs[1].log.write_text("NonFiniteError: no\n# exit status 1\n")
+    assert collect(runs[1], results)
+    runs[1].log.unlink()
+    assert kept_standing(runs[1], results).state == "failed"
+    assert f"NonFiniteError: no (kept in {results})" in status(runs, results)
+    assert not_kept(runs, str(results)) == runs[1:]
+
+
+def test_long_lines_of_the_status_are_cut_at_the_terminal_s_width(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    write_run(runs[0], 50.0)
+    runs[1].log.parent.mkdir(exist_ok=True)
+    runs[1].log.write_text(f"ValueError: {'long ' * 50}end\n# exit status 1\n")
+    whole, narrow = (status(runs, tmp_path, width).splitlines() for width in (None, 60))
+    assert whole[2].startswith("ln_pn-s0  failed  ValueError: long") and whole[2].endswith(" end")
+    assert narrow[2] == f"{whole[2][:59]}…" and max(map(len, narrow)) == 60 and narrow[1] == whole[1]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from proxynorm.reproduce.slurm import SlurmOptions
 from proxynorm.reproduce.sweep import Jobs, run_on_slurm
 from tests.reproduce.tiny_table import write_run
 
+NO_RESULTS = Path("no results")
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -28,6 +31,10 @@ from tests.reproduce.tiny_table import write_run
         ("1-12", 129600),
         ("1-12:30", 131400),
         ("1-00:00:05", 86405),
+        ("UNLIMITED", math.inf),
+        ("infinite", math.inf),
+        ("-1", math.inf),
+        ("0", math.inf),
     ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(text, expected):
@@ -54,6 +61,14 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
     for wrong in (SlurmOptions(nodes=2, gpus=3), SlurmOptions(nodes=0), SlurmOptions(limit=0)):
         with pytest.raises(ConfigError):
             slurm.requests(wrong)
+
+
+@pytest.mark.parametrize("options", [{"time": "1"}, {"time": "2"}, {"sbatch": ("--time=2",)}])
+def test_a_time_limit_within_the_warning_is_refused(options):
+    """Such a run would be signalled as soon as it starts, and again whenever it is queued again."""
+    with pytest.raises(ConfigError, match="warned 120 s before it, and would be stopped as soon as they start"):
+        slurm.requests(SlurmOptions(**options))
+    slurm.requests(SlurmOptions(**{**options, "sbatch": (*options.get("sbatch", ()), "--signal=USR2@25")}))
 
 
 def test_paths_are_literal_in_sbatch_s_file_names():
@@ -100,7 +115,7 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
     write_run(launched[1], 50.0)
     (launched[0].folder / "summary.json").unlink()
     commands(squeue="7|0|PENDING\n7|2|RUNNING\n", sacct="7_3|OUT_OF_MEMORY\n7_0|COMPLETED\n7|COMPLETED\n")
-    text = status(launched)
+    text = status(launched, NO_RESULTS)
     assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == [
         "preempted",
         "done",
@@ -129,7 +144,7 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
     )
     (launched[0].folder.parent / "logs/slurm-7_2.log").write_text("loading cuda/12.4\n# goes on in logs/bn-s1.log\n")
     assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == ["failed", *["missing"] * 3]
-    assert "module: command not found" in status(launched)
+    assert "module: command not found" in status(launched, NO_RESULTS)
 
 
 def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
@@ -141,6 +156,13 @@ def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
     assert lines[3].startswith("submitted array 8 of 1 runs") and "retry_failed=true" in lines[-1]
     commands(squeue="7|1|PENDING\n7|2|RUNNING\n8|0|PENDING\n")
     assert run_on_slurm(launched, LaunchOptions(slurm=SlurmOptions(retry_failed=True), say=lines.append)) == 0
+
+
+def test_a_dry_run_leaves_nothing_behind(tiny, tmp_path, commands):
+    lines, before = [], sorted(tmp_path.rglob("*"))
+    options = LaunchOptions(say=lines.append, slurm=SlurmOptions(dry_run=True, report=("report",)))
+    assert run_on_slurm(table_runs(tiny, tmp_path / "runs"), options) == 0
+    assert " sbatch " in lines[0] and len(lines) == 6 and sorted(tmp_path.rglob("*")) == before
 
 
 def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands):
@@ -157,14 +179,14 @@ def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys
     (tmp_path / "bin/squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
-    assert status(launched) == "4 missing" and "Unable to contact" in capsys.readouterr().err
+    assert status(launched, NO_RESULTS) == "4 missing" and "Unable to contact" in capsys.readouterr().err
 
 
 def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
         run_on_slurm(table_runs(tiny, tmp_path / "runs"), LaunchOptions())
-    assert status(table_runs(tiny, tmp_path / "runs")) == "4 missing"
+    assert status(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
 
 
 @pytest.mark.parametrize(

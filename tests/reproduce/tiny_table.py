@@ -2,6 +2,11 @@
 
 import json
 import sys
+from functools import lru_cache
+
+from omegaconf import OmegaConf
+
+from proxynorm.config import compose_config
 
 TINY = """
 title: Tiny
@@ -54,7 +59,7 @@ def write_run(run, top1, epochs=1, power=None):
     rows += [{"event": "power", "step": 4, "epoch": 1, "images": 256, **power}] if power else []
     rows.append({"event": "eval", "step": 4, "epoch": 1.0, "images": 256, "top1": top1, "loss": 1.9})
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run.folder / "config.yaml").write_text(f"epochs: {epochs}\n")
+    (run.folder / "config.yaml").write_text(configuration(run.cell.overrides, epochs))
     environment = {
         "python": "3.11.0",
         "packages": {"torch": "2.14"},
@@ -67,6 +72,12 @@ def write_run(run, top1, epochs=1, power=None):
     (run.folder / "environment.json").write_text(json.dumps(environment))
     summary = {"completed": True, "steps": 4, "total_steps": 4, "loss": 1.9, "top1": top1, "train_seconds": 36.0}
     (run.folder / "summary.json").write_text(json.dumps(summary))
+
+
+@lru_cache
+def configuration(overrides, epochs):
+    """config.yaml of a run with these overrides."""
+    return OmegaConf.to_yaml(compose_config([*overrides, f"epochs={epochs}"]), resolve=True)
 
 
 def reproduce(*arguments):
