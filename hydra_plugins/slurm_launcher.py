@@ -52,10 +52,12 @@ class SlurmLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> "list[JobReturn]":
         from proxynorm.reproduce.multirun import launch
 
-        launch([list(overrides) for overrides in job_overrides], self.options)
-        if self.options["dry_run"]:
-            for path in self.fresh:
-                path.rmdir() if path.is_dir() else path.unlink()
+        try:
+            launch([list(overrides) for overrides in job_overrides], self.options)
+        finally:
+            if self.options["dry_run"]:
+                for path in self.fresh:
+                    path.rmdir() if path.is_dir() else path.unlink()
         return []
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from omegaconf import OmegaConf
 
+from hydra_plugins.slurm_launcher import SlurmLauncher
 from proxynorm.config import compose_config, multirun_first, settings_from
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.multirun import entries, launch, probe_entries
@@ -34,7 +36,7 @@ def test_the_point_that_cannot_be_built_is_named():
 
 
 def test_a_kind_of_run_is_probed_once(tmp_path):
-    points = [[f"runs_dir={tmp_path}", f"norm={norm}", f"seed={seed}"] for norm in ("bn", "ln") for seed in range(3)]
+    points = [[f"runs_dir={tmp_path}", f"norm={norm}", f"seed={seed}"] for norm in ("bn", "ln") for seed in range(2)]
     probes = probe_entries(entries(points))
     assert [settings_from(compose_config(probe.arguments)).norm.name for probe in probes] == ["bn", "ln"]
     assert all(probe.folder.parent == tmp_path / "probe" and "max_steps=20" in probe.arguments for probe in probes)
@@ -78,6 +80,22 @@ def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, mon
     sweep([["runs_dir=elsewhere", "batch=100", "data.limit=1000"]], time="10")
     said = capsys.readouterr()
     assert "time unknown (nothing like it was measured)" in said.out and "sbatch not found" in said.err
+
+
+@pytest.mark.parametrize("time", ["30", "1"])
+def test_a_dry_run_takes_away_what_hydra_creates(tmp_path, time):
+    folder = tmp_path / "new" / "runs"
+    launcher = SlurmLauncher(dry_run=True, sbatch=[], probe=False, force=False, time=time)
+    launcher.setup(
+        hydra_context=None,
+        task_function=None,
+        config=OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}),
+    )
+    folder.mkdir(parents=True)
+    (folder / "multirun.yaml").touch()
+    with pytest.raises(SystemExit) if time == "1" else nullcontext():
+        launcher.launch([[f"runs_dir={folder}"]], 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 NODES = ("127.0.0.2", "127.0.0.3")
+GPUS = ("/dev/null", "/dev/zero")  # what SLURM hands out as a node's GPUs; torch looks for none there
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 SETTLED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
@@ -47,8 +48,9 @@ OverTimeLimit=0
 KillWait=20
 MinJobAge=3600
 InactiveLimit=0
-NodeName={nodes[0]} Port={ports[1]} CPUs=2 State=UNKNOWN
-NodeName={nodes[1]} Port={ports[2]} CPUs=2 State=UNKNOWN
+GresTypes=gpu
+NodeName={nodes[0]} Port={ports[1]} CPUs=2 Gres=gpu:2 State=UNKNOWN
+NodeName={nodes[1]} Port={ports[2]} CPUs=2 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=10:00 State=UP
 """
 
@@ -86,6 +88,7 @@ class Cluster:
         (self.folder / "state").mkdir(parents=True)
         text = CONFIGURATION.format(ports=free_ports(3), user=getpass.getuser(), folder=self.folder, nodes=NODES)
         (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in GPUS))
         self.start_munge()
         self.spawn("slurmctld", "-D")
         for node in NODES:

@@ -48,10 +48,13 @@ def stops(log: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_tasks_train_together(slurm, submit, tmp_path, nodes):
-    job = submit(f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", overrides=arguments(tmp_path, "pair"))
+    """On nodes with two GPUs each, as SLURM believes: one process a node would leave half of them idle, and is told so."""
+    shape = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--gpus-per-node=2")
+    job = submit(*shape, overrides=arguments(tmp_path, "pair", "device=cpu"))
     assert slurm.wait_until_settled(job, 120) == "COMPLETED", (tmp_path / f"job-{job}.log").read_text()
     log = (tmp_path / f"job-{job}.log").read_text()
     assert "batch 20 = 2 × 1 × 10" in log and log.endswith("# exit status 0\n")
+    assert ("warning: 1 processes a node, but 2 GPUs" in log) == (nodes == 2)
     assert summary(tmp_path / "pair")["completed"] and (tmp_path / "pair/checkpoints/last.pt").is_file()
 
 
@@ -87,6 +90,8 @@ def test_a_run_longer_than_its_time_limit_is_that_of_an_unbroken_one(slurm, subm
     assert slurm.wait_until_settled(job, 200) == "COMPLETED", log.read_text()
     stopped, resumed = stops(log)
     assert len(stopped) == 1 and stopped == resumed and "by SIGUSR2; saved" in log.read_text()
+    # told while the limit was a minute, not when it was ten; this job's own --signal is why it was not stopped at once
+    assert log.read_text().count("warning: the time limit is no longer than the 120 s") == 1
     assert differences(tmp_path / "limited", whole.folder) == []
 
 

@@ -67,17 +67,37 @@ def running(slurm, job: str) -> list[str]:
     return slurm.run("squeue", "-h", "-r", "-j", job, "-t", "RUNNING", "-o", "%K").split()
 
 
+def in_the_middle(run: Run) -> bool:
+    return 0 < len(read_metrics(run.folder / "metrics.jsonl")) < STEPS // 2
+
+
+def check_status_of_a_running_task(slurm, job: str, runs: list[Run], status) -> None:
+    """Step, loss and ETA of a task that is halted in the middle meanwhile, so that they are those of its last row."""
+    run = None
+    while run is None:
+        slurm.wait_for(lambda: any(map(in_the_middle, runs)), "no run trains", 120, every=0.02)
+        run = next(filter(in_the_middle, runs), None)
+    pid = int((run.folder / ".lock").read_text().split()[-1])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        row, said = read_metrics(run.folder / "metrics.jsonl")[-1], status()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    words = rf"step {row['step']}/{STEPS}  loss {row['loss']:.4f}  ETA 0:\d\d:\d\d"
+    assert re.search(rf"^{run.name} +running +job {job}_{runs.index(run)}  {words}$", said, re.MULTILINE), said
+
+
 def trouble(slurm, job: str, runs: list[Run]) -> list[Run]:
     """In the middle of their training: cancel one task, kill the process of another, signal a third, which queues itself
     again. Returns the three runs. Checks the limit of two at a time."""
     troubled: list[Run] = []
 
-    def in_the_middle(run: Run) -> bool:
-        return run not in troubled and 0 < len(read_metrics(run.folder / "metrics.jsonl")) < STEPS // 2
+    def due(run: Run) -> bool:
+        return run not in troubled and in_the_middle(run)
 
     while len(troubled) < 3:
-        slurm.wait_for(lambda: any(map(in_the_middle, runs)), "no run trains", 120, every=0.02)
-        run = next(filter(in_the_middle, runs), None)
+        slurm.wait_for(lambda: any(map(due, runs)), "no run trains", 120, every=0.02)
+        run = next(filter(due, runs), None)
         if run is None:
             continue
         task = f"{job}_{runs.index(run)}"
@@ -125,8 +145,8 @@ def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_
         both = list(pool.map(lambda _: slurm.check(*reproduce("launch", "launcher=slurm", *words), cwd=ROOT), range(2)))
     assert submitted("".join(both)) == 16, both
     job = re.search(r"submitted array (\d+)", "".join(both))[1]
-    status = script("status", *words[:2])
-    assert re.search(r"\d queued", status) and "job " + job in status
+    assert re.search(r"\d queued", script("status", *words[:2]))
+    check_status_of_a_running_task(slurm, job, runs, lambda: script("status", *words[:2]))
     *killed, signalled = trouble(slurm, job, runs)
     unbroken = table_runs(table, tmp_path / "unbroken")
     train_unbroken(unbroken)
@@ -165,7 +185,7 @@ def test_a_hydra_multirun_becomes_an_array(slurm, tmp_path):
         f"runs_dir={tmp_path}",
     ]
     said = slurm.check(*sweep, cwd=ROOT)
-    assert submitted(said) == 2, said
+    assert "2 runs to do, 10 steps" in said and submitted(said) == 2, said
     job = re.search(r"submitted array (\d+)", said)[1]
     slurm.wait_for(
         lambda: not slurm.run("squeue", "-h", "-r", "-j", job).strip(), "the array has not ended", 120, every=0.5
@@ -177,4 +197,5 @@ def test_a_hydra_multirun_becomes_an_array(slurm, tmp_path):
         and "1 failed runs are left out" in said
         and not submitted(said)
     )
-    assert submitted(slurm.check(*sweep, "hydra.launcher.retry_failed=true", cwd=ROOT)) == 1
+    said = slurm.check(*sweep, "hydra.launcher.retry_failed=true", cwd=ROOT)
+    assert "1 runs to do, 5 steps, 100 images, 60 s (measured)" in said and submitted(said) == 1
