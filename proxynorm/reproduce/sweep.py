@@ -156,6 +156,7 @@ def launch_array(
     only if options.retry_failed. Returns the exit status: 1 if failed runs are left, else 0. Raises ConfigError if
     SLURM refuses.
     """
+    slurm.requests(options)  # refuses what cannot be asked for before anything is estimated
     with nullcontext() if options.dry_run else submitting(runs_dir):
         jobs = Jobs(runs_dir)
         standings = [(entry, jobs.standing(entry)) for entry in entries]

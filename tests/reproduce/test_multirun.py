@@ -73,6 +73,8 @@ def test_a_multirun_is_estimated_before_it_is_submitted(sweep, tmp_path, capsys)
     assert not list(tmp_path.rglob("plan-*"))
     sweep(time="10", force=True)
     assert "sbatch not found" in capsys.readouterr().err
+    sweep(time="2", force=True)
+    assert "would be stopped as soon as they start" in capsys.readouterr().err
 
 
 def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, monkeypatch):
