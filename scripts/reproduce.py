@@ -157,7 +157,7 @@ def choose(options: Options, table: Table) -> int:
     from proxynorm.files import write_json
     from proxynorm.reproduce.search import choose as best
 
-    found = best(table, selected_runs(options, table))
+    found = best(table, selected_runs(options, table), options.results)
     path = Path(options.results) / table.name / "chosen.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)

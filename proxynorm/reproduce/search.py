@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from proxynorm.errors import ConfigError
-from proxynorm.reproduce.runs import Run, read_summary, standing
+from proxynorm.reproduce.records import FAILURE, kept_files
+from proxynorm.reproduce.runs import Run
 from proxynorm.reproduce.table import Table
 
-DIVERGED = "NonFiniteError"  # in the error line of a run whose loss or gradient left the finite numbers
+DIVERGED = b"NonFiniteError"  # in the error line of a run whose loss or gradient left the finite numbers
 
 
-def choose(table: Table, runs: Sequence[Run]) -> dict[str, Any]:
-    """For each place on the search's axis `by`, the value with the best mean metric over seeds.
+def choose(table: Table, runs: Sequence[Run], results: str | Path) -> dict[str, Any]:
+    """For each place on the search's axis `by`, the value with the best mean metric over seeds, of the runs in their
+    folders or kept in `results`.
 
     Returns {"table", "metric", "chosen": {place: {axis: value}}, "tried": {place: {value: mean metric}}, "at_edge":
     places whose best value is the smallest or largest tried}. Raises ConfigError for a table that is no search, and
@@ -24,7 +28,7 @@ def choose(table: Table, runs: Sequence[Run]) -> dict[str, Any]:
     """
     if table.search is None:
         raise ConfigError(f"table {table.name} is not a search; nothing is chosen from it")
-    tried = mean_metric(table, runs)
+    tried = mean_metric(table, runs, results)
     best = {place: max(values, key=values.get) for place, values in tried.items()}
     edge = [place for place, values in tried.items() if best[place] in (min(values), max(values))]
     return {
@@ -42,16 +46,16 @@ def shown(score: float) -> float | str:
     return round(score, 4) if math.isfinite(score) else "diverged"
 
 
-def mean_metric(table: Table, runs: Sequence[Run]) -> dict[str, dict[float, float]]:
+def mean_metric(table: Table, runs: Sequence[Run], results: str | Path) -> dict[str, dict[float, float]]:
     """{place: {value: mean metric over seeds}}, −inf where a run diverged. Raises ConfigError if runs are missing."""
     scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for run in runs:
-        summary, labels = read_summary(run.folder), run.cell.labels
-        if summary is None and DIVERGED not in standing(run).error:
+        files, labels = kept_files(run, results), run.cell.labels
+        if files is None or DIVERGED not in files.get(FAILURE, DIVERGED):
             missing.append(run.name)
             continue
-        score = summary[table.metric] if summary else -math.inf
+        score = -math.inf if FAILURE in files else json.loads(files["summary.json"])[table.metric]
         scores[str(labels[table.search.by])][float(labels[table.search.axis])].append(score)
     if missing:
         raise ConfigError(

@@ -6,7 +6,6 @@ import xml.dom.minidom
 
 import pytest
 from mpmath import betainc
-from tests.reproduce.tiny_table import write_run
 
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.reproduce.comparing import Sample, cell_status, outcome, single_verdict
@@ -16,6 +15,7 @@ from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.search import choose
 from proxynorm.reproduce.table import Comparison, Reference, Search, load_table
 from proxynorm.reproduce.tracking import deltas, log_report
+from tests.reproduce.tiny_table import write_run
 
 
 def sample(*values):
@@ -175,12 +175,16 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
     assert table.search == Search("optim.base_lr", "norm")
     runs = [run for run in table_runs(table, tmp_path) if run.cell.labels["norm"] in ("bn", "ln")]
     with pytest.raises(ConfigError, match="12 runs are not done"):
-        choose(table, runs)
+        choose(table, runs, tmp_path / "results")
     for run, top1 in zip(runs, (80, 83, 85, 84, 83, 82, 69, 70, 71, 72, 73, 74), strict=True):
         if run.cell.name != "ln-base_lr0.2":
             write_run(run, float(top1))
     diverged = next(run for run in runs if run.cell.name == "ln-base_lr0.2")
     fail(diverged, "proxynorm.train.nonfinite.NonFiniteError: step 3: loss nan")
-    found = choose(table, runs)
+    found = choose(table, runs, tmp_path / "results")
     assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.8}}
     assert found["at_edge"] == ["ln"] and found["tried"]["ln"]["0.2"] == "diverged"
+    for run in runs:
+        assert collect(run, tmp_path / "results")
+    kept = table_runs(table, tmp_path / "elsewhere")
+    assert choose(table, [run for run in kept if run.name in {run.name for run in runs}], tmp_path / "results") == found
