@@ -57,8 +57,11 @@ def parse_options(options: type, arguments: list[str]) -> Any:
         if name.split(".")[0] not in names:
             raise ConfigError(f"no option '{name}'; {nearest(name, names)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(options), OmegaConf.from_dotlist(arguments))
-        return OmegaConf.to_object(merged)
+        defaults, given = OmegaConf.structured(options), OmegaConf.from_dotlist(arguments)
+        for name, value in given.items():
+            if OmegaConf.is_list(defaults[name]) and not OmegaConf.is_config(value):
+                given[name] = [value]  # norms=ln is norms=[ln]
+        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None)
         if isinstance(error, MissingMandatoryValue):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from proxynorm.cli import fail, nearest, script
 from proxynorm.errors import ConfigError
@@ -35,7 +38,18 @@ def main() -> None:
         fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
     del sys.argv[1]
     module = import_module(f"proxynorm.benchmark.{name}")
-    script(module.Options, module.main, module.__doc__)
+    script(module.Options, lambda options: measure(module, options), module.__doc__)
+
+
+def measure(module: ModuleType, options: Any) -> int | None:
+    """Run the benchmark, the folder of its file made before it begins. Raises ConfigError if that cannot be."""
+    if options.json is not None:
+        folder = Path(options.json).absolute().parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"json={options.json}: cannot make {folder}: {error.strerror}") from None
+    return module.main(options)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def assert_user_error(result: subprocess.CompletedProcess[str], message: str) ->
 
 def test_options():
     assert parse_options(Options, ["size=5", "names=[x,y]"]) == Options(5, ["x", "y"], None)
+    assert parse_options(Options, ["names=x"]).names == ["x"]
     assert "size=3" in options_help(Options) and "a size" in options_help(Options)
     for arguments, message in ((["sise=5"], "did you mean 'size'"), (["size=x"], "could not be converted"),
                                (["size"], "not of the form key=value"), (["names=[x"], "")):

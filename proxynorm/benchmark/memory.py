@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from proxynorm.benchmark.variants import TORCH_BN, Variant, build, check_norm
 from proxynorm.cli import option
 from proxynorm.files import write_json
+from proxynorm.train.distributed import choose_device
 from proxynorm.train.run_folder import environment
 
 
@@ -73,8 +74,7 @@ def main(options: Options) -> None:
     """Print one row a norm. Raises ConfigError."""
     for norm in options.norms:
         check_norm(norm)
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
-                          options.device.replace("auto", "cpu"))
+    device = choose_device(options.device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     labels = torch.zeros(options.batch, dtype=torch.long, device=device)
     norms = [TORCH_BN, *(norm for norm in options.norms if norm != TORCH_BN)]

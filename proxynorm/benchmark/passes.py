@@ -26,6 +26,7 @@ from proxynorm.nn import NormAct2d
 from proxynorm.nn.folding import fold
 from proxynorm.nn.fused import channel_sum, per_channel
 from proxynorm.nn.norms import group_normalize
+from proxynorm.train.distributed import choose_device
 from proxynorm.train.run_folder import environment
 
 aten = torch.ops.aten
@@ -55,8 +56,7 @@ def main(options: Options) -> None:
     """Measure, print the table, write the file. Raises ConfigError."""
     if options.format not in FORMATS:
         raise ConfigError(f"format={options.format}: choose of {', '.join(FORMATS)}")
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
-                          options.device.replace("auto", "cpu"))
+    device = choose_device(options.device)
     net = build(Variant("ln_pn", options.format), options.model, device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=FORMATS[options.format])

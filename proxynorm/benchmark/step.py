@@ -35,6 +35,7 @@ from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
+from proxynorm.train.distributed import choose_device
 from proxynorm.train.run_folder import environment
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,13 +78,15 @@ def main(options: Options) -> None:
     _check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
-                          options.device.replace("auto", "cpu"))
+    device = choose_device(options.device)
     variants = [Variant(norm, memory_format, mode == "compiled")
                 for mode in options.modes for memory_format in options.formats for norm in options.norms]
     # every variant compiles the same forward twice; past the limit, 8, torch would silently go on uncompiled
     torch._dynamo.config.recompile_limit = 2 * len(variants)
-    contenders = [_prepare(variant, options, device) for variant in variants]
+    try:
+        contenders = [_prepare(variant, options, device) for variant in variants]
+    except ValueError as error:  # a map too small for a norm
+        raise ConfigError(f"model={options.model} batch={options.batch} size={options.size}: {error}") from error
     for _ in range(options.rounds):
         for contender in contenders:
             _measure(contender, options)
@@ -107,8 +110,10 @@ def _check(options: Options) -> None:
         for value in given:
             if value not in legal:
                 raise ConfigError(f"{name}={value}: choose of {', '.join(legal)}")
-    if min(options.batch, options.size, options.rounds) < 1:
-        raise ConfigError("batch, size and rounds must be at least 1")
+    if min(options.batch, options.size, options.rounds, options.threads or 1) < 1 or options.threads == 0:
+        raise ConfigError("batch, size, rounds and threads must be at least 1")
+    if not (options.norms and options.formats and options.modes):
+        raise ConfigError("norms, formats and modes need one entry at least")
 
 
 def _prepare(variant: Variant, options: Options, device: torch.device) -> Contender:

@@ -39,7 +39,9 @@ def test_memory_counts_less_with_recompute(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark, options", [(step, {"norms": ["ln_pm"]}), (step, {"formats": ["nhwc"]}),
-                                                (step, {"rounds": 0}), (passes, {"format": "nhwc"})])
+                                                (step, {"rounds": 0}), (passes, {"format": "nhwc"}),
+                                                (step, {"device": "tpu"}), (step, {"norms": []}), (step, {"threads": -1}),
+                                                (step, {"norms": ["in_pn"], "model": "efficientnet_b0", "batch": 1})])
 def test_wrong_options_are_refused(benchmark, options):
     with pytest.raises(ConfigError):
         benchmark.main(benchmark.Options(**{**SMALL, **options}))
