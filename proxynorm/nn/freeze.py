@@ -11,11 +11,15 @@ With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m:
 
 PyTorch adds a convolution's bias in a pass of its own, on GPUs and partly on CPUs (ResNet-50 at batch 8 on one core:
 5 % of the time), so merging a shift pays only sometimes; other runtimes fuse it. Hence the two ways to merge.
+
+Nothing is merged into or across a module with hooks, nor into one that is called twice, registered under two names or
+whose weight the model reads elsewhere.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -24,7 +28,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from proxynorm.nn.dataflow import called_function, traced_parts
+from proxynorm.nn.dataflow import Part, called_function, traced_parts
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.shared import share_moments
 
@@ -106,12 +110,12 @@ def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
             runtimes that add a convolution's bias for nothing.
 
     Raises:
-        ValueError: the model has no NormAct2d, or merge is neither.
+        ValueError: the model has no NormAct2d, one without running statistics, a weight that a hook computes
+            (torch.nn.utils.weight_norm), or is frozen already; or merge is neither.
     """
     if merge not in ("fast", "full"):
         raise ValueError(f"merge={merge!r} is neither 'fast' nor 'full'")
-    if not any(isinstance(module, NormAct2d) for module in model.modules()):
-        raise ValueError(f"nothing to freeze: this {type(model).__name__} has no NormAct2d; see proxynorm.convert")
+    _check(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     _remove_sharing(frozen)
     for module in list(frozen.modules()):
@@ -122,10 +126,39 @@ def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
         for name, module in list(frozen.named_modules()):
             if isinstance(module, NormAct2d):
                 replacement = _freeze_layer(frozen, module, neighbours.get(name, Neighbours()), merge == "full")
+                if module is frozen:
+                    return replacement
                 for alias, other in list(frozen.named_modules(remove_duplicate=False)):
                     if other is module:
                         frozen.set_submodule(alias, replacement)
     return frozen.requires_grad_(False)
+
+
+def _check(model: nn.Module) -> None:
+    """Raises ValueError, naming the module, for what freeze cannot make constants of."""
+    kind = type(model).__name__
+    if any(isinstance(module, FrozenNormAct2d) for module in model.modules()):
+        raise ValueError(f"this {kind} is frozen already: freeze the model that it was made from")
+    if not any(isinstance(module, NormAct2d) for module in model.modules()):
+        raise ValueError(f"nothing to freeze: this {kind} has no NormAct2d; see proxynorm.convert")
+    for name, module in model.named_modules():
+        if isinstance(module, NormAct2d) and module.kind == "bn" and module.running_mean is None:
+            raise ValueError(f"cannot freeze {name or kind}: it has no running statistics (track_running_stats=False), "
+                             "so its output depends on the batch in evaluation too")  # fmt: skip
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                raise ValueError(f"cannot freeze {name or kind}: a hook computes its {attribute} anew at each call. "
+                                 "Make it a plain one (torch.nn.utils.remove_weight_norm, remove_spectral_norm, "
+                                 "prune.remove) or use torch.nn.utils.parametrizations")  # fmt: skip
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+          "_forward_hooks_always_called")  # fmt: skip
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _remove_sharing(model: nn.Module) -> None:
@@ -148,30 +181,38 @@ def _unparametrize(module: nn.Module) -> None:
 
 
 def _freeze_layer(model: nn.Module, layer: NormAct2d, around: Neighbours, full: bool) -> nn.Module:
-    """The layer's replacement; merges into the layers around it."""
-    folded = layer.kind == "bn" and around.before is not None and layer.running_mean is not None
+    """The layer's replacement, with its hooks; merges into the layers around it."""
+    folded = layer.kind == "bn" and around.before is not None
     result = FrozenNormAct2d(layer, folded)
-    weight, bias = _affine(layer)
+    for hooks in _HOOKS:
+        setattr(result, hooks, getattr(layer, hooks))
+    weight, bias, dtype = _affine(layer)
     if layer.proxied:
-        mean, var = (moment.to(weight.dtype) for moment in layer.proxy_statistics())
+        mean, var = layer.proxy_statistics()
         scale = torch.rsqrt(var + layer.proxy_eps) if layer.proxy_scale else torch.ones_like(var)
         weight, bias = _place_proxy(model, result, around, full, weight, bias, mean, scale)
     if folded:
-        gain = weight * torch.rsqrt(layer.running_var + layer.eps)
+        gain = weight * torch.rsqrt(layer.running_var.to(weight.dtype) + layer.eps)
         _scale_output(around.before, gain, bias - layer.running_mean * gain)
     else:
         result.weight, result.bias = weight, bias
+    for name in ("weight", "bias", "floor", "gain", "offset"):
+        if (constant := getattr(result, name)) is not None:
+            setattr(result, name, constant.to(dtype))
     idle = folded and isinstance(result.act, nn.Identity) and isinstance(result.drop, nn.Identity)
-    return nn.Identity() if idle else result
+    return nn.Identity() if idle and not _has_hooks(result) else result
 
 
-def _affine(layer: NormAct2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """γ and β as new tensors; 1 and 0 where the layer has none."""
-    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    like = tensors[0].detach() if tensors else torch.empty(layer.num_features)
-    weight = torch.ones_like(like) if layer.weight is None else layer.weight.detach().clone()
-    bias = torch.zeros_like(like) if layer.bias is None else layer.bias.detach().clone()
-    return weight, bias
+def _affine(layer: NormAct2d) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """γ and β as new tensors in float32 or better, 1 and 0 where the layer has none, and the dtype to store them in:
+    torch's batch norm wants that of the running statistics."""
+    tensors = [t.detach() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
+    tensors = [t for t in tensors if t.is_floating_point()] or [torch.empty(layer.num_features)]
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    exact = torch.promote_types(dtype, torch.float32)
+    weight = torch.ones_like(tensors[0], dtype=exact) if layer.weight is None else layer.weight.detach().to(exact)
+    bias = torch.zeros_like(tensors[0], dtype=exact) if layer.bias is None else layer.bias.detach().to(exact)
+    return weight.clone(), bias.clone(), dtype
 
 
 def _place_proxy(
@@ -183,7 +224,8 @@ def _place_proxy(
     has_floor = type(layer.act) is nn.ReLU and isinstance(layer.drop, nn.Identity)
     if around.gate is not None:
         gate = model.get_submodule(around.gate)
-        model.set_submodule(around.gate, gate.frozen(mean, gate.scale()))
+        frozen = gate.frozen(mean, gate.scale())
+        model.set_submodule(around.gate, frozen.to(next(gate.parameters()).dtype))
     elif takers and all(not _pads(m) and (full or _takes_shift_cheaply(m, has_floor)) for m in takers):
         for module in takers:
             _scale_input(module, scale, -scale * mean)
@@ -239,28 +281,50 @@ def _set_bias(module: nn.Conv2d | nn.Linear, bias: torch.Tensor) -> None:
 
 
 def _neighbours(model: nn.Module) -> dict[str, Neighbours]:
-    """What stands around each norm that is called once, by the norm's qualified name."""
-    found, calls = {}, Counter()
+    """What stands around each norm that is used once and has no hooks, by the norm's qualified name."""
     parts = list(traced_parts(model))
-    for part in parts:
-        calls.update(part.root.get_submodule(str(n.target)) for n in part.graph.nodes if n.op == "call_module")
+    uses, found = _uses(model, parts), {}
     for part in parts:
         for node in part.graph.nodes:
-            module = part.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, NormAct2d) and calls[module] == 1:
-                found[part.prefix + str(node.target)] = _around(node, part.root, calls, part.prefix)
+            module = _called_module(node, part.root)
+            if isinstance(module, NormAct2d) and uses[module] == 1:
+                found[part.prefix + str(node.target)] = _around(node, part.root, uses, part.prefix)
     return found
 
 
-def _around(node: fx.Node, root: nn.Module, calls: Counter, prefix: str) -> Neighbours:
+def _uses(model: nn.Module, parts: list[Part]) -> Counter:
+    """How often each module is called or one of its parameters read; more than once too for a module that has
+    several names or hooks."""
+    names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    uses = Counter({module: count - 1 + _has_hooks(module) for module, count in names.items()})
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(module)
+    for part in parts:
+        parameters = dict(part.root.named_parameters(remove_duplicate=False))
+        for node in part.graph.nodes:
+            if node.op == "get_attr":
+                uses.update(owners.get(parameters.get(str(node.target)), ()))
+            elif node.op == "call_module":
+                uses[part.root.get_submodule(str(node.target))] += 1
+    return uses
+
+
+def _called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module that a node calls; None for other nodes."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _around(node: fx.Node, root: nn.Module, uses: Counter, prefix: str) -> Neighbours:
     """The neighbours of the norm that `node` calls."""
-    around = Neighbours(after=_takers(node, root, calls))
+    around = Neighbours(after=_takers(node, root, uses))
     source = node.args[0] if node.args else None
-    if isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
-        module = root.get_submodule(str(source.target))
-        around.before = module if isinstance(module, nn.Conv2d) and calls[module] == 1 else None
+    if isinstance(source, fx.Node) and len(source.users) == 1:
+        module = _called_module(source, root)
+        around.before = module if type(module) is nn.Conv2d and uses[module] == 1 else None
     gate = _single_user(node, root)
-    if gate is not None and hasattr(root.get_submodule(gate), "frozen") and calls[root.get_submodule(gate)] == 1:
+    if gate is not None and hasattr(root.get_submodule(gate), "frozen") and uses[root.get_submodule(gate)] == 1:
         around.gate = prefix + gate
     return around
 
@@ -269,23 +333,26 @@ def _single_user(node: fx.Node, root: nn.Module) -> str | None:
     """Name of the module that alone takes the node's value, identities left out; None if there is none such."""
     while len(node.users) == 1:
         node = next(iter(node.users))
-        if node.op != "call_module":
+        module = _called_module(node, root)
+        if module is None or _has_hooks(module):
             return None
-        if not isinstance(root.get_submodule(str(node.target)), nn.Identity):
+        if not isinstance(module, nn.Identity):
             return str(node.target)
     return None
 
 
-def _takers(node: fx.Node, root: nn.Module, calls: Counter) -> list[nn.Conv2d | nn.Linear] | None:
+def _takers(node: fx.Node, root: nn.Module, uses: Counter) -> list[nn.Conv2d | nn.Linear] | None:
     """The convolutions and linear layers that take a norm's value, directly or pooled; None if anything else does."""
     channels = root.get_submodule(str(node.target)).num_features
     takers, todo = [], list(node.users)
     while todo:
         user = todo.pop()
-        module = root.get_submodule(str(user.target)) if user.op == "call_module" else None
+        module = _called_module(user, root)
+        if module is not None and _has_hooks(module):
+            return None
         if _hands_on(user, module):
             todo += list(user.users)
-        elif _takes(module, channels) and calls[module] == 1 and len(user.all_input_nodes) == 1:
+        elif _takes(module, channels) and uses[module] == 1 and len(user.all_input_nodes) == 1:
             takers.append(module)
         else:
             return None
@@ -300,12 +367,12 @@ def _takes(module: nn.Module | None, channels: int) -> bool:
 
 
 def _hands_on(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node commutes with a constant affine (of positive scale) per channel: average and max pooling."""
+    """Whether a node commutes with a constant affine (of positive scale) per channel: average and max pooling.
+    A subclass may do more than its class: timm's average pools that pad do."""
     if module is not None:
-        if isinstance(module, nn.AvgPool2d):
-            return module.padding in (0, (0, 0)) or not module.count_include_pad
-        pools = (nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, nn.Identity)
-        return isinstance(module, pools) or _idles(module)
+        if type(module) is nn.AvgPool2d:
+            return module.divisor_override is None and (module.padding in (0, (0, 0)) or not module.count_include_pad)
+        return type(module) in (nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, nn.Identity) or _idles(module)
     name = called_function(node)
     if name == "mean":
         dims = [*node.args[1:2], *(node.kwargs[k] for k in ("dim",) if k in node.kwargs)]

@@ -41,6 +41,12 @@ def frozen_layers(model: nn.Module) -> list[FrozenNormAct2d]:
     return [module for module in model.modules() if isinstance(module, FrozenNormAct2d)]
 
 
+def start_of_efficientnet(norm: str) -> nn.Module:
+    """Stem and two blocks, with and without expansion."""
+    model = create_model("efficientnet_b0", norm)
+    return nn.Sequential(model.conv_stem, model.bn1, model.blocks[0], model.blocks[1][:1])
+
+
 @pytest.mark.parametrize("name, norm, merge", [
     *(("resnet20v2", norm, merge) for norm in NORMS for merge in ("fast", "full")),
     *((name, "ln_pn", merge) for name in list(MODELS)[1:] for merge in ("fast", "full")),
@@ -163,12 +169,6 @@ def test_nothing_to_freeze() -> None:
         freeze(create_model("resnet20v2"), merge="all")
 
 
-def start_of_efficientnet(norm: str) -> nn.Module:
-    """Stem and two blocks, with and without expansion."""
-    model = create_model("efficientnet_b0", norm)
-    return nn.Sequential(model.conv_stem, model.bn1, model.blocks[0], model.blocks[1][:1])
-
-
 @need_module("onnxruntime")
 @need_module("onnxscript")
 @pytest.mark.parametrize("make", [
@@ -189,3 +189,94 @@ def test_onnx_runtime_computes_the_same(make, tmp_path: Path) -> None:
     logits = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+
+
+class Reads(nn.Module):
+    """Layers that would merge, of which `read` reads a weight as well."""
+
+    def __init__(self, read) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), NormAct2d(8, "bn_pn", act_layer="silu")
+        self.merged, self.twin, self.fc = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.twin.weight = self.merged.weight
+        self.last, self.read = NormAct2d(8, act_layer="silu"), read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.last(self.merged(self.norm(self.conv(x)))).mean((2, 3))) + self.read(self)
+
+
+@pytest.mark.parametrize("read", [
+    lambda m: m.merged.weight.sum(), lambda m: m.twin.weight.sum(), lambda m: m.fc.bias.mean(),
+    lambda m: nn.functional.linear(m.conv.weight.mean((2, 3)), m.fc.weight[:, :3]).sum(),
+])  # fmt: skip
+def test_a_weight_that_is_read_elsewhere_is_not_merged(read) -> None:
+    assert_freezes(Reads(read))
+
+
+def assert_freezes(model: nn.Module) -> None:
+    model = trained_like(model.double())
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    for merge in ("fast", "full"):
+        torch.testing.assert_close(freeze(model, merge)(images), model(images), rtol=1e-9, atol=1e-9)
+
+
+class SamePool(nn.AvgPool2d):
+    """Pads by itself, as timm's pools do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2, divisor_override=3), SamePool(2), nn.AvgPool2d(2, ceil_mode=True)])
+def test_pools_that_do_not_average_are_not_merged_across(pool: nn.Module) -> None:
+    assert_freezes(nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, act_layer="silu"), pool, nn.Conv2d(8, 4, 1)))
+
+
+def with_hook(place: int, before: bool) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, "bn_pn", act_layer="silu"), nn.Identity(), nn.Conv2d(8, 8, 1),
+                          NormAct2d(8), nn.Conv2d(8, 4, 1))  # fmt: skip
+    if before:
+        model[place].register_forward_pre_hook(lambda module, inputs: (inputs[0].relu(),))
+    else:
+        model[place].register_forward_hook(lambda module, inputs, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("place", range(6))
+def test_hooks_stay_and_hinder_merging(place: int, before: bool) -> None:
+    assert_freezes(with_hook(place, before))
+
+
+def test_a_layer_by_itself_freezes() -> None:
+    assert_freezes(NormAct2d(3, act_layer="silu"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap, message", [
+    (torch.nn.utils.weight_norm, "cannot freeze 2: a hook computes its weight"),
+    (torch.nn.utils.spectral_norm, "cannot freeze 2: a hook computes its weight"),
+    (lambda m: m, "cannot freeze 1: it has no running statistics"),
+])  # fmt: skip
+def test_what_cannot_be_frozen_is_named(wrap, message: str) -> None:
+    tracked = "statistics" not in message
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, "bn", track_running_stats=tracked), wrap(nn.Conv2d(8, 4, 1)))
+    model(torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=message):
+        freeze(model)
+
+
+def test_freezing_twice() -> None:
+    with pytest.raises(ValueError, match="frozen already"):
+        freeze(freeze(NormAct2d(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["ln_pn", "bn_pn"])
+@pytest.mark.parametrize("make", [lambda norm: create_model("resnet20v2", norm, depth=8), start_of_efficientnet])
+def test_models_in_half_precision_freeze(make, norm: str, dtype: torch.dtype) -> None:
+    model = trained_like(make(norm))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = model(images), freeze(model.to(dtype))(images.to(dtype))
+    assert got.dtype == dtype and (got - expected).abs().max() < 0.1 * expected.abs().max()
