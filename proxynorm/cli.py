@@ -59,7 +59,7 @@ def parse_options(options: type, arguments: list[str]) -> Any:
     try:
         defaults, given = OmegaConf.structured(options), OmegaConf.from_dotlist(arguments)
         for name, value in given.items():
-            if OmegaConf.is_list(defaults[name]) and not OmegaConf.is_config(value):
+            if OmegaConf.is_list(defaults._get_node(name)) and not OmegaConf.is_config(value):  # [name] of ??? raises
                 given[name] = [value]  # norms=ln is norms=[ln]
         return OmegaConf.to_object(OmegaConf.merge(defaults, given))
     except (OmegaConfBaseException, YAMLError) as error:
