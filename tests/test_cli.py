@@ -24,6 +24,12 @@ class Options:
     file: str | None = option(None, "a file")
 
 
+@dataclass
+class Needy:
+    need: str = option("???", "must be given")
+    names: list[str] = option([], "names")
+
+
 def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
@@ -37,6 +43,9 @@ def assert_user_error(result: subprocess.CompletedProcess[str], message: str) ->
 def test_options():
     assert parse_options(Options, ["size=5", "names=[x,y]"]) == Options(5, ["x", "y"], None)
     assert parse_options(Options, ["names=x"]).names == ["x"]
+    assert parse_options(Needy, ["need=1"]) == Needy("1", [])
+    with pytest.raises(ConfigError, match="need= is missing"):
+        parse_options(Needy, ["names=x"])
     assert "size=3" in options_help(Options) and "a size" in options_help(Options)
     for arguments, message in ((["sise=5"], "did you mean 'size'"), (["size=x"], "could not be converted"),
                                (["size"], "not of the form key=value"), (["names=[x"], "")):
