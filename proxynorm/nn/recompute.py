@@ -2,14 +2,15 @@
 
 The output z of a NormAct2d is kept for backward by the convolution that follows, and by the layer itself; the norm's
 input x is kept besides. While a model of recompute() runs forward, saved-tensor hooks put a handle in z's place, from
-which backward rebuilds z: one norm and one clamp or activation more. What no handle fits is kept as ever.
+which backward rebuilds z: one norm and one clamp or activation more. What no handle fits is kept as ever. Autograd
+does not look after what hooks keep, so its check for changes in place is made here.
 """
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,27 @@ class _Handle(NamedTuple):
     recipe: Recipe
     last: bool
 
+    def unpack(self) -> Tensor:
+        with torch.no_grad():
+            return self.recipe.take(self.last)
+
+
+class _Kept(NamedTuple):
+    """A tensor as autograd would keep it: with the version that it had."""
+
+    tensor: Tensor
+    version: int
+
+    def unpack(self) -> Tensor:
+        tensor, version = self
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} "
+                "instead. Change a copy of it, or change it after backward. Hint: enable anomaly detection to find the "
+                "operation that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True).")
+        return tensor
+
 
 class _Run(threading.local):
     """The recipes of the forward pass that this thread is in, and its saved-tensor hooks; none outside of one."""
@@ -97,17 +119,14 @@ def _leave(model: nn.Module, inputs: tuple, output: object) -> None:
         _RUN.recipes.clear()
 
 
-def _pack(saved: Tensor) -> Union[Tensor, _Handle]:
+def _pack(saved: Tensor) -> _Kept | _Handle:
     recipe = _RUN.recipes.get(saved.data_ptr())
     if recipe is None or not recipe.makes(saved):
-        return saved
+        return _Kept(saved, saved._version)  # an operation's own output comes detached, with the same version counter
     recipe.handles += 1
     # the layer itself saves its output first and needs it last: its backward follows that of every successor
     return _Handle(recipe, last=recipe.handles == 1)
 
 
-def _unpack(saved: Union[Tensor, _Handle]) -> Tensor:
-    if isinstance(saved, _Handle):
-        with torch.no_grad():
-            return saved.recipe.take(saved.last)
-    return saved
+def _unpack(saved: _Kept | _Handle) -> Tensor:
+    return saved.unpack()
