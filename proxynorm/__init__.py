@@ -23,11 +23,13 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 def __getattr__(name: str) -> object:
-    """Imports a public name from its home (PEP 562)."""
+    """Imports a public name from its home, or the package that is one (PEP 562)."""
+    if name == "nn":
+        return importlib.import_module("proxynorm.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'proxynorm' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "nn"])

@@ -36,9 +36,12 @@ _LAYERS: dict[str, Callable[..., nn.Module]] = {
 ACTIVATIONS: tuple[str, ...] = tuple(_LAYERS)
 _SPELLINGS = {"swish": "silu", "leakyrelu": "leaky_relu", "hardtanh": "hard_tanh", "hardsigmoid": "hard_sigmoid",
               "hardswish": "hard_swish", "gelutanh": "gelu_tanh", "linear": "identity"}
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", F.gelu: "gelu", F.leaky_relu: "leaky_relu",
-              F.relu6: "relu6", F.hardswish: "hard_swish", F.mish: "mish", F.elu: "elu", torch.tanh: "tanh",
-              torch.sigmoid: "sigmoid", F.softplus: "softplus"}
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu_: "relu", F.silu: "silu", F.gelu: "gelu",
+              F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.hardtanh: "hard_tanh",
+              F.hardtanh_: "hard_tanh", F.hardsigmoid: "hard_sigmoid", F.hardswish: "hard_swish", F.mish: "mish",
+              F.elu: "elu", F.elu_: "elu", F.celu: "celu", F.celu_: "celu", F.selu: "selu", F.selu_: "selu",
+              F.softplus: "softplus", F.tanh: "tanh", torch.tanh: "tanh", torch.tanh_: "tanh", F.sigmoid: "sigmoid",
+              torch.sigmoid: "sigmoid", torch.sigmoid_: "sigmoid"}
 
 
 class FunctionActivation(nn.Module):
@@ -56,29 +59,32 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: Activation, inplace: bool = False, **kwargs: object) -> nn.Module:
-    """An activation module from a name, a module class or factory, a module, or an elementwise callable.
+    """An activation module from a name, a module class, a module, or an elementwise callable.
 
-    A module that is passed in is returned as it is. None gives the identity. Raises ValueError for an unknown
-    name and TypeError for what is no activation at all.
+    Class and callable may come as functools.partial; kwargs are further options of theirs. A module that is passed in is
+    returned as it is. None gives the identity. Raises ValueError for an unknown name and TypeError for what is no
+    activation at all.
     """
     if activation is None or activation == "":
         return nn.Identity()
     if isinstance(activation, nn.Module):
         return activation
     if isinstance(activation, str):
-        activation = _LAYERS[canonical(activation)]
-    elif activation in _FUNCTIONS:
-        activation = _LAYERS[_FUNCTIONS[activation]]
-    if isinstance(activation, (type, partial)):
+        return _construct(_LAYERS[canonical(activation)], inplace, kwargs)
+    if isinstance(activation, partial) and not activation.args:
+        activation, kwargs = activation.func, {**activation.keywords, **kwargs}
+    if activation in _FUNCTIONS:
+        return _construct(_LAYERS[_FUNCTIONS[activation]], inplace, kwargs)
+    if isinstance(activation.func if isinstance(activation, partial) else activation, type):
         return _construct(activation, inplace, kwargs)
     if callable(activation):
-        return FunctionActivation(activation)
+        return FunctionActivation(partial(activation, **kwargs) if kwargs else activation)
     raise TypeError(f"an activation is a name, a module, a module class or a callable, not {activation!r}")
 
 
 def _construct(factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[str, object]) -> nn.Module:
     try:
-        return factory(inplace=inplace, **kwargs)
+        return factory(**{"inplace": inplace, **kwargs})
     except TypeError:  # this activation has no in-place form
         return factory(**kwargs)
 

@@ -24,6 +24,10 @@ def test_nn_needs_torch_only() -> None:
         f"assert not {others} & set(sys.modules), 'more than torch'")  # fmt: skip
 
 
+def test_nn_is_at_hand() -> None:
+    run("import proxynorm; assert callable(proxynorm.nn.recompute) and 'nn' in dir(proxynorm)")
+
+
 @pytest.mark.parametrize("name", ["NormAct2d", "conversion_report", "convert", "create_model", "freeze",
                                   "parameter_groups", "proxy_moments"])  # fmt: skip
 def test_public_names(name: str) -> None:
