@@ -57,6 +57,11 @@ class FoldedConstants(torch.autograd.Function):
 def _differentiable(outputs: tuple[Tensor, ...], inputs: list[Tensor], grads: tuple[Tensor, ...]) -> list:
     """Gradients of the inputs that require one, None for the others; differentiable again."""
     wanted = [t for t in inputs if t.requires_grad]
+    # outputs that are constants, as the gain under proxy_scale=False or frozen γ and β, hand on no gradient
+    pairs = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, grads = zip(*pairs)
     slopes = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(slopes) if t.requires_grad else None for t in inputs]
 
@@ -85,14 +90,15 @@ class FlooredReLU(torch.autograd.Function):
 
 
 class GainedActivation(torch.autograd.Function):
-    """gain·φ(u) + offset, in place of u = norm(x, scale, shift) (N, C, H, W); gain None stands for 1.
+    """gain·φ(u) + offset, in place of u = norm(x, weight=scale, bias=shift) (N, C, H, W); gain None stands for 1.
 
-    norm has no side effects: the backward pass calls it again. x, scale and shift get their gradients through u.
+    The backward pass calls norm again: it has no side effects, and its result hangs on nothing that may change between.
+    x, scale and shift get their gradients through u.
     """
 
     @staticmethod
     def forward(ctx, u: Tensor, gain: Tensor | None, offset: Tensor, x: Tensor, scale: Tensor, shift: Tensor, head: Head,
-                norm: Callable[[Tensor, Tensor, Tensor], Tensor],
+                norm: Callable[..., Tensor],
                 watch: Callable[[Tensor], None] | None = None) -> Tensor:
         ctx.mark_dirty(u)
         ctx.head, ctx.norm = head, norm
@@ -104,7 +110,7 @@ class GainedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         z, gain, offset, x, scale, shift = ctx.saved_tensors
-        u = ctx.norm(x, scale, shift)
+        u = ctx.norm(x, weight=scale, bias=shift)
         if torch.is_grad_enabled():
             reference = per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)
             inputs = [t for t in (u, gain, offset) if t is not None]

@@ -20,7 +20,7 @@ from .fused import (
     per_channel,
 )
 from .moments import check_method, proxy_moments
-from .names import KINDS, NORMS, norm_spec, unknown_name
+from .names import NORMS, norm_spec, unknown_name
 from .norms import NormBatch, batch_normalize, group_normalize
 from .recompute import Recipe, is_recomputing
 
@@ -43,17 +43,14 @@ class NormAct2d(nn.Module):
                  drop_layer: Callable[[], nn.Module] | None = None, proxy_scale: bool = True, moments: str = "auto",
                  nodes: int = 256, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if norm not in KINDS and norm not in NORMS:
-            raise ValueError(unknown_name("norm", norm, NORMS))
+        _check_options(num_features, norm, norm_batch)
+        check_method(moments, nodes)
         if "_" in norm:
             proxy = norm_spec(norm).proxy
         self.num_features, self.eps, self.proxy_eps, self.momentum = num_features, eps, proxy_eps, momentum
         self.kind = norm.split("_")[0]
         self.apply_act = apply_act and act_layer is not None
         self.proxy = bool(proxy) and self.kind != "none"
-        check_method(moments)
-        if not (norm_batch in (None, "global") or (isinstance(norm_batch, int) and norm_batch >= 1)):
-            raise ValueError(f"norm_batch is a number of images, None or 'global', not {norm_batch!r}")
         self.norm_batch, self.proxy_scale, self.moments, self.nodes = norm_batch, proxy_scale, moments, nodes
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
@@ -132,17 +129,26 @@ class NormAct2d(nn.Module):
         """y, the norm of x before γ and β; same shape and dtype. In training, BN's running statistics move."""
         return self._norm(x, None, None)
 
-    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, update: bool = True) -> Tensor:
-        """The norm with the given affine. update False leaves BN's running statistics alone."""
+    def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+              bound: Callable[..., Tensor] | None = None) -> Tensor:
+        """The norm with the given affine; in training, BN's running statistics move. bound: _bound_norm's, if made."""
+        if self.kind == "bn" and self.training and self.running_mean is not None:
+            return batch_normalize(x, self.running_mean, self.running_var, True, self._momentum(), self.eps,
+                                   self.norm_batch, weight, bias)
+        return (bound or self._bound_norm())(x, weight=weight, bias=bias)
+
+    def _bound_norm(self) -> Callable[..., Tensor]:
+        """The norm of (x, weight=, bias=) as it is now, for backward passes too: whatever becomes of this module's
+        mode, options and running statistics, which it does not move."""
         if self.kind == "none":
-            return _affine(x, weight, bias)
+            return _affine
         if self.kind != "bn":
-            return group_normalize(x, self.groups, self.eps, weight, bias)
-        uses_batch = self.training or self.running_mean is None
-        moves = update and uses_batch and self.running_mean is not None
-        statistics = (self.running_mean, self.running_var) if moves or not uses_batch else (None, None)
-        return batch_normalize(x, *statistics, uses_batch, self._momentum() if moves else 0.0, self.eps,
-                               self.norm_batch, weight, bias)
+            return partial(group_normalize, groups=self.groups, eps=self.eps)
+        mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
+        if mean is not None and torch.is_grad_enabled():
+            mean, var = mean.clone(), var.clone()
+        return partial(batch_normalize, running_mean=mean, running_var=var, training=mean is None, eps=self.eps,
+                       norm_batch=self.norm_batch)
 
     def _momentum(self) -> float:
         """Counts the batch and gives the share it gets in the running statistics."""
@@ -185,18 +191,19 @@ class NormAct2d(nn.Module):
     def _fused(self, x: Tensor) -> Tensor:
         folded = self.folded_constants()
         folded = folded if self.proxy_scale else folded[:-1]
+        norm = self._bound_norm()
         with torch.autocast(x.device.type, enabled=False):
             if self.act_name == "relu":
                 scale, shift, floor = folded
                 shift = shift + floor.detach()
-                recipe = self._recipe(floored_relu_, x, scale, shift, floor)
-                return FlooredReLU.apply(self._norm(x, scale, shift), floor, recipe)
+                recipe = self._recipe(norm, floored_relu_, x, scale, shift, floor)
+                return FlooredReLU.apply(self._norm(x, scale, shift, norm), floor, recipe)
             scale, shift, gain, offset = folded
             gain = gain if self.proxy_scale else None  # spares passes over the map
             head = Head(self.act_name, self.act)
-            recipe = self._recipe(partial(gained_activation_, head=head), x, scale, shift, gain, offset)
-            return GainedActivation.apply(self._norm(x, scale, shift), gain, offset, x, scale, shift, head,
-                                          partial(self._norm, update=False), recipe)
+            recipe = self._recipe(norm, partial(gained_activation_, head=head), x, scale, shift, gain, offset)
+            return GainedActivation.apply(self._norm(x, scale, shift, norm), gain, offset, x, scale, shift, head, norm,
+                                          recipe)
 
     def folded_constants(self) -> tuple[Tensor, ...]:
         """What folding.fold makes of this layer's parameters, each (C,), as a differentiable function of them."""
@@ -204,7 +211,7 @@ class NormAct2d(nn.Module):
         constants = fold(four, rule) if self.shared_constants is None else self.shared_constants
         return FoldedConstants.apply(*four, constants, partial(fold_reference, rule=rule))
 
-    def _recipe(self, head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
+    def _recipe(self, norm: Callable[..., Tensor], head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
                 *constants: Tensor | None) -> Callable[[Tensor], None] | None:
         """What recompute.py needs to rebuild the output; None where nothing is recomputed."""
         if not is_recomputing():
@@ -216,7 +223,7 @@ class NormAct2d(nn.Module):
             if x._version != version:
                 raise RuntimeError("the input of a NormAct2d was changed in place, so its output cannot be recomputed: "
                                    "do not use recompute here, or change the input out of place")
-            return head(self._norm(x, scale, shift, update=False), *constants)
+            return head(norm(x, weight=scale, bias=shift), *constants)
 
         return Recipe(build).watch
 
@@ -226,6 +233,19 @@ class NormAct2d(nn.Module):
         parts += [f"norm_batch={self.norm_batch}"] if self.norm_batch is not None else []
         parts += [f"eps={self.eps}", f"apply_act={self.apply_act}"]
         return ", ".join(parts)
+
+
+def _check_options(num_features: int, norm: str, norm_batch: NormBatch) -> None:
+    """Raises ValueError for what no layer can have."""
+    if num_features < 1:
+        raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
+    if norm not in NORMS:
+        raise ValueError(unknown_name("norm", norm, NORMS))
+    if norm_spec(norm).weight_standardization:
+        raise ValueError(f"norm={norm!r} standardizes the weights of convolutions, which a norm layer cannot: use "
+                         f"norm={norm.split('_')[0]!r} with proxy=False, and standardize_weights(model) once it is built")
+    if not (norm_batch in (None, "global") or (type(norm_batch) is int and norm_batch >= 1)):
+        raise ValueError(f"norm_batch is a number of images, None or 'global', not {norm_batch!r}")
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

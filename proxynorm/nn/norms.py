@@ -40,18 +40,32 @@ def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor 
     """
     with torch.autocast(x.device.type, enabled=False):
         if not training:
-            return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+            return _batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         if isinstance(norm_batch, int) and norm_batch < len(x):
             return _normalize_chunks(x, running_mean, running_var, momentum, eps, norm_batch, weight, bias)
         if norm_batch == "global" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return _normalize_globally(x, running_mean, running_var, momentum, eps, weight, bias)
-        return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+        return _batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+
+
+def _batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
+                bias: Tensor | None, training: bool, momentum: float, eps: float) -> Tensor:
+    """F.batch_norm, whose running statistics must have the affine's precision, for those of any other too."""
+    running = (running_mean, running_var)
+    cast = [s if s is None or weight is None else s.to(weight.dtype) for s in running]
+    y = F.batch_norm(x, *cast, weight, bias, training, momentum, eps)
+    if training:
+        for statistic, moved in zip(running, cast):
+            if moved is not statistic:
+                statistic.copy_(moved)
+    return y
 
 
 def _normalize_chunks(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
                       size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, var = x.new_zeros(2, -(-len(x) // size), x.shape[1], dtype=wide)
+    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
     # momentum 1 leaves a chunk's own mean and unbiased variance in its "running" statistics
     y = torch.cat([F.batch_norm(chunk, m, v, weight, bias, True, 1.0, eps)
                    for chunk, m, v in zip(x.split(size), mean, var)])

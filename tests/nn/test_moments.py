@@ -1,14 +1,16 @@
 """Moments of the proxy: reference values, the documented errors, gradients, safety at the ends."""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from proxynorm.nn import ACTIVATIONS, proxy_moments
-from proxynorm.nn.activations import make_activation
+from proxynorm.nn.activations import activation_name, make_activation
 from proxynorm.nn.moments import moments_with_slopes
 
 ZERO, ONE = torch.zeros(1), torch.ones(1)
@@ -161,11 +163,68 @@ def test_safe_at_the_ends(activation, size):
 def test_any_callable_module_or_class():
     parameters = (torch.rand(5) + 0.5, torch.randn(5), torch.zeros(5), torch.zeros(5))
     expected = proxy_moments(*parameters, "relu")
-    for activation in (nn.ReLU, nn.ReLU(inplace=True), torch.relu, nn.functional.relu):
+    for activation in (nn.ReLU, nn.ReLU(inplace=True), torch.relu, F.relu, torch.relu_, F.relu_, partial(nn.ReLU, False)):
         torch.testing.assert_close(proxy_moments(*parameters, activation), expected)
     close = proxy_moments(*parameters, lambda u: u.clamp(min=0))
     torch.testing.assert_close(close, expected, atol=2e-3, rtol=0)
     torch.testing.assert_close(proxy_moments(*parameters, nn.PReLU(5, 0.0)), expected, atol=2e-3, rtol=0)
+
+
+def test_a_partial_is_of_a_class_or_of_a_function():
+    parameters = torch.rand(4, 5)
+    for ours, theirs in (
+        (partial(F.leaky_relu, negative_slope=0.2), nn.LeakyReLU(0.2)), (partial(nn.LeakyReLU, 0.2), nn.LeakyReLU(0.2)),
+        (partial(F.gelu, approximate="tanh"), "gelu_tanh"), (partial(F.relu, inplace=True), "relu"),
+        (partial(F.hardtanh, min_val=0.0, max_val=6.0), "relu6"),
+    ):  # fmt: skip
+        assert activation_name(make_activation(ours)) != "callable"
+        torch.testing.assert_close(proxy_moments(*parameters, ours), proxy_moments(*parameters, theirs))
+    clamp = partial(torch.clamp, min=0, max=6)
+    x = torch.randn(2, 5, 3, 3) * 4
+    torch.testing.assert_close(make_activation(clamp)(x), F.relu6(x))
+    torch.testing.assert_close(make_activation(torch.clamp, min=0, max=6)(x), F.relu6(x))
+
+
+def hinge(below: float):
+    """Slope 1 above 0, `below` below it, as a callable that nothing recognizes, and the same with a closed form."""
+    return lambda u: torch.where(u > 0, u, below * u), nn.LeakyReLU(below)
+
+
+@pytest.mark.parametrize("below", [0.0, 0.25, -1.0, 3.0])
+@pytest.mark.parametrize("weight", [0.01, 1.0, 3.0, 10.0])
+def test_documented_error_of_kinks(below, weight):
+    bias = torch.linspace(-2, 2, 2001, dtype=torch.float64) * weight
+    zero, one = torch.zeros_like(bias), torch.ones_like(bias)
+    ours, exact = ([*proxy_moments(weight * one, b, zero, zero, phi), b]
+                   for phi in hinge(below) for b in [bias.clone().requires_grad_()])  # fmt: skip
+    slopes = [torch.autograd.grad(mean.sum(), b, retain_graph=True)[0] for mean, _, b in (ours, exact)]
+    step, steepest = abs(1 - below), max(1.0, abs(below))
+    errors = [(one - other).abs().max().item() for one, other in ((ours[0], exact[0]), (ours[1], exact[1]), slopes)]
+    for error, bound in zip(errors, (2.2e-4 * weight * step, 3.6e-4 * weight**2 * step * steepest, 1.7e-2 * step)):
+        assert 0.6 * bound < error < bound  # neither exceeded nor a mere phrase
+
+
+@pytest.mark.parametrize(
+    ("module", "mean_error", "var_error"),
+    [(nn.PReLU(1, 0.25), 1.7e-3, 1e-2), (nn.Softsign(), 6e-4, 5.5e-4), (nn.Softplus(beta=3), 7e-6, 7e-5),
+     (nn.Tanhshrink(), 1e-5, 5e-5), (nn.LogSigmoid(), 5e-8, 1e-6)],
+)  # fmt: skip
+def test_documented_errors_of_unlisted_activations(module, mean_error, var_error):
+    module = module.double()
+    pairs = [integrated(module, w, b) for w, b in zip(WEIGHT.tolist(), BIAS.tolist())]
+    mean, var = torch.tensor(pairs, dtype=torch.float64).T
+    m, v = proxy_moments(WEIGHT, BIAS, torch.zeros_like(WEIGHT), torch.zeros_like(WEIGHT), module)
+    assert (m - mean).abs().max() < mean_error and (v - var).abs().max() < var_error
+
+
+def test_a_jump_costs_what_is_said():
+    bias = torch.linspace(-2, 2, 2001, dtype=torch.float64)
+    for weight in (1.0, 3.0):
+        mean, _ = proxy_moments(torch.full_like(bias, weight), bias, *torch.zeros(2, 2001), nn.Threshold(0.5, 0.0))
+        shifted = torch.special.ndtr((bias - 0.5) / weight)
+        rectified = proxy_moments(torch.full_like(bias, weight), bias - 0.5, *torch.zeros(2, 2001).double())[0]
+        error = (mean - rectified - 0.5 * shifted).abs().max()
+        assert error < 1.7e-2 * 0.5 + 2.2e-4 * weight
 
 
 def test_float32_under_autocast():
@@ -181,5 +240,7 @@ def test_wrong_names_are_one_line_with_the_nearest():
         proxy_moments(ONE, ZERO, ZERO, ZERO, "rleu")
     with pytest.raises(ValueError, match="'exat'.*'exact'.*grid"):
         proxy_moments(ONE, ZERO, ZERO, ZERO, "relu", "exat")
+    with pytest.raises(ValueError, match="nodes=0"):
+        proxy_moments(ONE, ZERO, ZERO, ZERO, "relu", "grid", 0)
     with pytest.raises(TypeError, match="an activation is"):
         proxy_moments(ONE, ZERO, ZERO, ZERO, 3)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from proxynorm.models import create_model
 from proxynorm.nn import NORMS, NormAct2d, batch_normalize, group_normalize, norm_spec, proxy_moments
 
 
@@ -160,6 +161,31 @@ def test_half_precision(norm, activation, dtype, memory_format):
         assert (one.double() - other).norm() <= 0.05 * other.norm() + 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("proxy", [True, False])
+def test_batch_norm_cast_to_half_precision(proxy, chunk, dtype):
+    """All of it is cast, the running statistics too; they move, and serve in evaluation."""
+    act = NormAct2d(12, "bn", proxy, act_layer="silu", norm_batch=chunk)
+    cast, x = copy.deepcopy(act).to(dtype), maps(dtype=torch.float32).to(dtype)
+    for training in (True, False):
+        z = cast.train(training)(x)
+        z.sum().backward()
+        assert z.dtype == dtype and all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in cast.parameters())
+        torch.testing.assert_close(z.float(), act.train(training)(x.float()), atol=0.05, rtol=0.02)
+    assert (cast.running_mean != 0).any() and cast.running_var.dtype == dtype
+    torch.testing.assert_close(cast.running_var.float(), act.running_var, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "options"), [("resnet20v2", {"depth": 8}), ("efficientnet_b0", {})])
+def test_models_cast_to_half_precision(name, options):
+    model = create_model(name, "bn_pn", num_classes=5, **options).bfloat16()
+    for training in (True, False):
+        z = model.train(training)(torch.randn(2, 3, 32, 32).bfloat16())
+        z.sum().backward()
+        assert z.dtype == torch.bfloat16 and z.isfinite().all()
+
+
 def test_no_overflow_in_float16():
     act = layer("ln_pn", dtype=torch.float32)
     x = (torch.randn(2, 12, 8, 8) * 1e4).half().requires_grad_()  # squares and sums are far beyond 65504
@@ -209,10 +235,10 @@ def test_initial_values():
 
 def test_a_full_name_decides_about_proxy():
     assert NormAct2d(8, "ln").proxy and not NormAct2d(8, "ln", proxy=False).proxy
-    assert NormAct2d(8, "ln_pn", proxy=False).proxy and not NormAct2d(8, "gn_ws").proxy
-    assert not NormAct2d(8, "none").proxy
+    assert NormAct2d(8, "ln_pn", proxy=False).proxy and not NormAct2d(8, "none").proxy
     for norm in NORMS:
-        NormAct2d(8, norm)(torch.randn(2, 8, 4, 4))
+        if not norm.endswith("_ws"):  # of convolutions, see the refusals
+            NormAct2d(8, norm)(torch.randn(2, 8, 4, 4))
 
 
 @pytest.mark.parametrize(("features", "groups"), [(64, 32), (48, 24), (40, 20), (24, 24), (7, 7), (22, 22), (37, 1)])
@@ -300,6 +326,10 @@ def test_plain_options():
         (lambda: NormAct2d(8, "gn", groups=0), "groups=0 does not divide num_features=8"),
         (lambda: NormAct2d(8, norm_batch="globl"), "norm_batch"),
         (lambda: NormAct2d(8, norm_batch=0), "norm_batch"),
+        (lambda: NormAct2d(8, norm_batch=True), "norm_batch"),
+        (lambda: NormAct2d(0), "at least one channel"),
+        (lambda: NormAct2d(8, "ln_ws"), r"standardize_weights\(model\)"),
+        (lambda: NormAct2d(8, nodes=0), "at least one node"),
         (lambda: NormAct2d(8, moments="exat"), "Did you mean 'exact'"),
         (lambda: NormAct2d(8, act_layer="rleu"), "Did you mean 'relu'"),
         (lambda: NormAct2d(8, "in")(torch.randn(2, 8, 1, 1)), "no variance"),

@@ -1,0 +1,131 @@
+"""Between forward and backward: modes and tensors that change, and derivatives of the gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from proxynorm.models import create_model
+from proxynorm.nn import NormAct2d, recompute
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def network(activation: str, norm: str) -> nn.Sequential:
+    layers = [nn.Conv2d(3, 8, 3), NormAct2d(8, norm, act_layer=activation), nn.Conv2d(8, 8, 3),
+              NormAct2d(8, norm, act_layer=activation), nn.Conv2d(8, 4, 1)]  # fmt: skip
+    return nn.Sequential(*layers).double()
+
+
+def gradients(net: nn.Module, x: torch.Tensor, between=lambda net: None) -> list[torch.Tensor]:
+    """Gradients of a copy of net, to which something happens between forward and backward."""
+    net = copy.deepcopy(net)
+    loss = net(x).square().sum()
+    between(net)
+    return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+def use_otherwise(net: nn.Module) -> None:
+    """Moves BN's running statistics and leaves the net in the other mode."""
+    training = net.training
+    with torch.no_grad():
+        net.train()(torch.randn(4, 3, 8, 8, dtype=torch.float64) * 3 + 1)
+    net.train(not training)
+
+
+def change_options(net: nn.Module) -> None:
+    for module in net:
+        if isinstance(module, NormAct2d):
+            module.eps, module.groups, module.norm_batch = 0.5, 2, 1
+
+
+@pytest.mark.parametrize("with_recompute", [False, True])
+@pytest.mark.parametrize("between", [use_otherwise, change_options])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["bn_pn", "gn_pn"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "hard_swish"])
+def test_the_norm_of_the_forward_pass_counts(activation, norm, training, between, with_recompute):
+    net, x = network(activation, norm).train(training), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    expected = gradients(net, x)
+    net = recompute(net) if with_recompute else net
+    torch.testing.assert_close(gradients(net, x, between), expected)
+
+
+class Net(nn.Module):
+    """One layer between two convolutions; edit() happens inside of forward."""
+
+    def __init__(self, edit=None) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Conv2d(3, 4, 1), NormAct2d(4), nn.Conv2d(4, 4, 1)
+        self.edit = edit
+
+    def forward(self, x):
+        z = self.act(self.first(x))
+        gate = torch.sigmoid(self.second(z))
+        out = gate * 1
+        if self.edit is not None:
+            self.edit(z, gate)
+        return out
+
+
+def double_weights(net: nn.Module) -> None:
+    with torch.no_grad():
+        net.second.weight.mul_(2)
+
+
+def double_gamma(net: nn.Module) -> None:
+    with torch.no_grad():
+        net.act.weight.mul_(2)
+
+
+@pytest.mark.parametrize("with_recompute", [False, True])
+def test_changes_in_place_are_noticed(with_recompute):
+    """Of weights, and of what other operations keep: by recompute's hooks as by autograd itself."""
+    x = torch.randn(2, 3, 4, 4)
+    for between in (double_weights, double_gamma):
+        net = recompute(Net()) if with_recompute else Net()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation.*expected version 0 instead"):
+            gradients(net, x, between)
+    net = Net(edit=lambda z, gate: gate.mul_(2))
+    with pytest.raises(RuntimeError, match="is at version 1; expected version 0 instead"):
+        gradients(recompute(net) if with_recompute else net, x)
+
+
+def test_recompute_allows_a_changed_output_of_a_layer():
+    net, x = Net(), torch.randn(2, 3, 4, 4)
+    expected = gradients(net, x)
+    net.edit = lambda z, gate: z.mul_(2)
+    torch.testing.assert_close(gradients(recompute(net), x), expected)
+
+
+def second_order(layer: nn.Module, function, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    first = torch.autograd.grad(function(x).square().sum(), inputs, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias"), ("proxy_weight", "proxy_bias"),
+                                    ("weight", "bias", "proxy_weight", "proxy_bias")])  # fmt: skip
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_second_order_with_constants(activation, scale, frozen):
+    layer = NormAct2d(4, "ln_pn", act_layer=activation, proxy_scale=scale).double()
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    ours = second_order(layer, layer, x)
+    torch.testing.assert_close(ours, second_order(layer, lambda x: layer.activate(layer.normalize(x)), x))
+
+
+@pytest.mark.parametrize("with_recompute", [False, True])
+def test_second_order_of_centred_squeeze_excite(with_recompute):
+    model = create_model("efficientnet_b0", "ln_pn", num_classes=5)
+    model = recompute(model) if with_recompute else model
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(model(torch.randn(1, 3, 32, 32)).square().sum(), parameters, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+    assert all(g.isfinite().all() for g in second)
