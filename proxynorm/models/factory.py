@@ -99,7 +99,7 @@ def create_model(
         nodes: nodes of the grid.
         se: EfficientNet with PN: "centred" (default; the authors' placement, with which the reference results were
             got: SE pools the centred, unscaled tensor, the gate applies PN's scale, and the last map before pooling
-            is centred only) or "plain" (the paper's formula everywhere).
+            is centred only) or "plain" (the paper's formula everywhere). Without PN the two are the same network.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         pretrained: timm's pretrained weights, where there are any.

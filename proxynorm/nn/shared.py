@@ -1,7 +1,8 @@
 """The moments of all layers of a network in one vectorised evaluation per forward pass.
 
 The constants are made when the network's forward begins and dropped when it ends. They are therefore never stale,
-however the parameters were changed in between, and a forward of some inner module alone simply makes its own.
+however the parameters were changed in between, and a forward of some inner module alone simply makes its own. Only a
+parameter that the network's own forward edits, after this module's hook has run, is seen by the next forward first.
 """
 from __future__ import annotations
 
