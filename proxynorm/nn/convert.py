@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from proxynorm.nn.dataflow import Flow, Follower, Site, is_activation, is_norm, read_flow
+from proxynorm.nn.dataflow import Flow, read_flow
+from proxynorm.nn.elementwise import is_activation, is_norm, named_rightly
+from proxynorm.nn.followers import Follower, Site
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.rewrite import RewrittenForward, install_forwards, rewritten_forwards
@@ -61,12 +64,18 @@ class NormOptions:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one norm goes: the activation it takes over, the call of it, and the modules that come in between."""
+    """Where one norm goes: the activation it takes over, the calls of it, the modules that come in between, and
+    whether the network changes the result in place."""
 
     norm: nn.Module
     activation: nn.Module | None
     sites: tuple[Site, ...] = ()
     between: tuple[str, ...] = ()
+    overwritten: bool = False
+
+
+class NoPlaceError(ValueError):
+    """Says why one norm cannot be placed."""
 
 
 def convert(
@@ -87,7 +96,9 @@ def convert(
     follows. A norm without an activation gets no PN; with PN on it keeps its scale and drops its shift (the
     authors' rule). Weights, γ, β and running statistics are carried over, and the keys of all other
     weights stay. Where an activation cannot be replaced as a module (a function, or one module called at several
-    places) its caller's forward is rewritten; see proxynorm.nn.rewrite.
+    places) its caller's forward is rewritten; see proxynorm.nn.rewrite. A module of your own counts as an activation
+    if it keeps no weights but single numbers and acts on each element alone; one written out in a forward
+    (x * torch.sigmoid(x)) is refused. The new γ and β are new parameters: make the optimizer afterwards.
 
     Args:
         model: a ConvNet for maps (N, C, H, W).
@@ -98,15 +109,20 @@ def convert(
         proxy_eps: PN's ε, added to the variance.
         moments: how PN's moments are integrated: auto, exact or grid (the paper's).
         nodes: nodes of the grid.
-        keep: qualified names of norms to leave as they are.
+        keep: qualified names of norms to leave as they are, or patterns of such names ("stages.0.*").
 
     Returns:
         The same model. proxynorm.conversion_report(model) tells what was done.
 
     Raises:
-        ValueError: a wrong norm, nothing to convert, or a norm that cannot be placed (named, with the reason); the
-            model then still computes what it did.
+        TypeError: keep is a string.
+        ValueError: a wrong norm, nothing to convert, or norms that cannot be placed (all named, with the reasons);
+            the model then still computes what it did.
     """
+    if is_norm(model):
+        raise ValueError(f"this {type(model).__name__} is no network but a norm: make a proxynorm.NormAct2d instead")
+    if isinstance(keep, str):
+        raise TypeError(f"keep is a list of names: keep=[{keep!r}]")
     options = NormOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
     spec = options.spec
     _separate_shared_activations(model)
@@ -160,45 +176,52 @@ def _separate_shared_activations(model: nn.Module) -> None:
 
 
 def _places(model: nn.Module, flow: Flow, keep: set[str], proxy: bool) -> dict[str, Place]:
-    """Every norm to replace, by name, with its place. Raises ValueError, naming the first that has none."""
+    """Every norm to replace, by name, with its place. Raises ValueError, naming all that have none."""
     names = {name: module for name, module in model.named_modules() if is_norm(module)}
-    unknown = keep - set(names)
-    if unknown:
-        raise ValueError(f"keep names {sorted(unknown)[0]!r}, which is no norm of this {type(model).__name__}")
-    places = {}
+    kept = {name for pattern in keep for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)}
+    for pattern in sorted(keep):
+        if not any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in kept):
+            raise ValueError(f"keep names {pattern!r}, which is no norm of this {type(model).__name__}")
+    places, refused = {}, {}
     for name, module in names.items():
-        if name not in keep and (place := _place(name, module, flow)) is not None:
-            places[name] = place
+        try:
+            place = None if name in kept else _place(name, module, flow)
+        except NoPlaceError as error:
+            refused[name] = str(error)
+        else:
+            places |= {name: place} if place is not None else {}
+    refused |= _partly_taken(flow, places)
+    if refused:
+        raise _refusal(refused, names)
     if not places:
         raise ValueError(f"nothing to convert: this {type(model).__name__} has no batch norm or group norm, and no "
                          "layer norm with an activation behind it")  # fmt: skip
     if proxy and all(place.activation is None for place in places.values()):
         raise ValueError(f"PN has no place: no norm of this {type(model).__name__} has an activation right behind it")
-    _check_shared_calls(flow, places)
     return places
 
 
 def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
-    """One norm's place; None for a layer norm without an activation, which stays."""
-    kind = type(norm).__name__
+    """One norm's place; None for a layer norm without an activation, which stays. Raises NoPlaceError."""
     if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
-        raise _refusal(name, kind, "it normalizes no maps (N, C, H, W)")
+        raise NoPlaceError("it normalizes no maps (N, C, H, W)")
+    followers = flow.followers.get(name, [])
+    overwritten = any(found.overwritten for found in followers)
     own = getattr(norm, "act", None)
     if own is not None and not isinstance(own, nn.Identity):
-        return Place(norm, own)
-    followers = flow.followers.get(name)
+        return Place(norm, own, overwritten=overwritten)
     if not followers:
-        raise _refusal(name, kind, "no call of it is seen in what can be traced of the model")
+        raise NoPlaceError("no call of it is seen in what can be traced of the model")
     for found in followers:
         if found.problem is not None:
-            raise _refusal(name, kind, found.problem)
+            raise NoPlaceError(found.problem)
     first = followers[0]
     if any(_signature(found) != _signature(first) for found in followers):
-        raise _refusal(name, kind, "it is called at places with different activations")
+        raise NoPlaceError("it is called at places with different activations")
     if isinstance(norm, nn.LayerNorm) and first.activation is None:
         return None
     sites = tuple(found.site for found in followers if found.site is not None)
-    return Place(norm, first.activation, sites, tuple(first.between))
+    return Place(norm, first.activation, sites, tuple(first.between), overwritten)
 
 
 def _signature(found: Follower) -> tuple:
@@ -206,19 +229,26 @@ def _signature(found: Follower) -> tuple:
     return repr(found.activation), tuple(found.between)
 
 
-def _refusal(name: str, kind: str, why: str) -> ValueError:
-    """The error for a norm that cannot be placed."""
-    return ValueError(f"cannot place {name} ({kind}): {why}. Leave it as it is with keep=[{name!r}]")
+def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError:
+    """The error for norms that cannot be placed: their names by kind and reason."""
+    groups: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        groups.setdefault(f"({type(norms[name]).__name__}): {why}", []).append(name)
+    said = "; ".join(f"{', '.join(names)} {why}" for why, names in groups.items())
+    return ValueError(f"cannot place {said}. Leave {'it as it is' if len(reasons) == 1 else 'them as they are'} with "
+                      f"keep={list(reasons)}")  # fmt: skip
 
 
-def _check_shared_calls(flow: Flow, places: dict[str, Place]) -> None:
-    """Refuses where one call in a forward that runs several times follows a norm only some of the times."""
-    taken = {site: name for name, place in places.items() for site in place.sites}
+def _partly_taken(flow: Flow, places: dict[str, Place]) -> dict[str, str]:
+    """The norms, with the reason, whose activation is one call of a forward that runs several times, and follows a norm
+    only some of the times."""
     absorbed = [site for place in places.values() for site in place.sites]
-    for site, name in taken.items():
-        if flow.sites.count(site) != absorbed.count(site):
-            why = f"the activation behind it, called in {site.caller or 'the model'}, serves other values too"
-            raise _refusal(name, type(places[name].norm).__name__, why)
+    return {
+        name: f"the activation behind it, called in {site.caller or 'the model'}, serves other values too"
+        for name, place in places.items()
+        for site in place.sites
+        if flow.sites.count(site) != absorbed.count(site)
+    }
 
 
 def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
@@ -227,7 +257,7 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
     spec = options.spec
     features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
     like = next((t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None), torch.empty(0))
-    act = copy.deepcopy(place.activation)
+    act = None if place.activation is None else named_rightly(copy.deepcopy(place.activation))
     if hasattr(act, "inplace"):
         act.inplace = False
     try:
@@ -242,7 +272,14 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
     _carry_over(norm, layer)
     if layer.proxied and _is_zero(layer.weight):
         nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
+    if layer.proxied and place.overwritten:
+        layer.register_forward_hook(hand_on_copy)
     return layer.train(norm.training)
+
+
+def hand_on_copy(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a layer whose output the network changes in place, while the layer keeps it for backward."""
+    return output.clone() if output.requires_grad else output
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:
@@ -334,4 +371,11 @@ def _describe(place: Place, layer: NormAct2d) -> str:
         dropped = layer.bias is None and getattr(place.norm, "bias", None) is not None
         return f"{kind}, no activation behind it{': scale kept, shift dropped' if dropped else ''}"
     inside = f" with {type(layer.drop).__name__} inside" if not isinstance(layer.drop, nn.Identity) else ""
-    return f"{kind} + {type(layer.act).__name__}{' + PN' if layer.proxy else ''}{inside}"
+    copied = ", a copy of it handed on, as it is changed in place" if layer._forward_hooks else ""
+    return f"{kind} + {_class_name(layer.act)}{' + PN' if layer.proxy else ''}{inside}{copied}"
+
+
+def _class_name(activation: nn.Module) -> str:
+    """The activation's class, or what a wrapper wraps."""
+    inner = getattr(activation, "function", activation)
+    return type(inner).__name__

@@ -12,74 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from proxynorm.nn.norm_act import NormAct2d
-
-# Elementwise activations; sigmoids and softmaxes are left out, since after a norm they are gates.
-ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-    nn.Hardtanh, nn.Softplus, nn.Softsign, nn.Tanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
-)  # fmt: skip
-_TIMM_ACTIVATIONS = {"Swish", "Mish", "HardSwish", "HardMish", "GELU", "GELUTanh", "QuickGELU", "Tanh", "PReLU"}
-_GATES = {"Sigmoid", "Hardsigmoid", "HardSigmoid", "LogSigmoid", "Softmax", "Softmax2d"}
-
-# Functional activations by name: the module that does the same, and the names of its further positional arguments.
-_FUNCTIONAL = {
-    "relu": (nn.ReLU, ()),
-    "relu6": (nn.ReLU6, ()),
-    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
-    "elu": (nn.ELU, ("alpha",)),
-    "selu": (nn.SELU, ()),
-    "celu": (nn.CELU, ("alpha",)),
-    "gelu": (nn.GELU, ()),
-    "silu": (nn.SiLU, ()),
-    "mish": (nn.Mish, ()),
-    "hardswish": (nn.Hardswish, ()),
-    "hardtanh": (nn.Hardtanh, ("min_val", "max_val")),
-    "softplus": (nn.Softplus, ("beta", "threshold")),
-    "softsign": (nn.Softsign, ()),
-    "tanh": (nn.Tanh, ()),
-}
-# Activations in disguise, of which no module can be made: convert refuses them rather than overlook them.
-_DISGUISED = {"clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "threshold", "threshold_", "rrelu", "prelu"}
-# What ends the search for an activation: from here on the value is another layer's.
-_ARITHMETIC = {"add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "truediv", "div", "matmul", "bmm",
-               "einsum", "linear", "conv2d", "mean", "sum"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Site:
-    """One activation call in the text of one module's forward.
-
-    Attributes:
-        caller: qualified name of the module whose forward makes the call.
-        ordinal: which of that forward's activation calls it is, from 0.
-        module: qualified name of the activation's module; None if it is a function.
-    """
-
-    caller: str
-    ordinal: int
-    module: str | None
-
-
-@dataclass
-class Follower:
-    """What the value of one norm meets first.
-
-    Attributes:
-        activation: a module that computes the activation behind the norm; None if there is none.
-        site: where that activation is called.
-        between: qualified names of the modules between the norm and the activation (drop-block, blur).
-        problem: why the norm cannot be placed; None if it can.
-    """
-
-    activation: nn.Module | None = None
-    site: Site | None = None
-    between: list[str] = field(default_factory=list)
-    problem: str | None = None
+from proxynorm.nn.elementwise import activation_of, is_activation, is_gate, is_norm, try_modules
+from proxynorm.nn.followers import Follower, Site, follower, is_overwritten, may_stand_between
 
 
 @dataclass
@@ -116,25 +52,20 @@ class Flow:
     fixed: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module normalizes maps: batch norm, group norm, NormAct2d, or a channels-first layer norm."""
-    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, NormAct2d)):
-        return True
-    return isinstance(module, nn.LayerNorm) and "2d" in type(module).__name__
+class InPlaceProxy(fx.Proxy):
+    """A traced value whose += and the like are told from + (fx's own proxy records either as +)."""
 
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
-def is_activation(module: nn.Module) -> bool:
-    """Whether the module is an elementwise activation of torch or timm."""
-    return isinstance(module, ACTIVATIONS) or (
-        type(module).__module__.startswith("timm.layers.activations") and type(module).__name__ in _TIMM_ACTIVATIONS
-    )
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
 
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
-def may_stand_between(module: nn.Module) -> bool:
-    """Whether the module may stand between a norm and its activation: it drops, blurs or pools and learns nothing."""
-    name = type(module).__name__
-    known = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
-    return isinstance(module, known) or "DropBlock" in name or "BlurPool" in name
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 class FlowTracer(fx.Tracer):
@@ -156,11 +87,16 @@ class FlowTracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: dict | None = None) -> fx.Graph:
         """The graph of root, with meta["site"] on its activation calls; raises what root's forward raises."""
         self._frames = [["", 0]]
+        try_modules(root)
         return super().trace(root, concrete_args)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """In-place sums are told apart where the graph is only read; in one that is to run, numbers may be summed."""
+        return super().proxy(node) if self.shallow else InPlaceProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Norms, activations, opaque types and what freeze knows are leaves, besides fx's own (torch.nn)."""
-        special = is_norm(m) or is_activation(m) or may_stand_between(m) or hasattr(m, "frozen")
+        special = is_norm(m) or is_activation(m) or is_gate(m) or may_stand_between(m) or hasattr(m, "frozen")
         return self.shallow or special or type(m) in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
@@ -197,93 +133,6 @@ def _untraceable_types() -> frozenset[type]:
     """timm's list of modules that symbolic tracing must not enter, if timm is loaded."""
     timm_fx = sys.modules.get("timm.layers._fx")
     return frozenset(timm_fx.get_notrace_modules()) if timm_fx else frozenset()
-
-
-def activation_of(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The activation that a node computes, as a module (built for a functional call); None if it is none."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return module if is_activation(module) else None
-    name = called_function(node)
-    if name is None or name.rstrip("_") not in _FUNCTIONAL:
-        return None
-    make, names = _FUNCTIONAL[name.rstrip("_")]
-    given = dict(zip(names, node.args[1:])) | dict(node.kwargs)
-    return make(**{key: value for key, value in given.items() if key not in ("inplace", "input")})
-
-
-def called_function(node: fx.Node) -> str | None:
-    """Name of the torch function or tensor method that a node calls; None for other nodes and other libraries."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return None
-    name = getattr(node.target, "__name__", "")
-    homes = (torch, F, operator, torch.Tensor, torch._C._nn)
-    known = any(getattr(home, name, None) is node.target for home in homes)
-    return name if known else None
-
-
-def _writes_in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether an activation call overwrites its input."""
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    return str(called_function(node)).endswith("_") or bool(node.kwargs.get("inplace", False))
-
-
-def follower(node: fx.Node, root: nn.Module) -> Follower:
-    """What follows the norm that `node` calls: its activation, nothing, or a reason why it cannot be placed."""
-    between: list[str] = []
-    while True:
-        users = list(node.users)
-        for i, user in enumerate(users):
-            if activation_of(user, root) is None:
-                continue
-            if len(users) > 1 and not (i == 0 and _writes_in_place(user, root)):
-                return Follower(problem="its value feeds an activation and something else as well")
-            return Follower(activation_of(user, root), user.meta["site"], between)
-        step = root.get_submodule(str(users[0].target)) if len(users) == 1 and users[0].op == "call_module" else None
-        if isinstance(step, nn.Identity):
-            node = users[0]
-        elif step is not None and may_stand_between(step) and not is_norm(step):
-            between.append(str(users[0].target))
-            node = users[0]
-        else:
-            return Follower(problem=_hidden_activation(node, root))
-
-
-def _hidden_activation(node: fx.Node, root: nn.Module) -> str | None:
-    """A problem if an activation stands behind operations that only reshape, pool or join; None if there is none."""
-    todo, seen = [(user, []) for user in node.users], set()
-    while todo:
-        user, path = todo.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        name = str(called_function(user))
-        if activation_of(user, root) is not None or name in _DISGUISED or _is_unknown_activation(user, root):
-            through = f" behind {', '.join(path)}" if path else ""
-            return f"the activation {user.target}{through} cannot be joined with it"
-        if not _ends_search(user, root):
-            todo += [(nxt, [*path, user.name]) for nxt in user.users]
-    return None
-
-
-def _is_unknown_activation(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node calls a module of torch.nn.modules.activation that is neither in ACTIVATIONS nor a gate."""
-    if node.op != "call_module":
-        return False
-    kind = type(root.get_submodule(str(node.target)))
-    return kind.__module__ == "torch.nn.modules.activation" and kind.__name__ not in {*_GATES, "MultiheadAttention"}
-
-
-def _ends_search(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node computes a new value (or only asks a shape) rather than handing on, reshaped, pooled or joined,
-    the one it got."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return any(True for _ in module.parameters()) or is_norm(module) or type(module).__name__ in _GATES
-    return node.op in ("output", "get_attr") or node.target in (getattr, "size") or called_function(node) in _ARITHMETIC
 
 
 def read_flow(model: nn.Module) -> Flow:
@@ -331,7 +180,7 @@ def _trace(root: nn.Module) -> tuple[fx.Graph | None, FlowTracer]:
             graph = tracer.trace(root, fixed)
             tracer.fixed[""] = fixed
             return graph, tracer
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever a forward raises that meets a symbol instead of numbers
             tracer = FlowTracer(tracer.opaque | {type(tracer.failed or root)})
     return None, tracer
 
@@ -353,6 +202,7 @@ def _collect(flow: Flow, part: Part) -> None:
             flow.sites.append(_global_site(prefix, node.meta["site"]))
         if node.op == "call_module" and is_norm(root.get_submodule(str(node.target))):
             found = follower(node, root)
+            found.overwritten = is_overwritten(node, found.call or node, root)
             if prefix and found.activation is None and found.problem is None and _leaves(node):
                 found.problem = "its value leaves the part that can be traced"
             found.site = found.site and _global_site(prefix, found.site)

@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from proxynorm.nn.dataflow import Part, called_function, traced_parts
+from proxynorm.nn.convert import hand_on_copy
+from proxynorm.nn.dataflow import Part, traced_parts
+from proxynorm.nn.elementwise import called_function
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.shared import share_moments
 
@@ -117,7 +119,7 @@ def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
         raise ValueError(f"merge={merge!r} is neither 'fast' nor 'full'")
     _check(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    _remove_sharing(frozen)
+    _remove_own_hooks(frozen)
     for module in list(frozen.modules()):
         if parametrize.is_parametrized(module):
             _unparametrize(module)
@@ -161,12 +163,13 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def _remove_sharing(model: nn.Module) -> None:
-    """Takes off the hooks of share_moments: there are no moments left to share."""
+def _remove_own_hooks(model: nn.Module) -> None:
+    """Takes off what share_moments and convert put on for training: there are no moments left to share, and nothing
+    is kept for backward."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "__module__", None) == share_moments.__module__:
+                if getattr(hook, "__module__", None) == share_moments.__module__ or hook is hand_on_copy:
                     del hooks[key]
 
 
