@@ -1,6 +1,7 @@
 """NormAct2d: a norm without affine, followed by Act or PN-Act."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -30,19 +31,30 @@ def default_groups(num_features: int, most: int = 32) -> int:
     return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
 
 
+class _Unsaid(str):
+    """An argument's default, told from the same word when it is given."""
+
+    __slots__ = ()
+
+
+_RELU = _Unsaid("relu")
+
+
 class NormAct2d(nn.Module):
     """Norm, then Act(y) = φ(γy + β) or PN-Act(y) = (φ(γy + β) − m) / sqrt(v + proxy_eps); a timm norm_act layer.
 
     m and v are the moments of φ(γY + β), Y ~ N(β̃, (1 + γ̃)²). Input and output have shape (N, C, H, W).
     """
 
-    def __init__(self, num_features: int, norm: str = "ln", proxy: bool = True, act_layer: Activation = "relu",
+    def __init__(self, num_features: int, norm: str = "ln", proxy: bool = True, act_layer: Activation = _RELU,
                  apply_act: bool = True, groups: int | None = None, eps: float = 1e-5, proxy_eps: float = 0.03,
                  norm_batch: NormBatch = None, momentum: float | None = 0.1, affine: bool = True,
                  track_running_stats: bool = True, inplace: bool = False, act_kwargs: dict | None = None,
                  drop_layer: Callable[[], nn.Module] | None = None, proxy_scale: bool = True, moments: str = "auto",
                  nodes: int = 256, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if act_layer is _RELU and apply_act:
+            _check_caller(sys._getframe(1).f_globals.get("__name__", ""))
         _check_options(num_features, norm, norm_batch)
         check_method(moments, nodes)
         if "_" in norm:
@@ -246,6 +258,13 @@ def _check_options(num_features: int, norm: str, norm_batch: NormBatch) -> None:
                          f"norm={norm.split('_')[0]!r} with proxy=False, and standardize_weights(model) once it is built")
     if not (norm_batch in (None, "global") or (type(norm_batch) is int and norm_batch >= 1)):
         raise ValueError(f"norm_batch is a number of images, None or 'global', not {norm_batch!r}")
+
+
+def _check_caller(module: str) -> None:
+    """Refuses timm's models that want a norm alone: to a norm+act layer timm says which activation it wants."""
+    if module.startswith("timm."):
+        raise ValueError(f"{module} has an activation of its own behind norm_layer=, and NormAct2d would add another: "
+                         "build the model with batch norm, then call proxynorm.convert")
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

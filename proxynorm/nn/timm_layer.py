@@ -1,29 +1,52 @@
-"""NormAct2d in the shape that timm's constructors take as norm_layer=."""
+"""Makes NormAct2d one of timm's norm+act layers, so that its constructors take it as norm_layer=.
+
+timm hands its act_layer on, and says which norms get no activation, only to classes that it knows. NormAct2d enters
+timm's list as soon as both are loaded, in whichever order; timm is not imported for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 
-from proxynorm.nn.activations import Activation
-from proxynorm.nn.names import norm_spec
-from proxynorm.nn.norm_act import NormAct2d
+from .norm_act import NormAct2d
+
+_FACTORY = "timm.layers.create_norm_act"
 
 
-def norm_act_layer(norm: str = "ln_pn", act_layer: Activation = "relu", **options: object) -> Callable[..., NormAct2d]:
-    """A function for norm_layer= of timm's models that take norm+act layers: resnetv2, efficientnet, regnet, densenet …
+def register_with_timm() -> None:
+    """Enters NormAct2d into timm's list, now or when timm is imported."""
+    if _FACTORY in sys.modules:
+        _enter(sys.modules[_FACTORY])
+    elif not any(isinstance(finder, _FactoryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FactoryFinder())
 
-    timm hands its own act_layer to its own layers only, so it must be given here (EfficientNet: "silu"). Models with
-    separate norm and activation modules, such as timm's resnet, need proxynorm.convert instead.
 
-    Args:
-        norm: one of proxynorm.nn.NORMS but the two with weight standardization.
-        act_layer: the activation behind every norm that has one.
-        options: further arguments of NormAct2d.
-    """
+def _enter(factory: ModuleType) -> None:
+    """Adds NormAct2d to the norm+act layers of timm, and to those that take act_layer."""
+    for registry in ("_NORM_ACT_TYPES", "_NORM_ACT_REQUIRES_ARG"):
+        getattr(factory, registry, set()).add(NormAct2d)
 
-    spec = norm_spec(norm)
 
-    def layer(num_features: int, **kwargs: object) -> NormAct2d:
-        return NormAct2d(num_features, norm=spec.kind, **{"proxy": spec.proxy, "act_layer": act_layer, **options, **kwargs})
+class _FactoryFinder(importlib.abc.MetaPathFinder):
+    """Finds timm's factory as Python does, and registers when it was executed; steps aside afterwards."""
 
-    return layer
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _FACTORY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_enter(module: ModuleType) -> None:
+                execute(module)
+                _enter(module)
+
+            spec.loader.exec_module = execute_and_enter
+        return spec

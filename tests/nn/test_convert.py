@@ -15,7 +15,6 @@ from torch import nn
 
 from proxynorm import conversion_report, convert
 from proxynorm.nn import NormAct2d
-from proxynorm.nn.timm_layer import norm_act_layer
 
 TIMM = {
     "resnet26d": {},  # deep stem, average-pool shortcuts
@@ -322,20 +321,3 @@ def test_report() -> None:
     assert len({line.index("BatchNorm2d") for line in table if "BatchNorm2d" in line}) == 1
     with pytest.raises(ValueError, match="was not converted"):
         conversion_report(torchvision.models.resnet18())
-
-
-@pytest.mark.parametrize("name, act", [("resnetv2_50", "relu"), ("efficientnet_b0", "silu"), ("regnetx_002", "relu")])
-def test_norm_layer_of_timm(name: str, act: str) -> None:
-    """The same network through timm's own constructor and through convert."""
-    torch.manual_seed(0)
-    built = timm.create_model(name, num_classes=5, norm_layer=norm_act_layer("ln_pn", act)).eval()
-    converted = convert(timm.create_model(name, num_classes=5), "ln_pn").eval()
-    converted.load_state_dict(built.state_dict())
-    images = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(built(images), converted(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("norm", "proxy"), [("ln", False), ("ln_pn", True), ("gn", False), ("bn_pn", True)])
-def test_the_layer_for_timm_follows_the_norms_name(norm, proxy):
-    layer = norm_act_layer(norm)(8)
-    assert layer.kind == norm[:2] and layer.proxied == proxy
