@@ -261,8 +261,8 @@ def _check_options(num_features: int, norm: str, norm_batch: NormBatch) -> None:
 
 
 def _check_caller(module: str) -> None:
-    """Refuses timm's models that want a norm alone: to a norm+act layer timm says which activation it wants."""
-    if module.startswith("timm."):
+    """Refuses timm's and torchvision's models that want a norm alone: timm tells norm+act layers their activation."""
+    if module.startswith(("timm.", "torchvision.")):
         raise ValueError(f"{module} has an activation of its own behind norm_layer=, and NormAct2d would add another: "
                          "build the model with batch norm, then call proxynorm.convert")
 

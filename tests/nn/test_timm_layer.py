@@ -1,4 +1,4 @@
-"""NormAct2d as norm_layer= of timm's own constructors."""
+"""NormAct2d as norm_layer= of timm's own constructors, and of torchvision's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from proxynorm import NormAct2d, convert
@@ -55,6 +56,11 @@ def test_constructors_with_an_activation_of_their_own_are_refused(name: str) -> 
     for layer in (NormAct2d, partial(NormAct2d, norm="gn")):
         with pytest.raises(ValueError, match=r"timm\.models\.\w+ has an activation of its own .* proxynorm\.convert"):
             timm.create_model(name, norm_layer=layer)
+
+
+def test_torchvisions_constructors_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torchvision\.models\.resnet has an activation of its own"):
+        torchvision.models.resnet18(norm_layer=NormAct2d)
 
 
 def test_a_norm_alone_serves_those_constructors() -> None:
