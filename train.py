@@ -18,12 +18,17 @@ from proxynorm.errors import ProxynormError
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> None:
+    from proxynorm.train.faults import PeerError
+    from proxynorm.train.nonfinite import NonFiniteError
     from proxynorm.train.run import train
     from proxynorm.train.settings import run_name
 
     settings = settings_from(config)
     try:
         status = train(settings, OmegaConf.to_container(config, resolve=True))
+    except (NonFiniteError, PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except ProxynormError as error:
         fail(error)
     except Exception:  # noqa: BLE001 - named with the run's folder, whatever it is

@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(argument, message):
     ("debug.profile_steps=-3 norm.eps=-1 nonfinite_limit=-1 seed=-1", "at least 0 and finite"),
     ("schedule.min_lr=-1 schedule.warmup_epochs=-1 optim.weight_decay=-1,inf regularization.mixup=-1", "at least 0 and finite"),
     ("optim.lr=inf,-1,nan optim.base_lr=0 optim.clip_grad=0,-1 checkpoint.every_minutes=-1", "above 0 and finite"),
-    ("regularization.label_smoothing=2 regularization.mix_probability=3", "from 0 to 1"),
+    ("regularization.label_smoothing=2 regularization.mix_probability=3 power.threshold=nan", "from 0 to 1"),
     ("regularization.stochastic_depth=2 optim.momentum=2 regularization.ema_decay=2,1", "at least 0 and below 1"),
 ])
 def test_a_value_out_of_its_range_is_named_with_it(values, words):

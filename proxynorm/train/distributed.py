@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,13 +49,17 @@ class Process:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank, in every process."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def union(self, values: dict[str, str]) -> dict[str, str]:
         """The entries of all processes' `values`, in every process."""
-        if self.world_size == 1:
-            return dict(values)
-        gathered: list[dict[str, str]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(gathered, dict(values))
-        return {key: value for part in gathered for key, value in part.items()}
+        return {key: value for part in self.gather(dict(values)) for key, value in part.items()}
 
     def align_buffers(self, model: torch.nn.Module) -> None:
         """Give every process rank 0's buffers, which Batch Norm's running averages are, so that all evaluate one network."""

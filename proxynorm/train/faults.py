@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from proxynorm.cli import USER_ERROR, first_line
+from proxynorm.cli import first_line
 from proxynorm.errors import ProxynormError
 
 KEY = "fault"
@@ -65,7 +65,7 @@ def _watch(store: dist.Store, rank: int, ended: threading.Event) -> None:
             return
         if fault is not None and fault[0] != rank and not ended.wait(GRACE_SECONDS):
             print(f"error: {_sentence(fault)}", file=sys.stderr, flush=True)
-            os._exit(USER_ERROR)
+            os._exit(1)
 
 
 def _sentence(fault: tuple[int, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -44,15 +45,26 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def describe(state: TrainState, micro_batches: list[torch.Tensor], loss: torch.Tensor, norm: torch.Tensor,
-             device: torch.device, dtype: torch.dtype) -> str:
-    """One line: the step, the loss, the gradient norm, the learning rate, the first layers concerned."""
-    layers: list[str] = []
+def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.dtype) -> list[str]:
+    """The first of the layers whose output is not finite on this process's images, those themselves included."""
+    found: list[str] = []
     for images in micro_batches:
         if not torch.isfinite(images).all():
-            layers.append("the input images")
-        layers += [name for name in nonfinite_layers(state.model, images, dtype) if name not in layers]
-    where = f"first in {', '.join(layers[:5])}" if layers else "in the loss or the backward pass: every activation is finite"
+            found.append("the input images")
+        found += [name for name in nonfinite_layers(model, images, dtype) if name not in found]
+    return found[:5]
+
+
+def describe(state: TrainState, losses: list[float], layers: list[list[str]], norm: float) -> str:
+    """One line: the step, the loss, the gradient norm, the learning rate, the first layers concerned.
+
+    losses and layers: of every process, by rank; the loss told is the first that is not finite.
+    """
+    loss = next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+    places = [f"first in {', '.join(names)}" + (f" of process {rank}" if len(losses) > 1 else "")
+              for rank, names in enumerate(layers) if names]
+    where = "; ".join(places) or "in the loss or the backward pass: every activation is finite"
     rate = state.optimizer.param_groups[0]["lr"]
-    return (f"step {state.step + 1}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate {rate:g}: not finite, "
-            f"{where}; the weights and the last checkpoint are untouched")
+    skipped = f"; {state.skipped - 1} updates were skipped before, which is the limit" if state.skipped > 1 else ""
+    return (f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}: not finite, {where}; "
+            f"the weights, and the last checkpoint if there is one, are untouched{skipped}")

@@ -24,7 +24,7 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
 
     def write(profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(path))
-        print(f"trace of {steps} steps in {path}: open it in https://ui.perfetto.dev", flush=True)
+        print(f"trace in {path}: open it in https://ui.perfetto.dev", flush=True)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports its own steps, and a missing GPU as an error
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:

@@ -73,7 +73,7 @@ def figures(row: dict) -> list[str]:
     """A training row's figures as the progress line shows them, the most wanted first."""
     parts = [f"loss {row['loss']:.4f}", f"ETA {timedelta(seconds=round(row['eta_seconds']))}",
              f"{row['images_per_second']:.0f} images/s", f"lr {row['lr']:.4g}", f"data {100 * row['data_wait']:.0f}%",
-             f"step {row['step_ms_p50']:.3g}, p95 {row['step_ms_p95']:.3g} ms", f"gradient {row['gradient_norm']:.3g}"]
+             f"step {row['step_ms_p50']:.0f}, p95 {row['step_ms_p95']:.0f} ms", f"gradient {row['gradient_norm']:.3g}"]
     return parts + ([f"GPU {row['gpu_memory_gib']:.1f} GiB"] if "gpu_memory_gib" in row else [])
 
 

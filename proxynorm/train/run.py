@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from proxynorm.analysis.plots import plot_curves
+from proxynorm.config import settings_from
 from proxynorm.data import Data, open_data
 from proxynorm.errors import CheckpointError
 from proxynorm.files import write_json
@@ -37,11 +38,12 @@ def check_identity(content: dict[str, Any], settings: Settings, path: Path) -> N
 
 def check_data(content: dict[str, Any], data: Data, path: Path) -> None:
     """Raises CheckpointError if the run was trained on other classes or another number of images than `data`'s."""
-    stored, present = content["inputs"], inputs(data.info)
-    for key in ("classes", "train_count", "eval_count"):
-        if stored[key] != present[key]:
-            shown = (len(stored[key]), len(present[key])) if key == "classes" else (stored[key], present[key])
-            raise CheckpointError(f"{path} was trained on another data set ({key}: {shown[0]} → {shown[1]}, not the same); "
+    stored, present = content["inputs"], inputs(data)
+    for key in ("classes", "train_count", "eval_count", "mean", "std", "labels"):
+        was, now = stored.get(key, present[key]), present[key]
+        if was != now:
+            shown = f"{len(was)} → {len(now)}, not the same" if key == "classes" else f"{was} → {now}"
+            raise CheckpointError(f"{path} was trained on another data set ({key}: {shown}); "
                                   "choose another name=, or resume=never")
 
 
@@ -54,9 +56,10 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
     if not summary["completed"] or summary["steps"] < target:
         return None
     content, _ = checkpoint.load_latest(run.checkpoints)
-    if content is not None:
-        check_identity(content, settings, run.path)
-        check_data(content, data, run.path)
+    if content is None:  # only the checkpoints were removed
+        content = {"identity": identity(settings_from(OmegaConf.create(run.config.read_text()))), "inputs": inputs(data)}
+    check_identity(content, settings, run.path)
+    check_data(content, data, run.path)
     return summary
 
 
@@ -68,16 +71,32 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
     if content is None:
         if settings.resume == "must":
             raise CheckpointError(f"resume=must: {run.path} holds no checkpoint")
+        if settings.resume == "auto" and run.lost_checkpoint():
+            raise CheckpointError(f"{run.path} holds a run, but neither last.pt nor previous.pt to go on from: put one back, "
+                                  "or let resume=never clear the folder and start anew")
         return False
     check_identity(content, settings, run.path)
     check_data(content, trainer.data, run.path)
     trainer.load(content, last_is_damaged=bool(messages))
     if trainer.process.is_main:
         run.rewind(trainer.state.step, trainer.state.evaluated)
-    if content["world_size"] != trainer.process.world_size:
-        display.say(f"resuming with {trainer.process.world_size} process(es), was {content['world_size']}")
+    say_what_differs(trainer, content["world_size"], run, display)
     display.say(f"resumed at step {trainer.state.step} of {trainer.last_step}")
     return True
+
+
+def say_what_differs(trainer: Trainer, world_size: int, run: RunFolder, display: Display) -> None:
+    """Tell of what keeps the resumed run from the unbroken one's bits, and of rows that are lost."""
+    if not trainer.process.is_main:
+        return
+    state = trainer.state
+    if world_size != trainer.process.world_size:
+        display.say(f"resuming with {trainer.process.world_size} process(es), was {world_size}")
+    if changed := run.changed_environment(str(trainer.process.device)):
+        display.say(f"resuming on another machine or version: the same images and steps, not the same bits ({'; '.join(changed)})")
+    logged = max((row["step"] for row in run.read_rows()), default=0)
+    if logged < state.step - state.loss_steps - state.skipped:
+        display.say(f"{run.metrics} has lost its rows after step {logged}")
 
 
 def summarize(trainer: Trainer, name: str, damaged: dict[str, str]) -> dict[str, Any]:
@@ -123,6 +142,8 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
             if process.is_main:
                 print(f"{run.path} is finished: top-1 {done['top1']:.2f} % after {done['steps']} steps")
             return 0
+        if settings.resume == "must" and not run.checkpoints.is_dir():
+            raise CheckpointError(f"resume=must: {run.path} holds no checkpoint")
         if process.is_main:
             run.acquire()
         try:

@@ -101,8 +101,39 @@ class RunFolder:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one complete line to metrics.jsonl in a single write; null stands for what is not a finite number."""
+        line = (json.dumps(finite(row)) + "\n").encode()
         with open(self.metrics, "ab", buffering=0) as stream:
-            stream.write((json.dumps(finite(row)) + "\n").encode())
+            size = stream.tell()
+            try:
+                written = stream.write(line)
+            except OSError as error:
+                raise CheckpointError(f"cannot write {self.metrics}: {error.strerror}") from error
+            if written < len(line):
+                stream.truncate(size)
+                raise CheckpointError(f"cannot write {self.metrics}: no space left on the disk")
+
+    def sync_metrics(self) -> None:
+        """Make the rows durable that a checkpoint is about to take for written."""
+        if self.metrics.exists():
+            with open(self.metrics, "rb") as stream:
+                os.fsync(stream.fileno())
+
+    def lost_checkpoint(self) -> bool:
+        """Whether a checkpoint was here once: after the first evaluation, or the end of a start, there is one."""
+        rows = self.read_rows()
+        first = next((row["step"] for row in rows if row["event"] == "eval"), None)
+        return self.summary.exists() or first is not None and rows[-1]["step"] > first
+
+    def changed_environment(self, device: str) -> list[str]:
+        """What this machine has otherwise than the last start's, as 'key: was → is'; rounding may depend on it."""
+        try:
+            before = json.loads((self.path / "environment.json").read_text())
+            before["torch"] = before["packages"]["torch"]
+        except (OSError, ValueError, KeyError):
+            return []
+        now = {**environment(), "torch": metadata.version("torch"), "device": device}
+        return [f"{key}: {before.get(key)} → {now[key]}" for key in ("processor", "gpus", "torch", "cuda", "threads", "device")
+                if before.get(key) != now[key]]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

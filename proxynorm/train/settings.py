@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from proxynorm.analysis.power_monitor import PowerSettings
+from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
+from proxynorm.nn.names import NORMS
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (("optim.lr", "optim.base_lr", "optim.clip_grad", "schedule.decay_epochs", "checkpoint.every_minutes"),
      "above 0 and finite", lambda value: 0 < value < math.inf),
     (("regularization.label_smoothing", "regularization.mix_probability", "regularization.switch_probability",
-      "regularization.random_erasing"),
+      "regularization.random_erasing", "power.threshold"),
      "from 0 to 1", lambda value: 0 <= value <= 1),
     (("optim.momentum", "optim.alpha", "regularization.dropout", "regularization.stochastic_depth",
       "regularization.ema_decay"),
@@ -206,6 +208,10 @@ def check(settings: Settings) -> Settings:
     norm_batch = settings.norm_batch
     if isinstance(norm_batch, str) and norm_batch != "global" or isinstance(norm_batch, int) and norm_batch < 1:
         raise ConfigError(f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null")
+    if settings.norm.name not in NORMS:
+        raise ConfigError(f"norm.name={settings.norm.name}: {nearest(settings.norm.name, NORMS)}")
+    if settings.schedule.warmup_epochs > settings.epochs:
+        raise ConfigError(f"schedule.warmup_epochs={settings.schedule.warmup_epochs:g} is longer than the {settings.epochs} epochs")
     if settings.batch % (settings.micro_batch or 1):
         raise ConfigError(f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}")
     check_norm_batch(settings, settings.micro_batch or settings.batch)

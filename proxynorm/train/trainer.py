@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from itertools import islice, repeat
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -14,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
-from proxynorm.data import Batch, Data, DataInfo
+from proxynorm.data import Batch, Data
 from proxynorm.data.mixing import Mixing
 from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, seeded_model
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
-from proxynorm.train.nonfinite import NonFiniteError, describe
+from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest
 from proxynorm.train.profiling import profiled
@@ -213,7 +215,8 @@ class Trainer:
                 buffer.copy_(former)
             return
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(micro_batches)]
-        raise NonFiniteError(describe(state, images, loss, norm, self.process.device, self.dtype))
+        layers = self.process.gather(affected(state.model, images, self.dtype))
+        raise NonFiniteError(describe(state, self.process.gather(loss.item()), layers, norm.item()))
 
     # -- what is due besides ----------------------------------------------------------------------------------------
 
@@ -309,12 +312,13 @@ class Trainer:
     def header(self) -> dict:
         """What a checkpoint says of itself: the run's identity and what the network is fed."""
         return {"identity": identity(self.settings), "world_size": self.process.world_size,
-                "steps_per_epoch": self.steps_per_epoch, "inputs": inputs(self.data.info)}
+                "steps_per_epoch": self.steps_per_epoch, "inputs": inputs(self.data)}
 
     def save(self) -> None:
-        """Save the state as last.pt, and the former one, unless it was found damaged, as previous.pt."""
+        """Save the state as last.pt, and the former one, unless it was found damaged, as previous.pt; the rows before it."""
         loss_sum = self.process.sum(self.state.loss_sum.clone())
         if self.process.is_main:
+            self.run.sync_metrics()
             content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
             checkpoint.save(self.run.last, content, None if self.last_is_damaged else self.run.previous)
         self.last_is_damaged = False
@@ -334,10 +338,12 @@ class Trainer:
             checkpoint.save(self.run.best, content)
 
 
-def inputs(info: DataInfo) -> dict:
-    """What the network is fed and trained on, as a checkpoint keeps it."""
+def inputs(data: Data) -> dict:
+    """What the network is fed and trained on, as a checkpoint keeps it. labels: a digest of the training labels, in order."""
+    info, train = data.info, data.train
+    labels = hashlib.sha256(np.asarray(train.reader.targets[train.rows], dtype="<i8").tobytes()).hexdigest()[:16]
     return {"classes": list(info.classes), "channels": info.channels, "mean": list(info.mean), "std": list(info.std),
-            "train_count": info.train_count, "eval_count": info.eval_count}
+            "train_count": info.train_count, "eval_count": info.eval_count, "labels": labels}
 
 
 class StepBatches:

@@ -13,6 +13,7 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.warm = False  # the first step compiles and allocates: a row of several leaves it out
         self.reset()
 
     def reset(self) -> None:
@@ -38,14 +39,16 @@ class Watch:
     def row(self, batch: int, steps_left: int) -> dict[str, float]:
         """images/s, share of the time spent waiting for data, step-time percentiles (ms), training time left at this rate
         (s, without evaluations), peak GPU memory (GiB)."""
-        total = sum(self.steps)
-        times = quantiles(self.steps, n=20) if len(self.steps) > 1 else self.steps * 19
+        first = 0 if self.warm or len(self.steps) == 1 else 1
+        steps, waits, self.warm = self.steps[first:], self.waits[first:], True
+        total = sum(steps)
+        times = quantiles(steps, n=20) if len(steps) > 1 else steps * 19
         row = {
-            "images_per_second": round(batch * len(self.steps) / total, 1),
-            "data_wait": round(sum(self.waits) / total, 4),
+            "images_per_second": round(batch * len(steps) / total, 1),
+            "data_wait": round(sum(waits) / total, 4),
             "step_ms_p50": round(1e3 * times[9], 3),
             "step_ms_p95": round(1e3 * times[18], 3),
-            "eta_seconds": round(steps_left * total / len(self.steps), 1),
+            "eta_seconds": round(steps_left * total / len(steps), 3),
         }
         if self.device.type == "cuda":
             row["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
 
 import pytest
 import torch
 
 from proxynorm.errors import CheckpointError
 from proxynorm.train import checkpoint
+from proxynorm.train.run_folder import RunFolder
 
 
 def test_round_trip_keeps_the_previous(tmp_path):
@@ -75,3 +78,21 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.load(tmp_path / "nowhere.pt")
+
+
+def test_a_row_that_is_cut_short_by_a_full_disk_is_taken_back(tmp_path):
+    """An unbuffered write may write a part and tell so: no half line may stay, to which the next would be glued."""
+    run = RunFolder(tmp_path)
+    run.append({"step": 1})
+    limit = run.metrics.stat().st_size + 4
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="no space left"):
+            run.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    run.append({"step": 3})
+    assert [row["step"] for row in run.read_rows()] == [1, 3]

@@ -102,6 +102,35 @@ def test_the_fault_of_one_process_ends_all_with_its_message(tmp_path):
     assert "Connection closed" not in result.stderr
 
 
+NOT_A_NUMBER = """
+import runpy, sys
+from proxynorm.train.trainer import Trainer
+
+original = Trainer.inputs
+
+def inputs(self, batch, index):
+    images, targets = original(self, batch, index)
+    return (images * float("nan") if self.state.step == 5 and self.process.rank == 0 else images), targets
+
+Trainer.inputs = inputs
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_every_process_names_the_layers_of_the_one_that_is_not_finite(tmp_path):
+    """The gradients of the other are not finite either, but its activations are: it must not speak first and for both."""
+    script = tmp_path / "not_a_number.py"
+    script.write_text(NOT_A_NUMBER)
+    command = torchrun(2, tmp_path, "name=a")
+    command[command.index("train.py")] = str(script)
+    result = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                            timeout=300, check=False)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(lines) == 2, result.stderr
+    assert all("loss nan" in line and "first in the input images" in line and "of process 0" in line for line in lines)
+
+
 @pytest.mark.slow
 def test_changed_number_of_processes_is_said(run_small, tmp_path):
     assert run(torchrun(2, tmp_path, "name=a", "max_steps=7")).returncode == 0

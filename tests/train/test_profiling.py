@@ -17,7 +17,7 @@ def test_a_trace_is_written_and_named(tmp_path, capfd):
     path = tmp_path / "trace.json"
     assert any(event.get("name") == "aten::sum" for event in json.loads(path.read_text())["traceEvents"])
     shown = capfd.readouterr()
-    assert shown.out == f"trace of 2 steps in {path}: open it in https://ui.perfetto.dev\n"
+    assert shown.out == f"trace in {path}: open it in https://ui.perfetto.dev\n"
     assert "USDT" not in shown.err and "ERROR" not in shown.err
 
 

@@ -12,7 +12,8 @@ from tests.helpers import SMALL, assert_same_run
 
 from proxynorm.config import compose_config, settings_from
 from proxynorm.errors import CheckpointError, ConfigError
-from proxynorm.train import checkpoint
+from proxynorm.train import checkpoint, trainer
+from proxynorm.train import run as run_module
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.trainer import Trainer
@@ -244,3 +245,38 @@ def test_unwritable_runs_dir_is_one_line(run_small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write the run folder"):
         run_small(f"runs_dir={tmp_path / 'file'}")
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_cleared(run_small):
+    """Its best weights and its rows are worth more than a silent new start; a finished one stays finished, under its own name."""
+    run = run_small("name=a", "max_steps=13", "checkpoint.every_steps=5", "eval_every=1")
+    for name in ("last.pt", "previous.pt"):
+        (run.folder / "checkpoints" / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="another run"):
+        run_small("name=a", "max_steps=13", "seed=5")
+    assert run_small("name=a", "max_steps=13").rows == run.rows
+    with pytest.raises(CheckpointError, match="neither last.pt nor previous.pt"):
+        run_small("name=a", "max_steps=20")
+    assert (run.folder / "checkpoints" / "best.pt").exists() and run_small("name=a", "resume=never", "max_steps=2").rows
+
+
+def test_another_machine_and_lost_rows_are_told(run_small, capsys):
+    run = run_small("name=a", "max_steps=5")
+    environment = json.loads((run.folder / "environment.json").read_text())
+    (run.folder / "environment.json").write_text(json.dumps({**environment, "processor": "an abacus"}))
+    (run.folder / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    run_small("name=a", "max_steps=7")
+    said = capsys.readouterr().out
+    assert "an abacus → " in said and "not the same bits" in said and "lost its rows after step 0" in said
+    run_small("name=a", "max_steps=9")
+    assert "not the same bits" not in capsys.readouterr().out
+
+
+def test_other_labels_are_another_data_set(run_small, monkeypatch):
+    run_small("name=a", "max_steps=5")
+    original = trainer.inputs
+    for module in (trainer, run_module):
+        monkeypatch.setattr(module, "inputs", lambda data: {**original(data), "labels": "other"})
+    with pytest.raises(CheckpointError, match="another data set .labels: "):
+        run_small("name=a", "max_steps=7")
