@@ -92,12 +92,13 @@ class Estimator:
     """Estimates runs from what was measured of their kind: in the folder of the runs and its probes, else in the archives of
     kept runs; else from the mean of the kinds that the folder tells of; else from the table's own words.
 
-    An archive counts if as many processes trained it, and on this machine's processor or for this table. Raises
+    A run counts if as many processes trained it, an archive also on this machine's processor or for this table. Raises
     ConfigError naming the cell, or the run, that cannot be built.
     """
 
     def __init__(self, runs_dir: Path, results: Path, table: Table | None = None, processes: int = 1) -> None:
-        self.table, self.folders = table, by_kind(in_folders(runs_dir))
+        self.table = table
+        self.folders = by_kind(found for found in in_folders(runs_dir) if found.processes == processes)
         kept = [found for found in in_archives(results) if found.processes == processes]
         here, own = processor_here(), table.name if table else ""
         self.archives = by_kind(found for found in kept if found.table == own)
@@ -167,7 +168,8 @@ def duration(seconds: float) -> str:
     """In the unit that suits: 40 s, 25 min, 7.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    minutes = seconds / 60
+    return f"{minutes:.2g} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def describe(entries: Sequence[Entry], estimate: Callable[[Entry], Estimate]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -64,6 +65,8 @@ def launch(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
             estimate = Estimator(runs[0].folder.parent, RESULTS, processes=asked.gpus or 1)
             check(due, estimate, asked, options["force"], say)
 
-        launch_array(runs, runs[0].folder.parent, "proxynorm", asked, say, estimated)
+        status = launch_array(runs, runs[0].folder.parent, "proxynorm", asked, say, estimated)
     except ProxynormError as error:
         fail(error)
+    if status:
+        sys.exit(status)

@@ -95,7 +95,38 @@ STEP_NORMS = ("torch bn", "torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "g
 
 
 def step(results: Path) -> str:
-    return "\n".join(step_table(load(results, f"step/{model}.json")) for model in ("resnet50", "efficientnet_b0"))
+    parts = []
+    for model in ("resnet50", "efficientnet_b0"):
+        parts += [step_table(load(results, f"step/{model}.json")), more_rounds(load(results, f"step/{model}_channels_last.json")),
+                  passes_table(load(results, f"passes/{model}.json"))]
+    return "\n".join([*parts, compiled_step(load(results, "step/resnet50_compiled.json"))])
+
+
+def more_rounds(content: dict[str, Any]) -> str:
+    """The ratios of the goals from a run of channels_last alone, with more rounds."""
+    told = "; ".join(f"{name.removesuffix(', each in its best format')}: {value:.3f}"
+                     for name, value in content["figures"].items() if name.startswith(("step", "inference")))
+    return f"""Again in channels_last alone, with {content["options"]["rounds"]} rounds: {told}.
+"""
+
+
+def passes_table(content: dict[str, Any]) -> str:
+    """Where LN+PN's time goes, of one model."""
+    options = content["options"]
+    rows = [[row["what"], f"{row['ms']:.1f}", f"{row['share']:.2%}"] for row in content["rows"]]
+    return f"""Where the difference lies: the {content["layers"]} proxied layers alone, and alone the passes that only they make
+(`python scripts/benchmark.py passes model={options["model"]}`, {options["format"]}):
+
+{markdown_table(("sum over the layers", "ms", "of a training step"), rows)}
+"""
+
+
+def compiled_step(content: dict[str, Any]) -> str:
+    """torch.compile, which fuses the plain formula by itself."""
+    header = ("torch.compile, resnet50", "format", "step, ms", "÷ torch ln", "inference, ms", "÷ torch ln")
+    rows = [[row["norm"], row["format"], f"{row['step ms']:.0f}", f"{row['/ torch ln']:.3f}", f"{row['inference ms']:.0f}",
+             f"{row['/ torch ln (inf.)']:.3f}"] for row in content["rows"]]
+    return markdown_table(header, rows) + "\n"
 
 
 def step_table(content: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def kept_standing(run: Run, results: str | Path) -> Standing | None:
     if FAILURE in files:
         return Standing("failed", error=f"{files[FAILURE].decode().strip()} (kept in {results})")
     summary = json.loads(files["summary.json"])
-    return Standing("done", summary["steps"], summary["total_steps"], summary["loss"], note=f"kept in {results}")
+    return Standing("done", summary["steps"], summary["steps"], summary["loss"], note=f"kept in {results}")
 
 
 def as_record(run: Run, files: dict[str, bytes]) -> Record:

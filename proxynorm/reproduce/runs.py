@@ -135,7 +135,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def standing(run: Trained, held: bool | None = None) -> Standing:
     """Where the run stands, from its folder and log alone. held: whether a process trains it, None to ask its lock."""
     if (summary := read_summary(run.folder)) is not None:
-        return Standing("done", summary["steps"], summary["total_steps"], summary["loss"])
+        return Standing("done", summary["steps"], summary["steps"], summary["loss"])
     status = last_exit_status(run.log)
     running = is_held(run.folder / ".lock") if held is None else held
     if not running and is_failure(status, error := last_error(run.log)):
@@ -144,8 +144,9 @@ def standing(run: Trained, held: bool | None = None) -> Standing:
     if not rows:
         return Standing("running" if running else "missing")
     row = rows[-1]
-    epochs = yaml.safe_load((run.folder / "config.yaml").read_text())["epochs"]
-    total = round(row["step"] / row["epoch"] * epochs)
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    total = round(row["step"] / row["epoch"] * config["epochs"])
+    total = min(total, config.get("max_steps") or total)
     left = (total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
     return Standing("running" if running else "stopped", row["step"], total, row["loss"], left)
 
@@ -207,7 +208,8 @@ def last_exit_status(log: Path) -> int | None:
 
 def last_error(log: Path) -> str:
     """The line of the log that tells why its run ended."""
-    told = own_lines(log)
+    told = [line for line in own_lines(log) if not line.startswith(("$ ", "# "))]
+    told = told or [line for line in log_lines(log) if SLURM_LINE.match(line)]
     return told[-1].removeprefix("error: ") if told else f"no output in {log}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from proxynorm.errors import ConfigError
 
@@ -17,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "report.sbatch"
 WARNING_SECONDS = 120  # slurm/train.sbatch asks to be warned so long before the time limit
 NO_LIMIT = ("unlimited", "infinite", "-1")
+FOR_REPORT = ("account", "partition", "qos", "reservation")  # what the report's job asks for as the runs do
 Task = tuple[str, str]  # an array's job id and the task's index in it
+
+
+class Queued(NamedTuple):
+    """A task in SLURM's queue: its state, and why it waits, in SLURM's words."""
+
+    state: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,9 @@ class SlurmOptions:
     """What a run asks for, in sbatch's words, None leaving it to the cluster's defaults.
 
     gpus: of a run, over all its nodes, one process each; limit: array tasks at a time; stage: folder of each node into
-    which the .beton files are copied first; requeues: how often a run may be queued again to end; sbatch: further arguments of sbatch; dry_run: submit nothing, tell all;
-    retry_failed: submit the runs that failed, too; wait: until the array has ended; report: arguments of scripts/reproduce.py for a job after the array.
+    which the .beton files are copied first; requeues: how often a run may be queued again to end; sbatch: further
+    arguments of sbatch; dry_run: submit nothing, tell all; retry_failed: submit the runs that failed, too; wait: until
+    the array has ended; report: arguments of scripts/reproduce.py for a job after the array.
     """
 
     time: str | None = None
@@ -85,10 +96,12 @@ def array_command(plan: Path, count: int, name: str, logs: Path, options: SlurmO
 
 def report_command(jobs: Iterable[str], name: str, logs: Path, options: SlurmOptions) -> Command:
     """sbatch for the report after the arrays `jobs` have ended, well or not."""
-    words = ["sbatch", "--parsable", f"--dependency=afterany:{':'.join(jobs)}", f"--job-name={name}-report"]
-    words += [f"--output={pattern(logs)}/slurm-report-%j.log"]
+    words = ["sbatch", "--parsable", f"--job-name={name}-report", f"--output={pattern(logs)}/slurm-report-%j.log"]
     words += [f"--partition={options.partition}"] if options.partition else []
-    return Command((*words, *options.sbatch, str(REPORT_SCRIPT), *options.report), {"PROXYNORM_ROOT": str(ROOT)})
+    asked = vars(further(options))
+    words += [f"--{word}={asked[word]}" for word in FOR_REPORT if asked[word]]  # it needs neither GPUs nor the runs' time
+    words += [f"--dependency=afterany:{':'.join(jobs)}", str(REPORT_SCRIPT)]
+    return Command((*words, *options.report), {"PROXYNORM_ROOT": str(ROOT)})
 
 
 def pattern(path: Path) -> str:
@@ -122,12 +135,13 @@ def requests(options: SlurmOptions) -> list[str]:
     return words
 
 
-def queue() -> dict[Task, str]:
-    """The user's array tasks that wait or run, with SLURM's state of each; empty where SLURM is not installed."""
+def queue() -> dict[Task, Queued]:
+    """The user's array tasks that wait or run; empty where SLURM is not installed."""
     if shutil.which("squeue") is None:
         return {}
-    lines = ask(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T"]).splitlines()
-    return {(job, index): state for job, index, state in (line.strip().split("|") for line in lines)}
+    lines = ask(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%r"]).splitlines()
+    rows = [line.strip().split("|", 3) for line in lines]
+    return {(job, index): Queued(state, reason) for job, index, state, reason in rows}
 
 
 def endings(jobs: Sequence[str]) -> dict[Task, str]:
@@ -143,21 +157,52 @@ def endings(jobs: Sequence[str]) -> dict[Task, str]:
     return {tuple(name.split("_")): state.split()[0] for name, state in rows}
 
 
-def sbatch_value(options: SlurmOptions, name: str) -> str | None:
-    """The value of --NAME=… among the further arguments of sbatch, None without it."""
-    values = [word.partition("=")[2] for word in options.sbatch if word.startswith(f"--{name}=")]
-    return values[-1] if values else None
+def further(options: SlurmOptions) -> argparse.Namespace:
+    """What the further arguments of sbatch say of time, signal and FOR_REPORT's words, however they are written."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for short, word in (("-t", "time"), ("-A", "account"), ("-p", "partition"), ("-q", "qos")):
+        parser.add_argument(short, f"--{word}")
+    for word in ("signal", "reservation"):
+        parser.add_argument(f"--{word}")
+    try:
+        return parser.parse_known_args(options.sbatch)[0]
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"sbatch=[{','.join(options.sbatch)}]: {error}") from None
 
 
 def time_limit(options: SlurmOptions) -> float:
-    """The time limit of a run in seconds; infinite where none is asked for. Raises ConfigError for what is none."""
-    time = sbatch_value(options, "time") or options.time
-    return seconds(time) if time else math.inf
+    """The time limit of a run in seconds: what is asked for, else the partition's; infinite where there is none.
+
+    Raises ConfigError for what is no time, or longer than the partition allows.
+    """
+    asked = further(options)
+    time = asked.time or options.time or os.environ.get("SBATCH_TIMELIMIT")
+    usual, most = partition_limits(asked.partition or options.partition or os.environ.get("SBATCH_PARTITION"))
+    limit = seconds(time) if time else usual
+    if limit > most:
+        raise ConfigError(f"time={time}: the partition ends jobs after {most / 60:.0f} min; give a shorter time=, or partition=")
+    return limit
+
+
+def partition_limits(name: str | None) -> tuple[float, float]:
+    """A partition's usual and longest time limit in seconds, the default partition's for None; infinite where SLURM tells
+    none, or is not at hand."""
+    if shutil.which("sinfo") is None:
+        return math.inf, math.inf
+    try:
+        lines = ask(["sinfo", "--noheader", "--format=%P|%L|%l"]).splitlines()
+    except ConfigError:
+        return math.inf, math.inf
+    for partition, usual, most in (line.strip().split("|") for line in lines):
+        if partition.rstrip("*") == name or name is None and partition.endswith("*"):
+            longest = seconds(most)
+            return longest if usual.lower() == "n/a" else seconds(usual), longest
+    return math.inf, math.inf
 
 
 def warning_seconds(options: SlurmOptions) -> int:
     """How long before its time limit a run is warned: sbatch's --signal=NAME@SECONDS, else slurm/train.sbatch's."""
-    signal = sbatch_value(options, "signal")
+    signal = further(options).signal
     if signal is None:
         return WARNING_SECONDS
     asked = signal.partition("@")[2]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from proxynorm.reproduce.launch import LaunchOptions
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+USUAL_REASONS = ("None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Dependency")
 FATAL = ("FAILED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")  # ends that the next launch would most likely meet again
 GOES_ON = "# goes on in "  # what slurm/train.sbatch says before it turns to the run's log
 Say = Callable[[str], None]
@@ -109,9 +110,10 @@ class Jobs:
         if now.state == "done":
             return now
         if task is not None:
-            waits = self.queue[task] in WAITING
+            waits = self.queue[task].state in WAITING
             state = ("preempted" if now.step else "queued") if waits else "running"
-            return replace(now, state=state, error="", job="_".join(task))
+            note = self.queue[task].reason if waits and self.queue[task].reason not in USUAL_REASONS else ""
+            return replace(now, state=state, error="", job="_".join(task), note=note)
         if now.state in ("missing", "stopped") and (error := self.failure(run.name)):
             return replace(now, state="failed", error=error)
         return now

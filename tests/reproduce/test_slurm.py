@@ -63,12 +63,32 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
             slurm.requests(wrong)
 
 
-@pytest.mark.parametrize("options", [{"time": "1"}, {"time": "2"}, {"sbatch": ("--time=2",)}])
+@pytest.mark.parametrize("options", [{"time": "1"}, {"time": "2"}, {"sbatch": ("--time=2",)}, {"sbatch": ("-t", "2")},
+                                     {"sbatch": ("--mem=1G", "-t2")}])
 def test_a_time_limit_within_the_warning_is_refused(options):
     """Such a run would be signalled as soon as it starts, and again whenever it is queued again."""
     with pytest.raises(ConfigError, match="warned 120 s before it, and would be stopped as soon as they start"):
         slurm.requests(SlurmOptions(**options))
     slurm.requests(SlurmOptions(**{**options, "sbatch": (*options.get("sbatch", ()), "--signal=USR2@25")}))
+
+
+def test_a_limit_beyond_the_partition_s_is_refused_and_none_is_the_partition_s(commands, monkeypatch):
+    monkeypatch.delenv("SBATCH_TIMELIMIT", raising=False)
+    commands(sinfo="short*|30:00|1:00:00\nlong|n/a|2-00:00:00\nopen|infinite|infinite\n")
+    assert slurm.time_limit(SlurmOptions()) == 1800
+    assert slurm.time_limit(SlurmOptions(partition="long")) == slurm.time_limit(SlurmOptions(time="2-0", partition="long"))
+    assert slurm.time_limit(SlurmOptions(sbatch=("-p", "open"))) == math.inf
+    with pytest.raises(ConfigError, match="time=90: the partition ends jobs after 60 min"):
+        slurm.requests(SlurmOptions(time="90"))
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "10")
+    assert slurm.time_limit(SlurmOptions()) == 600 and slurm.time_limit(SlurmOptions(time="20")) == 1200
+
+
+def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
+    further = ("--dependency=afterany:1", "--gres=gpu:8", "-t", "1", "-A", "lab", "--qos=high", "--nice=5")
+    words = slurm.report_command(["7"], "t", Path("logs"), SlurmOptions(sbatch=further, report=("report",))).words
+    assert {"--account=lab", "--qos=high", "--dependency=afterany:7"} <= set(words)
+    assert not [word for word in words if word.startswith(("--gres", "--time", "-t", "--nice", "--dependency=afterany:1"))]
 
 
 def test_paths_are_literal_in_sbatch_s_file_names():
@@ -90,7 +110,7 @@ def commands(tmp_path, monkeypatch):
             (folder / name).write_text(f'#!/bin/sh\ncat "{folder}/{name}.txt"\n')
             (folder / name).chmod(0o755)
 
-    says(sbatch="7\n", squeue="", sacct="", scontrol="")
+    says(sbatch="7\n", squeue="", sacct="", scontrol="", sinfo="")
     return says
 
 
@@ -114,7 +134,7 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
     write_run(launched[0], 50.0, epochs=3)
     write_run(launched[1], 50.0)
     (launched[0].folder / "summary.json").unlink()
-    commands(squeue="7|0|PENDING\n7|2|RUNNING\n", sacct="7_3|OUT_OF_MEMORY\n7_0|COMPLETED\n7|COMPLETED\n")
+    commands(squeue="7|0|PENDING|PartitionTimeLimit\n7|2|RUNNING|None\n", sacct="7_3|OUT_OF_MEMORY\n7_0|COMPLETED\n7|COMPLETED\n")
     text = status(launched, NO_RESULTS)
     assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == [
         "preempted",
@@ -122,7 +142,7 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
         "running",
         "missing",
     ]
-    assert "job 7_0  step 4/12  loss 1.9000" in text and "1 done, 1 running, 1 preempted, 1 missing" in text
+    assert "job 7_0  step 4/12  loss 1.9000  PartitionTimeLimit" in text and "1 done, 1 running, 1 preempted, 1 missing" in text
     commands(squeue="")
     jobs = Jobs(launched[0].folder.parent)
     assert [jobs.standing(run).state for run in launched] == ["stopped", "done", "missing", "failed"]
@@ -149,12 +169,12 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
 
 def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
     launched[0].log.write_text("ValueError: no\n# exit status 1\n")
-    commands(squeue="7|1|PENDING\n7|2|RUNNING\n", sbatch="8\n")
+    commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n", sbatch="8\n")
     lines = []
     assert run_on_slurm(launched, LaunchOptions(say=lines.append)) == 1
     assert lines[:3] == ["bn-s0: failed: ValueError: no", "ln_pn-s0: queued as job 7_1", "bn-s1: running as job 7_2"]
     assert lines[3].startswith("submitted array 8 of 1 runs") and "retry_failed=true" in lines[-1]
-    commands(squeue="7|1|PENDING\n7|2|RUNNING\n8|0|PENDING\n")
+    commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n8|0|PENDING|Resources\n")
     assert run_on_slurm(launched, LaunchOptions(slurm=SlurmOptions(retry_failed=True), say=lines.append)) == 0
 
 
@@ -197,6 +217,7 @@ def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
         ("slurmstepd-n1: error: Detected 1 oom_kill event in StepId=1.0.\n# exit status 137\n", "failed"),
         ("error: runs/x is in use by host pid 1; wait for it\n# exit status 2\n", "missing"),
         ("# exit status 140\n", "missing"),
+        ("# job 7_0 on n1, restart 0\nslurmstepd: error: execve(): python: No such file\n# exit status 2\n", "failed"),
     ],
 )
 def test_exits_under_srun(tiny, tmp_path, log, state):
@@ -204,4 +225,4 @@ def test_exits_under_srun(tiny, tmp_path, log, state):
     run.log.parent.mkdir(parents=True)
     run.log.write_text(log)
     assert standing(run).state == state
-    assert state != "failed" or standing(run).error in ("ValueError: no", log.splitlines()[0])
+    assert state != "failed" or standing(run).error in ("ValueError: no", *log.splitlines()[:2])
