@@ -114,7 +114,7 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
         "4 runs; 1 done" in text
         and "3 runs to do, 12 steps, 768 images, 3.1 min (mean of 1 measured kinds of runs; measured)" in text
     )
-    assert "; 2 min with jobs=2" in text
+    assert "; 1.6 min with jobs=2" in text
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
 
 

@@ -132,11 +132,11 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, **options)
         return done.stdout
 
-    def check(self, *command: str, extra: dict[str, str] | None = None, **options) -> str:
-        """What the command prints; the test fails with its errors if it fails. `extra` goes into its environment."""
+    def check(self, *command: str, extra: dict[str, str] | None = None, status: int = 0, **options) -> str:
+        """What the command prints; the test fails with its errors if it ends otherwise. `extra`: into its environment."""
         environment = {**self.environment, **(extra or {})}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
 
     def wait_for(self, condition, what: str, seconds: float, every: float = 0.1) -> None:

@@ -55,7 +55,7 @@ def test_two_tasks_train_together(slurm, submit, tmp_path, nodes):
     assert slurm.wait_until_settled(job, 120) == "COMPLETED", (tmp_path / f"job-{job}.log").read_text()
     log = (tmp_path / f"job-{job}.log").read_text()
     assert "batch 20 = 2 × 1 × 10" in log and log.endswith("# exit status 0\n")
-    assert ("warning: 1 processes a node, but 2 GPUs" in log) == (nodes == 2)
+    assert ("warning: 1 process(es) a node, but 2 GPU(s)" in log) == (nodes == 2)
     assert summary(tmp_path / "pair")["completed"] and (tmp_path / "pair/checkpoints/last.pt").is_file()
 
 
@@ -195,6 +195,14 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, submit, tmp_path):
     assert summary(tmp_path / "cancelled")["steps"] == read_metrics(metrics)[-1]["step"] > 3
 
 
+KILLED_AT_START = """
+import os, signal, sys
+
+if any(word.endswith("train.py") for word in sys.orig_argv):
+    os.kill(os.getpid(), signal.SIGUSR2)
+"""
+
+
 def test_a_job_that_never_gets_further_is_not_queued_for_ever(slurm, submit, tmp_path):
     """Each time it is stopped while Python is starting: after one fruitless requeue, which SLURM refuses at first, it ends
     as failed."""
@@ -203,14 +211,13 @@ def test_a_job_that_never_gets_further_is_not_queued_for_ever(slurm, submit, tmp
         f"#!/bin/sh\n[ $1 != requeue ] || ! mkdir '{tmp_path}/refused' || exit 1\nexec {shutil.which('scontrol')} \"$@\"\n"
     )
     (tmp_path / "bin/scontrol").chmod(0o755)
-    environment = {"FRUITLESS_REQUEUES": "1", "PATH": f"{tmp_path}/bin:{slurm.environment['PATH']}"}
+    (tmp_path / "sitecustomize.py").write_text(KILLED_AT_START)
+    environment = {
+        "FRUITLESS_REQUEUES": "1",
+        "PATH": f"{tmp_path}/bin:{slurm.environment['PATH']}",
+        "PYTHONPATH": str(tmp_path),
+    }
     job = submit(overrides=arguments(tmp_path, "stuck"), environment=environment)
-
-    def signalled_until_settled() -> bool:
-        """SLURM drops a signal to a step whose process it is about to start: again and again, faster than Python starts."""
-        slurm.run("scancel", "--signal=USR2", job)
-        return slurm.state(job) in SETTLED
-
-    slurm.wait_for(signalled_until_settled, "it runs on", 180, every=0.5)
+    slurm.wait_for(lambda: slurm.state(job) in SETTLED, "it runs on", 180, every=0.5)
     assert slurm.state(job) == "FAILED" and slurm.field(job, "Restarts") == "1"
     assert (tmp_path / "refused").is_dir() and "1 times queued again" in (tmp_path / f"job-{job}.log").read_text()
