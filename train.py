@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
     try:
         status = train(settings, OmegaConf.to_container(config, resolve=True))
     except (NonFiniteError, PeerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # in one piece, as other processes write too
         sys.exit(1)
     except ProxynormError as error:
         fail(error)

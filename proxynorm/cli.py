@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
 
 def fail(error: BaseException) -> NoReturn:
     """Print one line on standard error and exit with status 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as other processes may write too
     sys.exit(USER_ERROR)
 
 
