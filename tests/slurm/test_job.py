@@ -49,8 +49,9 @@ def stops(log: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_tasks_train_together(slurm, submit, tmp_path, nodes):
-    """On nodes with two GPUs each, as SLURM believes: one process a node would leave half of them idle, and is told so."""
-    shape = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--gpus-per-node=2")
+    """On nodes with two GPUs each, as SLURM believes: one process a node would leave half of them idle, and is told so.
+    The ranks get the job's environment whatever of the submitter's the job got."""
+    shape = (f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--gpus-per-node=2", f"--export={'ALL' if nodes == 1 else 'NONE'}")
     job = submit(*shape, overrides=arguments(tmp_path, "pair", "device=cpu"))
     assert slurm.wait_until_settled(job, 120) == "COMPLETED", (tmp_path / f"job-{job}.log").read_text()
     log = (tmp_path / f"job-{job}.log").read_text()
