@@ -10,7 +10,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "NormAct2d": "proxynorm.nn",
+    "NormAct2d": "proxynorm.models.timm_layer",
     "conversion_report": "proxynorm.nn.convert",
     "convert": "proxynorm.nn.convert",
     "create_model": "proxynorm.models",

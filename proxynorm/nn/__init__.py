@@ -7,10 +7,7 @@ from .norm_act import NormAct2d
 from .norms import batch_normalize, group_normalize
 from .recompute import recompute
 from .shared import share_moments
-from .timm_layer import register_with_timm
 from .weight_standardization import standardize_weights
 
 __all__ = ["ACTIVATIONS", "KINDS", "NORMS", "NormAct2d", "NormSpec", "batch_normalize", "group_normalize", "norm_spec",
            "parameter_groups", "proxy_moments", "recompute", "share_moments", "standardize_weights"]
-
-register_with_timm()

@@ -170,8 +170,8 @@ class NormAct2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
         self._check(x)
-        if self.proxied and not self._needs_plain(x):
-            return self._fused(x)
+        if self.proxied and self._folds(x):
+            return self._plain(x) if is_transformed() else self._fused(x)
         if self.proxied or self.kind == "none":
             return self.activate(self.normalize(x))
         u = self.drop(self._norm(x, self.weight, self.bias))
@@ -194,11 +194,20 @@ class NormAct2d(nn.Module):
             raise ValueError(f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels "
                              "and so no variance: use fewer groups or a larger input")
 
-    def _needs_plain(self, x: Tensor) -> bool:
-        """Whether plain operations must serve: they can be traced, transformed and extended, the fused step cannot."""
-        # the heads call the norm again in backward, where its collective operations might meet others out of order
+    def _folds(self, x: Tensor) -> bool:
+        """Whether affine and proxy normalization fold into constants per channel here; else activate must serve."""
+        # the fused step calls the norm again in backward, where collective operations might meet others out of order
         unusual = self.kind == "none" or self.norm_batch == "global" or not isinstance(self.drop, nn.Identity)
-        return unusual or self.act_name == "callable" or x.numel() == 0 or is_transformed()
+        return not (unusual or self.act_name == "callable" or x.numel() == 0)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The folded step in plain operations, which torch.compile fuses by itself and torch.func can transform."""
+        with torch.autocast(x.device.type, enabled=False):
+            constants = fold_reference(self.four_parameters(), self.proxy_rule())
+            scale, shift, *head = (per_channel(t) for t in (constants if self.proxy_scale else constants[:-1]))
+            z = self.act(self.normalize(x).to(scale.dtype) * scale + shift)
+            gain, offset = head if len(head) == 2 else (None, *head)
+            return ((z if gain is None else z * gain) + offset).to(x.dtype)
 
     def _fused(self, x: Tensor) -> Tensor:
         folded = self.folded_constants()

@@ -1,0 +1,16 @@
+"""NormAct2d as timm's constructors take it for norm_layer=: importing this module enters it into timm's lists.
+
+timm hands its act_layer on, and says which norms get no activation, only to norm+act layers that it knows; others it
+refuses. proxynorm.NormAct2d comes from here; proxynorm.nn.NormAct2d is the same class without timm.
+"""
+
+from __future__ import annotations
+
+from timm.layers import create_norm_act
+
+from proxynorm.nn import NormAct2d
+
+__all__ = ["NormAct2d"]
+
+create_norm_act._NORM_ACT_TYPES.add(NormAct2d)
+create_norm_act._NORM_ACT_REQUIRES_ARG.add(NormAct2d)  # it takes act_layer
