@@ -35,6 +35,7 @@ from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
+from proxynorm.nn.shared import SharedMoments
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.run_folder import environment
 
@@ -180,11 +181,13 @@ def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
     """What everything of size (C,) costs in a step: the folding of all layers, and its backward, layer by layer."""
     layers = [m for m in net.modules() if isinstance(m, NormAct2d) and m.proxied]
     device = layers[0].proxy_weight.device
-    fold_all = [hook for hook in net._forward_pre_hooks.values() if hook.__module__ == "proxynorm.nn.shared"]
+    owners = [getattr(hook, "__self__", None) for hook in net._forward_pre_hooks.values()]
+    shared = [owner for owner in owners if isinstance(owner, SharedMoments)]
 
     def once() -> None:
-        for hook in fold_all:
-            hook(net, ())
+        for moments in shared:
+            moments.evaluated.clear()  # as after an update of the parameters
+            moments.hand_out(net, ())
         for layer in layers:
             folded = layer.folded_constants()
             torch.autograd.grad(folded, [p for p in layer.four_parameters() if p.requires_grad],

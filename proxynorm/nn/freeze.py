@@ -32,7 +32,7 @@ from proxynorm.nn.convert import hand_on_copy
 from proxynorm.nn.dataflow import Part, traced_parts
 from proxynorm.nn.elementwise import called_function
 from proxynorm.nn.norm_act import NormAct2d
-from proxynorm.nn.shared import share_moments
+from proxynorm.nn.shared import SharedMoments
 
 
 class FrozenNormAct2d(nn.Module):
@@ -169,7 +169,7 @@ def _remove_own_hooks(model: nn.Module) -> None:
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if getattr(hook, "__module__", None) == share_moments.__module__ or hook is hand_on_copy:
+                if isinstance(getattr(hook, "__self__", None), SharedMoments) or hook is hand_on_copy:
                     del hooks[key]
 
 

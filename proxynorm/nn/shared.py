@@ -1,43 +1,77 @@
-"""The moments of all layers of a network in one vectorised evaluation per forward pass.
+"""The moments of all layers of a network in one vectorised evaluation, made anew only when a parameter changed.
 
-The constants are made when the network's forward begins and dropped when it ends. They are therefore never stale,
-however the parameters were changed in between, and a forward of some inner module alone simply makes its own. Only a
-parameter that the network's own forward edits, after this module's hook has run, is seen by the next forward first.
+The network's forward begins by comparing the parameters with those of the forward before, by value, so that the
+constants are never stale, however a parameter was changed. So one evaluation serves all micro-batches of an update and
+a whole evaluation of the network. The comparison is for CPUs: elsewhere it would have to wait for the device, and each
+forward evaluates. The layers drop the constants when the network's forward ends: a forward of some inner module alone
+makes its own. Only a parameter that the network's own forward edits, after this module's hook has run, is seen by the
+next forward first.
 """
 from __future__ import annotations
 
 from collections.abc import Hashable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .folding import Constants, fold
+from .folding import Constants, Rule, fold
 from .fused import is_transformed
 from .norm_act import NormAct2d
 
 
 def share_moments(model: nn.Module) -> nn.Module:
-    """Makes model evaluate the moments of all its NormAct2d layers together, once per forward; returns the model.
+    """Makes model evaluate the moments of all its NormAct2d layers together; returns the model.
 
     Purely a matter of speed: results are the same to rounding. Safe to call twice. Under torch.compile, torch.func and
     tracing every layer evaluates its own.
     """
-    if _fold_all not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_fold_all)
-        model.register_forward_hook(_drop_all, always_call=True)
+    if not any(getattr(hook, "__func__", None) is SharedMoments.hand_out for hook in model._forward_pre_hooks.values()):
+        shared = SharedMoments()
+        model.register_forward_pre_hook(shared.hand_out)
+        model.register_forward_hook(shared.take_back, always_call=True)
     return model
 
 
-def _fold_all(model: nn.Module, inputs: tuple) -> None:
-    if is_transformed():
-        return
-    families: dict[Hashable, list[NormAct2d]] = {}
-    for module in model.modules():
-        if isinstance(module, NormAct2d) and module.proxied and module.act_name != "callable":
-            families.setdefault(_family(module), []).append(module)
-    for layers in families.values():
-        if len(layers) > 1:
-            _fold_family(layers)
+class SharedMoments:
+    """The hooks of one network, and what it evaluated last: (4, C) parameters and their constants for each family."""
+
+    def __init__(self) -> None:
+        self.evaluated: dict[Hashable, tuple[Tensor, Constants]] = {}
+
+    def hand_out(self, model: nn.Module, inputs: tuple) -> None:
+        """Before the forward: gives every layer its constants."""
+        if is_transformed():
+            return
+        families: dict[Hashable, list[NormAct2d]] = {}
+        for module in model.modules():
+            if isinstance(module, NormAct2d) and module.proxied and module.act_name != "callable":
+                families.setdefault(_family(module), []).append(module)
+        for family, layers in families.items():
+            if len(layers) > 1:
+                self._serve(family, layers)
+
+    def _serve(self, family: Hashable, layers: list[NormAct2d]) -> None:
+        with torch.no_grad():
+            columns = zip(*(layer.four_parameters() for layer in layers))
+            parameters = torch.stack([torch.cat(column) for column in columns])
+        values, jacobian = self._constants(family, parameters, layers[0].proxy_rule())
+        sizes = [layer.num_features for layer in layers]
+        for layer, *constants in zip(layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)):
+            layer.shared_constants = Constants(*constants)
+
+    def _constants(self, family: Hashable, parameters: Tensor, rule: Rule) -> Constants:
+        before = self.evaluated.get(family)
+        if before is None or parameters.device.type != "cpu" or not torch.equal(before[0], parameters):
+            before = self.evaluated[family] = parameters, fold(tuple(parameters), rule)
+        return before[1]
+
+    def take_back(self, model: nn.Module, inputs: tuple, output: object) -> None:
+        """After the forward, a failed one too: leaves no layer with constants."""
+        if is_transformed():
+            return
+        for module in model.modules():
+            if isinstance(module, NormAct2d):
+                module.shared_constants = None
 
 
 def _family(layer: NormAct2d) -> Hashable:
@@ -45,20 +79,3 @@ def _family(layer: NormAct2d) -> Hashable:
     weight = layer.proxy_weight
     return (layer.act_name, layer.act.extra_repr(), layer.moments, layer.nodes, layer.proxy_eps, layer.proxy_scale,
             weight.device, weight.dtype)
-
-
-def _fold_family(layers: list[NormAct2d]) -> None:
-    with torch.no_grad():
-        parameters = tuple(torch.cat(column) for column in zip(*(layer.four_parameters() for layer in layers)))
-    values, jacobian = fold(parameters, layers[0].proxy_rule())
-    sizes = [layer.num_features for layer in layers]
-    for layer, *constants in zip(layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)):
-        layer.shared_constants = Constants(*constants)
-
-
-def _drop_all(model: nn.Module, inputs: tuple, output: object) -> None:
-    if is_transformed():
-        return
-    for module in model.modules():
-        if isinstance(module, NormAct2d):
-            module.shared_constants = None

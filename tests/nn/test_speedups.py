@@ -49,10 +49,18 @@ def test_moments_are_shared_in_one_evaluation(monkeypatch):
     fold = shared_module.fold
     monkeypatch.setattr(shared_module, "fold", lambda *args: calls.append(1) or fold(*args))
     monkeypatch.setattr("proxynorm.nn.norm_act.fold", lambda *args: pytest.fail("a layer folded by itself"))
-    net(torch.randn(2, 3, 8, 8))
-    assert len(calls) == 1
+    x = torch.randn(2, 3, 8, 8)
+    net(x).sum().backward()
+    net(x).sum().backward()  # another micro-batch of the same update
     with torch.no_grad():
-        net(torch.randn(2, 3, 8, 8))
+        net(x)
+    assert len(calls) == 1
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    net(x)
+    copy.deepcopy(net)(x)
+    assert len(calls) == 2
+    net.load_state_dict(net.state_dict())  # the same values
+    net(x)
     assert len(calls) == 2
 
 
