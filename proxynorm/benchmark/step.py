@@ -178,9 +178,11 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
-    """What everything of size (C,) costs in a step: the folding of all layers, and its backward, layer by layer."""
+    """What everything of size (C,) costs in a step: the folding of all layers, and its backward."""
     layers = [m for m in net.modules() if isinstance(m, NormAct2d) and m.proxied]
     device = layers[0].proxy_weight.device
+    parameters = [p for layer in layers for p in layer.four_parameters() if p.requires_grad]
+    ones = [torch.ones_like(constant) for layer in layers for constant in layer.folded_constants()]
     owners = [getattr(hook, "__self__", None) for hook in net._forward_pre_hooks.values()]
     shared = [owner for owner in owners if isinstance(owner, SharedMoments)]
 
@@ -188,10 +190,9 @@ def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
         for moments in shared:
             moments.evaluated.clear()  # as after an update of the parameters
             moments.hand_out(net, ())
+        folded = [constant for layer in layers for constant in layer.folded_constants()]
+        torch.autograd.grad(folded, parameters, ones)
         for layer in layers:
-            folded = layer.folded_constants()
-            torch.autograd.grad(folded, [p for p in layer.four_parameters() if p.requires_grad],
-                                [torch.ones_like(c) for c in folded])
             layer.shared_constants = None
 
     once()
