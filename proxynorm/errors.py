@@ -13,5 +13,9 @@ class DataError(ProxynormError):
     """A data set is missing, incomplete or damaged."""
 
 
+class FileError(ProxynormError):
+    """A file cannot be written: the disk is full, or the folder is not the user's."""
+
+
 class CheckpointError(ProxynormError):
     """A checkpoint is missing, unreadable or belongs to another run."""

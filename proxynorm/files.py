@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -11,6 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from proxynorm.errors import FileError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system raises while the block writes `path` into one line. Raises FileError."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "; make room and run again" if error.errno in FULL else ""
+        raise FileError(f"cannot write {path}: {error.strerror or error}{remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,21 +45,25 @@ def _umask() -> int:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], None], before_rename: Callable[[], None] | None = None) -> None:
-    """Let `write` fill a temporary file beside `path`, then fsync and rename it there; on failure `path` is untouched."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        os.fchmod(descriptor, 0o666 & ~_umask())
-        with os.fdopen(descriptor, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if before_rename:
-            before_rename()
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    """Let `write` fill a temporary file beside `path`, then fsync and rename it there; on failure `path` is untouched.
+
+    Raises FileError when the disk is full or the folder cannot be written.
+    """
+    with writing(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            with os.fdopen(descriptor, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if before_rename:
+                before_rename()
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +25,19 @@ def need(condition: bool, reason: str) -> pytest.MarkDecorator:
 def need_module(name: str) -> pytest.MarkDecorator:
     """`need` of a module that is not a requirement."""
     return need(importlib.util.find_spec(name) is not None, f"{name} is not installed")
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: a write takes what fits and refuses the rest, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def assert_same_run(first: SimpleNamespace, second: SimpleNamespace) -> None:

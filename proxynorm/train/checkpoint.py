@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from proxynorm.errors import CheckpointError
+from proxynorm.errors import CheckpointError, FileError
 from proxynorm.files import write_atomic
 
 FORMAT = 1
@@ -26,17 +25,18 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
             os.replace(path, previous)
 
     try:
-        write_atomic(path, lambda stream: torch.save({"format": FORMAT, **content}, stream), keep)
-    except (OSError, RuntimeError) as error:
+        write_atomic(path, lambda stream: _write({"format": FORMAT, **content}, stream), keep)
+    except FileError as error:
         kept = "; the last good checkpoint is untouched" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path}: {reason(error, path)}{kept}") from error
+        raise CheckpointError(f"{error}{kept}") from error
 
 
-def reason(error: Exception, path: Path) -> str:
-    """Why writing failed. torch's archive writer does not tell that the disk is full: then it is looked up."""
-    if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20:
-        return "no space left on the disk"
-    return str(error).splitlines()[0]
+def _write(content: dict[str, Any], stream: BinaryIO) -> None:
+    """torch.save; the fault of a full disk, which its archive writer replaces by one of its own, as it was."""
+    try:
+        torch.save(content, stream)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from yaml import YAMLError
 
+from proxynorm.cli import first_line
 from proxynorm.config import settings_from
 from proxynorm.data import Data, open_data
 from proxynorm.errors import CheckpointError, ConfigError
@@ -51,13 +54,33 @@ def restore(path: Path) -> Restored:
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
         raise CheckpointError(f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): its configuration is missing")
-    settings = settings_from(OmegaConf.create(config.read_text()))
-    if "name" not in settings.model:
-        raise CheckpointError(f"{config} names no model: it is empty or damaged")
+    settings = stored_settings(config)
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
     model.load_state_dict(content["ema"] or content["model"])
     return Restored(settings, model.eval(), content)
+
+
+def stored_settings(path: Path) -> Settings:
+    """The settings in a run's config.yaml. Raises CheckpointError if it is missing, damaged or of another version."""
+    try:
+        config = OmegaConf.create(path.read_text())
+        if not isinstance(config, DictConfig):
+            raise ConfigError("it is a list")
+        settings = settings_from(config)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; put it back") from error
+    except (ConfigError, YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
+        raise CheckpointError(f"{path} is damaged, or of another version ({first_line(error)}); put the run's own back") from error
+    if "name" not in settings.model:
+        raise CheckpointError(f"{path} names no model: it is empty or damaged; put the run's own back")
+    return settings
+
+
+def different_classes(stored: list[str], present: list[str]) -> str:
+    """How two lists of classes differ, as 'how many → how many, the first that is not the same'."""
+    pairs = (f"first difference: {was} → {now}" for was, now in zip(stored, present) if was != now)
+    return f"{len(stored)} → {len(present)}, {next(pairs, 'one list goes on')}"
 
 
 def open_evaluation_data(restored: Restored, root: str | None, cache: str | None, loader: str | None,
@@ -69,6 +92,5 @@ def open_evaluation_data(restored: Restored, root: str | None, cache: str | None
     data = open_data(replace(settings.data, **changes), replace(settings.loader, **loader_changes))
     trained, present = restored.content["inputs"]["classes"], list(data.info.classes)
     if trained != present:
-        first = next((f"{a} / {b}" for a, b in zip(trained, present) if a != b), "one list goes on")
-        raise CheckpointError(f"the checkpoint knows {len(trained)} classes, the data set {len(present)}; first difference: {first}")
+        raise CheckpointError(f"the checkpoint was trained on another data set (classes: {different_classes(trained, present)})")
     return data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +11,29 @@ import torch
 from omegaconf import OmegaConf
 
 from proxynorm.analysis.plots import plot_curves
-from proxynorm.config import settings_from
 from proxynorm.data import Data, open_data
-from proxynorm.errors import CheckpointError
+from proxynorm.errors import CheckpointError, ConfigError, DataError, FileError
 from proxynorm.files import write_json
 from proxynorm.train import checkpoint
 from proxynorm.train.distributed import Process, environment_ranks, processes
 from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
-from proxynorm.train.run_folder import RunFolder
+from proxynorm.train.restore import different_classes, stored_settings
+from proxynorm.train.run_folder import RunFolder, bits, environment
 from proxynorm.train.settings import Settings, check, identity, run_name, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 from proxynorm.train.trainer import Trainer, inputs
 
 
+def shown(value: Any) -> str:
+    """A value as one writes it in a configuration: null, true, a word."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The keys in which two identities differ, as 'key: stored → current'."""
-    keys = sorted(stored.keys() | current.keys())
-    return [f"{key}: {stored.get(key)} → {current.get(key)}" for key in keys if stored.get(key) != current.get(key)]
+    """The keys in which two dictionaries differ, as 'key: stored → current'."""
+    return [f"{key}: {shown(stored.get(key))} → {shown(current.get(key))}" for key in sorted(stored.keys() | current.keys())
+            if stored.get(key) != current.get(key)]
 
 
 def check_identity(content: dict[str, Any], settings: Settings, path: Path) -> None:
@@ -42,9 +49,8 @@ def check_data(content: dict[str, Any], data: Data, path: Path) -> None:
     for key in ("classes", "train_count", "eval_count", "mean", "std", "labels"):
         was, now = stored.get(key, present[key]), present[key]
         if was != now:
-            shown = f"{len(was)} → {len(now)}, not the same" if key == "classes" else f"{was} → {now}"
-            raise CheckpointError(f"{path} was trained on another data set ({key}: {shown}); "
-                                  "choose another name=, or resume=never")
+            words = different_classes(was, now) if key == "classes" else "not the same" if key == "labels" else f"{was} → {now}"
+            raise CheckpointError(f"{path} was trained on another data set ({key}: {words}); choose another name=, or resume=never")
 
 
 def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:
@@ -57,14 +63,17 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
         return None
     content, _ = checkpoint.load_latest(run.checkpoints)
     if content is None:  # only the checkpoints were removed
-        content = {"identity": identity(settings_from(OmegaConf.create(run.config.read_text()))), "inputs": inputs(data)}
+        content = {"identity": identity(stored_settings(run.config)), "inputs": inputs(data)}
     check_identity(content, settings, run.path)
     check_data(content, data, run.path)
     return summary
 
 
-def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Display) -> bool:
-    """Load the newest readable checkpoint into the trainer and rewind the metrics to it; False if there is none."""
+def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Display, now: dict[str, Any]) -> bool:
+    """Load the newest readable checkpoint into the trainer and rewind the metrics to it; False if there is none.
+
+    now: the environment. Raises CheckpointError where there is no going on, ConfigError past max_steps.
+    """
     content, messages = checkpoint.load_latest(run.checkpoints) if settings.resume != "never" else (None, [])
     for message in messages:
         display.say(message)
@@ -77,26 +86,33 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
         return False
     check_identity(content, settings, run.path)
     check_data(content, trainer.data, run.path)
+    if (step := content["counters"]["step"]) > trainer.last_step:
+        raise ConfigError(f"{run.path} is at step {step}, past max_steps={settings.max_steps}: raise it, or leave it out")
     trainer.load(content, last_is_damaged=bool(messages))
     if trainer.process.is_main:
         run.rewind(trainer.state.step, trainer.state.evaluated)
-    say_what_differs(trainer, content["world_size"], run, display)
+    say_what_differs(trainer, content["world_size"], run, display, now)
     display.say(f"resumed at step {trainer.state.step} of {trainer.last_step}")
     return True
 
 
-def say_what_differs(trainer: Trainer, world_size: int, run: RunFolder, display: Display) -> None:
+def say_what_differs(trainer: Trainer, world_size: int, run: RunFolder, display: Display, now: dict[str, Any]) -> None:
     """Tell of what keeps the resumed run from the unbroken one's bits, and of rows that are lost."""
     if not trainer.process.is_main:
         return
     state = trainer.state
     if world_size != trainer.process.world_size:
         display.say(f"resuming with {trainer.process.world_size} process(es), was {world_size}")
-    if changed := run.changed_environment(str(trainer.process.device)):
+    before = run.read_environment()
+    if before is None:
+        display.say(f"{run.environment} is missing or damaged: whether machine and versions are the same is not known")
+    elif changed := differences(bits(before), bits(now)):
         display.say(f"resuming on another machine or version: the same images and steps, not the same bits ({'; '.join(changed)})")
-    logged = max((row["step"] for row in run.read_rows()), default=0)
-    if logged < state.step - state.loss_steps - state.skipped:
-        display.say(f"{run.metrics} has lost its rows after step {logged}")
+    steps = [row["step"] for row in run.read_rows() if row["event"] == "train"]
+    state.rows = state.rows or len(steps)
+    if state.rows > len(steps):
+        display.say(f"{run.metrics} has lost {state.rows - len(steps)} of its {state.rows} rows of training; the last left is of "
+                    f"step {max(steps, default=0)}")
 
 
 def summarize(trainer: Trainer, name: str, damaged: dict[str, str]) -> dict[str, Any]:
@@ -141,6 +157,8 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
         if done:
             if process.is_main:
                 print(f"{run.path} is finished: top-1 {done['top1']:.2f} % after {done['steps']} steps")
+                if not run.curves.exists():
+                    draw(run, name)
             return 0
         if settings.resume == "must" and not run.checkpoints.is_dir():
             raise CheckpointError(f"resume=must: {run.path} holds no checkpoint")
@@ -158,12 +176,13 @@ def train_in(run: RunFolder, name: str, settings: Settings, config: dict[str, An
     """The run inside its locked folder."""
     trainer = Trainer(settings, process, data, run, stop)
     display = Display(trainer.last_step, settings.epochs, visible=process.is_main)
-    resumed = resume(trainer, run, settings, display)
+    now = {**environment(), "device": str(process.device), "world_size": process.world_size} if process.is_main else {}
+    resumed = resume(trainer, run, settings, display, now)
     process.barrier()
     if process.is_main:
         run.remove_leftovers() if resumed else run.clear()
         run.write_config(OmegaConf.to_yaml(OmegaConf.create(config)))
-        run.write_environment({"device": str(process.device), "world_size": process.world_size})
+        run.write_environment(now, saved=resumed)
     tracker = Tracker(settings, run.path, name, config, resumed) if process.is_main else None
     display.say(describe(trainer, run))
     status = 0
@@ -182,10 +201,18 @@ def train_in(run: RunFolder, name: str, settings: Settings, config: dict[str, An
 
 
 def finish(trainer: Trainer, run: RunFolder, name: str, tracker: Tracker, status: int, damaged: dict[str, str]) -> None:
-    """Write the summary and the curves; close the W&B run."""
+    """Write the summary, close the W&B run, draw the curves."""
     for image, reason in list(damaged.items())[:10]:
         trainer.display.say(f"left out: {image}: {reason}")
     summary = summarize(trainer, name, damaged)
     write_json(run.summary, summary)
-    plot_curves({name: run.read_rows()}, run.curves)
     tracker.finish(summary, exit_code=status)
+    draw(run, name)
+
+
+def draw(run: RunFolder, name: str) -> None:
+    """Draw the curves. Where they cannot be drawn that is told, and no more: the next start of the finished run draws them."""
+    try:
+        plot_curves({name: run.read_rows()}, run.curves)
+    except (DataError, FileError) as error:
+        print(f"warning: the curves are not drawn: {error}", file=sys.stderr)

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from proxynorm.errors import CheckpointError, ConfigError, DataError
-from proxynorm.files import finite, write_json, write_text
+from proxynorm.files import finite, write_json, write_text, writing
 
-PACKAGES = ("proxynorm", "torch", "torchvision", "timm", "hydra-core", "wandb", "ffcv", "numpy")
+NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")  # the packages whose versions may change the bits
+PACKAGES = ("proxynorm", *NUMERIC, "hydra-core", "wandb")
+MACHINE = ("python", "processor", "gpus", "cuda", "threads", "device")  # what else of the environment may
+SUMMARY = ("completed", "steps", "total_steps", "top1")  # what a summary is read for
 
 
 class RunFolder:
@@ -33,6 +36,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.pt"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
         self._lock: Any = None
@@ -41,20 +45,20 @@ class RunFolder:
         """Create the folder and lock it. Raises ConfigError naming the holder if another process trains there."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            stream = open(self.path / ".lock", "a+")
+            stream = open(self.path / ".lock", "ab+", buffering=0)
         except OSError as error:
             raise ConfigError(f"cannot write the run folder {self.path}: {error.strerror}; choose another runs_dir=") from None
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stream.seek(0)
-            holder = stream.read().strip() or "another process"
+            holder = stream.read().decode().strip() or "another process"
             stream.close()
             raise ConfigError(f"{self.path} is in use by {holder}; wait for it, or choose another name=") from None
-        stream.truncate(0)
-        stream.write(f"{socket.gethostname()} pid {os.getpid()}")
-        stream.flush()
         self._lock = stream
+        with writing(self.path / ".lock"):
+            stream.truncate(0)
+            stream.write(f"{socket.gethostname()} pid {os.getpid()}".encode())
 
     def release(self) -> None:
         if self._lock is not None:
@@ -63,7 +67,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget a former run: its files, and nothing else that may lie in the folder."""
-        for path in (self.last, self.previous, self.best, self.metrics, self.summary, self.curves):
+        for path in (self.last, self.previous, self.best, self.metrics, self.environment, self.summary, self.curves):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
         self.remove_leftovers()
@@ -77,15 +81,27 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         write_text(self.config, text)
 
-    def write_environment(self, extra: dict[str, Any]) -> None:
-        write_json(self.path / "environment.json", {**environment(), **extra})
+    def write_environment(self, environment: dict[str, Any], saved: bool) -> None:
+        """environment.json: `environment`, and whether a checkpoint was ever saved here."""
+        write_json(self.environment, {**environment, "saved": saved})
+
+    def mark_saved(self) -> None:
+        """Note at the first save that there is a checkpoint to lose."""
+        stored = self.read_environment()
+        if stored is not None and not stored.get("saved"):
+            self.write_environment(stored, saved=True)
+
+    def read_environment(self) -> dict[str, Any] | None:
+        """environment.json as the last start wrote it; None if it is missing or damaged."""
+        try:
+            stored = json.loads(self.environment.read_text())
+            return stored if isinstance(stored["packages"], dict) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json. Raises CheckpointError if it is damaged."""
-        try:
-            return json.loads(self.summary.read_text())
-        except ValueError:
-            raise CheckpointError(f"{self.summary} is damaged; remove it, and the run goes on from its checkpoint") from None
+        return read_summary(self.summary)
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The complete rows of metrics.jsonl; a last line cut short by a kill is left out."""
@@ -100,40 +116,40 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one complete line to metrics.jsonl in a single write; null stands for what is not a finite number."""
+        """Add one complete line to metrics.jsonl, or nothing; null stands for what is not a finite number. Raises FileError."""
         line = (json.dumps(finite(row)) + "\n").encode()
-        with open(self.metrics, "ab", buffering=0) as stream:
+        with writing(self.metrics), open(self.metrics, "ab", buffering=0) as stream:
             size = stream.tell()
             try:
-                written = stream.write(line)
-            except OSError as error:
-                raise CheckpointError(f"cannot write {self.metrics}: {error.strerror}") from error
-            if written < len(line):
+                while line:  # a disk that fills up takes a part, and refuses the rest
+                    line = line[stream.write(line):]
+            except OSError:
                 stream.truncate(size)
-                raise CheckpointError(f"cannot write {self.metrics}: no space left on the disk")
+                raise
 
     def sync_metrics(self) -> None:
         """Make the rows durable that a checkpoint is about to take for written."""
         if self.metrics.exists():
-            with open(self.metrics, "rb") as stream:
+            with writing(self.metrics), open(self.metrics, "rb") as stream:
                 os.fsync(stream.fileno())
 
     def lost_checkpoint(self) -> bool:
-        """Whether a checkpoint was here once: after the first evaluation, or the end of a start, there is one."""
+        """Whether a checkpoint was here once: there is one after the first save, evaluation or end of a start."""
         rows = self.read_rows()
         first = next((row["step"] for row in rows if row["event"] == "eval"), None)
-        return self.summary.exists() or first is not None and rows[-1]["step"] > first
+        evaluated = first is not None and rows[-1]["step"] > first
+        return self.summary.exists() or evaluated or bool((self.read_environment() or {}).get("saved"))
 
-    def changed_environment(self, device: str) -> list[str]:
-        """What this machine has otherwise than the last start's, as 'key: was → is'; rounding may depend on it."""
-        try:
-            before = json.loads((self.path / "environment.json").read_text())
-            before["torch"] = before["packages"]["torch"]
-        except (OSError, ValueError, KeyError):
-            return []
-        now = {**environment(), "torch": metadata.version("torch"), "device": device}
-        return [f"{key}: {before.get(key)} → {now[key]}" for key in ("processor", "gpus", "torch", "cuda", "threads", "device")
-                if before.get(key) != now[key]]
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's summary.json. Raises CheckpointError if it is damaged."""
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict) or any(key not in summary for key in SUMMARY):
+        raise CheckpointError(f"{path} is damaged; remove it, and the run goes on from its checkpoint")
+    return summary
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -179,6 +195,11 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def bits(environment: dict[str, Any]) -> dict[str, Any]:
+    """The part of an environment that rounding may depend on."""
+    return {key: environment.get(key) for key in MACHINE} | {key: environment["packages"].get(key) for key in NUMERIC}
 
 
 def environment() -> dict[str, Any]:

@@ -12,14 +12,15 @@ from torch import nn
 
 from proxynorm.train.settings import RegularizationSettings
 
-COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps")
+COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "rows")
 
 
 @dataclass
 class TrainState:
     """Model, optimizer and counters. `step` is the number of weight updates made; `evaluated` the step last evaluated.
 
-    loss_sum and loss_steps: of this process's steps since the last row of metrics.jsonl. Randomness needs no place here:
+    loss_sum and loss_steps: of this process's steps since the last row of metrics.jsonl; rows: how many of training were
+    written to it, 0 if the checkpoint is of a version that did not count. Randomness needs no place here:
     data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
 
@@ -34,6 +35,7 @@ class TrainState:
     train_seconds: float = 0.0
     skipped: int = 0
     loss_steps: int = 0
+    rows: int = 0
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     last_result: dict[str, float] = field(default_factory=dict)
 
@@ -72,7 +74,7 @@ class TrainState:
         self.loss_sum.copy_(content["loss_sum"])
         self.last_result = content["last_result"]
         for name in COUNTERS:
-            setattr(self, name, content["counters"][name])
+            setattr(self, name, content["counters"].get(name, getattr(self, name)))
         self.scheduler.step_update(self.step)
 
 

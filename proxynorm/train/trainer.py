@@ -278,7 +278,8 @@ class Trainer:
         row = {"event": "train", **self.position(), "loss": loss, "lr": learning_rate, "gradient_norm": norm.item(), **watched}
         if state.skipped:
             row["skipped"] = state.skipped
-        self.last_training = row
+        self.last_training = {**self.last_training, **row}
+        state.rows += 1
         self.write(row)
         self.display.update(row)
 
@@ -321,6 +322,7 @@ class Trainer:
             self.run.sync_metrics()
             content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
             checkpoint.save(self.run.last, content, None if self.last_is_damaged else self.run.previous)
+            self.run.mark_saved()
         self.last_is_damaged = False
         self.saved_at = time.monotonic()
         self.watch.resume()

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.helpers import SMALL, assert_same_run
 
 from proxynorm.config import compose_config, settings_from
 from proxynorm.errors import CheckpointError, ConfigError
@@ -17,6 +16,7 @@ from proxynorm.train import run as run_module
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.trainer import Trainer
+from tests.helpers import SMALL, assert_same_run
 
 EVERYTHING = ("micro_batch=10", "regularization=extra", "regularization.ema_decay=0.9", "regularization.dropout=0.1",
               "checkpoint.every_steps=3")
@@ -160,12 +160,23 @@ def test_max_steps_goes_on_later(run_small):
     assert run_small("name=a", "max_steps=3").status == 0
 
 
+def test_max_steps_below_the_step_reached_is_one_line(run_small, monkeypatch):
+    """Of a run that is under way; one that ended there, or later, is finished."""
+    at_step(monkeypatch, 13, lambda: signal.raise_signal(signal.SIGTERM))
+    part = run_small("name=a")
+    with pytest.raises(ConfigError, match=r"a is at step 14, past max_steps=8: raise it, or leave it out"):
+        run_small("name=a", "max_steps=8")
+    assert run_small("name=a", "max_steps=14").rows[:14] == part.rows[:14]
+
+
 def test_changed_run_is_refused_by_name_of_what_differs(run_small):
     run_small("name=a", "max_steps=2")
     with pytest.raises(CheckpointError, match=r"norm.name: ln_pn → bn"):
         run_small("name=a", "norm=bn")
     with pytest.raises(CheckpointError, match=r"seed: 0 → 1"):
         run_small("name=a", "seed=1")
+    with pytest.raises(CheckpointError, match=r"\(optim.lr: null → 0.5; recompute: false → true\)"):
+        run_small("name=a", "optim.lr=0.5", "recompute=true")
     assert run_small("name=a", "norm=bn", "resume=never").rows[-1]["step"] == 20
 
 
@@ -268,15 +279,18 @@ def test_another_machine_and_lost_rows_are_told(run_small, capsys):
     capsys.readouterr()
     run_small("name=a", "max_steps=7")
     said = capsys.readouterr().out
-    assert "an abacus → " in said and "not the same bits" in said and "lost its rows after step 0" in said
+    assert "an abacus → " in said and "not the same bits" in said and "lost 5 of its 5 rows of training; the last left is of step 0" in said
     run_small("name=a", "max_steps=9")
     assert "not the same bits" not in capsys.readouterr().out
 
 
-def test_other_labels_are_another_data_set(run_small, monkeypatch):
+@pytest.mark.parametrize(("other", "words"), [
+    ({"labels": "other"}, r"\(labels: not the same\)"),
+    ({"classes": ["T-shirt/top", "Skirt"]}, r"\(classes: 10 → 2, first difference: Trouser → Skirt\)")])
+def test_other_labels_and_classes_are_another_data_set(run_small, monkeypatch, other, words):
     run_small("name=a", "max_steps=5")
     original = trainer.inputs
     for module in (trainer, run_module):
-        monkeypatch.setattr(module, "inputs", lambda data: {**original(data), "labels": "other"})
-    with pytest.raises(CheckpointError, match="another data set .labels: "):
+        monkeypatch.setattr(module, "inputs", lambda data: {**original(data), **other})
+    with pytest.raises(CheckpointError, match=f"another data set {words}"):
         run_small("name=a", "max_steps=7")

@@ -1,0 +1,148 @@
+"""What a run folder's small files stand: a full disk, damage, loss."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+
+import pytest
+
+from proxynorm.errors import CheckpointError, FileError
+from proxynorm.train import checkpoint, run_folder
+from proxynorm.train import run as run_module
+from proxynorm.train.restore import restore
+from proxynorm.train.run_folder import RunFolder
+from tests.helpers import file_size_limit
+from tests.train.test_resume import Killed, at_step, kill
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk(name): no room for a file of that name."""
+    def fill(full: str) -> None:
+        original = tempfile.mkstemp
+
+        def mkstemp(prefix: str, **arguments):
+            if prefix == f".{full}.":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(prefix=prefix, **arguments)
+
+        monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+
+    return fill
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json"])
+def test_a_full_disk_is_one_line_and_loses_nothing(run_small, full_disk, monkeypatch, name):
+    """Whatever the file; metrics.jsonl is written anew when a run goes on."""
+    if name != "config.yaml":
+        run_small("name=a", "max_steps=3")
+    full_disk(name)
+    with pytest.raises((FileError, CheckpointError), match=rf"cannot write .*{name}: No space left on device; make room and run again"):
+        run_small("name=a")
+    monkeypatch.undo()
+    assert [row["step"] for row in run_small("name=a").rows if row["event"] == "train"] == list(range(1, 21))
+
+
+def test_a_full_disk_at_the_lock(tmp_path):
+    with file_size_limit(0), pytest.raises(FileError, match=r"cannot write .*\.lock: File too large"):
+        RunFolder(tmp_path / "a").acquire()
+
+
+def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(run_small, full_disk, monkeypatch, capsys):
+    finished = []
+    monkeypatch.setattr(run_module.Tracker, "finish", lambda self, summary, exit_code: finished.append(summary["completed"]))
+    full_disk("curves.png")
+    run = run_small("name=a", "epochs=1")
+    assert run.status == 0 and finished == [True] and not (run.folder / "curves.png").exists()
+    assert "warning: the curves are not drawn: cannot write" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run_small("name=a", "epochs=1").status == 0 and "is finished" in capsys.readouterr().out
+    assert (run.folder / "curves.png").exists()
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (None, "cannot read .*: No such file"), ("a: [", "damaged"), ("- 1", "it is a list"), ("", "names no model"),
+    ("foo: 1", "no key 'foo'"), ("\0", "damaged"), ("5", "damaged"), ("model: null", "damaged"), ("model: 3", "damaged")])
+def test_a_damaged_configuration_is_named(run_small, text, words):
+    """It is read where a finished run's checkpoints were removed, and to evaluate."""
+    run = run_small("name=a", "max_steps=2")
+    config, last = run.folder / "config.yaml", run.folder / "checkpoints" / "last.pt"
+    config.unlink() if text is None else config.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
+        restore(last)
+    last.unlink()
+    with pytest.raises(CheckpointError, match=words) as told:
+        run_small("name=a", "max_steps=2")
+    assert "\n" not in str(told.value) and "config.yaml" in str(told.value) and "put " in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"completed": true}'])
+def test_a_summary_without_its_keys_is_damaged(run_small, text):
+    run = run_small("name=a", "max_steps=2")
+    (run.folder / "summary.json").write_text(text)
+    with pytest.raises(CheckpointError, match="summary.json is damaged"):
+        run_small("name=a", "max_steps=2")
+    (run.folder / "summary.json").unlink()
+    assert run_small("name=a", "max_steps=2").status == 0 and (run.folder / "summary.json").exists()
+
+
+def test_a_run_killed_in_its_first_epoch_is_not_cleared_either(run_small, monkeypatch, tmp_path):
+    """There was a checkpoint, but no evaluation and no summary to tell of it; before the first save a run begins anew."""
+    for step in (2, 8):
+        at_step(monkeypatch, step, kill)
+        with pytest.raises(Killed):
+            run_small("name=a", "checkpoint.every_steps=3")
+        assert (tmp_path / "a" / "checkpoints" / "last.pt").exists() == (step == 8)
+    for path in (tmp_path / "a" / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match="neither last.pt nor previous.pt"):
+        run_small("name=a")
+    at_step(monkeypatch, 2, kill)
+    with pytest.raises(Killed):
+        run_small("name=a", "resume=never")
+    assert run_small("name=a", "max_steps=3").status == 0
+
+
+def test_other_versions_are_told(run_small, capsys, monkeypatch):
+    """The environment is collected once a start."""
+    run = run_small("name=a", "max_steps=2")
+    environment = json.loads((run.folder / "environment.json").read_text())
+    packages = {key: value for key, value in environment["packages"].items() if key != "timm"}
+    changed = {**environment, "python": "3.0.0", "packages": {**packages, "numpy": "0.1", "torchvision": "0.2", "wandb": "0"}}
+    (run.folder / "environment.json").write_text(json.dumps(changed))
+    collected = []
+    monkeypatch.setattr(run_module, "environment", lambda: collected.append(1) or run_folder.environment())
+    capsys.readouterr()
+    run_small("name=a", "max_steps=3")
+    said = capsys.readouterr().out
+    for words in ("numpy: 0.1 → ", "python: 3.0.0 → ", "torchvision: 0.2 → ", "timm: null → "):
+        assert words in said
+    assert "wandb" not in said and collected == [1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"packages": null}'])
+def test_a_damaged_environment_is_told(run_small, capsys, text):
+    run = run_small("name=a", "max_steps=2")
+    (run.folder / "environment.json").write_text(text)
+    capsys.readouterr()
+    run_small("name=a", "max_steps=3")
+    assert "environment.json is missing or damaged: whether machine and versions are the same" in capsys.readouterr().out
+
+
+def test_rows_lost_from_the_middle_are_told(run_small, capsys):
+    """However often rows are written; a checkpoint of a version that did not count them counts what is there."""
+    run = run_small("name=a", "max_steps=7", "log_every=3")
+    run_small("name=a", "max_steps=9", "log_every=1")
+    assert "has lost" not in capsys.readouterr().out
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "metrics.jsonl").write_text("".join(lines[:1] + lines[2:]))
+    again = run_small("name=a", "max_steps=11")
+    assert "metrics.jsonl has lost 1 of its 5 rows of training; the last left is of step 9" in capsys.readouterr().out
+    del again.last["counters"]["rows"]
+    checkpoint.save(run.folder / "checkpoints" / "last.pt", again.last)
+    whole = run_small("name=a", "max_steps=12")
+    assert "has lost" not in capsys.readouterr().out
+    assert whole.last["counters"]["rows"] == len([row for row in whole.rows if row["event"] == "train"])
