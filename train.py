@@ -18,6 +18,7 @@ from proxynorm.errors import ProxynormError
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> None:
+    from proxynorm.train.distributed import environment_ranks
     from proxynorm.train.faults import PeerError
     from proxynorm.train.nonfinite import NonFiniteError
     from proxynorm.train.run import train
@@ -27,7 +28,8 @@ def main(config: DictConfig) -> None:
     try:
         status = train(settings, OmegaConf.to_container(config, resolve=True))
     except (NonFiniteError, PeerError) as error:
-        sys.stderr.write(f"error: {error}\n")  # in one piece, as other processes write too
+        if isinstance(error, PeerError) or environment_ranks()[0] == 0:  # what all processes raise, the first tells
+            sys.stderr.write(f"error: {error}\n")  # in one piece, as other processes write too
         sys.exit(1)
     except ProxynormError as error:
         fail(error)
