@@ -147,7 +147,8 @@ def standing(run: Trained, held: bool | None = None) -> Standing:
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
     total = round(row["step"] / row["epoch"] * config["epochs"])
     total = min(total, config.get("max_steps") or total)
-    left = (total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
+    speed = row.get("images_per_second")  # not in the row of a start's first step
+    left = (total - row["step"]) * row["images"] / row["step"] / speed if speed else None
     return Standing("running" if running else "stopped", row["step"], total, row["loss"], left)
 
 

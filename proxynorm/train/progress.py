@@ -59,9 +59,10 @@ class Display:
 
     def epoch(self, row: dict, train_loss: float, images_per_second: float, seconds: float) -> None:
         """Add the row of an evaluation; the training figures are left out if they are not a number (just resumed)."""
-        trained = ("", "") if math.isnan(train_loss) else (f"{train_loss:.4f}", f"{images_per_second:.0f}")
-        self.say(ROW.format(f"{row['epoch']:g}/{self.epochs}", row["step"], trained[0], f"{row['loss']:.4f}",
-                            f"{row['top1']:.2f}", f"{row['top5']:.2f}", trained[1], f"{seconds:.0f}"))
+        loss = "" if math.isnan(train_loss) else f"{train_loss:.4f}"
+        speed = "" if math.isnan(images_per_second) else f"{images_per_second:.0f}"
+        self.say(ROW.format(f"{row['epoch']:g}/{self.epochs}", row["step"], loss, f"{row['loss']:.4f}", f"{row['top1']:.2f}",
+                            f"{row['top5']:.2f}", speed, f"{seconds:.0f}"))
 
     def close(self) -> None:
         if self.bar:
@@ -70,11 +71,14 @@ class Display:
 
 
 def figures(row: dict) -> list[str]:
-    """A training row's figures as the progress line shows them, the most wanted first."""
-    parts = [f"loss {row['loss']:.4f}", f"ETA {timedelta(seconds=round(row['eta_seconds']))}",
-             f"{row['images_per_second']:.0f} images/s", f"lr {row['lr']:.4g}", f"data {100 * row['data_wait']:.0f}%",
-             f"step {row['step_ms_p50']:.0f}, p95 {row['step_ms_p95']:.0f} ms", f"gradient {row['gradient_norm']:.3g}"]
-    return parts + ([f"GPU {row['gpu_memory_gib']:.1f} GiB"] if "gpu_memory_gib" in row else [])
+    """A training row's figures as the progress line shows them, the most wanted first; the first row knows no times."""
+    parts = {
+        "loss": "loss {loss:.4f}", "eta_seconds": "ETA {eta}", "images_per_second": "{images_per_second:.0f} images/s",
+        "lr": "lr {lr:.4g}", "data_wait": "data {data_wait:.0%}", "step_ms_p50": "step {step_ms_p50:.0f}, p95 {step_ms_p95:.0f} ms",
+        "gradient_norm": "gradient {gradient_norm:.3g}", "gpu_memory_gib": "GPU {gpu_memory_gib:.1f} GiB",
+    }
+    left = timedelta(seconds=round(row.get("eta_seconds", 0)))
+    return [part.format(**row, eta=left) for key, part in parts.items() if key in row]
 
 
 def fit(parts: list[str], width: int) -> tuple[str, int]:

@@ -13,7 +13,7 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.warm = False  # the first step compiles and allocates: a row of several leaves it out
+        self.warm = False  # the first step compiles and allocates: no row counts it
         self.reset()
 
     def reset(self) -> None:
@@ -38,19 +38,24 @@ class Watch:
 
     def row(self, batch: int, steps_left: int) -> dict[str, float]:
         """images/s, share of the time spent waiting for data, step-time percentiles (ms), training time left at this rate
-        (s, without evaluations), peak GPU memory (GiB)."""
-        first = 0 if self.warm or len(self.steps) == 1 else 1
+        (s, without evaluations), peak GPU memory (GiB). Without the times if there was only the first step."""
+        first = 0 if self.warm else 1
         steps, waits, self.warm = self.steps[first:], self.waits[first:], True
-        total = sum(steps)
-        times = quantiles(steps, n=20) if len(steps) > 1 else steps * 19
-        row = {
-            "images_per_second": round(batch * len(steps) / total, 1),
-            "data_wait": round(sum(waits) / total, 4),
-            "step_ms_p50": round(1e3 * times[9], 3),
-            "step_ms_p95": round(1e3 * times[18], 3),
-            "eta_seconds": round(steps_left * total / len(steps), 3),
-        }
+        row = rates(steps, waits, batch, steps_left) if steps else {}
         if self.device.type == "cuda":
             row["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
         self.reset()
         return row
+
+
+def rates(steps: list[float], waits: list[float], batch: int, steps_left: int) -> dict[str, float]:
+    """What the seconds of the steps, and of the waiting in them, come to."""
+    total = sum(steps)
+    times = quantiles(steps, n=20, method="inclusive") if len(steps) > 1 else steps * 19
+    return {
+        "images_per_second": round(batch * len(steps) / total, 1),
+        "data_wait": round(sum(waits) / total, 4),
+        "step_ms_p50": round(1e3 * times[9], 3),
+        "step_ms_p95": round(1e3 * times[18], 3),
+        "eta_seconds": round(steps_left * total / len(steps), 3),
+    }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from proxynorm.train import progress
 from proxynorm.train.progress import Display, figures, fit
+from proxynorm.train.watch import Watch
 
 ROW = {"step": 12345, "epoch": 12.34, "loss": 2.3456, "lr": 0.01234, "images_per_second": 1234.5, "data_wait": 0.25,
        "gradient_norm": 1.234, "step_ms_p50": 51.23, "step_ms_p95": 101.2, "eta_seconds": 12345.0, "gpu_memory_gib": 12.34}
@@ -41,6 +43,23 @@ def test_a_wide_terminal_shows_everything(monkeypatch):
 def test_eighty_columns_give_up_the_bar_before_the_time_left(monkeypatch):
     shown = line(monkeypatch, 80)
     assert "loss 2.3456" in shown and "ETA 3:25:45" in shown and "━" not in shown
+
+
+def test_the_first_step_of_a_start_is_in_no_rate(capsys):
+    """It compiles and allocates. A row of it alone has no rates, and the display goes without them."""
+    watch = Watch(torch.device("cpu"))
+    watch.steps, watch.waits = [12.0], [11.0]
+    assert watch.row(20, 9) == {}
+    watch.steps, watch.waits = [0.5, 0.5, 0.5, 2.0], [0.0] * 4
+    row = watch.row(20, 10)
+    assert row["images_per_second"] == 22.9 and row["eta_seconds"] == 8.75
+    assert row["step_ms_p50"] == 500 and row["step_ms_p95"] <= 2000
+    watch = Watch(torch.device("cpu"))
+    watch.steps, watch.waits = [12.0, 0.5, 0.5], [11.0, 0.0, 0.0]
+    assert watch.row(20, 10)["images_per_second"] == 40
+    assert figures({"loss": 2.0, "lr": 0.1, "gradient_norm": 1.0}) == ["loss 2.0000", "lr 0.1", "gradient 1"]
+    Display(9, 1).epoch({"epoch": 1, "step": 1, "loss": 2.0, "top1": 1.0, "top5": 2.0}, 2.5, float("nan"), 3.0)
+    assert capsys.readouterr().out.split() == ["1/1", "1", "2.5000", "2.0000", "1.00", "2.00", "3"]
 
 
 def test_figures_leave_out_what_is_not_known():
