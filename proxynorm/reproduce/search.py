@@ -15,7 +15,7 @@ from proxynorm.reproduce.records import FAILURE, kept_files
 from proxynorm.reproduce.runs import Run
 from proxynorm.reproduce.table import Table
 
-DIVERGED = b"NonFiniteError"  # in the error line of a run whose loss or gradient left the finite numbers
+DIVERGED = b": not finite, "  # in the error line of a run whose loss or gradient left the finite numbers
 
 
 def choose(table: Table, runs: Sequence[Run], results: str | Path) -> dict[str, Any]:

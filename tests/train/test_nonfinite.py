@@ -9,6 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
+from proxynorm.reproduce.search import DIVERGED
 from proxynorm.train.nonfinite import affected, describe, process_ranges
 
 STATE = SimpleNamespace(step=5, skipped=1, optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]))
@@ -25,7 +26,8 @@ def test_processes_with_the_same_layers_are_told_together():
     assert "not finite, first in stem, head of processes 0–63; the weights" in words
     words = describe(STATE, losses[:5], [["stem"], ["stem"], ["head"], [], ["stem"]], 1.0)
     assert "first in stem of processes 0–1, 4; first in head of process 2; the weights" in words
-    assert "first in stem; the weights" in describe(STATE, [1.0], [["stem"]], 1.0)
+    alone = describe(STATE, [1.0], [["stem"]], 1.0)
+    assert "first in stem; the weights" in alone and DIVERGED.decode() in alone, "a search knows a diverged run by these words"
     assert "every activation is finite" in describe(STATE, losses[:2], [[], []], 1.0)
 
 
