@@ -180,7 +180,10 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
         if run.cell.name != "ln-base_lr0.2":
             write_run(run, float(top1))
     diverged = next(run for run in runs if run.cell.name == "ln-base_lr0.2")
-    fail(diverged, "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc; the weights are untouched")
+    fail(
+        diverged,
+        "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc; the weights are untouched",
+    )
     found = choose(table, runs, tmp_path / "results")
     assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.8}}
     assert found["at_edge"] == ["ln"] and found["tried"]["ln"]["0.2"] == "diverged"

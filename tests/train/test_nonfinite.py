@@ -16,8 +16,15 @@ STATE = SimpleNamespace(step=5, skipped=1, optimizer=SimpleNamespace(param_group
 
 
 def test_modules_that_compute_nothing_take_no_place():
-    model = nn.Sequential(nn.Identity(), nn.Dropout(0.0), DropPath(0.0), nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Dropout(0.5))
-    assert affected(model.train(), [torch.full((2, 1, 4, 4), float("nan"))], torch.float32) == ["the input images", "3", "4", "5"]
+    model = nn.Sequential(
+        nn.Identity(), nn.Dropout(0.0), DropPath(0.0), nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Dropout(0.5)
+    )
+    assert affected(model.train(), [torch.full((2, 1, 4, 4), float("nan"))], torch.float32) == [
+        "the input images",
+        "3",
+        "4",
+        "5",
+    ]
 
 
 def test_processes_with_the_same_layers_are_told_together():
@@ -27,10 +34,14 @@ def test_processes_with_the_same_layers_are_told_together():
     words = describe(STATE, losses[:5], [["stem"], ["stem"], ["head"], [], ["stem"]], 1.0)
     assert "first in stem of processes 0–1, 4; first in head of process 2; the weights" in words
     alone = describe(STATE, [1.0], [["stem"]], 1.0)
-    assert "first in stem; the weights" in alone and DIVERGED.decode() in alone, "a search knows a diverged run by these words"
+    assert "first in stem; the weights" in alone and DIVERGED.decode() in alone, (
+        "a search knows a diverged run by these words"
+    )
     assert "every activation is finite" in describe(STATE, losses[:2], [[], []], 1.0)
 
 
-@pytest.mark.parametrize(("ranks", "words"), [([3], "process 3"), ([0, 1], "processes 0–1"), ([0, 2, 3, 4, 9], "processes 0, 2–4, 9")])
+@pytest.mark.parametrize(
+    ("ranks", "words"), [([3], "process 3"), ([0, 1], "processes 0–1"), ([0, 2, 3, 4, 9], "processes 0, 2–4, 9")]
+)
 def test_ranges(ranks, words):
     assert process_ranges(ranks) == words

@@ -21,6 +21,7 @@ from tests.train.test_resume import Killed, at_step, kill
 @pytest.fixture
 def full_disk(monkeypatch):
     """full_disk(name): no room for a file of that name."""
+
     def fill(full: str) -> None:
         original = tempfile.mkstemp
 
@@ -40,7 +41,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run_small, full_disk, monkeyp
     if name != "config.yaml":
         run_small("name=a", "max_steps=3")
     full_disk(name)
-    with pytest.raises((FileError, CheckpointError), match=rf"cannot write .*{name}: No space left on device; make room and run again"):
+    with pytest.raises(
+        (FileError, CheckpointError), match=rf"cannot write .*{name}: No space left on device; make room and run again"
+    ):
         run_small("name=a")
     monkeypatch.undo()
     assert [row["step"] for row in run_small("name=a").rows if row["event"] == "train"] == list(range(1, 21))
@@ -53,7 +56,9 @@ def test_a_full_disk_at_the_lock(tmp_path):
 
 def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(run_small, full_disk, monkeypatch, capsys):
     finished = []
-    monkeypatch.setattr(run_module.Tracker, "finish", lambda self, summary, exit_code: finished.append(summary["completed"]))
+    monkeypatch.setattr(
+        run_module.Tracker, "finish", lambda self, summary, exit_code: finished.append(summary["completed"])
+    )
     full_disk("curves.png")
     run = run_small("name=a", "epochs=1")
     assert run.status == 0 and finished == [True] and not (run.folder / "curves.png").exists()
@@ -63,9 +68,20 @@ def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(run_small, f
     assert (run.folder / "curves.png").exists()
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    (None, "cannot read .*: No such file"), ("a: [", "damaged"), ("- 1", "it is a list"), ("", "names no model"),
-    ("foo: 1", "no key 'foo'"), ("\0", "damaged"), ("5", "damaged"), ("model: null", "damaged"), ("model: 3", "damaged")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot read .*: No such file"),
+        ("a: [", "damaged"),
+        ("- 1", "it is a list"),
+        ("", "names no model"),
+        ("foo: 1", "no key 'foo'"),
+        ("\0", "damaged"),
+        ("5", "damaged"),
+        ("model: null", "damaged"),
+        ("model: 3", "damaged"),
+    ],
+)
 def test_a_damaged_configuration_is_named(run_small, text, words):
     """It is read where a finished run's checkpoints were removed, and to evaluate."""
     run = run_small("name=a", "max_steps=2")
@@ -111,7 +127,11 @@ def test_other_versions_are_told(run_small, capsys, monkeypatch):
     run = run_small("name=a", "max_steps=2")
     environment = json.loads((run.folder / "environment.json").read_text())
     packages = {key: value for key, value in environment["packages"].items() if key != "timm"}
-    changed = {**environment, "python": "3.0.0", "packages": {**packages, "numpy": "0.1", "torchvision": "0.2", "wandb": "0"}}
+    changed = {
+        **environment,
+        "python": "3.0.0",
+        "packages": {**packages, "numpy": "0.1", "torchvision": "0.2", "wandb": "0"},
+    }
     (run.folder / "environment.json").write_text(json.dumps(changed))
     collected = []
     monkeypatch.setattr(run_module, "environment", lambda: collected.append(1) or run_folder.environment())
@@ -129,7 +149,9 @@ def test_a_damaged_environment_is_told(run_small, capsys, text):
     (run.folder / "environment.json").write_text(text)
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
-    assert "environment.json is missing or damaged: whether machine and versions are the same" in capsys.readouterr().out
+    assert (
+        "environment.json is missing or damaged: whether machine and versions are the same" in capsys.readouterr().out
+    )
 
 
 def test_rows_lost_from_the_middle_are_told(run_small, capsys):
