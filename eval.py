@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 
 from proxynorm.cli import option, script
@@ -38,6 +39,8 @@ def main(options: Options) -> int:
         settings = check(replace(restored.settings, precision=options.precision or restored.settings.precision,
                                  eval_batch=options.batch or restored.settings.eval_batch))
         data = open_evaluation_data(restored, options.root, options.cache, options.loader, options.workers)
+        for line in data.warnings if process.is_main else ():
+            print(f"warning: {line}", file=sys.stderr)
         memory_format = choose_memory_format(settings, process.device)
         model = restored.model.to(process.device, memory_format=memory_format)
         loader = data.eval_loader(settings.eval_batch, process.rank, process.world_size)

@@ -146,7 +146,30 @@ def test_data_files_are_held_against_their_manifest(small_betons):
     finding = next(doctor.check_data(asked))
     assert finding.status == MISSING and "truncated" in finding.text and "overwrite=true" in finding.remedy
     (tmp_path / "val.beton.json").unlink()
+    assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, MISSING]
+    (tmp_path / "val.beton.sums.npy").unlink()
     assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, WARNING]
+
+
+@needs_ffcv
+@pytest.mark.parametrize("manifest", ["[]", "null", '"x"', '{"bytes": 1}'])
+def test_a_damaged_manifest_does_not_end_the_doctor(monkeypatch, capsys, small_betons, manifest):
+    (small_betons / "train.beton.json").write_text(manifest)
+    assert run_script(monkeypatch, "data=beton", f"data.root={small_betons}", "batch=4") == 2
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = (line for line in lines if line.startswith(MISSING))
+    assert "train.beton: its manifest is damaged" in told and "overwrite=true" in told
+    assert any("val.beton: 6 images" in line for line in lines) and lines[-1].split()[1] == "slurm"
+
+
+@needs_ffcv
+def test_a_file_with_other_labels_than_its_manifests_is_found(small_betons):
+    listing = list_folder(small_betons / "photos" / "train")
+    other = listing._replace(targets=listing.targets[::-1])
+    prepare(other, small_betons / "other" / "train.beton", StorageOptions())
+    (small_betons / "other" / "train.beton").rename(small_betons / "train.beton")
+    finding = next(doctor.check_data(settings("data=beton", f"data.root={small_betons}")))
+    assert finding.status == MISSING and "not those that were written together" in finding.text
 
 
 def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):

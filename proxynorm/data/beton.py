@@ -6,11 +6,13 @@ raises and its output depends on the number of workers; tests hold our files to 
 the files of FFCV's writer.
 
 Beside FILE.beton lie FILE.beton.json, the manifest (classes, counts, options, what was left out), and
-FILE.beton.sums.npy, a 64-bit sum of every sample's bytes, by which later damage is found.
+FILE.beton.sums.npy, a 64-bit sum of every sample's bytes, by which later damage is found. A digest in the manifest ties
+the three together: of the file's head, which has every label and address, of the sums, and of the manifest itself.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -45,6 +47,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 INT_FIELD, IMAGE_FIELD, ARRAY_FIELD = 1, 2, 4
+DIGEST = "sha256_of_head_sums_and_manifest"
 
 
 @dataclass
@@ -152,9 +155,8 @@ class BetonWriter:
         _flush(self.file)
         sums = self.sums[: self.count]
         verify(replace(read_beton(self.temporary), sums=sums))
-        # The head holds every label and address, the sums stand for the images' bytes.
-        checksum = hashlib.sha256(head + sums.tobytes()).hexdigest()
-        contents = {**manifest, "bytes": self.temporary.stat().st_size, "sha256_of_head_and_sums": checksum}
+        contents = {**manifest, "bytes": self.temporary.stat().st_size}
+        contents[DIGEST] = digest(head, sums, contents)
         with open(_hidden(sums_path(self.path)), "wb") as file:
             np.save(file, sums)
             _flush(file)
@@ -224,7 +226,21 @@ def new_beton(path: Path, channels: int, capacity: int, shape: tuple[int, int] |
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be written ({error.strerror}); make room, or choose another folder")
+    remedy = "make room, or choose another folder" if error.errno in FULL else "choose another folder"
+    return DataError(f"{path}: cannot be written ({error.strerror}); {remedy}")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
+    """What a manifest holds as DIGEST: SHA-256 of the file's head, of its sums, uint64 (N,), and of the manifest's rest.
+
+    The head has every label and address, the sums stand for the images' bytes, the manifest names the classes.
+    """
+    rest = {key: value for key, value in manifest.items() if key != DIGEST}
+    text = json.dumps(rest, sort_keys=True)
+    return hashlib.sha256(head + np.ascontiguousarray(sums).tobytes() + text.encode()).hexdigest()
 
 
 def byte_sum(data: np.ndarray) -> int:
@@ -302,22 +318,36 @@ def _read_samples(path: Path, header: np.void, fields: np.ndarray) -> Samples:
         height, width = (np.full(count, side, dtype=np.uint16) for side in shape[:2])
     expected = height.astype(np.uint64) * width * np.uint64(channels)
     _check(path, bool((size == expected)[mode == RAW].all()))
-    manifest, sums = _read_companions(path, count, length)
+    head = header.tobytes() + fields.tobytes() + records.tobytes()
+    manifest, sums = _read_companions(path, head, count, length)
     target = np.ascontiguousarray(records["label"])
     return Samples(path, channels, mode, height, width, pointer, size, target, sums, manifest)
 
 
-def _read_companions(path: Path, count: int, length: int) -> tuple[dict, np.ndarray]:
-    """The manifest and the sums; a file without manifest is somebody else's and has neither."""
+def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[dict, np.ndarray]:
+    """The manifest and the sums, held against the file; a file with neither is somebody else's."""
     if not manifest_path(path).is_file():
+        if sums_path(path).is_file():
+            raise DataError(
+                f"{path}: its manifest {manifest_path(path).name} is missing; put it back, or write the file again"
+            )
         return {}, np.zeros(0, dtype=np.uint64)
     try:
         manifest = json.loads(manifest_path(path).read_text())
         sums = np.load(sums_path(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: its manifest or sums cannot be read ({error}); write the file again") from None
-    if manifest.get("bytes") != length or len(sums) != count:
+    if not isinstance(manifest, dict) or DIGEST not in manifest:
+        raise DataError(
+            f"{path}: its manifest is damaged or of an older proxynorm (it has no {DIGEST}); write the file again"
+        )
+    if manifest.get("bytes") != length or not isinstance(sums, np.ndarray) or sums.shape != (count,):
         raise DataError(f"{path}: differs from its manifest (truncated or replaced); write the file again")
+    if digest(head, sums, manifest) != manifest[DIGEST]:
+        raise DataError(
+            f"{path}: its labels, addresses, sums or manifest are not those that were written together (damaged, edited or "
+            "replaced); write the file again"
+        )
     return manifest, sums
 
 

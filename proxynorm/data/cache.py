@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from proxynorm.data.beton import Samples, read_beton
@@ -29,10 +29,11 @@ def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path],
     path = folder / f"{stem}-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.beton"
     with _lock(path.with_suffix(".lock")):
         if path.is_file():
-            try:
-                return read_beton(path)
-            except DataError:
-                path.unlink()
+            with suppress(DataError):
+                samples = read_beton(path)
+                if samples.manifest:
+                    return samples
+            path.unlink()
         make(path)
         return read_beton(path)
 

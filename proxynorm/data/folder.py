@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,7 @@ from proxynorm.data.images import BadImage, ImageRef, load_rgb
 from proxynorm.data.readers import Failures, Job, assemble
 from proxynorm.data.sources import Listing
 from proxynorm.data.spec import Batch
+from proxynorm.errors import ConfigError
 
 
 class FolderReader:
@@ -29,17 +32,21 @@ class FolderReader:
         self.paths = np.array([os.fsencode(image.path) for image in listing.images])
 
     def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
-        loader = torch.utils.data.DataLoader(
-            _Decoder(self.paths, view),
-            batch_size=None,
-            sampler=jobs,
-            num_workers=self.workers,
-            collate_fn=_unchanged,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: DataLoader would otherwise draw from the one that dropout uses.
-            generator=torch.Generator(),
-        )
-        for job, images, bad in loader:
+        with warnings.catch_warnings():
+            # How many processes read is the user's choice: they may wait for a disk, not for a core.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = torch.utils.data.DataLoader(
+                _Decoder(self.paths, view),
+                batch_size=None,
+                sampler=jobs,
+                num_workers=self.workers,
+                collate_fn=_unchanged,
+                pin_memory=torch.cuda.is_available(),
+                # Its own generator: DataLoader would otherwise draw from the one that dropout uses.
+                generator=torch.Generator(),
+            )
+            batches = iter(loader)
+        for job, images, bad in batches:
             yield assemble(self, job, images, bad, failures)
 
     def name(self, row: int) -> str:
@@ -82,10 +89,26 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def rand_augment(config: str, colour: tuple[int, ...]):
-    """timm's RandAugment for a configuration string such as "rand-m9-mstd0.5"; colour fills what moves in."""
+    """timm's RandAugment for a configuration string such as "rand-m9-mstd0.5"; colour fills what moves in.
+
+    Raises ConfigError if timm does not take the string, or would pass over a part of it.
+    """
     from timm.data.auto_augment import rand_augment_transform
 
-    return rand_augment_transform(config, {"img_mean": colour, "translate_const": 100})
+    sections = config.split("-")
+    try:
+        if not all(SECTION.fullmatch(section) for section in sections[1:]):
+            raise ValueError
+        return rand_augment_transform(config, {"img_mean": colour, "translate_const": 100})
+    except (AssertionError, ValueError, KeyError):
+        raise ConfigError(
+            f"regularization.randaugment={config}: give 'rand' and sections as in rand-m9-n2-mstd0.5 (timm: m, n, p, mstd, "
+            "mmax, inc with a number; t with a set's name)"
+        ) from None
+
+
+# timm passes over a section without a number.
+SECTION = re.compile(r"t[a-z]+|[a-z]+\d.*")
 
 
 @contextmanager

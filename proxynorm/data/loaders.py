@@ -126,13 +126,21 @@ class EvalLoader:
 class Data:
     """An opened data set: what open_data returns.
 
-    info: DataInfo; backend: "ffcv" or "torchvision"; failures: the damaged images met so far, name -> reason.
+    info: DataInfo; backend: "ffcv" or "torchvision"; failures: the damaged images met so far, name -> reason;
+    warnings: what the user should be told when it is opened, one line each.
     """
 
     def __init__(
-        self, spec: DataSpec, info: DataInfo, backend: str, train: Split, evaluation: Split, failures: Failures
+        self,
+        spec: DataSpec,
+        info: DataInfo,
+        backend: str,
+        train: Split,
+        evaluation: Split,
+        failures: Failures,
+        warnings: tuple[str, ...] = (),
     ):
-        self.spec, self.info, self.backend = spec, info, backend
+        self.spec, self.info, self.backend, self.warnings = spec, info, backend, warnings
         self.train, self.evaluation, self._failures = train, evaluation, failures
         colour = tuple(round(255 * value) for value in info.mean)
         self._train_view = View(

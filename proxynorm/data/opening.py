@@ -10,7 +10,7 @@ import numpy as np
 from proxynorm.data import fashion_mnist
 from proxynorm.data.beton import RAW, Samples, new_beton, read_beton
 from proxynorm.data.cache import cache_folder, cached_beton
-from proxynorm.data.folder import FolderReader
+from proxynorm.data.folder import FolderReader, rand_augment
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.loaders import Data, Split
 from proxynorm.data.native import ffcv_available, ffcv_library
@@ -34,13 +34,28 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     check_specs(spec, loader)
     backend = choose_backend(spec, loader)
     workers = share_of_cores() if loader.workers is None else loader.workers
+    if spec.randaugment is not None:
+        rand_augment(spec.randaugment, (0, 0, 0))  # a mistake in it shows here, not in a worker
     failures = Failures(spec.on_bad)
     openers = {"fashion_mnist": _open_fashion_mnist, "folder": _open_folder, "beton": _open_beton}
     train, evaluation = openers[spec.name](spec, backend, workers, failures)
     train_split, eval_split = _splits(spec, train, evaluation)
+    warnings = _warnings(spec, train, evaluation)
     mean, std = _normalization(spec, train.channels)
     info = DataInfo(spec.name, train.classes, train.channels, len(train_split.rows), len(eval_split.rows), mean, std)
-    return Data(spec, info, backend, train_split, eval_split, failures)
+    return Data(spec, info, backend, train_split, eval_split, failures, warnings)
+
+
+def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, ...]:
+    """What does not keep from training, but may not be what was meant; one line each."""
+    lines, available = [], len(train.targets) - spec.holdout
+    if spec.limit is not None and spec.limit > available:
+        lines.append(f"data.limit={spec.limit} exceeds the {available} training images, which are all taken")
+    readers = (reader for reader in (train, evaluation) if isinstance(reader, BetonReader))
+    bare = [str(reader.samples.path) for reader in readers if not reader.samples.manifest]
+    if bare:
+        lines.append(f"{', '.join(bare)}: no manifest, so classes, labels and later damage cannot be checked")
+    return tuple(lines)
 
 
 def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
@@ -54,7 +69,9 @@ def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
     if loader.name == "ffcv" or spec.name == "beton":
         ffcv_library()
         if spec.randaugment is not None:
-            raise ConfigError("regularization.randaugment works on image folders alone: give data=folder loader=torchvision")
+            raise ConfigError(
+                "regularization.randaugment works on image folders alone: give data=folder loader=torchvision"
+            )
         return "ffcv"
     return "ffcv" if spec.randaugment is None and ffcv_available() else "torchvision"
 

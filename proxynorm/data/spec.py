@@ -118,8 +118,12 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
         raise ConfigError(f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1")
     if (spec.start_size is None) != (spec.ramp is None):
         raise ConfigError("progressive resizing needs both data.start_size and data.ramp=[first epoch, last epoch]")
-    if spec.ramp is not None and not 0 <= spec.ramp[0] < spec.ramp[1]:
-        raise ConfigError(f"data.ramp={list(spec.ramp)}: give a first epoch and a later last epoch")
+    if spec.ramp is not None and not (len(spec.ramp) == 2 and 0 <= spec.ramp[0] < spec.ramp[1]):
+        raise ConfigError(f"data.ramp={list(spec.ramp)}: give a first epoch and a later last epoch, as [0,5]")
+    if spec.start_size is not None and spec.start_size > spec.image_size:
+        raise ConfigError(
+            f"data.start_size={spec.start_size} exceeds data.image_size={spec.image_size}, to which it grows"
+        )
     if spec.name != "fashion_mnist" and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
     if spec.name == "fashion_mnist" and spec.augmentation == "inception":

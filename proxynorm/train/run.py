@@ -185,6 +185,8 @@ def train_in(run: RunFolder, name: str, settings: Settings, config: dict[str, An
         run.write_environment(now, saved=resumed)
     tracker = Tracker(settings, run.path, name, config, resumed) if process.is_main else None
     display.say(describe(trainer, run))
+    for line in data.warnings:
+        display.say(f"warning: {line}")
     status = 0
     try:
         trainer.fit(display, tracker)

@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 
 from proxynorm.data import fashion_mnist
+from proxynorm.data.beton import manifest_path, sums_path
+from proxynorm.data.images import StorageOptions
 from proxynorm.data.native import ffcv_available
+from proxynorm.data.preparation import prepare
+from proxynorm.data.sources import list_folder
 from tests.helpers import need
 
 torch.set_num_threads(1)
@@ -50,3 +54,25 @@ def cache(tmp_path_factory) -> str:
 def photos(tmp_path_factory) -> Path:
     """A folder of 3 classes, 12 training and 4 evaluation photographs each. Do not change it."""
     return write_folder(tmp_path_factory.mktemp("photos"), 12, 4)
+
+
+@pytest.fixture
+def written(photos, tmp_path) -> Path:
+    """train.beton of the training photographs, which a test may damage."""
+    prepare(list_folder(photos / "train"), tmp_path / "train.beton", StorageOptions())
+    return tmp_path / "train.beton"
+
+
+def change_byte(path: Path, position: int) -> None:
+    """Flip a bit of a file."""
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def remove_companions(path: Path) -> None:
+    """Leave the .beton file alone, as FFCV's writer does."""
+    manifest_path(path).unlink()
+    sums_path(path).unlink()

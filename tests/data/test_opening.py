@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
-from proxynorm.data.beton import RAW, read_beton
+from proxynorm.data.beton import RAW, manifest_path, read_beton, sums_path
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import ConfigError, DataError
-from tests.data.conftest import BACKENDS, needs_ffcv, photograph, write_folder
-from tests.data.test_preparation import change_byte
+from tests.data.conftest import BACKENDS, change_byte, needs_ffcv, photograph, remove_companions, write_folder
 
 
 def opened(root, cache, backend, name="folder", **keys):
@@ -138,7 +137,7 @@ def test_an_image_damaged_after_preparation_stops_or_is_skipped(betons, sums):
     """It is found by its sum; without sums, in a file of FFCV's writer, by the decoder's status."""
     samples = read_beton(betons / "train.beton")
     if not sums:
-        (betons / "train.beton.json").unlink()
+        remove_companions(betons / "train.beton")
     with open(betons / "train.beton", "r+b") as file:
         file.seek(int(samples.pointer[4]) + 300)
         file.write(b"\xff\xd9" * 100)
@@ -275,6 +274,12 @@ def test_random_erasing_puts_the_mean_colour_in_one_box(photos, cache, backend):
         {"holdout": -1},
         {"holdout": 36},
         {"start_size": 32},
+        {"start_size": 16, "ramp": (1,)},
+        {"start_size": 16, "ramp": (1, 2, 3)},
+        {"start_size": 33, "ramp": (0, 2)},
+        {"randaugment": "foo"},
+        {"randaugment": "rand-foo"},
+        {"randaugment": "rand-m9.5"},
         {"mean": (0.5,)},
         {"random_erasing": 2.0},
         {"root": None},
@@ -286,6 +291,47 @@ def test_impossible_values_are_refused(photos, cache, keys):
             DataSpec(**{"name": "folder", "root": str(photos), "cache": cache, **keys}), LoaderSpec("torchvision")
         )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_limit_beyond_the_images_is_told(photos, cache, backend):
+    assert opened(photos, cache, backend, limit=36).warnings == ()
+    data = opened(photos, cache, backend, limit=1000, holdout=6)
+    assert data.warnings == ("data.limit=1000 exceeds the 30 training images, which are all taken",)
+    assert data.info.train_count == 30
+
+
+@needs_ffcv
+def test_files_without_manifest_are_told_in_one_line(betons):
+    assert opened(betons, betons, "ffcv", "beton").warnings == ()
+    for part in ("train", "val"):
+        remove_companions(betons / f"{part}.beton")
+    (line,) = opened(betons, betons, "ffcv", "beton").warnings
+    assert line.startswith(f"{betons}/train.beton, {betons}/val.beton: no manifest, so ")
+
+
+@needs_ffcv
+@pytest.mark.parametrize("what", ["manifest", "both", "labels"])
+def test_a_converted_folder_that_lost_its_manifest_is_converted_anew(tmp_path, what):
+    root = write_folder(tmp_path / "data", 2, 1)
+    opened(root, tmp_path / "cache", "ffcv")
+    (path,) = (tmp_path / "cache").glob("folder-train-*.beton")
+    if what == "labels":
+        (other,) = (tmp_path / "cache").glob("folder-val-*.beton")
+        shutil.copy(manifest_path(other), manifest_path(path))
+    else:
+        manifest_path(path).unlink()
+    if what == "both":
+        sums_path(path).unlink()
+    data = opened(root, tmp_path / "cache", "ffcv")
+    assert data.info.train_count == 6 and data.warnings == ()
+    assert read_beton(path).manifest["count"] == 6
+
+
+def test_more_workers_than_cores_are_taken_in_silence(photos, cache, recwarn):
+    data = open_data(DataSpec("folder", root=str(photos)), LoaderSpec("torchvision", 5))
+    assert sum(int(batch.valid.sum()) for batch in data.eval_loader(12)) == 12
+    assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]
 
 
 def test_a_backend_that_cannot_serve_says_so(photos, cache, monkeypatch):

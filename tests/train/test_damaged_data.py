@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from proxynorm.data.beton import read_beton
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
-from tests.data.conftest import needs_ffcv, write_folder
+from tests.data.conftest import needs_ffcv, remove_companions, write_folder
 
 pytestmark = needs_ffcv
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -80,6 +81,21 @@ def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(run_small, dama
     assert end.value.code == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["count"] == 11 and result["top1"] == run.rows[-1]["top1"]
+
+
+def test_files_without_manifest_are_told_by_training_and_evaluation(run_small, damaged, tmp_path, monkeypatch, capsys):
+    """Nothing holds their classes, labels and images against what was written."""
+    folder = shutil.copytree(damaged, tmp_path / "bare")
+    for part in ("train", "val"):
+        remove_companions(folder / f"{part}.beton")
+    told = f"warning: {folder}/train.beton, {folder}/val.beton: no manifest"
+    run = run_small(*overrides(folder, "data.on_bad=skip", "max_steps=1"))
+    assert run.status == 0 and capsys.readouterr().out.count(told) == 1
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"run={run.folder}", "device=cpu"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TRAIN.with_name("eval.py")), run_name="__main__")
+    shown = capsys.readouterr()
+    assert shown.err.count(told) == 1 and json.loads(shown.out)["count"] <= 12
 
 
 def test_what_is_trained_on_is_never_another_image(damaged):
