@@ -57,7 +57,9 @@ def main(options: Options) -> int:
 
 
 def _stop(number: int, _frame: object) -> None:
-    """Leave, cleaning up, when asked to by a signal."""
+    """Leave, cleaning up, when asked to by a signal; a second one would break off the cleaning."""
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.SIG_IGN)
     print(f"stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -75,7 +77,14 @@ def _check(options: Options, output: Path) -> None:
 
 def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str, workers: int) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from proxynorm.data.preparation import prepare
 
@@ -83,7 +92,11 @@ def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str,
     if listing.aside:
         kinds = Counter(Path(name).suffix.lower() or "no ending" for name in listing.aside)
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        print(f"left aside, not images by their names: {words}; the manifest names them", file=sys.stderr)
+        print(
+            f"left aside, no images by their names or not in a class folder: {words}; see the manifest", file=sys.stderr
+        )
+    for note in listing.notes:
+        print(f"warning: {note}", file=sys.stderr)
     print(f"{total} images, {len(listing.classes)} classes, {workers} workers -> {output}", flush=True)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     with Progress(TextColumn("checking and writing"), *columns, console=Console(stderr=True)) as bar:
