@@ -107,14 +107,20 @@ def canonical(name: str) -> str:
 
 
 def activation_name(module: nn.Module) -> str:
-    """The canonical name of an activation module; "callable" for one that is not in ACTIVATIONS.
+    """The canonical name of torch's and timm's activation modules; "callable" for all others.
 
-    Modules are known by the name of their class, so that other libraries' versions of the same function (Swish,
-    SwishMe, HardSwishMe, GELUTanh …) are recognized as well.
+    The two are known by the names of their classes (timm's Swish, HardSwishMe, GELUTanh … compute what torch's do); any
+    other library's class of such a name may have a slope of its own.
     """
+    name = class_name(module)
+    if not type(module).__module__.startswith(("torch.nn.", "timm.layers.activations")) or name not in _LAYERS:
+        return "callable"
+    return name
+
+
+def class_name(module: nn.Module) -> str:
+    """The name in ACTIVATIONS, if there is one, that the module's class goes by."""
     name = type(module).__name__.lower()
     name = name[:-2] if name.endswith("me") and name != "me" else name
     name = _SPELLINGS.get(name, name)
-    if name == "gelu" and getattr(module, "approximate", "none") == "tanh":
-        return "gelu_tanh"
-    return name if name in _LAYERS else "callable"
+    return "gelu_tanh" if name == "gelu" and getattr(module, "approximate", "none") == "tanh" else name

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from proxynorm.nn.dataflow import Flow, read_flow
-from proxynorm.nn.elementwise import is_activation, is_norm, named_rightly
+from proxynorm.nn.elementwise import is_activation, is_norm, recognized
 from proxynorm.nn.followers import Follower, Site
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
@@ -115,10 +115,12 @@ def convert(
         The same model. proxynorm.conversion_report(model) tells what was done.
 
     Raises:
-        TypeError: keep is a string.
+        TypeError: model is no module, or keep a string.
         ValueError: a wrong norm, nothing to convert, or norms that cannot be placed (all named, with the reasons);
             the model then still computes what it did.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a network, an nn.Module, not {model!r}: make it first, with timm.create_model")
     if is_norm(model):
         raise ValueError(f"this {type(model).__name__} is no network but a norm: make a proxynorm.NormAct2d instead")
     if isinstance(keep, str):
@@ -205,6 +207,10 @@ def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
     """One norm's place; None for a layer norm without an activation, which stays. Raises NoPlaceError."""
     if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
         raise NoPlaceError("it normalizes no maps (N, C, H, W)")
+    if not type(norm).forward.__module__.startswith(("torch.", "timm.", "torchvision.", "proxynorm.")):
+        raise NoPlaceError("its class has a forward of its own, which may compute something else")
+    if _has_hooks(norm):
+        raise NoPlaceError("it has hooks, which would be lost: take them off first")
     followers = flow.followers.get(name, [])
     overwritten = any(found.overwritten for found in followers)
     own = getattr(norm, "act", None)
@@ -220,8 +226,17 @@ def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
         raise NoPlaceError("it is called at places with different activations")
     if isinstance(norm, nn.LayerNorm) and first.activation is None:
         return None
+    if first.activation is not None and _has_hooks(first.activation):
+        raise NoPlaceError("the activation behind it has hooks, which would be lost: take them off first")
     sites = tuple(found.site for found in followers if found.site is not None)
     return Place(norm, first.activation, sites, tuple(first.between), overwritten)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a user's hook is on the module."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values(),
+             *module._backward_pre_hooks.values()]  # fmt: skip
+    return any(hook is not hand_on_copy for hook in hooks)
 
 
 def _signature(found: Follower) -> tuple:
@@ -257,7 +272,7 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
     spec = options.spec
     features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
     like = next((t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None), torch.empty(0))
-    act = None if place.activation is None else named_rightly(copy.deepcopy(place.activation))
+    act = None if place.activation is None else recognized(copy.deepcopy(place.activation))
     if hasattr(act, "inplace"):
         act.inplace = False
     try:
@@ -266,6 +281,7 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
             eps=norm.eps if options.eps is None else options.eps, proxy_eps=options.proxy_eps,
             norm_batch=options.norm_batch, momentum=getattr(norm, "momentum", 0.1), moments=options.moments,
             nodes=options.nodes, device=like.device, dtype=like.dtype,
+            track_running_stats=getattr(norm, "track_running_stats", True),
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error

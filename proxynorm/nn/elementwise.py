@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from proxynorm.nn.activations import FunctionActivation, activation_name, make_activation
+from proxynorm.nn.activations import ACTIVATIONS as NAMES
+from proxynorm.nn.activations import activation_name, class_name, make_activation
 from proxynorm.nn.norm_act import NormAct2d
 
 # Elementwise activations; sigmoids and softmaxes are left out, since after a norm they are gates.
@@ -115,19 +116,13 @@ def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return copy.deepcopy(module).forward(x.clone())
 
 
-def named_rightly(activation: nn.Module) -> nn.Module:
-    """The activation, or a wrapper of it if it computes something else than its class name lets one expect.
-
-    NormAct2d knows activations by the names of their classes; a user's Swish may have a slope of its own.
-    """
-    name = activation_name(activation)
-    if name == "callable" or type(activation).__module__.startswith("torch.nn.") or _is_timms(activation):
+def recognized(activation: nn.Module) -> nn.Module:
+    """The activation, or torch's own in place of a class of the same name that shows itself on trial to be the same."""
+    name = class_name(activation)
+    if activation_name(activation) != "callable" or name not in NAMES or next(activation.parameters(), None) is not None:
         return activation
-    x = torch.linspace(-8, 8, 64)
-    parameters = list(activation.parameters())
-    if not parameters and torch.allclose(_run(activation, x), make_activation(name)(x), atol=1e-5):
-        return activation
-    return FunctionActivation(activation)
+    x, same = torch.linspace(-8, 8, 64), make_activation(name)
+    return same if torch.allclose(_run(activation, x), same(x), atol=1e-5) else activation
 
 
 def activation_of(node: fx.Node, root: nn.Module) -> nn.Module | None:

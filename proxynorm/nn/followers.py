@@ -146,7 +146,8 @@ def _hidden_activation(norm: fx.Node, root: nn.Module) -> str | None:
 def _problem(node: fx.Node, root: nn.Module, path: list[str], pure: bool) -> str | None:
     """Why a node that gets the norm's value hinders; None if it does not."""
     name = str(called_function(node))
-    if activation_of(node, root) is not None or name in _DISGUISED or _is_unknown_activation(node, root):
+    disguised = name in _DISGUISED or (name in ("max", "min") and len(node.all_input_nodes) > 1)
+    if activation_of(node, root) is not None or disguised or _is_unknown_activation(node, root):
         through = f" behind {', '.join(path)}" if path else ""
         return f"the activation {_told(node)}{through} cannot be joined with it"
     operands = [argument for argument in node.args if isinstance(argument, fx.Node)]

@@ -65,7 +65,8 @@ def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "
             return _WITH_SLOPES[name](a, s, module)
         blocks = [_WITH_SLOPES[name](*block, module) for block in zip(a.split(_BLOCK), s.split(_BLOCK))]
         return Moments(*map(torch.cat, zip(*blocks)))
-    with torch.enable_grad():
+    # saved as it is: hooks on saved tensors, such as checkpointing's, must not see this graph, which ends here
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         a, s = a.detach().requires_grad_(), s.detach().requires_grad_()
         mean, var = grid(module, a, s, nodes) if method == "grid" else _exact(module, a, s)
         slopes = [torch.autograd.grad(m.sum(), (a, s), retain_graph=True, materialize_grads=True) for m in (mean, var)]

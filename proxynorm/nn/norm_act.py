@@ -67,7 +67,6 @@ class NormAct2d(nn.Module):
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
         self.act = out_of_place(make_activation(act_layer if self.apply_act else None, **(act_kwargs or {})))
-        self.act_name = activation_name(self.act)
         self.shared_constants: Constants | None = None  # set for the time of a forward pass by shared.py
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
@@ -79,7 +78,7 @@ class NormAct2d(nn.Module):
         groups = default_groups(self.num_features) if groups is None else groups
         chosen = {"ln": 1, "in": self.num_features}.get(self.kind, groups)
         if chosen < 1 or self.num_features % chosen:
-            raise ValueError(f"groups={chosen} does not divide num_features={self.num_features}")
+            raise ValueError(f"groups={chosen} does not divide num_features={self.num_features}: choose a divisor")
         return chosen
 
     def _make_parameters(self, affine: bool, factory: dict) -> None:
@@ -108,6 +107,11 @@ class NormAct2d(nn.Module):
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
+
+    @property
+    def act_name(self) -> str:
+        """The canonical name of the activation; "callable" if it has none."""
+        return activation_name(self.act)
 
     @property
     def proxied(self) -> bool:
@@ -190,7 +194,7 @@ class NormAct2d(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"expected an input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}")
-        if self.groups is not None and self.training and x.shape[1] * x.shape[2] * x.shape[3] == self.groups:
+        if self.groups is not None and x.shape[1] * x.shape[2] * x.shape[3] == self.groups:
             raise ValueError(f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels "
                              "and so no variance: use fewer groups or a larger input")
 

@@ -46,22 +46,25 @@ class SharedMoments:
         for module in model.modules():
             if isinstance(module, NormAct2d) and module.proxied and module.act_name != "callable":
                 families.setdefault(_family(module), []).append(module)
+        self.evaluated = {family: self.evaluated[family] for family in families if family in self.evaluated}
         for family, layers in families.items():
             if len(layers) > 1:
                 self._serve(family, layers)
 
     def _serve(self, family: Hashable, layers: list[NormAct2d]) -> None:
-        with torch.no_grad():
+        # a training forward may meet what an evaluation in inference mode leaves here
+        with torch.inference_mode(False), torch.no_grad():
             columns = zip(*(layer.four_parameters() for layer in layers))
             parameters = torch.stack([torch.cat(column) for column in columns])
-        values, jacobian = self._constants(family, parameters, layers[0].proxy_rule())
+            values, jacobian = self._constants(family, parameters, layers[0].proxy_rule())
         sizes = [layer.num_features for layer in layers]
         for layer, *constants in zip(layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)):
             layer.shared_constants = Constants(*constants)
 
     def _constants(self, family: Hashable, parameters: Tensor, rule: Rule) -> Constants:
         before = self.evaluated.get(family)
-        if before is None or parameters.device.type != "cpu" or not torch.equal(before[0], parameters):
+        comparable = before is not None and type(parameters) is Tensor and parameters.device.type == "cpu"
+        if not comparable or not torch.equal(before[0], parameters):
             before = self.evaluated[family] = parameters, fold(tuple(parameters), rule)
         return before[1]
 
@@ -77,5 +80,5 @@ class SharedMoments:
 def _family(layer: NormAct2d) -> Hashable:
     """Layers of one family have moments by the same rule, and parameters that can stand side by side."""
     weight = layer.proxy_weight
-    return (layer.act_name, layer.act.extra_repr(), layer.moments, layer.nodes, layer.proxy_eps, layer.proxy_scale,
+    return (type(layer.act), layer.act.extra_repr(), layer.moments, layer.nodes, layer.proxy_eps, layer.proxy_scale,
             weight.device, weight.dtype)

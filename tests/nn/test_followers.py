@@ -46,6 +46,7 @@ BY_HAND = {
     "relu_times_itself": lambda m, y: times_itself(F.relu(y)),
     "softmax_of_itself": lambda m, y: y * y.softmax(1),
     "clip": lambda m, y: torch.clip(y, 0, 6),
+    "max": lambda m, y: torch.max(y, torch.zeros_like(y)),
 }
 
 
@@ -219,7 +220,32 @@ def test_all_refusals_come_at_once_and_patterns_keep_them() -> None:
         convert(model, keep=["other.*"])
 
 
+def test_hooks_are_not_lost_without_a_word() -> None:
+    for name in ("bn", "function"):
+        model = Behind(nn.ReLU())
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
+        with pytest.raises(ValueError, match="cannot place bn .*has hooks, which would be lost"):
+            convert(model)
+
+
+def test_a_norm_with_a_forward_of_its_own_is_refused() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="cannot place 1 .Doubled.: its class has a forward of its own"):
+        convert(nn.Sequential(nn.Conv2d(3, 4, 1), Doubled(4), nn.ReLU()))
+
+
+def test_batch_norm_without_running_statistics_stays_so() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(convert(copy.deepcopy(net), "bn")(x), net(x))
+
+
 def test_wrong_calls() -> None:
+    with pytest.raises(TypeError, match="takes a network, an nn.Module, not 'resnet50'"):
+        convert("resnet50")
     with pytest.raises(TypeError, match=r"keep=\['bn'\]"):
         convert(Behind(nn.ReLU()), keep="bn")
     with pytest.raises(ValueError, match="no network but a norm"):

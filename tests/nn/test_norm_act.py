@@ -110,6 +110,30 @@ def test_transforms(activation):
     torch.testing.assert_close(out, (expected * tangent).sum())
 
 
+def test_a_class_of_a_known_name_is_taken_for_what_it_computes():
+    class Swish(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(3 * x)
+
+    class ReLU(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    for own in (Swish(), ReLU()):
+        act, x = layer("ln_pn", act_layer=own), maps()
+        assert act.act_name == "callable"
+        torch.testing.assert_close(act(x), act.activate(act.normalize(x)))
+        one, zero = torch.ones(1), torch.zeros(1)
+        samples = own(torch.randn(1_000_000, dtype=torch.float64)).float()
+        torch.testing.assert_close(proxy_moments(one, zero, zero, zero, own)[0], samples.mean(0, True), rtol=0.01, atol=0.01)
+
+
+def test_the_activation_may_be_changed_later():
+    act, x = layer("ln_pn"), maps()
+    act.act = nn.SiLU()
+    torch.testing.assert_close(act(x), act.activate(act.normalize(x)))
+
+
 @pytest.mark.parametrize("checkpointed", ["reentrant", "not reentrant"])
 def test_gradient_checkpointing(checkpointed):
     from torch.utils.checkpoint import checkpoint

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from proxynorm.benchmark.memory import bytes_kept
 from proxynorm.nn import NormAct2d, proxy_moments, recompute, share_moments
@@ -85,6 +86,51 @@ def test_shared_moments_are_never_stale(change):
     plain.load_state_dict(net.state_dict())
     torch.testing.assert_close(net(x), plain(x))
     torch.testing.assert_close(net[1](net[0](x)), plain[1](plain[0](x)))  # an inner module alone
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode():
+    net, x = share_moments(network()), torch.randn(2, 3, 8, 8)
+    expected = gradients(copy.deepcopy(net), x)
+    with torch.inference_mode():
+        net(x)
+    torch.testing.assert_close(gradients(net, x), expected)
+
+
+@pytest.mark.parametrize("change", ["act", "proxy_eps", "slope"])
+def test_shared_moments_follow_options_changed_later(change):
+    net, x = share_moments(network("leaky_relu")), torch.randn(2, 3, 8, 8)
+    net(x)
+    if change == "act":
+        net[3].act = nn.SiLU()
+    elif change == "slope":
+        net[3].act.negative_slope = 0.5
+    else:
+        net[3].proxy_eps = 0.5
+    out = x
+    for module in net:
+        out = module(out)  # each layer by itself
+    torch.testing.assert_close(net(x), out)
+    assert len(next(iter(net._forward_pre_hooks.values())).__self__.evaluated) <= 2
+
+
+@pytest.mark.parametrize("options", [{"act_layer": "relu"}, {"act_layer": "hard_swish"}, {"moments": "grid"}])
+@pytest.mark.parametrize("part", ["whole", "part"])
+def test_checkpointing_with_shared_moments(part, options):
+    layers = [NormAct2d(8, **options) for _ in range(3)]
+    net, x = share_moments(nn.Sequential(*layers)), torch.randn(2, 8, 4, 4, requires_grad=True)
+    expected = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+    if part == "part":
+        inner = net[1].forward
+        net[1].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    z = net(x) if part == "part" else checkpoint(net, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(z.square().sum(), [x, *net.parameters()]), expected)
+
+
+def test_fake_tensors_pass_twice():
+    with torch._subclasses.FakeTensorMode():
+        net = share_moments(network())
+        for _ in range(2):
+            assert net(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
 def test_shared_constants_do_not_outlive_a_failed_forward():
