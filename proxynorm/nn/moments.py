@@ -35,7 +35,6 @@ from .gaussian import Moments
 from .names import unknown_name
 
 METHODS = ("auto", "exact", "grid")
-_BLOCK = 2048  # channels whose temporaries, up to 8 float64 a channel, stay in a CPU's cache
 
 
 def proxy_moments(weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor,
@@ -61,10 +60,7 @@ def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "
     """Moments of φ(N(a, s²)) and their derivatives by a and s, without autograd; a and s as location_and_scale's."""
     name = activation_name(module)
     if name in _WITH_SLOPES and method != "grid":
-        if a.device.type != "cpu" or len(a) <= _BLOCK:
-            return _WITH_SLOPES[name](a, s, module)
-        blocks = [_WITH_SLOPES[name](*block, module) for block in zip(a.split(_BLOCK), s.split(_BLOCK))]
-        return Moments(*map(torch.cat, zip(*blocks)))
+        return _WITH_SLOPES[name](a, s, module)
     # saved as it is: hooks on saved tensors, such as checkpointing's, must not see this graph, which ends here
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         a, s = a.detach().requires_grad_(), s.detach().requires_grad_()
