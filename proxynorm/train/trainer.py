@@ -151,7 +151,7 @@ class Trainer:
     def forward_backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Gradients of the mean loss over the step's micro-batches; returns that loss, of this process."""
         total = torch.zeros((), device=self.process.device)
-        torch.manual_seed(self.step_seed())
+        self.seed_step()
         for index, batch in enumerate(micro_batches):
             images, targets = self.inputs(batch, index)
             last = index + 1 == len(micro_batches)
@@ -298,9 +298,12 @@ class Trainer:
     def prepare(self, batch: Batch) -> Batch:
         return self.data.prepare(batch, self.process.device, torch.float32, self.memory_format)
 
-    def step_seed(self) -> int:
-        """The seed of dropout and stochastic depth at this step and process."""
-        return hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
+    def seed_step(self) -> None:
+        """Makes dropout and stochastic depth functions of the seed, the step and the process."""
+        seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would ask every kind of device
+        if self.process.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
