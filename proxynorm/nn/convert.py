@@ -130,7 +130,8 @@ def convert(
     _separate_shared_activations(model)
     flow = read_flow(model)
     places = _places(model, flow, set(keep), spec.proxy)
-    replacements = {name: _layer(name, place, options) for name, place in places.items()}
+    ties: dict[nn.Parameter, nn.Parameter] = {}
+    replacements = {name: _layer(name, place, options, ties) for name, place in places.items()}
     rows = _absorb_activations(model, flow, places)
     rows += [_install(model, name, place, replacements[name]) for name, place in places.items()]
     if spec.weight_standardization:
@@ -266,8 +267,11 @@ def _partly_taken(flow: Flow, places: dict[str, Place]) -> dict[str, str]:
     }
 
 
-def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
-    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and mode."""
+def _layer(name: str, place: Place, options: NormOptions, ties: dict[nn.Parameter, nn.Parameter]) -> NormAct2d:
+    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and mode.
+
+    ties: what became of the old norms' parameters; those that several norms share stay shared.
+    """
     norm = place.norm
     spec = options.spec
     features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
@@ -285,7 +289,7 @@ def _layer(name: str, place: Place, options: NormOptions) -> NormAct2d:
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
-    _carry_over(norm, layer)
+    _carry_over(norm, layer, ties)
     if layer.proxied and _is_zero(layer.weight):
         nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
     if layer.proxied and place.overwritten:
@@ -311,11 +315,13 @@ def _channels(norm: nn.Module) -> int:
     return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0]
 
 
-def _carry_over(norm: nn.Module, layer: NormAct2d) -> None:
+def _carry_over(norm: nn.Module, layer: NormAct2d, ties: dict[nn.Parameter, nn.Parameter]) -> None:
     """Copies what both have: γ, β, γ̃, β̃ and running statistics (float32 or better); and the old layer's drop."""
-    for name, new in layer.named_parameters(recurse=False):
+    for name, new in list(layer.named_parameters(recurse=False)):
         old = getattr(norm, name, None)
-        if old is not None:
+        if isinstance(old, nn.Parameter) and ties.setdefault(old, new) is not new:
+            setattr(layer, name, ties[old])
+        elif old is not None:
             new.detach().copy_(old.detach())
             new.requires_grad_(old.requires_grad)
     for name, new in layer.named_buffers(recurse=False):

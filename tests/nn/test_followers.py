@@ -243,6 +243,14 @@ def test_batch_norm_without_running_statistics_stays_so() -> None:
     torch.testing.assert_close(convert(copy.deepcopy(net), "bn")(x), net(x))
 
 
+def test_tied_norms_stay_tied() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
+    net[3].weight = net[1].weight
+    convert(net)
+    assert net[3].weight is net[1].weight and net[3].bias is not net[1].bias
+    net(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
 def test_wrong_calls() -> None:
     with pytest.raises(TypeError, match="takes a network, an nn.Module, not 'resnet50'"):
         convert("resnet50")
