@@ -50,7 +50,7 @@ def measured(files: Mapping[str, bytes], table: str = "") -> Measured | None:
         config = yaml.safe_load(files["config.yaml"])
         environment = json.loads(files["environment.json"])
         rows = [json.loads(line) for line in files["metrics.jsonl"].split(b"\n")[:-1]]
-        row = [row for row in rows if row["event"] == "train"][-1]
+        row = [row for row in rows if row["event"] == "train" and "images_per_second" in row][-1]
         gpu = environment.get("device", "cpu").startswith("cuda") and environment["gpus"]
         return Measured(
             kind(config),

@@ -68,7 +68,8 @@ def running(slurm, job: str) -> list[str]:
 
 
 def in_the_middle(run: Run) -> bool:
-    return 0 < len(read_metrics(run.folder / "metrics.jsonl")) < STEPS // 2
+    """Whether it has more rows than the first step's, which has no times."""
+    return 1 < len(read_metrics(run.folder / "metrics.jsonl")) < STEPS // 2
 
 
 def check_status_of_a_running_task(slurm, job: str, runs: list[Run], status) -> None:
