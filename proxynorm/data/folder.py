@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -22,12 +23,15 @@ from proxynorm.errors import ConfigError
 
 
 class FolderReader:
-    """Image files, decoded in `workers` processes (0: in this one), one micro-batch at a time in each."""
+    """Image files, decoded in `workers` processes (0: in this one), one micro-batch at a time in each; prefetch: see
+    LoaderSpec."""
 
     channels = 3
 
-    def __init__(self, listing: Listing, workers: int) -> None:
+    def __init__(self, listing: Listing, workers: int, prefetch: int | None = None) -> None:
         self.classes, self.targets, self.workers = listing.classes, listing.targets, workers
+        ahead = prefetch is not None and workers > 0
+        self.prefetch_factor = max(1, math.ceil(prefetch / workers)) if ahead else None
         # One block of bytes, so that worker processes share it instead of copying a million strings.
         self.paths = np.array([os.fsencode(image.path) for image in listing.images])
 
@@ -40,6 +44,7 @@ class FolderReader:
                 batch_size=None,
                 sampler=jobs,
                 num_workers=self.workers,
+                prefetch_factor=self.prefetch_factor,
                 collate_fn=_unchanged,
                 pin_memory=torch.cuda.is_available(),
                 # Its own generator: DataLoader would otherwise draw from the one that dropout uses.

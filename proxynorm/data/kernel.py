@@ -21,6 +21,7 @@ _resize = types.ExternalFunction("proxynorm_ffcv_resize", types.void(*([_i64] * 
 BITS = 11
 # Four pixels a side cover an area of three pixels wherever it begins.
 MOST_SHRUNK = 3
+THREE = np.uint64(3)
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -75,6 +76,44 @@ def _area_weights(length, size, taps, first, weights):
 
 
 @numba.njit(**_options)
+def _taps(length, size):
+    """From how many of `length` pixels one of `size` takes: three serve up to a factor of two."""
+    return 3 if length <= 2 * size else 4
+
+
+@numba.njit(**_options)
+def _down(image, y, begin, end, weights, taps, line):
+    """The weighted sum of `taps` rows of image (H, 3 W) from y on, columns begin to end, into line."""
+    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+    s, t, u = image[y, begin:end], image[y + 1, begin:end], image[y + 2, begin:end]
+    if taps == 3:
+        for i in range(end - begin):
+            line[i] = a * np.int32(s[i]) + b * np.int32(t[i]) + c * np.int32(u[i])
+    else:
+        v = image[y + 3, begin:end]
+        for i in range(end - begin):
+            line[i] = a * np.int32(s[i]) + b * np.int32(t[i]) + c * np.int32(u[i]) + d * np.int32(v[i])
+
+
+@numba.njit(**_options)
+def _across(line, first, weights, taps, flip, out):
+    """The weighted sums of `taps` pixels of line (3 W) into a row of the output (S', 3), mirrored if flip."""
+    half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
+    columns = out.shape[0]
+    for column in range(columns):
+        # Unsigned places: numba looks at each signed one for being counted from the end.
+        i = THREE * np.uint64(first[column])
+        to = np.uint64(columns - 1 - column if flip else column)
+        a, b, c, d = weights[column, 0], weights[column, 1], weights[column, 2], weights[column, 3]
+        for channel in range(3):
+            j = i + np.uint64(channel)
+            total = a * line[j] + b * line[j + THREE] + c * line[j + THREE + THREE]
+            if taps == 4:
+                total += d * line[j + THREE + THREE + THREE]
+            out[to, np.uint64(channel)] = np.uint8((total + half) >> shift)
+
+
+@numba.njit(**_options)
 def _shrink(image, box, flip, first, weights, line, out):
     """The mean over areas, as OpenCV's INTER_AREA to within one step of 255, in integers, twice as fast.
 
@@ -84,31 +123,12 @@ def _shrink(image, box, flip, first, weights, line, out):
     """
     top, left, height, width = box
     rows, columns = out.shape[0], out.shape[1]
-    half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
-    # Up to a factor of two, a pixel takes from three.
-    taps = 3 if height <= 2 * rows else 4
-    _area_weights(height, rows, taps, first[0], weights[0])
-    _area_weights(width, columns, 4, first[1], weights[1])
-    begin, end = 3 * left, 3 * (left + width)
+    tall, wide = _taps(height, rows), _taps(width, columns)
+    _area_weights(height, rows, tall, first[0], weights[0])
+    _area_weights(width, columns, wide, first[1], weights[1])
     for row in range(rows):
-        y = top + first[0, row]
-        a, b, c = weights[0, row, 0], weights[0, row, 1], weights[0, row, 2]
-        s, t, u = image[y, begin:end], image[y + 1, begin:end], image[y + 2, begin:end]
-        if taps == 3:
-            for i in range(end - begin):
-                line[i] = a * np.int32(s[i]) + b * np.int32(t[i]) + c * np.int32(u[i])
-        else:
-            d, v = weights[0, row, 3], image[y + 3, begin:end]
-            for i in range(end - begin):
-                line[i] = a * np.int32(s[i]) + b * np.int32(t[i]) + c * np.int32(u[i]) + d * np.int32(v[i])
-        for column in range(columns):
-            i = 3 * first[1, column]
-            a, b, c, d = weights[1, column]
-            to = columns - 1 - column if flip else column
-            for channel in range(3):
-                j = i + channel
-                total = a * line[j] + b * line[j + 3] + c * line[j + 6] + d * line[j + 9]
-                out[row, to, channel] = np.uint8((total + half) >> shift)
+        _down(image, top + first[0, row], 3 * left, 3 * (left + width), weights[0, row], tall, line)
+        _across(line, first[1], weights[1], wide, flip, out[row])
 
 
 @numba.njit(**_options)

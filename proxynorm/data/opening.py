@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,13 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     loader = loader or LoaderSpec()
     check_specs(spec, loader)
     backend = choose_backend(spec, loader)
-    workers = share_of_cores() if loader.workers is None else loader.workers
+    if loader.workers is None:
+        loader = replace(loader, workers=share_of_cores())
     if spec.randaugment is not None:
         rand_augment(spec.randaugment, (0, 0, 0))  # a mistake in it shows here, not in a worker
     failures = Failures(spec.on_bad)
     openers = {"fashion_mnist": _open_fashion_mnist, "folder": _open_folder, "beton": _open_beton}
-    train, evaluation = openers[spec.name](spec, backend, workers, failures)
+    train, evaluation = openers[spec.name](spec, backend, loader, failures)
     train_split, eval_split = _splits(spec, train, evaluation)
     warnings = _warnings(spec, train, evaluation)
     mean, std = _normalization(spec, train.channels)
@@ -102,7 +104,7 @@ def _normalization(spec: DataSpec, channels: int) -> tuple[tuple[float, ...], tu
     return mean, std
 
 
-def _open_fashion_mnist(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:
+def _open_fashion_mnist(spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
     sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
     if min(sides) < fashion_mnist.SIDE:
         raise ConfigError(
@@ -111,11 +113,11 @@ def _open_fashion_mnist(spec: DataSpec, backend: str, workers: int, failures: Fa
         )
     cache = cache_folder(spec.cache)
     folder = fashion_mnist.find_fashion_mnist(spec.root, cache)
-    train, evaluation = (_fashion_mnist_reader(folder, part, cache, backend, workers) for part in fashion_mnist.COUNTS)
+    train, evaluation = (_fashion_mnist_reader(folder, part, cache, backend, loader) for part in fashion_mnist.COUNTS)
     return train, evaluation
 
 
-def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, workers: int) -> Reader:
+def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, loader: LoaderSpec) -> Reader:
     if backend == "torchvision":
         images, labels = fashion_mnist.read_fashion_mnist(folder, part)
         return MemoryReader(images[..., None], labels, fashion_mnist.CLASSES)
@@ -123,7 +125,7 @@ def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, wo
     samples = cached_beton(
         cache, f"fashion-mnist-{part}", signature, lambda path: _write_fashion_mnist(path, folder, part)
     )
-    return BetonReader(samples, fashion_mnist.CLASSES, workers)
+    return BetonReader(samples, fashion_mnist.CLASSES, loader.workers, loader.prefetch)
 
 
 def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
@@ -134,20 +136,20 @@ def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
         writer.close({"classes": list(fashion_mnist.CLASSES), "count": len(images), "source": str(folder)}, verify)
 
 
-def _open_folder(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:
+def _open_folder(spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give data.root with train/CLASS/*.jpg and val/CLASS/*.jpg")
     train, evaluation = (list_folder(root / part) for part in ("train", "val"))
     _same_classes(root, train.classes, evaluation.classes)
     if backend == "torchvision":
-        return FolderReader(train, workers), FolderReader(evaluation, workers)
+        return tuple(FolderReader(part, loader.workers, loader.prefetch) for part in (train, evaluation))
     readers = []
     for part, listing in (("train", train), ("val", evaluation)):
-        samples = _converted(spec, part, listing, workers)
+        samples = _converted(spec, part, listing, loader.workers)
         for name, reason in samples.manifest["skipped"].items():
             failures.record(name, reason)
-        readers.append(BetonReader(samples, train.classes, workers))
+        readers.append(BetonReader(samples, train.classes, loader.workers, loader.prefetch))
     return readers[0], readers[1]
 
 
@@ -164,7 +166,7 @@ def _converted(spec: DataSpec, part: str, listing: Listing, workers: int) -> Sam
     )
 
 
-def _open_beton(spec: DataSpec, backend: str, workers: int, failures: Failures) -> tuple[Reader, Reader]:
+def _open_beton(spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
     train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
     classes = [tuple(samples.manifest.get("classes", ())) for samples in (train, evaluation)]
@@ -177,7 +179,7 @@ def _open_beton(spec: DataSpec, backend: str, workers: int, failures: Failures) 
         raise DataError(
             f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the files again"
         )
-    return BetonReader(train, names, workers), BetonReader(evaluation, names, workers)
+    return tuple(BetonReader(part, names, loader.workers, loader.prefetch) for part in (train, evaluation))
 
 
 def _same_classes(root: Path, train: tuple[str, ...], evaluation: tuple[str, ...]) -> None:

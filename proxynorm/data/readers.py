@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from proxynorm.data.native import GOOD, REASONS, decoder, map_file
 from proxynorm.data.spec import Batch
 from proxynorm.errors import DataError
 
-# Work begun ahead: some batches, and enough to keep every thread busy where the batches are small.
+# Work begun ahead where a GPU computes: some batches, and enough to keep every thread busy where the batches are small.
 BATCHES_AHEAD = 3
 TASKS_AHEAD_PER_WORKER = 2
 IMAGES_PER_TASK = 8
@@ -98,11 +99,19 @@ class _Pending(NamedTuple):
 class BetonReader:
     """A .beton file, read by FFCV's decoder in `workers` threads (at least one).
 
-    pin: batches lie in page-locked memory where there is a GPU to copy them to.
+    prefetch: see LoaderSpec. pin: batches lie in page-locked memory where there is a GPU to copy them to.
     """
 
-    def __init__(self, samples: Samples, classes: tuple[str, ...], workers: int, pin: bool = True) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        classes: tuple[str, ...],
+        workers: int,
+        prefetch: int | None = None,
+        pin: bool = True,
+    ) -> None:
         self.samples, self.classes, self.workers = samples, classes, max(1, workers)
+        self.prefetch = prefetch
         self.pin = pin and torch.cuda.is_available()
         self.targets, self.channels = samples.target, samples.channels
         self.file = map_file(samples.path)
@@ -115,12 +124,20 @@ class BetonReader:
         try:
             for job in jobs:
                 pending.append(self._submit(pool, job, view))
-                if len(pending) > max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // len(pending[0].tasks)):
+                if len(pending) > self._ahead(len(pending[0].tasks)):
                     yield self._finish(pending.popleft(), view, failures)
             while pending:
                 yield self._finish(pending.popleft(), view, failures)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ahead(self, tasks: int) -> int:
+        """How many batches of so many tasks to begin before they are asked for."""
+        if self.prefetch is not None:
+            return self.prefetch
+        if not torch.cuda.is_available():
+            return 0
+        return max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // tasks)
 
     def _submit(self, pool: ThreadPoolExecutor, job: Job, view: View) -> _Pending:
         height, width = self.samples.height[job.rows], self.samples.width[job.rows]
@@ -130,7 +147,8 @@ class BetonReader:
         # A fresh buffer each time: nothing that was handed out is written again.
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin).numpy()
         status = np.zeros(len(job.rows), dtype=np.int64)
-        parts = [slice(start, start + IMAGES_PER_TASK) for start in range(0, len(job.rows), IMAGES_PER_TASK)]
+        length = min(IMAGES_PER_TASK, math.ceil(len(job.rows) / self.workers))
+        parts = [slice(start, start + length) for start in range(0, len(job.rows), length)]
         tasks = [
             pool.submit(self._decode, job.rows[part], boxes[part], flips[part], images[part], status[part])
             for part in parts

@@ -68,11 +68,18 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """Which backend reads the images. workers: threads (ffcv) or processes (torchvision); None: the process's share of
-    the cores; 0: no process beside, and one thread for ffcv."""
+    """Which backend reads the images, and how.
+
+    workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores; 0: no process beside,
+              and one thread for ffcv
+    prefetch: batches made while another is in use; None: for ffcv three where there is a GPU and none where there is
+              not, as decoding then takes the cores that compute; for torchvision two in each process. torchvision takes
+              one in each process at least.
+    """
 
     name: str = "auto"
     workers: int | None = None
+    prefetch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     _at_least("data.limit", spec.limit, 1)
     _at_least("data.holdout", spec.holdout, 0)
     _at_least("loader.workers", loader.workers, 0)
+    _at_least("loader.prefetch", loader.prefetch, 0)
     for key, value in (("eval_ratio", spec.eval_ratio), ("min_area", spec.min_area)):
         if not 0 < value <= 1:
             raise ConfigError(f"data.{key}={value}: give a share above 0 and at most 1")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
-from proxynorm.data.augment import CROP_RATIO, random_boxes
+from proxynorm.data.augment import CROP_RATIO, View, random_boxes
 from proxynorm.data.randomness import permutation, sample_keys, uniform
+from proxynorm.data.readers import Failures, Job
 from proxynorm.errors import ConfigError
 from tests.data.conftest import BACKENDS, needs_ffcv, write_folder
 
@@ -33,6 +34,24 @@ def same(left, right):
 def test_any_number_of_workers_gives_the_same_bits(photos, cache, backend):
     one, two = (batches(opened(photos, cache, backend, workers)) for workers in (0, 2))
     assert same(one, two)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_made_ahead_are_the_same_bits(photos, cache, backend):
+    spec = DataSpec("folder", root=str(photos), cache=cache, image_size=32, augmentation="inception")
+    now, ahead, far = (batches(open_data(spec, LoaderSpec(backend, 2, prefetch))) for prefetch in (0, 1, 9))
+    assert same(now, ahead) and same(now, far)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("prefetch, begun", [(0, 1), (2, 3), (None, 4 if torch.cuda.is_available() else 1)])
+def test_ffcv_begins_as_many_batches_as_asked(photos, cache, prefetch, begun):
+    spec = DataSpec("folder", root=str(photos), cache=cache, image_size=32)
+    data = open_data(spec, LoaderSpec("ffcv", 1, prefetch))
+    drawn = []
+    jobs = (drawn.append(n) or Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32) for n in range(6))
+    next(data.train.reader.stream(jobs, View(), Failures("raise")))
+    assert len(drawn) == begun
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
