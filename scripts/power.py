@@ -1,7 +1,9 @@
-"""The power decomposition (Fig. 2): of random nets, python scripts/power.py norms=[bn,ln], or of a run, run=FOLDER.
+"""The power decomposition (Fig. 2): of random nets, python scripts/power.py norms=[bn,ln], of a run, run=FOLDER, or of
+the trained nets of a table, table=NAME.
 
-With run= it shows the steps logged in training (power.every_epochs=…), or else measures the checkpoint last.pt. Writes
-power.csv, power.png and, for random nets, summary.json into output."""
+With run= it shows the steps logged in training (power.every_epochs=…), or else measures the checkpoint last.pt; with
+table= it measures last.pt of every finished run and sets P1 against accuracy. Writes power.csv, power.png and, except
+for a run, summary.json into output."""
 
 from __future__ import annotations
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 class Options:
     output: str = option("results/power", "folder of the files")
     run: str | None = option(None, "a run folder instead of random nets")
+    table: str | None = option(None, "the finished runs of a table instead of random nets")
+    root: str = option("runs", "with table=: folder of the tables' run folders")
+    results: str = option("results", "with table=: folder of what searches have chosen")
     weights: str = option("", "with run=: measure this checkpoint, last or best, even if steps were logged")
     images: int = option(32, "images to measure on")
     batch: int = option(8, "images a forward; Batch Norm's statistics are over these")
@@ -114,6 +119,26 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
     plot_power(panels, folder / "power.png")
 
 
+def show_table(options: Options, folder: Path, device: torch.device) -> None:
+    from proxynorm.analysis.power_files import write_csv
+    from proxynorm.files import write_json
+    from proxynorm.reproduce.runs import read_chosen, table_runs
+    from proxynorm.reproduce.table import load_table
+    from proxynorm.reproduce.trained_power import panels, plot_against_metric, summarize, trained_nets
+    from proxynorm.train.run_folder import environment
+
+    table = load_table(options.table)
+    runs = table_runs(table, options.root, read_chosen(table, options.results))
+    nets = []
+    for net in trained_nets(runs, table.metric, options.images, options.batch, device):
+        print(f"{net.run}: {table.metric} {net.metric:.2f}, P1 {net.mean('p1'):.4f}", flush=True)
+        nets.append(net)
+    write_csv(folder / "power.csv", panels(nets), "run")
+    plot_against_metric(nets, table.metric, folder / "power.png")
+    measured = {"table": table.name, "metric": table.metric, "images": options.images, "environment": environment()}
+    write_json(folder / "summary.json", {**measured, **summarize(nets)})
+
+
 def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]:
     from proxynorm.analysis.power_monitor import measure
     from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
@@ -131,11 +156,14 @@ def main(options: Options) -> int:
     for name in ("images", "batch", "width", "depth", "size", "nets"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}={getattr(options, name)}: must be at least 1")
+    if options.run and options.table:
+        raise ConfigError("run= and table= exclude each other: give one")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     folder, device = Path(options.output), torch.device(automatic if options.device == "auto" else options.device)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        (show_run if options.run else show_random_nets)(options, folder, device)
+        show = show_run if options.run else show_table if options.table else show_random_nets
+        show(options, folder, device)
     except ValueError as error:  # a wrong norm, padding or number of groups
         raise ConfigError(str(error)) from error
     print(folder / "power.png")

@@ -91,6 +91,20 @@ def mini_norms(results: Path) -> str:
 """
 
 
+def trained_power(results: Path) -> str:
+    """P1 of mini_norms' trained nets beside their accuracy."""
+    content = load(results, "power_mini_norms/summary.json")
+    header = ("norm", "top-1 %", "P1 after training", "correlation of the two over seeds", "seeds")
+    rows = [[cell, f"{row['metric']:.2f}", f"{row['p1']:.3f}", "" if row["correlation"] is None else f"{row['correlation']:+.2f}",
+             str(row["n"])] for cell, row in content["cells"].items()]
+    return f"""{markdown_table(header, rows)}
+
+![P1 and top-1 of every run](results/power_mini_norms/power.png)
+
+Means over the norms of a net and over seeds, on {content["images"]} test images (`python scripts/power.py table=mini_norms images={content["images"]}`).
+"""
+
+
 STEP_NORMS = ("torch bn", "torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "gn", "gn_pn", "in", "in_pn", "bn_pn")
 
 
@@ -169,7 +183,7 @@ weight update, with a warm cache: {start["median"]:.1f} s (`python scripts/bench
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo, "storage": storage, "loader": loader, "step": step, "engine": engine,
-                                           "mini_norms": mini_norms}
+                                           "mini_norms": mini_norms, "trained_power": trained_power}
 
 
 def render(text: str, results: Path) -> str:

@@ -18,6 +18,7 @@ from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.errors import ConfigError
+from proxynorm.reproduce.trained_power import TrainedNet, summarize
 
 
 def images(count=12, seed=0, size=32):
@@ -203,3 +204,46 @@ def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
     assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) == 0
     found = list(csv.DictReader(open(tmp_path / "power" / "power.csv")))
     assert [row["step"] for row in found] == ["epoch 0", "epoch 0", "epoch 1", "epoch 1"]
+
+
+def trained(name, metric, p1):
+    rows = [PowerRow("norm1", 1, p1, 0.1, 0.8 - p1, 0.1), PowerRow("norm2", 2, p1 + 0.1, 0.1, 0.7 - p1, 0.1)]
+    return TrainedNet(name, name.partition("-")[0], metric, rows)
+
+
+def test_trained_nets_are_summed_up_by_cell():
+    nets = [trained("ln-s0", 90.0, 0.1), trained("ln-s1", 88.0, 0.3), trained("ln-s2", 89.0, 0.2)]
+    nets += [trained("gn-s0", 91.0, 0.0)]
+    found = summarize(nets)
+    assert found["runs"]["ln-s1"] == {"n": 1, "metric": 88.0, "p1": 0.35, "p2": 0.1, "p3": 0.45, "p4": 0.1}
+    assert found["cells"]["ln"] == {
+        "n": 3, "metric": 89.0, "p1": 0.25, "p2": 0.1, "p3": 0.55, "p4": 0.1, "correlation": -1.0
+    }  # fmt: skip
+    assert found["cells"]["gn"]["correlation"] is None
+
+
+@pytest.mark.parametrize("metrics, powers", [((90.0, 91.0, 92.0), (-0.05,) * 3), ((90.0, 90.0, 90.0), (0.1, 0.2, 0.3))])
+def test_where_one_of_the_two_is_constant_there_is_no_correlation(metrics, powers):
+    nets = [trained(f"bn-s{seed}", *pair) for seed, pair in enumerate(zip(metrics, powers))]
+    assert summarize(nets)["cells"]["bn"]["correlation"] is None
+
+
+def test_the_command_measures_the_trained_nets_of_a_table(tmp_path, script, run_small):
+    runs, results = tmp_path / "runs", tmp_path / "power"
+    table = tmp_path / "small.yaml"
+    table.write_text(
+        "title: small\nabout: two norms\n"
+        "train: [data=fashion_mnist, model=resnet20v2, model.width=4, model.depth=8]\n"
+        "cells: [{norm: [bn, ln]}]\nrows: [norm]\nseeds: 1\nminutes: 1\nhardware: any\n"
+    )
+    options = script.Options(str(results), table=str(table), root=str(runs), results=str(tmp_path), images=16)
+    with pytest.raises(ConfigError, match="no finished run"):
+        script.main(options)
+    (runs / "small").mkdir(parents=True)
+    run_small("norm=ln", "name=ln-s0").folder.rename(runs / "small" / "ln-s0")
+    assert script.main(options) == 0
+    summary = json.loads((results / "summary.json").read_text())
+    assert list(summary["runs"]) == ["ln-s0"] and 0 < summary["cells"]["ln"]["p1"] < 1
+    assert {row["run"] for row in csv.DictReader(open(results / "power.csv"))} == {"ln-s0"}
+    with pytest.raises(ConfigError, match="exclude each other"):
+        script.main(script.Options(str(results), table=str(table), run=str(runs)))
