@@ -18,11 +18,13 @@ CLAIMS = Path(__file__).with_name("claims.yaml")
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim. tests: names in tests/test_claims.py; comparisons: 'TABLE: FIRST - SECOND'; needs: what no CPU shows."""
+    """A claim. tests: names in tests/test_claims.py; comparisons: 'TABLE: FIRST - SECOND'; scope: where
+    alone it is shown; needs: what no CPU shows."""
 
     claim: str
     tests: list[str] = field(default_factory=list)
     comparisons: list[str] = field(default_factory=list)
+    scope: str = ""
     note: str = ""
     needs: str = ""
 
@@ -51,13 +53,14 @@ def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
     """The weakest of the comparisons' verdicts; shown where tests alone show it; needs … where nothing here can."""
     if claim.needs:
         return f"needs {claim.needs}"
+    shown = f"shown {claim.scope}".strip()
     if not outcomes:
-        return "shown"
+        return shown
     verdicts = {outcome.verdict for outcome in outcomes}
     for word in ("not run", "contradicted", "not shown"):
         if word in verdicts:
             return word
-    return "shown" if verdicts == {"shown"} else "not shown"
+    return shown if verdicts == {"shown"} else "not shown"
 
 
 def evidence(claim: Claim, outcomes: Sequence[Outcome]) -> str:

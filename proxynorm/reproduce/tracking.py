@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from proxynorm.reproduce.document import Figure, Grid, to_html
-from proxynorm.reproduce.report import Findings, cell_table, report
+from proxynorm.reproduce.report import Findings, cell_table, comparison_table, report
 from proxynorm.train.tracker import choose_mode
 
 
 def log_report(findings: Findings, mode: str, folder: Path, project: str) -> None:
-    """Log the cells, the figures, the report and the deltas, with W&B's files below `folder`; without W&B it says so.
+    """Log the cells, the comparisons, the figures, the report and the deltas, with W&B's files below `folder`; without W&B it says so.
 
     Raises ConfigError for an unknown mode.
     """
@@ -35,10 +35,11 @@ def log_report(findings: Findings, mode: str, folder: Path, project: str) -> Non
         ) as run:
             content = {
                 "cells": as_wandb_table(wandb, cell_table(findings)),
+                "comparisons": as_wandb_table(wandb, comparison_table(findings.outcomes)),
                 "report": wandb.Html(to_html(table.title, blocks), inject=False),
             }
             content |= {
-                block.file.removesuffix(".svg"): wandb.Html(block.svg, inject=False)
+                f"figure/{block.file.removesuffix('.svg')}": wandb.Html(block.svg, inject=False)
                 for block in blocks
                 if isinstance(block, Figure)
             }

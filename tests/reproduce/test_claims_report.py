@@ -48,3 +48,4 @@ def test_status_is_the_weakest_verdict(verdicts, status):
         == status
     )
     assert claim_status(Claim("c", needs="ImageNet"), []) == "needs ImageNet"
+    assert claim_status(Claim("c", scope="at initialisation"), []) == "shown at initialisation"

@@ -1,6 +1,7 @@
 """From finished runs to the report: statistics, verdicts, bytes."""
 
 import filecmp
+import json
 import shutil
 import xml.dom.minidom
 
@@ -164,7 +165,12 @@ def test_a_damaged_archive_is_named(tiny, finished, tmp_path):
 def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_path):
     findings = gather(tiny, finished, tmp_path)
     log_report(findings, "offline", tmp_path / "logged", "proxynorm")
-    assert list((tmp_path / "logged" / "wandb").glob("offline-run-*/*.wandb"))
+    (run,) = (tmp_path / "logged" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+    tables = [json.loads(path.read_text()) for path in sorted((run / "files" / "media" / "table").rglob("*.json"))]
+    assert [table["columns"][0] for table in tables] == ["cell", "claim"]
+    assert [row[0] for row in tables[0]["data"]] == ["bn", "ln_pn"]
+    assert len(list((run / "files" / "media" / "html").rglob("*.html"))) == 4  # the report, three figures
     assert deltas(findings)["difference/ln_pn-bn"] == pytest.approx(0.9)
     with pytest.raises(ConfigError, match="logger.mode"):
         log_report(findings, "ofline", tmp_path, "proxynorm")
