@@ -54,7 +54,7 @@ def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path,
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes, (title, power) in zip(grid, panels.items(), strict=False):  # what is left of the grid stays empty
+    for (title, power), axes in zip(panels.items(), grid, strict=False):  # what is left of the grid stays empty
         depths = [row.depth for row in power]
         areas = axes.stackplot(depths, *([getattr(row, term) for row in power] for term in ("p1", "p2", "p3", "p4")),
                                colors=POWER_COLORS)

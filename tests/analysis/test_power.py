@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from torch import nn
@@ -154,6 +155,16 @@ def test_the_plot_is_the_same_bytes_again(tmp_path):
     for name in ("one.png", "two.png"):
         plot_power({"ln": rows, "bn": rows}, tmp_path / name, {"ln": [0.1, 0.2, 0.3]})
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+@pytest.mark.parametrize("panels", [4, 5])
+def test_what_no_panel_fills_stays_empty(tmp_path, panels):
+    rows = [PowerRow("a", depth, 0.1 * depth, 0.1, 0.5, 0.2) for depth in (1, 2, 3)]
+    plot_power({f"epoch {number}": rows for number in range(panels)}, tmp_path / "power.png")
+    picture = matplotlib.image.imread(tmp_path / "power.png")[..., :3]
+    height, width, _ = picture.shape
+    lower = picture[height // 2 : int(0.85 * height)]
+    assert (lower[:, width * 3 // 4 :] == 1).all() and not (lower[:, : width // 4] == 1).all()
 
 
 def test_collapse_is_warned_of():
