@@ -79,6 +79,15 @@ def selected_runs(options: Options, table: Table) -> list[Run]:
     return [run for run in runs if not options.cells or run.cell.name in options.cells]
 
 
+def own_runs(options: Options, table: Table) -> list[Run]:
+    """The selected runs. Raises ConfigError if a finished one was trained otherwise than the table and train= say."""
+    from proxynorm.reproduce.recipe import refuse_other_recipes
+
+    runs = selected_runs(options, table)
+    refuse_other_recipes(runs, options.results, options.train)
+    return runs
+
+
 def plan(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import plan as describe
 
@@ -97,15 +106,18 @@ def status(options: Options, table: Table) -> int:
 def launch(options: Options, table: Table) -> int:
     from proxynorm.reproduce.estimate import Estimator, check, probe_runs
     from proxynorm.reproduce.launch import LAUNCHERS, LaunchOptions
+    from proxynorm.reproduce.recipe import refuse_other_recipes
 
     if options.launcher not in LAUNCHERS:
         raise ConfigError(f"launcher={options.launcher}: {nearest(options.launcher, LAUNCHERS)}")
-    runs, overrides = not_kept(selected_runs(options, table), options.results), tuple(options.train)
+    runs, overrides = selected_runs(options, table), tuple(options.train)
     for override in overrides:
         if override.split("=")[0].lstrip("+") in ("seed", "name", "runs_dir"):
             raise ConfigError(
                 f"train=[{override}]: each run of a table has its own seed, name and runs_dir; leave it out"
             )
+    refuse_other_recipes(runs, options.results, overrides)
+    runs = not_kept(runs, options.results)
     if not runs:
         return 0
     check_overrides(runs[0], overrides)
@@ -146,7 +158,8 @@ def slurm_options(options: Options) -> SlurmOptions:
     from proxynorm.reproduce.slurm import SlurmOptions
 
     words = {name: json.dumps(str(getattr(options, name))) for name in ("table", "root", "results", "wandb")}
-    words |= {"cells": json.dumps(options.cells)} | ({"seeds": str(options.seeds)} if options.seeds else {})
+    words |= {name: json.dumps(getattr(options, name)) for name in ("cells", "train")}
+    words |= {"seeds": str(options.seeds)} if options.seeds else {}
     report = ("report", *(f"{name}={word}" for name, word in words.items())) if options.report else ()
     shared = {field.name for field in fields(SlurmOptions)} & {field.name for field in fields(options)}
     values = {name: getattr(options, name) for name in shared}
@@ -157,7 +170,7 @@ def choose(options: Options, table: Table) -> int:
     from proxynorm.files import write_json
     from proxynorm.reproduce.search import choose as best
 
-    found = best(table, selected_runs(options, table), options.results)
+    found = best(table, own_runs(options, table), options.results)
     path = Path(options.results) / table.name / "chosen.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
@@ -172,7 +185,7 @@ def choose(options: Options, table: Table) -> int:
 def collect(options: Options, table: Table) -> int:
     from proxynorm.reproduce.records import collect as keep
 
-    kept = [run.name for run in selected_runs(options, table) if keep(run, options.results)]
+    kept = [run.name for run in own_runs(options, table) if keep(run, options.results)]
     print(f"{len(kept)} runs collected into {Path(options.results) / table.name / 'runs'}")
     return 0
 
@@ -181,7 +194,7 @@ def report(options: Options, table: Table) -> int:
     from proxynorm.reproduce.report import gather, write_report
     from proxynorm.reproduce.tracking import log_report
 
-    findings, folder = gather(table, selected_runs(options, table), options.results), Path(options.results) / table.name
+    findings, folder = gather(table, own_runs(options, table), options.results), Path(options.results) / table.name
     write_report(findings, folder)
     log_report(findings, options.wandb, Path(options.root) / table.name, project="proxynorm")
     print(folder / "report.md")
