@@ -27,7 +27,7 @@ def plan(table: Table, runs: Sequence[Run], results: Path, jobs: int, overrides:
         f"{describe(left, estimate)}; {duration(seconds / jobs)} with jobs={jobs}",
         "",
     ]
-    return "\n".join(lines + [f"[{state}] {run.command()}" for run, state in zip(runs, states, strict=True)])
+    return "\n".join(lines + [f"[{state}] {run.command(overrides)}" for run, state in zip(runs, states, strict=True)])
 
 
 def status(runs: Sequence[Run], results: Path, width: int | None = None) -> str:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,9 +65,9 @@ class Run:
             f"logger.tags=[{tags}]",
         ]
 
-    def command(self) -> str:
-        """The command as one types it in a shell."""
-        return shlex.join(["python", "train.py", *self.arguments()])
+    def command(self, overrides: Sequence[str] = ()) -> str:
+        """The command as one types it in a shell, with further overrides."""
+        return shlex.join(["python", "train.py", *self.arguments(), *overrides])
 
 
 class Trained(Protocol):

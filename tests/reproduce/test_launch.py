@@ -118,6 +118,12 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
 
 
+def test_the_commands_of_a_plan_are_those_that_run_executes(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    commands = [line for line in plan(tiny, runs, tmp_path, 1, ["data.root=/a b"]).splitlines() if "train.py" in line]
+    assert len(commands) == 4 and all(line.endswith(" 'data.root=/a b'") for line in commands)
+
+
 @pytest.fixture
 def one_kept(tiny, tmp_path):
     """The tiny table's runs, the first of them kept in results/ alone."""
