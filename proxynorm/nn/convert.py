@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from proxynorm.nn.dataflow import Flow, read_flow
-from proxynorm.nn.elementwise import is_activation, is_norm, recognized
+from proxynorm.nn.elementwise import has_set_forward, is_activation, is_norm, recognized
 from proxynorm.nn.followers import Follower, Site
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
@@ -127,6 +127,7 @@ def convert(
         raise TypeError(f"keep is a list of names: keep=[{keep!r}]")
     options = NormOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
     spec = options.spec
+    _refuse_set_forwards(model)
     _separate_shared_activations(model)
     flow = read_flow(model)
     places = _places(model, flow, set(keep), spec.proxy)
@@ -161,6 +162,22 @@ def standardize_before_norms(model: nn.Module) -> nn.Module:
     for name in sorted(read_flow(model).feeding):
         standardize_weights(model.get_submodule(name))
     return model
+
+
+def _refuse_set_forwards(model: nn.Module) -> None:
+    """Raises ValueError if a forward was set on an object rather than on its class, where the data flow would not be
+    what its class says; a layer of torch's that is neither norm nor activation is looked at as a whole anyway."""
+    found = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if has_set_forward(module)
+        and (is_norm(module) or is_activation(module) or not type(module).__module__.startswith("torch.nn."))
+    ]
+    if found:
+        raise ValueError(
+            f"cannot convert this {type(model).__name__}: a forward was set on the object {', '.join(found)}, which may "
+            "compute something else than its class: convert before setting it, or put it into a class"
+        )
 
 
 def _separate_shared_activations(model: nn.Module) -> None:

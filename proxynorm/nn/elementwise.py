@@ -49,6 +49,11 @@ _FUNCTIONAL = {
 }
 
 
+def has_set_forward(module: nn.Module) -> bool:
+    """Whether forward was set on this object: what its class says of it need not hold then."""
+    return "forward" in vars(module)
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether the module normalizes maps: batch norm, group norm, NormAct2d, or a channels-first layer norm."""
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, NormAct2d)):

@@ -19,8 +19,13 @@ from proxynorm.nn.elementwise import (
 _DISGUISED = {"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "maximum", "minimum", "fmax",
               "fmin", "rrelu", "prelu"}  # fmt: skip
 # Parts of activations written by hand: not linear in their one input.
-_CURVED = {"where", "exp", "expm1", "log", "log1p", "sqrt", "pow", "square", "abs", "sign", "gt", "lt", "ge", "le", "erf",
-           "sin", "cos", "logsigmoid", "heaviside", "masked_fill", "masked_fill_"}  # fmt: skip
+_CURVED = {"where", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logit", "sqrt", "rsqrt", "reciprocal", "pow",
+           "square", "abs", "sign", "gt", "lt", "ge", "le", "erf", "erfc", "erfinv", "sin", "cos", "tan", "asin", "acos",
+           "atan", "arcsin", "arccos", "arctan", "atan2", "arctan2", "sinh", "cosh", "asinh", "acosh", "atanh", "arcsinh",
+           "arccosh", "arctanh", "sinc", "hypot", "logaddexp", "logaddexp2", "logsumexp", "logsigmoid", "heaviside",
+           "masked_fill", "masked_fill_", "mod", "fmod", "remainder", "floordiv", "floor_divide", "round", "floor", "ceil",
+           "trunc", "fix", "frac", "nan_to_num", "addcmul", "addcdiv"}  # fmt: skip
+_QUOTIENTS = {"truediv", "itruediv", "div", "div_", "divide", "true_divide"}
 _SUMS = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub"}
 _PRODUCTS = {"mul", "imul", "mul_", "truediv", "itruediv", "div", "div_"}
 # What ends the search for an activation: from here on the value is another layer's.
@@ -75,6 +80,8 @@ def may_stand_between(module: nn.Module) -> bool:
 
 def follower(node: fx.Node, root: nn.Module) -> Follower:
     """What follows the norm that `node` calls: its activation, nothing, or a reason why it cannot be placed."""
+    if node.kwargs:
+        return Follower(problem="it is called with its input as a keyword: pass the value alone")
     between: list[str] = []
     while True:
         users = list(node.users)
@@ -151,7 +158,8 @@ def _problem(node: fx.Node, root: nn.Module, path: list[str], pure: bool) -> str
         through = f" behind {', '.join(path)}" if path else ""
         return f"the activation {_told(node)}{through} cannot be joined with it"
     operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    if pure and (name in _CURVED or (name in _PRODUCTS and len(operands) > 1)):
+    divides = name in _QUOTIENTS and len(node.args) > 1 and isinstance(node.args[1], fx.Node)
+    if pure and (name in _CURVED or divides or (name in _PRODUCTS and len(operands) > 1)):
         return _by_hand([*path, node.name])
     return None
 

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 
 from proxynorm.nn.convert import hand_on_copy
 from proxynorm.nn.dataflow import Part, traced_parts
-from proxynorm.nn.elementwise import called_function
+from proxynorm.nn.elementwise import called_function, has_set_forward
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.shared import SharedMoments
 
@@ -147,6 +147,8 @@ def _check(model: nn.Module) -> None:
         if isinstance(module, NormAct2d) and module.kind == "bn" and module.running_mean is None:
             raise ValueError(f"cannot freeze {name or kind}: it has no running statistics (track_running_stats=False), "
                              "so its output depends on the batch in evaluation too")  # fmt: skip
+        if isinstance(module, NormAct2d) and has_set_forward(module):
+            raise ValueError(f"cannot freeze {name or kind}: a forward was set on this object, which would be lost")
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise ValueError(f"cannot freeze {name or kind}: a hook computes its {attribute} anew at each call. "
@@ -159,8 +161,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hook
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+    """Whether a call of the module does more than its class's forward: hooks, or a forward set on the object."""
+    return bool(module._forward_pre_hooks or module._forward_hooks) or has_set_forward(module)
 
 
 def _remove_own_hooks(model: nn.Module) -> None:

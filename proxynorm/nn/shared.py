@@ -44,7 +44,7 @@ class SharedMoments:
             return
         families: dict[Hashable, list[NormAct2d]] = {}
         for module in model.modules():
-            if isinstance(module, NormAct2d) and module.proxied and module.act_name != "callable":
+            if isinstance(module, NormAct2d) and module.proxied and module.act_name != "callable" and _is_plain(module):
                 families.setdefault(_family(module), []).append(module)
         self.evaluated = {family: self.evaluated[family] for family in families if family in self.evaluated}
         for family, layers in families.items():
@@ -62,10 +62,13 @@ class SharedMoments:
             layer.shared_constants = Constants(*constants)
 
     def _constants(self, family: Hashable, parameters: Tensor, rule: Rule) -> Constants:
-        before = self.evaluated.get(family)
-        comparable = before is not None and type(parameters) is Tensor and parameters.device.type == "cpu"
-        if not comparable or not torch.equal(before[0], parameters):
-            before = self.evaluated[family] = parameters, fold(tuple(parameters), rule)
+        # under FakeTensorMode what is evaluated has no values: it is neither compared nor kept
+        comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
+        before = self.evaluated.get(family) if comparable else None
+        if before is None or not torch.equal(before[0], parameters):
+            before = parameters, fold(tuple(parameters), rule)
+            if comparable:
+                self.evaluated[family] = before
         return before[1]
 
     def take_back(self, model: nn.Module, inputs: tuple, output: object) -> None:
@@ -75,6 +78,11 @@ class SharedMoments:
         for module in model.modules():
             if isinstance(module, NormAct2d):
                 module.shared_constants = None
+
+
+def _is_plain(layer: NormAct2d) -> bool:
+    """Whether the parameters are torch's own tensors, which can stand side by side; sharded ones (DTensor) cannot."""
+    return all(type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters())
 
 
 def _family(layer: NormAct2d) -> Hashable:

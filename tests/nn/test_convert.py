@@ -321,3 +321,55 @@ def test_report() -> None:
     assert len({line.index("BatchNorm2d") for line in table if "BatchNorm2d" in line}) == 1
     with pytest.raises(ValueError, match="was not converted"):
         conversion_report(torchvision.models.resnet18())
+
+
+def silu_instead(block, x):
+    return F.silu(block.bn1(block.conv1(x)))
+
+
+@pytest.mark.parametrize("name", ["bn1", "relu", "layer1.0", ""])
+def test_a_forward_set_on_an_object_is_refused_by_name(name):
+    net = torchvision.models.resnet18()
+    module = net.get_submodule(name)
+    module.forward = type(module).forward.__get__(module)
+    state = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=f"a forward was set on the object {name or 'the model itself'}, "):
+        convert(net, "ln_pn")
+    assert isinstance(net.bn1, nn.BatchNorm2d) and list(net.state_dict()) == list(state)
+
+
+def test_a_forward_set_on_a_convolution_is_no_hindrance():
+    net = torchvision.models.resnet18()
+    net.conv1.forward = type(net.conv1).forward.__get__(net.conv1)
+    assert isinstance(convert(net, "ln_pn").bn1, NormAct2d)
+
+
+class Behind(nn.Module):
+    """Two norms: a ReLU behind the first, `behind` behind the second."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.n1, self.c, self.n2, self.behind = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), behind
+
+    def forward(self, x):
+        return self.behind(self.n2, self.c(torch.relu(self.n1(x))))
+
+
+@pytest.mark.parametrize("behind", [
+    lambda n, x: torch.atan(n(x)), lambda n, x: torch.hypot(*2 * (n(x),)), lambda n, x: 1 / (n(x) + 20),
+    lambda n, x: n(x).reciprocal(), lambda n, x: n(x) % 1, lambda n, x: torch.round(n(x)),
+    lambda n, x: torch.nan_to_num(n(x)), lambda n, x: torch.tan(n(x)).sum(),
+])  # fmt: skip
+def test_further_curves_written_by_hand_are_refused(behind):
+    with pytest.raises(ValueError, match=r"n2.*(written by hand|cannot be joined)"):
+        convert(Behind(behind), "ln_pn")
+
+
+@pytest.mark.parametrize("behind", [lambda n, x: n(x) / 2, lambda n, x: 3 * n(x) - 1, lambda n, x: n(x).mean((2, 3))])
+def test_what_is_linear_is_none(behind):
+    assert convert(Behind(behind), "ln_pn").n2.act_name != "relu"
+
+
+def test_a_norm_called_by_keyword_is_refused():
+    with pytest.raises(ValueError, match="n2.*keyword"):
+        convert(Behind(lambda n, x: torch.relu(n(input=x))), "ln_pn")

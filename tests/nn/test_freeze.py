@@ -248,6 +248,26 @@ def test_hooks_stay_and_hinder_merging(place: int, before: bool) -> None:
     assert_freezes(with_hook(place, before))
 
 
+def with_set_forward(place: int, act: str) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, "ln", act_layer=act), nn.Conv2d(8, 4, 1)).eval()
+    inner = type(model[place]).forward.__get__(model[place])
+    model[place].forward = lambda x: inner(x.abs())
+    return model
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_forward_set_on_a_convolution_stays_and_hinders_merging(act: str) -> None:
+    model = with_set_forward(2, act)
+    images = torch.randn(2, 3, 12, 12)
+    for merge in ("fast", "full"):
+        torch.testing.assert_close(freeze(model, merge)(images), model(images))
+
+
+def test_a_forward_set_on_a_norm_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="cannot freeze 1: a forward was set on this object"):
+        freeze(with_set_forward(1, "relu"))
+
+
 def test_a_layer_by_itself_freezes() -> None:
     assert_freezes(NormAct2d(3, act_layer="silu"))
 

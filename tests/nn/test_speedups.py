@@ -133,6 +133,17 @@ def test_fake_tensors_pass_twice():
             assert net(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_real_forward_goes_on_after_one_of_fake_tensors(first):
+    net, x = share_moments(network()), torch.randn(2, 3, 8, 8)
+    expected = copy.deepcopy(net)(x)
+    if first:
+        net(x)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        net(torch.empty(2, 3, 8, 8))
+    torch.testing.assert_close(net(x), expected)
+
+
 def test_shared_constants_do_not_outlive_a_failed_forward():
     net = share_moments(network())
     with pytest.raises(RuntimeError):
