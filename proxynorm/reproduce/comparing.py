@@ -60,17 +60,17 @@ def cell_samples(table: Table, records: Sequence[Record]) -> dict[str, Sample]:
 
 
 def cell_status(table: Table, sample: Sample, running: int, failed: int, reference: Reference | None) -> str:
-    """not run, running, n/N seeds, within or outside the tolerance of the reference, done; failures are added."""
+    """not run, running, n/N seeds, done, within or outside the tolerance of the reference; failures are added."""
     words = []
     if not sample.n:
         words += ["running"] if running else [] if failed else ["not run"]
     elif sample.n < table.seeds:
         words += [f"{sample.n}/{table.seeds} seeds"] + (["running"] if running else [])
+    else:
+        words.append("done")
     if reference is not None and sample.n:
         near = abs(sample.mean - reference.value) <= table.tolerance
         words.append("within" if near else "outside")
-    elif sample.n == table.seeds:
-        words.append("done")
     if failed:
         words.append(f"{failed} failed")
     return ", ".join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,17 @@ def run_files(run: Run) -> dict[str, bytes] | None:
         now = standing(run)
         if now.state != "failed":
             return None
-        kept = {name: (run.folder / name).read_bytes() for name in KEPT[:3] if (run.folder / name).is_file()}
+        kept = {name: _content(run, name) for name in KEPT[:3] if (run.folder / name).is_file()}
         return {**kept, FAILURE: f"{now.error}\n".encode()}
-    return {name: (run.folder / name).read_bytes() for name in KEPT}
+    return {name: _content(run, name) for name in KEPT}
+
+
+def _content(run: Run, name: str) -> bytes:
+    """A file of the run's folder; config.yaml without the path under which this machine has it."""
+    content = (run.folder / name).read_bytes()
+    if name != "config.yaml":
+        return content
+    return re.sub(rb"^runs_dir: .*$", f"runs_dir: runs/{run.table}".encode(), content, flags=re.MULTILINE)
 
 
 def kept_files(run: Run, results: str | Path) -> dict[str, bytes] | None:

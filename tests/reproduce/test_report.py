@@ -10,7 +10,7 @@ from mpmath import betainc
 
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.reproduce.comparing import Sample, cell_status, outcome, single_verdict
-from proxynorm.reproduce.records import archive_path, collect, kept_files
+from proxynorm.reproduce.records import archive_path, collect, kept_files, read_archive
 from proxynorm.reproduce.report import gather, write_report
 from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.search import choose
@@ -85,8 +85,8 @@ def test_cell_status_words(tiny):
         "not run",
         "running",
         "1/2 seeds",
-        "within",
-        "outside",
+        "done, within",
+        "done, outside",
         "1/2 seeds, running, within",
         "2 failed",
         "done",
@@ -132,6 +132,14 @@ def test_equal_runs_give_equal_archives(tiny, finished, tmp_path):
         collect(finished[0], tmp_path / results)
     one, two = (archive_path(finished[0], tmp_path / results).read_bytes() for results in ("one", "two"))
     assert one == two
+
+
+def test_a_kept_configuration_names_no_path_of_its_machine(tiny, finished, tmp_path):
+    path = finished[0].folder / "config.yaml"
+    path.write_text(f"seed: 0\nruns_dir: {tmp_path}/runs/tiny\nbatch: 8\n")
+    collect(finished[0], tmp_path / "results")
+    kept = read_archive(archive_path(finished[0], tmp_path / "results"))["config.yaml"]
+    assert kept == b"seed: 0\nruns_dir: runs/tiny\nbatch: 8\n" and not collect(finished[0], tmp_path / "results")
 
 
 def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
