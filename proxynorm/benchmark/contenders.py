@@ -38,7 +38,7 @@ def ours(work: Work, name: str, backend: str, deterministic: bool) -> Epoch:
     from proxynorm.data import DataSpec, LoaderSpec, open_data
 
     spec = DataSpec(name, root=work.folder, image_size=work.size, augmentation="inception", deterministic=deterministic)
-    loader = open_data(spec, LoaderSpec(backend, work.workers, prefetch=3)).train_loader(work.batch, work.batch, seed=0)
+    loader = open_data(spec, LoaderSpec(backend, work.workers)).train_loader(work.batch, work.batch, seed=0)
     epochs = count()
     return lambda: (batch.images for batch in loader.epoch(next(epochs)))
 

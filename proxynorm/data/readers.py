@@ -17,7 +17,7 @@ from proxynorm.data.native import GOOD, REASONS, decoder, map_file
 from proxynorm.data.spec import Batch
 from proxynorm.errors import DataError
 
-# Work begun ahead where a GPU computes: some batches, and enough to keep every thread busy where the batches are small.
+# Work begun ahead: some batches, and enough to keep every thread busy where the batches are small.
 BATCHES_AHEAD = 3
 TASKS_AHEAD_PER_WORKER = 2
 IMAGES_PER_TASK = 8
@@ -135,8 +135,6 @@ class BetonReader:
         """How many batches of so many tasks to begin before they are asked for."""
         if self.prefetch is not None:
             return self.prefetch
-        if not torch.cuda.is_available():
-            return 0
         return max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // tasks)
 
     def _submit(self, pool: ThreadPoolExecutor, job: Job, view: View) -> _Pending:

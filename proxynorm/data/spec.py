@@ -72,9 +72,8 @@ class LoaderSpec:
 
     workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores; 0: no process beside,
               and one thread for ffcv
-    prefetch: batches made while another is in use; None: for ffcv three where there is a GPU and none where there is
-              not, as decoding then takes the cores that compute; for torchvision two in each process. torchvision takes
-              one in each process at least.
+    prefetch: batches made while another is in use; 0: each is made when it is asked for, by all threads at once; None:
+              three for ffcv, two in each process for torchvision, which takes one in each at least
     """
 
     name: str = "auto"
