@@ -22,6 +22,10 @@ BITS = 11
 # Four pixels a side cover an area of three pixels wherever it begins.
 MOST_SHRUNK = 3
 THREE = np.uint64(3)
+# Rows of a block of a JPEG whose chroma is stored at half the height.
+BLOCK_ROWS = 16
+# Markers of a JPEG's header: a frame coded from top to bottom in one go; frames coded otherwise; the first scan.
+SEQUENTIAL, LAST_FRAME, NOT_FRAMES, SCAN = (0xC0, 0xC1), 0xCF, (0xC4, 0xC8, 0xCC), 0xDA
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -42,6 +46,48 @@ def _byte_sum(data):
     for byte in range(data.size - 8 * whole):
         value |= np.uint64(data[8 * whole + byte]) << np.uint64(8 * byte)
     return total + (value ^ np.uint64(data.size)) * WEIGHT_TAIL
+
+
+@numba.njit(**_options)
+def _height_place(data):
+    """Where the header of a JPEG gives its height, if its rows are coded from top to bottom in a single scan; else 0."""
+    place, components, at = 0, 0, 2
+    while at + 9 < data.size and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in SEQUENTIAL:
+            place, components = at + 5, data[at + 9]
+        elif SEQUENTIAL[-1] < marker <= LAST_FRAME and marker not in NOT_FRAMES:
+            return 0
+        elif marker == SCAN:
+            return place if data[at + 4] == components else 0
+        at += 2 + 256 * np.int64(data[at + 2]) + np.int64(data[at + 3])
+    return 0
+
+
+@numba.njit(**_options)
+def _cut(data, rows, copy):
+    """Copy a JPEG's bytes, its header changed to end after `rows` rows, all that is decoded then; False if it cannot."""
+    place = _height_place(data)
+    if place == 0:
+        return False
+    copy[: data.size] = data
+    copy[place], copy[place + 1] = rows >> 8, rows & 255
+    return True
+
+
+@numba.njit(**_options)
+def _decode(data, height, width, bottom, known, copy, pixels):
+    """Decode the JPEG's rows down to `bottom`, or more, into pixels (3 H W,); return whether it could be decoded.
+
+    known: these very bytes have been decoded before. Then the blocks below are left out, but for two rows, as those above
+    take a share of their chroma; the decoder's complaint about what is left over says nothing of the image.
+    """
+    rows = min(height, BLOCK_ROWS * ((bottom + 2 + BLOCK_ROWS - 1) // BLOCK_ROWS))
+    cut = known and rows < height and _cut(data, rows, copy)
+    source = copy.ctypes.data if cut else data.ctypes.data
+    lines = rows if cut else height
+    status = _imdecode(source, data.size, lines, width, pixels.ctypes.data, lines, width, 0, 0, 1, 1, False, False)
+    return cut or status == 0
 
 
 @numba.njit(**_options)
@@ -163,11 +209,14 @@ def decode_samples(file, rows, mode, height, width, pointer, size, sums, boxes, 
     """
     first = np.empty((2, max(out.shape[1], out.shape[2])), dtype=np.int64)
     weights = np.empty((2, first.shape[1], 4), dtype=np.int32)
-    widest = 1
+    widest, longest = 1, 0
     for i in rows:
         if i >= 0:
             widest = max(widest, np.int64(width[i]))
+            longest = max(longest, np.int64(size[i]))
     line = np.empty(3 * widest, dtype=np.int32)
+    copy = np.empty(longest, dtype=np.uint8)
+    known = sums.size > 0
     for k in range(rows.size):
         i = rows[k]
         status[k] = GOOD
@@ -176,12 +225,10 @@ def decode_samples(file, rows, mode, height, width, pointer, size, sums, boxes, 
             continue
         data = file[pointer[i] : pointer[i] + size[i]]
         h, w = np.int64(height[i]), np.int64(width[i])
-        if sums.size > 0 and _byte_sum(data) != sums[i]:
+        if known and _byte_sum(data) != sums[i]:
             status[k] = BAD_SUM
-        elif mode[i] == JPEG:
-            pixels = scratch.ctypes.data
-            if _imdecode(data.ctypes.data, size[i], h, w, pixels, h, w, 0, 0, 1, 1, False, False) != 0:
-                status[k] = BAD_JPEG
+        elif mode[i] == JPEG and not _decode(data, h, w, boxes[k, 0] + boxes[k, 2], known, copy, scratch):
+            status[k] = BAD_JPEG
         if status[k] != GOOD:
             out[k] = 0
         elif out.shape[3] == 1:

@@ -1,11 +1,13 @@
-"""The compiled resizing: OpenCV's area interpolation, to within rounding, and mirrored where asked."""
+"""The compiled loop: OpenCV's area interpolation, to within rounding, mirrored where asked; no more rows than a crop needs."""
 
 from __future__ import annotations
 
 import ctypes
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from proxynorm.data.native import decoder, ffcv_library
 from tests.data.conftest import needs_ffcv
@@ -67,3 +69,48 @@ def test_a_flat_image_stays_flat(kernel, value):
 def test_the_same_size_is_the_same_image(kernel):
     image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     assert np.array_equal(fitted(kernel, image, np.array([3, 5, 30, 40]), False, 30, 40), image[3:33, 5:45])
+
+
+def jpeg(height: int, width: int, **options) -> np.ndarray:
+    """The bytes of a JPEG of smooth noise."""
+    small = np.random.default_rng(height * width).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(small).resize((width, height)).convert(options.pop("mode", "RGB")).save(stream, "JPEG", **options)
+    return np.frombuffer(stream.getvalue(), dtype=np.uint8)
+
+
+def decoded(kernel, data: np.ndarray, height: int, width: int, bottom: int, known: bool) -> tuple[bool, np.ndarray]:
+    pixels = np.zeros(3 * height * width, dtype=np.uint8)
+    good = kernel._decode(data, height, width, bottom, known, np.empty(data.size, dtype=np.uint8), pixels)
+    return good, pixels.reshape(height, width, 3)
+
+
+LAYOUTS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "restart markers": {"subsampling": 2, "restart_marker_blocks": 3},
+    "gray": {"mode": "L"},
+    "progressive": {"progressive": True},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_rows_of_a_crop_are_those_of_the_whole_image(kernel, layout):
+    height, width = 141, 75
+    data = jpeg(height, width, **LAYOUTS[layout])
+    good, whole = decoded(kernel, data, height, width, height, True)
+    assert good
+    assert whole[-1].any()
+    for bottom in range(1, height + 1):
+        good, image = decoded(kernel, data, height, width, bottom, True)
+        assert good
+        assert np.array_equal(image[:bottom], whole[:bottom])
+        below = image[min(height, -(-(bottom + 2) // 16) * 16) :]
+        assert below.size == 0 or below.any() == (layout == "progressive")
+
+
+def test_all_of_an_image_whose_bytes_are_not_known_is_decoded(kernel):
+    data = jpeg(128, 64)
+    assert decoded(kernel, data, 128, 64, 16, False)[1][-1].any()
+    assert not decoded(kernel, data[: data.size // 2], 128, 64, 16, False)[0]
