@@ -98,7 +98,9 @@ def convert(
     weights stay. Where an activation cannot be replaced as a module (a function, or one module called at several
     places) its caller's forward is rewritten; see proxynorm.nn.rewrite. A module of your own counts as an activation
     if it keeps no weights but single numbers and acts on each element alone; one written out in a forward
-    (x * torch.sigmoid(x)) is refused. The new γ and β are new parameters: make the optimizer afterwards.
+    (x * torch.sigmoid(x)) is refused, as is whatever else stands between a norm and the next layer, or the sum or
+    product with another value, and is not known to be linear (proxynorm.nn.linear). The new γ and β are new parameters:
+    make the optimizer afterwards.
 
     Args:
         model: a ConvNet for maps (N, C, H, W).

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from proxynorm.nn.elementwise import activation_of, is_activation, is_gate, is_norm, try_modules
-from proxynorm.nn.followers import Follower, Site, follower, is_overwritten, may_stand_between
+from proxynorm.nn.followers import Follower, Site, follower, is_overwritten
+from proxynorm.nn.linear import may_stand_between
 
 
 @dataclass
@@ -114,8 +115,9 @@ class FlowTracer(fx.Tracer):
             self._frames.pop()
 
     def create_node(self, kind: str, target: object, *args: object, **kwargs: object) -> fx.Node:
-        """Numbers the activation calls of each forward."""
+        """Notes whose forward makes each call, and numbers the activation calls of each forward."""
         node = super().create_node(kind, target, *args, **kwargs)
+        node.meta["caller"] = self._frames[-1][0]
         if activation_of(node, self.root) is not None:
             frame = self._frames[-1]
             node.meta["site"] = Site(frame[0], frame[1], str(target) if kind == "call_module" else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -14,22 +15,19 @@ from proxynorm.nn.elementwise import (
     is_norm,
     writes_in_place,
 )
+from proxynorm.nn.linear import (
+    PRODUCTS,
+    QUOTIENTS,
+    SUMS,
+    arguments,
+    asks_shape,
+    begins_layer,
+    inputs,
+    is_linear,
+    may_stand_between,
+    plain_name,
+)
 
-# Activations in disguise, of which no module can be made: convert refuses them rather than overlook them.
-_DISGUISED = {"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "maximum", "minimum", "fmax",
-              "fmin", "rrelu", "prelu"}  # fmt: skip
-# Parts of activations written by hand: not linear in their one input.
-_CURVED = {"where", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "logit", "sqrt", "rsqrt", "reciprocal", "pow",
-           "square", "abs", "sign", "gt", "lt", "ge", "le", "erf", "erfc", "erfinv", "sin", "cos", "tan", "asin", "acos",
-           "atan", "arcsin", "arccos", "arctan", "atan2", "arctan2", "sinh", "cosh", "asinh", "acosh", "atanh", "arcsinh",
-           "arccosh", "arctanh", "sinc", "hypot", "logaddexp", "logaddexp2", "logsumexp", "logsigmoid", "heaviside",
-           "masked_fill", "masked_fill_", "mod", "fmod", "remainder", "floordiv", "floor_divide", "round", "floor", "ceil",
-           "trunc", "fix", "frac", "nan_to_num", "addcmul", "addcdiv"}  # fmt: skip
-_QUOTIENTS = {"truediv", "itruediv", "div", "div_", "divide", "true_divide"}
-_SUMS = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub"}
-_PRODUCTS = {"mul", "imul", "mul_", "truediv", "itruediv", "div", "div_"}
-# What ends the search for an activation: from here on the value is another layer's.
-_MIXING = {"matmul", "bmm", "einsum", "linear", "conv2d", "mean", "sum"}
 # Functions whose result may share memory with their input; those of other libraries may as well.
 _VIEWS = {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "getitem", "chunk", "split", "unbind", "to",
           "squeeze", "unsqueeze", "expand", "narrow", "type", "float", "dropout", "dropout2d", "pixel_shuffle"}  # fmt: skip
@@ -71,13 +69,6 @@ class Follower:
     overwritten: bool = False
 
 
-def may_stand_between(module: nn.Module) -> bool:
-    """Whether the module may stand between a norm and its activation: it drops, blurs or pools and learns nothing."""
-    name = type(module).__name__
-    known = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
-    return isinstance(module, known) or "DropBlock" in name or "BlurPool" in name
-
-
 def follower(node: fx.Node, root: nn.Module) -> Follower:
     """What follows the norm that `node` calls: its activation, nothing, or a reason why it cannot be placed."""
     if node.kwargs:
@@ -91,7 +82,7 @@ def follower(node: fx.Node, root: nn.Module) -> Follower:
             if len(users) > 1 and not (i == 0 and writes_in_place(user, root)):
                 return Follower(problem="its value feeds an activation and something else as well")
             if any(_is_power(further, user) for further in user.users):
-                return Follower(problem=_by_hand([*between, _told(user), "a power"]))
+                return Follower(problem=_by_hand([*between, _told(user), "a power"], root, user))
             return Follower(activation_of(user, root), user.meta["site"], between, call=user)
         step = _called_module(users[0], root) if len(users) == 1 else None
         if isinstance(step, nn.Identity):
@@ -109,59 +100,62 @@ def _called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
 
 def _told(node: fx.Node) -> str:
     """A call as a user knows it."""
-    return getattr(node.target, "__name__", str(node.target))
+    return str(node.args[1]) if node.target is getattr else getattr(node.target, "__name__", str(node.target))
 
 
-def _by_hand(path: list[str]) -> str:
-    """The problem of an activation that is written out in a forward."""
+def _by_hand(path: list[str], root: nn.Module, node: fx.Node) -> str:
+    """The problem of what may be an activation that is written out in a forward, by the calls that lead to it."""
+    where = type(root.get_submodule(node.meta["caller"])).__name__
     return (
-        f"an activation written by hand stands behind it ({', '.join(path)}): make it a module of its own, like nn.SiLU"
+        f"an activation written by hand may stand behind it ({', '.join(path)}, in the forward of {where}), since "
+        f"{path[-1]} is not known to be linear: make the activation a module of its own, like nn.SiLU"
     )
 
 
 def _is_power(node: fx.Node, base: fx.Node) -> bool:
     """Whether a node is a power, or the product, of `base` with itself."""
-    name = called_function(node)
-    return name in ("pow", "square", "pow_", "square_") or (name in _PRODUCTS and node.args[:2] == (base, base))
+    name = plain_name(node)
+    return name in ("pow", "square") or (name in PRODUCTS | QUOTIENTS and len(arguments(node, {base})) > 1)
 
 
 def _hidden_activation(norm: fx.Node, root: nn.Module) -> str | None:
-    """A problem if an activation stands behind operations that only reshape, pool, join, or calculate with the norm's
-    value alone; None if there is none. A gate is none: a sigmoid that then multiplies another value."""
+    """A problem if something that is not known to be linear stands between the norm and the next layer or the sum or
+    product with another value; None if there is none. A gate is none: a sigmoid that then multiplies another value."""
     paths: dict[fx.Node, list[str]] = {norm: []}  # the nodes that hand on the norm's value, and how they were reached
-    alone, gates = {norm}, set()  # of these, what depends on no other value, and what went through a sigmoid
-    for node in list(norm.graph.nodes):
-        sources = [source for source in node.all_input_nodes if source in paths]
-        if not sources or node in paths:
+    alone, gates = {norm}, set()  # what depends on no other value of the data; of paths, what went through a sigmoid
+    for node in norm.graph.nodes:
+        sources = [source for source in inputs(node) if source in paths]
+        pure = node.op != "placeholder" and alone.issuperset(inputs(node))
+        if asks_shape(node) or (pure and not sources):
+            alone.add(node)
+        if not sources or asks_shape(node):
             continue
-        path, pure = paths[sources[0]], alone.issuperset(node.all_input_nodes)
-        problem = _problem(node, root, path, pure)
+        path, gated = [*paths[sources[0]], _told(node)], bool(gates.intersection(sources))
+        problem = _problem(node, root, paths, path)
         if problem is not None:
             return problem
-        if is_gate_call(node, root):
-            gates.add(node)
-        elif _ends_search(node, root, pure):
-            if gates.intersection(sources) and not _applies_gate(node):
-                return f"the sigmoid behind it ({', '.join([*path, node.name])}) gates no other value"
+        if not is_gate_call(node, root) and _ends_search(node, root, pure):
+            if gated and not _applies_gate(node, root):
+                return f"the sigmoid behind it ({', '.join(path[:-1])}) gates no other value"
             continue
-        paths[node] = [*path, node.name]
-        gates |= {node} if gates.intersection(sources) else set()
+        paths[node] = path
+        gates |= {node} if gated or is_gate_call(node, root) else set()
         alone |= {node} if pure else set()
     return None
 
 
-def _problem(node: fx.Node, root: nn.Module, path: list[str], pure: bool) -> str | None:
+def _problem(node: fx.Node, root: nn.Module, values: Container[fx.Node], path: list[str]) -> str | None:
     """Why a node that gets the norm's value hinders; None if it does not."""
-    name = str(called_function(node))
-    disguised = name in _DISGUISED or (name in ("max", "min") and len(node.all_input_nodes) > 1)
-    if activation_of(node, root) is not None or disguised or _is_unknown_activation(node, root):
-        through = f" behind {', '.join(path)}" if path else ""
+    if activation_of(node, root) is not None or _is_unknown_activation(node, root):
+        through = f" behind {', '.join(path[:-1])}" if path[:-1] else ""
         return f"the activation {_told(node)}{through} cannot be joined with it"
-    operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    divides = name in _QUOTIENTS and len(node.args) > 1 and isinstance(node.args[1], fx.Node)
-    if pure and (name in _CURVED or divides or (name in _PRODUCTS and len(operands) > 1)):
-        return _by_hand([*path, node.name])
-    return None
+    known = node.op == "output" or is_gate_call(node, root) or begins_layer(node, root)
+    if known or is_linear(node, root, values):
+        return None
+    module = _called_module(node, root)
+    if module is not None:
+        path = [*path[:-1], f"{path[-1]} ({type(module).__name__})"]
+    return _by_hand(path, root, node)
 
 
 def _is_unknown_activation(node: fx.Node, root: nn.Module) -> bool:
@@ -172,20 +166,16 @@ def _is_unknown_activation(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _ends_search(node: fx.Node, root: nn.Module, pure: bool) -> bool:
-    """Whether a node computes a new value (or only asks a shape) rather than handing on, reshaped, pooled or joined,
-    the one it got. Sums and products with constants hand on."""
-    module = _called_module(node, root)
-    if module is not None:
-        return any(True for _ in module.parameters()) or is_norm(module)
-    name = called_function(node)
-    if name in _SUMS | _PRODUCTS:
-        return not pure
-    return node.op in ("output", "get_attr") or node.target in (getattr, "size") or name in _MIXING
+    """Whether a node computes a new value rather than handing on, reshaped, pooled or joined, the one it got. Sums and
+    products with constants hand on."""
+    if node.op == "output" or begins_layer(node, root):
+        return True
+    return plain_name(node) in SUMS | PRODUCTS | QUOTIENTS and not pure
 
 
-def _applies_gate(node: fx.Node) -> bool:
-    """Whether a node multiplies, mixes or only asks the shape of what it got."""
-    return called_function(node) in _PRODUCTS | _MIXING or node.target in (getattr, "size")
+def _applies_gate(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node multiplies another value with what it got: elementwise, or as a matrix."""
+    return plain_name(node) in PRODUCTS | QUOTIENTS or (node.op != "call_module" and begins_layer(node, root))
 
 
 def is_overwritten(norm: fx.Node, value: fx.Node, root: nn.Module) -> bool:

@@ -27,6 +27,7 @@ TIMM = {
     "dla34": {},  # optional tensors among the arguments of the rewritten forward
     "cspresnet50": {},
     "skresnet18": {},
+    "ecaresnet26t": {"layers": (1, 1, 1, 1)},  # a gate without an activation between, expanded like the norm's value
 }
 TORCHVISION = {
     "resnet18": {},

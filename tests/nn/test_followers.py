@@ -22,6 +22,7 @@ class Behind(nn.Module):
         self.conv, self.bn, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LazyConv2d(4, 1)
         self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
         self.function = function
+        self.level, self.images = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2, 3, 8, 8))
         self.placed = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
         self.train()(torch.randn(2, 3, 8, 8))
 
@@ -33,6 +34,11 @@ class Behind(nn.Module):
 
 def times_itself(z: torch.Tensor) -> torch.Tensor:
     return z * z
+
+
+@torch.fx.wrap
+def squashed(z: torch.Tensor) -> torch.Tensor:
+    return z
 
 
 BY_HAND = {
@@ -47,6 +53,24 @@ BY_HAND = {
     "softmax_of_itself": lambda m, y: y * y.softmax(1),
     "clip": lambda m, y: torch.clip(y, 0, 6),
     "max": lambda m, y: torch.max(y, torch.zeros_like(y)),
+    "max_with_a_tensor": lambda m, y: torch.maximum(y, torch.tensor(0.1)),
+    "max_with_a_parameter": lambda m, y: torch.max(y, m.level),
+    "softplus_with_a_tensor": lambda m, y: torch.logaddexp(y, torch.zeros(1)),
+    "hypot_with_a_parameter": lambda m, y: torch.hypot(y, m.level) + y,
+    "with_another_value": lambda m, y: torch.logaddexp(y, m.conv(m.images)),
+    "where_with_a_tensor": lambda m, y: torch.where(y > m.level, y, m.level),
+    "product_by_another_name": lambda m, y: torch.multiply(y, y),
+    "product_behind_a_sum_with_a_parameter": lambda m, y: y * (y + m.level).mean((2, 3), keepdim=True),
+    "one_over_it": lambda m, y: m.conv(m.images) / (y + m.level),
+    "special": lambda m, y: y * torch.special.ndtr(y),
+    "logit": lambda m, y: torch.special.expit(y) * m.level,
+    "standardized": lambda m, y: y / y.std((2, 3), keepdim=True),
+    "rounded_quotient": lambda m, y: torch.div(y, 2, rounding_mode="floor"),
+    "wrapped": lambda m, y: squashed(y),
+    "relu_of_a_scaled_value": lambda m, y: F.relu(y * m.level + m.level),
+    "relu_of_a_centred_value": lambda m, y: F.relu(y - y.mean((2, 3), keepdim=True)),
+    "cdist": lambda m, y: torch.cdist(y, y),
+    "rank": lambda m, y: y.argsort(1).float(),
 }
 
 
@@ -55,6 +79,49 @@ def test_an_activation_by_hand_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"cannot place bn \(BatchNorm2d\).*keep=\['bn'") as caught:
         convert(Behind(BY_HAND[name]))
     assert "0x" not in str(caught.value)
+
+
+def test_a_refusal_names_norm_function_and_forward() -> None:
+    said = r"cannot place bn \(BatchNorm2d\): .* \(add, logaddexp, in the forward of Behind\), since logaddexp is not known"
+    with pytest.raises(ValueError, match=said):
+        convert(Behind(lambda m, y: torch.logaddexp(y + m.level, torch.zeros(1))))
+
+
+class Undecided(nn.Module):
+    """Cannot be traced; `inner` may be anything."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(F.relu(x)) if x.sum() > 0 else self.inner(x)
+
+
+@pytest.mark.parametrize("inner", [nn.Identity(), nn.Conv2d(8, 8, 1)])
+def test_what_cannot_be_looked_into_is_refused(inner: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"cannot place bn .*function \(Undecided\) is not known to be linear"):
+        convert(Behind(Undecided(inner)))
+
+
+LINEAR = {
+    "layer_scale": lambda m, y: m.gate[1](F.relu(m.last_but_one(y) * m.level)) + y * m.level,
+    "shape_of_it": lambda m, y: F.relu(m.gate[1](y).reshape(y.size(0), y.shape[1], 6, 6)).view_as(y) + y,
+    "mask": lambda m, y: torch.where(torch.rand_like(y) > 0.5, y, 0.0),
+    "drop_path": lambda m, y: y * y.new_empty(y.size(0), 1, 1, 1).bernoulli_(0.9).div_(0.9),
+    "mean": lambda m, y: (y - y.mean((2, 3), keepdim=True)).transpose(2, 3).mT / 2,
+    "largest": lambda m, y: y.amax((2, 3), keepdim=True).max(2, keepdim=True).values,
+    "normalized": lambda m, y: F.normalize(y),
+    "efficient_channel_attention": lambda m, y: y * m.gate[2](m.gate[1](y.mean((2, 3), keepdim=True))).expand_as(y),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_linear_is_passed(name: str) -> None:
+    model = Behind(lambda m, y: y)
+    model.last_but_one, model.function = nn.Conv2d(8, 8, 1), LINEAR[name]
+    convert(model)
+    assert not model.bn.proxied and model.placed[1].proxied
 
 
 def test_a_sigmoid_that_gates_nothing_is_refused() -> None:
