@@ -50,18 +50,19 @@ def run_locally(runs: Sequence[Run], options: LaunchOptions) -> int:
 
     Each run is a train.py process with a log beside the run folders, and goes on where it stopped. A stop signal is
     passed on to the runs, which save. Returns the exit status: 0 all done or running elsewhere, 75 stopped by a signal,
-    1 some failed (listed with their last error line).
+    1 some failed or are damaged (listed with their last error line, or with what is damaged).
     """
     if options.jobs < 1 or options.threads < 1:
         raise ConfigError(f"jobs={options.jobs}, threads={options.threads}: must be at least 1")
-    pending, children, failed = list(runs), [], []
+    pending, children, failed = list(runs), [], []  # failed: a line for each
     with stop_request() as stop:
         while children or pending and not stop:
             while pending and len(children) < options.jobs and not stop:
-                children += start_if_due(pending.pop(0), options)
+                children += start_if_due(pending.pop(0), options, failed)
             ended = [child for child in children if child.process.poll() is not None]
             children = [child for child in children if child not in ended]
-            failed += [child.run for child in ended if not settle(child, options.say)]
+            for child in ended:
+                settle(child, options.say, failed)
             if stop:
                 pass_on(children)
             if not ended:
@@ -69,14 +70,19 @@ def run_locally(runs: Sequence[Run], options: LaunchOptions) -> int:
         if stop:
             options.say(f"stopped by {stop.received.name}; run again to go on")
             return REQUEUE
-    for run in failed:
-        options.say(f"failed: {run.name}: {last_error(run.log)}  ({run.log})")
+    for line in failed:
+        options.say(f"failed: {line}")
     return 1 if failed else 0
 
 
-def start_if_due(run: Run, options: LaunchOptions) -> list[Child]:
-    """The started run, or nothing if it is finished or being trained elsewhere."""
-    state = standing(run).state
+def start_if_due(run: Run, options: LaunchOptions, failed: list[str]) -> list[Child]:
+    """The started run, or nothing if it is finished or being trained elsewhere, or damaged, which is added to `failed`."""
+    now = standing(run)
+    state = now.state
+    if state == "damaged":
+        failed.append(f"{run.name}: {now.error}")
+        options.say(f"{run.name}: damaged")
+        return []
     if state in ("done", "running"):
         options.say(f"{run.name}: {'finished' if state == 'done' else 'running elsewhere'}")
         return []
@@ -103,19 +109,20 @@ def start(run: Run, options: LaunchOptions) -> Child:
     return Child(run, process, time.monotonic())
 
 
-def settle(child: Child, say: Callable[[str], None]) -> bool:
-    """Note the exit status in the log and say how the run ended; False if it failed."""
+def settle(child: Child, say: Callable[[str], None], failed: list[str]) -> None:
+    """Note the exit status in the log and say how the run ended; a failure is added to `failed`."""
     run, status = child.run, child.process.returncode
     minutes = (time.monotonic() - child.started) / 60
     if status == 2 and IN_USE in last_error(run.log):
         say(f"{run.name}: running elsewhere")
-        return True
+        return
     with open(run.log, "a") as log:
         print(f"# exit status {status}", file=log)
     ended_well = status == 0 or status in STOPPED
     words = f"failed with status {status}: {last_error(run.log)}" if not ended_well else "stopped" if status else "done"
     say(f"{run.name}: {words} ({minutes:.1f} min)")
-    return ended_well
+    if not ended_well:
+        failed.append(f"{run.name}: {last_error(run.log)}  ({run.log})")
 
 
 def pass_on(children: Sequence[Child]) -> None:

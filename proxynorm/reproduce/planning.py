@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from proxynorm.errors import ConfigError
+from proxynorm.errors import ConfigError, DataError
 from proxynorm.reproduce.estimate import Estimator, describe, duration
 from proxynorm.reproduce.records import kept_standing
 from proxynorm.reproduce.runs import STATES, Run, Standing, standing
@@ -17,7 +17,8 @@ from proxynorm.reproduce.table import Table
 
 def plan(table: Table, runs: Sequence[Run], results: Path, jobs: int, overrides: Sequence[str] = ()) -> str:
     """The table's runs with their commands and states, and what the missing ones would take."""
-    states = [(kept_standing(run, results) or standing(run)).state for run in runs]
+    standings = [stands(run, results, standing) for run in runs]
+    states = [now.state for now in standings]
     left = [as_entry(run, overrides) for run, state in zip(runs, states, strict=True) if state != "done"]
     estimate = Estimator(runs[0].folder.parent, results, table)
     seconds = sum(estimate(entry).seconds or 0 for entry in left)
@@ -25,6 +26,7 @@ def plan(table: Table, runs: Sequence[Run], results: Path, jobs: int, overrides:
         f"{table.name}: {table.title}",
         f"{len(runs) // table.seeds} cells × {table.seeds} seeds = {len(runs)} runs; {len(runs) - len(left)} done",
         f"{describe(left, estimate)}; {duration(seconds / jobs)} with jobs={jobs}",
+        *(now.error for now in standings if now.state == "damaged"),
         "",
     ]
     return "\n".join(lines + [f"[{state}] {run.command(overrides)}" for run, state in zip(runs, states, strict=True)])
@@ -34,11 +36,19 @@ def status(runs: Sequence[Run], results: Path, width: int | None = None) -> str:
     """One line a run that has begun, waits in SLURM's queue or is kept, then how many there are of each state. width: of
     the terminal, at which a line is cut; None leaves it whole."""
     tell = teller(runs[0].folder.parent)
-    standings = [(run, kept_standing(run, results) or tell(run)) for run in runs]
+    standings = [(run, stands(run, results, tell)) for run in runs]
     rows = [(run.name, now.state, now.describe()) for run, now in standings if now.state != "missing"]
     counts = Counter(now.state for _, now in standings)
     total = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     return "\n".join([*aligned([("run", "state", ""), *rows], width), "", total]) if rows else total
+
+
+def stands(run: Run, results: Path, tell: Callable[[Run], Standing]) -> Standing:
+    """Where the run stands that is kept alone, by its archive; of any other, what `tell` says."""
+    try:
+        return kept_standing(run, results) or tell(run)
+    except DataError as error:
+        return Standing("damaged", error=str(error))
 
 
 def aligned(rows: Sequence[tuple[str, str, str]], width: int | None) -> list[str]:

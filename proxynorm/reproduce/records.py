@@ -13,10 +13,11 @@ from typing import Any
 
 from proxynorm.errors import DataError
 from proxynorm.files import write_atomic
-from proxynorm.reproduce.runs import Run, Standing, read_summary, standing
+from proxynorm.reproduce.damage import KEPT, Damaged, check_finished
+from proxynorm.reproduce.runs import Run, Standing, check_folder, read_summary, standing
 
-KEPT = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json")
 FAILURE = "failure.txt"  # of a run that failed, in place of its summary: why
+REMEDY = "remove it, and collect the run again"  # of a damaged archive
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ def archive_path(run: Run, results: str | Path) -> Path:
 
 
 def run_files(run: Run) -> dict[str, bytes] | None:
-    """The files to keep of a finished or failed run; None of any other."""
+    """The files to keep of a finished or failed run; None of any other. Raises DataError if it is damaged."""
     if read_summary(run.folder) is None:
         now = standing(run)
+        if now.state == "damaged":
+            raise DataError(now.error)
         if now.state != "failed":
             return None
         kept = {name: _content(run, name) for name in KEPT[:3] if (run.folder / name).is_file()}
         return {**kept, FAILURE: f"{now.error}\n".encode()}
+    check_folder(run.folder)
     return {name: _content(run, name) for name in KEPT}
 
 
@@ -88,10 +92,12 @@ def read_archive(path: Path) -> dict[str, bytes]:
                 Path(member.name).name: archive.extractfile(member).read() for member in archive if member.isfile()
             }
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); collect the run again") from error
-    missing = [] if FAILURE in contents else [name for name in KEPT if name not in contents]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; collect the run again")
+        raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
+    try:
+        if FAILURE not in contents:
+            check_finished(contents.get)
+    except Damaged as damage:
+        raise DataError(f"{path} is damaged ({damage}); {REMEDY}") from None
     return contents
 
 

@@ -17,13 +17,15 @@ from typing import Any, Protocol
 
 import yaml
 
-from proxynorm.errors import ConfigError
+from proxynorm.cli import first_line
+from proxynorm.errors import ConfigError, DataError
+from proxynorm.reproduce.damage import Damaged, check_finished, folder_error, parse_summary
 from proxynorm.reproduce.table import Cell, Table
 from proxynorm.train.preemption import REQUEUE
 from proxynorm.train.run_folder import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-STATES = ("done", "running", "queued", "preempted", "stopped", "failed", "missing")
+STATES = ("done", "running", "queued", "preempted", "stopped", "failed", "damaged", "missing")
 IN_USE = " is in use by "  # in the line with which train.py refuses a run folder that another process holds
 STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGINT)  # saved and left; or asked to before it had begun
 # killed, or, under srun, signalled before it could listen: not the run's own failure
@@ -82,7 +84,7 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands. error: the last error line of a failed one; job: its task in SLURM's queue; note: what else."""
+    """Where a run stands. error: the last error line of a failed one, what is wrong with a damaged one; job: its task in SLURM's queue; note: what else."""
 
     state: str
     step: int = 0
@@ -94,7 +96,7 @@ class Standing:
     note: str = ""
 
     def describe(self) -> str:
-        if self.state == "failed":
+        if self.state in ("failed", "damaged"):
             return self.error
         parts = [f"job {self.job}"] if self.job else []
         parts += [f"step {self.step}/{self.total_steps}"] if self.step else []
@@ -125,27 +127,54 @@ def table_runs(table: Table, root: str | Path, chosen: dict[str, dict[str, Any]]
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a completed run, else None."""
+    """The summary of a completed run, else None. Raises DataError if it is damaged."""
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    summary = json.loads(path.read_text())
+    try:
+        summary = parse_summary(path.read_bytes())
+    except Damaged as damage:
+        raise folder_error(folder, damage) from None
     return summary if summary["completed"] else None
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DataError naming the file of a finished run's folder that is damaged."""
+    try:
+        check_finished(lambda name: path.read_bytes() if (path := folder / name).is_file() else None)
+    except Damaged as damage:
+        raise folder_error(folder, damage) from None
 
 
 def standing(run: Trained, held: bool | None = None) -> Standing:
     """Where the run stands, from its folder and log alone. held: whether a process trains it, None to ask its lock."""
+    try:
+        return _standing(run, held)
+    except DataError as error:
+        return Standing("damaged", error=str(error))
+
+
+def _standing(run: Trained, held: bool | None) -> Standing:
+    """The same. Raises DataError for files that are damaged."""
     if (summary := read_summary(run.folder)) is not None:
+        check_folder(run.folder)
         return Standing("done", summary["steps"], summary["steps"], summary["loss"])
     status = last_exit_status(run.log)
     running = is_held(run.folder / ".lock") if held is None else held
     if not running and is_failure(status, error := last_error(run.log)):
         return Standing("failed", error=error)
-    rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["event"] == "train"]
-    if not rows:
-        return Standing("running" if running else "missing")
-    row = rows[-1]
-    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    now = Standing("running" if running else "missing")
+    try:
+        rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["event"] == "train"]
+        return _progress(run.folder, rows[-1], running) if rows else now
+    except (OSError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError, yaml.YAMLError) as error:
+        what = f"metrics.jsonl or config.yaml is damaged ({type(error).__name__}: {first_line(error)})"
+        raise DataError(f"{run.folder}: {what}; remove the folder, and run again") from error
+
+
+def _progress(folder: Path, row: dict[str, Any], running: bool) -> Standing:
+    """Of an unfinished run, by its last row of training."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     total = round(row["step"] / row["epoch"] * config["epochs"])
     total = min(total, config.get("max_steps") or total)
     speed = row.get("images_per_second")  # not in the row of a start's first step

@@ -155,7 +155,7 @@ def launch_array(
     """Submit what neither is finished nor queued nor being trained, and a report after it.
 
     check gets the runs that are about to be submitted, and raises to refuse. Runs that failed are listed, and submitted
-    only if options.retry_failed. Returns the exit status: 1 if failed runs are left, else 0. Raises ConfigError if
+    only if options.retry_failed; damaged ones are listed. Returns the exit status: 1 if such runs are left, else 0. Raises ConfigError if
     SLURM refuses.
     """
     slurm.requests(options)  # refuses what cannot be asked for before anything is estimated
@@ -164,6 +164,7 @@ def launch_array(
         standings = [(entry, jobs.standing(entry)) for entry in entries]
         due = [entry for entry, now in standings if is_due(entry, now, options.retry_failed, say)]
         failed = [entry for entry, now in standings if now.state == "failed" and entry not in due]
+        damaged = [entry for entry, now in standings if now.state == "damaged"]
         if due:
             if check:
                 check(due)
@@ -173,7 +174,7 @@ def launch_array(
             say("nothing to submit")
     if failed:
         say(f"{len(failed)} failed runs are left out; retry_failed=true submits them again")
-    return 1 if failed else 0
+    return 1 if failed or damaged else 0
 
 
 @contextmanager
@@ -191,7 +192,8 @@ def is_due(entry: Entry, now: Standing, retry_failed: bool, say: Say) -> bool:
     if now.state in ("missing", "stopped") or now.state == "failed" and retry_failed:
         return True
     where = f"{now.state} as job {now.job}" if now.job else "running elsewhere"
-    say(f"{entry.name}: " + {"done": "finished", "failed": f"failed: {now.error}"}.get(now.state, where))
+    words = {"done": "finished", "failed": f"failed: {now.error}", "damaged": now.error}
+    say(f"{entry.name}: {words.get(now.state, where)}")
     return False
 
 

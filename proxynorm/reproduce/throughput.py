@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from proxynorm.errors import DataError
-from proxynorm.reproduce.records import KEPT, read_archive
+from proxynorm.reproduce.damage import KEPT
+from proxynorm.reproduce.records import read_archive
 from proxynorm.train.run_folder import processor_name
 
 DECIDE_SPEED = ("model", "batch", "micro_batch", "norm_batch", "precision", "compile", "recompute")
@@ -60,7 +61,7 @@ def measured(files: Mapping[str, bytes], table: str = "") -> Measured | None:
             environment.get("world_size", 1),
             table,
         )
-    except (KeyError, IndexError, ValueError, AttributeError, yaml.YAMLError):
+    except (LookupError, ValueError, AttributeError, TypeError, yaml.YAMLError):
         return None
 
 

@@ -2,12 +2,14 @@
 
 import json
 import textwrap
+from dataclasses import replace
 
 import pytest
 
 from proxynorm.reproduce import launch
+from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.table import load_table
-from tests.reproduce.tiny_table import STAND_IN, TINY
+from tests.reproduce.tiny_table import STAND_IN, TINY, write_run
 
 
 @pytest.fixture
@@ -19,12 +21,14 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Replaces train.py; the returned function sets what named runs do."""
+def stand_in(tiny, tmp_path, monkeypatch):
+    """Replaces train.py; the returned function sets what named runs do. A finished one has the files of finished/NAME."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STAND_IN))
     monkeypatch.setattr(launch, "TRAIN", script)
     (tmp_path / "runs").mkdir(exist_ok=True)
+    for run in table_runs(tiny, tmp_path / "runs"):
+        write_run(replace(run, folder=tmp_path / "runs" / "finished" / run.name), 50.0)
 
     def plan(**runs):
         (tmp_path / "runs" / "plan.json").write_text(
