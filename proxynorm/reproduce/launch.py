@@ -119,10 +119,11 @@ def settle(child: Child, say: Callable[[str], None], failed: list[str]) -> None:
     with open(run.log, "a") as log:
         print(f"# exit status {status}", file=log)
     ended_well = status == 0 or status in STOPPED
-    words = f"failed with status {status}: {last_error(run.log)}" if not ended_well else "stopped" if status else "done"
-    say(f"{run.name}: {words} ({minutes:.1f} min)")
+    why = last_error(run.log) if status >= 0 else f"killed (signal {-status}); run again"
+    failure = f"failed with status {status}: {why}" if status > 0 else why
+    say(f"{run.name}: {failure if not ended_well else 'stopped' if status else 'done'} ({minutes:.1f} min)")
     if not ended_well:
-        failed.append(f"{run.name}: {last_error(run.log)}  ({run.log})")
+        failed.append(f"{run.name}: {why}  ({run.log})")
 
 
 def pass_on(children: Sequence[Child]) -> None:

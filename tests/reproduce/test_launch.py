@@ -54,6 +54,17 @@ def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in
     assert launch()[0] == 0 and starts(runs) == [1, 1, 2, 1]
 
 
+def test_a_killed_run_is_told_as_killed_not_by_its_last_row(launch, stand_in):
+    stand_in(bn__s0={"signal": signal.SIGKILL, "says": "  1.00  12/20  2.1234"})
+    code, lines, runs = launch()
+    killed = [line for line in lines if "killed" in line]
+    assert code == 1 and killed[0].startswith("bn-s0: killed (signal 9); run again (")
+    assert lines[-1].startswith("failed: bn-s0: killed (signal 9); run again  (") and "2.1234" not in "".join(lines)
+    assert standing(runs[0]).state == "missing"
+    stand_in()
+    assert launch()[0] == 0 and starts(runs) == [2, 1, 1, 1]
+
+
 def test_a_run_that_another_process_trains_is_left_to_it(launch, stand_in):
     stand_in(
         bn__s0={

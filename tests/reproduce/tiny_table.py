@@ -34,7 +34,9 @@ with open(folder / "started", "a") as stream:
     stream.write("x")
 plan = json.loads((folder.parents[1] / "plan.json").read_text()).get(folder.name, {})
 time.sleep(plan.get("seconds", 0))
-print(plan.get("says", "trained"))
+print(plan.get("says", "trained"), flush=True)
+if "signal" in plan:
+    os.kill(os.getpid(), plan["signal"])
 if plan.get("status", 0) == 0:
     for file in (folder.parents[1] / "finished" / folder.name).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
