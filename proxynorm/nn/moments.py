@@ -33,6 +33,7 @@ from . import gaussian, piecewise
 from .activations import Activation, activation_name, make_activation
 from .gaussian import Moments
 from .names import unknown_name
+from .precision import without_autocast
 
 METHODS = ("auto", "exact", "grid")
 
@@ -47,7 +48,7 @@ def proxy_moments(weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias
     """
     module = make_activation(activation)
     check_method(method, nodes)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         if method == "grid":
             return _grid_moments(module, weight, bias, proxy_weight, proxy_bias, nodes)
         out = torch.promote_types(weight.dtype, torch.float32)

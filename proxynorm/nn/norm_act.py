@@ -23,6 +23,7 @@ from .fused import (
 from .moments import check_method, proxy_moments
 from .names import NORMS, norm_spec, unknown_name
 from .norms import NormBatch, batch_normalize, group_normalize
+from .precision import without_autocast
 from .recompute import Recipe, is_recomputing
 
 
@@ -169,7 +170,9 @@ class NormAct2d(nn.Module):
     def _momentum(self) -> float:
         """Counts the batch and gives the share it gets in the running statistics."""
         self.num_batches_tracked.add_(1)
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / (1.0 if self.num_batches_tracked.is_meta else float(self.num_batches_tracked))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
@@ -183,7 +186,7 @@ class NormAct2d(nn.Module):
 
     def activate(self, y: Tensor) -> Tensor:
         """Act or PN-Act of y, written as the paper's formula, in float32 or better; the result has y's dtype."""
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device):
             z = self.act(self.drop(_affine(y.to(torch.promote_types(y.dtype, torch.float32)), self.weight, self.bias)))
             if self.proxied:
                 mean, var = self.proxy_statistics()
@@ -206,7 +209,7 @@ class NormAct2d(nn.Module):
 
     def _plain(self, x: Tensor) -> Tensor:
         """The folded step in plain operations, which torch.compile fuses by itself and torch.func can transform."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             constants = fold_reference(self.four_parameters(), self.proxy_rule())
             scale, shift, *head = (per_channel(t) for t in (constants if self.proxy_scale else constants[:-1]))
             z = self.act(self.normalize(x).to(scale.dtype) * scale + shift)
@@ -217,7 +220,7 @@ class NormAct2d(nn.Module):
         folded = self.folded_constants()
         folded = folded if self.proxy_scale else folded[:-1]
         norm = self._bound_norm()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if self.act_name == "relu":
                 scale, shift, floor = folded
                 shift = shift + floor.detach()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cells import CellGroupNorm, prefers_cells
+from .precision import without_autocast
 
 NormBatch = Union[int, str, None]
 
@@ -19,7 +20,7 @@ NormBatch = Union[int, str, None]
 def group_normalize(x: Tensor, groups: int, eps: float = 1e-5, weight: Tensor | None = None,
                     bias: Tensor | None = None) -> Tensor:
     """Normalizes x (N, C, H, W) per sample and group of C / groups channels. groups = 1 is LN, groups = C is IN."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if prefers_cells(x) and not torch.compiler.is_compiling():
             wide = torch.promote_types(x.dtype, torch.float32)
             weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
@@ -38,7 +39,7 @@ def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor 
     norm_batch does not divide N, the images left over are a last, smaller chunk. Otherwise the running statistics
     are used.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if not training:
             return _batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         if isinstance(norm_batch, int) and norm_batch < len(x):

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .precision import without_autocast
+
 
 class StandardizedWeight(nn.Module):
     """(w − mean) / sqrt(var + eps) over a filter's inputs and positions, scaled by 1/sqrt(fan-in)."""
@@ -14,7 +16,7 @@ class StandardizedWeight(nn.Module):
         self.eps = eps
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             dims = tuple(range(1, weight.ndim))
             var, mean = torch.var_mean(weight, dim=dims, keepdim=True, correction=0)
             return (weight - mean) * torch.rsqrt((var + self.eps) * weight[0].numel())

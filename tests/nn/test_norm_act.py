@@ -327,6 +327,25 @@ def test_any_memory_format_of_the_gradient(norm, activation, images):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if not norm.endswith("_ws")])
+def test_shapes_on_the_meta_device(norm, activation, momentum):
+    act = NormAct2d(12, norm, norm_spec(norm).proxy, act_layer=activation, momentum=momentum, device="meta")
+    x = maps(dtype=torch.bfloat16).to("meta").requires_grad_()
+    for training in (True, False):
+        z = act.train(training)(x)
+        z.sum().backward()
+        assert z.is_meta and (z.shape, z.dtype, x.grad.shape) == (x.shape, x.dtype, x.shape)
+
+
+@pytest.mark.parametrize("norm", ["ln_pn", "bn_pn", "gn_ws"])
+def test_shapes_of_a_model_on_the_meta_device(norm):
+    with torch.device("meta"):
+        model = create_model("resnet20v2", norm, num_classes=7, depth=8)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
 def test_plain_options():
     x = maps(dtype=torch.float32)
     no_affine = NormAct2d(12, "ln_pn", affine=False)
