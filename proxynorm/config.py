@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,11 +37,19 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
     choices = [override for override in parsed if is_group(override)]
     for override in choices:
         check_choice(override)
-    base = _compose(config_name, [override.input_line for override in choices])
-    for override in parsed:
-        if override not in choices:
-            check_key(override, base)
-    return _compose(config_name, [override.input_line for override in parsed])
+    base = copy.deepcopy(_base(config_name, tuple(override.input_line for override in choices)))
+    values = [override for override in parsed if override not in choices]
+    known = flat_keys(base) if values else []
+    for override in values:
+        check_key(override, known)
+    if not all(is_plain(override) for override in values):
+        return _compose(config_name, [override.input_line for override in parsed])
+    for override in values:  # as Hydra does, which takes half a second to come here again
+        try:
+            OmegaConf.update(base, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"Error merging override {override.input_line}") from error
+    return base
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -48,6 +58,18 @@ def parse(overrides: list[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
         raise ConfigError(f"{first_line(error)}; arguments have the form key=value") from error
+
+
+@lru_cache(maxsize=64)
+def _base(config_name: str, choices: tuple[str, ...]) -> DictConfig:
+    """The configuration of these groups alone; not to be changed."""
+    return _compose(config_name, list(choices))
+
+
+def is_plain(override: Override) -> bool:
+    """Whether `override` only gives a key of the configuration another value: no sweep, and nothing added or taken away."""
+    other = override.is_add() or override.is_force_add() or override.is_delete() or override.is_sweep_override()
+    return not other and override.package is None and not override.key_or_group.startswith("hydra.")
 
 
 def is_group(override: Override) -> bool:
@@ -60,12 +82,11 @@ def check_choice(override: Override) -> None:
         raise ConfigError(f"{group}={value}: no such {group}; {nearest(str(value), groups()[group])}")
 
 
-def check_key(override: Override, config: DictConfig) -> None:
-    """Raises ConfigError unless `override` changes a key that the configuration has, or adds one on purpose (+)."""
+def check_key(override: Override, known: list[str]) -> None:
+    """Raises ConfigError unless `override` changes one of the configuration's `known` keys, or adds one on purpose (+)."""
     key = override.key_or_group
     if override.is_add() or override.is_force_add() or key.startswith("hydra."):
         return
-    known = flat_keys(config)
     if key in known or any(name.startswith(f"{key}.") for name in known):
         return
     raise ConfigError(f"no key '{key}'; {nearest(key, siblings(key, known))}")

@@ -1,12 +1,15 @@
 """Runs of another recipe are refused, not reported as the table's own."""
 
 import pytest
+from omegaconf import OmegaConf
 
+from proxynorm import config
 from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError
 from proxynorm.reproduce.recipe import refuse_other_recipes
 from proxynorm.reproduce.records import collect
 from proxynorm.reproduce.runs import table_runs
+from proxynorm.reproduce.table import load_table
 from scripts.reproduce import Options, main
 from tests.reproduce.tiny_table import TINY, write_run
 
@@ -42,3 +45,15 @@ def test_what_does_not_decide_the_training_may_differ_and_overrides_count(tiny, 
     with pytest.raises(ConfigError, match="epochs=2, the table says 1"):
         refuse_other_recipes(runs, tmp_path / "results")
     refuse_other_recipes(runs, tmp_path / "results", ["epochs=2"])
+
+
+def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypatch, tmp_path):
+    """The check of a table's runs composes every cell; what comes out is what Hydra makes of the same words."""
+    compose, calls = config._compose, []
+    monkeypatch.setattr(config, "_compose", lambda *words: calls.append(words) or compose(*words))
+    config._base.cache_clear()
+    cells = [run for run in table_runs(load_table("mini_norms_lr"), tmp_path / "it's here") if run.seed == 0]
+    composed = {run.name: config.compose_config(run.arguments()) for run in cells}
+    assert len(cells) == 56 and len(calls) == 9  # the norms
+    for run in cells[::20]:
+        assert OmegaConf.to_yaml(composed[run.name]) == OmegaConf.to_yaml(compose("train", run.arguments()))
