@@ -14,6 +14,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
+from proxynorm.nn.checks import check_options, check_rate, check_whole
 from proxynorm.nn.convert import convert, standardize_before_norms
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
@@ -31,6 +32,7 @@ class Architecture:
         groups: groups of gn; None: the largest divisor of C up to 32.
         takes_norm_layer: build has an argument norm_layer; nothing is converted.
         has_se: the placement of squeeze-excite can be chosen (se=).
+        pretrained: there may be pretrained weights, timm's.
     """
 
     build: Callable[..., nn.Module]
@@ -39,26 +41,29 @@ class Architecture:
     groups: int | None = None
     takes_norm_layer: bool = False
     has_se: bool = False
+    pretrained: bool = True
 
 
 # Native sizes, pixels, of the sister paper's EfficientNets (arXiv 2106.03640).
 _EFFICIENTNET_SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456}
 
 _ARCHITECTURES: dict[str, Architecture] = {
-    "resnet20v2": Architecture(SmallResNetV2, size=32, groups=4, takes_norm_layer=True),
+    "resnet20v2": Architecture(SmallResNetV2, size=32, groups=4, takes_norm_layer=True, pretrained=False),
     "resnet50": Architecture(partial(from_timm, "resnet50")),
     "resnet101": Architecture(partial(from_timm, "resnet101")),
     "resnet50v2": Architecture(partial(from_timm, "resnetv2_50")),
     "resnet101v2": Architecture(partial(from_timm, "resnetv2_101")),
     "resnext50": Architecture(partial(from_timm, "resnext50_32x4d")),
     "resnext101": Architecture(partial(from_timm, "resnext101_32x4d")),
-    "resnext50v2": Architecture(resnext50v2),
+    "resnext50v2": Architecture(resnext50v2, pretrained=False),
     **{
         f"efficientnet_{size}": Architecture(partial(efficientnet_g1, size), pixels, 1e-3, 4, has_se=True)
         for size, pixels in _EFFICIENTNET_SIZES.items()
     },
     **{
-        f"efficientnet_{size}_g16": Architecture(partial(efficientnet_g16, size), pixels, 1e-3, 4, has_se=True)
+        f"efficientnet_{size}_g16": Architecture(
+            partial(efficientnet_g16, size), pixels, 1e-3, 4, has_se=True, pretrained=False
+        )
         for size, pixels in _EFFICIENTNET_SIZES.items()
     },
 }
@@ -109,7 +114,7 @@ def create_model(
         The model; `default_size` is the side of its training images in pixels.
 
     Raises:
-        ConfigError: an unknown name, norm or argument, or a timm model whose norms cannot be placed.
+        ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms cannot be placed.
     """
     architecture = _architecture(name)
     common = dict(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
@@ -119,6 +124,12 @@ def create_model(
     try:
         spec = norm_spec(norm)
         _check_squeeze_excite(architecture, se)
+        _check_arguments({**common, **kwargs})
+        check_options(groups, eps, proxy_eps, norm_batch)
+        if pretrained and not architecture.pretrained:
+            raise ValueError(
+                "pretrained=True: no weights of this model are published; use pretrained=False and train it"
+            )
         model = _build(architecture, spec, options, {**common, **kwargs}, pretrained)
         if not architecture.takes_norm_layer:
             convert(model, norm, **options)
@@ -135,9 +146,7 @@ def native_size(name: str) -> int:
     return _architecture(name).size
 
 
-def _build(
-    architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool
-) -> nn.Module:
+def _build(architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool) -> nn.Module:
     """The network: with its norm where it takes one, else with batch norm. Raises ValueError for a wrong argument."""
     if architecture.takes_norm_layer:
         arguments["norm_layer"] = partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options)
@@ -152,6 +161,15 @@ def _build(
     if architecture.takes_norm_layer and spec.proxy:
         share_moments(model)
     return model
+
+
+def _check_arguments(arguments: dict) -> None:
+    """Raises ValueError for a wrong number of classes or channels, and for wrong drop rates of any name."""
+    check_whole("num_classes", arguments["num_classes"], 0)
+    check_whole("in_chans", arguments["in_chans"], 1)
+    for name, value in arguments.items():
+        if name.endswith("_rate") and "drop" in name and value is not None:
+            check_rate(name, value)
 
 
 def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:

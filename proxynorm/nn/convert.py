@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from proxynorm.nn.checks import check_options
 from proxynorm.nn.dataflow import Flow, read_flow
 from proxynorm.nn.elementwise import has_set_forward, is_activation, is_norm, recognized
 from proxynorm.nn.followers import Follower, Site
+from proxynorm.nn.moments import check_method
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.rewrite import RewrittenForward, install_forwards, rewritten_forwards
@@ -118,7 +120,7 @@ def convert(
 
     Raises:
         TypeError: model is no module, or keep a string.
-        ValueError: a wrong norm, nothing to convert, or norms that cannot be placed (all named, with the reasons);
+        ValueError: a wrong norm or option, nothing to convert, or norms that cannot be placed (all named, with the reasons);
             the model then still computes what it did.
     """
     if not isinstance(model, nn.Module):
@@ -129,6 +131,8 @@ def convert(
         raise TypeError(f"keep is a list of names: keep=[{keep!r}]")
     options = NormOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
     spec = options.spec
+    check_options(groups, eps, proxy_eps, norm_batch)
+    check_method(moments, nodes)
     _refuse_set_forwards(model)
     _separate_shared_activations(model)
     flow = read_flow(model)

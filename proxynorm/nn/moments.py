@@ -74,8 +74,8 @@ def check_method(method: str, nodes: int) -> None:
     """Raises ValueError, with the nearest and all legal ones, for an unknown method, and for a grid without nodes."""
     if method not in METHODS:
         raise ValueError(unknown_name("method of moments", method, METHODS))
-    if nodes < 1:
-        raise ValueError(f"nodes={nodes}: the grid of the moments needs at least one node (the paper's has 256)")
+    if not (type(nodes) is int and nodes >= 1):
+        raise ValueError(f"nodes={nodes!r}: the grid of the moments needs at least one node (the paper's has 256)")
 
 
 def location_and_scale(weight: Tensor, bias: Tensor, proxy_weight: Tensor,

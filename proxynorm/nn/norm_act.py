@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, activation_name, make_activation, out_of_place
+from .checks import check_features, check_norm, check_options
 from .folding import Constants, Rule, fold, fold_reference
 from .fused import (
     FlooredReLU,
@@ -21,7 +22,7 @@ from .fused import (
     per_channel,
 )
 from .moments import check_method, proxy_moments
-from .names import NORMS, norm_spec, unknown_name
+from .names import norm_spec
 from .norms import NormBatch, batch_normalize, group_normalize
 from .precision import without_autocast
 from .recompute import Recipe, is_recomputing
@@ -56,7 +57,9 @@ class NormAct2d(nn.Module):
         super().__init__()
         if act_layer is _RELU and apply_act:
             _check_caller(sys._getframe(1).f_globals.get("__name__", ""))
-        _check_options(num_features, norm, norm_batch)
+        check_features(num_features)
+        check_norm(norm)
+        check_options(groups, eps, proxy_eps, norm_batch)
         check_method(moments, nodes)
         if "_" in norm:
             proxy = norm_spec(norm).proxy
@@ -261,19 +264,6 @@ class NormAct2d(nn.Module):
         parts += [f"norm_batch={self.norm_batch}"] if self.norm_batch is not None else []
         parts += [f"eps={self.eps}", f"apply_act={self.apply_act}"]
         return ", ".join(parts)
-
-
-def _check_options(num_features: int, norm: str, norm_batch: NormBatch) -> None:
-    """Raises ValueError for what no layer can have."""
-    if num_features < 1:
-        raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
-    if norm not in NORMS:
-        raise ValueError(unknown_name("norm", norm, NORMS))
-    if norm_spec(norm).weight_standardization:
-        raise ValueError(f"norm={norm!r} standardizes the weights of convolutions, which a norm layer cannot: use "
-                         f"norm={norm.split('_')[0]!r} with proxy=False, and standardize_weights(model) once it is built")
-    if not (norm_batch in (None, "global") or (type(norm_batch) is int and norm_batch >= 1)):
-        raise ValueError(f"norm_batch is a number of images, None or 'global', not {norm_batch!r}")
 
 
 def _check_caller(module: str) -> None:

@@ -218,6 +218,20 @@ def test_any_timm_model() -> None:
     (("efficientnet_b0", "ln", 10, {"se": "x"}), ["centred", "plain"]),
     (("resnet50", "gn", 10, {"groups": 7}), ["bn1", "groups=7"]),
     (("vit_tiny_patch16_224", "ln_pn"), ["nothing to convert"]),
+    (("resnet20v2", "ln_pn", 10, {"proxy_eps": float("nan")}), ["proxy_eps=nan", "from 0 up"]),
+    (("resnet50", "ln_pn", 10, {"eps": -1e-5}), ["eps=-1e-05", "from 0 up"]),
+    (("resnet20v2", "gn", 10, {"groups": "4"}), ["groups='4'", "from 1 up"]),
+    (("resnet50", "ln", 10, {"groups": 0}), ["groups=0", "from 1 up"]),
+    (("resnet20v2", "ln", 10, {"in_chans": 0}), ["in_chans=0", "from 1 up"]),
+    (("resnet50", "ln", 10, {"in_chans": 0}), ["in_chans=0", "from 1 up"]),
+    (("resnet20v2", "ln", -1), ["num_classes=-1", "from 0 up"]),
+    (("resnet18", "ln", 2.0), ["num_classes=2.0", "whole number"]),
+    (("resnet20v2", "ln", 10, {"drop_rate": 1.0}), ["drop_rate=1.0", "not including, 1"]),
+    (("resnet20v2", "ln", 10, {"drop_path_rate": -0.1}), ["drop_path_rate=-0.1", "from 0"]),
+    (("resnet50", "ln", 10, {"drop_block_rate": 1.5}), ["drop_block_rate=1.5", "not including, 1"]),
+    (("resnet20v2", "ln", 10, {"pretrained": True}), ["pretrained=True", "no weights of this model"]),
+    (("resnext50v2", "bn", 10, {"pretrained": True}), ["pretrained=True", "no weights of this model"]),
+    (("efficientnet_b0_g16", "bn", 10, {"pretrained": True}), ["pretrained=True", "no weights of this model"]),
 ])  # fmt: skip
 def test_wrong_requests_are_one_clear_line(arguments: tuple, parts: list[str]) -> None:
     kwargs = arguments[3] if len(arguments) > 3 else {}

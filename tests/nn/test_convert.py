@@ -265,6 +265,15 @@ def test_wrong_norm() -> None:
         convert(SharedAct(), "ln_pm")
 
 
+@pytest.mark.parametrize("option", [{"groups": 0}, {"groups": "4"}, {"eps": -1.0}, {"proxy_eps": float("nan")},
+                                    {"norm_batch": 0}, {"nodes": 0}])  # fmt: skip
+def test_wrong_options_are_no_module_s_fault(option: dict) -> None:
+    model = SharedAct()
+    with pytest.raises(ValueError, match=f"^{next(iter(option))}") as caught:
+        convert(model, "gn_pn", **option)
+    assert repr(next(iter(option.values()))) in str(caught.value) and isinstance(model.bn1, nn.BatchNorm2d)
+
+
 def test_parameters_statistics_and_modes_are_carried_over() -> None:
     original = with_random_norms(torchvision.models.resnet18()).eval()
     original.bn1.momentum, original.bn1.eps = 0.03, 1e-4
