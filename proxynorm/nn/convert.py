@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from proxynorm.nn.checks import check_options
 from proxynorm.nn.dataflow import Flow, read_flow
@@ -235,6 +236,9 @@ def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
         raise NoPlaceError("its class has a forward of its own, which may compute something else")
     if _has_hooks(norm):
         raise NoPlaceError("it has hooks, which would be lost: take them off first")
+    if parametrize.is_parametrized(norm):
+        names = ", ".join(norm.parametrizations)
+        raise NoPlaceError(f"its {names} is parametrized, which would be lost: use parametrize.remove_parametrizations first")
     followers = flow.followers.get(name, [])
     overwritten = any(found.overwritten for found in followers)
     own = getattr(norm, "act", None)

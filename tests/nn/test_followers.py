@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize
 
 from proxynorm import conversion_report, convert, freeze
 from proxynorm.nn import NormAct2d
@@ -293,6 +294,21 @@ def test_hooks_are_not_lost_without_a_word() -> None:
         model.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
         with pytest.raises(ValueError, match="cannot place bn .*has hooks, which would be lost"):
             convert(model)
+
+
+class Positive(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return F.softplus(weight)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parametrized_norm_is_refused_by_name(name: str) -> None:
+    model = Behind(nn.ReLU())
+    parametrize.register_parametrization(model.bn, name, Positive())
+    with pytest.raises(ValueError, match=rf"cannot place bn .*: its {name} is parametrized, which would be lost"):
+        convert(model)
+    assert parametrize.is_parametrized(model.bn, name)
+    assert convert(model, keep=["bn"]).placed[1].proxied
 
 
 def test_a_norm_with_a_forward_of_its_own_is_refused() -> None:
