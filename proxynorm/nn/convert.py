@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from proxynorm.nn.checks import check_options
 from proxynorm.nn.dataflow import Flow, read_flow
-from proxynorm.nn.elementwise import has_set_forward, is_activation, is_norm, recognized
-from proxynorm.nn.followers import Follower, Site
+from proxynorm.nn.elementwise import has_set_forward, is_activation, is_norm
+from proxynorm.nn.followers import Site
 from proxynorm.nn.moments import check_method
-from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.places import Place, find_places
+from proxynorm.nn.replacement import NormOptions, make_layer
 from proxynorm.nn.rewrite import RewrittenForward, install_forwards, rewritten_forwards
 from proxynorm.nn.shared import share_moments
 from proxynorm.nn.weight_standardization import standardize_weights
@@ -45,40 +43,6 @@ class ConversionReport(list):
         rows = [("module", "kind", "action"), *((row.module, row.kind, row.action) for row in self)]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         return "\n".join(f"{m:<{widths[0]}}  {k:<{widths[1]}}  {a}" for m, k, a in rows)
-
-
-@dataclass(frozen=True)
-class NormOptions:
-    """What every new layer shares; see NormAct2d. eps None keeps each module's own."""
-
-    norm: str
-    groups: int | None = None
-    norm_batch: int | str | None = None
-    eps: float | None = None
-    proxy_eps: float = 0.03
-    moments: str = "auto"
-    nodes: int = 256
-
-    @property
-    def spec(self) -> NormSpec:
-        """The norm's name taken apart."""
-        return norm_spec(self.norm)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one norm goes: the activation it takes over, the calls of it, the modules that come in between, and
-    whether the network changes the result in place."""
-
-    norm: nn.Module
-    activation: nn.Module | None
-    sites: tuple[Site, ...] = ()
-    between: tuple[str, ...] = ()
-    overwritten: bool = False
-
-
-class NoPlaceError(ValueError):
-    """Says why one norm cannot be placed."""
 
 
 def convert(
@@ -137,9 +101,9 @@ def convert(
     _refuse_set_forwards(model)
     _separate_shared_activations(model)
     flow = read_flow(model)
-    places = _places(model, flow, set(keep), spec.proxy)
+    places = find_places(model, flow, set(keep), spec.proxy)
     ties: dict[nn.Parameter, nn.Parameter] = {}
-    replacements = {name: _layer(name, place, options, ties) for name, place in places.items()}
+    replacements = {name: make_layer(name, place, options, ties) for name, place in places.items()}
     rows = _absorb_activations(model, flow, places)
     rows += [_install(model, name, place, replacements[name]) for name, place in places.items()]
     if spec.weight_standardization:
@@ -200,165 +164,6 @@ def _separate_shared_activations(model: nn.Module) -> None:
             if child in seen:
                 setattr(parent, name, copy.deepcopy(child))
             seen.add(child)
-
-
-def _places(model: nn.Module, flow: Flow, keep: set[str], proxy: bool) -> dict[str, Place]:
-    """Every norm to replace, by name, with its place. Raises ValueError, naming all that have none."""
-    names = {name: module for name, module in model.named_modules() if is_norm(module)}
-    kept = {name for pattern in keep for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)}
-    for pattern in sorted(keep):
-        if not any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in kept):
-            raise ValueError(f"keep names {pattern!r}, which is no norm of this {type(model).__name__}")
-    places, refused = {}, {}
-    for name, module in names.items():
-        try:
-            place = None if name in kept else _place(name, module, flow)
-        except NoPlaceError as error:
-            refused[name] = str(error)
-        else:
-            places |= {name: place} if place is not None else {}
-    refused |= _partly_taken(flow, places)
-    if refused:
-        raise _refusal(refused, names)
-    if not places:
-        raise ValueError(f"nothing to convert: this {type(model).__name__} has no batch norm or group norm, and no "
-                         "layer norm with an activation behind it")  # fmt: skip
-    if proxy and all(place.activation is None for place in places.values()):
-        raise ValueError(f"PN has no place: no norm of this {type(model).__name__} has an activation right behind it")
-    return places
-
-
-def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
-    """One norm's place; None for a layer norm without an activation, which stays. Raises NoPlaceError."""
-    if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
-        raise NoPlaceError("it normalizes no maps (N, C, H, W)")
-    if not type(norm).forward.__module__.startswith(("torch.", "timm.", "torchvision.", "proxynorm.")):
-        raise NoPlaceError("its class has a forward of its own, which may compute something else")
-    if _has_hooks(norm):
-        raise NoPlaceError("it has hooks, which would be lost: take them off first")
-    if parametrize.is_parametrized(norm):
-        names = ", ".join(norm.parametrizations)
-        raise NoPlaceError(f"its {names} is parametrized, which would be lost: use parametrize.remove_parametrizations first")
-    followers = flow.followers.get(name, [])
-    overwritten = any(found.overwritten for found in followers)
-    own = getattr(norm, "act", None)
-    if own is not None and not isinstance(own, nn.Identity):
-        return Place(norm, own, overwritten=overwritten)
-    if not followers:
-        raise NoPlaceError("no call of it is seen in what can be traced of the model")
-    for found in followers:
-        if found.problem is not None:
-            raise NoPlaceError(found.problem)
-    first = followers[0]
-    if any(_signature(found) != _signature(first) for found in followers):
-        raise NoPlaceError("it is called at places with different activations")
-    if isinstance(norm, nn.LayerNorm) and first.activation is None:
-        return None
-    if first.activation is not None and _has_hooks(first.activation):
-        raise NoPlaceError("the activation behind it has hooks, which would be lost: take them off first")
-    sites = tuple(found.site for found in followers if found.site is not None)
-    return Place(norm, first.activation, sites, tuple(first.between), overwritten)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a user's hook is on the module."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values(),
-             *module._backward_pre_hooks.values()]  # fmt: skip
-    return any(hook is not hand_on_copy for hook in hooks)
-
-
-def _signature(found: Follower) -> tuple:
-    """What must be the same at all calls of a norm."""
-    return repr(found.activation), tuple(found.between)
-
-
-def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError:
-    """The error for norms that cannot be placed: their names by kind and reason."""
-    groups: dict[str, list[str]] = {}
-    for name, why in reasons.items():
-        groups.setdefault(f"({type(norms[name]).__name__}): {why}", []).append(name)
-    said = "; ".join(f"{', '.join(names)} {why}" for why, names in groups.items())
-    return ValueError(f"cannot place {said}. Leave {'it as it is' if len(reasons) == 1 else 'them as they are'} with "
-                      f"keep={list(reasons)}")  # fmt: skip
-
-
-def _partly_taken(flow: Flow, places: dict[str, Place]) -> dict[str, str]:
-    """The norms, with the reason, whose activation is one call of a forward that runs several times, and follows a norm
-    only some of the times."""
-    absorbed = [site for place in places.values() for site in place.sites]
-    return {
-        name: f"the activation behind it, called in {site.caller or 'the model'}, serves other values too"
-        for name, place in places.items()
-        for site in place.sites
-        if flow.sites.count(site) != absorbed.count(site)
-    }
-
-
-def _layer(name: str, place: Place, options: NormOptions, ties: dict[nn.Parameter, nn.Parameter]) -> NormAct2d:
-    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and mode.
-
-    ties: what became of the old norms' parameters; those that several norms share stay shared.
-    """
-    norm = place.norm
-    spec = options.spec
-    features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
-    like = next((t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None), torch.empty(0))
-    act = None if place.activation is None else recognized(copy.deepcopy(place.activation))
-    if hasattr(act, "inplace"):
-        act.inplace = False
-    try:
-        layer = NormAct2d(
-            features, spec.kind, proxy=spec.proxy, act_layer=act, apply_act=act is not None, groups=options.groups,
-            eps=norm.eps if options.eps is None else options.eps, proxy_eps=options.proxy_eps,
-            norm_batch=options.norm_batch, momentum=getattr(norm, "momentum", 0.1), moments=options.moments,
-            nodes=options.nodes, device=like.device, dtype=like.dtype,
-            track_running_stats=getattr(norm, "track_running_stats", True),
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"cannot convert {name}: {error}") from error
-    _carry_over(norm, layer, ties)
-    if layer.proxied and _is_zero(layer.weight):
-        nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
-    if layer.proxied and place.overwritten:
-        layer.register_forward_hook(hand_on_copy)
-    return layer.train(norm.training)
-
-
-def hand_on_copy(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook of a layer whose output the network changes in place, while the layer keeps it for backward."""
-    return output.clone() if output.requires_grad else output
-
-
-def _is_zero(tensor: torch.Tensor) -> bool:
-    """Whether all values are zero; False where there are none to see (meta and fake tensors)."""
-    try:
-        return not bool(tensor.any())
-    except RuntimeError:
-        return False
-
-
-def _channels(norm: nn.Module) -> int:
-    """Channels of a group norm or a layer norm."""
-    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0]
-
-
-def _carry_over(norm: nn.Module, layer: NormAct2d, ties: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Copies what both have: γ, β, γ̃, β̃ and running statistics (float32 or better); and the old layer's drop."""
-    for name, new in list(layer.named_parameters(recurse=False)):
-        old = getattr(norm, name, None)
-        if isinstance(old, nn.Parameter) and ties.setdefault(old, new) is not new:
-            setattr(layer, name, ties[old])
-        elif old is not None:
-            new.detach().copy_(old.detach())
-            new.requires_grad_(old.requires_grad)
-    for name, new in layer.named_buffers(recurse=False):
-        old = getattr(norm, name, None)
-        like = layer.weight if old is None else old
-        new.data = new.to(torch.promote_types(like.dtype, new.dtype))
-        if old is not None:
-            new.copy_(old)
-    if isinstance(getattr(norm, "drop", None), nn.Module):
-        layer.drop = norm.drop
 
 
 def _callers_to_rewrite(flow: Flow, absorbed: set[Site]) -> dict[str, list[int]]:

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from proxynorm.nn.convert import hand_on_copy
 from proxynorm.nn.dataflow import Part, traced_parts
 from proxynorm.nn.elementwise import called_function, has_set_forward
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.places import hand_on_copy
 from proxynorm.nn.shared import SharedMoments
 
 
