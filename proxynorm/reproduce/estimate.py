@@ -16,6 +16,7 @@ from proxynorm.data.beton import read_beton
 from proxynorm.doctor import OPTIMIZER_COPIES, existing
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.reproduce import slurm
+from proxynorm.reproduce.cost import relative_cost
 from proxynorm.reproduce.runs import Run
 from proxynorm.reproduce.slurm import SlurmOptions
 from proxynorm.reproduce.sweep import Entry, Say
@@ -26,6 +27,7 @@ from proxynorm.train.settings import Settings
 
 FASHION_IMAGES = 60000
 PROBE_STEPS = 20
+SCALED = "scaled by epochs, network and image size"
 START_SECONDS = 60.0  # allowed for starting a run: queueing the step, imports, opening the data
 
 
@@ -90,7 +92,8 @@ def checkpoint_bytes(settings: Settings) -> int:
 
 class Estimator:
     """Estimates runs from what was measured of their kind: in the folder of the runs and its probes, else in the archives of
-    kept runs; else from the mean of the kinds that the folder tells of; else from the table's own words.
+    kept runs; else from the mean of the kinds that the folder tells of; else from the table's own words, by each cell's epochs,
+    network and image size.
 
     A run counts if as many processes trained it, an archive also on this machine's processor or for this table. Raises
     ConfigError naming the cell, or the run, that cannot be built.
@@ -104,6 +107,7 @@ class Estimator:
         self.archives = by_kind(found for found in kept if found.table == own)
         self.archives |= by_kind(found for found in kept if found.processor == here)
         self.known: dict[str, Estimate] = {}
+        self.first: Settings | None = None  # of the table's first cell
 
     def __call__(self, entry: Entry) -> Estimate:
         """The estimate of a run; its cell's other seeds share it."""
@@ -121,10 +125,12 @@ class Estimator:
         images = None if steps is None else steps * settings.batch
         found = self.folders.get(what) or self.archives.get(what, [])
         memory = max((item.memory for item in found), default=0.0) or None
-        seconds, origin = self._seconds(what, found, images)
+        seconds, origin = self._seconds(what, found, images, settings)
         return Estimate(steps, images, seconds, origin, checkpoint_bytes(settings), memory)
 
-    def _seconds(self, what: str, found: Sequence[Measured], images: int | None) -> tuple[float | None, str]:
+    def _seconds(
+        self, what: str, found: Sequence[Measured], images: int | None, settings: Settings
+    ) -> tuple[float | None, str]:
         if images is not None and (found or self.folders):
             speed = mean_speed(found) if found else mean(mean_speed(group) for group in self.folders.values())
             origin = f"mean of {len(self.folders)} measured kinds of runs"
@@ -133,7 +139,10 @@ class Estimator:
             return images / speed + START_SECONDS, origin
         if self.table is None:
             return None, "nothing like it was measured"
-        return self.table.minutes * 60, f"estimate for {self.table.hardware}"
+        if self.first is None:
+            self.first = planned_settings(self.table.expand()[0].overrides)
+        seconds = self.table.minutes * 60 * relative_cost(self.table, self.first, settings)
+        return seconds, f"estimate for {self.table.hardware}; {SCALED}"
 
 
 def by_kind(measured: Iterable[Measured]) -> dict[str, list[Measured]]:

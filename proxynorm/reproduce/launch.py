@@ -119,8 +119,9 @@ def settle(child: Child, say: Callable[[str], None], failed: list[str]) -> None:
     with open(run.log, "a") as log:
         print(f"# exit status {status}", file=log)
     ended_well = status == 0 or status in STOPPED
-    why = last_error(run.log) if status >= 0 else f"killed (signal {-status}); run again"
-    failure = f"failed with status {status}: {why}" if status > 0 else why
+    killed = status == -signal.SIGKILL
+    why = f"killed (signal {-status}); run again" if killed else last_error(run.log)
+    failure = why if killed else f"failed with status {status}: {why}"
     say(f"{run.name}: {failure if not ended_well else 'stopped' if status else 'done'} ({minutes:.1f} min)")
     if not ended_well:
         failed.append(f"{run.name}: {why}  ({run.log})")

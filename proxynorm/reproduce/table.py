@@ -78,7 +78,9 @@ class Table:
     margin:      what a cell may fall behind another, in points, and still match it
     tolerance:   largest distance from a reference, in points, that still is within
     seed_std:    known standard deviation between seeds, in points, and its source in seed_std_source
-    minutes:     of one run on `hardware`, evaluations included: an estimate until runs have been measured
+    minutes:     of one run of the first cell on `hardware`, evaluations included: an estimate until runs have been measured,
+                 from which those of the other cells follow (reproduce/cost.py)
+    hardware:    what the minutes are for; "for N epochs" in it: of a run of so many epochs, not of the recipe's
     """
 
     name: str

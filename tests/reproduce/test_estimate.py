@@ -25,8 +25,11 @@ from proxynorm.reproduce.records import collect
 from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.slurm import SlurmOptions
 from proxynorm.reproduce.sweep import as_entry
+from proxynorm.reproduce.table import load_table
 from proxynorm.train import checkpoint
 from tests.reproduce.tiny_table import write_run
+
+STATED = "estimate for one CPU core; scaled by epochs, network and image size"
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def estimator(table, runs, results="no kept runs", **options):
 
 
 def test_times_come_from_runs_of_the_kind_then_from_the_others_then_from_the_table(tiny, runs):
-    assert estimator(tiny, runs)(runs[0]).origin == "estimate for one CPU core"
+    assert estimator(tiny, runs)(runs[0]).origin == STATED
     write_run(runs[0], 50.0)
     own, other = estimator(tiny, runs)(runs[0]), estimator(tiny, runs)(runs[1])
     assert (own.origin, other.origin) == ("measured", "mean of 1 measured kinds of runs")
@@ -70,6 +73,30 @@ def test_a_probe_is_a_short_run_of_each_cell_and_counts_as_measured(tiny, runs):
     assert total_steps(planned_settings(probes[0].arguments())) == 4 and "max_steps=20" in probes[0].arguments()
     write_run(probes[1], 50.0)
     assert estimator(tiny, runs)(runs[1]).origin == "measured"
+
+
+def hours(name, *cells):
+    """Of a run of each of these cells, as the table states them."""
+    table = load_table(name)
+    runs = table_runs(replace(table, seeds=1), "no runs")
+    estimate = estimator(table, runs)
+    return {run.cell.name: estimate(run).seconds / 3600 for run in runs if run.cell.name in cells}
+
+
+def test_stated_times_follow_the_recipe_s_epochs():
+    """860 minutes are of 100 epochs of a ResNet-50; its recipe has 65, EfficientNet-B0's 350."""
+    found = hours("imagenet_norms", "resnet50-bn-baseline", "efficientnet_b0-bn-baseline")
+    assert found["resnet50-bn-baseline"] == pytest.approx(860 / 60 * 65 / 100)
+    share = found["efficientnet_b0-bn-baseline"] / found["resnet50-bn-baseline"]
+    assert share == pytest.approx(350 / 65 * 6.75 / 11.11, rel=0.01)  # millions of activations, as in arXiv 2003.13678
+    assert hours("imagenet_batch", "bn-norm_batch2") == {"bn-norm_batch2": pytest.approx(860 / 60 * 65 / 100)}
+
+
+def test_stated_times_follow_the_network_and_the_image_size():
+    found = hours("efficientnet_g16", "b0-native-gn", "b0-half-gn", "b5-native-gn")
+    assert found["b0-native-gn"] == pytest.approx(7500 / 60)
+    assert found["b0-half-gn"] == pytest.approx(found["b0-native-gn"] * (160 / 224) ** 2, rel=0.01)
+    assert 10 < found["b5-native-gn"] / found["b0-native-gn"] < 20
 
 
 @pytest.fixture
@@ -86,16 +113,16 @@ def test_kept_runs_of_the_kind_tell_the_speed(tiny, runs, kept, monkeypatch):
     other = replace(tiny, name="other")
     assert estimator(tiny, runs, kept)(runs[0]).origin == "kept runs on CPU"
     assert estimator(tiny, runs, kept)(runs[0]).seconds == pytest.approx(256 / 100 + module.START_SECONDS)
-    assert estimator(tiny, runs, kept)(runs[1]).origin == "estimate for one CPU core"
-    assert estimator(other, runs, kept)(runs[0]).origin == "estimate for one CPU core"
+    assert estimator(tiny, runs, kept)(runs[1]).origin == STATED
+    assert estimator(other, runs, kept)(runs[0]).origin == STATED
     monkeypatch.setattr(module, "processor_here", lambda: "CPU")
     assert estimator(other, runs, kept)(runs[0]).origin == "kept runs on CPU"
-    assert estimator(other, runs, kept, processes=8)(runs[0]).origin == "estimate for one CPU core"
+    assert estimator(other, runs, kept, processes=8)(runs[0]).origin == STATED
 
 
 def test_a_damaged_archive_does_not_hinder_an_estimate(tiny, runs, kept):
     next(kept.glob("*/runs/*")).write_bytes(b"no archive")
-    assert estimator(tiny, runs, kept)(runs[0]).origin == "estimate for one CPU core"
+    assert estimator(tiny, runs, kept)(runs[0]).origin == STATED
 
 
 def test_the_cell_that_cannot_be_built_is_named(tiny, runs):

@@ -118,7 +118,10 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
 def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
     results = tmp_path / "results"
-    assert "4 runs to do" in (text := plan(tiny, runs, results, 1)) and "24 s (estimate for one CPU core)" in text
+    assert (
+        "4 runs to do" in (text := plan(tiny, runs, results, 1))
+        and "24 s (estimate for one CPU core; scaled by" in text
+    )
     write_run(runs[0], 50.0)
     text = plan(tiny, runs, results, 2)
     assert (
