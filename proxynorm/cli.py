@@ -7,6 +7,9 @@ line and exit status 2; `--help` prints the options.
 from __future__ import annotations
 
 import dataclasses
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -81,9 +84,15 @@ def options_help(options: type) -> str:
 
 
 def guard(action: Callable[[], int | None]) -> NoReturn:
-    """Run `action`, turning the user's mistakes into one line and status 2, and Ctrl-C into one line and 130."""
+    """Run `action`, turning the user's mistakes into one line and status 2, and Ctrl-C into one line and 130; a reader of the
+    output that has left, as head does, ends it without a word with 141."""
     try:
-        sys.exit(action() or 0)
+        status = action() or 0
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        leave_pipe()
+        raise
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
@@ -91,10 +100,18 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
         fail(error)
 
 
+def leave_pipe() -> None:
+    """Exit with status 141, as by SIGPIPE, if nobody reads standard output any more."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if pipe.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def script(options: type, action: Callable[[Any], int | None], description: str) -> NoReturn:
     """Entry of a script: parse its arguments, run `action(options)`, exit with what it returns."""
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}")
-        sys.exit(0)
+        guard(lambda: print(f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}"))
     guard(lambda: action(parse_options(options, arguments)))

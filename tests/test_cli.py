@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxynorm.cli import option, options_help, parse_options
+from proxynorm.cli import guard, option, options_help, parse_options
 from proxynorm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +100,25 @@ def test_scripts_have_help(script):
     result = command(script, "--help")
     assert result.returncode == 0, result.stderr
     assert "=" in result.stdout
+
+
+@pytest.mark.parametrize("words", ["scripts/reproduce.py status table=mini_norms", "scripts/power.py --help"])
+def test_a_reader_that_leaves_is_no_fault(tmp_path, words):
+    """As `| head` does: neither a traceback nor a message at the interpreter's exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([sys.executable, *words.split()], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+                            timeout=300, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_a_fault():
+    def action():
+        raise BrokenPipeError("of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        guard(action)
 
 
 def test_a_run_from_the_command_line(tmp_path):
