@@ -205,11 +205,12 @@ def claims(options: Options) -> int:
     from proxynorm.files import write_text
     from proxynorm.reproduce.claims import claims_report, load_claims
     from proxynorm.reproduce.report import gather
-    from proxynorm.reproduce.runs import table_runs
+    from proxynorm.reproduce.runs import reported_runs
 
     tables = {name: load_table(name) for claim in load_claims() for name in claim.tables}
     outcomes = {
-        name: gather(table, table_runs(table, options.root), options.results).outcomes for name, table in tables.items()
+        name: gather(table, reported_runs(table, options.root, options.results), options.results).outcomes
+        for name, table in tables.items()
     }
     path = Path(options.results) / "claims.md"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 from proxynorm.analysis.tables import markdown_table
 from proxynorm.errors import DataError
 from proxynorm.reproduce.report import gather, p_value, provenance
-from proxynorm.reproduce.runs import read_chosen, table_runs
+from proxynorm.reproduce.runs import reported_runs
 from proxynorm.reproduce.table import load_table
 
 BLOCK = re.compile(r"(<!-- (?P<name>[a-z_]+): .*? -->\n)(?P<body>.*?)(<!-- end of (?P=name) -->)", re.DOTALL)
@@ -75,7 +75,7 @@ def loader(results: Path) -> str:
 def mini_norms(results: Path) -> str:
     """The table's cells and its claims, from the kept runs alone."""
     table = load_table("mini_norms")
-    findings = gather(table, table_runs(table, results / "no run folders", read_chosen(table, results)), results)
+    findings = gather(table, reported_runs(table, results / "no run folders", results), results)
     norms = [[cell.name, str(findings.samples[cell.name]), str(findings.samples[cell.name].n)] for cell in findings.cells]
     outcomes = [[item.comparison.claim, f"{item.comparison.first} − {item.comparison.second}",
                  "" if item.difference is None else f"{item.difference:+.2f}",

@@ -47,7 +47,7 @@ def gather(table: Table, runs: Sequence[Run], results: str | Path) -> Findings:
     failed = Counter(run.cell.name for run, files in found if files is not None and FAILURE in files)
     running = Counter(run.cell.name for run, files in found if files is None and standing(run).state == "running")
     samples = cell_samples(table, records)
-    cells = list({run.cell.name: run.cell for run in runs}.values())
+    cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
     return Findings(table, cells, records, samples, compare(table, samples), running, failed)
 
 

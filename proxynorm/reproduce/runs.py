@@ -126,6 +126,13 @@ def table_runs(table: Table, root: str | Path, chosen: dict[str, dict[str, Any]]
     ]
 
 
+def reported_runs(table: Table, root: str | Path, results: str | Path) -> list[Run]:
+    """All runs of the table; none while its search has chosen nothing, which leaves open what the table's runs are."""
+    if table.tuned is not None and not chosen_path(table, results).is_file():
+        return []
+    return table_runs(table, root, read_chosen(table, results))
+
+
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a completed run, else None. Raises DataError if it is damaged."""
     path = folder / "summary.json"
@@ -264,11 +271,16 @@ def log_lines(log: Path) -> list[str]:
         return [line for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
 
 
+def chosen_path(table: Table, results: str | Path) -> Path:
+    """Where a tuned table's search writes what it chooses."""
+    return Path(results) / table.tuned.table / "chosen.json"
+
+
 def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
     """What the table's search has chosen; None for a table without one. Raises ConfigError if it is not there yet."""
     if table.tuned is None:
         return None
-    path = Path(results) / table.tuned.table / "chosen.json"
+    path = chosen_path(table, results)
     if not path.is_file():
         raise ConfigError(
             f"{path} is missing: first scripts/reproduce.py run table={table.tuned.table}, "

@@ -6,7 +6,11 @@ import pytest
 
 from proxynorm.reproduce.claims import Claim, claim_outcomes, claim_status, claims_report, load_claims
 from proxynorm.reproduce.comparing import Outcome, cell_samples, compare
+from proxynorm.reproduce.readme import mini_norms
 from proxynorm.reproduce.table import load_table
+from scripts.reproduce import Options, claims
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def outcomes_without_runs():
@@ -49,3 +53,18 @@ def test_status_is_the_weakest_verdict(verdicts, status):
     )
     assert claim_status(Claim("c", needs="ImageNet"), []) == "needs ImageNet"
     assert claim_status(Claim("c", scope="at initialisation"), []) == "shown at initialisation"
+
+
+def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
+    """Its kept runs may be of rates that the search does not choose. In the table of claims and in the README."""
+    (tmp_path / "mini_norms").symlink_to(RESULTS / "mini_norms")
+    item = "mini_norms: ln_pn - bn"
+    claim = next(claim for claim in load_claims() if item in claim.comparisons)
+
+    def row() -> str:
+        assert claims(Options(command="claims", root=str(tmp_path / "none"), results=str(tmp_path))) == 0
+        return next(line for line in (tmp_path / "claims.md").read_text().splitlines() if claim.claim in line)
+
+    assert f"{item}: not run" in row() and "Nothing has been run yet." in mini_norms(tmp_path)
+    (tmp_path / "mini_norms_lr").symlink_to(RESULTS / "mini_norms_lr")
+    assert f"{item}: not run" not in row() and "Nothing has been run yet." not in mini_norms(tmp_path)

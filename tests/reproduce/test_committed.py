@@ -5,7 +5,7 @@ from pathlib import Path
 
 from proxynorm.reproduce.claims import claims_report, load_claims
 from proxynorm.reproduce.report import gather, write_report
-from proxynorm.reproduce.runs import read_chosen, table_runs
+from proxynorm.reproduce.runs import reported_runs
 from proxynorm.reproduce.table import load_table, table_names
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 def committed(name, nowhere):
     table = load_table(name)
-    return gather(table, table_runs(table, nowhere, read_chosen(table, RESULTS)), RESULTS)
+    return gather(table, reported_runs(table, nowhere, RESULTS), RESULTS)
 
 
 def test_reports_are_rebuilt_to_the_byte(tmp_path):
