@@ -7,11 +7,12 @@ for a run, summary.json into output."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxynorm.cli import option, script
+from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -151,20 +152,29 @@ def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]
 def main(options: Options) -> int:
     import torch
 
+    from proxynorm.nn.names import NORMS
+    from proxynorm.train.distributed import choose_device
+
     if options.threads:
         torch.set_num_threads(options.threads)
     for name in ("images", "batch", "width", "depth", "size", "nets"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}={getattr(options, name)}: must be at least 1")
+    for name in ("beta_std", "gamma_std"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ConfigError(f"{name}={getattr(options, name)}: must be at least 0 and finite")
+    for norm in options.norms:
+        if norm not in NORMS or norm == "none":
+            valid = nearest(norm, set(NORMS) - {"none"})
+            raise ConfigError(f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind; {valid}")
     if options.run and options.table:
         raise ConfigError("run= and table= exclude each other: give one")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, device = Path(options.output), torch.device(automatic if options.device == "auto" else options.device)
+    folder, device = Path(options.output), choose_device(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         show = show_run if options.run else show_table if options.table else show_random_nets
         show(options, folder, device)
-    except ValueError as error:  # a wrong norm, padding or number of groups
+    except ValueError as error:  # a wrong padding or number of groups
         raise ConfigError(str(error)) from error
     print(folder / "power.png")
     return 0

@@ -90,6 +90,20 @@ def test_wrong_norm():
     assert_user_error(command("train.py", "norm=ln_pm"), "did you mean 'ln_pn'")
 
 
+@pytest.mark.parametrize(("argument", "message"), [
+    ("beta_std=-1", "beta_std=-1.0: must be at least 0 and finite"),
+    ("gamma_std=nan", "gamma_std=nan: must be at least 0"),
+    pytest.param("device=cuda", "torch finds no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
+    ("device=tpu", "valid: auto, cpu, cuda"),
+    ("norms=[bn,none]", "norms=[bn,none]: no norm 'none' to measure behind"),
+    ("norms=[bn,lm]", "no norm 'lm' to measure behind; did you mean 'ln'"),
+])
+def test_wrong_values_of_power_are_told_before_anything_is_measured(tmp_path, argument, message):
+    result = command("scripts/power.py", argument, "width=16", "depth=3", "size=2", "images=4", f"output={tmp_path / 'power'}")
+    assert_user_error(result, message)
+    assert result.stdout == "" and not (tmp_path / "power").exists()
+
+
 def test_no_such_data_folder():
     assert_user_error(command("train.py", "data=folder", "data.root=/nowhere/at/all"), "/nowhere/at/all")
 
