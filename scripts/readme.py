@@ -8,7 +8,7 @@ from pathlib import Path
 from proxynorm.cli import option, script
 from proxynorm.errors import DataError
 from proxynorm.files import write_text
-from proxynorm.reproduce.readme import render
+from proxynorm.reproduce.readme import render, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,11 +21,10 @@ class Options:
 def main(options: Options) -> int:
     path = ROOT / "README.md"
     text = path.read_text()
-    rendered = render(text, ROOT / "results")
-    if options.check and rendered != text:
-        raise DataError("README.md differs from results/: run python scripts/readme.py")
     if not options.check:
-        write_text(path, rendered)
+        write_text(path, render(text, ROOT / "results"))
+    elif names := stale(text, ROOT / "results"):
+        raise DataError(f"{path}: {', '.join(names)} differ from results/; python scripts/readme.py renders them anew")
     return 0
 
 

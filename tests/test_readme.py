@@ -9,7 +9,8 @@ import pytest
 
 from proxynorm.config import check_arguments
 from proxynorm.errors import DataError
-from proxynorm.reproduce.readme import BLOCK, render
+from proxynorm.reproduce.readme import BLOCK, render, stale
+from scripts import readme as script
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +25,17 @@ def test_a_changed_number_is_found():
     name = BLOCK.search(README)["body"]
     digit = re.search(r"\d\.\d", name)[0]
     assert render(README.replace(digit, "9.9", 1), ROOT / "results") == README
+
+
+def test_the_blocks_that_differ_are_named_and_the_command_that_mends_them(tmp_path, monkeypatch):
+    changed = README.replace("<!-- end of demo -->", "by hand\n<!-- end of demo -->")
+    assert stale(README, ROOT / "results") == [] and stale(changed, ROOT / "results") == ["demo"]
+    (tmp_path / "README.md").write_text(changed)
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/README.md: demo differ from results/; python scripts/readme.py renders"):
+        script.main(script.Options(check=True))
+    assert script.main(script.Options()) == 0 and (tmp_path / "README.md").read_text() == README
 
 
 def test_an_unknown_block_is_refused():

@@ -186,6 +186,12 @@ BLOCKS: dict[str, Callable[[Path], str]] = {"demo": demo, "storage": storage, "l
                                            "mini_norms": mini_norms, "trained_power": trained_power}
 
 
+def stale(text: str, results: Path) -> list[str]:
+    """The names of the blocks of the README `text` that are not what `results` says. Raises DataError as render does."""
+    old, new = (BLOCK.finditer(version) for version in (text, render(text, results)))
+    return [was["name"] for was, now in zip(old, new, strict=True) if was[0] != now[0]]
+
+
 def render(text: str, results: Path) -> str:
     """The README `text` with every block rendered anew. Raises DataError for a block that is not known."""
     def fill(match: re.Match[str]) -> str:
