@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from proxynorm.config import settings_from
 from proxynorm.errors import CheckpointError, ConfigError
-from proxynorm.files import write_json, write_text
+from proxynorm.files import write_atomic, write_json, write_text
 from proxynorm.nn.freeze import freeze
 from proxynorm.train.build import build_model
 from proxynorm.train.restore import Restored, checkpoint_path, restore
@@ -51,9 +51,9 @@ def export_run(
         raise CheckpointError(f"{run} has no summary.json: the run has not ended")
     content = describe(restored, run, weights)
     output.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.contiguous() for key, value in restored.model.state_dict().items()}, output / "model.safetensors"
-    )
+    tensors = save({key: value.contiguous() for key, value in restored.model.state_dict().items()})
+    # safetensors' own save_file leaves mode 0600
+    write_atomic(output / "model.safetensors", lambda stream: stream.write(tensors))
     write_json(output / "config.json", content)
     images = example_images(content["inputs"])
     differences = {"model.safetensors": largest_difference(restored.model, load(output).model, images)}
@@ -145,6 +145,21 @@ def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
     return difference
 
 
+ONNX_LOAD = """
+`model.onnx` needs onnxruntime alone. Its input `images` are float32 (any number, {channels}, {size}, {size}), normalized as above; its
+output `logits` has a column a class:
+
+```python
+import numpy
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+images = numpy.zeros((1, {channels}, {size}, {size}), numpy.float32)  # (x - mean) / std of yours
+logits = session.run(["logits"], {{"images": images}})[0]
+```
+"""
+
+
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
     """The README.md of an export, from what config.json holds."""
     config, inputs, metrics = content["config"], content["inputs"], content["metrics"]
@@ -196,7 +211,7 @@ from proxynorm.export import load
 
 exported = load("FOLDER")  # exported.model, exported.inputs, exported.metrics
 ```
-
+{ONNX_LOAD.format(**inputs) if onnx else ""}
 ## Recipe
 
 {chr(10).join(recipe)}

@@ -1,6 +1,8 @@
 """Export: a run becomes files that give its logits back."""
 
 import json
+import os
+import runpy
 
 import pytest
 import torch
@@ -81,3 +83,27 @@ def test_config_json_is_plain(tmp_path):
     export_run(tmp_path / "run", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert set(content) == {"config", "inputs", "metrics"} and "runs_dir" not in content["config"]
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
+    make_run(tmp_path / "run")
+    before = os.umask(0o027)
+    try:
+        export_run(tmp_path / "run", tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == dict.fromkeys(
+        ("model.safetensors", "config.json", "README.md"), "0o640"
+    )
+
+
+@need_module("onnxscript")
+def test_the_card_s_onnx_example_runs(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "FOLDER", onnx=True)
+    monkeypatch.chdir(tmp_path)
+    example = (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    (tmp_path / "example.py").write_text(example)
+    assert runpy.run_path("example.py")["logits"].shape == (1, 3)
+    export_run(tmp_path / "run", tmp_path / "plain")
+    assert "onnx" not in (tmp_path / "plain" / "README.md").read_text()
