@@ -264,8 +264,8 @@ def commands(findings: Findings) -> str:
     )
     lines = [
         *first,
-        f"python scripts/reproduce.py run table={table.name}",
-        f"python scripts/reproduce.py report table={table.name}",
+        f"python scripts/reproduce.py run {table.argument}",
+        f"python scripts/reproduce.py report {table.argument}",
         "",
     ]
     return "\n".join(lines + [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells])

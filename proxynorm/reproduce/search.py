@@ -60,7 +60,7 @@ def mean_metric(table: Table, runs: Sequence[Run], results: str | Path) -> dict[
     if missing:
         raise ConfigError(
             f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
-            f"scripts/reproduce.py run table={table.name}"
+            f"scripts/reproduce.py run {table.argument}"
         )
     means = {place: {value: mean(values) for value, values in row.items()} for place, row in scores.items()}
     for place, values in means.items():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +81,7 @@ class Table:
     margin:      what a cell may fall behind another, in points, and still match it
     tolerance:   largest distance from a reference, in points, that still is within
     seed_std:    known standard deviation between seeds, in points, and its source in seed_std_source
+    file:        the YAML file, of a table that is not one of TABLES
     minutes:     of one run of the first cell on `hardware`, evaluations included: an estimate until runs have been measured,
                  from which those of the other cells follow (reproduce/cost.py)
     hardware:    what the minutes are for; "for N epochs" in it: of a run of so many epochs, not of the recipe's
@@ -105,6 +109,15 @@ class Table:
     tolerance: float = 0.5
     seed_std: float | None = None
     seed_std_source: str = ""
+    file: str = ""
+
+    @property
+    def argument(self) -> str:
+        """The word of a command line that names the table: its name, or its file's path as it was given."""
+        if not self.file:
+            return f"table={self.name}"
+        plain = re.fullmatch(r"[\w./~+-]+", self.file)
+        return shlex.quote(f"table={self.file if plain else json.dumps(self.file)}")
 
     def expand(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
         """The cells in order. `chosen` is the finished search's {place: {key: value}}; without it the search's
@@ -158,7 +171,7 @@ def load_table(name: str) -> Table:
             content[key] = nested[key](**content[key])
         for key in listed.keys() & content.keys():
             content[key] = [listed[key](**item) for item in content[key]]
-        table = Table(name=path.stem, **content)
+        table = Table(name=path.stem, file=name if name.endswith(".yaml") else "", **content)
         check_table(table)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error

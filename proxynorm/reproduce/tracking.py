@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from proxynorm.cli import first_line
 from proxynorm.reproduce.document import Figure, Grid, to_html
 from proxynorm.reproduce.report import Findings, cell_table, comparison_table, report
 from proxynorm.train.tracker import choose_mode
@@ -18,11 +19,11 @@ def log_report(findings: Findings, mode: str, folder: Path, project: str) -> Non
     mode = choose_mode(mode)
     if mode == "disabled":
         return
-    import wandb
-
     table, blocks = findings.table, report(findings)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
         with wandb.init(
             mode=mode,
             project=project,
@@ -45,8 +46,8 @@ def log_report(findings: Findings, mode: str, folder: Path, project: str) -> Non
             }
             run.log(content)
             run.summary.update(deltas(findings))
-    except (wandb.Error, OSError) as error:
-        print(f"warning: the report is not on W&B: {error}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the report is written
+        print(f"warning: the report is not on W&B: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
 
 def as_wandb_table(wandb, grid: Grid):

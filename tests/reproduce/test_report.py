@@ -2,12 +2,14 @@
 
 import filecmp
 import json
+import shlex
 import shutil
 import xml.dom.minidom
 
 import pytest
 from mpmath import betainc
 
+from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.reproduce.comparing import Sample, cell_status, outcome, single_verdict
 from proxynorm.reproduce.records import archive_path, collect, kept_files, read_archive
@@ -16,6 +18,7 @@ from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.search import choose
 from proxynorm.reproduce.table import Comparison, Reference, Search, load_table
 from proxynorm.reproduce.tracking import deltas, log_report
+from scripts.reproduce import Options
 from tests.reproduce.tiny_table import write_run
 
 
@@ -147,11 +150,37 @@ def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| bn | 90.10 ± 0.14 | 2 | done |" in text and "| ln_pn | 91.00 | 1 | 1/2 seeds, 1 failed |" in text
     assert "single seed, beyond the seed spread" in text
-    assert "3 runs, 0.03 hours" in text and "commit 0123456789ab" in text and str(tmp_path) not in text
+    assert "3 runs, 0.03 hours" in text and "commit 0123456789ab" in text
+    assert str(tmp_path) not in text.replace(tiny.file, "tiny.yaml")
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("<svg") == 3 and "src=" not in page
     for name in ("cells.svg", "loss.svg", "power.svg"):
         xml.dom.minidom.parse(str(tmp_path / "report" / name))
+
+
+@pytest.mark.parametrize("name", ["tiny.yaml", "it's a tiny.yaml"])
+def test_the_commands_of_a_file_s_table_name_the_file(tiny, tmp_path, monkeypatch, name):
+    """As it was given; in a shell the words are those that the script reads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").rename(tmp_path / name)
+    table = load_table(name)
+    write_report(gather(table, table_runs(table, tmp_path), tmp_path), tmp_path / "report")
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    words = [shlex.split(line)[2:] for line in lines if line.startswith("python scripts/reproduce.py ")]
+    assert [word for word, _ in words] == ["run", "report"]
+    assert {parse_options(Options, [argument, "command=report"]).table for _, argument in words} == {name}
+    assert load_table("mini_norms").argument == "table=mini_norms"
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no\ngood"), TypeError("x"), OSError("disk")])
+def test_whatever_fails_in_wandb_leaves_the_report(tiny, finished, tmp_path, monkeypatch, capsys, fault):
+    def init(**options):
+        raise fault
+
+    monkeypatch.setattr("wandb.init", init)
+    log_report(gather(tiny, finished, tmp_path), "offline", tmp_path / "logged", "proxynorm")
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: the report is not on W&B: {type(fault).__name__}: ") and said.count("\n") == 1
 
 
 def test_a_table_without_runs_has_a_report(tiny, tmp_path):
