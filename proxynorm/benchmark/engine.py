@@ -34,6 +34,7 @@ from proxynorm.data.fashion_mnist import find_fashion_mnist, read_fashion_mnist
 from proxynorm.files import write_json
 from proxynorm.train.build import seeded_model
 from proxynorm.train.distributed import Process, choose_device
+from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder, environment
@@ -167,6 +168,7 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 def measure(options: Options, folder: Path) -> dict[str, list[float]]:
     """images/s of every contender, a figure a round."""
     device = choose_device(options.device)
+    keep_freed_memory(device)  # as in training
     settings = settings_for(options, folder)
     data = open_data(settings.data, settings.loader)
     trainer = make_trainer(settings, data, device, folder)

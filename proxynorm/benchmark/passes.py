@@ -27,6 +27,7 @@ from proxynorm.nn.folding import fold
 from proxynorm.nn.fused import channel_sum, per_channel
 from proxynorm.nn.norms import group_normalize
 from proxynorm.train.distributed import choose_device
+from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.run_folder import environment
 
 aten = torch.ops.aten
@@ -57,6 +58,7 @@ def main(options: Options) -> None:
     if options.format not in FORMATS:
         raise ConfigError(f"format={options.format}: choose of {', '.join(FORMATS)}")
     device = choose_device(options.device)
+    keep_freed_memory(device)  # as in training
     net = build(Variant("ln_pn", options.format), options.model, device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     images = images.contiguous(memory_format=FORMATS[options.format])

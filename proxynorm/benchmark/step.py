@@ -37,6 +37,7 @@ from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
 from proxynorm.nn.shared import SharedMoments
 from proxynorm.train.distributed import choose_device
+from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.run_folder import environment
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,6 +81,7 @@ def main(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
+    keep_freed_memory(device)  # as in training
     variants = [Variant(norm, memory_format, mode == "compiled")
                 for mode in options.modes for memory_format in options.formats for norm in options.norms]
     # every variant compiles the same forward twice; past the limit, 8, torch would silently go on uncompiled

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from proxynorm.errors import ConfigError
 from proxynorm.train.faults import shared_fate
+from proxynorm.train.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def processes(device_name: str) -> Iterator[Process]:
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    keep_freed_memory(device)
     if world_size == 1:
         yield Process(0, 1, device)
         return
