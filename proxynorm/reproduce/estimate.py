@@ -25,6 +25,8 @@ from proxynorm.reproduce.throughput import Measured, in_archives, in_folders, ki
 from proxynorm.train.build import build_model
 from proxynorm.train.settings import Settings
 
+_weight_bytes: dict[str, int] = {}
+
 FASHION_IMAGES = 60000
 PROBE_STEPS = 20
 SCALED = "scaled by epochs, network and image size"
@@ -80,14 +82,22 @@ def total_steps(settings: Settings) -> int | None:
     return min(steps, settings.max_steps or steps)
 
 
+def weight_bytes(settings: Settings) -> int:
+    """What a run's weights and buffers take; runs that differ in other things share it. Raises ConfigError if the network
+    cannot be built."""
+    key = repr((settings.data.name, settings.model, settings.norm, settings.norm_batch))
+    if key not in _weight_bytes:
+        classes, channels = (10, 1) if settings.data.name == "fashion_mnist" else (1000, 3)
+        model = build_model(settings, classes, channels)
+        _weight_bytes[key] = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return _weight_bytes[key]
+
+
 def checkpoint_bytes(settings: Settings) -> int:
     """What a run's checkpoints take at most: last.pt, previous.pt and the one being written hold everything, best.pt the
     weights."""
-    classes, channels = (10, 1) if settings.data.name == "fashion_mnist" else (1000, 3)
-    model = build_model(settings, classes, channels)
-    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = 1 + OPTIMIZER_COPIES.get(settings.optim.name, 2) + (settings.regularization.ema_decay is not None)
-    return (3 * copies + 1) * weights
+    return (3 * copies + 1) * weight_bytes(settings)
 
 
 class Estimator:
