@@ -24,7 +24,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
 from proxynorm.nn.folding import fold
-from proxynorm.nn.fused import channel_sum, per_channel
+from proxynorm.nn.fused import channel_sum, gained_, per_channel
 from proxynorm.nn.norms import group_normalize
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.memory import keep_freed_memory
@@ -130,7 +130,7 @@ def contenders(place: Place, memory_format: str, device: torch.device) -> Iterat
         yield "output − floor, the mask of the backward pass", lambda: torch.sub(x, per_channel(row), out=buffer)
         yield "sum of the gradient over each channel", lambda: channel_sum(grad)
     else:
-        yield "gain and offset", lambda: buffer.mul_(per_channel(row)).add_(per_channel(row))
+        yield "gain and offset", lambda: gained_(buffer, row, row)
         yield "the norm once more, in the backward pass", lambda: group_normalize(x, 1, ours.eps, row, row)
         yield "gain of the gradient", lambda: buffer.mul_(per_channel(row))
         yield "sums of gradient and gradient · output", lambda: aten.native_batch_norm_backward(

@@ -7,10 +7,10 @@ import os
 
 import torch
 
-# From glibc's malloc.h, and the values that its mallopt(3) gives: never; the most that a 64-bit system takes, in bytes.
+# From glibc's malloc.h, and the values that its mallopt(3) gives: no memory is given back, no block is mapped by itself.
 M_TRIM_THRESHOLD, NEVER = -1, -1
-M_MMAP_THRESHOLD, LARGEST = -3, 32 * 2**20
-OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+M_MMAP_MAX, NONE = -4, 0
+OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory(device: torch.device) -> bool:
@@ -25,4 +25,4 @@ def keep_freed_memory(device: torch.device) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(mallopt(M_MMAP_THRESHOLD, LARGEST))
+    return bool(mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(mallopt(M_MMAP_MAX, NONE))
