@@ -56,6 +56,7 @@ class Options:
     rounds: int = option(9, "steps of each, taken in turns")
     inference: bool = option(True, "time inference as well")
     threads: int | None = option(None, "CPU threads; torch's default if left out")
+    keep_memory: bool = option(True, "on a CPU, malloc keeps freed memory, as in training; false: malloc's own ways")
     device: str = option("auto", "auto, cpu, cuda")
     json: str | None = option(None, "file for the figures, with the machine's description")
 
@@ -81,7 +82,8 @@ def main(options: Options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    keep_freed_memory(device)  # as in training
+    if options.keep_memory:
+        keep_freed_memory(device)
     variants = [Variant(norm, memory_format, mode == "compiled")
                 for mode in options.modes for memory_format in options.formats for norm in options.norms]
     # every variant compiles the same forward twice; past the limit, 8, torch would silently go on uncompiled

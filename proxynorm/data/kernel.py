@@ -24,8 +24,10 @@ MOST_SHRUNK = 3
 THREE = np.uint64(3)
 # Rows of a block of a JPEG whose chroma is stored at half the height.
 BLOCK_ROWS = 16
-# Markers of a JPEG's header: a frame coded from top to bottom in one go; frames coded otherwise; the first scan.
+# Markers of a JPEG's header: a frame coded from top to bottom in one go; frames coded otherwise; the first scan. Others
+# that have no segment: those below FIRST_SEGMENT, restarts, the image's start and end.
 SEQUENTIAL, LAST_FRAME, NOT_FRAMES, SCAN = (0xC0, 0xC1), 0xCF, (0xC4, 0xC8, 0xCC), 0xDA
+FIRST_SEGMENT, FIRST_ALONE, LAST_ALONE = 0xC0, 0xD0, 0xD9
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -49,25 +51,36 @@ def _byte_sum(data):
 
 
 @numba.njit(**_options)
-def _height_place(data):
-    """Where the header of a JPEG gives its height, if its rows are coded from top to bottom in a single scan; else 0."""
+def _height_place(data, height, width):
+    """Where the header of a JPEG gives its height, if its rows are coded from top to bottom in a single scan; 0 for any
+    other, for a header that says another size, and for one that has more than segments."""
     place, components, at = 0, 0, 2
     while at + 9 < data.size and data[at] == 0xFF:
-        marker = data[at + 1]
+        marker, length = data[at + 1], _word(data, at + 2)
+        if marker < FIRST_SEGMENT or marker == 0xFF or FIRST_ALONE <= marker <= LAST_ALONE or length < 2:
+            return 0
         if marker in SEQUENTIAL:
+            if place != 0 or _word(data, at + 5) != height or _word(data, at + 7) != width:
+                return 0
             place, components = at + 5, data[at + 9]
         elif SEQUENTIAL[-1] < marker <= LAST_FRAME and marker not in NOT_FRAMES:
             return 0
         elif marker == SCAN:
             return place if data[at + 4] == components else 0
-        at += 2 + 256 * np.int64(data[at + 2]) + np.int64(data[at + 3])
+        at += 2 + length
     return 0
 
 
 @numba.njit(**_options)
-def _cut(data, rows, copy):
+def _word(data, at):
+    """The number of two bytes, the higher first."""
+    return 256 * np.int64(data[at]) + np.int64(data[at + 1])
+
+
+@numba.njit(**_options)
+def _cut(data, height, width, rows, copy):
     """Copy a JPEG's bytes, its header changed to end after `rows` rows, all that is decoded then; False if it cannot."""
-    place = _height_place(data)
+    place = _height_place(data, height, width)
     if place == 0:
         return False
     copy[: data.size] = data
@@ -83,7 +96,7 @@ def _decode(data, height, width, bottom, known, copy, pixels):
     take a share of their chroma; the decoder's complaint about what is left over says nothing of the image.
     """
     rows = min(height, BLOCK_ROWS * ((bottom + 2 + BLOCK_ROWS - 1) // BLOCK_ROWS))
-    cut = known and rows < height and _cut(data, rows, copy)
+    cut = known and rows < height and _cut(data, height, width, rows, copy)
     source = copy.ctypes.data if cut else data.ctypes.data
     lines = rows if cut else height
     status = _imdecode(source, data.size, lines, width, pixels.ctypes.data, lines, width, 0, 0, 1, 1, False, False)

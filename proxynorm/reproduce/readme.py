@@ -112,7 +112,7 @@ def step(results: Path) -> str:
     parts = []
     for model in ("resnet50", "efficientnet_b0"):
         parts += [step_table(load(results, f"step/{model}.json")), more_rounds(load(results, f"step/{model}_channels_last.json")),
-                  passes_table(load(results, f"passes/{model}.json"))]
+                  more_rounds(load(results, f"step/{model}_malloc.json")), passes_table(load(results, f"passes/{model}.json"))]
     return "\n".join([*parts, compiled_step(load(results, "step/resnet50_compiled.json"))])
 
 
@@ -120,7 +120,8 @@ def more_rounds(content: dict[str, Any]) -> str:
     """The ratios of the goals from a run of channels_last alone, with more rounds."""
     told = "; ".join(f"{name.removesuffix(', each in its best format')}: {value:.3f}"
                      for name, value in content["figures"].items() if name.startswith(("step", "inference")))
-    return f"""Again in channels_last alone, with {content["options"]["rounds"]} rounds: {told}.
+    malloc = "" if content["options"].get("keep_memory", True) else ", and malloc's own ways (keep_memory=false)"
+    return f"""Again in channels_last alone, with {content["options"]["rounds"]} rounds{malloc}: {told}.
 """
 
 

@@ -114,3 +114,28 @@ def test_all_of_an_image_whose_bytes_are_not_known_is_decoded(kernel):
     data = jpeg(128, 64)
     assert decoded(kernel, data, 128, 64, 16, False)[1][-1].any()
     assert not decoded(kernel, data[: data.size // 2], 128, 64, 16, False)[0]
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def test_a_header_within_a_comment_is_not_taken_for_the_image_s(kernel):
+    """A fill byte before a comment, which a careless reader takes for a segment of 65,000 bytes … that ends in a lie."""
+    data = jpeg(128, 128, subsampling=2).tobytes()
+    frame = data[data.index(b"\xff\xc0") :][:19]
+    scan = data[data.index(b"\xff\xda") :][:14]
+    fill = b"\xff" + segment(0xFE, b"")  # read at its first byte: marker FF, length FE 00 and more
+    lie = segment(0xFE, bytes(65_013)) + segment(0xFE, (frame + scan) * 20)
+    for header in (fill + lie, segment(0xFE, frame + scan), fill, b"\xff\x01", b"\xff\xd0", b"\xff\xfe\x00\x00"):
+        planted = np.frombuffer(data[:2] + header + data[2:], dtype=np.uint8)
+        good, whole = decoded(kernel, planted, 128, 128, 128, True)
+        cut, image = decoded(kernel, planted, 128, 128, 40, True)
+        assert cut == good
+        assert np.array_equal(image[:40], whole[:40])
+
+
+def test_a_frame_of_another_size_is_not_cut(kernel):
+    data = jpeg(128, 128)
+    assert kernel._height_place(data, 128, 128) == data.tobytes().index(b"\xff\xc0") + 5
+    assert kernel._height_place(data, 128, 64) == kernel._height_place(data, 64, 128) == 0
