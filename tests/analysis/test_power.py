@@ -204,7 +204,7 @@ def test_the_command_writes_csv_plot_and_summary(tmp_path, script):
 
 
 def test_a_wrong_norm_is_the_users_mistake(tmp_path, script):
-    with pytest.raises(ConfigError, match="unknown norm 'lm'"):
+    with pytest.raises(ConfigError, match="no norm 'lm' .* did you mean 'ln'"):
         script.main(script.Options(str(tmp_path), norms=["lm"]))
 
 
