@@ -204,14 +204,15 @@ def report(options: Options, table: Table) -> int:
 def claims(options: Options) -> int:
     from proxynorm.files import write_text
     from proxynorm.reproduce.claims import claims_report, load_claims
+    from proxynorm.reproduce.recipe import refuse_other_recipes
     from proxynorm.reproduce.report import gather
     from proxynorm.reproduce.runs import reported_runs
 
     tables = {name: load_table(name) for claim in load_claims() for name in claim.tables}
-    outcomes = {
-        name: gather(table, reported_runs(table, options.root, options.results), options.results).outcomes
-        for name, table in tables.items()
-    }
+    runs = {name: reported_runs(table, options.root, options.results) for name, table in tables.items()}
+    for of_table in runs.values():
+        refuse_other_recipes(of_table, options.results)
+    outcomes = {name: gather(table, runs[name], options.results).outcomes for name, table in tables.items()}
     path = Path(options.results) / "claims.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, claims_report(outcomes))
