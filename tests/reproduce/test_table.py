@@ -18,6 +18,7 @@ TABLES = (
     "mini_norms",
     "mini_norms_lr",
     "mini_regularization",
+    "mini_regularization_lr",
     "mini_short_lr",
 )
 
