@@ -30,7 +30,7 @@ def main(options: Options) -> int:
     from proxynorm.train.build import choose_dtype, choose_memory_format
     from proxynorm.train.distributed import processes
     from proxynorm.train.evaluate import evaluate
-    from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
+    from proxynorm.train.restore import checkpoint_path, open_evaluation_data, other_images, restore
     from proxynorm.train.settings import check
 
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
@@ -39,7 +39,7 @@ def main(options: Options) -> int:
         settings = check(replace(restored.settings, precision=options.precision or restored.settings.precision,
                                  eval_batch=options.batch or restored.settings.eval_batch))
         data = open_evaluation_data(restored, options.root, options.cache, options.loader, options.workers)
-        for line in data.warnings if process.is_main else ():
+        for line in (*data.warnings, *other_images(restored, data)) if process.is_main else ():
             print(f"warning: {line}", file=sys.stderr)
         memory_format = choose_memory_format(settings, process.device)
         model = restored.model.to(process.device, memory_format=memory_format)

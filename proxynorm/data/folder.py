@@ -16,19 +16,20 @@ from PIL import Image
 
 from proxynorm.data.augment import View
 from proxynorm.data.images import BadImage, ImageRef, load_rgb
-from proxynorm.data.readers import Failures, Job, assemble
+from proxynorm.data.readers import Failures, Job, assemble, fingerprint
 from proxynorm.data.sources import Listing
 from proxynorm.data.spec import Batch
 from proxynorm.errors import ConfigError
 
 
 class FolderReader:
-    """Image files, decoded in `workers` processes (0: in this one), one micro-batch at a time in each; prefetch: see
-    LoaderSpec."""
+    """Image files of the folder `source`, decoded in `workers` processes (0: in this one), one micro-batch at a time in
+    each; prefetch: see LoaderSpec."""
 
     channels = 3
 
-    def __init__(self, listing: Listing, workers: int, prefetch: int | None = None) -> None:
+    def __init__(self, listing: Listing, source: str, workers: int, prefetch: int | None = None) -> None:
+        self.source = source
         self.classes, self.targets, self.workers = listing.classes, listing.targets, workers
         ahead = prefetch is not None and workers > 0
         self.prefetch_factor = max(1, math.ceil(prefetch / workers)) if ahead else None
@@ -56,6 +57,25 @@ class FolderReader:
 
     def name(self, row: int) -> str:
         return os.fsdecode(self.paths[row])
+
+    def fingerprint(self) -> str:
+        """Of every file's name, and of the lengths of at most SIZES files, evenly spaced: a million would take minutes."""
+        names = b"\0".join(os.path.basename(path) for path in self.paths.tolist())
+        some = self.paths[:: math.ceil(len(self.paths) / SIZES)].tolist()
+        return fingerprint(
+            "files", np.frombuffer(names, np.uint8), np.array([_length(path) for path in some], dtype="<i8")
+        )
+
+
+SIZES = 10_000
+
+
+def _length(path: bytes) -> int:
+    """A file's length in bytes; -1 if it is gone."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _unchanged(result):

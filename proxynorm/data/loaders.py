@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -155,6 +156,27 @@ class Data:
         )
         self._eval_view = View(ratio=spec.eval_ratio)
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the images of "train" and "eval" from others, whatever their number and labels: see Reader."""
+        return {part: reader.fingerprint() for part, reader in self._readers.items()}
+
+    def replaced(self, stored: dict[str, str]) -> dict[str, str]:
+        """Of "train" and "eval" those whose images are not the ones of the fingerprints `stored`, with their file or folder.
+
+        Images that are read in another way now (from a folder, then from a .beton file made of it) cannot be compared.
+        """
+        kinds = {part: stored.get(part, "").partition(":")[0] for part in self._readers}
+        return {
+            part: self._readers[part].source
+            for part, now in self.fingerprints.items()
+            if now.startswith(f"{kinds[part]}:") and now != stored[part]
+        }
+
+    @property
+    def _readers(self) -> dict[str, Reader]:
+        return {"train": self.train.reader, "eval": self.evaluation.reader}
 
     @property
     def failures(self) -> dict[str, str]:

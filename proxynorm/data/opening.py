@@ -120,7 +120,7 @@ def _open_fashion_mnist(spec: DataSpec, backend: str, loader: LoaderSpec, failur
 def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, loader: LoaderSpec) -> Reader:
     if backend == "torchvision":
         images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-        return MemoryReader(images[..., None], labels, fashion_mnist.CLASSES)
+        return MemoryReader(images[..., None], labels, fashion_mnist.CLASSES, f"{folder}/{part}")
     signature = f"{fashion_mnist.signature(folder)};{part}"
     samples = cached_beton(
         cache, f"fashion-mnist-{part}", signature, lambda path: _write_fashion_mnist(path, folder, part)
@@ -143,7 +143,8 @@ def _open_folder(spec: DataSpec, backend: str, loader: LoaderSpec, failures: Fai
     train, evaluation = (list_folder(root / part) for part in ("train", "val"))
     _same_classes(root, train.classes, evaluation.classes)
     if backend == "torchvision":
-        return tuple(FolderReader(part, loader.workers, loader.prefetch) for part in (train, evaluation))
+        folders = ((train, "train"), (evaluation, "val"))
+        return tuple(FolderReader(part, str(root / name), loader.workers, loader.prefetch) for part, name in folders)
     readers = []
     for part, listing in (("train", train), ("val", evaluation)):
         samples = _converted(spec, part, listing, loader.workers)

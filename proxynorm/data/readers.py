@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -38,12 +39,24 @@ class Reader(Protocol):
     classes: tuple[str, ...]
     channels: int
     targets: np.ndarray
+    source: str
 
     def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
         """A batch per job, in order. Leaving early (closing the generator) ends the work that was begun ahead."""
 
     def name(self, row: int) -> str:
         """What to call the image in a message: its file, or its number in a file."""
+
+    def fingerprint(self) -> str:
+        """What tells these images from others, as "kind:digest"; fingerprints of different kinds cannot be compared."""
+
+
+def fingerprint(kind: str, *parts: np.ndarray) -> str:
+    """A Reader's fingerprint: kind, and SHA-256 of the arrays' bytes, cut to 16 digits."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(np.ascontiguousarray(part))
+    return f"{kind}:{state.hexdigest()[:16]}"
 
 
 class Failures:
@@ -72,10 +85,10 @@ def assemble(reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str]
 
 
 class MemoryReader:
-    """Images held in memory, uint8 (N, H, W, C); nothing beside the calling thread is needed."""
+    """Images held in memory, uint8 (N, H, W, C), read from `source`; nothing beside the calling thread is needed."""
 
-    def __init__(self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...]) -> None:
-        self.images, self.targets, self.classes = images, targets, classes
+    def __init__(self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...], source: str) -> None:
+        self.images, self.targets, self.classes, self.source = images, targets, classes, source
         self.channels = images.shape[3]
 
     def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
@@ -87,6 +100,9 @@ class MemoryReader:
 
     def name(self, row: int) -> str:
         return f"image {row}"
+
+    def fingerprint(self) -> str:
+        return fingerprint("pixels", self.images)
 
 
 class _Pending(NamedTuple):
@@ -113,7 +129,7 @@ class BetonReader:
         self.samples, self.classes, self.workers = samples, classes, max(1, workers)
         self.prefetch = prefetch
         self.pin = pin and torch.cuda.is_available()
-        self.targets, self.channels = samples.target, samples.channels
+        self.targets, self.channels, self.source = samples.target, samples.channels, str(samples.path)
         self.file = map_file(samples.path)
         self.decode = decoder()
         self.scratch_size = 3 * int((samples.height.astype(np.int64) * samples.width).max())
@@ -169,3 +185,8 @@ class BetonReader:
 
     def name(self, row: int) -> str:
         return f"{self.samples.path}: image {row}"
+
+    def fingerprint(self) -> str:
+        """Of the sums of the images' bytes; of a file without them, of the images' lengths and sides."""
+        s = self.samples
+        return fingerprint("sums", s.sums) if len(s.sums) else fingerprint("sizes", s.size, s.height, s.width)

@@ -94,3 +94,9 @@ def open_evaluation_data(restored: Restored, root: str | None, cache: str | None
     if trained != present:
         raise CheckpointError(f"the checkpoint was trained on another data set (classes: {different_classes(trained, present)})")
     return data
+
+
+def other_images(restored: Restored, data: Data) -> list[str]:
+    """What to tell, in a line, of an evaluation on other images than the run's own."""
+    replaced = data.replaced(restored.content["inputs"].get("images", {}))
+    return [f"{replaced['eval']} holds other images than those that the run was evaluated on"] if "eval" in replaced else []

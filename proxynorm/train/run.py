@@ -44,13 +44,16 @@ def check_identity(content: dict[str, Any], settings: Settings, path: Path) -> N
 
 
 def check_data(content: dict[str, Any], data: Data, path: Path) -> None:
-    """Raises CheckpointError if the run was trained on other classes or another number of images than `data`'s."""
+    """Raises CheckpointError if the run was trained on other classes, labels, images or another number of them than `data`'s."""
     stored, present = content["inputs"], inputs(data)
     for key in ("classes", "train_count", "eval_count", "mean", "std", "labels"):
         was, now = stored.get(key, present[key]), present[key]
         if was != now:
             words = different_classes(was, now) if key == "classes" else "not the same" if key == "labels" else f"{was} → {now}"
             raise CheckpointError(f"{path} was trained on another data set ({key}: {words}); choose another name=, or resume=never")
+    if replaced := data.replaced(stored.get("images", {})):
+        raise CheckpointError(f"{path} was trained on other images than {' and '.join(replaced.values())} hold(s) now; put the "
+                              "former back, or choose another name=, or resume=never")
 
 
 def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:

@@ -344,11 +344,15 @@ class Trainer:
 
 
 def inputs(data: Data) -> dict:
-    """What the network is fed and trained on, as a checkpoint keeps it. labels: a digest of the training labels, in order."""
+    """What the network is fed and trained on, as a checkpoint keeps it.
+
+    labels: a digest of the training labels, in order; images: see Data.fingerprints.
+    """
     info, train = data.info, data.train
     labels = hashlib.sha256(np.asarray(train.reader.targets[train.rows], dtype="<i8").tobytes()).hexdigest()[:16]
     return {"classes": list(info.classes), "channels": info.channels, "mean": list(info.mean), "std": list(info.std),
-            "train_count": info.train_count, "eval_count": info.eval_count, "labels": labels}
+            "train_count": info.train_count, "eval_count": info.eval_count, "labels": labels,
+            "images": data.fingerprints}
 
 
 class StepBatches:

@@ -1,0 +1,118 @@
+"""A run does not go on, without a word, on other images than it was begun on, whatever their number, classes and labels."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from proxynorm.data.images import StorageOptions
+from proxynorm.data.preparation import prepare
+from proxynorm.data.sources import list_folder
+from proxynorm.errors import CheckpointError
+from proxynorm.train import checkpoint
+from tests.data.conftest import needs_ffcv, remove_companions, write_folder
+
+EVAL = Path(__file__).parents[2] / "eval.py"
+PARTS = ("train", "val")
+
+
+def repaint(image: Path) -> None:
+    """Put another image of the same sides in the place of one."""
+    with Image.open(image) as former:
+        sides = former.size
+    Image.fromarray(np.full((*sides[::-1], 3), 99, dtype=np.uint8)).save(image, quality=95)
+
+
+def photographs(folder: Path) -> Path:
+    return write_folder(folder / "photos", 4, 2)
+
+
+def betons(folder: Path) -> Path:
+    for part in PARTS:
+        prepare(list_folder(folder / "photos" / part), folder / f"{part}.beton", StorageOptions())
+    return folder
+
+
+def overrides(folder: Path, data: str, loader: str, *more: str) -> list[str]:
+    root = folder / "photos" if data == "folder" else folder
+    return ["name=a", f"data={data}", f"data.root={root}", f"data.cache={folder}", f"loader={loader}", "loader.workers=0",
+            "data.image_size=32", "data.limit=null", "data.holdout=0", "batch=4", "eval_batch=3", "model.depth=8", "model.width=8",
+            "epochs=2", *more]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("data", "loader", "bare"), [
+    ("folder", "torchvision", False),
+    pytest.param("folder", "ffcv", False, marks=needs_ffcv),
+    pytest.param("beton", "ffcv", False, marks=needs_ffcv),
+    pytest.param("beton", "ffcv", True, marks=needs_ffcv)])
+def test_replaced_images_are_refused(run_small, tmp_path, data, loader, bare, part):
+    """bare: files without sums, as FFCV's writer makes them."""
+    photos = photographs(tmp_path)
+
+    def write() -> None:
+        if data == "beton":
+            betons(tmp_path)
+            for name in PARTS if bare else ():
+                remove_companions(tmp_path / f"{name}.beton")
+
+    write()
+    run_small(*overrides(tmp_path, data, loader, "max_steps=2"))
+    write()  # the same images once more
+    assert run_small(*overrides(tmp_path, data, loader, "max_steps=3")).last["counters"]["step"] == 3
+    repaint(photos / part / "bee" / "001.jpg")
+    write()
+    for steps in ("max_steps=3", "max_steps=4"):  # finished, and to go on
+        with pytest.raises(CheckpointError, match=rf"a was trained on other images than \S*{part}\S* hold"):
+            run_small(*overrides(tmp_path, data, loader, steps))
+
+
+def test_moved_data_are_the_same(run_small, tmp_path):
+    photographs(tmp_path)
+    run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
+    shutil.move(tmp_path / "photos", tmp_path / "elsewhere")
+    moved = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=3", f"data.root={tmp_path / 'elsewhere'}"))
+    assert moved.last["counters"]["step"] == 3
+
+
+@needs_ffcv
+def test_images_read_in_another_way_and_runs_without_fingerprints_go_on(run_small, tmp_path):
+    photographs(tmp_path)
+    run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
+    run = run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=3"))
+    inputs = {key: value for key, value in run.last["inputs"].items() if key != "images"}
+    checkpoint.save(run.folder / "checkpoints" / "last.pt", dict(run.last, inputs=inputs))
+    repaint(tmp_path / "photos" / "train" / "bee" / "001.jpg")
+    assert run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=4")).last["counters"]["step"] == 4
+
+
+def test_another_copy_of_fashion_mnist_is_told_by_its_pixels():
+    from proxynorm.data.readers import MemoryReader
+
+    images, targets = np.zeros((3, 4, 4, 1), dtype=np.uint8), np.arange(3)
+    first = MemoryReader(images, targets, ("a", "b", "c"), "here").fingerprint()
+    assert first == MemoryReader(images.copy(), targets, ("a", "b", "c"), "there").fingerprint()
+    images[2, 1, 1] = 1
+    assert first != MemoryReader(images, targets, ("a", "b", "c"), "here").fingerprint()
+
+
+def test_evaluation_on_other_images_is_told_in_a_line(run_small, tmp_path, monkeypatch, capsys):
+    photos = photographs(tmp_path)
+    run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
+
+    def warnings() -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"run={run.folder}", "device=cpu"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(EVAL), run_name="__main__")
+        assert end.value.code == 0
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+
+    assert warnings() == []
+    repaint(photos / "val" / "bee" / "001.jpg")
+    assert warnings() == [f"warning: {photos}/val holds other images than those that the run was evaluated on"]
