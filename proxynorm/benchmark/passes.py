@@ -24,7 +24,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
 from proxynorm.nn.folding import fold
-from proxynorm.nn.fused import channel_sum, gained_, per_channel
+from proxynorm.nn.fused import channel_sum, gained_, per_channel, rebuilt_group_norm, takes_whole_step
 from proxynorm.nn.norms import group_normalize
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.memory import keep_freed_memory
@@ -131,8 +131,12 @@ def contenders(place: Place, memory_format: str, device: torch.device) -> Iterat
         yield "sum of the gradient over each channel", lambda: channel_sum(grad)
     else:
         yield "gain and offset", lambda: gained_(buffer, row, row)
-        yield "the norm once more, in the backward pass", lambda: group_normalize(x, 1, ours.eps, row, row)
-        yield "gain of the gradient", lambda: buffer.mul_(per_channel(row))
+        if takes_whole_step(x):
+            statistic = torch.rand(len(x), 1, device=device)
+            yield "u once more, from the norm's statistics", lambda: rebuilt_group_norm(x, row, row, statistic, statistic)
+        else:
+            yield "the norm once more, in the backward pass", lambda: group_normalize(x, 1, ours.eps, row, row)
+            yield "gain of the gradient", lambda: buffer.mul_(per_channel(row))
         yield "sums of gradient and gradient · output", lambda: aten.native_batch_norm_backward(
             grad, x, torch.ones_like(row), None, None, row, row, True, 0.0, [False, True, True])
         yield "less: the copy of u that torch's activation in place keeps", lambda: x.clone()

@@ -116,14 +116,76 @@ class GainedActivation(torch.autograd.Function):
             inputs = [t for t in (u, gain, offset) if t is not None]
             slopes = _differentiable((reference.to(grad.dtype),), inputs, (grad,))
             return *(slopes if gain is not None else (slopes[0], None, slopes[1])), *[None] * 6
-        if gain is None:
-            return activation_backward(grad, u, ctx.head), None, channel_sum(grad), *[None] * 6
-        # sums over a channel of grad·φ and of grad, in one pass: those of a batch norm's weight and bias,
-        # since φ = (z − offset) / gain
-        _, product, total = aten.native_batch_norm_backward(
-            grad, z, torch.ones_like(gain), None, None, offset, gain.reciprocal(), True, 0.0, [False, True, True])
-        du = activation_backward(grad, u, ctx.head).mul_(per_channel(gain).to(grad.dtype))
+        product, total = gained_sums(grad, z, gain, offset)
+        du = activation_backward(grad, u, ctx.head)
+        if gain is not None:
+            du.mul_(per_channel(gain).to(grad.dtype))
         return du, product, total, *[None] * 6
+
+
+def takes_whole_step(x: Tensor) -> bool:
+    """Whether GroupNormActivation serves x: where u is rebuilt fast from the norm's statistics."""
+    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not x.is_contiguous()
+            and x.is_contiguous(memory_format=torch.channels_last))
+
+
+class GroupNormActivation(torch.autograd.Function):
+    """gain·φ(group_norm(x, scale, shift)) + offset of x (N, C, H, W), for which takes_whole_step holds; gain None: 1.
+
+    The norm's statistics are kept, so that the backward pass rebuilds u in one pass, and its gain is taken by the
+    norm's own backward instead of a pass over the map.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None, offset: Tensor, head: Head,
+                groups: int, eps: float, watch: Callable[[Tensor], None] | None = None) -> Tensor:
+        ctx.head, ctx.groups, ctx.eps = head, groups, eps
+        u, mean, rstd = aten.native_group_norm(x, scale, shift, *_sides(x), groups, eps)
+        z = gained_activation_(u, gain, offset, head)
+        ctx.save_for_backward(z, gain, offset, x, scale, shift, mean, rstd)
+        if watch is not None:
+            watch(z)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        z, gain, offset, x, scale, shift, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [t for t in (x, scale, shift, gain, offset) if t is not None]
+            u = torch.nn.functional.group_norm(x, ctx.groups, scale, shift, ctx.eps)
+            reference = per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)
+            slopes = _differentiable((reference,), inputs, (grad,))
+            return *(slopes if gain is not None else (*slopes[:3], None, slopes[3])), *[None] * 4
+        product, total = gained_sums(grad, z, gain, offset)
+        du = activation_backward(grad, rebuilt_group_norm(x, scale, shift, mean, rstd), ctx.head)
+        dx, dscale, dshift = aten.native_group_norm_backward(
+            du, x, mean, rstd, scale if gain is None else scale * gain, *_sides(x), ctx.groups,
+            [ctx.needs_input_grad[0], True, True])
+        if gain is not None:
+            dscale, dshift = dscale * gain, dshift * gain
+        return dx, dscale, dshift, product, total, *[None] * 4
+
+
+def _sides(x: Tensor) -> tuple[int, int, int]:
+    """N, C, H·W of x."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
+def rebuilt_group_norm(x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """group_norm(x, scale, shift) from its statistics, each (N, groups)."""
+    share = x.shape[1] // mean.shape[1]
+    a = rstd.repeat_interleave(share, dim=1) * scale
+    b = shift - mean.repeat_interleave(share, dim=1) * a
+    return torch.addcmul(b[..., None, None], x, a[..., None, None])
+
+
+def gained_sums(grad: Tensor, z: Tensor, gain: Tensor | None, offset: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The gradients of gain and offset in z = gain·φ + offset: sums over a channel of grad·φ and of grad, each (C,)."""
+    if gain is None:
+        return None, channel_sum(grad)
+    # in one pass: those of a batch norm's weight and bias, since φ = (z − offset) / gain
+    return aten.native_batch_norm_backward(grad, z, torch.ones_like(gain), None, None, offset, gain.reciprocal(), True,
+                                           0.0, [False, True, True])[1:]
 
 
 def per_channel(v: Tensor) -> Tensor:

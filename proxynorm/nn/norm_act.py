@@ -15,11 +15,13 @@ from .fused import (
     FlooredReLU,
     FoldedConstants,
     GainedActivation,
+    GroupNormActivation,
     Head,
     floored_relu_,
     gained_activation_,
     is_transformed,
     per_channel,
+    takes_whole_step,
 )
 from .moments import check_method, proxy_moments
 from .names import norm_spec
@@ -233,6 +235,8 @@ class NormAct2d(nn.Module):
             gain = gain if self.proxy_scale else None  # spares passes over the map
             head = Head(self.act_name, self.act)
             recipe = self._recipe(norm, partial(gained_activation_, head=head), x, scale, shift, gain, offset)
+            if self.kind != "bn" and takes_whole_step(x):
+                return GroupNormActivation.apply(x, scale, shift, gain, offset, head, self.groups, self.eps, recipe)
             return GainedActivation.apply(self._norm(x, scale, shift, norm), gain, offset, x, scale, shift, head, norm,
                                           recipe)
 

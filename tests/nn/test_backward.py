@@ -129,3 +129,34 @@ def test_second_order_of_centred_squeeze_excite(with_recompute):
     first = torch.autograd.grad(model(torch.randn(1, 3, 32, 32)).square().sum(), parameters, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
     assert all(g.isfinite().all() for g in second)
+
+
+@pytest.mark.parametrize("proxy_scale", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "hard_swish"])
+@pytest.mark.parametrize("norm", ["ln", "gn", "in"])
+def test_group_norm_with_the_channels_innermost_is_one_step(norm, activation, proxy_scale):
+    """There u is rebuilt from the norm's statistics; gradients and their derivatives are those of the written formula."""
+    layer = NormAct2d(8, norm, act_layer=activation, proxy_scale=proxy_scale, groups=2).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.5, 0.3)
+    x, direction = (
+        torch.randn(3, 8, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last) for _ in range(2)
+    )
+    x.requires_grad_()
+    inputs, grads = [x, *layer.parameters()], []
+    for forward in (layer, lambda x: layer.activate(layer.normalize(x))):
+        z = forward(x)
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        assert ("GroupNormActivation" in type(z.grad_fn).__name__) == (forward is layer)
+        first = torch.autograd.grad(z, inputs, direction, retain_graph=True)
+        again = torch.autograd.grad(z, inputs, direction, create_graph=True)
+        torch.testing.assert_close(again, first)
+        grads.append([z.detach(), *first, *torch.autograd.grad(sum(g.square().sum() for g in again), inputs)])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_one_step_leaves_the_inputs_gradient_out_where_none_is_asked():
+    layer = NormAct2d(8, "ln", act_layer="silu")
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    layer(x).sum().backward()
+    assert x.grad is None and all(p.grad is not None for p in layer.parameters())
