@@ -8,7 +8,7 @@ for a run, summary.json into output."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,29 @@ class Options:
     groups: int | None = option(None, "random nets: groups of gn")
     threads: int | None = option(None, "CPU threads")
     device: str = option("auto", "auto, cpu, cuda")
+
+
+def check_mode(options: Options) -> None:
+    """Raises ConfigError for what is given but belongs to another kind of nets."""
+    if options.run and options.table:
+        raise ConfigError("run= and table= exclude each other: give one")
+    mode = "run" if options.run else "table" if options.table else "random nets"
+    for item in fields(options):
+        kind = ONLY.get(item.name)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if kind not in (None, mode) and getattr(options, item.name) != default:
+            here = f"with {mode}=" if mode in ("run", "table") else "of random nets"
+            raise ConfigError(f"{item.name}= says nothing {here}: leave it out")
+
+
+# Options of one kind of nets alone.
+ONLY = {
+    "weights": "run",
+    **dict.fromkeys(("root", "results"), "table"),
+    **dict.fromkeys(
+        ("norms", "width", "depth", "size", "nets", "beta_std", "gamma_std", "padding", "groups"), "random nets"
+    ),
+}
 
 
 def random_nets(options: Options, device: torch.device) -> dict[str, list[list[PowerRow]]]:
@@ -163,12 +186,15 @@ def main(options: Options) -> int:
     for name in ("beta_std", "gamma_std"):
         if not 0 <= getattr(options, name) < math.inf:
             raise ConfigError(f"{name}={getattr(options, name)}: must be at least 0 and finite")
+    check_mode(options)
+    if not options.norms:
+        raise ConfigError("norms=[]: name at least one")
+    if options.groups is not None and (options.groups < 1 or options.width % options.groups):
+        raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
     for norm in options.norms:
         if norm not in NORMS or norm == "none":
             valid = nearest(norm, set(NORMS) - {"none"})
             raise ConfigError(f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind; {valid}")
-    if options.run and options.table:
-        raise ConfigError("run= and table= exclude each other: give one")
     folder, device = Path(options.output), choose_device(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     try:

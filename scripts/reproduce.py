@@ -7,7 +7,8 @@ Commands
   status   where each run stands
   choose   of a finished search: write results/TABLE/chosen.json, which the tuned tables read
   collect  keep finished runs (configuration, environment, metrics, summary) as results/TABLE/runs/*.tar.xz
-  report   write results/TABLE/report.md, report.html and figures from the run folders and the kept runs
+  report   write results/TABLE/report.md, report.html and figures from the run folders and the kept runs; with cells= or
+           seeds= into results/TABLE/selection, beside the whole table's
   claims   write results/claims.md: each claim of the poster, what shows it here, its status (no table=)
 
 Offline W&B runs go up with: wandb sync runs/TABLE/wandb/offline-run-* runs/TABLE/*/wandb/offline-run-*"""
@@ -99,7 +100,7 @@ def status(options: Options, table: Table) -> int:
     from proxynorm.reproduce.planning import status as describe
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(describe(selected_runs(options, table), Path(options.results), width))
+    print(describe(selected_runs(options, table), Path(options.results), width, options.train))
     return 0
 
 
@@ -194,7 +195,10 @@ def report(options: Options, table: Table) -> int:
     from proxynorm.reproduce.report import gather, write_report
     from proxynorm.reproduce.tracking import log_report
 
-    findings, folder = gather(table, own_runs(options, table), options.results), Path(options.results) / table.name
+    part = {"seeds": options.seeds, "cells": options.cells}
+    words = [f"{key}={json.dumps(value)}" for key, value in {**part, "train": options.train}.items() if value]
+    findings = gather(table, own_runs(options, table), options.results, words)
+    folder = Path(options.results) / table.name / ("selection" if any(part.values()) else "")
     write_report(findings, folder)
     log_report(findings, options.wandb, Path(options.root) / table.name, project="proxynorm")
     print(folder / "report.md")
@@ -203,7 +207,7 @@ def report(options: Options, table: Table) -> int:
 
 def claims(options: Options) -> int:
     from proxynorm.files import write_text
-    from proxynorm.reproduce.claims import claims_report, load_claims
+    from proxynorm.reproduce.claims import claims_report, load_claims, random_net_figures
     from proxynorm.reproduce.recipe import refuse_other_recipes
     from proxynorm.reproduce.report import gather
     from proxynorm.reproduce.runs import reported_runs
@@ -215,7 +219,7 @@ def claims(options: Options) -> int:
     outcomes = {name: gather(table, runs[name], options.results).outcomes for name, table in tables.items()}
     path = Path(options.results) / "claims.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, claims_report(outcomes))
+    write_text(path, claims_report(outcomes, random_net_figures(options.results)))
     print(path)
     return 0
 

@@ -61,6 +61,16 @@ def test_batch_norm_keeps_instance_variability(powers):
     assert all(row.p2 + row.p4 > 0.01 for row in powers["bn"])
 
 
+def test_layer_norm_keeps_instance_variability(powers):
+    """Of the power that is not the channels' constants, instances differ in a share as with BN; IN leaves nothing."""
+
+    def shares(norm):
+        return [(row.p2 + row.p4) / (1 - row.p1) for row in powers[norm]]
+
+    assert all(ln > 0.5 * bn > 0.1 for ln, bn in zip(shares("ln"), shares("bn"), strict=True))
+    assert max(shares("in")) < 1e-3
+
+
 def test_layer_norm_follows_mean_field(powers):
     """P1 of a net of width 256, mean of 3; one net of finite width strays by about 1/sqrt(width)."""
     expected = [0.0, *mean_field_p1(DEPTH - 1)]

@@ -96,6 +96,10 @@ def test_wrong_norm():
     pytest.param("device=cuda", "torch finds no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
     ("device=tpu", "valid: auto, cpu, cuda"),
     ("norms=[bn,none]", "norms=[bn,none]: no norm 'none' to measure behind"),
+    ("norms=[]", "norms=[]: name at least one"),
+    ("groups=7", "groups=7: must divide width=16"),
+    ("weights=best", "weights= says nothing of random nets"),
+    ("run=somewhere", "width= says nothing with run="),
     ("norms=[bn,lm]", "no norm 'lm' to measure behind; did you mean 'ln'"),
 ])
 def test_wrong_values_of_power_are_told_before_anything_is_measured(tmp_path, argument, message):

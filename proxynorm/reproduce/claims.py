@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +65,25 @@ def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
     return shown if verdicts == {"shown"} else "not shown"
 
 
-def evidence(claim: Claim, outcomes: Sequence[Outcome]) -> str:
-    """Tests by name; comparisons with difference, n and p."""
+def random_net_figures(results: str | Path) -> dict[str, str]:
+    """What notes quote of results/power_random_net; each is "not measured" where that is not there."""
+    path = Path(results) / "power_random_net" / "summary.json"
+    if not path.is_file():
+        return defaultdict(lambda: "not measured")
+    summary = json.loads(path.read_text())
+    distance = summary["largest_distance_of_ln_from_mean_field"]
+    return {
+        "width": f"{summary['width']:,}",
+        "depth": str(summary["depth"]),
+        "nets": str(summary["nets"]),
+        "mean_distance": f"{distance['mean over nets']:.3f}",
+        "single_distance": f"{max(distance['each net']):.3f}",
+        "proxy_p1": f"{summary['largest_p1']['ln_pn']:.3f}",
+    }
+
+
+def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, str]) -> str:
+    """Tests by name; comparisons with difference, n and p; the note with its figures."""
     parts = [f"`{name}`" for name in claim.tests]
     for item, outcome in zip(claim.comparisons, outcomes, strict=True):
         if outcome.difference is None:
@@ -75,15 +94,15 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome]) -> str:
             f"{item}: {outcome.difference:+.2f} points, "
             f"n {outcome.first.n} and {outcome.second.n}{p}: {outcome.verdict}"
         )
-    return "; ".join([*parts, claim.note] if claim.note else parts)
+    return "; ".join([*parts, claim.note.format_map(figures)] if claim.note else parts)
 
 
-def claims_report(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
-    """The table of claims as Markdown."""
+def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
+    """The table of claims as Markdown. figures: random_net_figures."""
     rows = []
     for claim in load_claims():
         found = claim_outcomes(claim, outcomes)
-        rows.append([claim.claim, evidence(claim, found), claim_status(claim, found)])
+        rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
     return (
         "# The poster's claims\n\n"
         + markdown_table(["claim", "evidence here", "status"], rows)

@@ -8,10 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from proxynorm.errors import DataError
 
 KEPT = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json")
-FIGURES = ("steps", "total_steps", "top1", "train_seconds")  # of a summary, finite numbers
+FIGURES = {
+    "steps": math.inf,
+    "total_steps": math.inf,
+    "top1": 100,
+    "train_seconds": math.inf,
+}  # of a summary: from 0 to this
 MACHINE = {"python": str, "processor": str, "cores": int, "threads": int, "gpus": list, "packages": dict, "git": dict}
 REMEDIES = {
     "summary.json": "remove it, and the run goes on from its checkpoint",
@@ -39,9 +46,11 @@ def parse_summary(content: bytes) -> dict[str, Any]:
     if not isinstance(summary.get("completed"), bool):
         raise Damaged("summary.json", "it does not say whether the run is complete")
     if summary["completed"]:
-        for key in FIGURES:
-            if not _is_finite(summary.get(key)):
+        for key, most in FIGURES.items():
+            if not (_is_finite(summary.get(key)) and 0 <= summary[key] <= most):
                 raise Damaged("summary.json", f"{key} is {summary.get(key, 'missing')}")
+        if summary["steps"] > summary["total_steps"]:
+            raise Damaged("summary.json", f"steps is {summary['steps']}, of {summary['total_steps']}")
     return summary
 
 
@@ -52,10 +61,21 @@ def check_finished(read: Callable[[str], bytes | None]) -> None:
         if content is None:
             raise Damaged(name, "it is missing")
     summary = parse_summary(files["summary.json"])
-    if "loss" not in summary:
-        raise Damaged("summary.json", "loss is missing")
+    loss = summary.get("loss", "missing")
+    if not (loss is None or _is_finite(loss)):  # None: it was not finite
+        raise Damaged("summary.json", f"loss is {loss}")
+    _check_config(files["config.yaml"])
     _check_environment(files["environment.json"])
     _check_metrics(files["metrics.jsonl"], summary)
+
+
+def _check_config(content: bytes) -> None:
+    try:
+        config = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Damaged("config.yaml", " ".join(str(error).split())) from None
+    if not isinstance(config, dict):
+        raise Damaged("config.yaml", "it has no keys")
 
 
 def _check_environment(content: bytes) -> None:
@@ -63,21 +83,30 @@ def _check_environment(content: bytes) -> None:
     for key, kind in MACHINE.items():
         if not isinstance(environment.get(key), kind):
             raise Damaged("environment.json", f"{key} is {environment.get(key, 'missing')}")
+    if not all(isinstance(name, str) for name in environment["gpus"]):
+        raise Damaged("environment.json", f"gpus is {environment['gpus']}")
     git = environment["git"]
     if "torch" not in environment["packages"] or git and not {"commit", "dirty"} <= git.keys():
         raise Damaged("environment.json", "torch's version, or the commit, is missing")
 
 
 def _check_metrics(content: bytes, summary: Mapping[str, Any]) -> None:
-    """Every row is whole, and the last evaluation is that of the summary."""
+    """Every row is whole, the steps of each kind of row rise, and the last evaluation is that of the summary."""
     name = "metrics.jsonl"
     if content and not content.endswith(b"\n"):
         raise Damaged(name, "its last line is cut short")
-    evaluations = []
+    evaluations: list[dict[str, Any]] = []
+    steps: dict[str, float] = {}
     for number, line in enumerate(content.splitlines(), 1):
         row = _object(name, line, f"line {number}: ")
         if not (_is_finite(row.get("step")) and _is_finite(row.get("epoch")) and isinstance(row.get("event"), str)):
             raise Damaged(name, f"line {number} lacks event, step or epoch")
+        if row["step"] <= steps.get(row["event"], -1):
+            raise Damaged(
+                name,
+                f"line {number} is of step {row['step']}, the {row['event']} row before it of {steps[row['event']]}",
+            )
+        steps[row["event"]] = row["step"]
         evaluations += [row] if row["event"] == "eval" else []
     last = evaluations[-1] if evaluations else {}
     was, said = (last.get("step"), last.get("top1")), (summary["steps"], summary["top1"])

@@ -61,13 +61,13 @@ def _content(run: Run, name: str) -> bytes:
 def kept_files(run: Run, results: str | Path) -> dict[str, bytes] | None:
     """The run's files from its folder, else from its archive; None if neither tells an end. Raises DataError."""
     path, files = archive_path(run, results), run_files(run)
-    return read_archive(path) if files is None and path.is_file() else files
+    return read_archive(path) if files is None and path.exists() else files
 
 
 def kept_standing(run: Run, results: str | Path) -> Standing | None:
     """How the run ended that is kept as an archive alone, without a folder; None for any other. Raises DataError."""
     path = archive_path(run, results)
-    if run.folder.exists() or not path.is_file():
+    if run.folder.exists() or not path.exists():
         return None
     files = read_archive(path)
     if FAILURE in files:
@@ -104,7 +104,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
 def collect(run: Run, results: str | Path) -> bool:
     """Keep a finished or failed run as an archive; False if it is neither, or kept already, equal in content."""
     contents, path = run_files(run), archive_path(run, results)
-    if contents is None or path.is_file() and read_archive(path) == contents:
+    if contents is None or path.exists() and read_archive(path) == contents:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda stream: write_archive(stream, run.name, contents))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ MOST_CURVES = 20
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a report is written from."""
+    """All that a report is written from. words: what else its commands say, such as seeds=2."""
 
     table: Table
     cells: list[Cell]
@@ -38,17 +39,18 @@ class Findings:
     outcomes: list[Outcome]
     running: Counter
     failed: Counter
+    words: tuple[str, ...] = ()
 
 
-def gather(table: Table, runs: Sequence[Run], results: str | Path) -> Findings:
-    """Read what the runs left, in their folders or in `results`."""
+def gather(table: Table, runs: Sequence[Run], results: str | Path, words: Sequence[str] = ()) -> Findings:
+    """Read what the runs left, in their folders or in `results`. words: as in Findings."""
     found = [(run, kept_files(run, results)) for run in runs]
     records = [as_record(run, files) for run, files in found if files is not None and FAILURE not in files]
     failed = Counter(run.cell.name for run, files in found if files is not None and FAILURE in files)
     running = Counter(run.cell.name for run, files in found if files is None and standing(run).state == "running")
     samples = cell_samples(table, records)
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
-    return Findings(table, cells, records, samples, compare(table, samples), running, failed)
+    return Findings(table, cells, records, samples, compare(table, samples), running, failed, tuple(words))
 
 
 def write_report(findings: Findings, folder: Path) -> None:
@@ -262,10 +264,6 @@ def commands(findings: Findings) -> str:
         if table.tuned
         else []
     )
-    lines = [
-        *first,
-        f"python scripts/reproduce.py run {table.argument}",
-        f"python scripts/reproduce.py report {table.argument}",
-        "",
-    ]
+    words = "".join(f" {shlex.quote(word)}" for word in findings.words)
+    lines = [*first, *(f"python scripts/reproduce.py {word} {table.argument}{words}" for word in ("run", "report")), ""]
     return "\n".join(lines + [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells])

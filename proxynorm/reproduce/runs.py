@@ -25,7 +25,7 @@ from proxynorm.train.preemption import REQUEUE
 from proxynorm.train.run_folder import read_metrics
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-STATES = ("done", "running", "queued", "preempted", "stopped", "failed", "damaged", "missing")
+STATES = ("done", "other", "running", "queued", "preempted", "stopped", "failed", "damaged", "missing")
 IN_USE = " is in use by "  # in the line with which train.py refuses a run folder that another process holds
 STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGINT)  # saved and left; or asked to before it had begun
 # killed, or, under srun, signalled before it could listen: not the run's own failure

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from proxynorm.reproduce.claims import Claim, claim_outcomes, claim_status, claims_report, load_claims
+from proxynorm.reproduce.claims import (
+    Claim,
+    claim_outcomes,
+    claim_status,
+    claims_report,
+    load_claims,
+    random_net_figures,
+)
 from proxynorm.reproduce.comparing import Outcome, cell_samples, compare
 from proxynorm.reproduce.readme import mini_norms
-from proxynorm.reproduce.table import load_table
+from proxynorm.reproduce.table import load_table, table_names
 from scripts.reproduce import Options, claims
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -32,7 +39,23 @@ def test_claims_name_comparisons_that_exist():
     outcomes = outcomes_without_runs()
     for claim in load_claims():
         assert len(claim_outcomes(claim, outcomes)) == len(claim.comparisons)
-    assert "not run" in claims_report(outcomes)
+    assert "not run" in claims_report(outcomes, random_net_figures(RESULTS))
+
+
+def test_every_comparison_of_the_small_tables_speaks_for_a_claim():
+    """None is left out, whatever it says."""
+    named = {item for claim in load_claims() for item in claim.comparisons}
+    for name in table_names():
+        if name.startswith("mini_"):
+            pairs = {f"{name}: {item.first} - {item.second}" for item in load_table(name).comparisons}
+            assert pairs <= named, pairs - named
+
+
+def test_notes_quote_the_random_nets_that_are_kept(tmp_path):
+    figures = random_net_figures(RESULTS)
+    assert float(figures["mean_distance"]) <= 0.02 < float(figures["single_distance"])
+    assert f"of a single net by up to {figures['single_distance']}" in claims_report(outcomes_without_runs(), figures)
+    assert "(not measured channels" in claims_report(outcomes_without_runs(), random_net_figures(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from proxynorm.reproduce.runs import table_runs
 from proxynorm.reproduce.search import choose
 from proxynorm.reproduce.table import Comparison, Reference, Search, load_table
 from proxynorm.reproduce.tracking import deltas, log_report
-from scripts.reproduce import Options
+from scripts.reproduce import Options, main
 from tests.reproduce.tiny_table import write_run
 
 
@@ -181,6 +181,18 @@ def test_whatever_fails_in_wandb_leaves_the_report(tiny, finished, tmp_path, mon
     log_report(gather(tiny, finished, tmp_path), "offline", tmp_path / "logged", "proxynorm")
     said = capsys.readouterr().err
     assert said.startswith(f"warning: the report is not on W&B: {type(fault).__name__}: ") and said.count("\n") == 1
+
+
+def test_a_selection_leaves_the_whole_report_and_prints_its_own_commands(tiny, finished, tmp_path):
+    words = ["command=report", f"table={tmp_path}/tiny.yaml", f"root={tmp_path}/runs", f"results={tmp_path}/results"]
+    main(parse_options(Options, [*words, "wandb=disabled"]))
+    text = (tmp_path / "results" / "tiny" / "report.md").read_bytes()
+    main(parse_options(Options, [*words, "wandb=disabled", "cells=[bn]", "seeds=1", "train=[device=cpu]"]))
+    assert (tmp_path / "results" / "tiny" / "report.md").read_bytes() == text
+    part = (tmp_path / "results" / "tiny" / "selection" / "report.md").read_text()
+    (line,) = (line for line in part.splitlines() if line.startswith("python scripts/reproduce.py report "))
+    options = parse_options(Options, ["command=report", *shlex.split(line)[3:]])
+    assert (options.cells, options.seeds, options.train) == (["bn"], 1, ["device=cpu"]) and "ln_pn:" not in part
 
 
 def test_a_table_without_runs_has_a_report(tiny, tmp_path):
