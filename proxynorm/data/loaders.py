@@ -160,23 +160,25 @@ class Data:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """What tells the images of "train" and "eval" from others, whatever their number and labels: see Reader."""
-        return {part: reader.fingerprint() for part, reader in self._readers.items()}
+        return {part: split.reader.fingerprint(split.rows) for part, split in self._splits.items()}
 
     def replaced(self, stored: dict[str, str]) -> dict[str, str]:
-        """Of "train" and "eval" those whose images are not the ones of the fingerprints `stored`, with their file or folder.
-
-        Images that are read in another way now (from a folder, then from a .beton file made of it) cannot be compared.
-        """
-        kinds = {part: stored.get(part, "").partition(":")[0] for part in self._readers}
+        """Of "train" and "eval" those whose images are not the ones of the fingerprints `stored`, with their file or folder."""
         return {
-            part: self._readers[part].source
-            for part, now in self.fingerprints.items()
-            if now.startswith(f"{kinds[part]}:") and now != stored[part]
+            part: split.reader.source
+            for part, split in self._splits.items()
+            if self.comparable(stored, part) and stored[part] != self.fingerprints[part]
         }
 
+    def comparable(self, stored: dict[str, str], part: str) -> bool:
+        """Whether the fingerprints `stored` have one of this kind: not where the images were read in another way, from a
+        folder, say, and now from a .beton file."""
+        kinds = (prints.get(part, "").partition(":")[0] for prints in (stored, self.fingerprints))
+        return len(set(kinds)) == 1
+
     @property
-    def _readers(self) -> dict[str, Reader]:
-        return {"train": self.train.reader, "eval": self.evaluation.reader}
+    def _splits(self) -> dict[str, Split]:
+        return {"train": self.train, "eval": self.evaluation}
 
     @property
     def failures(self) -> dict[str, str]:

@@ -125,7 +125,7 @@ def _fashion_mnist_reader(folder: Path, part: str, cache: Path, backend: str, lo
     samples = cached_beton(
         cache, f"fashion-mnist-{part}", signature, lambda path: _write_fashion_mnist(path, folder, part)
     )
-    return BetonReader(samples, fashion_mnist.CLASSES, loader.workers, loader.prefetch)
+    return BetonReader(samples, fashion_mnist.CLASSES, loader.workers, loader.prefetch, source=f"{folder}/{part}")
 
 
 def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
@@ -150,7 +150,7 @@ def _open_folder(spec: DataSpec, backend: str, loader: LoaderSpec, failures: Fai
         samples = _converted(spec, part, listing, loader.workers)
         for name, reason in samples.manifest["skipped"].items():
             failures.record(name, reason)
-        readers.append(BetonReader(samples, train.classes, loader.workers, loader.prefetch))
+        readers.append(BetonReader(samples, train.classes, loader.workers, loader.prefetch, source=str(root / part)))
     return readers[0], readers[1]
 
 

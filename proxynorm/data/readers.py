@@ -47,8 +47,8 @@ class Reader(Protocol):
     def name(self, row: int) -> str:
         """What to call the image in a message: its file, or its number in a file."""
 
-    def fingerprint(self) -> str:
-        """What tells these images from others, as "kind:digest"; fingerprints of different kinds cannot be compared."""
+    def fingerprint(self, rows: np.ndarray) -> str:
+        """What tells the images of `rows`, int64 (N,), from others, as "kind:digest"; different kinds cannot be compared."""
 
 
 def fingerprint(kind: str, *parts: np.ndarray) -> str:
@@ -101,8 +101,8 @@ class MemoryReader:
     def name(self, row: int) -> str:
         return f"image {row}"
 
-    def fingerprint(self) -> str:
-        return fingerprint("pixels", self.images)
+    def fingerprint(self, rows: np.ndarray) -> str:
+        return fingerprint("pixels of images", self.images[rows])
 
 
 class _Pending(NamedTuple):
@@ -115,7 +115,7 @@ class _Pending(NamedTuple):
 class BetonReader:
     """A .beton file, read by FFCV's decoder in `workers` threads (at least one).
 
-    prefetch: see LoaderSpec. pin: batches lie in page-locked memory where there is a GPU to copy them to.
+    source: what the file was made of, if not itself what the user gave. prefetch: see LoaderSpec. pin: batches lie in page-locked memory where there is a GPU to copy them to.
     """
 
     def __init__(
@@ -125,11 +125,12 @@ class BetonReader:
         workers: int,
         prefetch: int | None = None,
         pin: bool = True,
+        source: str | None = None,
     ) -> None:
         self.samples, self.classes, self.workers = samples, classes, max(1, workers)
         self.prefetch = prefetch
         self.pin = pin and torch.cuda.is_available()
-        self.targets, self.channels, self.source = samples.target, samples.channels, str(samples.path)
+        self.targets, self.channels, self.source = samples.target, samples.channels, source or str(samples.path)
         self.file = map_file(samples.path)
         self.decode = decoder()
         self.scratch_size = 3 * int((samples.height.astype(np.int64) * samples.width).max())
@@ -186,7 +187,9 @@ class BetonReader:
     def name(self, row: int) -> str:
         return f"{self.samples.path}: image {row}"
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, rows: np.ndarray) -> str:
         """Of the sums of the images' bytes; of a file without them, of the images' lengths and sides."""
         s = self.samples
-        return fingerprint("sums", s.sums) if len(s.sums) else fingerprint("sizes", s.size, s.height, s.width)
+        if len(s.sums):
+            return fingerprint("sums of images", s.sums[rows])
+        return fingerprint("sizes of images", s.size[rows], s.height[rows], s.width[rows])

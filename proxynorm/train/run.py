@@ -52,8 +52,8 @@ def check_data(content: dict[str, Any], data: Data, path: Path) -> None:
             words = different_classes(was, now) if key == "classes" else "not the same" if key == "labels" else f"{was} → {now}"
             raise CheckpointError(f"{path} was trained on another data set ({key}: {words}); choose another name=, or resume=never")
     if replaced := data.replaced(stored.get("images", {})):
-        raise CheckpointError(f"{path} was trained on other images than {' and '.join(replaced.values())} hold(s) now; put the "
-                              "former back, or choose another name=, or resume=never")
+        raise CheckpointError(f"{path} was trained on other images than {' and '.join(dict.fromkeys(replaced.values()))} "
+                              "hold(s) now; put the former back, or choose another name=, or resume=never")
 
 
 def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:
@@ -94,18 +94,20 @@ def resume(trainer: Trainer, run: RunFolder, settings: Settings, display: Displa
     trainer.load(content, last_is_damaged=bool(messages))
     if trainer.process.is_main:
         run.rewind(trainer.state.step, trainer.state.evaluated)
-    say_what_differs(trainer, content["world_size"], run, display, now)
+    say_what_differs(trainer, content, run, display, now)
     display.say(f"resumed at step {trainer.state.step} of {trainer.last_step}")
     return True
 
 
-def say_what_differs(trainer: Trainer, world_size: int, run: RunFolder, display: Display, now: dict[str, Any]) -> None:
-    """Tell of what keeps the resumed run from the unbroken one's bits, and of rows that are lost."""
+def say_what_differs(trainer: Trainer, content: dict[str, Any], run: RunFolder, display: Display, now: dict[str, Any]) -> None:
+    """Tell of what keeps the run resumed from the checkpoint's content from the unbroken one's bits, and of rows that are lost."""
     if not trainer.process.is_main:
         return
     state = trainer.state
-    if world_size != trainer.process.world_size:
-        display.say(f"resuming with {trainer.process.world_size} process(es), was {world_size}")
+    if content["world_size"] != trainer.process.world_size:
+        display.say(f"resuming with {trainer.process.world_size} process(es), was {content['world_size']}")
+    if not trainer.data.comparable(content["inputs"].get("images", {}), "train"):
+        display.say("whether the images are those that the run began on cannot be told: they were read in another way then")
     before = run.read_environment()
     if before is None:
         display.say(f"{run.environment} is missing or damaged: whether machine and versions are the same is not known")

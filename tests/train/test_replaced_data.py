@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from proxynorm.data import open_data
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
@@ -69,7 +70,8 @@ def test_replaced_images_are_refused(run_small, tmp_path, data, loader, bare, pa
     repaint(photos / part / "bee" / "001.jpg")
     write()
     for steps in ("max_steps=3", "max_steps=4"):  # finished, and to go on
-        with pytest.raises(CheckpointError, match=rf"a was trained on other images than \S*{part}\S* hold"):
+        name = photos / part if data == "folder" else tmp_path / f"{part}.beton"
+        with pytest.raises(CheckpointError, match=f"a was trained on other images than {name} hold"):
             run_small(*overrides(tmp_path, data, loader, steps))
 
 
@@ -82,24 +84,56 @@ def test_moved_data_are_the_same(run_small, tmp_path):
 
 
 @needs_ffcv
-def test_images_read_in_another_way_and_runs_without_fingerprints_go_on(run_small, tmp_path):
+def test_images_read_in_another_way_and_runs_without_fingerprints_go_on_and_it_is_told(run_small, tmp_path, capsys):
+    told = "whether the images are those that the run began on cannot be told"
     photographs(tmp_path)
     run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
     run = run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=3"))
+    assert capsys.readouterr().out.count(told) == 1
     inputs = {key: value for key, value in run.last["inputs"].items() if key != "images"}
     checkpoint.save(run.folder / "checkpoints" / "last.pt", dict(run.last, inputs=inputs))
     repaint(tmp_path / "photos" / "train" / "bee" / "001.jpg")
     assert run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=4")).last["counters"]["step"] == 4
+    assert capsys.readouterr().out.count(told) == 1
+    run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=5"))
+    assert told not in capsys.readouterr().out
+
+
+def test_a_file_edited_at_the_same_length_is_noticed(run_small, tmp_path):
+    image = photographs(tmp_path) / "train" / "bee" / "001.jpg"
+    run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
+    content = bytearray(image.read_bytes())
+    content[len(content) // 2] ^= 1
+    image.write_bytes(content)
+    with pytest.raises(CheckpointError, match="other images than"):
+        run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=3"))
+
+
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("ffcv", marks=needs_ffcv)])
+def test_only_images_that_are_read_count_and_a_file_is_named_once(run_small, tmp_path, loader):
+    photos = photographs(tmp_path)
+    run = run_small(*overrides(tmp_path, "folder", loader, "data.limit=5", "data.holdout=3", "max_steps=1"))
+    data = open_data(run.settings.data, run.settings.loader)
+    unread = sorted({*range(12)} - {*data.train.rows.tolist(), *data.evaluation.rows.tolist()})
+    files = sorted((photos / "train").glob("*/*.jpg"))
+    repaint(files[unread[0]])
+    repaint(photos / "val" / "bee" / "001.jpg")
+    words = ("data.limit=5", "data.holdout=3", "max_steps=2")
+    assert run_small(*overrides(tmp_path, "folder", loader, *words)).last["counters"]["step"] == 2
+    repaint(files[int(data.train.rows[0])]), repaint(files[int(data.evaluation.rows[0])])
+    with pytest.raises(CheckpointError, match=f"other images than {photos}/train hold"):
+        run_small(*overrides(tmp_path, "folder", loader, *words))
 
 
 def test_another_copy_of_fashion_mnist_is_told_by_its_pixels():
     from proxynorm.data.readers import MemoryReader
 
     images, targets = np.zeros((3, 4, 4, 1), dtype=np.uint8), np.arange(3)
-    first = MemoryReader(images, targets, ("a", "b", "c"), "here").fingerprint()
-    assert first == MemoryReader(images.copy(), targets, ("a", "b", "c"), "there").fingerprint()
+    first = MemoryReader(images, targets, ("a", "b", "c"), "here").fingerprint(targets)
+    assert first == MemoryReader(images.copy(), targets, ("a", "b", "c"), "there").fingerprint(targets)
     images[2, 1, 1] = 1
-    assert first != MemoryReader(images, targets, ("a", "b", "c"), "here").fingerprint()
+    changed = MemoryReader(images, targets, ("a", "b", "c"), "here")
+    assert first != changed.fingerprint(targets) and first != changed.fingerprint(targets[:2])
 
 
 def test_evaluation_on_other_images_is_told_in_a_line(run_small, tmp_path, monkeypatch, capsys):
