@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from proxynorm.analysis.tables import markdown_table
@@ -14,6 +15,7 @@ from proxynorm.reproduce.report import gather, p_value, provenance
 from proxynorm.reproduce.runs import reported_runs
 from proxynorm.reproduce.table import load_table
 
+PROCESSES = 5
 BLOCK = re.compile(r"(<!-- (?P<name>[a-z_]+): .*? -->\n)(?P<body>.*?)(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
@@ -111,18 +113,35 @@ STEP_NORMS = ("torch bn", "torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "g
 def step(results: Path) -> str:
     parts = []
     for model in ("resnet50", "efficientnet_b0"):
-        parts += [step_table(load(results, f"step/{model}.json")), more_rounds(load(results, f"step/{model}_channels_last.json")),
-                  more_rounds(load(results, f"step/{model}_malloc.json")), passes_table(load(results, f"passes/{model}.json"))]
+        parts += [step_table(load(results, f"step/{model}.json")), more_processes(results, model),
+                  with_malloc(load(results, f"step/{model}_malloc.json")), passes_table(load(results, f"passes/{model}.json"))]
     return "\n".join([*parts, compiled_step(load(results, "step/resnet50_compiled.json"))])
 
 
-def more_rounds(content: dict[str, Any]) -> str:
-    """The ratios of the goals from a run of channels_last alone, with more rounds."""
-    told = "; ".join(f"{name.removesuffix(', each in its best format')}: {value:.3f}"
-                     for name, value in content["figures"].items() if name.startswith(("step", "inference")))
-    malloc = "" if content["options"].get("keep_memory", True) else ", and malloc's own ways (keep_memory=false)"
-    return f"""Again in channels_last alone, with {content["options"]["rounds"]} rounds{malloc}: {told}.
+def more_processes(results: Path, model: str) -> str:
+    """The ratios of the goals from runs of channels_last alone, the medians of which differ from process to process."""
+    contents = [load(results, f"step/{model}_channels_last_{number}.json") for number in range(1, PROCESSES + 1)]
+    told = []
+    for name in contents[0]["figures"]:
+        if name.startswith(("step", "inference", "moments")):
+            values = sorted(content["figures"][name] for content in contents)
+            told.append(f"{short(name)}: {median(values):.3f} ({values[0]:.3f} … {values[-1]:.3f})")
+    return f"""Again in channels_last alone, {PROCESSES} processes one after another, {contents[0]["options"]["rounds"]} rounds each, the median process
+(least … greatest): {"; ".join(told)}.
 """
+
+
+def with_malloc(content: dict[str, Any]) -> str:
+    """The same from one process under malloc's own ways."""
+    told = "; ".join(f"{short(name)}: {value:.3f}" for name, value in content["figures"].items()
+                     if name.startswith(("step", "inference")))
+    return f"""One process, {content["options"]["rounds"]} rounds, with malloc's own ways (keep_memory=false): {told}.
+"""
+
+
+def short(figure: str) -> str:
+    """A figure's name where there is one format."""
+    return figure.removesuffix(", each in its best format")
 
 
 def passes_table(content: dict[str, Any]) -> str:
