@@ -24,13 +24,13 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
 from proxynorm.nn.folding import fold
-from proxynorm.nn.fused import channel_sum, gained_, per_channel, rebuilt_group_norm, takes_whole_step
+from proxynorm.nn.fused import Head, channel_sum, gained_, gained_sums, per_channel
 from proxynorm.nn.norms import group_normalize
+from proxynorm.nn.one_step import Affines, Step, rebuild, takes_one_step
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.run_folder import environment
 
-aten = torch.ops.aten
 TORCH, OURS, COPY = "torch's LN and activation", "LN+PN", "a copy of the map, for scale"
 
 
@@ -47,10 +47,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Place:
-    """A kind of proxied layer: the shape of its map and its activation, as a module."""
+    """A kind of proxied layer: the shape of its map, its activation, as a module, and whether it scales its output."""
 
     shape: tuple[int, ...]
     act: nn.Module
+    scaled: bool
 
 
 def main(options: Options) -> None:
@@ -83,7 +84,7 @@ def proxied_places(net: nn.Module, images: Tensor) -> Counter[Place]:
 
     def note(layer: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
         if layer.proxied:
-            found[Place(tuple(inputs[0].shape), acts.setdefault(layer.act_name, layer.act))] += 1
+            found[Place(tuple(inputs[0].shape), acts.setdefault(layer.act_name, layer.act), layer.proxy_scale)] += 1
 
     handles = [m.register_forward_pre_hook(note) for m in net.modules() if isinstance(m, NormAct2d)]
     with torch.no_grad():
@@ -110,15 +111,16 @@ def sums_over_layers(places: Counter[Place], options: Options, device: torch.dev
 
 
 def contenders(place: Place, memory_format: str, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Both layers and the single passes on one map, by name. """
+    """Both layers and the single passes on one map, by name."""
     torch.manual_seed(0)
     x = torch.randn(place.shape, device=device).contiguous(memory_format=FORMATS[memory_format])
     grad, buffer = torch.randn_like(x), torch.empty_like(x)
     channels = place.shape[1]
     theirs = nn.Sequential(nn.GroupNorm(1, channels), type(place.act)(inplace=True)).to(device)
-    ours = NormAct2d(channels, "ln", True, type(place.act)).to(device)
+    ours = NormAct2d(channels, "ln", True, type(place.act), proxy_scale=place.scaled).to(device)
     ours.shared_constants = fold(ours.four_parameters(), ours.proxy_rule())  # as in a network; they have a row of their own
     row = torch.rand(channels, device=device)
+    gain = row if place.scaled else None
 
     def both_ways(layer: nn.Module) -> Callable[[], None]:
         inputs = [x.detach().requires_grad_(), *layer.parameters()]
@@ -130,14 +132,18 @@ def contenders(place: Place, memory_format: str, device: torch.device) -> Iterat
         yield "output − floor, the mask of the backward pass", lambda: torch.sub(x, per_channel(row), out=buffer)
         yield "sum of the gradient over each channel", lambda: channel_sum(grad)
     else:
-        yield "gain and offset", lambda: gained_(buffer, row, row)
-        if takes_whole_step(x):
-            statistic = torch.rand(len(x), 1, device=device)
-            yield "u once more, from the norm's statistics", lambda: rebuilt_group_norm(x, row, row, statistic, statistic)
-        else:
-            yield "the norm once more, in the backward pass", lambda: group_normalize(x, 1, ours.eps, row, row)
-            yield "gain of the gradient", lambda: buffer.mul_(per_channel(row))
-        yield "sums of gradient and gradient · output", lambda: aten.native_batch_norm_backward(
-            grad, x, torch.ones_like(row), None, None, row, row, True, 0.0, [False, True, True])
+        yield "gain and offset, or offset alone", lambda: gained_(buffer, gain, row)
+        yield "u once more, in the backward pass", rebuilding(ours, x)
+        yield "sums of the gradient, and of gradient · output where there is a gain", lambda: gained_sums(grad, x, gain, row)
         yield "less: the copy of u that torch's activation in place keeps", lambda: x.clone()
     yield COPY, lambda: buffer.copy_(x)
+
+
+def rebuilding(layer: NormAct2d, x: Tensor) -> Callable[[], Tensor]:
+    """What layer does in the backward pass to have its activation's input again."""
+    row = torch.rand(x.shape[1], device=x.device)
+    if not takes_one_step(x, layer.constants()):
+        return lambda: group_normalize(x, 1, layer.eps, row, row)
+    step = Step(Head(layer.act_name, layer.act), layer.proxy_rule(), 1, layer.eps)
+    statistics = [torch.rand(len(x), 1, device=x.device)] * 2
+    return lambda: rebuild(x, Affines(row, row, row, row), statistics, step)

@@ -35,6 +35,7 @@ from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NormAct2d
+from proxynorm.nn.folding import pull_back
 from proxynorm.nn.shared import SharedMoments
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.memory import keep_freed_memory
@@ -182,11 +183,12 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
-    """What everything of size (C,) costs in a step: the folding of all layers, and its backward."""
+    """What the moments cost in a step: the folding of all layers, and from the constants' gradients the parameters'."""
     layers = [m for m in net.modules() if isinstance(m, NormAct2d) and m.proxied]
     device = layers[0].proxy_weight.device
-    parameters = [p for layer in layers for p in layer.four_parameters() if p.requires_grad]
-    ones = [torch.ones_like(constant) for layer in layers for constant in layer.folded_constants()]
+    ones = [[torch.ones_like(row) for row in layer.folded_constants()] for layer in layers]
+    gated = [layer for layer in layers if not layer.proxy_scale]
+    for_gates = [p for layer in gated for p in layer.four_parameters() if p.requires_grad]
     owners = [getattr(hook, "__self__", None) for hook in net._forward_pre_hooks.values()]
     shared = [owner for owner in owners if isinstance(owner, SharedMoments)]
 
@@ -194,8 +196,11 @@ def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
         for moments in shared:
             moments.evaluated.clear()  # as after an update of the parameters
             moments.hand_out(net, ())
-        folded = [constant for layer in layers for constant in layer.folded_constants()]
-        torch.autograd.grad(folded, parameters, ones)
+        for layer, grads in zip(layers, ones):
+            pull_back(layer.constants().jacobian, grads)
+        if gated:
+            scales = [layer.proxy_rescale() for layer in gated]
+            torch.autograd.grad(scales, for_gates, [torch.ones_like(scale) for scale in scales])
         for layer in layers:
             layer.shared_constants = None
 

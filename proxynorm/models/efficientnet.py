@@ -108,7 +108,9 @@ class FrozenSqueezeExcite(nn.Module):
         """(N, C, H, W) → (N, C, H, W)."""
         squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
         gate = self.gate(self.conv_expand(squeezed)) * self.scale
-        return (x * gate).add_(gate * self.shift)
+        shift = gate * self.shift
+        # in one pass, but for what that is slower with: channels that are not innermost
+        return (x * gate).add_(shift) if x.is_contiguous() else torch.addcmul(shift, x, gate)
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:

@@ -65,6 +65,15 @@ def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Const
     return Constants(values, jacobian)
 
 
+def pull_back(jacobian: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of γ, β, γ̃, β̃ from those of the first rows of Constants.values, each (C,); None stands for zero."""
+    total = None
+    for slopes, grad in zip(jacobian, grads):
+        if grad is not None:
+            total = slopes * grad if total is None else total.addcmul_(slopes, grad)
+    return (None,) * 4 if total is None else total.unbind()
+
+
 def fold_reference(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> tuple[Tensor, ...]:
     """The rows of fold(parameters, rule).values in differentiable operations."""
     weight, bias, *_ = parameters

@@ -6,7 +6,8 @@ With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m:
   can be merged into their weights and biases, exactly, and a plain φ remains;
 - ReLU otherwise: max(sγ·y + s(β − m), −s·m), so that scale and shift fold into the norm's affine and a floor replaces
   the zero;
-- other activations before padded convolutions: s is merged, −m stays (zero padding commutes with a scale, not a shift);
+- other activations before padded convolutions: s is merged, −m is not (zero padding commutes with a scale, not a shift),
+  but a single one may take it over with a correction of its border (shifted_conv.py);
 - batch norm is folded into the convolution before it.
 
 PyTorch adds a convolution's bias in a pass of its own, on GPUs and partly on CPUs (ResNet-50 at batch 8 on one core:
@@ -33,6 +34,7 @@ from proxynorm.nn.elementwise import called_function, has_set_forward
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.places import hand_on_copy
 from proxynorm.nn.shared import SharedMoments
+from proxynorm.nn.shifted_conv import ShiftedConv2d
 
 
 class FrozenNormAct2d(nn.Module):
@@ -240,7 +242,10 @@ def _place_proxy(
     elif takers:
         for module in takers:
             _scale_input(module, scale, torch.zeros_like(scale))
-        layer.offset = -mean.view(shape)
+        if full or len(takers) > 1 or isinstance(takers[0], nn.Linear) or isinstance(takers[0].padding, str):
+            layer.offset = -mean.view(shape)
+        else:
+            ShiftedConv2d.take_over(takers[0], -mean)
     else:
         layer.gain, layer.offset = scale.view(shape), (-scale * mean).view(shape)
     return weight, bias

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .folding import Constants
+from .folding import Constants, pull_back
 
 aten = torch.ops.aten
 
@@ -41,24 +41,25 @@ class FoldedConstants(torch.autograd.Function):
     def forward(ctx, weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor, constants: Constants,
                 reference: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         ctx.reference = reference
+        ctx.set_materialize_grads(False)  # a squeeze-excite gate asks for the last row alone
         ctx.save_for_backward(weight, bias, proxy_weight, proxy_bias, constants.jacobian)
         return constants.values.unbind()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple:
+    def backward(ctx, *grads: Tensor | None) -> tuple:
         *parameters, jacobian = ctx.saved_tensors
         if torch.is_grad_enabled():
-            slopes = _differentiable(ctx.reference(tuple(parameters)), parameters, grads)
+            slopes = differentiable(ctx.reference(tuple(parameters)), parameters, grads)
         else:
-            slopes = (jacobian * torch.stack(grads).unsqueeze(1)).sum(0).unbind()
-        return *(slope if slope is None else slope.to(p.dtype) for slope, p in zip(slopes, parameters)), None, None
+            slopes = pull_back(jacobian, grads)
+        return *(s if s is None or s.dtype == p.dtype else s.to(p.dtype) for s, p in zip(slopes, parameters)), None, None
 
 
-def _differentiable(outputs: tuple[Tensor, ...], inputs: list[Tensor], grads: tuple[Tensor, ...]) -> list:
+def differentiable(outputs: tuple[Tensor, ...], inputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> list:
     """Gradients of the inputs that require one, None for the others; differentiable again."""
     wanted = [t for t in inputs if t.requires_grad]
     # outputs that are constants, as the gain under proxy_scale=False or frozen γ and β, hand on no gradient
-    pairs = [(output, grad) for output, grad in zip(outputs, grads) if output.requires_grad]
+    pairs = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None and output.requires_grad]
     if not pairs:
         return [None] * len(inputs)
     outputs, grads = zip(*pairs)
@@ -82,11 +83,9 @@ class FlooredReLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, floor = ctx.saved_tensors
         total = channel_sum(grad)
-        floor = per_channel(floor).to(z.dtype)
         if torch.is_grad_enabled():
-            return torch.where(z > floor, grad, 0), total, None
-        above = z - floor  # 0 exactly where the floor cut
-        return aten.threshold_backward.grad_input(grad, above, 0, grad_input=above), total, None
+            return torch.where(z > per_channel(floor).to(z.dtype), grad, 0), total, None
+        return floored_relu_backward(grad, z, floor), total, None
 
 
 class GainedActivation(torch.autograd.Function):
@@ -114,7 +113,7 @@ class GainedActivation(torch.autograd.Function):
         if torch.is_grad_enabled():
             reference = per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)
             inputs = [t for t in (u, gain, offset) if t is not None]
-            slopes = _differentiable((reference.to(grad.dtype),), inputs, (grad,))
+            slopes = differentiable((reference.to(grad.dtype),), inputs, (grad,))
             return *(slopes if gain is not None else (slopes[0], None, slopes[1])), *[None] * 6
         product, total = gained_sums(grad, z, gain, offset)
         du = activation_backward(grad, u, ctx.head)
@@ -123,69 +122,13 @@ class GainedActivation(torch.autograd.Function):
         return du, product, total, *[None] * 6
 
 
-def takes_whole_step(x: Tensor) -> bool:
-    """Whether GroupNormActivation serves x: where u is rebuilt fast from the norm's statistics."""
-    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not x.is_contiguous()
-            and x.is_contiguous(memory_format=torch.channels_last))
-
-
-class GroupNormActivation(torch.autograd.Function):
-    """gain·φ(group_norm(x, scale, shift)) + offset of x (N, C, H, W), for which takes_whole_step holds; gain None: 1.
-
-    The norm's statistics are kept, so that the backward pass rebuilds u in one pass, and its gain is taken by the
-    norm's own backward instead of a pass over the map.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None, offset: Tensor, head: Head,
-                groups: int, eps: float, watch: Callable[[Tensor], None] | None = None) -> Tensor:
-        ctx.head, ctx.groups, ctx.eps = head, groups, eps
-        u, mean, rstd = aten.native_group_norm(x, scale, shift, *_sides(x), groups, eps)
-        z = gained_activation_(u, gain, offset, head)
-        ctx.save_for_backward(z, gain, offset, x, scale, shift, mean, rstd)
-        if watch is not None:
-            watch(z)
-        return z
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        z, gain, offset, x, scale, shift, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            inputs = [t for t in (x, scale, shift, gain, offset) if t is not None]
-            u = torch.nn.functional.group_norm(x, ctx.groups, scale, shift, ctx.eps)
-            reference = per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)
-            slopes = _differentiable((reference,), inputs, (grad,))
-            return *(slopes if gain is not None else (*slopes[:3], None, slopes[3])), *[None] * 4
-        product, total = gained_sums(grad, z, gain, offset)
-        du = activation_backward(grad, rebuilt_group_norm(x, scale, shift, mean, rstd), ctx.head)
-        dx, dscale, dshift = aten.native_group_norm_backward(
-            du, x, mean, rstd, scale if gain is None else scale * gain, *_sides(x), ctx.groups,
-            [ctx.needs_input_grad[0], True, True])
-        if gain is not None:
-            dscale, dshift = dscale * gain, dshift * gain
-        return dx, dscale, dshift, product, total, *[None] * 4
-
-
-def _sides(x: Tensor) -> tuple[int, int, int]:
-    """N, C, H·W of x."""
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-
-
-def rebuilt_group_norm(x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """group_norm(x, scale, shift) from its statistics, each (N, groups)."""
-    share = x.shape[1] // mean.shape[1]
-    a = rstd.repeat_interleave(share, dim=1) * scale
-    b = shift - mean.repeat_interleave(share, dim=1) * a
-    return torch.addcmul(b[..., None, None], x, a[..., None, None])
-
-
 def gained_sums(grad: Tensor, z: Tensor, gain: Tensor | None, offset: Tensor) -> tuple[Tensor | None, Tensor]:
     """The gradients of gain and offset in z = gain·φ + offset: sums over a channel of grad·φ and of grad, each (C,)."""
     if gain is None:
         return None, channel_sum(grad)
-    # in one pass: those of a batch norm's weight and bias, since φ = (z − offset) / gain
-    return aten.native_batch_norm_backward(grad, z, torch.ones_like(gain), None, None, offset, gain.reciprocal(), True,
-                                           0.0, [False, True, True])[1:]
+    # in one pass: those of a batch norm's weight (which may be any) and bias, since φ = (z − offset) / gain
+    return aten.native_batch_norm_backward(grad, z, gain, None, None, offset, gain.reciprocal(), True, 0.0,
+                                           [False, True, True])[1:]
 
 
 def per_channel(v: Tensor) -> Tensor:
@@ -195,7 +138,8 @@ def per_channel(v: Tensor) -> Tensor:
 
 def channel_sum(grad: Tensor) -> Tensor:
     """Sum over samples and positions, (C,), in float32 or better."""
-    return grad.sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+    # in two steps: in one, of channels that lie innermost, a CPU takes up to twice the time
+    return grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)).sum(0)
 
 
 def floored_relu_(u: Tensor, floor: Tensor) -> Tensor:
@@ -203,9 +147,21 @@ def floored_relu_(u: Tensor, floor: Tensor) -> Tensor:
     return torch.clamp(u, min=per_channel(floor).to(u.dtype), out=u)
 
 
+def floored_relu_backward(grad: Tensor, z: Tensor, floor: Tensor) -> Tensor:
+    """The gradient of u in z = max(u, floor)."""
+    above = z - per_channel(floor).to(z.dtype)  # 0 exactly where the floor cut
+    return aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
+
+
 def gained_activation_(u: Tensor, gain: Tensor | None, offset: Tensor, head: Head) -> Tensor:
     """gain·φ(u) + offset, in place."""
-    return gained_(_activate(u, head), gain, offset)
+    return gained_(_activate_(u, head), gain, offset)
+
+
+def gained_activation(u: Tensor, gain: Tensor | None, offset: Tensor, head: Head) -> Tensor:
+    """gain·φ(u) + offset; u is left alone."""
+    z = head.module(u)
+    return gained_(z.clone() if z.data_ptr() == u.data_ptr() else z, gain, offset)
 
 
 def gained_(z: Tensor, gain: Tensor | None, offset: Tensor) -> Tensor:
@@ -220,7 +176,7 @@ def gained_(z: Tensor, gain: Tensor | None, offset: Tensor) -> Tensor:
     return torch.addcmul(offset, z, gain, out=z)
 
 
-def _activate(u: Tensor, head: Head) -> Tensor:
+def _activate_(u: Tensor, head: Head) -> Tensor:
     """φ(u), in place."""
     if head.name == "silu":
         return aten.silu_(u)
@@ -230,14 +186,15 @@ def _activate(u: Tensor, head: Head) -> Tensor:
 
 
 def activation_backward(grad: Tensor, u: Tensor, head: Head) -> Tensor:
-    """grad·φ'(u); u's memory is reused."""
+    """grad·φ'(u), in memory of its own or in u's."""
     if head.name == "silu":
         return aten.silu_backward.grad_input(grad, u, grad_input=u)
     if head.name in ("gelu", "gelu_tanh"):
         return aten.gelu_backward.grad_input(grad, u, approximate=_approximation(head), grad_input=u)
     with torch.enable_grad():
         u.requires_grad_()
-        return torch.autograd.grad(head.module(u), u, grad)[0]
+        slope = torch.autograd.grad(head.module(u), u, grad)[0]
+    return slope.clone() if slope.data_ptr() == grad.data_ptr() else slope  # the identity's is grad itself
 
 
 def _approximation(head: Head) -> str:

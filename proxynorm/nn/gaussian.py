@@ -124,15 +124,21 @@ def _owens_t(h: Tensor, r: Tensor) -> Tensor:
 
 def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
     """E[σ⁽ᵏ⁾(u)], k = 0 … 5: the a-derivatives of Σ p·Φ(h), h = λa / sqrt(1 + λ²s²); dh/da = c, and hc = c²a."""
-    column = (-1, *[1] * a.ndim)
-    scale = torch.tensor(_LAMBDA, dtype=a.dtype, device=a.device).view(column)
-    share = torch.tensor(_P, dtype=a.dtype, device=a.device).view(column)
-    c2 = (scale.square().reciprocal() + s * s).reciprocal()
+    shape, a, s = a.shape, a.flatten(), s.flatten()
+    scale, share = (torch.tensor(v, dtype=a.dtype, device=a.device) for v in (_LAMBDA, _P))
+    c2 = (scale.square().reciprocal()[:, None] + s * s).reciprocal()
     c, a2 = c2.sqrt(), a * a
-    d = torch.exp((-0.5 * a2) * c2) * (c * (share / _SQRT_2PI))
-    k = [d]  # c²ʲ·d, whose sums give Hermite's polynomials in h
+    d = torch.exp(c2 * (-0.5 * a2)) * c
+    k0, k1, k2, k3, k4 = _weighted_powers(share / _SQRT_2PI, d, c2)  # Hermite's polynomials in h are made of them
+    mean = 0.5 + 0.5 * (share @ torch.erf(c * (a * math.sqrt(0.5))))  # Φ(h) = ½ + ½·erf(h/√2), and Σ p = 1
+    derivatives = [mean, k0, -a * k1, a2 * k2 - k1, a * (3 * k2 - a2 * k3), a2 * (a2 * k4 - 6 * k3) + 3 * k2]
+    return [derivative.view(shape) for derivative in derivatives]
+
+
+def _weighted_powers(weights: Tensor, d: Tensor, c2: Tensor) -> list[Tensor]:
+    """Σ weights·d·c²ʲ over the rows of d and c2, j = 0 … 4."""
+    sums = [weights @ d]
     for _ in range(4):
-        k.append(k[-1] * c2)
-    k0, k1, k2, k3, k4 = (t.sum(0) for t in k)
-    return [(torch.special.ndtr(c * a) * share).sum(0), k0, -a * k1, a2 * k2 - k1, a * (3 * k2 - a2 * k3),
-            a2 * (a2 * k4 - 6 * k3) + 3 * k2]
+        d = d * c2
+        sums.append(weights @ d)
+    return sums

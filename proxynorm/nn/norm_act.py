@@ -15,17 +15,16 @@ from .fused import (
     FlooredReLU,
     FoldedConstants,
     GainedActivation,
-    GroupNormActivation,
     Head,
     floored_relu_,
     gained_activation_,
     is_transformed,
     per_channel,
-    takes_whole_step,
 )
 from .moments import check_method, proxy_moments
 from .names import norm_spec
 from .norms import NormBatch, batch_normalize, group_normalize
+from .one_step import GroupNormAct, Step, takes_one_step
 from .precision import without_autocast
 from .recompute import Recipe, is_recomputing
 
@@ -222,45 +221,34 @@ class NormAct2d(nn.Module):
             return ((z if gain is None else z * gain) + offset).to(x.dtype)
 
     def _fused(self, x: Tensor) -> Tensor:
-        folded = self.folded_constants()
+        head, constants = Head(self.act_name, self.act), self.constants()
+        if self.kind != "bn" and takes_one_step(x, constants):
+            step = Step(head, self.proxy_rule(), self.groups, self.eps)
+            with without_autocast(x.device):
+                return GroupNormAct.apply(x, *self.four_parameters(), constants, step, is_recomputing())
+        folded = self.folded_constants(constants)
         folded = folded if self.proxy_scale else folded[:-1]
         norm = self._bound_norm()
         with without_autocast(x.device):
-            if self.act_name == "relu":
+            if head.name == "relu":
                 scale, shift, floor = folded
                 shift = shift + floor.detach()
-                recipe = self._recipe(norm, floored_relu_, x, scale, shift, floor)
+                recipe = _recipe(norm, floored_relu_, x, scale, shift, floor)
                 return FlooredReLU.apply(self._norm(x, scale, shift, norm), floor, recipe)
             scale, shift, gain, offset = folded
             gain = gain if self.proxy_scale else None  # spares passes over the map
-            head = Head(self.act_name, self.act)
-            recipe = self._recipe(norm, partial(gained_activation_, head=head), x, scale, shift, gain, offset)
-            if self.kind != "bn" and takes_whole_step(x):
-                return GroupNormActivation.apply(x, scale, shift, gain, offset, head, self.groups, self.eps, recipe)
+            recipe = _recipe(norm, partial(gained_activation_, head=head), x, scale, shift, gain, offset)
             return GainedActivation.apply(self._norm(x, scale, shift, norm), gain, offset, x, scale, shift, head, norm,
                                           recipe)
 
-    def folded_constants(self) -> tuple[Tensor, ...]:
+    def folded_constants(self, constants: Constants | None = None) -> tuple[Tensor, ...]:
         """What folding.fold makes of this layer's parameters, each (C,), as a differentiable function of them."""
-        rule, four = self.proxy_rule(), self.four_parameters()
-        constants = fold(four, rule) if self.shared_constants is None else self.shared_constants
-        return FoldedConstants.apply(*four, constants, partial(fold_reference, rule=rule))
+        constants = self.constants() if constants is None else constants
+        return FoldedConstants.apply(*self.four_parameters(), constants, partial(fold_reference, rule=self.proxy_rule()))
 
-    def _recipe(self, norm: Callable[..., Tensor], head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
-                *constants: Tensor | None) -> Callable[[Tensor], None] | None:
-        """What recompute.py needs to rebuild the output; None where nothing is recomputed."""
-        if not is_recomputing():
-            return None
-        x, scale, shift, *constants = (t if t is None else t.detach() for t in (x, scale, shift, *constants))
-        version = x._version
-
-        def build() -> Tensor:
-            if x._version != version:
-                raise RuntimeError("the input of a NormAct2d was changed in place, so its output cannot be recomputed: "
-                                   "do not use recompute here, or change the input out of place")
-            return head(norm(x, weight=scale, bias=shift), *constants)
-
-        return Recipe(build).watch
+    def constants(self) -> Constants:
+        """The same, not differentiable: those of the network's one evaluation while its forward pass runs."""
+        return fold(self.four_parameters(), self.proxy_rule()) if self.shared_constants is None else self.shared_constants
 
     def extra_repr(self) -> str:
         parts = [str(self.num_features), f"norm={self.kind}", f"proxy={self.proxy}"]
@@ -275,6 +263,15 @@ def _check_caller(module: str) -> None:
     if module.startswith(("timm.", "torchvision.")):
         raise ValueError(f"{module} has an activation of its own behind norm_layer=, and NormAct2d would add another: "
                          "build the model with batch norm, then call proxynorm.convert")
+
+
+def _recipe(norm: Callable[..., Tensor], head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
+            *constants: Tensor | None) -> Callable[[Tensor], None] | None:
+    """What recompute.py needs to rebuild the output, head(norm(x)); None where nothing is recomputed."""
+    if not is_recomputing():
+        return None
+    scale, shift, *constants = (t if t is None else t.detach() for t in (scale, shift, *constants))
+    return Recipe(lambda x: head(norm(x, weight=scale, bias=shift), *constants), x).watch
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

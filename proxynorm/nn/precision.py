@@ -7,5 +7,7 @@ import torch
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Switches autocast off for operations on the device; the meta device, which computes shapes alone, has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Switches autocast off for operations on the device, where it is on; the meta device, of shapes alone, has none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -32,10 +32,11 @@ def recompute(model: nn.Module) -> nn.Module:
 
 
 class Recipe:
-    """How to rebuild the output of one layer, and the output itself while backward still needs it."""
+    """How to rebuild the output of one layer from its input, and the output itself while backward still needs it."""
 
-    def __init__(self, build: Callable[[], Tensor]) -> None:
+    def __init__(self, build: Callable[[Tensor], Tensor], source: Tensor) -> None:
         self.build = build
+        self.source, self.source_version = source.detach(), source._version
         self.output: Callable[[], Tensor | None] = lambda: None
         self.version = 0
         self.rebuilt: Tensor | None = None
@@ -55,8 +56,11 @@ class Recipe:
                 and saved.shape == z.shape and saved.stride() == z.stride() and saved.dtype == z.dtype)
 
     def take(self, last: bool) -> Tensor:
-        """The output, rebuilt at the first call and let go after the last."""
-        z = self.build() if self.rebuilt is None else self.rebuilt
+        """The output, rebuilt at the first call and let go after the last. Raises RuntimeError if the input changed."""
+        if self.source._version != self.source_version:
+            raise RuntimeError("the input of a NormAct2d was changed in place, so its output cannot be recomputed: "
+                               "do not use recompute here, or change the input out of place")
+        z = self.build(self.source) if self.rebuilt is None else self.rebuilt
         self.rebuilt = None if last else z
         return z
 

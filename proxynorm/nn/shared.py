@@ -37,6 +37,7 @@ class SharedMoments:
 
     def __init__(self) -> None:
         self.evaluated: dict[Hashable, tuple[Tensor, Constants]] = {}
+        self.served: list[NormAct2d] = []
 
     def hand_out(self, model: nn.Module, inputs: tuple) -> None:
         """Before the forward: gives every layer its constants."""
@@ -57,6 +58,7 @@ class SharedMoments:
             columns = zip(*(layer.four_parameters() for layer in layers))
             parameters = torch.stack([torch.cat(column) for column in columns])
             values, jacobian = self._constants(family, parameters, layers[0].proxy_rule())
+        self.served += layers
         sizes = [layer.num_features for layer in layers]
         for layer, *constants in zip(layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)):
             layer.shared_constants = Constants(*constants)
@@ -75,9 +77,9 @@ class SharedMoments:
         """After the forward, a failed one too: leaves no layer with constants."""
         if is_transformed():
             return
-        for module in model.modules():
-            if isinstance(module, NormAct2d):
-                module.shared_constants = None
+        for layer in self.served:
+            layer.shared_constants = None
+        self.served = []
 
 
 def _is_plain(layer: NormAct2d) -> bool:

@@ -24,7 +24,7 @@ def test_step_measures_every_norm_and_keeps_the_figures(tmp_path, capsys):
     assert "moments' share of a step, ln_pn, nchw" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model, what", [("resnet20v2", "output − floor"), ("efficientnet_b0", "gain of the gradient")])
+@pytest.mark.parametrize("model, what", [("resnet20v2", "output − floor"), ("efficientnet_b0", "gain and offset")])
 def test_passes_lists_the_extra_passes_of_each_activation(tmp_path, model, what):
     passes.main(passes.Options(**{**SMALL, "model": model, "size": 32}, rounds=1, json=str(tmp_path / "passes.json")))
     content = json.loads((tmp_path / "passes.json").read_text())

@@ -131,28 +131,33 @@ def test_second_order_of_centred_squeeze_excite(with_recompute):
     assert all(g.isfinite().all() for g in second)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("proxy_scale", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "hard_swish"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "hard_swish", "identity"])
 @pytest.mark.parametrize("norm", ["ln", "gn", "in"])
-def test_group_norm_with_the_channels_innermost_is_one_step(norm, activation, proxy_scale):
-    """There u is rebuilt from the norm's statistics; gradients and their derivatives are those of the written formula."""
+def test_group_norm_of_a_dense_map_is_one_step(norm, activation, proxy_scale, layout):
+    """Outputs, gradients and their derivatives are those of the written formula, in one Function or in three."""
     layer = NormAct2d(8, norm, act_layer=activation, proxy_scale=proxy_scale, groups=2).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)
-    x, direction = (
-        torch.randn(3, 8, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last) for _ in range(2)
-    )
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, direction = (torch.randn(3, 8, 4, 5, dtype=torch.float64).to(memory_format=memory_format) for _ in range(2))
+    x = torch.randn(3, 8, 4, 10, dtype=torch.float64)[..., ::2] if layout == "strided" else x
     x.requires_grad_()
-    inputs, grads = [x, *layer.parameters()], []
-    for forward in (layer, lambda x: layer.activate(layer.normalize(x))):
+    grads = []
+    for forward in (layer, recompute(copy.deepcopy(layer)), lambda x: layer.activate(layer.normalize(x))):
+        module = forward if isinstance(forward, nn.Module) else layer
+        inputs = [x, *module.parameters()]
         z = forward(x)
-        assert z.is_contiguous(memory_format=torch.channels_last)
-        assert ("GroupNormActivation" in type(z.grad_fn).__name__) == (forward is layer)
+        assert z.is_contiguous(memory_format=memory_format)
+        one = "GroupNormActBackward" in type(z.grad_fn).__name__
+        assert one == (isinstance(forward, nn.Module) and layout != "strided")
         first = torch.autograd.grad(z, inputs, direction, retain_graph=True)
         again = torch.autograd.grad(z, inputs, direction, create_graph=True)
         torch.testing.assert_close(again, first)
         grads.append([z.detach(), *first, *torch.autograd.grad(sum(g.square().sum() for g in again), inputs)])
-    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[2])
+    torch.testing.assert_close(grads[1], grads[2])
 
 
 def test_one_step_leaves_the_inputs_gradient_out_where_none_is_asked():

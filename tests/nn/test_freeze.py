@@ -15,6 +15,7 @@ from torch import nn
 from proxynorm import convert, create_model, freeze
 from proxynorm.nn import NORMS, NormAct2d
 from proxynorm.nn.freeze import FrozenNormAct2d
+from proxynorm.nn.shifted_conv import ShiftedConv2d
 from tests.helpers import need_module
 
 MODELS = {"resnet20v2": {"depth": 8}, "resnet50": {"layers": (1, 1, 1, 1)}, "resnet50v2": {"layers": (1, 1, 1, 1)},
@@ -65,18 +66,22 @@ def test_frozen_equals_the_model(name: str, norm: str, merge: str) -> None:
 
 
 def test_what_is_left_of_pn() -> None:
-    """ReLU: a floor at most; SiLU before a padded convolution: the mean; nothing before 1×1 convolutions."""
+    """ReLU: a floor at most; SiLU before a padded convolution: the mean, which may go there; nothing before 1×1 ones."""
     v2 = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)), merge="full")
     for name, layer in v2.named_modules():
         if isinstance(layer, FrozenNormAct2d):
             assert (layer.floor is not None) == name.endswith("norm2") and layer.gain is layer.offset is None, name
     fast = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)))
     assert all(layer.gain is layer.offset is None for layer in frozen_layers(fast))
-    b0 = freeze(create_model("efficientnet_b0", "ln_pn"))
-    for name, layer in b0.named_modules():
-        if isinstance(layer, FrozenNormAct2d):
-            before_depthwise = name == "bn1" or (name.endswith("bn1") and not name.startswith("blocks.0"))
-            assert (layer.offset is not None) == before_depthwise and layer.gain is layer.floor is None, name
+    for merge in ("fast", "full"):
+        b0 = freeze(create_model("efficientnet_b0", "ln_pn"), merge)
+        for name, layer in b0.named_modules():
+            if isinstance(layer, FrozenNormAct2d):
+                before_depthwise = name == "bn1" or (name.endswith("bn1") and not name.startswith("blocks.0"))
+                assert (layer.offset is not None) == (before_depthwise and merge == "full"), name
+                assert layer.gain is layer.floor is None, name
+        shifted = [name for name, layer in b0.named_modules() if isinstance(layer, ShiftedConv2d)]
+        assert shifted == ([name for name, _ in b0.named_modules() if name.endswith("conv_dw")] if merge == "fast" else [])
 
 
 def test_batch_norm_is_folded_into_its_convolution() -> None:
@@ -101,6 +106,32 @@ def test_merging_is_exact(act: nn.Module, convolution: dict) -> None:
         images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
         for merge in ("fast", "full"):
             torch.testing.assert_close(freeze(model, merge)(images), model(images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(7, 5), (26, 41), (40, 33)])
+@pytest.mark.parametrize("convolution", [
+    {"kernel_size": 3, "padding": 1}, {"kernel_size": 5, "padding": 2, "stride": 2, "groups": 8}, {"kernel_size": 4, "padding": 3},
+    {"kernel_size": (1, 5), "padding": (0, 2)}, {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False},
+    {"kernel_size": 2, "padding": 1, "stride": 3}, {"kernel_size": 7, "padding": 9, "groups": 4},
+])  # fmt: skip
+def test_a_shift_before_zero_padding_is_exact(convolution: dict, size: tuple[int, int], memory_format: torch.memory_format) -> None:
+    """Also for another size, in inference mode, with gradients for the input, and after new weights."""
+    torch.manual_seed(0)
+    plain, shift = nn.Conv2d(8, 8, **convolution).double(), torch.randn(8, dtype=torch.float64)
+    shifted = copy.deepcopy(plain)
+    ShiftedConv2d.take_over(shifted, shift)
+    shifted.requires_grad_(False)
+    for height, width in (size, size[::-1], (50, 50)):
+        x = torch.randn(2, 8, height, width, dtype=torch.float64).contiguous(memory_format=memory_format)
+        with torch.inference_mode():
+            torch.testing.assert_close(shifted(x.clone()), plain(x + shift.view(1, -1, 1, 1)))
+        x.requires_grad_()
+        ours, theirs = shifted(x), plain(x + shift.view(1, -1, 1, 1))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), x), torch.autograd.grad(theirs.square().sum(), x))
+        nn.init.normal_(plain.weight)
+        shifted.load_state_dict(plain.state_dict() | {"shift": shift})
 
 
 def test_a_value_with_two_uses_is_not_merged() -> None:
