@@ -1,6 +1,7 @@
 """Time of a training step (forward, loss, backward) and of inference, for every norm, in interleaved rounds.
 
   python scripts/benchmark.py step model=resnet50 batch=8 size=224 json=results/step/NAME.json
+  python scripts/benchmark.py step processes=5 formats=[channels_last] 'norms=[torch bn,torch ln,ln_pn]'
 
 Ratios are medians over rounds of the ratio within a round. "torch ln" is torch's group_norm with one group and the
 activation in place, "torch bn" torch's batch norm likewise. Proxied norms are frozen for inference. On CUDA the same
@@ -11,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -56,6 +60,7 @@ class Options:
     precision: str = option("float32", "float32, bf16, fp16 (the last two under autocast)")
     rounds: int = option(9, "steps of each, taken in turns")
     inference: bool = option(True, "time inference as well")
+    processes: int = option(1, "do it all in so many processes one after another: each has a memory layout of its own")
     threads: int | None = option(None, "CPU threads; torch's default if left out")
     keep_memory: bool = option(True, "on a CPU, malloc keeps freed memory, as in training; false: malloc's own ways")
     device: str = option("auto", "auto, cpu, cuda")
@@ -78,8 +83,31 @@ class Contender:
 
 
 def main(options: Options) -> None:
-    """Measure, print the table and the figures, write the file. Raises ConfigError."""
+    """Measure, print the tables and the figures, write the file. Raises ConfigError."""
     _check(options)
+    if options.processes == 1:
+        content = measure(options)
+    else:
+        parts = list(_measure_apart(options))
+        figures = {name: sorted(part["figures"][name] for part in parts) for name in parts[0]["figures"]}
+        print(f"{'median of the processes, least and greatest':<72}")
+        for name, values in figures.items():
+            print(f"{name:<72}{median(values):>8.4f}{values[0]:>8.4f}{values[-1]:>8.4f}")
+        content = {"options": asdict(options), "processes": parts, "figures": figures}
+    if options.json:
+        write_json(Path(options.json), content)
+
+
+def _measure_apart(options: Options) -> Iterator[dict[str, Any]]:
+    """What each process measured, one after another."""
+    for number in range(options.processes):
+        print(f"process {number + 1} of {options.processes}", flush=True)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            yield pool.submit(measure, replace(options, processes=1, json=None)).result()
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """One process's measurement, printed and as the file holds it. Raises ConfigError."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
@@ -102,10 +130,9 @@ def main(options: Options) -> None:
     print_table(rows)
     figures = _figures(contenders, share)
     for name, value in figures.items():
-        print(f"{name:<72}{value:>8.4f}")
-    if options.json:
-        write_json(Path(options.json), {"options": asdict(options), "rows": rows, "figures": figures,
-                                        "threads": torch.get_num_threads(), "environment": environment()})
+        print(f"{name:<72}{value:>8.4f}", flush=True)
+    return {"options": asdict(options), "rows": rows, "figures": figures, "threads": torch.get_num_threads(),
+            "environment": environment()}
 
 
 def _check(options: Options) -> None:
@@ -116,8 +143,9 @@ def _check(options: Options) -> None:
         for value in given:
             if value not in legal:
                 raise ConfigError(f"{name}={value}: choose of {', '.join(legal)}")
-    if min(options.batch, options.size, options.rounds, options.threads or 1) < 1 or options.threads == 0:
-        raise ConfigError("batch, size, rounds and threads must be at least 1")
+    counts = (options.batch, options.size, options.rounds, options.processes, options.threads or 1)
+    if min(counts) < 1 or options.threads == 0:
+        raise ConfigError("batch, size, rounds, processes and threads must be at least 1")
     if not (options.norms and options.formats and options.modes):
         raise ConfigError("norms, formats and modes need one entry at least")
 

@@ -15,7 +15,6 @@ from proxynorm.reproduce.report import gather, p_value, provenance
 from proxynorm.reproduce.runs import reported_runs
 from proxynorm.reproduce.table import load_table
 
-PROCESSES = 5
 BLOCK = re.compile(r"(<!-- (?P<name>[a-z_]+): .*? -->\n)(?P<body>.*?)(<!-- end of (?P=name) -->)", re.DOTALL)
 
 
@@ -120,14 +119,13 @@ def step(results: Path) -> str:
 
 def more_processes(results: Path, model: str) -> str:
     """The ratios of the goals from runs of channels_last alone, the medians of which differ from process to process."""
-    contents = [load(results, f"step/{model}_channels_last_{number}.json") for number in range(1, PROCESSES + 1)]
-    told = []
-    for name in contents[0]["figures"]:
-        if name.startswith(("step", "inference", "moments")):
-            values = sorted(content["figures"][name] for content in contents)
-            told.append(f"{short(name)}: {median(values):.3f} ({values[0]:.3f} … {values[-1]:.3f})")
-    return f"""Again in channels_last alone, {PROCESSES} processes one after another, {contents[0]["options"]["rounds"]} rounds each, the median process
-(least … greatest): {"; ".join(told)}.
+    content = load(results, f"step/{model}_channels_last.json")
+    options = content["options"]
+    told = [f"{short(name)}: {median(values):.3f} ({values[0]:.3f} … {values[-1]:.3f})"
+            for name, values in content["figures"].items() if name.startswith(("step", "inference", "moments"))]
+    return f"""Again in channels_last alone, {options["processes"]} processes one after another, {options["rounds"]} rounds each, the median process
+(least … greatest): {"; ".join(told)}
+({machine(content["processes"][0]["environment"])}).
 """
 
 

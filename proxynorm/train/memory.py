@@ -17,7 +17,7 @@ def keep_freed_memory(device: torch.device) -> bool:
     """Have glibc's malloc keep freed memory for the next step where the CPU computes; return whether it does.
 
     By default it gives most feature maps back to the system after each step and gets them anew, page by page, which takes
-    time in every step (results/step/*_malloc.json beside *_channels_last_*.json). Malloc settings in the environment are
+    time in every step (results/step/*_malloc.json beside *_channels_last.json). Malloc settings in the environment are
     left as they are; other C libraries and CUDA have no use for it.
     """
     if device.type != "cpu" or os.name != "posix" or any(name in os.environ for name in OWN_SETTINGS):

@@ -24,6 +24,16 @@ def test_step_measures_every_norm_and_keeps_the_figures(tmp_path, capsys):
     assert "moments' share of a step, ln_pn, nchw" in capsys.readouterr().out
 
 
+def test_step_in_several_processes(tmp_path, capsys):
+    norms = ["torch ln", "ln_pn"]
+    step.main(step.Options(**SMALL, norms=norms, formats=["nchw"], rounds=1, processes=2, json=str(tmp_path / "step.json")))
+    content = json.loads((tmp_path / "step.json").read_text())
+    assert len(content["processes"]) == 2 and all(len(part["rows"]) == 2 for part in content["processes"])
+    for name, (least, greatest) in content["figures"].items():
+        assert least <= greatest and {least, greatest} == {part["figures"][name] for part in content["processes"]}
+    assert "process 2 of 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model, what", [("resnet20v2", "output − floor"), ("efficientnet_b0", "gain and offset")])
 def test_passes_lists_the_extra_passes_of_each_activation(tmp_path, model, what):
     passes.main(passes.Options(**{**SMALL, "model": model, "size": 32}, rounds=1, json=str(tmp_path / "passes.json")))
@@ -39,7 +49,7 @@ def test_memory_counts_less_with_recompute(tmp_path):
 
 
 @pytest.mark.parametrize("benchmark, options", [(step, {"norms": ["ln_pm"]}), (step, {"formats": ["nhwc"]}),
-                                                (step, {"rounds": 0}), (passes, {"format": "nhwc"}),
+                                                (step, {"rounds": 0}), (step, {"processes": 0}), (passes, {"format": "nhwc"}),
                                                 (step, {"device": "tpu"}), (step, {"norms": []}), (step, {"threads": -1}),
                                                 (step, {"norms": ["in_pn"], "model": "efficientnet_b0", "batch": 1})])
 def test_wrong_options_are_refused(benchmark, options):
