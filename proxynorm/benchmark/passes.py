@@ -32,6 +32,7 @@ from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.run_folder import environment
 
 TORCH, OURS, COPY = "torch's LN and activation", "LN+PN", "a copy of the map, for scale"
+CONSTANTS = "constants per channel, and their backward"
 
 
 @dataclass
@@ -67,7 +68,7 @@ def main(options: Options) -> None:
     step = median(timed(lambda: net(images).sum().backward(), device) for _ in range(options.rounds))
     net.zero_grad(set_to_none=True)
     times = {name: seconds * 1e3 for name, seconds in sums_over_layers(places, options, device).items()}
-    times["constants per channel, and their backward"] = moments_seconds(net) * 1e3
+    times[CONSTANTS] = moments_seconds(net) * 1e3
     rows = [{"what": name, "ms": value, "share": value / (step * 1e3)} for name, value in times.items()]
     print(text_table(("what", "ms", "% of a step"),
                      [(row["what"], f"{row['ms']:.1f}", f"{100 * row['share']:.2f}") for row in rows]))

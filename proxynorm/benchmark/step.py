@@ -60,7 +60,7 @@ class Options:
     precision: str = option("float32", "float32, bf16, fp16 (the last two under autocast)")
     rounds: int = option(9, "steps of each, taken in turns")
     inference: bool = option(True, "time inference as well")
-    processes: int = option(1, "do it all in so many processes one after another: each has a memory layout of its own")
+    processes: int = option(1, "do it all in so many processes, one after another: medians of medians, least and greatest")
     threads: int | None = option(None, "CPU threads; torch's default if left out")
     keep_memory: bool = option(True, "on a CPU, malloc keeps freed memory, as in training; false: malloc's own ways")
     device: str = option("auto", "auto, cpu, cuda")

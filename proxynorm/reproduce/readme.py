@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from proxynorm.analysis.tables import markdown_table
+from proxynorm.benchmark.passes import CONSTANTS, OURS, TORCH
 from proxynorm.errors import DataError
 from proxynorm.reproduce.report import gather, p_value, provenance
 from proxynorm.reproduce.runs import reported_runs
@@ -125,7 +126,7 @@ def more_processes(results: Path, model: str) -> str:
             for name, values in content["figures"].items() if name.startswith(("step", "inference", "moments"))]
     return f"""Again in channels_last alone, {options["processes"]} processes one after another, {options["rounds"]} rounds each, the median process
 (least … greatest): {"; ".join(told)}
-({machine(content["processes"][0]["environment"])}).
+({machine(content["processes"][0]["environment"])}; `python scripts/benchmark.py step model={model} processes={options["processes"]} formats=[channels_last]`).
 """
 
 
@@ -133,7 +134,8 @@ def with_malloc(content: dict[str, Any]) -> str:
     """The same from one process under malloc's own ways."""
     told = "; ".join(f"{short(name)}: {value:.3f}" for name, value in content["figures"].items()
                      if name.startswith(("step", "inference")))
-    return f"""One process, {content["options"]["rounds"]} rounds, with malloc's own ways (keep_memory=false): {told}.
+    return f"""One process, {content["options"]["rounds"]} rounds, with malloc's own ways (keep_memory=false): {told}
+({machine(content["environment"])}, of commit {content["environment"]["git"]["commit"][:7]}).
 """
 
 
@@ -146,10 +148,14 @@ def passes_table(content: dict[str, Any]) -> str:
     """Where LN+PN's time goes, of one model."""
     options = content["options"]
     rows = [[row["what"], f"{row['ms']:.1f}", f"{row['share']:.2%}"] for row in content["rows"]]
+    share = {row["what"]: row["share"] for row in content["rows"]}
+    added = share[OURS] - share[TORCH] + share[CONSTANTS]
     return f"""Where the difference lies: the {content["layers"]} proxied layers alone, and alone the passes that only they make
-(`python scripts/benchmark.py passes model={options["model"]}`, {options["format"]}):
+({machine(content["environment"])}; `python scripts/benchmark.py passes model={options["model"]}`, {options["format"]}):
 
 {markdown_table(("sum over the layers", "ms", "of a training step"), rows)}
+
+By its parts, layers and constants, a step of {content["step_ms"]:.0f} ms is {1 / (1 - added):.3f} of what it would be with torch's LN and activation.
 """
 
 

@@ -160,6 +160,21 @@ def test_group_norm_of_a_dense_map_is_one_step(norm, activation, proxy_scale, la
     torch.testing.assert_close(grads[1], grads[2])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", ["relu", "silu", "hard_swish", "identity"])
+def test_the_incoming_gradient_may_lie_in_memory_as_it_likes(activation, memory_format):
+    layer = NormAct2d(8, "gn", act_layer=activation, groups=2).double()
+    x = torch.randn(3, 8, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    grad, inputs = torch.randn(3, 8, 4, 10, dtype=torch.float64), [x, *layer.parameters()]
+    directions = {"contiguous": grad[..., :5].contiguous(), "strided": grad[..., ::2], "expanded": grad[:1, :1, :1, :1].expand(x.shape),
+                  "channels_last": grad[..., 5:].contiguous(memory_format=torch.channels_last)}
+    for direction in directions.values():
+        before = direction.clone()
+        ours = torch.autograd.grad(layer(x), inputs, direction)
+        torch.testing.assert_close(ours, torch.autograd.grad(layer.activate(layer.normalize(x)), inputs, direction))
+        assert torch.equal(direction, before)
+
+
 def test_one_step_leaves_the_inputs_gradient_out_where_none_is_asked():
     layer = NormAct2d(8, "ln", act_layer="silu")
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
