@@ -29,7 +29,8 @@ from tests.slurm.conftest import needs_slurm
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTIONS, JOBS = int(os.environ.get("SLURM_INTERRUPTIONS", "10")), 5
 MIDDLE = ("data.limit=2000", "epochs=3", "eval_every=3")  # 300 updates
-TINY = (*SMALL, "model.width=4", "loader=torchvision", "loader.workers=0")
+# width 8: oneDNN's 1×1 convolution of stride 2 over 4 channels writes past its memory, backward, where there is no AVX-512
+TINY = (*SMALL, "model.width=8", "loader=torchvision", "loader.workers=0")
 pytestmark = [pytest.mark.slow, needs_slurm]
 
 

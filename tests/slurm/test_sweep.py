@@ -33,7 +33,7 @@ STEPS = 200
 TABLE = """
 title: Eight small cells
 about: A table for tests.
-train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=4, batch=20, epochs=4, data.limit=1000, norm.groups=2,
+train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=8, batch=20, epochs=4, data.limit=1000, norm.groups=2,
         data.holdout=200, log_every=1, eval_every=4, loader=torchvision, loader.workers=0, logger=none]
 cells:
   - norm: [bn, ln, gn, in, bn_pn, ln_pn, gn_pn, in_pn]
@@ -179,7 +179,7 @@ def test_a_hydra_multirun_becomes_an_array(slurm, tmp_path):
         "hydra/launcher=slurm",
         "hydra.launcher.limit=2",
         *SMALL,
-        "model.width=4",
+        "model.width=8",
         "data.limit=100",
         "epochs=1",
         "loader=torchvision",
