@@ -21,7 +21,7 @@ from proxynorm.train.restore import Restored, checkpoint_path, restore
 
 # Keys of a run's configuration that say where and how it ran, not what the model is.
 PLACES = ("runs_dir", "name", "logger", "loader", "checkpoint", "debug", "resume", "device")
-ONNX_TOLERANCE = 1e-3
+ONNX_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)

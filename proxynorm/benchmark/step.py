@@ -120,7 +120,8 @@ def measure(options: Options) -> dict[str, Any]:
     try:
         contenders = [_prepare(variant, options, device) for variant in variants]
     except ValueError as error:  # a map too small for a norm
-        raise ConfigError(f"model={options.model} batch={options.batch} size={options.size}: {error}") from error
+        raise ConfigError(f"model={options.model} batch={options.batch} size={options.size}: {error} (use a larger size or "
+                          "leave this norm out of norms=)") from error
     for _ in range(options.rounds):
         for contender in contenders:
             _measure(contender, options)

@@ -8,6 +8,8 @@ import torch
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import nn
 
+from proxynorm.nn.checks import check_whole
+
 
 class PreActBlock(nn.Module):
     """norm+act, 3×3, norm+act, 3×3, beside a shortcut that is a 1×1 convolution where the shape changes.
@@ -75,6 +77,8 @@ class SmallResNetV2(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        for name, value in (("depth", depth), ("width", width)):
+            check_whole(name, value, 1)
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth={depth} is not 6n + 2: use 8, 14, 20, 32, 44, 56, 80, 110 …")
         if width < 1 or stem_stride not in (1, 2):

@@ -89,6 +89,14 @@ def _construct(factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[st
         return factory(**kwargs)
 
 
+def activate(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), with parameters of the module's own in x's precision."""
+    own = dict(module.named_parameters())
+    if all(p.dtype == x.dtype for p in own.values()):
+        return module(x)
+    return torch.func.functional_call(module, {name: p.to(x.dtype) for name, p in own.items()}, (x,))
+
+
 def out_of_place(module: nn.Module) -> nn.Module:
     """module, or a copy of it that leaves its input alone."""
     if getattr(module, "inplace", False):

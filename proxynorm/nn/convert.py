@@ -199,9 +199,11 @@ def _absorb_activations(model: nn.Module, flow: Flow, places: dict[str, Place]) 
         rows.append(ConversionRow(name, type(module).__name__, f"{count} of its forward joined with norms"))
         install_forwards(module, calls, flow.fixed[name], forwards[name])
     for name in sorted({site.module for site in absorbed if site.caller not in callers}):
-        kind = type(model.get_submodule(name)).__name__
-        rows.append(ConversionRow(name, kind, "joined with its norm; the identity stands here"))
-        model.set_submodule(name, nn.Identity())
+        module = model.get_submodule(name)
+        for alias, other in list(model.named_modules(remove_duplicate=False)):
+            if other is module:
+                rows.append(ConversionRow(alias, type(module).__name__, "joined with its norm; the identity stands here"))
+                model.set_submodule(alias, nn.Identity().train(module.training))
     return rows
 
 
@@ -211,7 +213,7 @@ def _install(model: nn.Module, name: str, place: Place, layer: NormAct2d) -> Con
     if inner:
         layer.drop = inner[0] if len(inner) == 1 else nn.Sequential(*inner)
         for step in place.between:
-            model.set_submodule(step, nn.Identity())
+            model.set_submodule(step, nn.Identity().train(layer.training))
     for alias, module in list(model.named_modules(remove_duplicate=False)):
         if module is place.norm:
             model.set_submodule(alias, layer)

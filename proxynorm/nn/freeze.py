@@ -57,6 +57,7 @@ class FrozenNormAct2d(nn.Module):
             self.register_buffer(name, getattr(layer, name) if self.kind == "bn" else None)
         for name in ("weight", "bias", "floor", "gain", "offset"):
             self.register_buffer(name, None)
+        self.eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → the same shape. May overwrite x where batch norm was folded into the convolution before."""
@@ -105,27 +106,29 @@ class Neighbours:
 def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
     """A copy of the model for inference: evaluation mode, no gradients, constants folded; exportable to ONNX.
 
-    The copy computes what the model computes in evaluation mode, to rounding. Weight standardization becomes plain
-    weights. Where the data flow cannot be traced, layers are frozen one by one and nothing is merged.
+    The copy computes what the model's forward computes in evaluation mode with its default arguments, to rounding. What
+    lies between two layers may hold other values where something was merged: for other ways into the model (timm's
+    forward_features and forward_intermediates) and for hooks put on afterwards use merge="none". Weight standardization
+    becomes plain weights. Where the model's data flow cannot be traced, layers are frozen one by one and nothing is merged.
 
     Args:
         model: a model with NormAct2d layers; it is not changed.
         merge: "fast" merges a shift where that is quickest in PyTorch; "full" wherever it is exact, for export to
-            runtimes that add a convolution's bias for nothing.
+            runtimes that add a convolution's bias for nothing; "none" leaves every layer's output what it was.
 
     Raises:
         ValueError: the model has no NormAct2d, one without running statistics, a weight that a hook computes
-            (torch.nn.utils.weight_norm), or is frozen already; or merge is neither.
+            (torch.nn.utils.weight_norm), or is frozen already; or merge is none of the three.
     """
-    if merge not in ("fast", "full"):
-        raise ValueError(f"merge={merge!r} is neither 'fast' nor 'full'")
+    if merge not in ("fast", "full", "none"):
+        raise ValueError(f"merge={merge!r} is none of 'fast', 'full' and 'none'")
     _check(model)
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     _remove_own_hooks(frozen)
     for module in list(frozen.modules()):
         if parametrize.is_parametrized(module):
             _unparametrize(module)
-    neighbours = _neighbours(frozen)
+    neighbours = {} if merge == "none" else _neighbours(frozen)
     with torch.no_grad():
         for name, module in list(frozen.named_modules()):
             if isinstance(module, NormAct2d):
@@ -295,6 +298,8 @@ def _neighbours(model: nn.Module) -> dict[str, Neighbours]:
     parts = list(traced_parts(model))
     uses, found = _uses(model, parts), {}
     for part in parts:
+        if part.prefix:  # a forward around it that cannot be read may call its layers one by one
+            continue
         for node in part.graph.nodes:
             module = _called_module(node, part.root)
             if isinstance(module, NormAct2d) and uses[module] == 1:
@@ -354,42 +359,63 @@ def _single_user(node: fx.Node, root: nn.Module) -> str | None:
 def _takers(node: fx.Node, root: nn.Module, uses: Counter) -> list[nn.Conv2d | nn.Linear] | None:
     """The convolutions and linear layers that take a norm's value, directly or pooled; None if anything else does."""
     channels = root.get_submodule(str(node.target)).num_features
-    takers, todo = [], list(node.users)
+    takers, todo = [], [(user, False) for user in node.users]
     while todo:
-        user = todo.pop()
+        user, is_flat = todo.pop()  # flat: (N, C), no map any more
         module = _called_module(user, root)
         if module is not None and _has_hooks(module):
             return None
-        if _hands_on(user, module):
-            todo += list(user.users)
-        elif _takes(module, channels) and uses[module] == 1 and len(user.all_input_nodes) == 1:
+        if _flattens(user, module) and not is_flat:
+            todo += [(further, True) for further in user.users]
+        elif _hands_on(user, module, is_flat):
+            todo += [(further, is_flat) for further in user.users]
+        elif _takes(module, channels, is_flat) and uses[module] == 1 and len(user.all_input_nodes) == 1:
             takers.append(module)
         else:
             return None
     return takers or None
 
 
-def _takes(module: nn.Module | None, channels: int) -> bool:
+def _takes(module: nn.Module | None, channels: int, is_flat: bool) -> bool:
     """Whether a layer is linear in each of that many input channels. A subclass may do more than its class."""
     if type(module) is nn.Conv2d:
-        return module.in_channels == channels and module.padding_mode == "zeros"
-    return type(module) is nn.Linear and module.in_features == channels
+        return not is_flat and module.in_channels == channels and module.padding_mode == "zeros"
+    return is_flat and type(module) is nn.Linear and module.in_features == channels
 
 
-def _hands_on(node: fx.Node, module: nn.Module | None) -> bool:
+def _flattens(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node makes (N, C) of a map of one position, or the mean of a map's positions."""
+    if type(module) is nn.Flatten:
+        return (module.start_dim, module.end_dim) == (1, -1)
+    name, given = called_function(node), dict(zip(("input", "a", "b"), node.args)) | dict(node.kwargs)
+    if name == "flatten":
+        return (given.get("a", given.get("start_dim", 0)), given.get("b", given.get("end_dim", -1))) == (1, -1)
+    return name == "mean" and _averages_positions(node) and not given.get("b", given.get("keepdim", False))
+
+
+def _averages_positions(node: fx.Node) -> bool:
+    """Whether a mean is one over height and width."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]
+
+
+def _hands_on(node: fx.Node, module: nn.Module | None, is_flat: bool) -> bool:
     """Whether a node commutes with a constant affine (of positive scale) per channel: average and max pooling.
     A subclass may do more than its class: timm's average pools that pad do."""
-    if module is not None:
-        if type(module) is nn.AvgPool2d:
-            return module.divisor_override is None and (module.padding in (0, (0, 0)) or not module.count_include_pad)
-        return type(module) in (nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.Flatten, nn.Identity) or _idles(module)
     name = called_function(node)
-    if name == "mean":
-        dims = [*node.args[1:2], *(node.kwargs[k] for k in ("dim",) if k in node.kwargs)]
-        return bool(dims) and sorted(d % 4 for d in dims[0]) == [2, 3]
-    return name in ("flatten", "adaptive_avg_pool2d") or (name == "dropout" and not node.kwargs.get("training", True))
+    if _idles(module) or (name == "dropout" and not node.kwargs.get("training", True)):
+        return True
+    if is_flat:
+        return False
+    if type(module) is nn.AvgPool2d:
+        return module.divisor_override is None and (module.padding in (0, (0, 0)) or not module.count_include_pad)
+    if module is not None:
+        return type(module) in (nn.AdaptiveAvgPool2d, nn.MaxPool2d)
+    return name == "adaptive_avg_pool2d" or (name == "mean" and _averages_positions(node))
 
 
-def _idles(module: nn.Module) -> bool:
-    """Whether a module does nothing in evaluation."""
-    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) or "DropBlock" in type(module).__name__
+def _idles(module: nn.Module | None) -> bool:
+    """Whether a module does nothing in evaluation. A subclass may: Monte Carlo dropout is one."""
+    kind = type(module)
+    is_timms = kind.__module__.startswith("timm.") and "DropBlock" in kind.__name__
+    return kind in (nn.Identity, nn.Dropout, nn.Dropout2d) or is_timms

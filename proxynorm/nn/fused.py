@@ -48,23 +48,35 @@ class FoldedConstants(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple:
         *parameters, jacobian = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            slopes = differentiable(ctx.reference(tuple(parameters)), parameters, grads)
+        if any(grad is not None and by_formula(grad) for grad in grads):
+            slopes = differentiable(lambda *p: ctx.reference(p), parameters, grads)
         else:
             slopes = pull_back(jacobian, grads)
         return *(s if s is None or s.dtype == p.dtype else s.to(p.dtype) for s, p in zip(slopes, parameters)), None, None
 
 
-def differentiable(outputs: tuple[Tensor, ...], inputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> list:
-    """Gradients of the inputs that require one, None for the others; differentiable again."""
-    wanted = [t for t in inputs if t.requires_grad]
+def by_formula(grad: Tensor) -> bool:
+    """Whether a backward pass must consist of plain operations: it shall be differentiated again, or is batched."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def differentiable(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor | None],
+                   grads: tuple[Tensor | None, ...]) -> list:
+    """Gradients of function(*inputs) by those inputs that require one, None for the others; differentiable again
+    where grad mode is on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases end the search for gradients here, though one input may hang on another (tied parameters, a layer used twice)
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        outputs = function(*inputs)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
     # outputs that are constants, as the gain under proxy_scale=False or frozen γ and β, hand on no gradient
     pairs = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None and output.requires_grad]
     if not pairs:
         return [None] * len(inputs)
     outputs, grads = zip(*pairs)
-    slopes = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-    return [next(slopes) if t.requires_grad else None for t in inputs]
+    slopes = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True))
+    return [next(slopes) if t is not None and t.requires_grad else None for t in inputs]
 
 
 class FlooredReLU(torch.autograd.Function):
@@ -83,7 +95,7 @@ class FlooredReLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, floor = ctx.saved_tensors
         total = channel_sum(grad)
-        if torch.is_grad_enabled():
+        if by_formula(grad):
             return torch.where(z > per_channel(floor).to(z.dtype), grad, 0), total, None
         return floored_relu_backward(grad, z, floor), total, None
 
@@ -109,12 +121,13 @@ class GainedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         z, gain, offset, x, scale, shift = ctx.saved_tensors
-        u = ctx.norm(x, weight=scale, bias=shift)
-        if torch.is_grad_enabled():
-            reference = per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)
-            inputs = [t for t in (u, gain, offset) if t is not None]
-            slopes = differentiable((reference.to(grad.dtype),), inputs, (grad,))
-            return *(slopes if gain is not None else (slopes[0], None, slopes[1])), *[None] * 6
+        with torch.set_grad_enabled(by_formula(grad)):
+            u = ctx.norm(x, weight=scale, bias=shift)
+        if by_formula(grad):
+            def reference(u: Tensor, gain: Tensor | None, offset: Tensor) -> tuple[Tensor]:
+                return (per_channel(offset) + (1 if gain is None else per_channel(gain)) * ctx.head.module(u)).to(grad.dtype),
+
+            return *differentiable(reference, [u, gain, offset], (grad,)), *[None] * 6
         product, total = gained_sums(grad, z, gain, offset)
         du = activation_backward(grad, u, ctx.head)
         if gain is not None:

@@ -11,11 +11,11 @@ them against high-precision integration), beside the paper's grid of 256 nodes:
     silu                                                      2e-8      5e-7      closed form of a normal mixture
     mish, gelu_tanh, softplus, sigmoid                        5e-8      1e-6      quadrature
     tanh                                                      1e-5      5e-5      quadrature
-    grid: relu, silu, gelu …                                  4e-3      3e-1      (at γ = 10; they grow with γ and γ²)
+    grid: relu, silu, gelu, identity …                        4e-3      5e-1      (at γ = 10; they grow with γ and γ²)
 
 Any other callable is integrated by a rule of step 0.08·s. Where it is smooth on that scale, it errs as mish does
-(Softplus(beta=3): 7e-6, 6e-5). A kink where the slope jumps by Δ costs up to 2.2e-4·sΔ in the mean, 3.6e-4·s²ΔL in the
-variance, L the greatest slope, and 1.7e-2·Δ in the mean's derivative by β: PReLU(0.25) at γ = 10 errs by 1.7e-3 and 1e-2.
+(Softplus(beta=3): 7e-6, 9e-5). A kink where the slope jumps by Δ costs up to 2.2e-4·sΔ in the mean, 3.6e-4·s²ΔL in the
+variance, L the greatest slope, and 1.7e-2·Δ in the mean's derivative by β: PReLU(0.25) at γ = 10 errs by 1.7e-3 and 1.7e-2.
 Softsign, whose curvature jumps, errs by 6e-4 and 5e-4. Jumps of the function itself (nn.Threshold, nn.Hardshrink) are not
 covered: one of height J costs up to 1.7e-2·J in the mean, and no gradient knows of it.
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gaussian, piecewise
-from .activations import Activation, activation_name, make_activation
+from .activations import Activation, activate, activation_name, make_activation
 from .gaussian import Moments
 from .names import unknown_name
 from .precision import without_autocast
@@ -63,8 +63,9 @@ def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "
     if name in _WITH_SLOPES and method != "grid":
         return _WITH_SLOPES[name](a, s, module)
     # saved as it is: hooks on saved tensors, such as checkpointing's, must not see this graph, which ends here
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        a, s = a.detach().requires_grad_(), s.detach().requires_grad_()
+    identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.enable_grad(), identity:
+        a, s = (t.detach().clone().requires_grad_() for t in (a, s))
         mean, var = grid(module, a, s, nodes) if method == "grid" else _exact(module, a, s)
         slopes = [torch.autograd.grad(m.sum(), (a, s), retain_graph=True, materialize_grads=True) for m in (mean, var)]
     return Moments(mean.detach(), var.detach(), *slopes[0], *slopes[1])
@@ -127,7 +128,7 @@ def _grid_moments(module: nn.Module, weight: Tensor, bias: Tensor, proxy_weight:
 
 def _activate(module: nn.Module, u: Tensor) -> Tensor:
     """φ of u (nodes, C), shown as a map so that an activation with parameters per channel finds its channels."""
-    return module(u[:, :, None, None])[:, :, 0, 0]
+    return activate(module, u[:, :, None, None])[:, :, 0, 0]
 
 
 def grid_nodes(nodes: int, like: Tensor) -> Tensor:
@@ -138,14 +139,11 @@ def grid_nodes(nodes: int, like: Tensor) -> Tensor:
 
 def grid(module: nn.Module, a: Tensor, s: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
     """The paper's integration as a function of a and s: uniform weights on Gaussian mid-point quantiles."""
-    return _weighted(module, a, s, grid_nodes(nodes, a), torch.full((nodes,), 1 / nodes).to(a))
+    return _weighted(module, a, s, grid_nodes(nodes, a), torch.full((nodes,), 1 / nodes, dtype=torch.float64).to(a))
 
 
 def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Any elementwise φ: the trapezoidal rule with 161 nodes on ±6.5 standard deviations."""
-    own = next(module.parameters(), None)
-    if own is not None:  # an activation with parameters works in their precision
-        a, s = a.to(own.dtype), s.to(own.dtype)
     nodes = torch.linspace(-6.5, 6.5, 161, dtype=a.dtype, device=a.device)
     weights = torch.exp(-0.5 * nodes * nodes)
     return _weighted(module, a, s, nodes, weights / weights.sum())

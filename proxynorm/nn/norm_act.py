@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .activations import Activation, activation_name, make_activation, out_of_place
+from .activations import Activation, activate, activation_name, make_activation, out_of_place
 from .checks import check_features, check_norm, check_options
 from .folding import Constants, Rule, fold, fold_reference
 from .fused import (
@@ -76,6 +76,9 @@ class NormAct2d(nn.Module):
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
         self.reset_parameters()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "shared_constants": None}  # they are of this forward pass, not of a copy
 
     def _number_of_groups(self, groups: int | None) -> int | None:
         if self.kind in ("bn", "none"):
@@ -191,7 +194,8 @@ class NormAct2d(nn.Module):
     def activate(self, y: Tensor) -> Tensor:
         """Act or PN-Act of y, written as the paper's formula, in float32 or better; the result has y's dtype."""
         with without_autocast(y.device):
-            z = self.act(self.drop(_affine(y.to(torch.promote_types(y.dtype, torch.float32)), self.weight, self.bias)))
+            u = self.drop(_affine(y.to(torch.promote_types(y.dtype, torch.float32)), self.weight, self.bias))
+            z = activate(self.act, u)
             if self.proxied:
                 mean, var = self.proxy_statistics()
                 z = z - per_channel(mean)
@@ -268,7 +272,7 @@ def _check_caller(module: str) -> None:
 def _recipe(norm: Callable[..., Tensor], head: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor,
             *constants: Tensor | None) -> Callable[[Tensor], None] | None:
     """What recompute.py needs to rebuild the output, head(norm(x)); None where nothing is recomputed."""
-    if not is_recomputing():
+    if not is_recomputing() or not any(t is not None and t.requires_grad for t in (x, scale, shift, *constants)):
         return None
     scale, shift, *constants = (t if t is None else t.detach() for t in (scale, shift, *constants))
     return Recipe(lambda x: head(norm(x, weight=scale, bias=shift), *constants), x).watch

@@ -51,9 +51,10 @@ def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor 
 
 def _batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
                 bias: Tensor | None, training: bool, momentum: float, eps: float) -> Tensor:
-    """F.batch_norm, whose running statistics must have the affine's precision, for those of any other too."""
+    """F.batch_norm, whose running statistics must have the affine's precision (x's, or float32), for those of any other too."""
     running = (running_mean, running_var)
-    cast = [s if s is None or weight is None else s.to(weight.dtype) for s in running]
+    dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
+    cast = [s if s is None else s.to(dtype) for s in running]
     y = F.batch_norm(x, *cast, weight, bias, training, momentum, eps)
     if training:
         for statistic, moved in zip(running, cast):

@@ -17,6 +17,7 @@ from .folding import Constants, Rule, fold_reference, pull_back
 from .fused import (
     Head,
     activation_backward,
+    by_formula,
     channel_sum,
     differentiable,
     floored_relu_,
@@ -26,7 +27,7 @@ from .fused import (
     gained_sums,
     per_channel,
 )
-from .recompute import Recipe
+from .recompute import MadeOnce, Recipe
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ class GroupNormAct(torch.autograd.Function):
         u, *statistics = aten.native_group_norm(x, *_on_norm(affines, step), *_sides(x), step.groups, step.eps)
         z = _apply_head_(u, affines, step)
         ctx.step = step
-        ctx.recipe = _hand_in(x, z, affines, statistics, step) if recomputing else None
+        ctx.u = _hand_in(x, z, affines, statistics, step) if recomputing and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(z, x, weight, bias, proxy_weight, proxy_bias, *statistics, *constants)
         return z
 
@@ -76,8 +77,8 @@ class GroupNormAct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple:
         z, x, *parameters, mean, rstd, values, jacobian = ctx.saved_tensors
         step = ctx.step
-        if torch.is_grad_enabled():
-            return *differentiable((_reference(x, parameters, step),), [x, *parameters], (grad,)), None, None, None
+        if by_formula(grad):
+            return *differentiable(partial(_reference, step), [x, *parameters], (grad,)), None, None, None
         affines = _affines(values.unbind(), step)
         scale, gain = affines.scale, affines.gain
         if _is_relu(step):
@@ -85,7 +86,7 @@ class GroupNormAct(torch.autograd.Function):
             du = floored_relu_backward(grad, z, affines.offset)
         else:
             sums = gained_sums(grad, z, gain, affines.offset)
-            u = rebuild(x, affines, [mean, rstd], step) if ctx.recipe is None else ctx.recipe.take(last=True)
+            u = rebuild(x, affines, [mean, rstd], step) if ctx.u is None else ctx.u.take(x, last=True)
             du = activation_backward(grad, u, step.head)
         dx, dscale, dshift = aten.native_group_norm_backward(
             du, x, mean, rstd, scale if gain is None else scale * gain, *_sides(x), step.groups,
@@ -135,19 +136,19 @@ def rebuild(x: Tensor, affines: Affines, statistics: list[Tensor], step: Step) -
     return torch.addcmul(b.view(len(x), -1, 1, 1), x, a.view(len(x), -1, 1, 1))
 
 
-def _hand_in(x: Tensor, z: Tensor, affines: Affines, statistics: list[Tensor], step: Step) -> Recipe | None:
+def _hand_in(x: Tensor, z: Tensor, affines: Affines, statistics: list[Tensor], step: Step) -> MadeOnce | None:
     """Tells recompute.py how to rebuild z. Returns how to rebuild u, which is made once for both; ReLU needs none."""
     again = partial(rebuild, affines=affines, statistics=statistics, step=step)
     if _is_relu(step):
         Recipe(lambda x: floored_relu_(again(x), affines.offset), x).watch(z)
         return None
-    u = Recipe(again, x)
-    Recipe(lambda _: gained_activation(u.take(last=False), affines.gain, affines.offset, step.head), x).watch(z)
+    u = MadeOnce(again)
+    Recipe(lambda x: gained_activation(u.take(x, last=False), affines.gain, affines.offset, step.head), x).watch(z)
     return u
 
 
-def _reference(x: Tensor, parameters: list[Tensor], step: Step) -> Tensor:
+def _reference(step: Step, x: Tensor, *parameters: Tensor) -> tuple[Tensor]:
     """The output in operations that can be differentiated again."""
-    scale, shift, gain, offset = _affines(fold_reference(tuple(parameters), step.rule), step)
+    scale, shift, gain, offset = _affines(fold_reference(parameters, step.rule), step)
     phi = step.head.module(F.group_norm(x, step.groups, scale, shift, step.eps))
-    return (phi if gain is None else per_channel(gain) * phi) + per_channel(offset)
+    return (phi if gain is None else per_channel(gain) * phi) + per_channel(offset),

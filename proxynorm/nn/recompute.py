@@ -22,8 +22,9 @@ from .fused import is_transformed
 def recompute(model: nn.Module) -> nn.Module:
     """Makes model's forward passes keep one map per NormAct2d layer with proxy instead of two; returns the model.
 
-    Results are the same. Safe to call twice. Without effect under torch.compile, torch.func and tracing, and inside of
-    gradient checkpointing, which has hooks of its own.
+    Results are the same. Safe to call twice. Without effect under torch.compile, torch.func and tracing. It takes the
+    place of other saved-tensor hooks: torch's gradient checkpointing is one (use_reentrant=False) and save_on_cpu another,
+    and of two that are nested only the inner one counts. Use one or the other for a part of a network.
     """
     if _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)
@@ -31,19 +32,32 @@ def recompute(model: nn.Module) -> nn.Module:
     return model
 
 
+class MadeOnce:
+    """What several need in one backward pass, from the layer's input: made for the first, let go after the last."""
+
+    def __init__(self, build: Callable[[Tensor], Tensor]) -> None:
+        self.build = build
+        self.made: Tensor | None = None
+
+    def take(self, x: Tensor, last: bool) -> Tensor:
+        """What build makes of x."""
+        made = self.build(x) if self.made is None else self.made
+        self.made = None if last else made
+        return made
+
+
 class Recipe:
     """How to rebuild the output of one layer from its input, and the output itself while backward still needs it."""
 
     def __init__(self, build: Callable[[Tensor], Tensor], source: Tensor) -> None:
-        self.build = build
-        self.source, self.source_version = source.detach(), source._version
+        self.once = MadeOnce(build)
+        self.source, self.source_version = source.detach(), _version(source)
         self.output: Callable[[], Tensor | None] = lambda: None
         self.version = 0
-        self.rebuilt: Tensor | None = None
         self.handles = 0
 
     def watch(self, z: Tensor) -> None:
-        """From now on z is what this recipe makes."""
+        """From now on z, of which the layer will save itself, is what this recipe makes."""
         self.output = weakref.ref(z)
         _RUN.recipes[z.data_ptr()] = self
 
@@ -57,12 +71,10 @@ class Recipe:
 
     def take(self, last: bool) -> Tensor:
         """The output, rebuilt at the first call and let go after the last. Raises RuntimeError if the input changed."""
-        if self.source._version != self.source_version:
+        if _version(self.source) != self.source_version:
             raise RuntimeError("the input of a NormAct2d was changed in place, so its output cannot be recomputed: "
                                "do not use recompute here, or change the input out of place")
-        z = self.build(self.source) if self.rebuilt is None else self.rebuilt
-        self.rebuilt = None if last else z
-        return z
+        return self.once.take(self.source, last)
 
 
 class _Handle(NamedTuple):
@@ -82,7 +94,7 @@ class _Kept(NamedTuple):
 
     def unpack(self) -> Tensor:
         tensor, version = self
-        if tensor._version != version:
+        if _version(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} "
@@ -96,7 +108,7 @@ class _Run(threading.local):
 
     def __init__(self) -> None:
         self.recipes: dict[int, Recipe] = {}
-        self.hooks: list[saved_tensors_hooks | None] = []
+        self.entered: list[tuple[nn.Module, saved_tensors_hooks | None]] = []
 
 
 _RUN = _Run()
@@ -104,29 +116,45 @@ _RUN = _Run()
 
 def is_recomputing() -> bool:
     """Whether layers shall hand in recipes."""
-    return bool(_RUN.hooks) and _RUN.hooks[-1] is not None and torch.is_grad_enabled()
+    return bool(_RUN.entered) and _RUN.entered[-1][1] is not None and torch.is_grad_enabled()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _enter(model: nn.Module, inputs: tuple) -> None:
+    while _is_inside(model):  # a keyboard interrupt left the forward before, without _leave
+        _leave_one()
     hooks = None
     if torch.is_grad_enabled() and not is_transformed():
         hooks = saved_tensors_hooks(_pack, _unpack)
         hooks.__enter__()
-    _RUN.hooks.append(hooks)
+    _RUN.entered.append((model, hooks))
 
 
 def _leave(model: nn.Module, inputs: tuple, output: object) -> None:
-    hooks = _RUN.hooks.pop() if _RUN.hooks else None
+    while _is_inside(model):
+        _leave_one()
+
+
+def _is_inside(model: nn.Module) -> bool:
+    return any(entered is model for entered, _ in _RUN.entered)
+
+
+def _leave_one() -> None:
+    _, hooks = _RUN.entered.pop()
     if hooks is not None:
         hooks.__exit__(None, None, None)
-    if not _RUN.hooks:
+    if not _RUN.entered:
         _RUN.recipes.clear()
 
 
 def _pack(saved: Tensor) -> _Kept | _Handle:
-    recipe = _RUN.recipes.get(saved.data_ptr())
+    recipe = _RUN.recipes.get(saved.data_ptr()) if saved.layout is torch.strided else None
     if recipe is None or not recipe.makes(saved):
-        return _Kept(saved, saved._version)  # an operation's own output comes detached, with the same version counter
+        return _Kept(saved, _version(saved))  # an operation's own output comes detached, with the same version counter
     recipe.handles += 1
     # the layer itself saves its output first and needs it last: its backward follows that of every successor
     return _Handle(recipe, last=recipe.handles == 1)

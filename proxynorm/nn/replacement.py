@@ -41,7 +41,7 @@ def make_layer(name: str, place: Place, options: NormOptions, ties: dict[nn.Para
     spec = options.spec
     features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
     like = next((t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None), torch.empty(0))
-    act = None if place.activation is None else recognized(copy.deepcopy(place.activation))
+    act = None if place.activation is None else recognized(_own(place.activation))
     if hasattr(act, "inplace"):
         act.inplace = False
     try:
@@ -60,6 +60,11 @@ def make_layer(name: str, place: Place, options: NormOptions, ties: dict[nn.Para
     if layer.proxied and place.overwritten:
         layer.register_forward_hook(hand_on_copy)
     return layer.train(norm.training)
+
+
+def _own(activation: nn.Module) -> nn.Module:
+    """A copy of the activation; one with parameters itself, so that those that several norms share stay shared."""
+    return activation if next(activation.parameters(), None) is not None else copy.deepcopy(activation)
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:

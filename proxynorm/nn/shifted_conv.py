@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused import is_transformed
+from .precision import without_autocast
 
 SMALLEST = 24  # of smaller maps (pixels a side of the output) the border is too large a part
 
@@ -32,12 +33,14 @@ class ShiftedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H', W'). May overwrite x."""
+        if is_transformed():
+            return super().forward(x + self.shift.view(1, -1, 1, 1))
         inside = [_inside(*side) for side in zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)]
         innermost = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         large = min(last - first for first, last in inside) >= SMALLEST
-        if is_transformed() or not (large and innermost and x.device.type == "cpu"):
+        if not (large and innermost and x.device.type == "cpu"):
             shift = self.shift.view(1, -1, 1, 1)
-            return super().forward(x + shift if x.requires_grad or is_transformed() else x.add_(shift))
+            return super().forward(x + shift if x.requires_grad else x.add_(shift))
         bias, strips = self._corrections(x.shape[2:], inside)
         y = self._conv_forward(x, self.weight, bias)
         for (rows, columns), correction in strips:
@@ -46,14 +49,12 @@ class ShiftedConv2d(nn.Conv2d):
 
     def _corrections(self, size: torch.Size, inside: list[tuple[int, int]]) -> tuple[Tensor, list]:
         """The bias with what the shift adds inside, and for the border's four strips what it adds there beyond that.
-        Kept for the next map of this size."""
+        Kept for the next map of this size, while weight, bias and shift have the values that they had."""
         tensors = [t for t in (self.weight, self.bias, self.shift) if t is not None]
-        key = size, [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
-        kept = self._border
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._border = key, *self._measure_border(size, *inside)
-        return kept[1:]
+        if self._border is None or self._border[0] != size or not _equal(self._border[1], tensors):
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(self.weight.device):
+                self._border = size, [t.clone() for t in tensors], *self._measure_border(size, *inside)
+        return self._border[2:]
 
     def _measure_border(self, size: torch.Size, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[Tensor, list]:
         ground = self.shift.view(1, -1, 1, 1).expand(1, -1, *size)
@@ -66,6 +67,11 @@ class ShiftedConv2d(nn.Conv2d):
         strips = [(place, rest[:, :, place[0], place[1]].clone()) for place in places]
         bias = constant.clone() if self.bias is None else self.bias + constant
         return bias, [(place, strip) for place, strip in strips if strip.numel()]
+
+
+def _equal(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Whether the tensors are the same by type and value, however they were changed."""
+    return len(before) == len(now) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(before, now))
 
 
 def _inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:

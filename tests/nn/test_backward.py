@@ -1,6 +1,8 @@
 """Between forward and backward: modes and tensors that change, and derivatives of the gradients."""
 
 import copy
+import importlib
+import weakref
 
 import pytest
 import torch
@@ -180,3 +182,77 @@ def test_one_step_leaves_the_inputs_gradient_out_where_none_is_asked():
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
     layer(x).sum().backward()
     assert x.grad is None and all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("norm", ["ln", "gn", "in", "bn"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "elu"])
+def test_create_graph_changes_no_gradient_of_a_layer_used_twice(activation, norm):
+    layer = NormAct2d(8, norm, act_layer=activation).double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    wanted, found = (torch.autograd.grad(layer(layer(x)), [x, *layer.parameters()], grad, create_graph=again)
+                     for again in (False, True))
+    for one, other in zip(wanted, found):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("norm", ["ln", "bn"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "elu"])
+def test_batched_backward(activation, norm):
+    layer = NormAct2d(8, norm, act_layer=activation).double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
+    grads = torch.randn(3, *x.shape, dtype=torch.float64)
+    batched, = torch.autograd.grad(layer(x), x, grads, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(layer(x), x, grad)[0] for grad in grads]))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_recompute_of_a_frozen_layer_whose_output_is_changed_in_place(activation):
+    norm = NormAct2d(8, act_layer=activation).requires_grad_(False)
+    net = nn.Sequential(norm, nn.Dropout(0.5, inplace=True), nn.Conv2d(8, 8, 1))
+    x, found = torch.randn(2, 8, 4, 4), []
+    for change in (lambda net: net, recompute):
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(change(net)(x).square().sum(), net[2].weight)[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_recompute_after_an_interrupt_begins_anew():
+    run = importlib.import_module("proxynorm.nn.recompute")._RUN
+    net, x = recompute(network("silu", "ln")), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = net[4].register_forward_pre_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            net(x)
+    hook.remove()
+    net(x)
+    assert not run.entered and not run.recipes
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_recompute_keeps_no_input_after_backward(activation):
+    net = recompute(nn.Sequential(nn.Conv2d(8, 8, 1), NormAct2d(8, act_layer=activation), nn.Conv2d(8, 8, 1)))
+    seen = []
+    net[1].register_forward_pre_hook(lambda layer, inputs: seen.append(weakref.ref(inputs[0])))
+    loss = net(torch.randn(2, 8, 4, 4)).sum()
+    loss.backward()
+    assert seen[0]() is None
+
+
+def test_recompute_beside_sparse_and_inference_tensors():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.weight = NormAct2d(8), nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x, a):
+            return self.norm(x).sum() + torch.sparse.mm(a, self.weight).sum()
+
+    with torch.inference_mode():
+        x = torch.randn(2, 8, 4, 4)
+    recompute(Net())(x.clone(), torch.eye(5).to_sparse()).backward()
+    recompute(nn.Sequential(NormAct2d(8).requires_grad_(False), nn.Conv2d(8, 8, 1)))(x).sum().backward()

@@ -383,3 +383,15 @@ def test_what_is_linear_is_none(behind):
 def test_a_norm_called_by_keyword_is_refused():
     with pytest.raises(ValueError, match="n2.*keyword"):
         convert(Behind(lambda n, x: torch.relu(n(input=x))), "ln_pn")
+
+
+@pytest.mark.parametrize("activation", [nn.PReLU, nn.ReLU])
+def test_an_activation_under_two_names(activation):
+    shared = activation()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), shared, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), shared).eval()
+    x = torch.randn(2, 3, 9, 9)
+    wanted = model(x)
+    torch.testing.assert_close(convert(model, "bn")(x), wanted)
+    assert [row.module for row in conversion_report(model)] == ["1", "2", "4", "5"]
+    assert (model[1].act is model[4].act) == (activation is nn.PReLU)  # parameters that were shared stay shared
+    assert not any(module.training for module in model.modules())

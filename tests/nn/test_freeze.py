@@ -38,6 +38,12 @@ def trained_like(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@torch.no_grad()
+def assert_same(model: nn.Module, frozen: nn.Module, x: torch.Tensor) -> None:
+    """Whether the frozen copy computes what the model computes."""
+    torch.testing.assert_close(frozen(x.clone()), model(x), atol=1e-4, rtol=1e-4)
+
+
 def frozen_layers(model: nn.Module) -> list[FrozenNormAct2d]:
     return [module for module in model.modules() if isinstance(module, FrozenNormAct2d)]
 
@@ -196,7 +202,7 @@ def test_gradients_to_the_input_still_flow() -> None:
 def test_nothing_to_freeze() -> None:
     with pytest.raises(ValueError, match="no NormAct2d"):
         freeze(nn.Conv2d(3, 3, 1))
-    with pytest.raises(ValueError, match="'fast' nor 'full'"):
+    with pytest.raises(ValueError, match="'fast', 'full' and 'none'"):
         freeze(create_model("resnet20v2"), merge="all")
 
 
@@ -331,3 +337,84 @@ def test_models_in_half_precision_freeze(make, norm: str, dtype: torch.dtype) ->
     with torch.no_grad():
         expected, got = model(images), freeze(model.to(dtype))(images.to(dtype))
     assert got.dtype == dtype and (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("merge", ["fast", "full", "none"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("behind, size", [((nn.Flatten(2), nn.Linear(16, 5)), 6), ((nn.Linear(16, 5),), 18)])
+def test_a_linear_layer_over_positions_is_left_alone(behind, size, activation, merge):
+    layers = [nn.Conv2d(3, 16, 3), NormAct2d(16, act_layer=activation), nn.AdaptiveAvgPool2d(size - 2), *behind]
+    model = trained_like(nn.Sequential(*layers))
+    assert_same(model, freeze(model, merge), torch.randn(2, 3, size, size))
+
+
+class Means(nn.Module):
+    """The norm's value goes into a classifier by some way of averaging."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.conv, self.norm, self.head, self.average = nn.Conv2d(3, 16, 3), NormAct2d(16), nn.Linear(16, 5), average
+
+    def forward(self, x):
+        return self.head(self.average(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("average, merged", [
+    (lambda y: y.flatten(2).mean(-1), False), (lambda y: y.mean(3).mean(2), False), (lambda y: y.mean((2, 3)), True),
+    (lambda y: y.mean(dim=(-1, -2), keepdim=True).flatten(1), True)])  # fmt: skip
+def test_ways_to_average(average, merged):
+    model = trained_like(Means(average))
+    frozen = freeze(model)
+    assert_same(model, frozen, torch.randn(2, 3, 8, 8))
+    assert (frozen.norm.floor is None) == merged
+
+
+def test_a_dropout_of_a_class_of_its_own_may_drop_in_evaluation():
+    class MonteCarlo(nn.Dropout):
+        def forward(self, x):
+            return x * torch.linspace(0, 1, x.shape[-1])
+
+    model = trained_like(nn.Sequential(nn.Conv2d(3, 16, 3), NormAct2d(16), MonteCarlo(), nn.Conv2d(16, 5, 1)))
+    assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
+
+
+def test_nothing_is_merged_inside_of_a_forward_that_cannot_be_traced():
+    class Block(nn.Sequential):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(nn.Conv2d(3, 8, 1), NormAct2d(8, "bn"))
+
+        def forward(self, x):
+            return self.block(x) + self.block[0](x) if x.mean() > -100 else x
+
+    model = trained_like(Model())
+    assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
+
+
+def test_merging_nothing_leaves_the_features_between():
+    model = trained_like(create_model("efficientnet_b0", "ln_pn"))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(freeze(model, "none").forward_features(x), model.forward_features(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_shifted_convolution_sees_every_edit_and_no_autocast():
+    layers = [nn.Conv2d(3, 8, 3), NormAct2d(8, act_layer="silu"), nn.Conv2d(8, 8, 3, padding=1, bias=False)]
+    model = trained_like(nn.Sequential(*layers))
+    frozen, x = freeze(model), torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    assert isinstance(frozen[2], ShiftedConv2d)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        frozen(x)
+    assert_same(model, frozen, x)
+    for net in (model, frozen):
+        net[2].weight.data.mul_(2)
+    assert_same(model, frozen, x)
+    torch.testing.assert_close(torch.vmap(frozen)(x[None])[0], frozen(x), atol=1e-5, rtol=1e-4)
+
+
+def test_everything_is_in_evaluation_mode():
+    assert not any(module.training for module in freeze(trained_like(create_model("resnet20v2", "ln_pn", depth=8))).modules())
+    assert not freeze(NormAct2d(4)).training
