@@ -119,7 +119,7 @@ def contenders(place: Place, memory_format: str, device: torch.device) -> Iterat
     channels = place.shape[1]
     theirs = nn.Sequential(nn.GroupNorm(1, channels), type(place.act)(inplace=True)).to(device)
     ours = NormAct2d(channels, "ln", True, type(place.act), proxy_scale=place.scaled).to(device)
-    ours.shared_constants = fold(ours.four_parameters(), ours.proxy_rule())  # as in a network; they have a row of their own
+    ours.share_constants(fold(ours.four_parameters(), ours.proxy_rule()))  # as in a network; they have a row of their own
     row = torch.rand(channels, device=device)
     gain = row if place.scaled else None
 

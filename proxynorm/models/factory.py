@@ -98,7 +98,8 @@ def create_model(
         in_chans: channels of the images.
         groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C up to 32.
         norm_batch: images that share bn's statistics; None: the micro-batch.
-        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others, a timm model's own.
+        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others; of a timm model, and
+            with pretrained weights, timm's own.
         proxy_eps: PN's ε, added to the variance.
         moments: how PN's moments are integrated: auto, exact or grid (the paper's).
         nodes: nodes of the grid.
@@ -120,7 +121,7 @@ def create_model(
     common = dict(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
     options = dict(norm_batch=norm_batch, proxy_eps=proxy_eps, moments=moments, nodes=nodes,
                    groups=architecture.groups if groups is None else groups,
-                   eps=architecture.eps if eps is None else eps)  # fmt: skip
+                   eps=architecture.eps if eps is None and not pretrained else eps)  # fmt: skip
     try:
         spec = norm_spec(norm)
         _check_squeeze_excite(architecture, se)

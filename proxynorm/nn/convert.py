@@ -191,6 +191,9 @@ def _absorb_activations(model: nn.Module, flow: Flow, places: dict[str, Place]) 
         module = model.get_submodule(name)
         if isinstance(module, RewrittenForward):
             raise ValueError(f"{name} was rewritten by an earlier conversion: convert the original model")
+        if not _same_in_evaluation(name, calls, flow.evaluation, places):
+            raise ValueError(f"cannot convert: {name or 'the model'} calls its activations in another order in evaluation "
+                             "than in training. Make them modules of their own, like nn.SiLU")  # fmt: skip
         forwards[name] = rewritten_forwards(module, calls, flow.fixed[name])
     rows = []
     for name, calls in callers.items():
@@ -205,6 +208,13 @@ def _absorb_activations(model: nn.Module, flow: Flow, places: dict[str, Place]) 
                 rows.append(ConversionRow(alias, type(module).__name__, "joined with its norm; the identity stands here"))
                 model.set_submodule(alias, nn.Identity().train(module.training))
     return rows
+
+
+def _same_in_evaluation(caller: str, calls: list[int], flow: Flow, places: dict[str, Place]) -> bool:
+    """Whether these calls of a forward are, in evaluation too, those of the activations that norms take over."""
+    absorbed = {found.site for name in places for found in flow.followers.get(name, [])}
+    sites = {site for site in flow.sites if site.caller == caller}
+    return {site for site in sites if site.ordinal in calls} == sites & absorbed
 
 
 def _install(model: nn.Module, name: str, place: Place, layer: NormAct2d) -> ConversionRow:

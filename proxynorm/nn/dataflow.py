@@ -45,12 +45,14 @@ class Flow:
         sites: every activation call.
         feeding: qualified names of the convolutions whose output reaches a norm, alone or in a sum.
         fixed: for each traced module, its forward's optional arguments that are no tensors, and their values.
+        evaluation: the same network's flow in evaluation; None in that flow itself.
     """
 
     followers: dict[str, list[Follower]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     feeding: set[str] = field(default_factory=set)
     fixed: dict[str, dict[str, object]] = field(default_factory=dict)
+    evaluation: Flow | None = None
 
 
 class InPlaceProxy(fx.Proxy):
@@ -138,21 +140,27 @@ def _untraceable_types() -> frozenset[type]:
 
 
 def read_flow(model: nn.Module) -> Flow:
-    """The data flow of a whole network, traced as in training (auxiliary heads included).
+    """The data flow of a whole network, traced as in training (auxiliary heads included) and, apart, as in evaluation.
 
     Raises:
         nothing: what cannot be traced is simply not in the result.
     """
     modes = {module: module.training for module in model.modules()}
-    model.train()
     try:
-        flow = Flow()
-        for part in traced_parts(model):
-            _collect(flow, part)
+        flow = _flow(model.train())
+        flow.evaluation = _flow(model.eval())
         return flow
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _flow(model: nn.Module) -> Flow:
+    """The data flow in the model's present mode."""
+    flow = Flow()
+    for part in traced_parts(model):
+        _collect(flow, part)
+    return flow
 
 
 def traced_parts(model: nn.Module) -> Iterator[Part]:

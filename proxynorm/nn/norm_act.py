@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ class _Unsaid(str):
 _RELU = _Unsaid("relu")
 
 
+class SharedConstants(NamedTuple):
+    """A layer's constants, and the versions of the parameters that they are of."""
+
+    constants: Constants
+    versions: list[tuple[int, int]]
+
+
 class NormAct2d(nn.Module):
     """Norm, then Act(y) = φ(γy + β) or PN-Act(y) = (φ(γy + β) − m) / sqrt(v + proxy_eps); a timm norm_act layer.
 
@@ -72,7 +80,7 @@ class NormAct2d(nn.Module):
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
         self.act = out_of_place(make_activation(act_layer if self.apply_act else None, **(act_kwargs or {})))
-        self.shared_constants: Constants | None = None  # set for the time of a forward pass by shared.py
+        self.shared_constants: SharedConstants | None = None  # set for the time of a forward pass by shared.py
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
         self.reset_parameters()
@@ -219,9 +227,11 @@ class NormAct2d(nn.Module):
         """The folded step in plain operations, which torch.compile fuses by itself and torch.func can transform."""
         with without_autocast(x.device):
             constants = fold_reference(self.four_parameters(), self.proxy_rule())
-            scale, shift, *head = (per_channel(t) for t in (constants if self.proxy_scale else constants[:-1]))
-            z = self.act(self.normalize(x).to(scale.dtype) * scale + shift)
-            gain, offset = head if len(head) == 2 else (None, *head)
+            wide = torch.promote_types(x.dtype, constants[0].dtype)
+            scale, shift, *head = (t.to(wide) for t in (constants if self.proxy_scale else constants[:-1]))
+            # the norm takes the affine: its bare output is a view, which inductor fails to keep where sizes are symbolic
+            z = self.act(self._norm(x.to(wide), scale, shift))
+            gain, offset = (per_channel(t) for t in head) if len(head) == 2 else (None, per_channel(*head))
             return ((z if gain is None else z * gain) + offset).to(x.dtype)
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -252,7 +262,19 @@ class NormAct2d(nn.Module):
 
     def constants(self) -> Constants:
         """The same, not differentiable: those of the network's one evaluation while its forward pass runs."""
-        return fold(self.four_parameters(), self.proxy_rule()) if self.shared_constants is None else self.shared_constants
+        shared = self.shared_constants
+        if shared is None or shared.versions != self._versions():  # changed since: Ctrl-C may have ended that forward
+            return fold(self.four_parameters(), self.proxy_rule())
+        return shared.constants
+
+    def share_constants(self, constants: Constants) -> None:
+        """Takes constants that somebody else evaluated from the parameters as they are now."""
+        self.shared_constants = SharedConstants(constants, self._versions())
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Of each parameter, its memory and how often it was changed in place; inference tensors do not count it."""
+        own = (p for p in self._parameters.values() if p is not None)
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
 
     def extra_repr(self) -> str:
         parts = [str(self.num_features), f"norm={self.kind}", f"proxy={self.proxy}"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cells import CellGroupNorm, prefers_cells
+from .fused import is_transformed
 from .precision import without_autocast
 
 NormBatch = Union[int, str, None]
@@ -21,12 +22,14 @@ def group_normalize(x: Tensor, groups: int, eps: float = 1e-5, weight: Tensor | 
                     bias: Tensor | None = None) -> Tensor:
     """Normalizes x (N, C, H, W) per sample and group of C / groups channels. groups = 1 is LN, groups = C is IN."""
     with without_autocast(x.device):
-        if prefers_cells(x) and not torch.compiler.is_compiling():
-            wide = torch.promote_types(x.dtype, torch.float32)
-            weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
-            bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
-            return CellGroupNorm.apply(x, weight, bias, groups, eps)
-        return F.group_norm(x, groups, weight, bias, eps)
+        if not prefers_cells(x):
+            return F.group_norm(x, groups, weight, bias, eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
+        bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
+        if is_transformed():
+            return F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
+        return CellGroupNorm.apply(x, weight, bias, groups, eps)
 
 
 def batch_normalize(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,

@@ -87,6 +87,11 @@ def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
     first = followers[0]
     if any(_signature(found) != _signature(first) for found in followers):
         raise NoPlaceError("it is called at places with different activations")
+    for found in flow.evaluation.followers.get(name, []):
+        if found.problem is not None:
+            raise NoPlaceError(f"in evaluation mode, {found.problem}")
+        if repr(found.activation) != repr(first.activation) or not set(found.between) <= set(first.between):
+            raise NoPlaceError("what stands behind it in evaluation differs from what does in training")
     if isinstance(norm, nn.LayerNorm) and first.activation is None:
         return None
     if first.activation is not None and _has_hooks(first.activation):

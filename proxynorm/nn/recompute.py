@@ -24,7 +24,8 @@ def recompute(model: nn.Module) -> nn.Module:
 
     Results are the same. Safe to call twice. Without effect under torch.compile, torch.func and tracing. It takes the
     place of other saved-tensor hooks: torch's gradient checkpointing is one (use_reentrant=False) and save_on_cpu another,
-    and of two that are nested only the inner one counts. Use one or the other for a part of a network.
+    and of two that are nested only the inner one counts. Use one or the other for a part of a network. As autograd, it
+    does not see changes through .data: backward rebuilds what the layer had put out before them.
     """
     if _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)

@@ -4,8 +4,9 @@ The network's forward begins by comparing the parameters with those of the forwa
 constants are never stale, however a parameter was changed. So one evaluation serves all micro-batches of an update and
 a whole evaluation of the network. The comparison is for CPUs: elsewhere it would have to wait for the device, and each
 forward evaluates. The layers drop the constants when the network's forward ends: a forward of some inner module alone
-makes its own. Only a parameter that the network's own forward edits, after this module's hook has run, is seen by the
-next forward first.
+makes its own. Where Ctrl-C ended the network's forward, and its hook could not run, a layer that is called alone tells
+by its parameters' versions that the constants are no longer theirs, as it does where the forward itself edits them;
+edits through .data, in these two cases, are seen by the network's next forward first.
 """
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ class SharedMoments:
         self.served += layers
         sizes = [layer.num_features for layer in layers]
         for layer, *constants in zip(layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)):
-            layer.shared_constants = Constants(*constants)
+            layer.share_constants(Constants(*constants))
 
     def _constants(self, family: Hashable, parameters: Tensor, rule: Rule) -> Constants:
         # under FakeTensorMode what is evaluated has no values: it is neither compared nor kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -207,6 +208,16 @@ def test_any_timm_model() -> None:
         kwargs = {"layers": (1, 1, 1, 1)}
         assert step(create_model(name, "ln_pn", num_classes=4, **kwargs)).isfinite()
     assert native_size("tf_efficientnet_b3") == 300
+
+
+def test_pretrained_weights_keep_the_eps_they_were_trained_with(tmp_path: Path) -> None:
+    torch.save(timm.create_model("efficientnet_b0", num_classes=4).state_dict(), tmp_path / "weights.pth")
+    published = {"file": str(tmp_path / "weights.pth"), "num_classes": 4}
+    for given, expected in ((None, 1e-5), (1e-4, 1e-4)):
+        model = create_model(
+            "efficientnet_b0", num_classes=4, eps=given, pretrained=True, pretrained_cfg_overlay=published
+        )
+        assert {layer.eps for layer in model.modules() if isinstance(layer, NormAct2d)} == {expected}
 
 
 @pytest.mark.parametrize("arguments, parts", [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -128,6 +129,23 @@ class FunctionalAct(nn.Module):
         return torch.tanh(self.bn2(self.conv2(x)))
 
 
+class ByMode(nn.Module):
+    """What stands behind the norm, and before it, hangs on the mode."""
+
+    def __init__(self, training: nn.Module, evaluation: nn.Module, aside: Callable | None = None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.aside = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), aside
+        self.training_act, self.evaluation_act = training, evaluation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if self.training and self.aside is not None:
+            self.seen = self.aside(x).mean()
+        x = self.bn(x)
+        x = F.elu(x) if self.aside is F.elu else self.training_act(x) if self.training else self.evaluation_act(x)
+        return F.elu(2 * x)
+
+
 def shared_in_sequential() -> nn.Module:
     """One ReLU at three places of a Sequential, the last one behind a convolution."""
     relu = nn.ReLU(inplace=True)
@@ -154,6 +172,28 @@ def test_activations_in_every_guise(make, placed: dict[str, str | None]) -> None
     assert_same_outputs(model, original, size=16)
     found = {n: type(m.act).__name__ for n, m in model.named_modules() if isinstance(m, NormAct2d) and m.apply_act}
     assert found == {name: act for name, act in placed.items() if act}
+
+
+@pytest.mark.parametrize("model, parts", [
+    (ByMode(nn.ReLU(), nn.SiLU()), ["bn (BatchNorm2d)", "in evaluation differs from what does in training"]),
+    (ByMode(nn.ReLU(), nn.Identity()), ["bn (BatchNorm2d)", "in evaluation mode", "elu behind mul"]),
+    (ByMode(nn.ReLU(), nn.ReLU(), F.elu), ["the model calls its activations in another order in evaluation"]),
+])  # fmt: skip
+def test_activations_that_hang_on_the_mode_are_refused(model: nn.Module, parts: list[str]) -> None:
+    expected = model.eval()(torch.ones(1, 3, 8, 8))
+    with pytest.raises(ValueError) as caught:
+        convert(model, "bn")
+    assert all(part in str(caught.value) for part in parts)
+    torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)), expected)
+
+
+def test_dropout_in_training_and_an_activation_aside_are_placed() -> None:
+    torch.manual_seed(0)
+    dropped = nn.Sequential(nn.Dropout2d(0.5), relu := nn.ReLU())
+    original = with_random_norms(ByMode(dropped, relu, nn.SiLU()).double())
+    model = convert(copy.deepcopy(original), "bn")
+    assert isinstance(model.bn.drop, nn.Dropout2d)
+    assert_same_outputs(model, original, size=16)
 
 
 def test_the_activation_behind_a_sum_stays() -> None:

@@ -162,6 +162,13 @@ def test_compiled_equals_eager(norm):
     torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_for_any_size():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), NormAct2d(8, "ln_pn"), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.compile(net, dynamic=True)(x), net(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(

@@ -151,6 +151,23 @@ def test_shared_constants_do_not_outlive_a_failed_forward():
     assert net[1].shared_constants is None
 
 
+@pytest.mark.parametrize("change", [
+    lambda layer: nn.init.constant_(layer.weight, 2.0),
+    lambda layer: layer.load_state_dict({name: v + 1 for name, v in layer.state_dict().items()}),
+    lambda layer: layer.double().float() and nn.init.constant_(layer.bias, 0.5),
+])  # fmt: skip
+def test_shared_constants_that_an_interrupted_forward_leaves_are_not_used_when_stale(change):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    net, x = share_moments(network()), torch.randn(2, 16, 8, 8)
+    net[4].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net(x[:, :3])
+    change(net[1])
+    torch.testing.assert_close(net[1](x), copy.deepcopy(net[1])(x))
+
+
 def test_layers_of_different_kinds_share_apart():
     options = [{}, {"act_layer": "silu"}, {"proxy_eps": 0.1}, {}, {"act_layer": "silu"}, {"proxy": False},
                {"act_layer": torch.sin}, {"act_layer": torch.cos}, {"act_layer": nn.LeakyReLU(0.1)},
