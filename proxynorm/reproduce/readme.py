@@ -114,8 +114,19 @@ def step(results: Path) -> str:
     parts = []
     for model in ("resnet50", "efficientnet_b0"):
         parts += [step_table(load(results, f"step/{model}.json")), more_processes(results, model),
-                  with_malloc(load(results, f"step/{model}_malloc.json")), passes_table(load(results, f"passes/{model}.json"))]
-    return "\n".join([*parts, compiled_step(load(results, "step/resnet50_compiled.json"))])
+                  with_malloc(load(results, f"step/{model}_malloc.json")), passes_table(load(results, f"passes/{model}.json")),
+                  compiled_step(load(results, f"step/{model}_compiled.json"))]
+    return "\n".join([*parts, memory_table(load(results, "memory/resnet50v2.json"))])
+
+
+def memory_table(content: dict[str, Any]) -> str:
+    """The bytes that a step of one more model keeps for its backward pass."""
+    options, kept = content["options"], content["bytes_kept"]
+    rows = [[norm, f"{size / 1e6:.0f}", f"{size / kept['torch bn']:.3f}"] for norm, size in kept.items()]
+    return f"""{markdown_table((f"{options['model']}, NCHW", "kept for backward, MB", "÷ torch bn"), rows)}
+
+(`python scripts/benchmark.py memory model={options["model"]} batch={options["batch"]} size={options["size"]}`).
+"""
 
 
 def more_processes(results: Path, model: str) -> str:
@@ -161,10 +172,14 @@ By its parts, layers and constants, a step of {content["step_ms"]:.0f} ms is {1 
 
 def compiled_step(content: dict[str, Any]) -> str:
     """torch.compile, which fuses the plain formula by itself."""
-    header = ("torch.compile, resnet50", "format", "step, ms", "÷ torch ln", "inference, ms", "÷ torch ln")
+    options = content["options"]
+    header = (f"torch.compile, {options['model']}", "format", "step, ms", "÷ torch ln", "inference, ms", "÷ torch ln")
     rows = [[row["norm"], row["format"], f"{row['step ms']:.0f}", f"{row['/ torch ln']:.3f}", f"{row['inference ms']:.0f}",
              f"{row['/ torch ln (inf.)']:.3f}"] for row in content["rows"]]
-    return markdown_table(header, rows) + "\n"
+    return f"""{markdown_table(header, rows)}
+
+({machine(content["environment"])}; `python scripts/benchmark.py step model={options["model"]} modes=[compiled] formats=[channels_last]`).
+"""
 
 
 def step_table(content: dict[str, Any]) -> str:
