@@ -10,9 +10,14 @@ from torch import nn
 _CARDINALITY = 32
 
 
-def from_timm(timm_name: str, **kwargs: object) -> nn.Module:
-    """The timm model of that name."""
-    return timm.create_model(timm_name, **kwargs)
+def from_timm(timm_name: str, drop_path_rate: float = 0.0, **kwargs: object) -> nn.Module:
+    """The timm model of that name; where it has no stochastic depth, drop_path_rate must be 0."""
+    try:
+        return timm.create_model(timm_name, drop_path_rate=drop_path_rate, **kwargs)
+    except TypeError as error:
+        if drop_path_rate != 0 or "drop_path_rate" not in str(error):
+            raise
+        return timm.create_model(timm_name, **kwargs)
 
 
 def resnext50v2(**kwargs: object) -> ResNetV2:

@@ -210,6 +210,12 @@ def test_any_timm_model() -> None:
     assert native_size("tf_efficientnet_b3") == 300
 
 
+def test_a_timm_model_without_stochastic_depth() -> None:
+    assert step(create_model("densenet121", "ln_pn", num_classes=4, block_config=(1, 1))).isfinite()
+    with pytest.raises(ConfigError, match="drop_path_rate"):
+        create_model("densenet121", "ln_pn", num_classes=4, drop_path_rate=0.1)
+
+
 def test_pretrained_weights_keep_the_eps_they_were_trained_with(tmp_path: Path) -> None:
     torch.save(timm.create_model("efficientnet_b0", num_classes=4).state_dict(), tmp_path / "weights.pth")
     published = {"file": str(tmp_path / "weights.pth"), "num_classes": 4}
