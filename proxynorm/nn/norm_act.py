@@ -177,7 +177,7 @@ class NormAct2d(nn.Module):
         if self.kind != "bn":
             return partial(group_normalize, groups=self.groups, eps=self.eps)
         mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
-        if mean is not None and torch.is_grad_enabled():
+        if mean is not None and torch.is_grad_enabled() and not is_transformed():
             mean, var = mean.clone(), var.clone()
         return partial(batch_normalize, running_mean=mean, running_var=var, training=mean is None, eps=self.eps,
                        norm_batch=self.norm_batch)

@@ -162,6 +162,12 @@ def test_compiled_equals_eager(norm):
     torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["bn", "bn_pn", "gn_pn"])
+def test_jit_trace_equals_eager(norm):
+    act, x = layer(norm).eval(), maps()
+    torch.testing.assert_close(torch.jit.trace(act, x)(2 * x), act(2 * x))  # its checks look at the graph, too
+
+
 @pytest.mark.slow
 def test_compiled_for_any_size():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), NormAct2d(8, "ln_pn"), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1))
