@@ -191,17 +191,17 @@ def _absorb_activations(model: nn.Module, flow: Flow, places: dict[str, Place]) 
         module = model.get_submodule(name)
         if isinstance(module, RewrittenForward):
             raise ValueError(f"{name} was rewritten by an earlier conversion: convert the original model")
-        if not _same_in_evaluation(name, calls, flow.evaluation, places):
-            raise ValueError(f"cannot convert: {name or 'the model'} calls its activations in another order in evaluation "
-                             "than in training. Make them modules of their own, like nn.SiLU")  # fmt: skip
+        _check_rewritable(name, calls, flow, places)
         forwards[name] = rewritten_forwards(module, calls, flow.fixed[name])
+    replaced = sorted({site.module for site in absorbed if site.caller not in callers})
+    _check_replaceable(set(replaced), flow, places)
     rows = []
     for name, calls in callers.items():
         module = model.get_submodule(name)
         count = f"{len(calls)} activation call{'s' if len(calls) > 1 else ''}"
         rows.append(ConversionRow(name, type(module).__name__, f"{count} of its forward joined with norms"))
         install_forwards(module, calls, flow.fixed[name], forwards[name])
-    for name in sorted({site.module for site in absorbed if site.caller not in callers}):
+    for name in replaced:
         module = model.get_submodule(name)
         for alias, other in list(model.named_modules(remove_duplicate=False)):
             if other is module:
@@ -210,11 +210,31 @@ def _absorb_activations(model: nn.Module, flow: Flow, places: dict[str, Place]) 
     return rows
 
 
-def _same_in_evaluation(caller: str, calls: list[int], flow: Flow, places: dict[str, Place]) -> bool:
-    """Whether these calls of a forward are, in evaluation too, those of the activations that norms take over."""
-    absorbed = {found.site for name in places for found in flow.followers.get(name, [])}
-    sites = {site for site in flow.sites if site.caller == caller}
-    return {site for site in sites if site.ordinal in calls} == sites & absorbed
+def _absorbed_in_evaluation(flow: Flow, places: dict[str, Place]) -> set[Site | None]:
+    """The activation calls that follow the placed norms in evaluation."""
+    return {found.site for name in places for found in flow.evaluation.followers.get(name, [])}
+
+
+def _check_rewritable(name: str, calls: list[int], flow: Flow, places: dict[str, Place]) -> None:
+    """Raises ValueError if these calls of a forward are others in evaluation, or if it runs with several options."""
+    told = name or "the model"
+    sites = {site for site in flow.evaluation.sites if site.caller == name}
+    if {site for site in sites if site.ordinal in calls} != sites & _absorbed_in_evaluation(flow, places):
+        raise ValueError(f"cannot convert: {told} calls its activations in another order in evaluation than in training. "
+                         "Make them modules of their own, like nn.SiLU")  # fmt: skip
+    varied = flow.varied | flow.evaluation.varied
+    if name in varied or flow.evaluation.fixed.get(name, flow.fixed[name]) != flow.fixed[name]:
+        raise ValueError(f"cannot convert: {told} is called with several values of its optional arguments "
+                         f"({', '.join(flow.fixed[name])}), and has activations that are no modules. Make these modules")  # fmt: skip
+
+
+def _check_replaceable(activations: set[str | None], flow: Flow, places: dict[str, Place]) -> None:
+    """Raises ValueError if an activation's module, about to become the identity, serves other values in evaluation."""
+    absorbed = _absorbed_in_evaluation(flow, places)
+    for site in flow.evaluation.sites:
+        if site.module in activations and site not in absorbed:
+            raise ValueError(f"cannot convert: in evaluation, the activation {site.module} serves other values too than "
+                             "those of norms. Use one module for each call")  # fmt: skip
 
 
 def _install(model: nn.Module, name: str, place: Place, layer: NormAct2d) -> ConversionRow:

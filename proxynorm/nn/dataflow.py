@@ -28,12 +28,14 @@ class Part:
         root: the traced module.
         graph: its graph; names are counted from root.
         fixed: for each traced module, its forward's optional arguments that are no tensors, and their values.
+        varied: the modules that are called with several values of these.
     """
 
     prefix: str
     root: nn.Module
     graph: fx.Graph
     fixed: dict[str, dict[str, object]]
+    varied: set[str]
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Flow:
         sites: every activation call.
         feeding: qualified names of the convolutions whose output reaches a norm, alone or in a sum.
         fixed: for each traced module, its forward's optional arguments that are no tensors, and their values.
+        varied: the modules that are called with several values of these.
         evaluation: the same network's flow in evaluation; None in that flow itself.
     """
 
@@ -52,6 +55,7 @@ class Flow:
     sites: list[Site] = field(default_factory=list)
     feeding: set[str] = field(default_factory=set)
     fixed: dict[str, dict[str, object]] = field(default_factory=dict)
+    varied: set[str] = field(default_factory=set)
     evaluation: Flow | None = None
 
 
@@ -85,6 +89,7 @@ class FlowTracer(fx.Tracer):
         self.shallow = shallow
         self.failed: nn.Module | None = None
         self.fixed: dict[str, dict[str, object]] = {}
+        self.varied: set[str] = set()
         self._frames: list[list] = []
 
     def trace(self, root: nn.Module, concrete_args: dict | None = None) -> fx.Graph:
@@ -106,8 +111,10 @@ class FlowTracer(fx.Tracer):
         """Keeps the stack of forwards, and the innermost module that failed."""
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
-        self._frames.append([self.path_of_module(m), 0])
-        self.fixed[self._frames[-1][0]] = _fixed_arguments(m.forward, args, kwargs)
+        name, fixed = self.path_of_module(m), _fixed_arguments(m.forward, args, kwargs)
+        self._frames.append([name, 0])
+        if self.fixed.setdefault(name, fixed) != fixed:
+            self.varied.add(name)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -147,8 +154,10 @@ def read_flow(model: nn.Module) -> Flow:
     """
     modes = {module: module.training for module in model.modules()}
     try:
-        flow = _flow(model.train())
-        flow.evaluation = _flow(model.eval())
+        model.train()
+        flow = _flow(model)
+        model.eval()
+        flow.evaluation = _flow(model)
         return flow
     finally:
         for module, mode in modes.items():
@@ -175,7 +184,7 @@ def traced_parts(model: nn.Module) -> Iterator[Part]:
         if graph is None:
             todo += [(f"{prefix}{name}.", child) for name, child in root.named_children()]
             continue
-        yield Part(prefix, root, graph, tracer.fixed)
+        yield Part(prefix, root, graph, tracer.fixed, tracer.varied)
         for name, module in root.named_modules():
             if name and type(module) in tracer.opaque and not is_norm(module):
                 todo += [(f"{prefix}{name}.{child_name}.", child) for child_name, child in module.named_children()]
@@ -207,6 +216,7 @@ def _collect(flow: Flow, part: Part) -> None:
     """Adds one graph's norms and activation sites, under names of the whole model."""
     prefix, root = part.prefix, part.root
     flow.fixed |= {(prefix + name).rstrip("."): values for name, values in part.fixed.items()}
+    flow.varied |= {prefix + name for name in part.varied}
     for node in part.graph.nodes:
         if "site" in node.meta:
             flow.sites.append(_global_site(prefix, node.meta["site"]))

@@ -103,7 +103,8 @@ def freeze(model: nn.Module, merge: str = "fast") -> nn.Module:
     if merge not in ("fast", "full", "none"):
         raise ValueError(f"merge={merge!r} is none of 'fast', 'full' and 'none'")
     _check(model)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen.eval()
     _remove_own_hooks(frozen)
     for module in list(frozen.modules()):
         if parametrize.is_parametrized(module):

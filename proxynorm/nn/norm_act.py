@@ -45,9 +45,10 @@ _RELU = _Unsaid("relu")
 
 
 class SharedConstants(NamedTuple):
-    """A layer's constants, and the versions of the parameters that they are of."""
+    """A layer's constants, and what they are of: how its moments are used, and its parameters' versions."""
 
     constants: Constants
+    rule: Rule
     versions: list[tuple[int, int]]
 
 
@@ -262,14 +263,15 @@ class NormAct2d(nn.Module):
 
     def constants(self) -> Constants:
         """The same, not differentiable: those of the network's one evaluation while its forward pass runs."""
-        shared = self.shared_constants
-        if shared is None or shared.versions != self._versions():  # changed since: Ctrl-C may have ended that forward
-            return fold(self.four_parameters(), self.proxy_rule())
+        shared, rule = self.shared_constants, self.proxy_rule()
+        # changed since: Ctrl-C may have ended that forward
+        if shared is None or shared.rule != rule or shared.versions != self._versions():
+            return fold(self.four_parameters(), rule)
         return shared.constants
 
     def share_constants(self, constants: Constants) -> None:
         """Takes constants that somebody else evaluated from the parameters as they are now."""
-        self.shared_constants = SharedConstants(constants, self._versions())
+        self.shared_constants = SharedConstants(constants, self.proxy_rule(), self._versions())
 
     def _versions(self) -> list[tuple[int, int]]:
         """Of each parameter, its memory and how often it was changed in place; inference tensors do not count it."""

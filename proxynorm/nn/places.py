@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from proxynorm.nn.dataflow import Flow
 from proxynorm.nn.elementwise import is_norm
 from proxynorm.nn.followers import Follower, Site
+from proxynorm.nn.neighbours import idles
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def find_places(model: nn.Module, flow: Flow, keep: set[str], proxy: bool) -> di
     places, refused = {}, {}
     for name, module in names.items():
         try:
-            place = None if name in kept else _place(name, module, flow)
+            place = None if name in kept else _place(model, name, module, flow)
         except NoPlaceError as error:
             refused[name] = str(error)
         else:
@@ -61,7 +62,7 @@ def find_places(model: nn.Module, flow: Flow, keep: set[str], proxy: bool) -> di
     return places
 
 
-def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
+def _place(model: nn.Module, name: str, norm: nn.Module, flow: Flow) -> Place | None:
     """One norm's place; None for a layer norm without an activation, which stays. Raises NoPlaceError."""
     if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
         raise NoPlaceError("it normalizes no maps (N, C, H, W)")
@@ -90,7 +91,7 @@ def _place(name: str, norm: nn.Module, flow: Flow) -> Place | None:
     for found in flow.evaluation.followers.get(name, []):
         if found.problem is not None:
             raise NoPlaceError(f"in evaluation mode, {found.problem}")
-        if repr(found.activation) != repr(first.activation) or not set(found.between) <= set(first.between):
+        if not any(_same_in_evaluation(model, found, other) for other in followers):
             raise NoPlaceError("what stands behind it in evaluation differs from what does in training")
     if isinstance(norm, nn.LayerNorm) and first.activation is None:
         return None
@@ -109,7 +110,25 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _signature(found: Follower) -> tuple:
     """What must be the same at all calls of a norm."""
-    return repr(found.activation), tuple(found.between)
+    return _state(found.activation), tuple(found.between)
+
+
+def _state(activation: nn.Module | None) -> tuple | None:
+    """What activations that compute the same have in common: parameters are the same, other attributes of one value."""
+    if activation is None:
+        return None
+    values = [(type(m), {k: repr(v) for k, v in vars(m).items() if k[0] != "_" and k != "training"})
+              for m in activation.modules()]  # fmt: skip
+    return repr(activation), values, [id(p) for p in activation.parameters()]
+
+
+def _same_in_evaluation(model: nn.Module, found: Follower, training: Follower) -> bool:
+    """Whether a norm meets in evaluation what it does in training, dropout aside: the same call of an activation."""
+    calls, kept = [], []
+    for follower in (found, training):
+        calls.append(follower.site and (follower.site.caller, follower.site.module))
+        kept.append([name for name in follower.between if not idles(model.get_submodule(name))])
+    return calls[0] == calls[1] and kept[0] == kept[1] and _state(found.activation) == _state(training.activation)
 
 
 def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError:
@@ -125,10 +144,14 @@ def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError
 def _partly_taken(flow: Flow, places: dict[str, Place]) -> dict[str, str]:
     """The norms, with the reason, whose activation is one call of a forward that runs several times, and follows a norm
     only some of the times."""
-    absorbed = [site for place in places.values() for site in place.sites]
-    return {
-        name: f"the activation behind it, called in {site.caller or 'the model'}, serves other values too"
-        for name, place in places.items()
-        for site in place.sites
-        if flow.sites.count(site) != absorbed.count(site)
-    }
+    refused = {}
+    for each in (flow, flow.evaluation):
+        calls = {name: [found.site for found in each.followers.get(name, []) if found.site] for name in places}
+        absorbed = [site for sites in calls.values() for site in sites]
+        refused |= {
+            name: f"the activation behind it, called in {site.caller or 'the model'}, serves other values too"
+            for name, sites in calls.items()
+            for site in sites
+            if each.sites.count(site) != absorbed.count(site)
+        }
+    return refused

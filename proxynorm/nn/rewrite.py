@@ -4,6 +4,7 @@ functional calls, and one activation module called at several places (torchvisio
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 
 from torch import fx, nn
@@ -87,8 +88,14 @@ def install_forwards(
 def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
     """The class that runs the rewritten forward of `original`, under the same name and with the same signature."""
 
+    signature = inspect.signature(original.forward)
+
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        if kwargs:  # traced forwards have other names for their arguments
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            args, kwargs = bound.args[1:], bound.kwargs
         return self._forwards[self.training](self, *args, **kwargs)
 
     namespace = {"__module__": original.__module__, "forward": forward}

@@ -5,8 +5,8 @@ constants are never stale, however a parameter was changed. So one evaluation se
 a whole evaluation of the network. The comparison is for CPUs: elsewhere it would have to wait for the device, and each
 forward evaluates. The layers drop the constants when the network's forward ends: a forward of some inner module alone
 makes its own. Where Ctrl-C ended the network's forward, and its hook could not run, a layer that is called alone tells
-by its parameters' versions that the constants are no longer theirs, as it does where the forward itself edits them;
-edits through .data, in these two cases, are seen by the network's next forward first.
+by its options and its parameters' versions that the constants are no longer theirs, as it does where the forward itself
+edits them; edits through .data or of inference tensors, in these two cases, are seen by the network's next forward first.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .folding import Constants, Rule, fold
 from .fused import is_transformed
@@ -84,8 +85,9 @@ class SharedMoments:
 
 
 def _is_plain(layer: NormAct2d) -> bool:
-    """Whether the parameters are torch's own tensors, which can stand side by side; sharded ones (DTensor) cannot."""
-    return all(type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters())
+    """Whether the parameters are torch's own tensors, which can stand side by side; sharded ones (DTensor) cannot.
+    Computed ones (parametrizations) may change by what the layer does not see."""
+    return not parametrize.is_parametrized(layer) and all(type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters())
 
 
 def _family(layer: NormAct2d) -> Hashable:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from proxynorm.benchmark.memory import bytes_kept
@@ -155,17 +156,22 @@ def test_shared_constants_do_not_outlive_a_failed_forward():
     lambda layer: nn.init.constant_(layer.weight, 2.0),
     lambda layer: layer.load_state_dict({name: v + 1 for name, v in layer.state_dict().items()}),
     lambda layer: layer.double().float() and nn.init.constant_(layer.bias, 0.5),
+    lambda layer: setattr(layer, "proxy_eps", 0.5),
+    lambda layer: setattr(layer, "act", nn.SiLU()),
 ])  # fmt: skip
 def test_shared_constants_that_an_interrupted_forward_leaves_are_not_used_when_stale(change):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     net, x = share_moments(network()), torch.randn(2, 16, 8, 8)
+    parametrize.register_parametrization(net[3], "weight", nn.Softplus())
     net[4].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         net(x[:, :3])
     change(net[1])
-    torch.testing.assert_close(net[1](x), copy.deepcopy(net[1])(x))
+    nn.init.constant_(net[3].parametrizations.weight.original, 2.0)
+    for layer in (net[1], net[3]):
+        torch.testing.assert_close(layer(x), copy.deepcopy(layer)(x))
 
 
 def test_layers_of_different_kinds_share_apart():
