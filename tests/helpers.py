@@ -1,4 +1,5 @@
-"""What several tests share: the small run's overrides, equality of runs to the last bit, and what a test needs installed."""
+"""What several tests share: the small run's overrides, equality of runs to the last bit, what a test needs installed,
+and norms as training leaves them."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from proxynorm.train.compare import differences
 
@@ -43,3 +45,13 @@ def file_size_limit(size: int) -> Iterator[None]:
 def assert_same_run(first: SimpleNamespace, second: SimpleNamespace) -> None:
     """Weights, average, optimizer, metrics and best checkpoint of two runs are the same bits; only times differ."""
     assert differences(first.folder, second.folder) == []
+
+
+def with_random_norms(model: nn.Module) -> nn.Module:
+    """The model, its batch norms with the parameters and statistics of no particular training."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3),
+                                      (module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5)):  # fmt: skip
+                nn.init.uniform_(tensor, low, high)
+    return model
