@@ -177,8 +177,8 @@ def choose(options: Options, table: Table) -> int:
     write_json(path, found)
     for place, values in found["chosen"].items():
         print(f"{place}: {values}  of {found['tried'][place]}")
-    for place in found["at_edge"]:
-        print(f"warning: {place}: the best value lies at the edge of the search", file=sys.stderr)
+    for place, axes in found["at_edge"].items():
+        print(f"warning: {place}: the best value of {' and '.join(axes)} lies at the edge of the search", file=sys.stderr)
     print(path)
     return 0
 

@@ -51,9 +51,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Search:
-    """The table is a search: of the cells that agree on the axes `by`, the best gives the value of `axis`."""
+    """The table is a search: of the cells with one value of the axis `by`, the best gives the values of `axes`."""
 
-    axis: str
+    axes: tuple[str, ...]
     by: str
 
 
@@ -167,6 +167,8 @@ def load_table(name: str) -> Table:
         content = yaml.safe_load(path.read_text())
         nested = {"tuned": Tuned, "search": Search}
         listed = {"references": Reference, "comparisons": Comparison}
+        if "axis" in content.get("search", {}):  # a search over one axis
+            content["search"]["axes"] = (content["search"].pop("axis"),)
         for key in nested.keys() & content.keys():
             content[key] = nested[key](**content[key])
         for key in listed.keys() & content.keys():

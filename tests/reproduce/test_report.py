@@ -227,7 +227,7 @@ def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_pat
 
 def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
     table = load_table("mini_norms_lr")
-    assert table.search == Search("optim.base_lr", "norm")
+    assert table.search == Search(("optim.base_lr",), "norm")
     runs = [run for run in table_runs(table, tmp_path) if run.cell.labels["norm"] in ("bn", "ln")]
     with pytest.raises(ConfigError, match="12 runs are not done"):
         choose(table, runs, tmp_path / "results")
@@ -241,7 +241,7 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
     )
     found = choose(table, runs, tmp_path / "results")
     assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.8}}
-    assert found["at_edge"] == ["ln"] and found["tried"]["ln"]["0.2"] == "diverged"
+    assert found["at_edge"] == {"ln": ["optim.base_lr"]} and found["tried"]["ln"]["0.2"] == "diverged"
     for run in runs:
         assert collect(run, tmp_path / "results")
     kept = table_runs(table, tmp_path / "elsewhere")

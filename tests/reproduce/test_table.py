@@ -19,7 +19,7 @@ TABLES = (
     "mini_norms_lr",
     "mini_regularization",
     "mini_regularization_lr",
-    "mini_short_lr",
+    "mini_search", "mini_short_lr",
 )
 
 
