@@ -36,17 +36,29 @@ def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
     with processes(options.device) as process:
         restored = restore(path)
-        settings = check(replace(restored.settings, precision=options.precision or restored.settings.precision,
-                                 eval_batch=options.batch or restored.settings.eval_batch))
-        data = open_evaluation_data(restored, options.root, options.cache, options.loader, options.workers)
+        settings = check(
+            replace(
+                restored.settings,
+                precision=options.precision or restored.settings.precision,
+                eval_batch=options.batch or restored.settings.eval_batch,
+            )
+        )
+        data = open_evaluation_data(
+            restored, options.root, options.cache, options.loader, options.workers
+        )
         for line in (*data.warnings, *other_images(restored, data)) if process.is_main else ():
             print(f"warning: {line}", file=sys.stderr)
         memory_format = choose_memory_format(settings, process.device)
         model = restored.model.to(process.device, memory_format=memory_format)
         loader = data.eval_loader(settings.eval_batch, process.rank, process.world_size)
-        result = evaluate(model, loader, lambda batch: data.prepare(batch, process.device, torch.float32, memory_format),
-                          process, choose_dtype(settings, process.device),
-                          expected=data.info.eval_count if data.spec.on_bad == "raise" else None)
+        result = evaluate(
+            model,
+            loader,
+            lambda batch: data.prepare(batch, process.device, torch.float32, memory_format),
+            process,
+            choose_dtype(settings, process.device),
+            expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
+        )
         if process.is_main:
             print(json.dumps(finite(asdict(result))))
     return 0

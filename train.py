@@ -12,8 +12,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.cli import fail
-from proxynorm.config import CONFIGS, check_arguments, multirun_first, settings_from
 from proxynorm.errors import ProxynormError
+from proxynorm.train.config import CONFIGS, check_arguments, multirun_first, settings_from
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
@@ -28,14 +28,19 @@ def main(config: DictConfig) -> None:
     try:
         status = train(settings, OmegaConf.to_container(config, resolve=True))
     except (NonFiniteError, PeerError) as error:
-        if isinstance(error, PeerError) or environment_ranks()[0] == 0:  # what all processes raise, the first tells
+        if (
+            isinstance(error, PeerError) or environment_ranks()[0] == 0
+        ):  # what all processes raise, the first tells
             sys.stderr.write(f"error: {error}\n")  # in one piece, as other processes write too
         sys.exit(1)
     except ProxynormError as error:
         fail(error)
-    except Exception:  # noqa: BLE001 - named with the run's folder, whatever it is
+    except Exception:
         traceback.print_exc()
-        print(f"error: the run in {settings.runs_dir}/{run_name(settings)} ended with the fault above", file=sys.stderr)
+        print(
+            f"error: the run in {settings.runs_dir}/{run_name(settings)} ended with the fault above",
+            file=sys.stderr,
+        )
         sys.exit(1)
     if status:
         sys.exit(status)

@@ -44,13 +44,21 @@ class SlurmLauncher(Launcher):
     def __init__(self, **options: Any) -> None:
         self.options = options
 
-    def setup(self, *, hydra_context: "HydraContext", task_function: "TaskFunction", config: "DictConfig") -> None:
+    def setup(
+        self, *, hydra_context: "HydraContext", task_function: "TaskFunction", config: "DictConfig"
+    ) -> None:
         """Note what Hydra is about to create, which dry_run takes away: each job is train.py's command line, and needs none."""
         folder = Path(config.hydra.sweep.dir)
-        self.fresh = [path for path in (folder / "multirun.yaml", folder, *folder.parents) if not path.exists()]
+        self.fresh = [
+            path
+            for path in (folder / "multirun.yaml", folder, *folder.parents)
+            if not path.exists()
+        ]
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> "list[JobReturn]":
-        from proxynorm.reproduce.multirun import launch
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> "list[JobReturn]":
+        from proxynorm.launch.multirun import launch
 
         try:
             launch([list(overrides) for overrides in job_overrides], self.options)
@@ -61,4 +69,6 @@ class SlurmLauncher(Launcher):
         return []
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmLauncherConfig, provider="proxynorm")
+ConfigStore.instance().store(
+    group="hydra/launcher", name="slurm", node=SlurmLauncherConfig, provider="proxynorm"
+)

@@ -11,16 +11,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "NormAct2d": "proxynorm.models.timm_layer",
-    "conversion_report": "proxynorm.nn.convert",
-    "convert": "proxynorm.nn.convert",
+    "conversion_report": "proxynorm.conversion.convert",
+    "convert": "proxynorm.conversion.convert",
     "create_model": "proxynorm.models",
-    "freeze": "proxynorm.nn.freeze",
+    "freeze": "proxynorm.conversion.freeze",
     "parameter_groups": "proxynorm.nn",
     "power_decomposition": "proxynorm.analysis.power",
     "proxy_moments": "proxynorm.nn",
 }
 
 __all__ = [*_HOMES, "__version__"]
+
 
 def __getattr__(name: str) -> object:
     """Imports a public name from its home, or the package that is one (PEP 562)."""

@@ -35,7 +35,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def option(default: Any, text: str) -> Any:
     """A dataclass field with a help text."""
     if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": text})
+        return dataclasses.field(
+            default_factory=lambda: type(default)(default), metadata={"help": text}
+        )
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -46,7 +48,9 @@ def first_line(error: BaseException) -> str:
 
 def fail(error: BaseException) -> NoReturn:
     """Print one line on standard error and exit with status 2."""
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as other processes may write too
+    sys.stderr.write(
+        f"error: {' '.join(str(error).split())}\n"
+    )  # in one piece, as other processes may write too
     sys.exit(USER_ERROR)
 
 
@@ -62,7 +66,9 @@ def parse_options(options: type, arguments: list[str]) -> Any:
     try:
         defaults, given = OmegaConf.structured(options), OmegaConf.from_dotlist(arguments)
         for name, value in given.items():
-            if OmegaConf.is_list(defaults._get_node(name)) and not OmegaConf.is_config(value):  # [name] of ??? raises
+            if OmegaConf.is_list(defaults._get_node(name)) and not OmegaConf.is_config(
+                value
+            ):  # [name] of ??? raises
                 given[name] = [value]  # norms=ln is norms=[ln]
         return OmegaConf.to_object(OmegaConf.merge(defaults, given))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -76,7 +82,11 @@ def options_help(options: type) -> str:
     """One aligned line an option: name=default and what it is for."""
     rows = []
     for field in dataclasses.fields(options):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
         shown = "…" if default == "???" else "" if default is None else default
         rows.append((f"{field.name}={shown}", field.metadata.get("help", "")))
     width = max(len(left) for left, _ in rows)
@@ -105,7 +115,9 @@ def leave_pipe() -> None:
     pipe = select.poll()
     pipe.register(sys.stdout.fileno(), 0)
     if pipe.poll(0):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for the flush at the interpreter's exit
         sys.exit(128 + signal.SIGPIPE)
 
 
@@ -113,5 +125,7 @@ def script(options: type, action: Callable[[Any], int | None], description: str)
     """Entry of a script: parse its arguments, run `action(options)`, exit with what it returns."""
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
-        guard(lambda: print(f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}"))
+        guard(
+            lambda: print(f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}")
+        )
     guard(lambda: action(parse_options(options, arguments)))

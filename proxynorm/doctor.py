@@ -20,14 +20,14 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from proxynorm.data import DataInfo, DataSpec, LoaderSpec, fashion_mnist, open_data
-from proxynorm.data.beton import Samples, read_beton
 from proxynorm.data.cache import cache_folder
+from proxynorm.data.ffcv.beton import Samples, read_beton
+from proxynorm.data.ffcv.native import INSTALL, ffcv_library
+from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.verification import find_damage
 from proxynorm.data.images import BadImage, StorageOptions, load_rgb
-from proxynorm.data.native import INSTALL, ffcv_library
-from proxynorm.data.preparation import prepare
 from proxynorm.data.randomness import permutation
 from proxynorm.data.sources import list_folder
-from proxynorm.data.verification import find_damage
 from proxynorm.errors import ConfigError, DataError, ProxynormError
 from proxynorm.train.build import build_model
 from proxynorm.train.settings import Settings
@@ -62,15 +62,23 @@ def check_python() -> Iterator[Finding]:
     try:
         lines = metadata.requires("proxynorm") or []
     except metadata.PackageNotFoundError:
-        yield Finding(WARNING, "packages", "proxynorm runs from a folder, not installed", "pip install -e .")
+        yield Finding(
+            WARNING, "packages", "proxynorm runs from a folder, not installed", "pip install -e ."
+        )
         return
     required = [Requirement(line) for line in lines]
-    required = [item for item in required if item.marker is None or item.marker.evaluate({"extra": ""})]
+    required = [
+        item for item in required if item.marker is None or item.marker.evaluate({"extra": ""})
+    ]
     bad = [f"{item} (found {found})" for item in required if (found := lacking(item))]
     if bad:
         yield Finding(MISSING, "packages", ", ".join(bad), "pip install -e .")
     else:
-        yield Finding(OK, "packages", ", ".join(f"{item.name} {metadata.version(item.name)}" for item in required))
+        yield Finding(
+            OK,
+            "packages",
+            ", ".join(f"{item.name} {metadata.version(item.name)}" for item in required),
+        )
 
 
 def lacking(item: Requirement) -> str | None:
@@ -86,7 +94,9 @@ def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
     """The GPUs, beside what the experiment's head asks for."""
     asked = f"; the experiment asks for {hardware}" if hardware else ""
     if torch.cuda.is_available():
-        found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        found = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
+        ]
         names = ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.0f} GB" for gpu in found)
         yield Finding(OK, "cuda", f"{torch.version.cuda}: {names}{asked}")
         return
@@ -102,20 +112,23 @@ def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
         if status == MISSING
         else "sbatch slurm/train.sbatch, on a cluster with GPUs"
     )
-    yield Finding(status, "cuda", f"no GPU: training runs on {os.cpu_count()} CPU cores{asked}", remedy)
+    yield Finding(
+        status, "cuda", f"no GPU: training runs on {os.cpu_count()} CPU cores{asked}", remedy
+    )
 
 
 def unusable_gpu(asked: str) -> tuple[str, str]:
     """Why torch does not see the GPU that the driver knows, and the command that mends it."""
     if torch.version.cuda is None:
-        command = (
-            "pip install --force-reinstall torch torchvision, with the index that pytorch.org names for your driver"
-        )
+        command = "pip install --force-reinstall torch torchvision, with the index that pytorch.org names for your driver"
         return f"this torch is built for CPUs{asked}", command
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES hides every GPU{asked}", "unset CUDA_VISIBLE_DEVICES"
     command = "nvidia-smi; then update the driver, or pip install --force-reinstall a torch built for an older CUDA"
-    return f"the driver does not serve this torch, built for CUDA {torch.version.cuda}{asked}", command
+    return (
+        f"the driver does not serve this torch, built for CUDA {torch.version.cuda}{asked}",
+        command,
+    )
 
 
 def check_ffcv(settings: Settings) -> Iterator[Finding]:
@@ -133,7 +146,7 @@ def check_ffcv(settings: Settings) -> Iterator[Finding]:
             INSTALL.partition(": ")[2],
         )
         return
-    except Exception as error:  # noqa: BLE001 - whatever a half-installed library does is the finding
+    except Exception as error:
         yield Finding(
             MISSING if needed else WARNING,
             "ffcv",
@@ -142,7 +155,9 @@ def check_ffcv(settings: Settings) -> Iterator[Finding]:
         )
         return
     yield Finding(
-        OK, "ffcv", f"{metadata.version('ffcv')}: {TRIAL_IMAGES} images written, read and counted in {seconds:.1f} s"
+        OK,
+        "ffcv",
+        f"{metadata.version('ffcv')}: {TRIAL_IMAGES} images written, read and counted in {seconds:.1f} s",
     )
 
 
@@ -163,7 +178,10 @@ def round_trip() -> float:
         spec = DataSpec("beton", root=name, augmentation="none")
         (batch,) = open_data(spec, LoaderSpec("ffcv", 1)).eval_loader(TRIAL_IMAGES)
         colours_seen = batch.images.float().mean(dim=(2, 3)).numpy()
-    if not (np.array_equal(batch.targets.numpy(), listing.targets) and np.abs(colours_seen - expected).max() < 6):
+    if not (
+        np.array_equal(batch.targets.numpy(), listing.targets)
+        and np.abs(colours_seen - expected).max() < 6
+    ):
         raise DataError("an image or a label came back changed")
     return time.perf_counter() - start
 
@@ -179,14 +197,24 @@ def check_data(settings: Settings) -> Iterator[Finding]:
                 MISSING,
                 "data",
                 "data.root is not given",
-                "data.root=DIR" + (", made with scripts/write_ffcv.py" if spec.name == "beton" else ""),
+                "data.root=DIR"
+                + (", made with scripts/write_ffcv.py" if spec.name == "beton" else ""),
             )
         elif spec.name == "folder":
-            yield from (check_folder(Path(spec.root).expanduser() / part) for part in ("train", "val"))
+            yield from (
+                check_folder(Path(spec.root).expanduser() / part) for part in ("train", "val")
+            )
         else:
-            yield from (check_beton(Path(spec.root).expanduser() / f"{part}.beton") for part in ("train", "val"))
+            yield from (
+                check_beton(Path(spec.root).expanduser() / f"{part}.beton")
+                for part in ("train", "val")
+            )
     except DataError as error:
-        remedy = f"data.root=null and {fashion_mnist.PACKAGE}" if spec.name == "fashion_mnist" else "data.root=DIR"
+        remedy = (
+            f"data.root=null and {fashion_mnist.PACKAGE}"
+            if spec.name == "fashion_mnist"
+            else "data.root=DIR"
+        )
         yield Finding(MISSING, "data", str(error), remedy)
 
 
@@ -203,14 +231,20 @@ def check_folder(folder: Path) -> Finding:
     if not bad:
         return Finding(OK, "data", looked)
     return Finding(
-        MISSING, "data", f"{looked}, {len(bad)} damaged ({bad[0]})", "data.on_bad=skip, or mend or remove them"
+        MISSING,
+        "data",
+        f"{looked}, {len(bad)} damaged ({bad[0]})",
+        "data.on_bad=skip, or mend or remove them",
     )
 
 
 def check_fashion_mnist(spec: DataSpec) -> Finding:
     if spec.root is None and not fashion_mnist.DEBIAN_FOLDER.is_dir():
         return Finding(
-            WARNING, "data", "Fashion-MNIST is not installed; the first run downloads it", fashion_mnist.PACKAGE
+            WARNING,
+            "data",
+            "Fashion-MNIST is not installed; the first run downloads it",
+            fashion_mnist.PACKAGE,
         )
     folder = fashion_mnist.find_fashion_mnist(spec.root, cache_folder(spec.cache))
     return Finding(OK, "data", f"Fashion-MNIST in {folder}")
@@ -220,7 +254,9 @@ def check_beton(path: Path) -> Finding:
     """One .beton file: its manifest, and SAMPLED_IMAGES of its images against their sums and through the decoder."""
     rewrite = f"python scripts/write_ffcv.py source=DIR output={path} overwrite=true"
     if not path.is_file():
-        return Finding(MISSING, "data", f"{path}: no such file", rewrite.removesuffix(" overwrite=true"))
+        return Finding(
+            MISSING, "data", f"{path}: no such file", rewrite.removesuffix(" overwrite=true")
+        )
     try:
         samples = read_beton(path)
         rows = np.sort(permutation(0, 0, len(samples))[:SAMPLED_IMAGES])
@@ -228,11 +264,21 @@ def check_beton(path: Path) -> Finding:
     except (DataError, ConfigError) as error:
         return Finding(MISSING, "data", str(error), rewrite)
     if damage:
-        return Finding(MISSING, "data", f"{path}: {len(damage)} of {len(rows)} images looked at are damaged", rewrite)
-    size = f"{len(samples)} images, {path.stat().st_size / 1e9:.2f} GB, {len(rows)} of them looked at"
+        return Finding(
+            MISSING,
+            "data",
+            f"{path}: {len(damage)} of {len(rows)} images looked at are damaged",
+            rewrite,
+        )
+    size = (
+        f"{len(samples)} images, {path.stat().st_size / 1e9:.2f} GB, {len(rows)} of them looked at"
+    )
     if not samples.manifest:
         return Finding(
-            WARNING, "data", f"{path}: {size}; no manifest, so classes and later damage cannot be checked", rewrite
+            WARNING,
+            "data",
+            f"{path}: {size}; no manifest, so classes and later damage cannot be checked",
+            rewrite,
         )
     return Finding(OK, "data", f"{path}: {size}, as its manifest says")
 
@@ -258,7 +304,9 @@ def check_amount(settings: Settings, experiment: str | None) -> Iterator[Finding
     if settings.batch > usable:
         text = f"batch={settings.batch} exceeds the {usable} training images"
         yield Finding(MISSING, "data", text, f"batch={usable}")
-    expected = next((sizes for name, sizes in EXPECTED.items() if (experiment or "").startswith(name)), None)
+    expected = next(
+        (sizes for name, sizes in EXPECTED.items() if (experiment or "").startswith(name)), None
+    )
     if expected is None:
         return
     off = [
@@ -291,7 +339,11 @@ def data_sizes(spec: DataSpec) -> tuple[int, int, int]:
         train, evaluation = (list_folder(root / part) for part in ("train", "val"))
         return len(train.classes), len(train.images), len(evaluation.images)
     train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
-    return len(train.manifest.get("classes", ())) or int(train.target.max()) + 1, len(train), len(evaluation)
+    return (
+        len(train.manifest.get("classes", ())) or int(train.target.max()) + 1,
+        len(train),
+        len(evaluation),
+    )
 
 
 def existing(folder: Path) -> Path:
@@ -306,7 +358,11 @@ def check_disk(settings: Settings) -> Iterator[Finding]:
     info = DataInfo("", tuple(map(str, range(classes))), 1 if classes == 10 else 3, 1, 1, (), ())
     model = build_model(settings, len(info.classes), info.channels)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    copies = 1 + OPTIMIZER_COPIES.get(settings.optim.name, 2) + (settings.regularization.ema_decay is not None)
+    copies = (
+        1
+        + OPTIMIZER_COPIES.get(settings.optim.name, 2)
+        + (settings.regularization.ema_decay is not None)
+    )
     # last.pt, previous.pt and the one being written hold everything, best.pt the weights.
     yield room(Path(settings.runs_dir), (3 * copies + 1) * weights, "checkpoints")
     if settings.data.root is None:
@@ -314,7 +370,12 @@ def check_disk(settings: Settings) -> Iterator[Finding]:
     root = Path(settings.data.root).expanduser()
     if settings.data.name == "folder" and root.is_dir():
         source = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-        yield room(cache_folder(settings.data.cache), source, "the .beton files made of data.root", "data.cache")
+        yield room(
+            cache_folder(settings.data.cache),
+            source,
+            "the .beton files made of data.root",
+            "data.cache",
+        )
     if settings.data.name == "beton" and not (root / "train.beton").is_file():
         yield room(root, IMAGENET_BYTES, "the .beton files of ImageNet", "data.root")
 
@@ -323,7 +384,11 @@ def room(folder: Path, needed: float, purpose: str, key: str = "runs_dir") -> Fi
     """Whether a folder's disk has room for `needed` bytes."""
     free = shutil.disk_usage(existing(folder)).free
     text = f"{folder}: {free / 1e9:.1f} GB free, {purpose} take up to {needed / 1e9:.2f} GB"
-    return Finding(OK, "disk", text) if free > needed else Finding(MISSING, "disk", text, f"{key}=A LARGER DISK")
+    return (
+        Finding(OK, "disk", text)
+        if free > needed
+        else Finding(MISSING, "disk", text, f"{key}=A LARGER DISK")
+    )
 
 
 def check_memory(settings: Settings) -> Iterator[Finding]:
@@ -341,7 +406,11 @@ def check_memory(settings: Settings) -> Iterator[Finding]:
             f"python scripts/write_ffcv.py source=DIR output={file} overwrite=true max_side=400, or data.root=FAST LOCAL DISK",
         )
     else:
-        yield Finding(OK, "memory", text + (f"; the training file of {size / 1e9:.1f} GB fits" if size else ""))
+        yield Finding(
+            OK,
+            "memory",
+            text + (f"; the training file of {size / 1e9:.1f} GB fits" if size else ""),
+        )
 
 
 def available_memory() -> int:
@@ -359,7 +428,10 @@ def check_wandb(settings: Settings) -> Iterator[Finding]:
     notes = {"online": "online", "disabled": "off for this experiment"}
     if mode == "offline":
         yield Finding(
-            WARNING, "wandb", "no key: runs are logged offline, into their folders", "wandb login (or logger=none)"
+            WARNING,
+            "wandb",
+            "no key: runs are logged offline, into their folders",
+            "wandb login (or logger=none)",
         )
     else:
         yield Finding(OK, "wandb", notes.get(mode, mode))
@@ -377,7 +449,11 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
         return
     try:
         answer = subprocess.run(
-            ["sinfo", "--noheader", "--format=%P %D %G"], check=False, capture_output=True, text=True, timeout=20
+            ["sinfo", "--noheader", "--format=%P %D %G"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
         fine, said = answer.returncode == 0, (answer.stdout or answer.stderr).strip().splitlines()
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -394,7 +470,9 @@ def check_slurm(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def examine(settings: Settings, hardware: str | None = None, experiment: str | None = None) -> Iterator[Finding]:
+def examine(
+    settings: Settings, hardware: str | None = None, experiment: str | None = None
+) -> Iterator[Finding]:
     """All findings for an experiment; hardware: what its head says it needs; both None for the default experiment."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": check_python,
@@ -411,4 +489,6 @@ def examine(settings: Settings, hardware: str | None = None, experiment: str | N
         try:
             yield from check()
         except ProxynormError as error:
-            yield Finding(MISSING, name, str(error), "python train.py --help, which lists what can be given")
+            yield Finding(
+                MISSING, name, str(error), "python train.py --help, which lists what can be given"
+            )

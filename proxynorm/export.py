@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from torch import nn
 
-from proxynorm.config import settings_from
+from proxynorm.conversion.freeze import freeze
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.files import write_atomic, write_json, write_text
-from proxynorm.nn.freeze import freeze
 from proxynorm.train.build import build_model
+from proxynorm.train.config import settings_from
 from proxynorm.train.restore import Restored, checkpoint_path, restore
 
 # Keys of a run's configuration that say where and how it ran, not what the model is.
@@ -38,7 +38,11 @@ class Exported:
 
 
 def export_run(
-    run: str | Path, output: str | Path, weights: str = "last", onnx: bool = False, licence: str = "mit"
+    run: str | Path,
+    output: str | Path,
+    weights: str = "last",
+    onnx: bool = False,
+    licence: str = "mit",
 ) -> dict[str, float]:
     """Write a run's model to the folder `output`: model.safetensors, config.json, README.md; model.onnx if asked for.
 
@@ -56,7 +60,9 @@ def export_run(
     write_atomic(output / "model.safetensors", lambda stream: stream.write(tensors))
     write_json(output / "config.json", content)
     images = example_images(content["inputs"])
-    differences = {"model.safetensors": largest_difference(restored.model, load(output).model, images)}
+    differences = {
+        "model.safetensors": largest_difference(restored.model, load(output).model, images)
+    }
     if differences["model.safetensors"] != 0:
         raise CheckpointError(
             f"{output / 'model.safetensors'}: the logits differ from the run's by {differences['model.safetensors']:g}"
@@ -71,16 +77,24 @@ def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     """The content of config.json."""
     config = OmegaConf.to_container(OmegaConf.create((run / "config.yaml").read_text()))
     config = {key: value for key, value in config.items() if key not in PLACES}
-    config["data"] = {key: value for key, value in config["data"].items() if key not in ("root", "cache")}
+    config["data"] = {
+        key: value for key, value in config["data"].items() if key not in ("root", "cache")
+    }
     settings, inputs = restored.settings, restored.content["inputs"]
     summary = json.loads((run / "summary.json").read_text())
-    last = {key: summary[key] for key in ("top1", "top5", "loss", "count", "epochs", "steps", "seed")}
+    last = {
+        key: summary[key] for key in ("top1", "top5", "loss", "count", "epochs", "steps", "seed")
+    }
     if weights == "best":
         last |= {key: restored.content[key] for key in ("top1", "top5", "loss", "count")} | {
             "steps": restored.content["step"]
         }
     size = settings.data.eval_size or settings.data.image_size
-    split = "training images that were held out" if settings.data.holdout else "images of the evaluation set"
+    split = (
+        "training images that were held out"
+        if settings.data.holdout
+        else "images of the evaluation set"
+    )
     return {
         "config": config,
         "inputs": {**inputs, "size": size},
@@ -93,7 +107,9 @@ def load(folder: str | Path) -> Exported:
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing; export the run with scripts/export.py")
+            raise CheckpointError(
+                f"{folder / name} is missing; export the run with scripts/export.py"
+            )
     content = json.loads((folder / "config.json").read_text())
     settings, inputs = settings_from(OmegaConf.create(content["config"])), content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
@@ -104,7 +120,9 @@ def load(folder: str | Path) -> Exported:
 def example_images(inputs: dict[str, Any], count: int = 4) -> torch.Tensor:
     """Random images (count, channels, size, size) of unit scale, always the same."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, inputs["channels"], inputs["size"], inputs["size"], generator=generator)
+    return torch.randn(
+        count, inputs["channels"], inputs["size"], inputs["size"], generator=generator
+    )
 
 
 @torch.no_grad()
@@ -123,7 +141,9 @@ def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"onnx=true needs {error.name}: pip install 'proxynorm[export]'") from error
+        raise ConfigError(
+            f"onnx=true needs {error.name}: pip install 'proxynorm[export]'"
+        ) from error
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
         freeze(model),
@@ -138,10 +158,14 @@ def export_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> float:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         wanted = model(images[:3])
-    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images[:3].numpy()})[0])
+    found = torch.from_numpy(
+        session.run(None, {session.get_inputs()[0].name: images[:3].numpy()})[0]
+    )
     difference = (wanted - found).abs().max().item()
     if not difference <= ONNX_TOLERANCE * max(1.0, wanted.abs().max().item()):
-        raise CheckpointError(f"{path}: the logits under onnxruntime differ from the run's by {difference:g}")
+        raise CheckpointError(
+            f"{path}: the logits under onnxruntime differ from the run's by {difference:g}"
+        )
     return difference
 
 

@@ -44,7 +44,9 @@ def _umask() -> int:
     return mask
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None], before_rename: Callable[[], None] | None = None) -> None:
+def write_atomic(
+    path: Path, write: Callable[[BinaryIO], None], before_rename: Callable[[], None] | None = None
+) -> None:
     """Let `write` fill a temporary file beside `path`, then fsync and rename it there; on failure `path` is untouched.
 
     Raises FileError when the disk is full or the folder cannot be written.

@@ -14,7 +14,7 @@ from typing import Any
 from proxynorm.cli import fail, nearest, script
 from proxynorm.errors import ConfigError
 
-# Each is a module of proxynorm.benchmark with a dataclass Options and a function main(options).
+# Each is a module of benchmarks with a dataclass Options and a function main(options).
 BENCHMARKS = {
     "step": "training and inference steps of every norm, in turns: time, bytes kept for backward, share of the moments",
     "passes": "where LN+PN's time goes: its layers and its extra passes over the map, alone, against torch's LN",
@@ -37,7 +37,7 @@ def main() -> None:
     if name not in BENCHMARKS:
         fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
     del sys.argv[1]
-    module = import_module(f"proxynorm.benchmark.{name}")
+    module = import_module(f"benchmarks.{name}")
     script(module.Options, lambda options: measure(module, options), module.__doc__)
 
 
@@ -48,7 +48,9 @@ def measure(module: ModuleType, options: Any) -> int | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"json={options.json}: cannot make {folder}: {error.strerror}") from None
+            raise ConfigError(
+                f"json={options.json}: cannot make {folder}: {error.strerror}"
+            ) from None
     return module.main(options)
 
 

@@ -33,8 +33,17 @@ class Options:
 
 def command(norm: str, options: Options) -> list[str]:
     """The training command of one row."""
-    return ["python", "train.py", f"norm={norm}", f"batch={options.batch}", f"epochs={options.epochs}",
-            f"data.limit={options.limit}", f"seed={options.seed}", f"runs_dir={options.runs_dir}", f"name={norm}"]
+    return [
+        "python",
+        "train.py",
+        f"norm={norm}",
+        f"batch={options.batch}",
+        f"epochs={options.epochs}",
+        f"data.limit={options.limit}",
+        f"seed={options.seed}",
+        f"runs_dir={options.runs_dir}",
+        f"name={norm}",
+    ]
 
 
 def train(norm: str, options: Options) -> Path:
@@ -50,18 +59,24 @@ def train(norm: str, options: Options) -> Path:
 def row(summary: dict) -> list[str]:
     images = summary["steps"] * summary["batch"]
     seconds = summary["train_seconds"]
-    return [summary["norm"], f"{summary['top1']:.2f}", f"{summary['loss']:.4f}", f"{images / seconds:.0f}", f"{seconds:.0f}"]
+    return [
+        summary["norm"],
+        f"{summary['top1']:.2f}",
+        f"{summary['loss']:.4f}",
+        f"{images / seconds:.0f}",
+        f"{seconds:.0f}",
+    ]
 
 
 def report(options: Options, rows: list[list[str]], environment: dict) -> str:
     commands = "\n".join(shlex.join(command(norm, options)) for norm in options.norms)
-    return f"""# Demo: {', '.join(options.norms)} on Fashion-MNIST
+    return f"""# Demo: {", ".join(options.norms)} on Fashion-MNIST
 
 {markdown_table(HEADER, rows)}
 
 One run each, {options.limit} training images, {options.epochs} epochs, batch {options.batch}; top-1 and loss on the test set after the last
-epoch; images/s and seconds of training, evaluation and start-up left out. Machine: {environment['processor']},
-{environment['cores']} cores, torch {environment['packages']['torch']}.
+epoch; images/s and seconds of training, evaluation and start-up left out. Machine: {environment["processor"]},
+{environment["cores"]} cores, torch {environment["packages"]["torch"]}.
 
 ![training loss and top-1](curves.png)
 
@@ -75,8 +90,13 @@ def record(options: Options, rows: list[list[str]], environment: dict, target: P
     """Keep the table, the plot and the machine's description in results/demo."""
     kept = ROOT / "results" / "demo"
     kept.mkdir(parents=True, exist_ok=True)
-    chosen = {key: value for key, value in vars(options).items() if key not in ("runs_dir", "record")}
-    write_json(kept / "demo.json", {"options": chosen, "environment": environment, "header": HEADER, "rows": rows})
+    chosen = {
+        key: value for key, value in vars(options).items() if key not in ("runs_dir", "record")
+    }
+    write_json(
+        kept / "demo.json",
+        {"options": chosen, "environment": environment, "header": HEADER, "rows": rows},
+    )
     shutil.copyfile(target / "curves.png", kept / "curves.png")
 
 
@@ -84,7 +104,10 @@ def main(options: Options) -> int:
     folders = [train(norm, options) for norm in options.norms]
     rows = [row(json.loads((folder / "summary.json").read_text())) for folder in folders]
     target = ROOT / options.runs_dir
-    plot_curves({folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders}, target / "curves.png")
+    plot_curves(
+        {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders},
+        target / "curves.png",
+    )
     environment = json.loads((folders[-1] / "environment.json").read_text())
     write_text(target / "report.md", report(options, rows, environment))
     print(f"\n{text_table(HEADER, rows)}\n\n{target / 'report.md'}")

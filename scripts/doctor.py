@@ -12,13 +12,15 @@ from __future__ import annotations
 import sys
 
 from proxynorm.cli import guard
-from proxynorm.config import CONFIGS, compose_config, parse, settings_from
 from proxynorm.errors import ConfigError
+from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
 
 
 def experiment_of(arguments: list[str]) -> str | None:
     """The experiment that is named, None for the default one."""
-    names = [override.value() for override in parse(arguments) if override.key_or_group == "experiment"]
+    names = [
+        override.value() for override in parse(arguments) if override.key_or_group == "experiment"
+    ]
     return names[-1] if names else None
 
 
@@ -27,7 +29,9 @@ def hardware_of(experiment: str | None) -> str | None:
     if experiment is None:
         return None
     lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("# hardware: ")), None)
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("# hardware: ")), None
+    )
 
 
 def main() -> int:

@@ -23,7 +23,9 @@ def main(options: Options) -> int:
     if not options.run:
         raise ConfigError("run=FOLDER must be given")
     output = options.output or f"{options.run}/export"
-    for file, difference in export_run(options.run, output, options.weights, options.onnx, options.licence).items():
+    for file, difference in export_run(
+        options.run, output, options.weights, options.onnx, options.licence
+    ).items():
         print(f"{output}/{file}: largest difference of the logits {difference:g}")
     return 0
 

@@ -28,10 +28,14 @@ class Options:
     table: str | None = option(None, "the finished runs of a table instead of random nets")
     root: str = option("runs", "with table=: folder of the tables' run folders")
     results: str = option("results", "with table=: folder of what searches have chosen")
-    weights: str = option("", "with run=: measure this checkpoint, last or best, even if steps were logged")
+    weights: str = option(
+        "", "with run=: measure this checkpoint, last or best, even if steps were logged"
+    )
     images: int = option(32, "images to measure on")
     batch: int = option(8, "images a forward; Batch Norm's statistics are over these")
-    norms: list[str] = option(["bn", "in", "ln", "gn", "ln_pn", "ln_ws"], "random nets: their norms")
+    norms: list[str] = option(
+        ["bn", "in", "ln", "gn", "ln_pn", "ln_ws"], "random nets: their norms"
+    )
     width: int = option(1024, "random nets: channels")
     depth: int = option(50, "random nets: layers")
     size: int = option(8, "random nets: side of the input, which is white noise")
@@ -62,7 +66,8 @@ ONLY = {
     "weights": "run",
     **dict.fromkeys(("root", "results"), "table"),
     **dict.fromkeys(
-        ("norms", "width", "depth", "size", "nets", "beta_std", "gamma_std", "padding", "groups"), "random nets"
+        ("norms", "width", "depth", "size", "nets", "beta_std", "gamma_std", "padding", "groups"),
+        "random nets",
     ),
 }
 
@@ -89,10 +94,17 @@ def random_nets(options: Options, device: torch.device) -> dict[str, list[list[P
                 options.groups,
             ).to(device)
             images = torch.randn(
-                options.images, 3, options.size, options.size, generator=torch.Generator().manual_seed(seed)
+                options.images,
+                3,
+                options.size,
+                options.size,
+                generator=torch.Generator().manual_seed(seed),
             )
             found.setdefault(norm, []).append(power_decomposition(net, images.split(options.batch)))
-            print(f"{norm} net {seed}: P1 at depth {options.depth} {found[norm][-1][-1].p1:.4f}", flush=True)
+            print(
+                f"{norm} net {seed}: P1 at depth {options.depth} {found[norm][-1][-1].p1:.4f}",
+                flush=True,
+            )
     return found
 
 
@@ -118,13 +130,20 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
         "gamma_std": options.gamma_std,
         "padding": options.padding,
         "largest_p1": {norm: max(row.p1 for row in rows) for norm, rows in means.items()},
-        "p1_of_each_net_at_last_depth": {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()},
+        "p1_of_each_net_at_last_depth": {
+            norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()
+        },
     }
     if expected:
         summary["mean_field_p1"] = field
         summary["largest_distance_of_ln_from_mean_field"] = {
-            "mean over nets": max(abs(row.p1 - p) for row, p in zip(means["ln"], field, strict=True)),
-            "each net": [max(abs(row.p1 - p) for row, p in zip(rows, field, strict=True)) for rows in found["ln"]],
+            "mean over nets": max(
+                abs(row.p1 - p) for row, p in zip(means["ln"], field, strict=True)
+            ),
+            "each net": [
+                max(abs(row.p1 - p) for row, p in zip(rows, field, strict=True))
+                for rows in found["ln"]
+            ],
         }
     write_json(folder / "summary.json", summary)
 
@@ -134,7 +153,9 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
     from proxynorm.analysis.power_files import from_metrics, write_csv
     from proxynorm.train.run_folder import read_metrics
 
-    logged = [row for row in read_metrics(Path(options.run) / "metrics.jsonl") if row["event"] == "power"]
+    logged = [
+        row for row in read_metrics(Path(options.run) / "metrics.jsonl") if row["event"] == "power"
+    ]
     if logged and not options.weights:
         panels = {f"epoch {row['epoch']:g}": from_metrics(row) for row in logged}
     else:
@@ -146,9 +167,9 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
 def show_table(options: Options, folder: Path, device: torch.device) -> None:
     from proxynorm.analysis.power_files import write_csv
     from proxynorm.files import write_json
-    from proxynorm.reproduce.runs import read_chosen, table_runs
-    from proxynorm.reproduce.table import load_table
-    from proxynorm.reproduce.trained_power import panels, plot_against_metric, summarize, trained_nets
+    from proxynorm.launch.runs import read_chosen, table_runs
+    from proxynorm.paper.table import load_table
+    from proxynorm.paper.trained_power import panels, plot_against_metric, summarize, trained_nets
     from proxynorm.train.run_folder import environment
 
     table = load_table(options.table)
@@ -159,7 +180,12 @@ def show_table(options: Options, folder: Path, device: torch.device) -> None:
         nets.append(net)
     write_csv(folder / "power.csv", panels(nets), "run")
     plot_against_metric(nets, table.metric, folder / "power.png")
-    measured = {"table": table.name, "metric": table.metric, "images": options.images, "environment": environment()}
+    measured = {
+        "table": table.name,
+        "metric": table.metric,
+        "images": options.images,
+        "environment": environment(),
+    }
     write_json(folder / "summary.json", {**measured, **summarize(nets)})
 
 
@@ -194,7 +220,9 @@ def main(options: Options) -> int:
     for norm in options.norms:
         if norm not in NORMS or norm == "none":
             valid = nearest(norm, set(NORMS) - {"none"})
-            raise ConfigError(f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind; {valid}")
+            raise ConfigError(
+                f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind; {valid}"
+            )
     folder, device = Path(options.output), choose_device(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from proxynorm.cli import option, script
 from proxynorm.errors import DataError
 from proxynorm.files import write_text
-from proxynorm.reproduce.readme import render, stale
+from proxynorm.paper.readme import render, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +24,9 @@ def main(options: Options) -> int:
     if not options.check:
         write_text(path, render(text, ROOT / "results"))
     elif names := stale(text, ROOT / "results"):
-        raise DataError(f"{path}: {', '.join(names)} differ from results/; python scripts/readme.py renders them anew")
+        raise DataError(
+            f"{path}: {', '.join(names)} differ from results/; python scripts/readme.py renders them anew"
+        )
     return 0
 
 

@@ -31,8 +31,18 @@ class Options:
     overrides: list[str] = option([], "of the run, as train.py takes them; empty: a small one")
 
 
-SMALL = ["model.depth=8", "model.width=8", "data.limit=2000", "data.holdout=100", "batch=20", "epochs=4", "log_every=1",
-         "logger=none", "checkpoint.every_steps=1", "regularization.ema_decay=0.9"]
+SMALL = [
+    "model.depth=8",
+    "model.width=8",
+    "data.limit=2000",
+    "data.holdout=100",
+    "batch=20",
+    "epochs=4",
+    "log_every=1",
+    "logger=none",
+    "checkpoint.every_steps=1",
+    "regularization.ema_decay=0.9",
+]
 
 
 def steps(metrics: Path) -> int:
@@ -59,18 +69,31 @@ def run_and_kill(command: list[str], metrics: Path, more: int, wait: float) -> i
 
 def main(options: Options) -> int:
     generator = random.Random(options.seed)
-    command = [sys.executable, "train.py", *(options.overrides or SMALL), f"runs_dir={options.runs_dir}", f"name={options.name}"]
+    command = [
+        sys.executable,
+        "train.py",
+        *(options.overrides or SMALL),
+        f"runs_dir={options.runs_dir}",
+        f"name={options.name}",
+    ]
     metrics = ROOT / options.runs_dir / options.name / "metrics.jsonl"
     killed_at = []
     while len(killed_at) < options.kills:
-        step = run_and_kill(command, metrics, generator.randint(1, options.steps), generator.uniform(0, options.seconds))
+        step = run_and_kill(
+            command,
+            metrics,
+            generator.randint(1, options.steps),
+            generator.uniform(0, options.seconds),
+        )
         if step is None:
             break
         killed_at.append(step)
         print(f"kill {len(killed_at)} at step {step}", flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
     whole = f"{options.name}-whole"
-    subprocess.run([*command[:-1], f"name={whole}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command[:-1], f"name={whole}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
     found = differences(ROOT / options.runs_dir / options.name, ROOT / options.runs_dir / whole)
     print(json.dumps({"kills": len(killed_at), "steps": killed_at, "differences": found}))
     return 1 if found else 0

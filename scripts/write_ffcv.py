@@ -26,16 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    source: str = option("???", "folder of class folders, flat folder (with labels=), or uncompressed tar file")
-    output: str = option("???", "the .beton file to write")
-    labels: str | None = option(None, "CSV of FILE,CLASS, or the folder of ImageNet's devkit, for images without class")
-    on_bad: str = option(
-        "raise", "raise: stop at the first damaged image; skip: leave damaged images out and list them"
+    source: str = option(
+        "???", "folder of class folders, flat folder (with labels=), or uncompressed tar file"
     )
-    max_side: int | None = option(500, "shrink images whose longer side exceeds this, pixels; null: never")
+    output: str = option("???", "the .beton file to write")
+    labels: str | None = option(
+        None, "CSV of FILE,CLASS, or the folder of ImageNet's devkit, for images without class"
+    )
+    on_bad: str = option(
+        "raise",
+        "raise: stop at the first damaged image; skip: leave damaged images out and list them",
+    )
+    max_side: int | None = option(
+        500, "shrink images whose longer side exceeds this, pixels; null: never"
+    )
     jpeg_quality: int = option(90, "1..100")
-    jpeg_probability: float = option(1.0, "share of images stored as JPEG; the others are raw: faster to read, larger")
-    strict: bool = option(True, "also refuse JPEG data that decodes with warnings (needs FFCV's library)")
+    jpeg_probability: float = option(
+        1.0, "share of images stored as JPEG; the others are raw: faster to read, larger"
+    )
+    strict: bool = option(
+        True, "also refuse JPEG data that decodes with warnings (needs FFCV's library)"
+    )
     workers: int | None = option(None, "processes; all cores if left out")
     overwrite: bool = option(False, "replace an existing output")
 
@@ -45,11 +56,15 @@ def main(options: Options) -> int:
         signal.signal(number, _stop)
     output = Path(options.output).expanduser()
     _check(options, output)
-    from proxynorm.data.images import StorageOptions  # slow to import: only now that a signal is one line
+    from proxynorm.data.images import (
+        StorageOptions,  # slow to import: only now that a signal is one line
+    )
     from proxynorm.data.opening import share_of_cores
     from proxynorm.data.sources import list_source
 
-    storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability, options.strict)
+    storage = StorageOptions(
+        options.max_side, options.jpeg_quality, options.jpeg_probability, options.strict
+    )
     labels = Path(options.labels).expanduser() if options.labels else None
     listing = list_source(Path(options.source).expanduser(), labels)
     _write(listing, output, storage, options.on_bad, options.workers or share_of_cores())
@@ -75,7 +90,9 @@ def _check(options: Options, output: Path) -> None:
         raise ConfigError(f"workers={options.workers}: give at least 1")
 
 
-def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str, workers: int) -> None:
+def _write(
+    listing: Listing, output: Path, storage: StorageOptions, on_bad: str, workers: int
+) -> None:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -86,26 +103,46 @@ def _write(listing: Listing, output: Path, storage: StorageOptions, on_bad: str,
         TimeRemainingColumn,
     )
 
-    from proxynorm.data.preparation import prepare
+    from proxynorm.data.ffcv.preparation import prepare
 
     total = len(listing.images)
     if listing.aside:
         kinds = Counter(Path(name).suffix.lower() or "no ending" for name in listing.aside)
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(
-            f"left aside, no images by their names or not in a class folder: {words}; see the manifest", file=sys.stderr
+            f"left aside, no images by their names or not in a class folder: {words}; see the manifest",
+            file=sys.stderr,
         )
     for note in listing.notes:
         print(f"warning: {note}", file=sys.stderr)
-    print(f"{total} images, {len(listing.classes)} classes, {workers} workers -> {output}", flush=True)
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    with Progress(TextColumn("checking and writing"), *columns, console=Console(stderr=True)) as bar:
+    print(
+        f"{total} images, {len(listing.classes)} classes, {workers} workers -> {output}", flush=True
+    )
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        TextColumn("checking and writing"), *columns, console=Console(stderr=True)
+    ) as bar:
         task = bar.add_task("", total=total)
-        done = prepare(listing, output, storage, on_bad, workers, lambda images: bar.update(task, completed=images))
+        done = prepare(
+            listing,
+            output,
+            storage,
+            on_bad,
+            workers,
+            lambda images: bar.update(task, completed=images),
+        )
     for name, reason in done.skipped.items():
         print(f"skipped {name}: {reason}")
     if done.converted:
-        print("converted: " + ", ".join(f"{count} {kind}" for kind, count in done.converted.items()))
+        print(
+            "converted: " + ", ".join(f"{count} {kind}" for kind, count in done.converted.items())
+        )
     print(f"{done.count} images written and verified, {len(done.skipped)} skipped: {done.path}")
 
 

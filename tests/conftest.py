@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from proxynorm.config import compose_config, settings_from
+from proxynorm.train.config import compose_config, settings_from
 from tests.helpers import SMALL
 
 torch.set_num_threads(1)
@@ -30,11 +30,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("need"):
         condition, reason = mark.args
         if not condition:
-            pytest.fail(reason, pytrace=False) if os.environ.get("CI") == "true" else pytest.skip(reason)
+            pytest.fail(reason, pytrace=False) if os.environ.get("CI") == "true" else pytest.skip(
+                reason
+            )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--renew-golden", action="store_true", help="write the golden losses anew, on purpose")
+    parser.addoption(
+        "--renew-golden", action="store_true", help="write the golden losses anew, on purpose"
+    )
 
 
 @pytest.fixture
@@ -51,7 +55,12 @@ def run_small(tmp_path: Path):
         status = train(settings, OmegaConf.to_container(config, resolve=True))
         folder = tmp_path / run_name(settings)
         last = folder / "checkpoints" / "last.pt"
-        return SimpleNamespace(status=status, folder=folder, settings=settings, rows=read_metrics(folder / "metrics.jsonl"),
-                               last=checkpoint.load(last) if last.exists() else None)
+        return SimpleNamespace(
+            status=status,
+            folder=folder,
+            settings=settings,
+            rows=read_metrics(folder / "metrics.jsonl"),
+            last=checkpoint.load(last) if last.exists() else None,
+        )
 
     return run

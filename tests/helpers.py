@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,19 @@ from torch import nn
 
 from proxynorm.train.compare import differences
 
-SMALL = ("model.depth=8", "model.width=8", "data.limit=200", "data.holdout=100", "batch=20", "epochs=2", "log_every=1",
-         "logger=none", "schedule.warmup_epochs=0.2")
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = (
+    "model.depth=8",
+    "model.width=8",
+    "data.limit=200",
+    "data.holdout=100",
+    "batch=20",
+    "epochs=2",
+    "log_every=1",
+    "logger=none",
+    "schedule.warmup_epochs=0.2",
+)
 
 
 def need(condition: bool, reason: str) -> pytest.MarkDecorator:
@@ -51,7 +63,11 @@ def with_random_norms(model: nn.Module) -> nn.Module:
     """The model, its batch norms with the parameters and statistics of no particular training."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for tensor, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3),
-                                      (module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5)):  # fmt: skip
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+            ):
                 nn.init.uniform_(tensor, low, high)
     return model

@@ -14,8 +14,7 @@ import torch
 
 from proxynorm.cli import guard, option, options_help, parse_options
 from proxynorm.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
 
 
 @dataclass
@@ -32,7 +31,14 @@ class Needy:
 
 
 def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def assert_user_error(result: subprocess.CompletedProcess[str], message: str) -> None:
@@ -48,8 +54,12 @@ def test_options():
     with pytest.raises(ConfigError, match="need= is missing"):
         parse_options(Needy, ["names=x"])
     assert "size=3" in options_help(Options) and "a size" in options_help(Options)
-    for arguments, message in ((["sise=5"], "did you mean 'size'"), (["size=x"], "could not be converted"),
-                               (["size"], "not of the form key=value"), (["names=[x"], "")):
+    for arguments, message in (
+        (["sise=5"], "did you mean 'size'"),
+        (["size=x"], "could not be converted"),
+        (["size"], "not of the form key=value"),
+        (["names=[x"], ""),
+    ):
         with pytest.raises(ConfigError, match=message) as error:
             parse_options(Options, arguments)
         assert "\n" not in str(error.value)
@@ -58,11 +68,15 @@ def test_options():
 def test_train_help_is_readable():
     result = command("train.py", "--help")
     assert result.returncode == 0
-    assert "norm: bn, bn_pn, gn" in result.stdout and "python train.py norm=ln_pn batch=32" in result.stdout
+    assert (
+        "norm: bn, bn_pn, gn" in result.stdout
+        and "python train.py norm=ln_pn batch=32" in result.stdout
+    )
 
 
 SIGNAL_ON_IMPORT = """
 import os, runpy, signal, sys
+from tests.helpers import ROOT
 
 class Finder:
     def find_spec(name, path, target=None):
@@ -90,43 +104,78 @@ def test_wrong_norm():
     assert_user_error(command("train.py", "norm=ln_pm"), "did you mean 'ln_pn'")
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("beta_std=-1", "beta_std=-1.0: must be at least 0 and finite"),
-    ("gamma_std=nan", "gamma_std=nan: must be at least 0"),
-    pytest.param("device=cuda", "torch finds no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
-    ("device=tpu", "valid: auto, cpu, cuda"),
-    ("norms=[bn,none]", "norms=[bn,none]: no norm 'none' to measure behind"),
-    ("norms=[]", "norms=[]: name at least one"),
-    ("groups=7", "groups=7: must divide width=16"),
-    ("weights=best", "weights= says nothing of random nets"),
-    ("run=somewhere", "width= says nothing with run="),
-    ("norms=[bn,lm]", "no norm 'lm' to measure behind; did you mean 'ln'"),
-])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("beta_std=-1", "beta_std=-1.0: must be at least 0 and finite"),
+        ("gamma_std=nan", "gamma_std=nan: must be at least 0"),
+        pytest.param(
+            "device=cuda",
+            "torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
+        ),
+        ("device=tpu", "valid: auto, cpu, cuda"),
+        ("norms=[bn,none]", "norms=[bn,none]: no norm 'none' to measure behind"),
+        ("norms=[]", "norms=[]: name at least one"),
+        ("groups=7", "groups=7: must divide width=16"),
+        ("weights=best", "weights= says nothing of random nets"),
+        ("run=somewhere", "width= says nothing with run="),
+        ("norms=[bn,lm]", "no norm 'lm' to measure behind; did you mean 'ln'"),
+    ],
+)
 def test_wrong_values_of_power_are_told_before_anything_is_measured(tmp_path, argument, message):
-    result = command("scripts/power.py", argument, "width=16", "depth=3", "size=2", "images=4", f"output={tmp_path / 'power'}")
+    result = command(
+        "scripts/power.py",
+        argument,
+        "width=16",
+        "depth=3",
+        "size=2",
+        "images=4",
+        f"output={tmp_path / 'power'}",
+    )
     assert_user_error(result, message)
     assert result.stdout == "" and not (tmp_path / "power").exists()
 
 
 def test_no_such_data_folder():
-    assert_user_error(command("train.py", "data=folder", "data.root=/nowhere/at/all"), "/nowhere/at/all")
+    assert_user_error(
+        command("train.py", "data=folder", "data.root=/nowhere/at/all"), "/nowhere/at/all"
+    )
 
 
-@pytest.mark.parametrize("script", ["eval.py", "scripts/demo.py", "scripts/reproduce.py", "scripts/benchmark.py",
-                                    "scripts/write_ffcv.py", "scripts/power.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "eval.py",
+        "scripts/demo.py",
+        "scripts/reproduce.py",
+        "scripts/benchmark.py",
+        "scripts/write_ffcv.py",
+        "scripts/power.py",
+    ],
+)
 def test_scripts_have_help(script):
     result = command(script, "--help")
     assert result.returncode == 0, result.stderr
     assert "=" in result.stdout
 
 
-@pytest.mark.parametrize("words", ["scripts/reproduce.py status table=mini_norms", "scripts/power.py --help"])
+@pytest.mark.parametrize(
+    "words", ["scripts/reproduce.py status table=mini_norms", "scripts/power.py --help"]
+)
 def test_a_reader_that_leaves_is_no_fault(tmp_path, words):
     """As `| head` does: neither a traceback nor a message at the interpreter's exit."""
     reader, writer = os.pipe()
     os.close(reader)
-    result = subprocess.run([sys.executable, *words.split()], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
-                            timeout=300, check=False)
+    result = subprocess.run(
+        [sys.executable, *words.split()],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
 
@@ -141,13 +190,30 @@ def test_another_broken_pipe_is_a_fault():
 
 def test_a_run_from_the_command_line(tmp_path):
     """Train, find it finished, evaluate it: the last evaluation again."""
-    arguments = ["train.py", "model.depth=8", "model.width=8", "data.limit=640", "data.holdout=300", "batch=64", "epochs=1",
-                 f"runs_dir={tmp_path}", "name=a run", "norm=bn"]
+    arguments = [
+        "train.py",
+        "model.depth=8",
+        "model.width=8",
+        "data.limit=640",
+        "data.holdout=300",
+        "batch=64",
+        "epochs=1",
+        f"runs_dir={tmp_path}",
+        "name=a run",
+        "norm=bn",
+    ]
     first = command(*arguments)
     assert first.returncode == 0, first.stderr
     assert "top-1" in first.stdout and "\x1b" not in first.stdout
     folder = tmp_path / "a run"
-    expected = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "checkpoints", "curves.png"}
+    expected = {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "curves.png",
+    }
     assert expected <= {path.name for path in folder.iterdir()}
     again = command(*arguments)
     assert again.returncode == 0 and "is finished" in again.stdout
@@ -156,7 +222,12 @@ def test_a_run_from_the_command_line(tmp_path):
     assert result.returncode == 0, result.stderr
     evaluated = json.loads(result.stdout.splitlines()[-1])
     assert evaluated == {key: last[key] for key in ("top1", "top5", "loss", "count")}
-    best = command("eval.py", f"checkpoint={folder / 'checkpoints' / 'best.pt'}", "loader=torchvision", "batch=7")
+    best = command(
+        "eval.py",
+        f"checkpoint={folder / 'checkpoints' / 'best.pt'}",
+        "loader=torchvision",
+        "batch=7",
+    )
     assert json.loads(best.stdout.splitlines()[-1])["top1"] == last["top1"]
 
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from proxynorm import doctor
-from proxynorm.config import compose_config, settings_from
 from proxynorm.data import fashion_mnist
-from proxynorm.data.beton import read_beton
+from proxynorm.data.ffcv.beton import read_beton
+from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
 from proxynorm.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.errors import ConfigError
+from proxynorm.train.config import compose_config, settings_from
 from tests.data.conftest import needs_fashion_mnist, needs_ffcv, write_folder
+from tests.helpers import ROOT
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "doctor.py"
+SCRIPT = ROOT / "scripts" / "doctor.py"
 
 
 def settings(*overrides: str):
@@ -64,11 +65,19 @@ def test_the_default_experiment_can_run_here(monkeypatch, capsys):
 def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, capsys, tmp_path):
     assert run_script(monkeypatch, "experiment=imagenet_resnet50") == 2
     out = capsys.readouterr().out
-    assert "data.root is not given; mend it with: data.root=DIR, made with scripts/write_ffcv.py" in out
+    assert (
+        "data.root is not given; mend it with: data.root=DIR, made with scripts/write_ffcv.py"
+        in out
+    )
     assert "the experiment asks for 8 GPUs" in out
-    missing = list(doctor.check_data(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}")))
+    missing = list(
+        doctor.check_data(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}"))
+    )
     assert [finding.status for finding in missing] == [MISSING] * 2
-    assert missing[0].remedy == f"python scripts/write_ffcv.py source=DIR output={tmp_path / 'train.beton'}"
+    assert (
+        missing[0].remedy
+        == f"python scripts/write_ffcv.py source=DIR output={tmp_path / 'train.beton'}"
+    )
 
 
 @needs_ffcv
@@ -105,8 +114,18 @@ def test_data_that_is_not_the_experiments_is_said(small_betons):
     keys = "experiment=imagenet_resnet50", f"data.root={small_betons}"
     short, other = doctor.check_amount(settings(*keys), "imagenet_resnet50")
     assert short.status == MISSING and short.remedy == "batch=12"
-    assert other.status == WARNING and "3 classes instead of 1,000, 12 training images instead of" in other.text
-    assert list(doctor.check_amount(settings("data=beton", f"data.root={small_betons}", "batch=12"), None)) == []
+    assert (
+        other.status == WARNING
+        and "3 classes instead of 1,000, 12 training images instead of" in other.text
+    )
+    assert (
+        list(
+            doctor.check_amount(
+                settings("data=beton", f"data.root={small_betons}", "batch=12"), None
+            )
+        )
+        == []
+    )
 
 
 def test_imagenet_with_a_few_images_left_out_is_imagenet(monkeypatch):
@@ -144,7 +163,11 @@ def test_data_files_are_held_against_their_manifest(small_betons):
     assert finding.status == MISSING and "1 of 12 images looked at are damaged" in finding.text
     path.write_bytes(data[:-5])
     finding = next(doctor.check_data(asked))
-    assert finding.status == MISSING and "truncated" in finding.text and "overwrite=true" in finding.remedy
+    assert (
+        finding.status == MISSING
+        and "truncated" in finding.text
+        and "overwrite=true" in finding.remedy
+    )
     (tmp_path / "val.beton.json").unlink()
     assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, MISSING]
     (tmp_path / "val.beton.sums.npy").unlink()
@@ -177,9 +200,15 @@ def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):
         raise ConfigError("loader.name=ffcv: FFCV is not installed; install it with: …")
 
     monkeypatch.setattr(doctor, "ffcv_library", absent)
-    (needless,), (needed,) = (list(doctor.check_ffcv(settings(*keys))) for keys in ((), ("loader=ffcv",)))
+    (needless,), (needed,) = (
+        list(doctor.check_ffcv(settings(*keys))) for keys in ((), ("loader=ffcv",))
+    )
     assert needless.status == WARNING and "the torchvision loader serves" in needless.text
-    assert needed.status == MISSING and "FFCV is not installed" in needed.text and "apt-get install" in needed.remedy
+    assert (
+        needed.status == MISSING
+        and "FFCV is not installed" in needed.text
+        and "apt-get install" in needed.remedy
+    )
 
 
 @needs_ffcv
@@ -188,7 +217,9 @@ def test_a_decoder_that_returns_another_image_is_found(monkeypatch):
 
     def shuffled(*arguments):
         data = real(*arguments)
-        data.evaluation.reader.samples.pointer[:] = data.evaluation.reader.samples.pointer[::-1].copy()
+        data.evaluation.reader.samples.pointer[:] = data.evaluation.reader.samples.pointer[
+            ::-1
+        ].copy()
         data.evaluation.reader.samples.size[:] = data.evaluation.reader.samples.size[::-1].copy()
         data.evaluation.reader.samples.sums = data.evaluation.reader.samples.sums[:0]
         return data
@@ -202,9 +233,16 @@ def test_a_full_disk_and_a_small_memory_are_said(monkeypatch, tmp_path):
     needed = doctor.room(tmp_path / "not" / "yet", 1e30, "checkpoints")
     assert needed.status == MISSING and "runs_dir=" in needed.remedy
     monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
-    (finding,) = doctor.check_memory(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}"))
+    (finding,) = doctor.check_memory(
+        settings("experiment=imagenet_resnet50", f"data.root={tmp_path}")
+    )
     assert finding.status == WARNING and "does not fit" in finding.text
-    statuses = [f.status for f in doctor.check_disk(settings("data=folder", f"data.root={tmp_path}", "model.width=8"))]
+    statuses = [
+        f.status
+        for f in doctor.check_disk(
+            settings("data=folder", f"data.root={tmp_path}", "model.width=8")
+        )
+    ]
     assert statuses == [OK, OK]
 
 

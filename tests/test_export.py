@@ -8,12 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from proxynorm.config import compose_config, settings_from
 from proxynorm.errors import CheckpointError
 from proxynorm.export import export_run, load
 from proxynorm.files import write_json, write_text
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model
+from proxynorm.train.config import compose_config, settings_from
 from tests.helpers import need_module
 
 INPUTS = {"classes": ["a", "b", "c"], "channels": 1, "mean": [0.3], "std": [0.4]}
@@ -66,7 +66,10 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
 def test_onnx_agrees_with_the_run(tmp_path):
     make_run(tmp_path / "run", "norm=gn_pn", "norm.groups=2")
     differences = export_run(tmp_path / "run", tmp_path / "out", onnx=True)
-    assert differences["model.onnx"] < 1e-4 and "model.onnx" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        differences["model.onnx"] < 1e-4
+        and "model.onnx" in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 def test_a_run_without_a_summary_is_not_exported(tmp_path):
@@ -74,7 +77,9 @@ def test_a_run_without_a_summary_is_not_exported(tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(CheckpointError, match="no summary.json"):
         export_run(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="model.safetensors is missing|config.json is missing"):
+    with pytest.raises(
+        CheckpointError, match="model.safetensors is missing|config.json is missing"
+    ):
         load(tmp_path / "out")
 
 
@@ -92,9 +97,9 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
         export_run(tmp_path / "run", tmp_path / "out")
     finally:
         os.umask(before)
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == dict.fromkeys(
-        ("model.safetensors", "config.json", "README.md"), "0o640"
-    )
+    assert {
+        path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()
+    } == dict.fromkeys(("model.safetensors", "config.json", "README.md"), "0o640")
 
 
 @need_module("onnxscript")
@@ -102,7 +107,9 @@ def test_the_card_s_onnx_example_runs(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "FOLDER", onnx=True)
     monkeypatch.chdir(tmp_path)
-    example = (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    example = (
+        (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    )
     (tmp_path / "example.py").write_text(example)
     assert runpy.run_path("example.py")["logits"].shape == (1, 3)
     export_run(tmp_path / "run", tmp_path / "plain")

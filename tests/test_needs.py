@@ -11,7 +11,9 @@ from tests.helpers import need, need_module
 
 
 def item(*marks: pytest.MarkDecorator) -> SimpleNamespace:
-    return SimpleNamespace(iter_markers=lambda name: [decorator.mark for decorator in marks if decorator.name == name])
+    return SimpleNamespace(
+        iter_markers=lambda name: [decorator.mark for decorator in marks if decorator.name == name]
+    )
 
 
 def test_what_is_missing_skips_or_fails(monkeypatch):

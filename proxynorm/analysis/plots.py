@@ -20,7 +20,10 @@ POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as PNG, atomically and without the date or versions, so that equal data give equal bytes."""
     FigureCanvasAgg(figure)
-    write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=120, metadata={"Software": None}))
+    write_atomic(
+        path,
+        lambda stream: figure.savefig(stream, format="png", dpi=120, metadata={"Software": None}),
+    )
 
 
 def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
@@ -31,10 +34,21 @@ def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
         training = [row for row in rows if row["event"] == "train"]
         evaluations = [row for row in rows if row["event"] == "eval"]
         color = f"C{index % 10}"
-        losses.plot([row["epoch"] for row in training], [row["loss"] for row in training], color=color, lw=1,
-                    label=label)
-        accuracy.plot([row["epoch"] for row in evaluations], [row["top1"] for row in evaluations], "o-", color=color,
-                      ms=4, label=label)
+        losses.plot(
+            [row["epoch"] for row in training],
+            [row["loss"] for row in training],
+            color=color,
+            lw=1,
+            label=label,
+        )
+        accuracy.plot(
+            [row["epoch"] for row in evaluations],
+            [row["top1"] for row in evaluations],
+            "o-",
+            color=color,
+            ms=4,
+            label=label,
+        )
     losses.set(xlabel="epoch", ylabel="training loss")
     accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
     for axes in (losses, accuracy):
@@ -44,8 +58,11 @@ def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path,
-               expected: Mapping[str, Sequence[float]] | None = None) -> None:
+def plot_power(
+    panels: Mapping[str, Sequence[PowerRow]],
+    path: Path,
+    expected: Mapping[str, Sequence[float]] | None = None,
+) -> None:
     """The four terms, stacked, against depth, a panel a norm or step, as in the paper's Fig. 2.
 
     `expected` maps a panel to mean field's P1 at its depths, drawn as a dashed line.
@@ -54,10 +71,15 @@ def plot_power(panels: Mapping[str, Sequence[PowerRow]], path: Path,
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.6 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for (title, power), axes in zip(panels.items(), grid, strict=False):  # what is left of the grid stays empty
+    for (title, power), axes in zip(
+        panels.items(), grid, strict=False
+    ):  # what is left of the grid stays empty
         depths = [row.depth for row in power]
-        areas = axes.stackplot(depths, *([getattr(row, term) for row in power] for term in ("p1", "p2", "p3", "p4")),
-                               colors=POWER_COLORS)
+        areas = axes.stackplot(
+            depths,
+            *([getattr(row, term) for row in power] for term in ("p1", "p2", "p3", "p4")),
+            colors=POWER_COLORS,
+        )
         if expected and title in expected:
             axes.plot(depths, expected[title], "k--", lw=1)
         axes.set(title=title, xlabel="depth", ylim=(0, 1))

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,10 @@ class PowerSums:
     def add(self, y: Tensor) -> None:
         """Add the samples of y, (N, C, H, W)."""
         wide = y.float().flatten(2)
-        var, mean = (moment.to(self.device, torch.float64) for moment in torch.var_mean(wide, dim=2, correction=0))
+        var, mean = (
+            moment.to(self.device, torch.float64)
+            for moment in torch.var_mean(wide, dim=2, correction=0)
+        )
         self.sums += torch.stack([mean.sum(0), mean.square().sum(0), var.sqrt().sum(0), var.sum(0)])
         self.count += len(y)
 
@@ -66,7 +68,11 @@ class PowerSums:
 def measuring(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, but Batch Norm by the batch's statistics; afterwards all is as before, running ones included."""
     training = {module: module.training for module in model.modules()}
-    norms = [m for m in model.modules() if isinstance(m, NormAct2d) and getattr(m, "running_mean", None) is not None]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, NormAct2d) and getattr(m, "running_mean", None) is not None
+    ]
     running = [(module.running_mean, module.running_var) for module in norms]
     model.eval()
     for module in norms:
@@ -81,7 +87,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]]) -> list[PowerRow]:
+def power_decomposition(model: nn.Module, batches: Iterable[Tensor | tuple]) -> list[PowerRow]:
     """P1 … P4 of every NormAct2d of the model that has a norm, in the order of the forward pass.
 
     Nothing but sums is stored, however many the images. BN normalizes by the statistics of the batch, as in training.
@@ -93,9 +99,15 @@ def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]
     Raises:
         ValueError: the model has no NormAct2d with a norm, or there are no images.
     """
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, NormAct2d) and m.kind != "none"}
+    norms = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, NormAct2d) and m.kind != "none"
+    }
     if not norms:
-        raise ValueError(f"no norm to decompose: this {type(model).__name__} has no NormAct2d; see proxynorm.convert")
+        raise ValueError(
+            f"no norm to decompose: this {type(model).__name__} has no NormAct2d; see proxynorm.convert"
+        )
     sums: dict[str, PowerSums] = {}  # ordered by first call
 
     def watch(name: str):
@@ -108,7 +120,10 @@ def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
     device = next(model.parameters()).device
     try:
-        with measuring(model), torch.compiler.set_stance("force_eager"):  # a compiled model would not call the hooks
+        with (
+            measuring(model),
+            torch.compiler.set_stance("force_eager"),
+        ):  # a compiled model would not call the hooks
             for batch in batches:
                 model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     finally:
@@ -116,4 +131,6 @@ def power_decomposition(model: nn.Module, batches: Iterable[Union[Tensor, tuple]
             hook.remove()
     if not sums:
         raise ValueError("no images to decompose the power on")
-    return [PowerRow(name, depth, *found.terms()) for depth, (name, found) in enumerate(sums.items(), 1)]
+    return [
+        PowerRow(name, depth, *found.terms()) for depth, (name, found) in enumerate(sums.items(), 1)
+    ]

@@ -21,13 +21,20 @@ def to_metrics(rows: Sequence[PowerRow]) -> dict[str, float]:
 def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
     """The inverse of `to_metrics`, other keys left out."""
     names = [key.partition("/")[2] for key in row if key.startswith("p1/")]
-    return [PowerRow(name, depth, *(row[f"{term}/{name}"] for term in TERMS)) for depth, name in enumerate(names, 1)]
+    return [
+        PowerRow(name, depth, *(row[f"{term}/{name}"] for term in TERMS))
+        for depth, name in enumerate(names, 1)
+    ]
 
 
 def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
     """The mean over nets of equal shape, norm by norm."""
     return [
-        PowerRow(rows[0].name, rows[0].depth, *(fmean(getattr(row, term) for row in rows) for term in TERMS))
+        PowerRow(
+            rows[0].name,
+            rows[0].depth,
+            *(fmean(getattr(row, term) for row in rows) for term in TERMS),
+        )
         for rows in zip(*nets, strict=True)
     ]
 
@@ -38,5 +45,8 @@ def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) 
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([panel, "name", "depth", *TERMS])
     for title, rows in panels.items():
-        writer.writerows([title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)] for row in rows)
+        writer.writerows(
+            [title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)]
+            for row in rows
+        )
     write_text(path, stream.getvalue())

@@ -27,7 +27,9 @@ def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[Power
     device = next(model.parameters()).device
     loader = spread(data.eval_loader(batch, 0, 1), images)
     batches = (
-        data.prepare(batch, device, torch.float32, torch.contiguous_format).images[batch.valid.to(device)]
+        data.prepare(batch, device, torch.float32, torch.contiguous_format).images[
+            batch.valid.to(device)
+        ]
         for batch in loader
     )
     return power_decomposition(model, batches)

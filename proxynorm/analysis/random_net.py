@@ -43,7 +43,13 @@ def random_net(
         channels = in_channels if index == 0 else width
         # without torch's own initialisation, which would cost more than ours
         conv = nn.utils.skip_init(
-            nn.Conv2d, channels, width, kernel, padding=kernel // 2, padding_mode=padding_mode, bias=False
+            nn.Conv2d,
+            channels,
+            width,
+            kernel,
+            padding=kernel // 2,
+            padding_mode=padding_mode,
+            bias=False,
         )
         nn.init.normal_(conv.weight, std=1 / math.sqrt(channels * kernel**2), generator=generator)
         if spec.weight_standardization:
@@ -56,7 +62,12 @@ def random_net(
 
 
 def mean_field_p1(
-    layers: int, beta_std: float = 0.2, gamma_std: float = 0.2, proxy: bool = False, start: float = 0.0, nodes: int = 10
+    layers: int,
+    beta_std: float = 0.2,
+    gamma_std: float = 0.2,
+    proxy: bool = False,
+    start: float = 0.0,
+    nodes: int = 10,
 ) -> list[float]:
     """P1 behind 1 … `layers` ReLU layers of an infinitely wide random net with LN, P1 being `start` before the first.
 
@@ -67,7 +78,9 @@ def mean_field_p1(
     points, weights = _hermite(nodes)
     places = torch.linspace(-6, 6, 241, dtype=torch.float64)
     density = torch.exp(-0.5 * places**2)
-    gamma, beta, m = torch.meshgrid(1 + gamma_std * points, beta_std * points, places, indexing="ij")
+    gamma, beta, m = torch.meshgrid(
+        1 + gamma_std * points, beta_std * points, places, indexing="ij"
+    )
     share = weights[:, None, None] * weights[:, None] * (density / density.sum())
     centre, variance = (0.0, 1.0)
     if proxy:
@@ -75,7 +88,9 @@ def mean_field_p1(
         variance = square - centre**2 + NormAct2d(1).proxy_eps
     found, p = [], start
     for _ in range(layers):
-        mean, square = _relu_moments(gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p))
+        mean, square = _relu_moments(
+            gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p)
+        )
         constant = (share * (mean - centre) ** 2 / variance).sum()
         total = (share * (square - 2 * centre * mean + centre**2) / variance).sum()
         p = min((constant / total).item(), 1.0)
@@ -92,5 +107,8 @@ def _hermite(nodes: int) -> tuple[Tensor, Tensor]:
 def _relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """E[φ] and E[φ²] of a ReLU of N(a, s²)."""
     s = s.clamp_min(1e-12)
-    cdf, density = torch.special.ndtr(a / s), torch.exp(-0.5 * (a / s) ** 2) / math.sqrt(2 * math.pi)
+    cdf, density = (
+        torch.special.ndtr(a / s),
+        torch.exp(-0.5 * (a / s) ** 2) / math.sqrt(2 * math.pi),
+    )
     return a * cdf + s * density, (a * a + s * s) * cdf + a * s * density

@@ -44,7 +44,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 class Frame:
     """Axes in a box of pixels, mapping data to coordinates, collecting SVG elements."""
 
-    def __init__(self, size: Point, margins: tuple[float, float, float, float], x: Point, y: Point) -> None:
+    def __init__(
+        self, size: Point, margins: tuple[float, float, float, float], x: Point, y: Point
+    ) -> None:
         self.width, self.height = size
         self.left, self.top, right, bottom = margins
         self.right, self.bottom = self.width - right, self.height - bottom
@@ -66,7 +68,9 @@ class Frame:
             f'stroke="{color}" stroke-width="{number(width)}"/>'
         )
 
-    def text(self, x: float, y: float, words: str, anchor: str = "middle", turn: bool = False) -> None:
+    def text(
+        self, x: float, y: float, words: str, anchor: str = "middle", turn: bool = False
+    ) -> None:
         rotation = f' transform="rotate(-90 {number(x)} {number(y)})"' if turn else ""
         self.elements.append(
             f'<text x="{number(x)}" y="{number(y)}" text-anchor="{anchor}" {FONT}{rotation}>{escape(words)}</text>'
@@ -80,7 +84,9 @@ class Frame:
 
     def path(self, points: Sequence[Point], color: str) -> None:
         joined = " ".join(f"{number(self.x(x))},{number(self.y(y))}" for x, y in points)
-        self.elements.append(f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        self.elements.append(
+            f'<polyline points="{joined}" fill="none" stroke="{color}" stroke-width="1.5"/>'
+        )
 
     def x_axis(self, label: str) -> None:
         for value in ticks(*self.x_range):
@@ -111,15 +117,24 @@ def padded(bounds: Point) -> Point:
     return low - space, high + space
 
 
-def dot_chart(samples: Mapping[str, Sequence[float]], label: str, references: Mapping[str, float] | None = None) -> str:
+def dot_chart(
+    samples: Mapping[str, Sequence[float]],
+    label: str,
+    references: Mapping[str, float] | None = None,
+) -> str:
     """A row a sample: its values faint, mean and ± one standard deviation bold, its reference a bar across the row."""
     references = references or {}
     values = [value for sample in samples.values() for value in sample] + list(references.values())
     rows, left = len(samples), 24 + 7.2 * max(map(len, samples))
-    frame = Frame((860, 60 + 22 * rows), (left, 10, 20, 45), (min(values), max(values)), (0, max(rows - 1, 1)))
+    frame = Frame(
+        (860, 60 + 22 * rows), (left, 10, 20, 45), (min(values), max(values)), (0, max(rows - 1, 1))
+    )
     frame.x_axis(label)
     for index, (name, sample) in enumerate(samples.items()):
-        color, y = PALETTE[index % len(PALETTE)], frame.top + (index + 0.5) * (frame.bottom - frame.top) / rows
+        color, y = (
+            PALETTE[index % len(PALETTE)],
+            frame.top + (index + 0.5) * (frame.bottom - frame.top) / rows,
+        )
         frame.text(left - 8, y + 4, name, "end")
         if name in references:
             x = frame.x(references[name])
@@ -128,13 +143,19 @@ def dot_chart(samples: Mapping[str, Sequence[float]], label: str, references: Ma
             frame.dot(frame.x(value), y, color, 3, 0.35)
         if sample:
             mean = sum(sample) / len(sample)
-            std = math.sqrt(sum((v - mean) ** 2 for v in sample) / (len(sample) - 1)) if len(sample) > 1 else 0.0
+            std = (
+                math.sqrt(sum((v - mean) ** 2 for v in sample) / (len(sample) - 1))
+                if len(sample) > 1
+                else 0.0
+            )
             frame.line((frame.x(mean - std), y), (frame.x(mean + std), y), color, 2.5)
             frame.dot(frame.x(mean), y, color, 5)
     return frame.svg()
 
 
-def line_chart(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, y_range: Point | None = None) -> str:
+def line_chart(
+    series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, y_range: Point | None = None
+) -> str:
     """A line a series of (x, y), its name to the right."""
     points = [point for line in series.values() for point in line]
     ys = y_range or (min(y for _, y in points), max(y for _, y in points))

@@ -12,8 +12,10 @@ def text_table(header: Sequence[str], rows: Cells) -> str:
     widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        first, *others = (cell.ljust(width) if index == 0 else cell.rjust(width)
-                          for index, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        first, *others = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         return "  ".join([first, *others]).rstrip()
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -4,4 +4,13 @@ from proxynorm.data.loaders import Data, EvalLoader, TrainLoader
 from proxynorm.data.opening import open_data
 from proxynorm.data.spec import Batch, DataInfo, DataSpec, LoaderSpec
 
-__all__ = ["Batch", "Data", "DataInfo", "DataSpec", "EvalLoader", "LoaderSpec", "TrainLoader", "open_data"]
+__all__ = [
+    "Batch",
+    "Data",
+    "DataInfo",
+    "DataSpec",
+    "EvalLoader",
+    "LoaderSpec",
+    "TrainLoader",
+    "open_data",
+]

@@ -38,7 +38,9 @@ def random_boxes(
     top = np.floor(numbers[..., 2][chosen] * (heights - height + 1))
     left = np.floor(numbers[..., 3][chosen] * (widths - width + 1))
     boxes = np.stack([top, left, height, width], axis=1)
-    return np.where(fits.any(axis=1)[:, None], boxes, _widest_boxes(heights, widths, ratio)).astype(np.int64)
+    return np.where(fits.any(axis=1)[:, None], boxes, _widest_boxes(heights, widths, ratio)).astype(
+        np.int64
+    )
 
 
 def _widest_boxes(heights: np.ndarray, widths: np.ndarray, ratio: tuple) -> np.ndarray:
@@ -50,7 +52,9 @@ def _widest_boxes(heights: np.ndarray, widths: np.ndarray, ratio: tuple) -> np.n
 def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:
     """Centred squares whose side is `ratio` of the shorter side, int64 (N, 4): top, left, height, width."""
     side = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
-    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(np.int64)
+    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(
+        np.int64
+    )
 
 
 def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -64,10 +68,14 @@ def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def pad_crop(images: np.ndarray, keys: np.ndarray, size: int, padding: int, flip: bool) -> np.ndarray:
+def pad_crop(
+    images: np.ndarray, keys: np.ndarray, size: int, padding: int, flip: bool
+) -> np.ndarray:
     """Random crops of zero-padded images: (N, h, w, C), h and w at most size -> (N, C, size, size)."""
     side = size + 2 * padding
-    windows = np.lib.stride_tricks.sliding_window_view(pad_to(images, side, side), (size, size), axis=(1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        pad_to(images, side, side), (size, size), axis=(1, 2)
+    )
     top = (uniform(keys, TOP) * (2 * padding + 1)).astype(np.int64)
     left = (uniform(keys, LEFT) * (2 * padding + 1)).astype(np.int64)
     out = windows[np.arange(len(images)), top, left]

@@ -9,18 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from proxynorm.data.beton import Samples, read_beton
+from proxynorm.data.ffcv.beton import Samples, read_beton
 from proxynorm.errors import DataError
 
 
 def cache_folder(given: str | None) -> Path:
     """The folder for files made on the fly: the given one, $PROXYNORM_CACHE, or ~/.cache/proxynorm; made if missing."""
-    default = os.environ.get("PROXYNORM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "proxynorm"
+    default = (
+        os.environ.get("PROXYNORM_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "proxynorm"
+    )
     folder = Path(given or default).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be made ({error.strerror}); set data.cache to another folder") from None
+        raise DataError(
+            f"{folder}: cannot be made ({error.strerror}); set data.cache to another folder"
+        ) from None
     return folder
 
 

@@ -46,7 +46,9 @@ def _complete_folder(root: Path) -> Path:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give data.root, or none and {PACKAGE}")
     for folder in (root, root / "FashionMNIST" / "raw"):
-        if all(_file(folder, part, kind) for part in COUNTS for kind in ("images-idx3", "labels-idx1")):
+        if all(
+            _file(folder, part, kind) for part in COUNTS for kind in ("images-idx3", "labels-idx1")
+        ):
             return folder
     raise DataError(
         f"{root}: lacks Fashion-MNIST's four files (train-images-idx3-ubyte.gz, …); give data.root, or {PACKAGE}"
@@ -68,7 +70,9 @@ def _download(cache: Path) -> Path:
         FashionMNIST(str(cache), download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"Fashion-MNIST is not installed and cannot be downloaded ({reason}); {PACKAGE}") from None
+        raise DataError(
+            f"Fashion-MNIST is not installed and cannot be downloaded ({reason}); {PACKAGE}"
+        ) from None
     return _complete_folder(cache)
 
 
@@ -77,7 +81,9 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]
     images = _read_idx(_file(folder, part, "images-idx3"), (COUNTS[part], SIDE, SIDE))
     labels = _read_idx(_file(folder, part, "labels-idx1"), (COUNTS[part],))
     if labels.max() >= len(CLASSES):
-        raise DataError(f"{folder}: {part} holds the label {labels.max()}; Fashion-MNIST has {len(CLASSES)} classes")
+        raise DataError(
+            f"{folder}: {part} holds the label {labels.max()}; Fashion-MNIST has {len(CLASSES)} classes"
+        )
     return images, labels.astype(np.int64)
 
 

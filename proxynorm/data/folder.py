@@ -28,7 +28,9 @@ class FolderReader:
 
     channels = 3
 
-    def __init__(self, listing: Listing, source: str, workers: int, prefetch: int | None = None) -> None:
+    def __init__(
+        self, listing: Listing, source: str, workers: int, prefetch: int | None = None
+    ) -> None:
         self.source = source
         self.classes, self.targets, self.workers = listing.classes, listing.targets, workers
         ahead = prefetch is not None and workers > 0
@@ -76,7 +78,9 @@ def _extract(path: bytes) -> bytes:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             places = (max(0, (length - BLOCK) // 2), max(0, length - BLOCK))
-            return length.to_bytes(8, "little") + b"".join(os.pread(file.fileno(), BLOCK, place) for place in places)
+            return length.to_bytes(8, "little") + b"".join(
+                os.pread(file.fileno(), BLOCK, place) for place in places
+            )
     except OSError:
         return b""
 
@@ -107,7 +111,9 @@ class _Decoder(torch.utils.data.Dataset):
     def _transform(self, image: Image.Image, key: np.ndarray, size: int) -> Image.Image:
         width, height = image.size
         top, left, h, w = self.view.boxes(key, np.array([height]), np.array([width]))[0].tolist()
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        image = image.resize(
+            (size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
+        )
         if self.view.flips(key)[0]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.view.randaugment is not None:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from proxynorm.data.beton import JPEG, PAGE_SIZE, RAW
-from proxynorm.data.native import ffcv_library
+from proxynorm.data.ffcv.beton import JPEG, PAGE_SIZE, RAW
+from proxynorm.data.ffcv.native import ffcv_library
 from proxynorm.errors import ConfigError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -109,7 +109,15 @@ def _decode(ref: ImageRef, strict: bool) -> tuple[Image.Image, tuple[str, ...]]:
         raise BadImage("is no image") from None
     except Image.DecompressionBombError:
         raise BadImage("has more pixels than can be decoded safely") from None
-    except (OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError, MemoryError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        TypeError,
+        IndexError,
+        EOFError,
+        MemoryError,
+    ) as error:
         raise BadImage(f"cannot be decoded ({_first_line(error)})") from None
 
 
@@ -117,11 +125,15 @@ def conversions(image: Image.Image, name: str) -> tuple[str, ...]:
     """In what an opened image differs from upright RGB in a file named for its format: the kinds a manifest counts."""
     kinds = []
     suffix = Path(name).suffix
-    format = "JPEG" if image.format == "MPO" else image.format  # a JPEG with a second picture behind it
+    format = (
+        "JPEG" if image.format == "MPO" else image.format
+    )  # a JPEG with a second picture behind it
     if Image.registered_extensions().get(suffix.lower()) != format:
         kinds.append(f"{format} named {suffix}")
     if image.mode != "RGB":
-        kinds.append("16-bit grey" if image.mode.startswith("I") else MODES.get(image.mode, image.mode))
+        kinds.append(
+            "16-bit grey" if image.mode.startswith("I") else MODES.get(image.mode, image.mode)
+        )
     if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
         kinds.append("EXIF rotation")
     return tuple(kinds)
@@ -134,7 +146,9 @@ def _first_line(error: BaseException) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: convert() would clip instead of scaling.
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -201,5 +215,7 @@ def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=options.jpeg_quality)
     if buffer.tell() > PAGE_SIZE:
-        raise BadImage(f"takes {buffer.tell()} bytes as JPEG, more than a page of {PAGE_SIZE}; use max_side")
+        raise BadImage(
+            f"takes {buffer.tell()} bytes as JPEG, more than a page of {PAGE_SIZE}; use max_side"
+        )
     return Stored(buffer.getvalue(), height, width, JPEG, converted)

@@ -29,9 +29,15 @@ class Split:
 class TrainLoader:
     """Training micro-batches; see Data.train_loader."""
 
-    def __init__(self, split: Split, view: View, spec: DataSpec, failures: Failures, **order: int) -> None:
+    def __init__(
+        self, split: Split, view: View, spec: DataSpec, failures: Failures, **order: int
+    ) -> None:
         self.split, self.view, self.spec, self.failures = split, view, spec, failures
-        self.batch, self.micro_batch, self.seed = order["batch"], order["micro_batch"], order["seed"]
+        self.batch, self.micro_batch, self.seed = (
+            order["batch"],
+            order["micro_batch"],
+            order["seed"],
+        )
         self.rank, self.world_size = order["rank"], order["world_size"]
         self.crop_seed = self.seed if spec.deterministic else secrets.randbits(64)
         self.running: list[Iterator[Batch]] = []
@@ -40,13 +46,17 @@ class TrainLoader:
     def _check(self) -> None:
         count, step = len(self.split.rows), self.world_size * self.micro_batch
         if min(self.batch, self.micro_batch) < 1:
-            raise ConfigError(f"batch={self.batch} micro_batch={self.micro_batch}: both must be at least 1")
+            raise ConfigError(
+                f"batch={self.batch} micro_batch={self.micro_batch}: both must be at least 1"
+            )
         if self.batch % step:
             raise ConfigError(
                 f"batch={self.batch} is not divisible by {self.world_size} process(es) x micro_batch={self.micro_batch}"
             )
         if self.steps_per_epoch == 0:
-            raise ConfigError(f"batch={self.batch} exceeds the {count} training images; give a smaller batch")
+            raise ConfigError(
+                f"batch={self.batch} exceeds the {count} training images; give a smaller batch"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,7 +79,9 @@ class TrainLoader:
         order = self.split.rows[permutation(self.seed, epoch, len(self.split.rows))]
         jobs = (
             Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
-            for rows in micro_batches(order, self.batch, self.micro_batch, start_step, self.rank, self.world_size)
+            for rows in micro_batches(
+                order, self.batch, self.micro_batch, start_step, self.rank, self.world_size
+            )
         )
         stream = self.split.reader.stream(jobs, self.view, self.failures)
         self.running.append(stream)
@@ -99,7 +111,16 @@ def _only_valid(batch: Batch) -> Batch:
 class EvalLoader:
     """Evaluation batches with a mask; see Data.eval_loader."""
 
-    def __init__(self, split: Split, view: View, size: int, failures: Failures, batch_size: int, rank: int, world: int):
+    def __init__(
+        self,
+        split: Split,
+        view: View,
+        size: int,
+        failures: Failures,
+        batch_size: int,
+        rank: int,
+        world: int,
+    ):
         if batch_size < 1:
             raise ConfigError(f"evaluation batch size {batch_size}: give at least 1")
         # No larger than a rank's share, so that a small set is not mostly padding.
@@ -185,19 +206,29 @@ class Data:
         """Damaged images met by this process under on_bad="skip": name -> reason."""
         return dict(self._failures.reasons)
 
-    def train_loader(self, batch: int, micro_batch: int, seed: int, rank: int = 0, world_size: int = 1) -> TrainLoader:
+    def train_loader(
+        self, batch: int, micro_batch: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> TrainLoader:
         """Training batches: `batch` images a step over all processes, micro_batch a forward pass.
 
         Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, whatever the number of processes.
         Raises ConfigError if batch is no multiple of world_size * micro_batch, or larger than the training set.
         """
-        order = {"batch": batch, "micro_batch": micro_batch, "seed": seed, "rank": rank, "world_size": world_size}
+        order = {
+            "batch": batch,
+            "micro_batch": micro_batch,
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+        }
         return TrainLoader(self.train, self._train_view, self.spec, self._failures, **order)
 
     def eval_loader(self, batch_size: int, rank: int = 0, world_size: int = 1) -> EvalLoader:
         """Evaluation batches: equally many on every rank; over all ranks each image is valid in exactly one row."""
         size = self.spec.eval_size or self.spec.image_size
-        return EvalLoader(self.evaluation, self._eval_view, size, self._failures, batch_size, rank, world_size)
+        return EvalLoader(
+            self.evaluation, self._eval_view, size, self._failures, batch_size, rank, world_size
+        )
 
     def prepare(
         self,
@@ -216,7 +247,8 @@ class Data:
         """Mean and deviation on the 0..255 scale, (1, C, 1, 1); kept on the device, as copying them waits for it."""
         if device not in self._on_device:
             mean, std = (
-                255 * torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (self.info.mean, self.info.std)
+                255 * torch.tensor(value, device=device).view(1, -1, 1, 1)
+                for value in (self.info.mean, self.info.std)
             )
             self._on_device[device] = mean, std
         return self._on_device[device]

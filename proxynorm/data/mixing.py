@@ -59,7 +59,9 @@ class Mixing:
         if N is 1.
         """
         if len(images) < 2:
-            raise ConfigError("mixup and CutMix need at least two images a micro-batch; give a larger micro_batch")
+            raise ConfigError(
+                "mixup and CutMix need at least two images a micro-batch; give a larger micro_batch"
+            )
         even = len(images) // 2 * 2
         with _seeded(seed, step):
             _, mixed = self.mixup(images[:even], targets[:even])
@@ -71,16 +73,22 @@ class Mixing:
 
 
 def _check(mixup_alpha: float, cutmix_alpha: float, cutmix_lambda: float | None) -> None:
-    if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0 and cutmix_lambda is None:
+    if min(mixup_alpha, cutmix_alpha) < 0 or (
+        max(mixup_alpha, cutmix_alpha) == 0 and cutmix_lambda is None
+    ):
         raise ConfigError(
             f"mixup_alpha={mixup_alpha} cutmix_alpha={cutmix_alpha}: none may be negative, one must be above 0"
         )
     if cutmix_lambda is None:
         return
     if cutmix_alpha:
-        raise ConfigError(f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; give one")
+        raise ConfigError(
+            f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; give one"
+        )
     if not OFFSET / SLOPE <= cutmix_lambda < 1:
-        raise ConfigError(f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null")
+        raise ConfigError(
+            f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null"
+        )
 
 
 @contextmanager

@@ -38,7 +38,9 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.argsort(sample_keys(seed ^ 0x6F72646572, epoch, np.arange(count)), kind="stable")
 
 
-def micro_batches(order: np.ndarray, batch: int, micro_batch: int, start_step: int, rank: int, world_size: int):
+def micro_batches(
+    order: np.ndarray, batch: int, micro_batch: int, start_step: int, rank: int, world_size: int
+):
     """Yield rank's micro-batches, (micro_batch,) slices of order, from start_step to the last full batch.
 
     Step t takes order[t*batch:(t+1)*batch]; a rank takes its contiguous share of it; so the samples of a step are the

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from proxynorm.data.augment import View
-from proxynorm.data.beton import Samples
-from proxynorm.data.native import GOOD, REASONS, decoder, map_file
+from proxynorm.data.ffcv.beton import Samples
+from proxynorm.data.ffcv.native import GOOD, REASONS, decoder, map_file
 from proxynorm.data.spec import Batch
 from proxynorm.errors import DataError
 
@@ -69,11 +69,15 @@ class Failures:
     def record(self, name: str, reason: str) -> None:
         """Note a damaged image. Raises DataError under the policy "raise"."""
         if self.on_bad == "raise":
-            raise DataError(f"{name}: {reason}; mend it (a .beton file: write it again), or set data.on_bad=skip")
+            raise DataError(
+                f"{name}: {reason}; mend it (a .beton file: write it again), or set data.on_bad=skip"
+            )
         self.reasons[name] = reason
 
 
-def assemble(reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str], failures: Failures) -> Batch:
+def assemble(
+    reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str], failures: Failures
+) -> Batch:
     """The batch of a job: images (N, C, S, S); bad: place in the batch -> reason. A bad image is invalid, never
     another's."""
     for place, reason in bad.items():
@@ -81,13 +85,17 @@ def assemble(reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str]
     valid = job.rows >= 0
     valid[list(bad)] = False
     targets = np.where(valid, reader.targets[job.rows], 0)
-    return Batch(images, torch.from_numpy(targets), torch.from_numpy(job.rows), torch.from_numpy(valid))
+    return Batch(
+        images, torch.from_numpy(targets), torch.from_numpy(job.rows), torch.from_numpy(valid)
+    )
 
 
 class MemoryReader:
     """Images held in memory, uint8 (N, H, W, C), read from `source`; nothing beside the calling thread is needed."""
 
-    def __init__(self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...], source: str) -> None:
+    def __init__(
+        self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...], source: str
+    ) -> None:
         self.images, self.targets, self.classes, self.source = images, targets, classes, source
         self.channels = images.shape[3]
 
@@ -130,7 +138,11 @@ class BetonReader:
         self.samples, self.classes, self.workers = samples, classes, max(1, workers)
         self.prefetch = prefetch
         self.pin = pin and torch.cuda.is_available()
-        self.targets, self.channels, self.source = samples.target, samples.channels, source or str(samples.path)
+        self.targets, self.channels, self.source = (
+            samples.target,
+            samples.channels,
+            source or str(samples.path),
+        )
         self.file = map_file(samples.path)
         self.decode = decoder()
         self.scratch_size = 3 * int((samples.height.astype(np.int64) * samples.width).max())
@@ -165,7 +177,9 @@ class BetonReader:
         length = min(IMAGES_PER_TASK, math.ceil(len(job.rows) / self.workers))
         parts = [slice(start, start + length) for start in range(0, len(job.rows), length)]
         tasks = [
-            pool.submit(self._decode, job.rows[part], boxes[part], flips[part], images[part], status[part])
+            pool.submit(
+                self._decode, job.rows[part], boxes[part], flips[part], images[part], status[part]
+            )
             for part in parts
         ]
         return _Pending(job, images, status, tasks)
@@ -174,13 +188,28 @@ class BetonReader:
         s = self.samples
         scratch = np.empty(self.scratch_size, dtype=np.uint8)
         self.decode(
-            self.file, rows, s.mode, s.height, s.width, s.pointer, s.size, s.sums, boxes, flips, scratch, images, status
+            self.file,
+            rows,
+            s.mode,
+            s.height,
+            s.width,
+            s.pointer,
+            s.size,
+            s.sums,
+            boxes,
+            flips,
+            scratch,
+            images,
+            status,
         )
 
     def _finish(self, pending: _Pending, view: View, failures: Failures) -> Batch:
         for task in pending.tasks:
             task.result()
-        bad = {int(place): REASONS[int(pending.status[place])] for place in np.flatnonzero(pending.status != GOOD)}
+        bad = {
+            int(place): REASONS[int(pending.status[place])]
+            for place in np.flatnonzero(pending.status != GOOD)
+        }
         images = torch.from_numpy(view.finish(pending.images, pending.job.keys, pending.job.size))
         return assemble(self, pending.job, images, bad, failures)
 

@@ -47,7 +47,9 @@ def list_source(source: Path, labels: Path | None = None) -> Listing:
         return list_folder(source)
     images, aside = _images_in(source)
     if not images and any(path.lower().endswith(EXTENSIONS) for path in aside):
-        raise DataError(f"{source}: holds its images in folders; if these are the classes, drop labels={labels}")
+        raise DataError(
+            f"{source}: holds its images in folders; if these are the classes, drop labels={labels}"
+        )
     return list_flat(images, labels, source)._replace(aside=tuple(aside))
 
 
@@ -76,9 +78,15 @@ def _no_images(folder: Path, others: list[str]) -> DataError:
     """A class folder without images; others: the files that lie in it or below it."""
     deeper = [path for path in others if path.lower().endswith(EXTENSIONS)]
     if deeper:
-        example = f", such as {folder.parent / 'train'}" if (folder.parent / "train").is_dir() else ""
-        return DataError(f"{folder.parent}: holds folders of folders; give one whose folders hold images{example}")
-    return DataError(f"{folder}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder")
+        example = (
+            f", such as {folder.parent / 'train'}" if (folder.parent / "train").is_dir() else ""
+        )
+        return DataError(
+            f"{folder.parent}: holds folders of folders; give one whose folders hold images{example}"
+        )
+    return DataError(
+        f"{folder}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder"
+    )
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
@@ -121,11 +129,20 @@ def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
     classes = tuple(sorted(set(table.values())))
     number = {name: target for target, name in enumerate(classes)}
     targets = np.array([number[name] for name in names], dtype=np.int64)
-    return Listing(classes, images, targets, notes=_unused_labels(table, set(stems), classes, set(names), labels))
+    return Listing(
+        classes,
+        images,
+        targets,
+        notes=_unused_labels(table, set(stems), classes, set(names), labels),
+    )
 
 
 def _unused_labels(
-    table: dict[str, str], stems: set[str], classes: tuple[str, ...], present: set[str], labels: Path
+    table: dict[str, str],
+    stems: set[str],
+    classes: tuple[str, ...],
+    present: set[str],
+    labels: Path,
 ) -> tuple[str, ...]:
     """A line on the labels that have no image, and on the classes that have none; such classes keep their numbers."""
     unused = [stem for stem in table if stem not in stems]
@@ -157,14 +174,18 @@ def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
     table: dict[str, str] = {}
     for stem, name in pairs:
         if table.setdefault(stem, name) != name:
-            raise DataError(f"{path}: gives {stem} two classes, {table[stem]} and {name}; leave the right one")
+            raise DataError(
+                f"{path}: gives {stem} two classes, {table[stem]} and {name}; leave the right one"
+            )
     return table
 
 
 def _label(path: Path, number: int, row: list[str]) -> tuple[str, str]:
     """File stem and class from a line of a list of labels, split at its commas. Raises DataError."""
     if len(row) < 2 or not row[0].strip() or not row[1].strip():
-        raise DataError(f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a comma")
+        raise DataError(
+            f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a comma"
+        )
     return Path(row[0].strip()).stem, row[1].split()[0]
 
 
@@ -174,14 +195,20 @@ def _read_devkit(folder: Path) -> dict[str, str]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise ConfigError("reading ImageNet's devkit needs scipy: pip install scipy, or give labels=FILE.csv") from None
+        raise ConfigError(
+            "reading ImageNet's devkit needs scipy: pip install scipy, or give labels=FILE.csv"
+        ) from None
     try:
         numbers = [int(line) for line in (data / GROUND_TRUTH).read_text().split()]
         synsets = loadmat(str(data / "meta.mat"), squeeze_me=True)["synsets"]
         wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        return {f"ILSVRC2012_val_{n:08d}": wnid[number] for n, number in enumerate(numbers, start=1)}
+        return {
+            f"ILSVRC2012_val_{n:08d}": wnid[number] for n, number in enumerate(numbers, start=1)
+        }
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: is not ImageNet's devkit, with {GROUND_TRUTH} and meta.mat ({error})") from None
+        raise DataError(
+            f"{folder}: is not ImageNet's devkit, with {GROUND_TRUTH} and meta.mat ({error})"
+        ) from None
 
 
 class _File(NamedTuple):
@@ -205,9 +232,13 @@ def list_tar(path: Path, labels: Path | None) -> Listing:
     files = [file for file in files if file.ref.name.lower().endswith(EXTENSIONS)]
     name, count = next(iter(Counter(file.ref.name for file in files).most_common(1)), ("", 0))
     if count > 1:
-        raise DataError(f"{path}: holds {name.removeprefix(f'{path}:')} {count} times; make the archive anew")
+        raise DataError(
+            f"{path}: holds {name.removeprefix(f'{path}:')} {count} times; make the archive anew"
+        )
     if labels is not None:
-        refs = [file.ref for file in sorted(files, key=lambda file: (file.folder.name, file.ref.name))]
+        refs = [
+            file.ref for file in sorted(files, key=lambda file: (file.folder.name, file.ref.name))
+        ]
         return list_flat(refs, labels, path)._replace(aside=tuple(aside))
     top = _place_of_classes(path, files)
     aside += [file.ref.name for file in files if not _is_class(file.folder, top)]

@@ -122,11 +122,17 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
         if not 0 < value <= 1:
             raise ConfigError(f"data.{key}={value}: give a share above 0 and at most 1")
     if not 0 <= spec.random_erasing <= 1:
-        raise ConfigError(f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1")
+        raise ConfigError(
+            f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1"
+        )
     if (spec.start_size is None) != (spec.ramp is None):
-        raise ConfigError("progressive resizing needs both data.start_size and data.ramp=[first epoch, last epoch]")
+        raise ConfigError(
+            "progressive resizing needs both data.start_size and data.ramp=[first epoch, last epoch]"
+        )
     if spec.ramp is not None and not (len(spec.ramp) == 2 and 0 <= spec.ramp[0] < spec.ramp[1]):
-        raise ConfigError(f"data.ramp={list(spec.ramp)}: give a first epoch and a later last epoch, as [0,5]")
+        raise ConfigError(
+            f"data.ramp={list(spec.ramp)}: give a first epoch and a later last epoch, as [0,5]"
+        )
     if spec.start_size is not None and spec.start_size > spec.image_size:
         raise ConfigError(
             f"data.start_size={spec.start_size} exceeds data.image_size={spec.image_size}, to which it grows"
@@ -134,9 +140,13 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     if spec.name != "fashion_mnist" and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
     if spec.name == "fashion_mnist" and spec.augmentation == "inception":
-        raise ConfigError("data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none")
+        raise ConfigError(
+            "data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none"
+        )
     if spec.name == "fashion_mnist" and spec.randaugment is not None:
-        raise ConfigError("randaugment is for photographs in colour (data=folder); Fashion-MNIST has none")
+        raise ConfigError(
+            "randaugment is for photographs in colour (data=folder); Fashion-MNIST has none"
+        )
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

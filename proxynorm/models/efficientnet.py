@@ -18,10 +18,24 @@ from torch import nn
 from proxynorm.nn.norm_act import NormAct2d
 
 # Channel and depth multipliers of Tan and Le, arXiv 1905.11946.
-_MULTIPLIERS = {"b0": (1.0, 1.0), "b1": (1.0, 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4), "b4": (1.4, 1.8),
-                "b5": (1.6, 2.2)}  # fmt: skip
+_MULTIPLIERS = {
+    "b0": (1.0, 1.0),
+    "b1": (1.0, 1.1),
+    "b2": (1.1, 1.2),
+    "b3": (1.2, 1.4),
+    "b4": (1.4, 1.8),
+    "b5": (1.6, 2.2),
+}
 # One row a stage: blocks, kernel, stride, channels; the first stage has no expansion.
-_STAGES = [(1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 112), (4, 5, 2, 192), (1, 3, 1, 320)]
+_STAGES = [
+    (1, 3, 1, 16),
+    (2, 3, 2, 24),
+    (2, 5, 2, 40),
+    (3, 3, 2, 80),
+    (3, 5, 1, 112),
+    (4, 5, 2, 192),
+    (1, 3, 1, 320),
+]
 
 
 def efficientnet_g1(size: str, **kwargs: object) -> nn.Module:
@@ -34,16 +48,23 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
     width, depth = _MULTIPLIERS[size]
     rounded = partial(round_channels, multiplier=width)
     stages = [
-        [f"{'ds' if i == 0 else 'ir'}_r{blocks}_k{kernel}_s{stride}_e{1 if i == 0 else 4}_c{channels}_se0.25"]
+        [
+            f"{'ds' if i == 0 else 'ir'}_r{blocks}_k{kernel}_s{stride}_e{1 if i == 0 else 4}_c{channels}_se0.25"
+        ]
         for i, (blocks, kernel, stride, channels) in enumerate(_STAGES)
     ]
     block_args = decode_arch_def(stages, depth, group_size=16)
     for i, block in enumerate(block_args[0]):
         block["group_size"] = _group_size(rounded(32 if i == 0 else 16))
     return EfficientNet(
-        block_args, num_features=rounded(1280), stem_size=32, round_chs_fn=rounded, act_layer=nn.SiLU,
-        norm_layer=nn.BatchNorm2d, **kwargs,
-    )  # fmt: skip
+        block_args,
+        num_features=rounded(1280),
+        stem_size=32,
+        round_chs_fn=rounded,
+        act_layer=nn.SiLU,
+        norm_layer=nn.BatchNorm2d,
+        **kwargs,
+    )
 
 
 def _group_size(channels: int) -> int:
@@ -67,7 +88,9 @@ class CentredSqueezeExcite(nn.Module):
         self.act1 = squeeze_excite.act1
         self.conv_expand = squeeze_excite.conv_expand
         self.gate = squeeze_excite.gate
-        self._norm = (norm,)  # a tuple hides it from nn.Module, so that its parameters keep one name
+        self._norm = (
+            norm,
+        )  # a tuple hides it from nn.Module, so that its parameters keep one name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
@@ -93,14 +116,18 @@ class FrozenSqueezeExcite(nn.Module):
         scale: s = 1/sqrt(v + ε), shape (C,).
     """
 
-    def __init__(self, squeeze_excite: CentredSqueezeExcite, mean: torch.Tensor, scale: torch.Tensor) -> None:
+    def __init__(
+        self, squeeze_excite: CentredSqueezeExcite, mean: torch.Tensor, scale: torch.Tensor
+    ) -> None:
         super().__init__()
         self.conv_reduce = copy.deepcopy(squeeze_excite.conv_reduce)
         self.act1 = squeeze_excite.act1
         self.conv_expand = squeeze_excite.conv_expand
         self.gate = squeeze_excite.gate
         with torch.no_grad():
-            self.conv_reduce.bias -= self.conv_reduce.weight.flatten(1) @ mean.to(self.conv_reduce.weight.dtype)
+            self.conv_reduce.bias -= self.conv_reduce.weight.flatten(1) @ mean.to(
+                self.conv_reduce.weight.dtype
+            )
         self.register_buffer("scale", scale.view(1, -1, 1, 1))
         self.register_buffer("shift", -mean.view(1, -1, 1, 1))
 
@@ -119,7 +146,9 @@ def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:
     For a model whose norms are NormAct2d with PN; in place, returns the model.
     """
     for block in model.modules():
-        if isinstance(block, (DepthwiseSeparableConv, InvertedResidual)) and isinstance(block.se, SqueezeExcite):
+        if isinstance(block, (DepthwiseSeparableConv, InvertedResidual)) and isinstance(
+            block.se, SqueezeExcite
+        ):
             norm = block.bn1 if isinstance(block, DepthwiseSeparableConv) else block.bn2
             norm.proxy_scale = False
             block.se = CentredSqueezeExcite(block.se, norm)

@@ -10,15 +10,15 @@ from functools import partial
 import timm
 from torch import nn
 
+from proxynorm.conversion.convert import convert, standardize_before_norms
 from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
 from proxynorm.nn.checks import check_options, check_rate, check_whole
-from proxynorm.nn.convert import convert, standardize_before_norms
+from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
-from proxynorm.nn.shared import share_moments
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Architecture:
 _EFFICIENTNET_SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456}
 
 _ARCHITECTURES: dict[str, Architecture] = {
-    "resnet20v2": Architecture(SmallResNetV2, size=32, groups=4, takes_norm_layer=True, pretrained=False),
+    "resnet20v2": Architecture(
+        SmallResNetV2, size=32, groups=4, takes_norm_layer=True, pretrained=False
+    ),
     "resnet50": Architecture(partial(from_timm, "resnet50")),
     "resnet101": Architecture(partial(from_timm, "resnet101")),
     "resnet50v2": Architecture(partial(from_timm, "resnetv2_50")),
@@ -57,7 +59,9 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "resnext101": Architecture(partial(from_timm, "resnext101_32x4d")),
     "resnext50v2": Architecture(resnext50v2, pretrained=False),
     **{
-        f"efficientnet_{size}": Architecture(partial(efficientnet_g1, size), pixels, 1e-3, 4, has_se=True)
+        f"efficientnet_{size}": Architecture(
+            partial(efficientnet_g1, size), pixels, 1e-3, 4, has_se=True
+        )
         for size, pixels in _EFFICIENTNET_SIZES.items()
     },
     **{
@@ -118,10 +122,20 @@ def create_model(
         ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms cannot be placed.
     """
     architecture = _architecture(name)
-    common = dict(num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-    options = dict(norm_batch=norm_batch, proxy_eps=proxy_eps, moments=moments, nodes=nodes,
-                   groups=architecture.groups if groups is None else groups,
-                   eps=architecture.eps if eps is None and not pretrained else eps)  # fmt: skip
+    common = dict(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
+    options = dict(
+        norm_batch=norm_batch,
+        proxy_eps=proxy_eps,
+        moments=moments,
+        nodes=nodes,
+        groups=architecture.groups if groups is None else groups,
+        eps=architecture.eps if eps is None and not pretrained else eps,
+    )
     try:
         spec = norm_spec(norm)
         _check_squeeze_excite(architecture, se)
@@ -147,7 +161,9 @@ def native_size(name: str) -> int:
     return _architecture(name).size
 
 
-def _build(architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool) -> nn.Module:
+def _build(
+    architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool
+) -> nn.Module:
     """The network: with its norm where it takes one, else with batch norm. Raises ValueError for a wrong argument."""
     if architecture.takes_norm_layer:
         arguments["norm_layer"] = partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options)
@@ -155,7 +171,10 @@ def _build(architecture: Architecture, spec: NormSpec, options: dict, arguments:
         arguments["pretrained"] = True
     try:
         model = architecture.build(**arguments)
-    except (TypeError, RuntimeError) as error:  # timm's answer to unknown arguments and missing pretrained weights
+    except (
+        TypeError,
+        RuntimeError,
+    ) as error:  # timm's answer to unknown arguments and missing pretrained weights
         raise ValueError(str(error)) from error
     if architecture.takes_norm_layer and spec.weight_standardization:
         standardize_before_norms(model)
@@ -192,4 +211,6 @@ def _architecture(name: str) -> Architecture:
         return Architecture(partial(from_timm, timm_name), size=size, eps=None)
     near = difflib.get_close_matches(timm_name, [*MODELS, *timm.list_models()], n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown model {name!r}.{guess} Choose one of: {', '.join(MODELS)}, or any timm model")
+    raise ConfigError(
+        f"unknown model {name!r}.{guess} Choose one of: {', '.join(MODELS)}, or any timm model"
+    )

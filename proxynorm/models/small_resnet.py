@@ -82,16 +82,21 @@ class SmallResNetV2(nn.Module):
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth={depth} is not 6n + 2: use 8, 14, 20, 32, 44, 56, 80, 110 …")
         if width < 1 or stem_stride not in (1, 2):
-            raise ValueError(f"width={width}, stem_stride={stem_stride}: width must be ≥ 1 and stem_stride 1 or 2")
+            raise ValueError(
+                f"width={width}, stem_stride={stem_stride}: width must be ≥ 1 and stem_stride 1 or 2"
+            )
         self.num_classes = num_classes
         self.num_features = 4 * width
         blocks = (depth - 2) // 6
         self.stem = nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False)
         rates = calculate_drop_path_rates(drop_path_rate, [blocks] * 3, stagewise=True)
         channels = [width, width, 2 * width, 4 * width]
-        self.stages = nn.Sequential(*[
-            _stage(channels[i], channels[i + 1], 1 if i == 0 else 2, norm_layer, rates[i]) for i in range(3)
-        ])
+        self.stages = nn.Sequential(
+            *[
+                _stage(channels[i], channels[i + 1], 1 if i == 0 else 2, norm_layer, rates[i])
+                for i in range(3)
+            ]
+        )
         self.norm = norm_layer(self.num_features)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(drop_rate)
@@ -118,7 +123,11 @@ class SmallResNetV2(nn.Module):
 
 
 def _stage(
-    in_channels: int, channels: int, stride: int, norm_layer: Callable[[int], nn.Module], rates: list[float]
+    in_channels: int,
+    channels: int,
+    stride: int,
+    norm_layer: Callable[[int], nn.Module],
+    rates: list[float],
 ) -> nn.Sequential:
     """len(rates) blocks; the first changes the number of channels and the stride."""
     blocks = [PreActBlock(in_channels, channels, stride, norm_layer, rates[0])]

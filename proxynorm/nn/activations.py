@@ -1,4 +1,5 @@
 """Activations by name, class, module or callable, and the canonical name each is known by."""
+
 from __future__ import annotations
 
 import copy
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .names import unknown_name
+from proxynorm.nn.names import unknown_name
 
 Activation = Union[str, type, nn.Module, Callable[[Tensor], Tensor], None]
 
@@ -34,14 +35,43 @@ _LAYERS: dict[str, Callable[..., nn.Module]] = {
     "identity": nn.Identity,
 }
 ACTIVATIONS: tuple[str, ...] = tuple(_LAYERS)
-_SPELLINGS = {"swish": "silu", "leakyrelu": "leaky_relu", "hardtanh": "hard_tanh", "hardsigmoid": "hard_sigmoid",
-              "hardswish": "hard_swish", "gelutanh": "gelu_tanh", "linear": "identity"}
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu_: "relu", F.silu: "silu", F.gelu: "gelu",
-              F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.hardtanh: "hard_tanh",
-              F.hardtanh_: "hard_tanh", F.hardsigmoid: "hard_sigmoid", F.hardswish: "hard_swish", F.mish: "mish",
-              F.elu: "elu", F.elu_: "elu", F.celu: "celu", F.celu_: "celu", F.selu: "selu", F.selu_: "selu",
-              F.softplus: "softplus", F.tanh: "tanh", torch.tanh: "tanh", torch.tanh_: "tanh", F.sigmoid: "sigmoid",
-              torch.sigmoid: "sigmoid", torch.sigmoid_: "sigmoid"}
+_SPELLINGS = {
+    "swish": "silu",
+    "leakyrelu": "leaky_relu",
+    "hardtanh": "hard_tanh",
+    "hardsigmoid": "hard_sigmoid",
+    "hardswish": "hard_swish",
+    "gelutanh": "gelu_tanh",
+    "linear": "identity",
+}
+_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.relu_: "relu",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.relu6: "relu6",
+    F.hardtanh: "hard_tanh",
+    F.hardtanh_: "hard_tanh",
+    F.hardsigmoid: "hard_sigmoid",
+    F.hardswish: "hard_swish",
+    F.mish: "mish",
+    F.elu: "elu",
+    F.elu_: "elu",
+    F.celu: "celu",
+    F.celu_: "celu",
+    F.selu: "selu",
+    F.selu_: "selu",
+    F.softplus: "softplus",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    torch.tanh_: "tanh",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+}
 
 
 class FunctionActivation(nn.Module):
@@ -79,10 +109,14 @@ def make_activation(activation: Activation, inplace: bool = False, **kwargs: obj
         return _construct(activation, inplace, kwargs)
     if callable(activation):
         return FunctionActivation(partial(activation, **kwargs) if kwargs else activation)
-    raise TypeError(f"an activation is a name, a module, a module class or a callable, not {activation!r}")
+    raise TypeError(
+        f"an activation is a name, a module, a module class or a callable, not {activation!r}"
+    )
 
 
-def _construct(factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[str, object]) -> nn.Module:
+def _construct(
+    factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[str, object]
+) -> nn.Module:
     try:
         return factory(**{"inplace": inplace, **kwargs})
     except TypeError:  # this activation has no in-place form
@@ -94,7 +128,9 @@ def activate(module: nn.Module, x: Tensor) -> Tensor:
     own = dict(module.named_parameters())
     if all(p.dtype == x.dtype for p in own.values()):
         return module(x)
-    return torch.func.functional_call(module, {name: p.to(x.dtype) for name, p in own.items()}, (x,))
+    return torch.func.functional_call(
+        module, {name: p.to(x.dtype) for name, p in own.items()}, (x,)
+    )
 
 
 def out_of_place(module: nn.Module) -> nn.Module:
@@ -121,7 +157,10 @@ def activation_name(module: nn.Module) -> str:
     other library's class of such a name may have a slope of its own.
     """
     name = class_name(module)
-    if not type(module).__module__.startswith(("torch.nn.", "timm.layers.activations")) or name not in _LAYERS:
+    if (
+        not type(module).__module__.startswith(("torch.nn.", "timm.layers.activations"))
+        or name not in _LAYERS
+    ):
         return "callable"
     return name
 
@@ -131,4 +170,6 @@ def class_name(module: nn.Module) -> str:
     name = type(module).__name__.lower()
     name = name[:-2] if name.endswith("me") and name != "me" else name
     name = _SPELLINGS.get(name, name)
-    return "gelu_tanh" if name == "gelu" and getattr(module, "approximate", "none") == "tanh" else name
+    return (
+        "gelu_tanh" if name == "gelu" and getattr(module, "approximate", "none") == "tanh" else name
+    )

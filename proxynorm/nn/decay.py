@@ -1,9 +1,10 @@
 """Which parameters weight decay touches: convolution and linear weights, γ̃ and β̃; never γ, β or other biases."""
+
 from __future__ import annotations
 
 from torch import nn
 
-from .norm_act import NormAct2d
+from proxynorm.nn.norm_act import NormAct2d
 
 _DECAYED_WEIGHT = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
@@ -22,7 +23,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
                 continue
             seen.add(id(parameter))
             (decayed if _is_decayed(module, name) else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -30,5 +34,7 @@ def _is_decayed(module: nn.Module, name: str) -> bool:
     if isinstance(module, NormAct2d):
         return name in ("proxy_weight", "proxy_bias")
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return name.startswith("original")  # the weight behind a parametrization such as weight standardization
+        return name.startswith(
+            "original"
+        )  # the weight behind a parametrization such as weight standardization
     return isinstance(module, _DECAYED_WEIGHT) and name == "weight"

@@ -3,6 +3,7 @@
 With M(a, s) = E[φ(a + sG)]: ∂M/∂s = s·∂²M/∂a² (heat equation), E[u f] = a·E[f] + s²·E[f'] (Stein). Everything
 elementwise on float64 tensors of one shape; a and s as moments.py makes them.
 """
+
 from __future__ import annotations
 
 import math
@@ -36,11 +37,18 @@ class Moments(NamedTuple):
     var_s: Tensor
 
 
-def from_raw(mean: Tensor, square: Tensor, mean_a: Tensor, mean_s: Tensor, square_a: Tensor,
-             square_s: Tensor) -> Moments:
+def from_raw(
+    mean: Tensor, square: Tensor, mean_a: Tensor, mean_s: Tensor, square_a: Tensor, square_s: Tensor
+) -> Moments:
     """From E[φ], E[φ²] and their slopes."""
-    return Moments(mean, (square - mean * mean).clamp_min(0), mean_a, mean_s,
-                   square_a - 2 * mean * mean_a, square_s - 2 * mean * mean_s)
+    return Moments(
+        mean,
+        (square - mean * mean).clamp_min(0),
+        mean_a,
+        mean_s,
+        square_a - 2 * mean * mean_a,
+        square_s - 2 * mean * mean_s,
+    )
 
 
 def standardized(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +66,14 @@ def leaky_relu(a: Tensor, s: Tensor, slope: float = 0.0) -> Moments:
         return from_raw(mean, square, cdf, density, 2 * mean, 2 * s * cdf)
     k, k2 = 1 - slope, 1 - slope * slope
     slope2 = slope * slope
-    return from_raw(k * mean + slope * a, k2 * square + slope2 * (a * a + s * s), k * cdf + slope, k * density,
-                    2 * (k2 * mean + slope2 * a), 2 * s * (k2 * cdf + slope2))
+    return from_raw(
+        k * mean + slope * a,
+        k2 * square + slope2 * (a * a + s * s),
+        k * cdf + slope,
+        k * density,
+        2 * (k2 * mean + slope2 * a),
+        2 * s * (k2 * cdf + slope2),
+    )
 
 
 def relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,10 +90,26 @@ def _rectified(a: Tensor, s: Tensor, cdf: Tensor, density: Tensor) -> tuple[Tens
 
 # The logistic distribution as a scale mixture of normals, σ(u) ≈ Σ p·Φ(λu), with eight terms: an approximation of the kind that
 # Monahan and Stefanski proposed; its largest error was measured as 2.1e-9; what follows for the moments is tested.
-_P = (0.003246343272134, 0.051517477033972, 0.195077912673858, 0.315569823632818, 0.274149576158423,
-      0.131076880695470, 0.027912418727972, 0.001449567805354)
-_LAMBDA = (1.365340806296348, 1.059523971016916, 0.830791313765644, 0.650732166639391, 0.508135425366489,
-           0.396313345166341, 0.308904252267995, 0.238212616409306)
+_P = (
+    0.003246343272134,
+    0.051517477033972,
+    0.195077912673858,
+    0.315569823632818,
+    0.274149576158423,
+    0.131076880695470,
+    0.027912418727972,
+    0.001449567805354,
+)
+_LAMBDA = (
+    1.365340806296348,
+    1.059523971016916,
+    0.830791313765644,
+    0.650732166639391,
+    0.508135425366489,
+    0.396313345166341,
+    0.308904252267995,
+    0.238212616409306,
+)
 
 
 def silu(a: Tensor, s: Tensor) -> Moments:
@@ -100,8 +130,13 @@ def gelu(a: Tensor, s: Tensor) -> Moments:
     p = 2 * d * torch.special.ndtr(hr)  # d/da of E[Φ²]; p' = −hc·p + q, q' = −hc(1 + r²)·q
     q = 2 * c * r * d * torch.exp(-0.5 * hr * hr) / _SQRT_2PI
     k, hc, h2, c2 = 2 + r * r, h * c, h * h, c * c
-    squares = [cdf - 2 * _owens_t(h, r), p, q - hc * p, c2 * (h2 - 1) * p - hc * k * q,
-               hc * c2 * (3 - h2) * p + c2 * (h2 - 1 - k + h2 * k * (1 + r * r)) * q]
+    squares = [
+        cdf - 2 * _owens_t(h, r),
+        p,
+        q - hc * p,
+        c2 * (h2 - 1) * p - hc * k * q,
+        hc * c2 * (3 - h2) * p + c2 * (h2 - 1 - k + h2 * k * (1 + r * r)) * q,
+    ]
     return _self_gated(a, s, gates, squares)
 
 
@@ -112,12 +147,16 @@ def _self_gated(a: Tensor, s: Tensor, gate: list[Tensor], squared_gate: list[Ten
     square = (a * a + v) * t0 + 2 * a * v * t1 + v * v * t2
     square_a = 2 * a * t0 + (a * a + 3 * v) * t1 + 2 * a * v * t2 + v * v * t3
     square_aa = 2 * t0 + 4 * a * t1 + (a * a + 5 * v) * t2 + 2 * a * v * t3 + v * v * t4
-    return from_raw(a * g0 + v * g1, square, g0 + a * g1 + v * g2, s * mean_aa, square_a, s * square_aa)
+    return from_raw(
+        a * g0 + v * g1, square, g0 + a * g1 + v * g2, s * mean_aa, square_a, s * square_aa
+    )
 
 
 def _owens_t(h: Tensor, r: Tensor) -> Tensor:
     """Owen's T(h, r) for 0 < r ≤ 1, its defining integral by Gauss–Legendre."""
-    nodes, weights = (torch.tensor(v, dtype=h.dtype, device=h.device).view(-1, *[1] * h.ndim) for v in _LEGENDRE)
+    nodes, weights = (
+        torch.tensor(v, dtype=h.dtype, device=h.device).view(-1, *[1] * h.ndim) for v in _LEGENDRE
+    )
     x2 = (r * nodes).square() + 1
     return (torch.exp(-0.5 * h.square() * x2) / x2 * weights).sum(0) * r / (2 * math.pi)
 
@@ -129,9 +168,20 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
     c2 = (scale.square().reciprocal()[:, None] + s * s).reciprocal()
     c, a2 = c2.sqrt(), a * a
     d = torch.exp(c2 * (-0.5 * a2)) * c
-    k0, k1, k2, k3, k4 = _weighted_powers(share / _SQRT_2PI, d, c2)  # Hermite's polynomials in h are made of them
-    mean = 0.5 + 0.5 * (share @ torch.erf(c * (a * math.sqrt(0.5))))  # Φ(h) = ½ + ½·erf(h/√2), and Σ p = 1
-    derivatives = [mean, k0, -a * k1, a2 * k2 - k1, a * (3 * k2 - a2 * k3), a2 * (a2 * k4 - 6 * k3) + 3 * k2]
+    k0, k1, k2, k3, k4 = _weighted_powers(
+        share / _SQRT_2PI, d, c2
+    )  # Hermite's polynomials in h are made of them
+    mean = 0.5 + 0.5 * (
+        share @ torch.erf(c * (a * math.sqrt(0.5)))
+    )  # Φ(h) = ½ + ½·erf(h/√2), and Σ p = 1
+    derivatives = [
+        mean,
+        k0,
+        -a * k1,
+        a2 * k2 - k1,
+        a * (3 * k2 - a2 * k3),
+        a2 * (a2 * k4 - 6 * k3) + 3 * k2,
+    ]
     return [derivative.view(shape) for derivative in derivatives]
 
 

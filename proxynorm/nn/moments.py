@@ -21,6 +21,7 @@ covered: one of height J costs up to 1.7e-2·J in the mean, and no gradient know
 
 Results are rounded to float32 for float32 parameters. "auto" is "exact".
 """
+
 from __future__ import annotations
 
 import math
@@ -29,17 +30,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import gaussian, piecewise
-from .activations import Activation, activate, activation_name, make_activation
-from .gaussian import Moments
-from .names import unknown_name
-from .precision import without_autocast
+from proxynorm.nn import gaussian, piecewise
+from proxynorm.nn.activations import Activation, activate, activation_name, make_activation
+from proxynorm.nn.fast.precision import without_autocast
+from proxynorm.nn.gaussian import Moments
+from proxynorm.nn.names import unknown_name
 
 METHODS = ("auto", "exact", "grid")
 
 
-def proxy_moments(weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor,
-                  activation: Activation = "relu", method: str = "auto", nodes: int = 256) -> tuple[Tensor, Tensor]:
+def proxy_moments(
+    weight: Tensor,
+    bias: Tensor,
+    proxy_weight: Tensor,
+    proxy_bias: Tensor,
+    activation: Activation = "relu",
+    method: str = "auto",
+    nodes: int = 256,
+) -> tuple[Tensor, Tensor]:
     """Mean and variance of φ(γY + β) with Y ~ N(β̃, (1 + γ̃)²).
 
     weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,); so have the two results, in float32 (float64
@@ -57,7 +65,9 @@ def proxy_moments(weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias
         return mean.to(out), var.to(out)
 
 
-def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "auto", nodes: int = 256) -> Moments:
+def moments_with_slopes(
+    module: nn.Module, a: Tensor, s: Tensor, method: str = "auto", nodes: int = 256
+) -> Moments:
     """Moments of φ(N(a, s²)) and their derivatives by a and s, without autograd; a and s as location_and_scale's."""
     name = activation_name(module)
     if name in _WITH_SLOPES and method != "grid":
@@ -67,7 +77,10 @@ def moments_with_slopes(module: nn.Module, a: Tensor, s: Tensor, method: str = "
     with torch.inference_mode(False), torch.enable_grad(), identity:
         a, s = (t.detach().clone().requires_grad_() for t in (a, s))
         mean, var = grid(module, a, s, nodes) if method == "grid" else _exact(module, a, s)
-        slopes = [torch.autograd.grad(m.sum(), (a, s), retain_graph=True, materialize_grads=True) for m in (mean, var)]
+        slopes = [
+            torch.autograd.grad(m.sum(), (a, s), retain_graph=True, materialize_grads=True)
+            for m in (mean, var)
+        ]
     return Moments(mean.detach(), var.detach(), *slopes[0], *slopes[1])
 
 
@@ -76,14 +89,19 @@ def check_method(method: str, nodes: int) -> None:
     if method not in METHODS:
         raise ValueError(unknown_name("method of moments", method, METHODS))
     if not (type(nodes) is int and nodes >= 1):
-        raise ValueError(f"nodes={nodes!r}: the grid of the moments needs at least one node (the paper's has 256)")
+        raise ValueError(
+            f"nodes={nodes!r}: the grid of the moments needs at least one node (the paper's has 256)"
+        )
 
 
-def location_and_scale(weight: Tensor, bias: Tensor, proxy_weight: Tensor,
-                       proxy_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def location_and_scale(
+    weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """a = γβ̃ + β, s = |γ(1 + γ̃)| and the sign of γ(1 + γ̃), in float64 (float32 where the device has no float64)."""
     work = working_dtype(weight)
-    weight, bias, proxy_weight, proxy_bias = (p.to(work) for p in (weight, bias, proxy_weight, proxy_bias))
+    weight, bias, proxy_weight, proxy_bias = (
+        p.to(work) for p in (weight, bias, proxy_weight, proxy_bias)
+    )
     signed = weight * (1 + proxy_weight)
     return weight * proxy_bias + bias, signed.abs(), signed.sign()
 
@@ -104,9 +122,13 @@ _WITH_SLOPES: dict[str, Callable[[Tensor, Tensor, nn.Module], Moments]] = {
 _CLOSED: dict[str, _Form] = {
     **_WITH_SLOPES,
     "relu": lambda a, s, module: gaussian.relu_moments(a, s),
-    "relu6": piecewise.relu6, "hard_tanh": piecewise.hard_tanh,
-    "hard_sigmoid": piecewise.hard_sigmoid, "hard_swish": piecewise.hard_swish,
-    "elu": piecewise.elu, "celu": piecewise.celu, "selu": piecewise.selu,
+    "relu6": piecewise.relu6,
+    "hard_tanh": piecewise.hard_tanh,
+    "hard_sigmoid": piecewise.hard_sigmoid,
+    "hard_swish": piecewise.hard_swish,
+    "elu": piecewise.elu,
+    "celu": piecewise.celu,
+    "selu": piecewise.selu,
 }
 
 
@@ -116,12 +138,23 @@ def _exact(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return form(a, s, module)[:2] if form is not None else quadrature(module, a, s)
 
 
-def _grid_moments(module: nn.Module, weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor,
-                  nodes: int) -> tuple[Tensor, Tensor]:
+def _grid_moments(
+    module: nn.Module,
+    weight: Tensor,
+    bias: Tensor,
+    proxy_weight: Tensor,
+    proxy_bias: Tensor,
+    nodes: int,
+) -> tuple[Tensor, Tensor]:
     """The paper's integration written as the authors do: every node is scaled, activated and averaged."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, bias, proxy_weight, proxy_bias = (p.to(dtype) for p in (weight, bias, proxy_weight, proxy_bias))
-    z = _activate(module, weight * (proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]) + bias)
+    weight, bias, proxy_weight, proxy_bias = (
+        p.to(dtype) for p in (weight, bias, proxy_weight, proxy_bias)
+    )
+    z = _activate(
+        module,
+        weight * (proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]) + bias,
+    )
     mean = z.mean(0)
     return mean, (z - mean).square().mean(0)
 
@@ -139,7 +172,13 @@ def grid_nodes(nodes: int, like: Tensor) -> Tensor:
 
 def grid(module: nn.Module, a: Tensor, s: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
     """The paper's integration as a function of a and s: uniform weights on Gaussian mid-point quantiles."""
-    return _weighted(module, a, s, grid_nodes(nodes, a), torch.full((nodes,), 1 / nodes, dtype=torch.float64).to(a))
+    return _weighted(
+        module,
+        a,
+        s,
+        grid_nodes(nodes, a),
+        torch.full((nodes,), 1 / nodes, dtype=torch.float64).to(a),
+    )
 
 
 def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +188,9 @@ def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]
     return _weighted(module, a, s, nodes, weights / weights.sum())
 
 
-def _weighted(module: nn.Module, a: Tensor, s: Tensor, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted(
+    module: nn.Module, a: Tensor, s: Tensor, nodes: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     z = _activate(module, a + s * nodes[:, None])
     mean = weights @ z
     return mean, weights @ (z - mean).square()

@@ -1,4 +1,5 @@
 """The legal norm names and what each one stands for."""
+
 from __future__ import annotations
 
 import difflib

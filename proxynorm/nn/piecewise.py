@@ -2,6 +2,7 @@
 
 Differentiable float64 operations on a and s as moments.py makes them.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .gaussian import standardized
+from proxynorm.nn.gaussian import standardized
 
 Polynomial = tuple[float, ...]  # coefficients of 1, u, u², …
 
@@ -36,22 +37,27 @@ def hard_swish(a: Tensor, s: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]
     return piecewise_polynomial(a, s, (-3, 3), ((0,), (0, 1 / 2, 1 / 6), (0, 1)))
 
 
-def piecewise_polynomial(a: Tensor, s: Tensor, breaks: Sequence[float],
-                         pieces: Sequence[Polynomial]) -> tuple[Tensor, Tensor]:
+def piecewise_polynomial(
+    a: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[Polynomial]
+) -> tuple[Tensor, Tensor]:
     """φ is pieces[0] below breaks[0], pieces[1] between breaks[0] and breaks[1], and so on."""
     mean = _expectation(a, s, breaks, pieces)
     square = _expectation(a, s, breaks, [_multiply(p, p) for p in pieces])
     return mean, (square - mean * mean).clamp_min(0)
 
 
-def _expectation(a: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[Polynomial]) -> Tensor:
+def _expectation(
+    a: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[Polynomial]
+) -> Tensor:
     """The first piece everywhere, then beyond each break what the next piece adds to the one before."""
     order = max(len(p) for p in pieces)
     total = _dot(pieces[0], _upper_moments(a, s, None, order))
     for edge, before, after in zip(breaks, pieces, pieces[1:]):
         width = max(len(before), len(after))
         before, after = (p + (0.0,) * (width - len(p)) for p in (before, after))
-        total = total + _dot([q - p for p, q in zip(before, after)], _upper_moments(a, s, edge, order))
+        total = total + _dot(
+            [q - p for p, q in zip(before, after)], _upper_moments(a, s, edge, order)
+        )
     return total
 
 
@@ -63,7 +69,11 @@ def _upper_moments(a: Tensor, s: Tensor, edge: float | None, order: int) -> list
         tail, density = standardized(a - edge, s)
     moments = [tail, a * tail + s * density]
     for k in range(2, order):
-        moments.append(a * moments[k - 1] + (k - 1) * s * s * moments[k - 2] + s * (edge or 0.0) ** (k - 1) * density)
+        moments.append(
+            a * moments[k - 1]
+            + (k - 1) * s * s * moments[k - 2]
+            + s * (edge or 0.0) ** (k - 1) * density
+        )
     return moments[:order]
 
 
@@ -94,14 +104,18 @@ def selu(a: Tensor, s: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     return _exponential_tail(a, s, 1.6732632423543772, 1.0, 1.0507009873554805)
 
 
-def _exponential_tail(a: Tensor, s: Tensor, alpha: float, rate: float, factor: float) -> tuple[Tensor, Tensor]:
+def _exponential_tail(
+    a: Tensor, s: Tensor, alpha: float, rate: float, factor: float
+) -> tuple[Tensor, Tensor]:
     """φ = factor·(u above 0, alpha·(exp(rate·u) − 1) below)."""
     s = s.clamp_min(1e-10)  # the parts' slopes are 1/s and cancel; costs 1e-10 in the mean
     above, density = standardized(a, s)
     below = 1 - above
     first, second = _exponential_moment(a, s, rate), _exponential_moment(a, s, 2 * rate)
     mean = a * above + s * density + alpha * (first - below)
-    square = (a * a + s * s) * above + a * s * density + alpha * alpha * (second - 2 * first + below)
+    square = (
+        (a * a + s * s) * above + a * s * density + alpha * alpha * (second - 2 * first + below)
+    )
     return factor * mean, factor * factor * (square - mean * mean).clamp_min(0)
 
 
@@ -111,5 +125,7 @@ def _exponential_moment(a: Tensor, s: Tensor, k: float) -> Tensor:
     q = (a / s).clamp(-38, 38)
     t = -q - k * s
     scaled = 0.5 * torch.exp(-0.5 * q * q) * torch.special.erfcx(-t.clamp(max=0) * math.sqrt(0.5))
-    plain = torch.exp((k * a + 0.5 * (k * s).square()).clamp(max=0)) * torch.special.ndtr(t.clamp(min=0))
+    plain = torch.exp((k * a + 0.5 * (k * s).square()).clamp(max=0)) * torch.special.ndtr(
+        t.clamp(min=0)
+    )
     return torch.where(t < 0, scaled, plain)

@@ -1,11 +1,12 @@
 """Weight standardization: each output filter of a convolution has zero mean and unit variance over its inputs."""
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .precision import without_autocast
+from proxynorm.nn.fast.precision import without_autocast
 
 
 class StandardizedWeight(nn.Module):

@@ -18,9 +18,19 @@ def build_model(settings: Settings, num_classes: int, channels: int) -> nn.Modul
     arguments = dict(settings.model)
     norm = settings.norm
     return create_model(
-        arguments.pop("name"), norm=norm.name, num_classes=num_classes, in_chans=channels, groups=norm.groups,
-        eps=norm.eps, proxy_eps=norm.proxy_eps, moments=norm.moments, nodes=norm.nodes, norm_batch=settings.norm_batch,
-        drop_rate=settings.regularization.dropout, drop_path_rate=settings.regularization.stochastic_depth, **arguments,
+        arguments.pop("name"),
+        norm=norm.name,
+        num_classes=num_classes,
+        in_chans=channels,
+        groups=norm.groups,
+        eps=norm.eps,
+        proxy_eps=norm.proxy_eps,
+        moments=norm.moments,
+        nodes=norm.nodes,
+        norm_batch=settings.norm_batch,
+        drop_rate=settings.regularization.dropout,
+        drop_path_rate=settings.regularization.stochastic_depth,
+        **arguments,
     )
 
 

@@ -20,6 +20,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
     The archive holds a CRC-32 of every record, which `load` verifies.
     """
+
     def keep() -> None:
         if previous is not None and path.exists():
             os.replace(path, previous)
@@ -74,5 +75,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             messages = [*faults, f"falling back: going on from {folder / name}"]
         return content, messages
     if faults:
-        raise CheckpointError(f"no readable checkpoint: {'; '.join(faults)}; resume=never starts anew")
+        raise CheckpointError(
+            f"no readable checkpoint: {'; '.join(faults)}; resume=never starts anew"
+        )
     return None, []

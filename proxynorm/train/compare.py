@@ -11,8 +11,16 @@ import torch
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics
 
-TIMINGS = {"images_per_second", "data_wait", "step_ms_p50", "step_ms_p95", "gpu_memory_gib", "eta_seconds", "seconds",
-           "train_seconds"}
+TIMINGS = {
+    "images_per_second",
+    "data_wait",
+    "step_ms_p50",
+    "step_ms_p95",
+    "gpu_memory_gib",
+    "eta_seconds",
+    "seconds",
+    "train_seconds",
+}
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -23,9 +31,18 @@ def differences(first: Path, second: Path) -> list[str]:
     found = []
     for name in ("last.pt", "best.pt"):
         contents = [checkpoint.load(folder / "checkpoints" / name) for folder in (first, second)]
-        found += [f"{name}: {key}" for key in different_keys(*map(flatten, contents)) if key.split(".")[-1] not in TIMINGS]
-    rows = [[{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(folder / "metrics.jsonl")]
-            for folder in (first, second)]
+        found += [
+            f"{name}: {key}"
+            for key in different_keys(*map(flatten, contents))
+            if key.split(".")[-1] not in TIMINGS
+        ]
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in TIMINGS}
+            for row in read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (first, second)
+    ]
     if len(rows[0]) != len(rows[1]):
         found.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} rows")
     found += [f"metrics.jsonl: step {a['step']} ({a['event']})" for a, b in zip(*rows) if a != b]
@@ -48,13 +65,16 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def different_keys(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """The keys whose leaves are not the same bits."""
-    return [key for key in sorted(first.keys() | second.keys())
-            if key not in first or key not in second or not same(first[key], second[key])]
+    return [
+        key
+        for key in sorted(first.keys() | second.keys())
+        if key not in first or key not in second or not same(first[key], second[key])
+    ]
 
 
 def same(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, float) and isinstance(second, float):
-        return first == second or math.isnan(first) and math.isnan(second)
+        return first == second or (math.isnan(first) and math.isnan(second))
     return type(first) is type(second) and first == second

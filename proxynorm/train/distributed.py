@@ -83,8 +83,10 @@ def environment_ranks() -> tuple[int, int, int]:
         return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise ConfigError("srun started several tasks, but MASTER_ADDR and MASTER_PORT are not set: "
-                              "use slurm/train.sbatch, or set them to the first node and a free port")
+            raise ConfigError(
+                "srun started several tasks, but MASTER_ADDR and MASTER_PORT are not set: "
+                "use slurm/train.sbatch, or set them to the first node and a free port"
+            )
         return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
     return 0, 0, 1
 

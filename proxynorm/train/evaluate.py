@@ -35,14 +35,26 @@ def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor)
     logits, targets = logits[valid].float(), targets[valid]
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     loss = cross_entropy(logits, targets, reduction="none").double().sum()
-    return torch.stack([ranked[:, 0].sum().double(), ranked.sum().double(), loss,
-                        torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device)])
+    return torch.stack(
+        [
+            ranked[:, 0].sum().double(),
+            ranked.sum().double(),
+            loss,
+            torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device),
+        ]
+    )
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], prepare: Callable[[Batch], Batch], process: Process,
-             dtype: torch.dtype = torch.float32, expected: int | None = None,
-             each_batch: Callable[[], None] | None = None) -> Result:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    prepare: Callable[[Batch], Batch],
+    process: Process,
+    dtype: torch.dtype = torch.float32,
+    expected: int | None = None,
+    each_batch: Callable[[], None] | None = None,
+) -> Result:
     """Evaluate `model` (put in eval mode, then back) over `batches`; `prepare` moves and normalizes a batch.
 
     Raises DataError when the number of distinct images over all processes is not `expected`.

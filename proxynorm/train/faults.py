@@ -17,7 +17,9 @@ from proxynorm.errors import ProxynormError
 
 KEY = "fault"
 POLL_SECONDS = 1.0
-LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's words when a peer is gone
+LOST = re.compile(
+    "connection (closed|reset) by peer", re.IGNORECASE
+)  # gloo's words when a peer is gone
 GRACE_SECONDS = 10.0  # for a process to notice by itself that a peer is gone, as gloo does
 
 
@@ -37,12 +39,18 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        words = first_line(error) if isinstance(error, ProxynormError) else f"{type(error).__name__}: {first_line(error)}"
+        words = (
+            first_line(error)
+            if isinstance(error, ProxynormError)
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
         first = _tell(store, json.dumps([rank, words]))
         if first is not None and first[0] != rank and not isinstance(error, ProxynormError):
             raise PeerError(_sentence(first)) from None
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
-            raise PeerError("the connection to another process of the run is lost: it was killed, or its machine is gone") from None
+            raise PeerError(
+                "the connection to another process of the run is lost: it was killed, or its machine is gone"
+            ) from None
         raise
     finally:
         ended.set()

@@ -10,7 +10,13 @@ import torch
 # From glibc's malloc.h, and the values that its mallopt(3) gives: no memory is given back, no block is mapped by itself.
 M_TRIM_THRESHOLD, NEVER = -1, -1
 M_MMAP_MAX, NONE = -4, 0
-OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+OWN_SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
+)
 
 
 def keep_freed_memory(device: torch.device) -> bool:
@@ -20,7 +26,11 @@ def keep_freed_memory(device: torch.device) -> bool:
     time in every step (results/step/*_malloc.json beside *_channels_last.json). Malloc settings in the environment are
     left as they are; other C libraries and CUDA have no use for it.
     """
-    if device.type != "cpu" or os.name != "posix" or any(name in os.environ for name in OWN_SETTINGS):
+    if (
+        device.type != "cpu"
+        or os.name != "posix"
+        or any(name in os.environ for name in OWN_SETTINGS)
+    ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -29,10 +29,13 @@ def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype)
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            if not isinstance(output, torch.Tensor) or output is inputs[0] and not getattr(module, "inplace", False):
+            if not isinstance(output, torch.Tensor) or (
+                output is inputs[0] and not getattr(module, "inplace", False)
+            ):
                 return
             if not torch.isfinite(output).all():
                 found.append(name)
+
         return hook
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in layers(model)]
@@ -49,7 +52,9 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that compute something themselves, by name: those without children, and each norm with its activation."""
     norms = [name for name, module in model.named_modules() if isinstance(module, NormAct2d)]
     for name, module in model.named_modules():
-        if name in norms or not any(module.children()) and not name.startswith(tuple(f"{norm}." for norm in norms)):
+        if name in norms or (
+            not any(module.children()) and not name.startswith(tuple(f"{norm}." for norm in norms))
+        ):
             yield name, module
 
 
@@ -72,17 +77,29 @@ def describe(state: TrainState, losses: list[float], layers: list[list[str]], no
     ranks: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for rank, names in enumerate(layers):
         ranks[tuple(names)].append(rank)
-    places = [f"first in {', '.join(names)}" + (f" of {process_ranges(found)}" if len(losses) > 1 else "")
-              for names, found in ranks.items() if names]
+    places = [
+        f"first in {', '.join(names)}" + (f" of {process_ranges(found)}" if len(losses) > 1 else "")
+        for names, found in ranks.items()
+        if names
+    ]
     where = "; ".join(places) or "in the loss or the backward pass: every activation is finite"
     rate = state.optimizer.param_groups[0]["lr"]
-    skipped = f"; {state.skipped - 1} updates were skipped before, which is the limit" if state.skipped > 1 else ""
-    return (f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}: not finite, {where}; "
-            f"the weights, and the last checkpoint if there is one, are untouched{skipped}")
+    skipped = (
+        f"; {state.skipped - 1} updates were skipped before, which is the limit"
+        if state.skipped > 1
+        else ""
+    )
+    return (
+        f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}: not finite, {where}; "
+        f"the weights, and the last checkpoint if there is one, are untouched{skipped}"
+    )
 
 
 def process_ranges(ranks: list[int]) -> str:
     """Ascending ranks in words: process 3; processes 0–2, 5."""
-    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda item: item[1] - item[0])]
+    runs = [
+        [rank for _, rank in run]
+        for _, run in groupby(enumerate(ranks), lambda item: item[1] - item[0])
+    ]
     words = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
     return f"process {words}" if len(ranks) == 1 else f"processes {words}"

@@ -25,22 +25,36 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
         arguments["alpha"] = optim.alpha
     try:
         return create_optimizer_v2(
-            parameter_groups(model, optim.weight_decay), opt=optim.name, lr=settings.learning_rate,
-            weight_decay=optim.weight_decay, **arguments,
+            parameter_groups(model, optim.weight_decay),
+            opt=optim.name,
+            lr=settings.learning_rate,
+            weight_decay=optim.weight_decay,
+            **arguments,
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"optim.name={optim.name}: timm cannot make it: {error}") from error
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int) -> Scheduler:
+def create_schedule(
+    optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int
+) -> Scheduler:
     """The schedule of `settings.schedule`: a function of the number of updates alone, set with `step_update`."""
     schedule = settings.schedule
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=schedule.name, num_epochs=settings.epochs, warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=schedule.warmup_lr, min_lr=schedule.min_lr, decay_rate=schedule.decay_rate,
-        decay_epochs=schedule.decay_epochs, decay_milestones=schedule.milestones or [],
-        step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+        optimizer,
+        sched=schedule.name,
+        num_epochs=settings.epochs,
+        warmup_epochs=schedule.warmup_epochs,
+        warmup_lr=schedule.warmup_lr,
+        min_lr=schedule.min_lr,
+        decay_rate=schedule.decay_rate,
+        decay_epochs=schedule.decay_epochs,
+        decay_milestones=schedule.milestones or [],
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
     )
     if scheduler is None:
-        raise ConfigError(f"schedule.name={schedule.name}: valid: cosine, step, multistep, poly, constant")
+        raise ConfigError(
+            f"schedule.name={schedule.name}: valid: cosine, step, multistep, poly, constant"
+        )
     return scheduler

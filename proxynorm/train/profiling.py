@@ -26,6 +26,8 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
         profiler.export_chrome_trace(str(path))
         print(f"trace in {path}: open it in https://ui.perfetto.dev", flush=True)
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports its own steps, and a missing GPU as an error
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # or it reports its own steps, and a missing GPU as an error
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
         yield profiler.step

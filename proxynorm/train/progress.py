@@ -24,7 +24,11 @@ class Display:
         self.last_line = time.monotonic()
         self.bar = None
         if visible and self.console.is_terminal:
-            self.columns = (TextColumn("{task.fields[head]}"), BarColumn(BAR_WIDTHS[1]), TextColumn("{task.fields[text]}"))
+            self.columns = (
+                TextColumn("{task.fields[head]}"),
+                BarColumn(BAR_WIDTHS[1]),
+                TextColumn("{task.fields[text]}"),
+            )
             self.bar = Progress(*self.columns, console=self.console, transient=True)
             self.task = self.bar.add_task("", total=total_steps, head="starting", text="")
             self.bar.start()
@@ -61,8 +65,18 @@ class Display:
         """Add the row of an evaluation; the training figures are left out if they are not a number (just resumed)."""
         loss = "" if math.isnan(train_loss) else f"{train_loss:.4f}"
         speed = "" if math.isnan(images_per_second) else f"{images_per_second:.0f}"
-        self.say(ROW.format(f"{row['epoch']:g}/{self.epochs}", row["step"], loss, f"{row['loss']:.4f}", f"{row['top1']:.2f}",
-                            f"{row['top5']:.2f}", speed, f"{seconds:.0f}"))
+        self.say(
+            ROW.format(
+                f"{row['epoch']:g}/{self.epochs}",
+                row["step"],
+                loss,
+                f"{row['loss']:.4f}",
+                f"{row['top1']:.2f}",
+                f"{row['top5']:.2f}",
+                speed,
+                f"{seconds:.0f}",
+            )
+        )
 
     def close(self) -> None:
         if self.bar:
@@ -73,9 +87,14 @@ class Display:
 def figures(row: dict) -> list[str]:
     """A training row's figures as the progress line shows them, the most wanted first; the first row knows no times."""
     parts = {
-        "loss": "loss {loss:.4f}", "eta_seconds": "ETA {eta}", "images_per_second": "{images_per_second:.0f} images/s",
-        "lr": "lr {lr:.4g}", "data_wait": "data {data_wait:.0%}", "step_ms_p50": "step {step_ms_p50:.0f}, p95 {step_ms_p95:.0f} ms",
-        "gradient_norm": "gradient {gradient_norm:.3g}", "gpu_memory_gib": "GPU {gpu_memory_gib:.1f} GiB",
+        "loss": "loss {loss:.4f}",
+        "eta_seconds": "ETA {eta}",
+        "images_per_second": "{images_per_second:.0f} images/s",
+        "lr": "lr {lr:.4g}",
+        "data_wait": "data {data_wait:.0%}",
+        "step_ms_p50": "step {step_ms_p50:.0f}, p95 {step_ms_p95:.0f} ms",
+        "gradient_norm": "gradient {gradient_norm:.3g}",
+        "gpu_memory_gib": "GPU {gpu_memory_gib:.1f} GiB",
     }
     left = timedelta(seconds=round(row.get("eta_seconds", 0)))
     return [part.format(**row, eta=left) for key, part in parts.items() if key in row]

@@ -12,11 +12,11 @@ from torch import nn
 from yaml import YAMLError
 
 from proxynorm.cli import first_line
-from proxynorm.config import settings_from
 from proxynorm.data import Data, open_data
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model
+from proxynorm.train.config import settings_from
 from proxynorm.train.settings import Settings
 
 
@@ -49,11 +49,17 @@ def restore(path: Path) -> Restored:
         content = checkpoint.load(path)
     except CheckpointError as error:
         previous = path.with_name("previous.pt")
-        hint = f"; the one before it: checkpoint={previous}" if previous.is_file() and path.name == "last.pt" else ""
+        hint = (
+            f"; the one before it: checkpoint={previous}"
+            if previous.is_file() and path.name == "last.pt"
+            else ""
+        )
         raise CheckpointError(f"{error}{hint}") from error
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
-        raise CheckpointError(f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): its configuration is missing")
+        raise CheckpointError(
+            f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): its configuration is missing"
+        )
     settings = stored_settings(config)
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
@@ -71,9 +77,13 @@ def stored_settings(path: Path) -> Settings:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; put it back") from error
     except (ConfigError, YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise CheckpointError(f"{path} is damaged, or of another version ({first_line(error)}); put the run's own back") from error
+        raise CheckpointError(
+            f"{path} is damaged, or of another version ({first_line(error)}); put the run's own back"
+        ) from error
     if "name" not in settings.model:
-        raise CheckpointError(f"{path} names no model: it is empty or damaged; put the run's own back")
+        raise CheckpointError(
+            f"{path} names no model: it is empty or damaged; put the run's own back"
+        )
     return settings
 
 
@@ -83,20 +93,29 @@ def different_classes(stored: list[str], present: list[str]) -> str:
     return f"{len(stored)} → {len(present)}, {next(pairs, 'one list goes on')}"
 
 
-def open_evaluation_data(restored: Restored, root: str | None, cache: str | None, loader: str | None,
-                         workers: int | None) -> Data:
+def open_evaluation_data(
+    restored: Restored, root: str | None, cache: str | None, loader: str | None, workers: int | None
+) -> Data:
     """The run's data set, elsewhere if asked for. Raises DataError, or CheckpointError if its classes are others."""
     settings = restored.settings
     changes = {key: value for key, value in (("root", root), ("cache", cache)) if value is not None}
-    loader_changes = {key: value for key, value in (("name", loader), ("workers", workers)) if value is not None}
+    loader_changes = {
+        key: value for key, value in (("name", loader), ("workers", workers)) if value is not None
+    }
     data = open_data(replace(settings.data, **changes), replace(settings.loader, **loader_changes))
     trained, present = restored.content["inputs"]["classes"], list(data.info.classes)
     if trained != present:
-        raise CheckpointError(f"the checkpoint was trained on another data set (classes: {different_classes(trained, present)})")
+        raise CheckpointError(
+            f"the checkpoint was trained on another data set (classes: {different_classes(trained, present)})"
+        )
     return data
 
 
 def other_images(restored: Restored, data: Data) -> list[str]:
     """What to tell, in a line, of an evaluation on other images than the run's own."""
     replaced = data.replaced(restored.content["inputs"].get("images", {}))
-    return [f"{replaced['eval']} holds other images than those that the run was evaluated on"] if "eval" in replaced else []
+    return (
+        [f"{replaced['eval']} holds other images than those that the run was evaluated on"]
+        if "eval" in replaced
+        else []
+    )

@@ -19,9 +19,22 @@ import torch
 from proxynorm.errors import CheckpointError, ConfigError, DataError
 from proxynorm.files import finite, write_json, write_text, writing
 
-NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")  # the packages whose versions may change the bits
+NUMERIC = (
+    "torch",
+    "torchvision",
+    "timm",
+    "ffcv",
+    "numpy",
+)  # the packages whose versions may change the bits
 PACKAGES = ("proxynorm", *NUMERIC, "hydra-core", "wandb")
-MACHINE = ("python", "processor", "gpus", "cuda", "threads", "device")  # what else of the environment may
+MACHINE = (
+    "python",
+    "processor",
+    "gpus",
+    "cuda",
+    "threads",
+    "device",
+)  # what else of the environment may
 SUMMARY = ("completed", "steps", "total_steps", "top1")  # what a summary is read for
 
 
@@ -47,14 +60,18 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             stream = open(self.path / ".lock", "ab+", buffering=0)
         except OSError as error:
-            raise ConfigError(f"cannot write the run folder {self.path}: {error.strerror}; choose another runs_dir=") from None
+            raise ConfigError(
+                f"cannot write the run folder {self.path}: {error.strerror}; choose another runs_dir="
+            ) from None
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stream.seek(0)
             holder = stream.read().decode().strip() or "another process"
             stream.close()
-            raise ConfigError(f"{self.path} is in use by {holder}; wait for it, or choose another name=") from None
+            raise ConfigError(
+                f"{self.path} is in use by {holder}; wait for it, or choose another name="
+            ) from None
         self._lock = stream
         with writing(self.path / ".lock"):
             stream.truncate(0)
@@ -67,7 +84,15 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget a former run: its files, and nothing else that may lie in the folder."""
-        for path in (self.last, self.previous, self.best, self.metrics, self.environment, self.summary, self.curves):
+        for path in (
+            self.last,
+            self.previous,
+            self.best,
+            self.metrics,
+            self.environment,
+            self.summary,
+            self.curves,
+        ):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
         self.remove_leftovers()
@@ -109,8 +134,11 @@ class RunFolder:
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the rows after weight update `step`, and those of an evaluation at it that is to be made again."""
+
         def stays(row: dict[str, Any]) -> bool:
-            return row["step"] < step or row["step"] == step and (row["event"] == "train" or evaluated == step)
+            return row["step"] < step or (
+                row["step"] == step and (row["event"] == "train" or evaluated == step)
+            )
 
         rows = [row for row in self.read_rows() if stays(row)]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -122,7 +150,7 @@ class RunFolder:
             size = stream.tell()
             try:
                 while line:  # a disk that fills up takes a part, and refuses the rest
-                    line = line[stream.write(line):]
+                    line = line[stream.write(line) :]
             except OSError:
                 stream.truncate(size)
                 raise
@@ -138,7 +166,9 @@ class RunFolder:
         rows = self.read_rows()
         first = next((row["step"] for row in rows if row["event"] == "eval"), None)
         evaluated = first is not None and rows[-1]["step"] > first
-        return self.summary.exists() or evaluated or bool((self.read_environment() or {}).get("saved"))
+        return (
+            self.summary.exists() or evaluated or bool((self.read_environment() or {}).get("saved"))
+        )
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -148,7 +178,9 @@ def read_summary(path: Path) -> dict[str, Any]:
     except ValueError:
         summary = None
     if not isinstance(summary, dict) or any(key not in summary for key in SUMMARY):
-        raise CheckpointError(f"{path} is damaged; remove it, and the run goes on from its checkpoint")
+        raise CheckpointError(
+            f"{path} is damaged; remove it, and the run goes on from its checkpoint"
+        )
     return summary
 
 
@@ -160,7 +192,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines if line]
     except ValueError as error:
-        raise DataError(f"{path} is damaged: a line is not JSON ({error}); remove that line") from None
+        raise DataError(
+            f"{path} is damaged: a line is not JSON ({error}); remove that line"
+        ) from None
 
 
 def git_state() -> dict[str, Any]:
@@ -168,9 +202,15 @@ def git_state() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root)]
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*command, "status", "--porcelain", "--untracked-files=no"],
-                                capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            [*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            [*command, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
@@ -199,14 +239,22 @@ def package_versions() -> dict[str, str]:
 
 def bits(environment: dict[str, Any]) -> dict[str, Any]:
     """The part of an environment that rounding may depend on."""
-    return {key: environment.get(key) for key in MACHINE} | {key: environment["packages"].get(key) for key in NUMERIC}
+    return {key: environment.get(key) for key in MACHINE} | {
+        key: environment["packages"].get(key) for key in NUMERIC
+    }
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and source commit: what one needs to make the run again."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "python": sys.version.split()[0], "packages": package_versions(), "system": platform.platform(),
-        "processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "gpus": gpus, "cuda": torch.version.cuda, "git": git_state(),
+        "python": sys.version.split()[0],
+        "packages": package_versions(),
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "git": git_state(),
     }

@@ -1,4 +1,4 @@
-"""What a training run is, as plain typed values. The Hydra configuration is turned into these in proxynorm.config."""
+"""What a training run is, as plain typed values. The Hydra configuration is turned into these in proxynorm.train.config."""
 
 from __future__ import annotations
 
@@ -177,26 +177,98 @@ CHOICES = {
 
 # The keys that share a range, the range in words, and its test. null is left to the type.
 RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
-    (("batch", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "eval_batch", "checkpoint.every_steps",
-      "norm.groups", "norm.nodes", "optim.base_batch", "power.every_epochs", "power.images"),
-     "at least 1", lambda value: value >= 1),
-    (("seed", "nonfinite_limit", "debug.profile_steps", "norm.eps", "norm.proxy_eps", "optim.weight_decay", "optim.eps",
-      "optim.alpha_per_image", "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr", "schedule.decay_rate",
-      "regularization.mixup", "regularization.cutmix"),
-     "at least 0 and finite", lambda value: 0 <= value < math.inf),
-    (("optim.lr", "optim.base_lr", "optim.clip_grad", "schedule.decay_epochs", "checkpoint.every_minutes"),
-     "above 0 and finite", lambda value: 0 < value < math.inf),
-    (("regularization.label_smoothing", "regularization.mix_probability", "regularization.switch_probability",
-      "regularization.random_erasing", "power.threshold"),
-     "from 0 to 1", lambda value: 0 <= value <= 1),
-    (("optim.momentum", "optim.alpha", "regularization.dropout", "regularization.stochastic_depth",
-      "regularization.ema_decay"),
-     "at least 0 and below 1", lambda value: 0 <= value < 1),
+    (
+        (
+            "batch",
+            "micro_batch",
+            "epochs",
+            "max_steps",
+            "log_every",
+            "eval_every",
+            "eval_batch",
+            "checkpoint.every_steps",
+            "norm.groups",
+            "norm.nodes",
+            "optim.base_batch",
+            "power.every_epochs",
+            "power.images",
+        ),
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (
+        (
+            "seed",
+            "nonfinite_limit",
+            "debug.profile_steps",
+            "norm.eps",
+            "norm.proxy_eps",
+            "optim.weight_decay",
+            "optim.eps",
+            "optim.alpha_per_image",
+            "schedule.warmup_epochs",
+            "schedule.warmup_lr",
+            "schedule.min_lr",
+            "schedule.decay_rate",
+            "regularization.mixup",
+            "regularization.cutmix",
+        ),
+        "at least 0 and finite",
+        lambda value: 0 <= value < math.inf,
+    ),
+    (
+        (
+            "optim.lr",
+            "optim.base_lr",
+            "optim.clip_grad",
+            "schedule.decay_epochs",
+            "checkpoint.every_minutes",
+        ),
+        "above 0 and finite",
+        lambda value: 0 < value < math.inf,
+    ),
+    (
+        (
+            "regularization.label_smoothing",
+            "regularization.mix_probability",
+            "regularization.switch_probability",
+            "regularization.random_erasing",
+            "power.threshold",
+        ),
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+    ),
+    (
+        (
+            "optim.momentum",
+            "optim.alpha",
+            "regularization.dropout",
+            "regularization.stochastic_depth",
+            "regularization.ema_decay",
+        ),
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+    ),
 )
 
 # Keys that do not change what is trained: they may differ between a run and its resumption, and do not name it.
-INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint", "debug.profile_steps",
-              "debug.name", "max_steps", "log_every", "eval_batch", "data.root", "data.cache")
+INCIDENTAL = (
+    "power",
+    "name",
+    "runs_dir",
+    "resume",
+    "device",
+    "logger",
+    "loader",
+    "checkpoint",
+    "debug.profile_steps",
+    "debug.name",
+    "max_steps",
+    "log_every",
+    "eval_batch",
+    "data.root",
+    "data.cache",
+)
 
 # Incidental too, but written as its default: runs made while it was part of a run keep their names and go on.
 FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}
@@ -206,14 +278,22 @@ def check(settings: Settings) -> Settings:
     """Return `settings` if its values make sense together; raise ConfigError otherwise."""
     check_values(settings)
     norm_batch = settings.norm_batch
-    if isinstance(norm_batch, str) and norm_batch != "global" or isinstance(norm_batch, int) and norm_batch < 1:
-        raise ConfigError(f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null")
+    if (isinstance(norm_batch, str) and norm_batch != "global") or (
+        isinstance(norm_batch, int) and norm_batch < 1
+    ):
+        raise ConfigError(
+            f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
+        )
     if settings.norm.name not in NORMS:
         raise ConfigError(f"norm.name={settings.norm.name}: {nearest(settings.norm.name, NORMS)}")
     if settings.schedule.warmup_epochs > settings.epochs:
-        raise ConfigError(f"schedule.warmup_epochs={settings.schedule.warmup_epochs:g} is longer than the {settings.epochs} epochs")
+        raise ConfigError(
+            f"schedule.warmup_epochs={settings.schedule.warmup_epochs:g} is longer than the {settings.epochs} epochs"
+        )
     if settings.batch % (settings.micro_batch or 1):
-        raise ConfigError(f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}")
+        raise ConfigError(
+            f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}"
+        )
     check_norm_batch(settings, settings.micro_batch or settings.batch)
     name = settings.name
     if name is not None and (name in ("", "..") or name != Path(name).name):
@@ -243,8 +323,10 @@ def check_norm_batch(settings: Settings, micro_batch: int) -> None:
     """Raise ConfigError unless Batch Norm's micro-batches of `micro_batch` images split into whole normalization batches."""
     norm_batch = settings.norm_batch
     if uses_batch_norm(settings) and isinstance(norm_batch, int) and micro_batch % norm_batch:
-        raise ConfigError(f"norm_batch={norm_batch} does not divide the {micro_batch} images of a process's forward "
-                          "(micro_batch); choose a divisor of it, or another batch, micro_batch or number of processes")
+        raise ConfigError(
+            f"norm_batch={norm_batch} does not divide the {micro_batch} images of a process's forward "
+            "(micro_batch); choose a divisor of it, or another batch, micro_batch or number of processes"
+        )
 
 
 def identity(settings: Settings) -> dict[str, Any]:

@@ -82,4 +82,6 @@ def create_ema(model: nn.Module, regularization: RegularizationSettings) -> Mode
     """timm's moving average of weights and buffers; its decay rises from 0 with the number of updates."""
     if regularization.ema_decay is None:
         return None
-    return ModelEmaV3(model, decay=regularization.ema_decay, use_warmup=regularization.ema_every == "step")
+    return ModelEmaV3(
+        model, decay=regularization.ema_decay, use_warmup=regularization.ema_every == "step"
+    )

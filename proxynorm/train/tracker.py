@@ -39,7 +39,9 @@ def choose_mode(mode: str) -> str:
 class Tracker:
     """One W&B run for one run folder, however often it is resumed."""
 
-    def __init__(self, settings: Settings, folder: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
+    def __init__(
+        self, settings: Settings, folder: Path, name: str, config: dict[str, Any], resumed: bool
+    ) -> None:
         self.run = None
         mode = choose_mode(settings.logger.mode)
         if mode == "disabled":
@@ -49,16 +51,29 @@ class Tracker:
         logger, identifier = settings.logger, folder / "wandb_id.txt"
         if not (resumed and identifier.exists()):
             write_text(identifier, secrets.token_hex(4))
-        tags = [settings.norm.name, str(settings.model["name"]), f"batch={settings.batch}",
-                f"regularization={settings.regularization.name}", *logger.tags]
+        tags = [
+            settings.norm.name,
+            str(settings.model["name"]),
+            f"batch={settings.batch}",
+            f"regularization={settings.regularization.name}",
+            *logger.tags,
+        ]
         try:
             self.run = wandb.init(
-                mode=mode, project=logger.project, entity=logger.entity, group=logger.group, name=name,
-                id=identifier.read_text(), resume="allow", dir=folder, config=config, tags=[tag[:64] for tag in tags],
+                mode=mode,
+                project=logger.project,
+                entity=logger.entity,
+                group=logger.group,
+                name=name,
+                id=identifier.read_text(),
+                resume="allow",
+                dir=folder,
+                config=config,
+                tags=[tag[:64] for tag in tags],
                 settings=wandb.Settings(silent=True, console="off"),
             )
             self.run.define_metric("*", step_metric="step")
-        except Exception as error:  # noqa: BLE001 - whatever W&B and its libraries raise, the training does not depend on it
+        except Exception as error:
             self.run = None
             print(f"warning: W&B is off for this run: {shorten(str(error), 240)}", file=sys.stderr)
 
@@ -66,7 +81,12 @@ class Tracker:
         """Mirror one row, its figures named event/key."""
         if self.run is not None:
             event = row["event"]
-            self.run.log({"step": row["step"], **{f"{event}/{k}": v for k, v in row.items() if k not in ("event", "step")}})
+            self.run.log(
+                {
+                    "step": row["step"],
+                    **{f"{event}/{k}": v for k, v in row.items() if k not in ("event", "step")},
+                }
+            )
 
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
         if self.run is not None:

@@ -18,7 +18,7 @@ from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.mixing import Mixing
-from proxynorm.nn import recompute
+from proxynorm.nn.fast import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, seeded_model
 from proxynorm.train.distributed import Process
@@ -38,13 +38,23 @@ from proxynorm.train.watch import Watch
 class Trainer:
     """One run: `fit` goes on from `state.step` to the last step."""
 
-    def __init__(self, settings: Settings, process: Process, data: Data, run: RunFolder, stop: StopRequest) -> None:
-        self.settings, self.process, self.data, self.run, self.stop = settings, process, data, run, stop
+    def __init__(
+        self, settings: Settings, process: Process, data: Data, run: RunFolder, stop: StopRequest
+    ) -> None:
+        self.settings, self.process, self.data, self.run, self.stop = (
+            settings,
+            process,
+            data,
+            run,
+            stop,
+        )
         self.dtype = choose_dtype(settings, process.device)
         self.memory_format = choose_memory_format(settings, process.device)
         self.micro_batch = settings.micro_batch_for(process.world_size)
         self.accumulation = settings.batch // (process.world_size * self.micro_batch)
-        self.loader = data.train_loader(settings.batch, self.micro_batch, settings.seed, process.rank, process.world_size)
+        self.loader = data.train_loader(
+            settings.batch, self.micro_batch, settings.seed, process.rank, process.world_size
+        )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
@@ -60,11 +70,21 @@ class Trainer:
 
     def _mixing(self) -> Mixing | None:
         regularization = self.settings.regularization
-        if not (regularization.mixup or regularization.cutmix or regularization.cutmix_lambda is not None):
+        if not (
+            regularization.mixup
+            or regularization.cutmix
+            or regularization.cutmix_lambda is not None
+        ):
             return None
-        return Mixing(regularization.mixup, regularization.cutmix, regularization.mix_probability,
-                      regularization.switch_probability, regularization.label_smoothing, len(self.data.info.classes),
-                      regularization.cutmix_lambda)
+        return Mixing(
+            regularization.mixup,
+            regularization.cutmix,
+            regularization.mix_probability,
+            regularization.switch_probability,
+            regularization.label_smoothing,
+            len(self.data.info.classes),
+            regularization.cutmix_lambda,
+        )
 
     def _fresh_state(self) -> TrainState:
         settings, device = self.settings, self.process.device
@@ -73,7 +93,9 @@ class Trainer:
         scheduler = create_schedule(optimizer, settings, self.steps_per_epoch)
         scheduler.step_update(0)
         scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        state = TrainState(model, optimizer, scheduler, scaler, create_ema(model, settings.regularization))
+        state = TrainState(
+            model, optimizer, scheduler, scaler, create_ema(model, settings.regularization)
+        )
         state.loss_sum = state.loss_sum.to(device)
         return state
 
@@ -86,8 +108,12 @@ class Trainer:
         if self.process.world_size == 1:
             return model
         devices = [self.process.device] if self.process.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                       static_graph=self.accumulation == 1)
+        return DistributedDataParallel(
+            model,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            static_graph=self.accumulation == 1,
+        )
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -98,7 +124,9 @@ class Trainer:
         if self.state.step == 0:
             self.log_power_if_due()
         self.evaluate_if_due()
-        with profiled(self.settings.debug.profile_steps if self.process.is_main else 0, self.run.path) as self.after_step:
+        with profiled(
+            self.settings.debug.profile_steps if self.process.is_main else 0, self.run.path
+        ) as self.after_step:
             while self.state.step < self.last_step:
                 self.train_epoch()
                 self.evaluate_if_due()
@@ -119,7 +147,9 @@ class Trainer:
     def step_batches(self, epoch: int, start: int) -> StepBatches:
         """The epoch's steps from `start`; to overfit, the first step of all in the place of each."""
         if self.settings.debug.overfit:
-            return StepBatches(self.loader.epoch(0, 0), self.accumulation, repeat=self.steps_per_epoch - start)
+            return StepBatches(
+                self.loader.epoch(0, 0), self.accumulation, repeat=self.steps_per_epoch - start
+            )
         return StepBatches(self.loader.epoch(epoch, start), self.accumulation)
 
     def train_step(self, micro_batches: list[Batch]) -> None:
@@ -128,7 +158,9 @@ class Trainer:
         buffers = self.copy_buffers()
         loss = self.forward_backward(micro_batches)
         norm = self.gradient_norm()
-        finite = bool(torch.isfinite(loss)) and (state.scaler.is_enabled() or bool(torch.isfinite(norm)))
+        finite = bool(torch.isfinite(loss)) and (
+            state.scaler.is_enabled() or bool(torch.isfinite(norm))
+        )
         nonfinite, stop, save = self.process.any(not finite, bool(self.stop), self.save_is_due())
         if nonfinite:
             self.handle_nonfinite(micro_batches, loss, norm, buffers)
@@ -141,7 +173,11 @@ class Trainer:
         learning_rate = state.optimizer.param_groups[0]["lr"]
         state.scheduler.step_update(state.step)
         state.train_seconds += self.watch.stepped()
-        if state.step % settings.log_every == 0 or self.at_epoch_end() or state.step == self.last_step:
+        if (
+            state.step % settings.log_every == 0
+            or self.at_epoch_end()
+            or state.step == self.last_step
+        ):
             self.log_training(learning_rate, norm)
         if stop or save:
             self.save()
@@ -155,7 +191,9 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             images, targets = self.inputs(batch, index)
             last = index + 1 == len(micro_batches)
-            waits = nullcontext() if last or self.process.world_size == 1 else self.network.no_sync()
+            waits = (
+                nullcontext() if last or self.process.world_size == 1 else self.network.no_sync()
+            )
             with waits:
                 with autocast(self.process.device, self.dtype):
                     logits = self.network(images)
@@ -168,7 +206,9 @@ class Trainer:
         """A micro-batch on the device: normalized, mixed."""
         images, targets, *_ = self.prepare(batch)
         if self.mixing is not None:
-            step = (self.state.step * self.accumulation + index) * self.process.world_size + self.process.rank
+            step = (
+                self.state.step * self.accumulation + index
+            ) * self.process.world_size + self.process.rank
             images, targets = self.mixing(images, targets, self.settings.seed, step)
         return images, targets
 
@@ -179,7 +219,9 @@ class Trainer:
     def gradient_norm(self) -> torch.Tensor:
         """L2 norm of all gradients, unscaled."""
         self.state.scaler.unscale_(self.state.optimizer)
-        return nn.utils.get_total_norm([p.grad for p in self.state.model.parameters() if p.grad is not None])
+        return nn.utils.get_total_norm(
+            [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        )
 
     def update_weights(self, norm: torch.Tensor) -> None:
         state, clip = self.state, self.settings.optim.clip_grad
@@ -193,15 +235,28 @@ class Trainer:
     def average_epoch(self) -> None:
         """At an epoch's end, take its weights into the authors' average over epochs; the first epoch's are its start."""
         ema = self.state.ema
-        if ema is not None and self.settings.regularization.ema_every == "epoch" and self.at_epoch_end():
+        if (
+            ema is not None
+            and self.settings.regularization.ema_every == "epoch"
+            and self.at_epoch_end()
+        ):
             ema.update(self.state.model, step=self.state.step // self.steps_per_epoch)
 
     def copy_buffers(self) -> list[torch.Tensor]:
         """Batch Norm's running statistics, for a step that may have to be undone; empty where none is skipped."""
-        return [buffer.clone() for buffer in self.state.model.buffers()] if self.settings.nonfinite == "skip" else []
+        return (
+            [buffer.clone() for buffer in self.state.model.buffers()]
+            if self.settings.nonfinite == "skip"
+            else []
+        )
 
-    def handle_nonfinite(self, micro_batches: list[Batch], loss: torch.Tensor, norm: torch.Tensor,
-                         buffers: list[torch.Tensor]) -> None:
+    def handle_nonfinite(
+        self,
+        micro_batches: list[Batch],
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        buffers: list[torch.Tensor],
+    ) -> None:
         """Stop before the weights are touched, or skip this update on all processes, as configured.
 
         A skipped step leaves no trace in the running statistics: `buffers` are those from before it.
@@ -210,7 +265,9 @@ class Trainer:
         state.scaler.update()
         state.skipped += 1
         if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
-            self.display.say(f"step {state.step + 1}: loss or gradient is not finite; update skipped ({state.skipped})")
+            self.display.say(
+                f"step {state.step + 1}: loss or gradient is not finite; update skipped ({state.skipped})"
+            )
             for buffer, former in zip(state.model.buffers(), buffers, strict=True):
                 buffer.copy_(former)
             return
@@ -224,7 +281,9 @@ class Trainer:
         """At epoch ends (every eval_every-th) and at the last step: evaluate, log, save best and last."""
         state = self.state
         epochs_done = state.step // self.steps_per_epoch
-        due = self.at_epoch_end() and epochs_done % self.settings.eval_every == 0 or state.step == self.last_step
+        due = (
+            self.at_epoch_end() and epochs_done % self.settings.eval_every == 0
+        ) or state.step == self.last_step
         if state.step == 0 or state.evaluated == state.step:
             return
         if due:
@@ -242,7 +301,9 @@ class Trainer:
         epochs_done = state.step // self.steps_per_epoch
         if power.every_epochs is None or not self.process.is_main:
             return
-        if self.at_epoch_end() and epochs_done % power.every_epochs == 0 or state.step == self.last_step:
+        if (
+            self.at_epoch_end() and epochs_done % power.every_epochs == 0
+        ) or state.step == self.last_step:
             rows = measure(state.evaluated_model, self.data, power.images, self.settings.eval_batch)
             self.write({"event": "power", **self.position(), **to_metrics(rows)})
             if warning := collapse_warning(rows, power.threshold):
@@ -253,12 +314,31 @@ class Trainer:
         process.align_buffers(self.state.evaluated_model)
         loader = data.eval_loader(self.settings.eval_batch, process.rank, process.world_size)
         expected = data.info.eval_count if data.spec.on_bad == "raise" else None
-        result = evaluate(self.state.evaluated_model, loader, self.prepare, process, self.dtype, expected=expected,
-                          each_batch=self.leave_if_stopped)
-        self.state.last_result = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "count": result.count}
-        row = {"event": "eval", **self.position(), **self.state.last_result, "seconds": round(self.state.train_seconds, 3)}
+        result = evaluate(
+            self.state.evaluated_model,
+            loader,
+            self.prepare,
+            process,
+            self.dtype,
+            expected=expected,
+            each_batch=self.leave_if_stopped,
+        )
+        self.state.last_result = {
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": result.loss,
+            "count": result.count,
+        }
+        row = {
+            "event": "eval",
+            **self.position(),
+            **self.state.last_result,
+            "seconds": round(self.state.train_seconds, 3),
+        }
         self.write(row)
-        self.display.epoch(row, self.last_training["loss"], self.last_training["images_per_second"], row["seconds"])
+        self.display.epoch(
+            row, self.last_training["loss"], self.last_training["images_per_second"], row["seconds"]
+        )
         return result
 
     def leave_if_stopped(self) -> None:
@@ -275,7 +355,14 @@ class Trainer:
         loss = loss / state.loss_steps if state.loss_steps else float("nan")
         state.clear_loss()
         watched = self.watch.row(self.settings.batch, self.last_step - state.step)
-        row = {"event": "train", **self.position(), "loss": loss, "lr": learning_rate, "gradient_norm": norm.item(), **watched}
+        row = {
+            "event": "train",
+            **self.position(),
+            "loss": loss,
+            "lr": learning_rate,
+            "gradient_norm": norm.item(),
+            **watched,
+        }
         if state.skipped:
             row["skipped"] = state.skipped
         self.last_training = {**self.last_training, **row}
@@ -290,7 +377,11 @@ class Trainer:
 
     def position(self) -> dict[str, float]:
         step = self.state.step
-        return {"step": step, "epoch": round(step / self.steps_per_epoch, 4), "images": step * self.settings.batch}
+        return {
+            "step": step,
+            "epoch": round(step / self.steps_per_epoch, 4),
+            "images": step * self.settings.batch,
+        }
 
     def at_epoch_end(self) -> bool:
         return self.state.step % self.steps_per_epoch == 0
@@ -301,7 +392,9 @@ class Trainer:
     def seed_step(self) -> None:
         """Makes dropout and stochastic depth functions of the seed, the step and the process."""
         seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would ask every kind of device
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would ask every kind of device
         if self.process.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
@@ -310,13 +403,20 @@ class Trainer:
     def save_is_due(self) -> bool:
         saving = self.settings.checkpoint
         by_step = saving.every_steps is not None and (self.state.step + 1) % saving.every_steps == 0
-        by_time = saving.every_minutes is not None and time.monotonic() - self.saved_at > 60 * saving.every_minutes
+        by_time = (
+            saving.every_minutes is not None
+            and time.monotonic() - self.saved_at > 60 * saving.every_minutes
+        )
         return by_step or by_time
 
     def header(self) -> dict:
         """What a checkpoint says of itself: the run's identity and what the network is fed."""
-        return {"identity": identity(self.settings), "world_size": self.process.world_size,
-                "steps_per_epoch": self.steps_per_epoch, "inputs": inputs(self.data)}
+        return {
+            "identity": identity(self.settings),
+            "world_size": self.process.world_size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "inputs": inputs(self.data),
+        }
 
     def save(self) -> None:
         """Save the state as last.pt, and the former one, unless it was found damaged, as previous.pt; the rows before it."""
@@ -324,7 +424,9 @@ class Trainer:
         if self.process.is_main:
             self.run.sync_metrics()
             content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
-            checkpoint.save(self.run.last, content, None if self.last_is_damaged else self.run.previous)
+            checkpoint.save(
+                self.run.last, content, None if self.last_is_damaged else self.run.previous
+            )
             self.run.mark_saved()
         self.last_is_damaged = False
         self.saved_at = time.monotonic()
@@ -333,13 +435,21 @@ class Trainer:
     def load(self, content: dict, last_is_damaged: bool) -> None:
         """Go on from a checkpoint. Its loss_sum is all processes' together: the first takes it over."""
         self.state.load_state_dict(content)
-        self.state.loss_sum *= self.process.world_size / content["world_size"] if self.process.is_main else 0
+        self.state.loss_sum *= (
+            self.process.world_size / content["world_size"] if self.process.is_main else 0
+        )
         self.last_is_damaged = last_is_damaged
 
     def save_best(self) -> None:
         if self.process.is_main:
             weights = self.state.evaluated_model.state_dict()
-            content = {**self.header(), "model": weights, "ema": None, "step": self.state.step, **self.state.last_result}
+            content = {
+                **self.header(),
+                "model": weights,
+                "ema": None,
+                "step": self.state.step,
+                **self.state.last_result,
+            }
             checkpoint.save(self.run.best, content)
 
 
@@ -349,10 +459,19 @@ def inputs(data: Data) -> dict:
     labels: a digest of the training labels, in order; images: see Data.fingerprints.
     """
     info, train = data.info, data.train
-    labels = hashlib.sha256(np.asarray(train.reader.targets[train.rows], dtype="<i8").tobytes()).hexdigest()[:16]
-    return {"classes": list(info.classes), "channels": info.channels, "mean": list(info.mean), "std": list(info.std),
-            "train_count": info.train_count, "eval_count": info.eval_count, "labels": labels,
-            "images": data.fingerprints}
+    labels = hashlib.sha256(
+        np.asarray(train.reader.targets[train.rows], dtype="<i8").tobytes()
+    ).hexdigest()[:16]
+    return {
+        "classes": list(info.classes),
+        "channels": info.channels,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "train_count": info.train_count,
+        "eval_count": info.eval_count,
+        "labels": labels,
+        "images": data.fingerprints,
+    }
 
 
 class StepBatches:
@@ -361,7 +480,9 @@ class StepBatches:
     repeat: give the first list so often, instead.
     """
 
-    def __init__(self, batches: Iterator[Batch], accumulation: int, repeat: int | None = None) -> None:
+    def __init__(
+        self, batches: Iterator[Batch], accumulation: int, repeat: int | None = None
+    ) -> None:
         self.batches, self.accumulation, self.repeat = batches, accumulation, repeat
 
     def __enter__(self) -> Iterator[list[Batch]]:

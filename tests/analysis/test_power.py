@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -19,7 +18,8 @@ from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.errors import ConfigError
-from proxynorm.reproduce.trained_power import TrainedNet, summarize
+from proxynorm.paper.trained_power import TrainedNet, summarize
+from tests.helpers import ROOT
 
 
 def images(count=12, seed=0, size=32):
@@ -47,15 +47,22 @@ def test_the_terms_are_those_of_the_definition(norm):
     layer, x = NormAct2d(8, norm), torch.randn(10, 8, 5, 5) * 2 + torch.randn(8, 1, 1)
     wanted = by_definition(layer.normalize(x))
     (row,) = power_decomposition(nn.Sequential(layer), [x])
-    assert (row.p1, row.p2, row.p3, row.p4) == pytest.approx([term.item() for term in wanted], abs=1e-6)
+    assert (row.p1, row.p2, row.p3, row.p4) == pytest.approx(
+        [term.item() for term in wanted], abs=1e-6
+    )
     assert sum(wanted).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_streaming_over_batches_equals_one_batch():
     model = tiny_model()
-    whole, parts = power_decomposition(model, [images()]), power_decomposition(model, images().split(5))
+    whole, parts = (
+        power_decomposition(model, [images()]),
+        power_decomposition(model, images().split(5)),
+    )
     for one, other in zip(whole, parts, strict=True):
-        assert (one.p1, one.p2, one.p3, one.p4) == pytest.approx((other.p1, other.p2, other.p3, other.p4), abs=1e-6)
+        assert (one.p1, one.p2, one.p3, one.p4) == pytest.approx(
+            (other.p1, other.p2, other.p3, other.p4), abs=1e-6
+        )
 
 
 def test_rows_follow_the_forward_pass_and_name_the_norms():
@@ -73,7 +80,9 @@ def test_rows_follow_the_forward_pass_and_name_the_norms():
 
 def test_tuples_that_begin_with_images_are_batches_too():
     model = tiny_model()
-    assert power_decomposition(model, [(images(), torch.zeros(12))]) == power_decomposition(model, [images()])
+    assert power_decomposition(model, [(images(), torch.zeros(12))]) == power_decomposition(
+        model, [images()]
+    )
 
 
 @pytest.mark.parametrize("norm", ["bn", "bn_pn", "ln_pn"])
@@ -81,7 +90,10 @@ def test_the_model_is_left_as_it_was(norm):
     model = tiny_model(norm).train()
     model.stages[0].eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    modes, hooks = [module.training for module in model.modules()], [len(m._forward_pre_hooks) for m in model.modules()]
+    modes, hooks = (
+        [module.training for module in model.modules()],
+        [len(m._forward_pre_hooks) for m in model.modules()],
+    )
     power_decomposition(model, [images()])
     assert modes == [module.training for module in model.modules()] and hooks == [
         len(m._forward_pre_hooks) for m in model.modules()
@@ -94,7 +106,9 @@ def test_the_model_is_left_as_it_was_after_an_error_too():
     model = tiny_model("bn").train()
     with pytest.raises(RuntimeError):
         power_decomposition(model, [torch.randn(2, 3, 32, 32)])
-    assert model.training and model.norm.running_mean is not None and not model.norm._forward_pre_hooks
+    assert (
+        model.training and model.norm.running_mean is not None and not model.norm._forward_pre_hooks
+    )
 
 
 def test_a_compiled_model_is_measured_eagerly():
@@ -122,12 +136,15 @@ def test_mean_field_has_the_known_values():
 def test_mean_field_of_pn_stays_at_zero_and_contracts():
     assert mean_field_p1(5, proxy=True) == pytest.approx([0] * 5, abs=1e-12)
     falling = mean_field_p1(4, proxy=True, start=0.3)
-    assert all(later < 0.9 * earlier for earlier, later in zip([0.3, *falling], falling, strict=False))
+    assert all(
+        later < 0.9 * earlier for earlier, later in zip([0.3, *falling], falling, strict=False)
+    )
 
 
 def test_random_nets_are_functions_of_their_seed():
     first, same, other = (
-        random_net("ln", 8, 2, seed=seed)(images(2, size=4).expand(-1, 3, -1, -1)) for seed in (0, 0, 1)
+        random_net("ln", 8, 2, seed=seed)(images(2, size=4).expand(-1, 3, -1, -1))
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert random_net("ln", 8, 2)[0].padding_mode == "circular"
@@ -177,7 +194,9 @@ def test_the_monitor_measures_images_from_all_over_the_evaluation_set(monkeypatc
     data = open_data(DataSpec(name="fashion_mnist"), LoaderSpec("torchvision", 0))
     seen = []
     monkeypatch.setattr(
-        data, "prepare", lambda batch, *rest, _prepare=data.prepare: seen.append(batch) or _prepare(batch, *rest)
+        data,
+        "prepare",
+        lambda batch, *rest, _prepare=data.prepare: seen.append(batch) or _prepare(batch, *rest),
     )
     rows = measure(tiny_model(), data, images=20, batch=8)
     assert len(rows) == 7 and sum(int(batch.valid.sum()) for batch in seen) == 20
@@ -188,7 +207,7 @@ def test_the_monitor_measures_images_from_all_over_the_evaluation_set(monkeypatc
 @pytest.fixture(scope="module")
 def script():
     """scripts/power.py as a module."""
-    spec = importlib.util.spec_from_file_location("power_script", Path(__file__).parents[2] / "scripts" / "power.py")
+    spec = importlib.util.spec_from_file_location("power_script", ROOT / "scripts" / "power.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -196,7 +215,9 @@ def script():
 
 
 def test_the_command_writes_csv_plot_and_summary(tmp_path, script):
-    options = script.Options(str(tmp_path), norms=["ln", "ln_pn"], width=16, depth=3, images=4, nets=2)
+    options = script.Options(
+        str(tmp_path), norms=["ln", "ln_pn"], width=16, depth=3, images=4, nets=2
+    )
     assert script.main(options) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"power.csv", "power.png", "summary.json"}
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -210,7 +231,9 @@ def test_a_wrong_norm_is_the_users_mistake(tmp_path, script):
 
 def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
     rows = [PowerRow("a.norm1", 1, 0.1, 0.2, 0.3, 0.4), PowerRow("norm", 2, 0.4, 0.3, 0.2, 0.1)]
-    lines = [{"event": "power", "step": step, "epoch": step / 4, **to_metrics(rows)} for step in (0, 4)]
+    lines = [
+        {"event": "power", "step": step, "epoch": step / 4, **to_metrics(rows)} for step in (0, 4)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) == 0
     found = list(csv.DictReader(open(tmp_path / "power" / "power.csv")))
@@ -218,7 +241,10 @@ def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
 
 
 def trained(name, metric, p1):
-    rows = [PowerRow("norm1", 1, p1, 0.1, 0.8 - p1, 0.1), PowerRow("norm2", 2, p1 + 0.1, 0.1, 0.7 - p1, 0.1)]
+    rows = [
+        PowerRow("norm1", 1, p1, 0.1, 0.8 - p1, 0.1),
+        PowerRow("norm2", 2, p1 + 0.1, 0.1, 0.7 - p1, 0.1),
+    ]
     return TrainedNet(name, name.partition("-")[0], metric, rows)
 
 
@@ -226,14 +252,29 @@ def test_trained_nets_are_summed_up_by_cell():
     nets = [trained("ln-s0", 90.0, 0.1), trained("ln-s1", 88.0, 0.3), trained("ln-s2", 89.0, 0.2)]
     nets += [trained("gn-s0", 91.0, 0.0)]
     found = summarize(nets)
-    assert found["runs"]["ln-s1"] == {"n": 1, "metric": 88.0, "p1": 0.35, "p2": 0.1, "p3": 0.45, "p4": 0.1}
+    assert found["runs"]["ln-s1"] == {
+        "n": 1,
+        "metric": 88.0,
+        "p1": 0.35,
+        "p2": 0.1,
+        "p3": 0.45,
+        "p4": 0.1,
+    }
     assert found["cells"]["ln"] == {
-        "n": 3, "metric": 89.0, "p1": 0.25, "p2": 0.1, "p3": 0.55, "p4": 0.1, "correlation": -1.0
-    }  # fmt: skip
+        "n": 3,
+        "metric": 89.0,
+        "p1": 0.25,
+        "p2": 0.1,
+        "p3": 0.55,
+        "p4": 0.1,
+        "correlation": -1.0,
+    }
     assert found["cells"]["gn"]["correlation"] is None
 
 
-@pytest.mark.parametrize("metrics, powers", [((90.0, 91.0, 92.0), (-0.05,) * 3), ((90.0, 90.0, 90.0), (0.1, 0.2, 0.3))])
+@pytest.mark.parametrize(
+    "metrics, powers", [((90.0, 91.0, 92.0), (-0.05,) * 3), ((90.0, 90.0, 90.0), (0.1, 0.2, 0.3))]
+)
 def test_where_one_of_the_two_is_constant_there_is_no_correlation(metrics, powers):
     nets = [trained(f"bn-s{seed}", *pair) for seed, pair in enumerate(zip(metrics, powers))]
     assert summarize(nets)["cells"]["bn"]["correlation"] is None
@@ -247,7 +288,9 @@ def test_the_command_measures_the_trained_nets_of_a_table(tmp_path, script, run_
         "train: [data=fashion_mnist, model=resnet20v2, model.width=4, model.depth=8]\n"
         "cells: [{norm: [bn, ln]}]\nrows: [norm]\nseeds: 1\nminutes: 1\nhardware: any\n"
     )
-    options = script.Options(str(results), table=str(table), root=str(runs), results=str(tmp_path), images=16)
+    options = script.Options(
+        str(results), table=str(table), root=str(runs), results=str(tmp_path), images=16
+    )
     with pytest.raises(ConfigError, match="no finished run"):
         script.main(options)
     (runs / "small").mkdir(parents=True)

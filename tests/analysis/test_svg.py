@@ -20,7 +20,9 @@ def test_dots_lie_where_the_values_are():
     document = xml.dom.minidom.parseString(dot_chart({"a": [90.0, 91.0], "b": [92.0]}, "x"))
     dots = [float(dot.getAttribute("cx")) for dot in document.getElementsByTagName("circle")]
     low, high, mean, single, _ = dots
-    assert mean == pytest.approx((low + high) / 2, abs=0.02) and single - high == pytest.approx(high - low, abs=0.02)
+    assert mean == pytest.approx((low + high) / 2, abs=0.02) and single - high == pytest.approx(
+        high - low, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (88.3, 92.1), (-3, 1e4), (0.5, 0.5)])

@@ -10,17 +10,19 @@ import torch
 from PIL import Image
 
 from proxynorm.data import fashion_mnist
-from proxynorm.data.beton import manifest_path, sums_path
+from proxynorm.data.ffcv.beton import manifest_path, sums_path
+from proxynorm.data.ffcv.native import ffcv_available
+from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.native import ffcv_available
-from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
 from tests.helpers import need
 
 torch.set_num_threads(1)
 
 needs_ffcv = need(ffcv_available(), "FFCV is not installed")
-needs_fashion_mnist = need(fashion_mnist.DEBIAN_FOLDER.is_dir(), "dataset-fashion-mnist is not installed")
+needs_fashion_mnist = need(
+    fashion_mnist.DEBIAN_FOLDER.is_dir(), "dataset-fashion-mnist is not installed"
+)
 BACKENDS = [pytest.param("ffcv", marks=needs_ffcv), "torchvision"]
 CLASSES = ("ant", "bee", "cow")
 
@@ -39,7 +41,9 @@ def write_folder(root: Path, train: int, val: int, classes: tuple[str, ...] = CL
             folder = root / part / name
             folder.mkdir(parents=True)
             for n in range(count):
-                image = photograph(1000 * target + n + (500 if part == "val" else 0), 80 + n % 5, 100 + 7 * (n % 3))
+                image = photograph(
+                    1000 * target + n + (500 if part == "val" else 0), 80 + n % 5, 100 + 7 * (n % 3)
+                )
                 Image.fromarray(image).save(folder / f"{n:03d}.jpg", quality=95)
     return root
 

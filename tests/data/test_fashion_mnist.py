@@ -31,7 +31,8 @@ def epoch(data, epoch=0, batch=500, **order):
 @pytest.mark.parametrize("augmentation", ["none", "pad_crop"])
 def test_both_backends_deliver_the_same_bits(cache, augmentation):
     ours, theirs = (
-        epoch(opened(backend, cache, augmentation=augmentation, limit=3000)) for backend in ("ffcv", "torchvision")
+        epoch(opened(backend, cache, augmentation=augmentation, limit=3000))
+        for backend in ("ffcv", "torchvision")
     )
     assert len(ours[0]) == 3000
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
@@ -65,7 +66,9 @@ def test_every_crop_is_a_window_of_the_padded_image(cache):
             for flip in (False, True)
             for top in range(9)
             for left in range(9)
-            if np.array_equal(padded[top : top + 32, left : left + 32][:, :: -1 if flip else 1], crop)
+            if np.array_equal(
+                padded[top : top + 32, left : left + 32][:, :: -1 if flip else 1], crop
+            )
         ]
         assert found
         places.add(found[0][:2])
@@ -75,14 +78,18 @@ def test_every_crop_is_a_window_of_the_padded_image(cache):
 
 def test_normalized_images_have_mean_zero_and_variance_one(cache):
     data = opened("torchvision", cache, image_size=28, augmentation="none")
-    batch = data.prepare(next(data.train_loader(60_000, 60_000, seed=0).epoch(0)), "cpu", torch.float64)
+    batch = data.prepare(
+        next(data.train_loader(60_000, 60_000, seed=0).epoch(0)), "cpu", torch.float64
+    )
     assert batch.images.mean().abs() < 1e-3 and (batch.images.std() - 1).abs() < 1e-3
     assert data.info.mean == (0.2860,) and data.info.std == (0.3530,)
 
 
 def test_prepare_gives_the_asked_type_and_layout(cache):
     data = opened("torchvision", cache)
-    batch = data.prepare(next(iter(data.eval_loader(8))), "cpu", torch.bfloat16, torch.channels_last)
+    batch = data.prepare(
+        next(iter(data.eval_loader(8))), "cpu", torch.bfloat16, torch.channels_last
+    )
     assert batch.images.dtype == torch.bfloat16
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
@@ -127,7 +134,9 @@ def other_magic(path):
 def test_damaged_files_are_one_line(tmp_path, name, change):
     root = damaged_copy(tmp_path, name, change)
     with pytest.raises(DataError, match=str(root)) as error:
-        open_data(DataSpec("fashion_mnist", root=root, cache=str(tmp_path)), LoaderSpec("torchvision"))
+        open_data(
+            DataSpec("fashion_mnist", root=root, cache=str(tmp_path)), LoaderSpec("torchvision")
+        )
     assert "\n" not in str(error.value)
 
 
@@ -145,15 +154,18 @@ OPEN = "from proxynorm.data import *; print(open_data(DataSpec('fashion_mnist', 
 def test_two_processes_may_open_an_empty_cache_at_once(tmp_path):
     command = [sys.executable, "-c", OPEN.format(str(tmp_path))]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["60000", "60000"]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == [
+        "60000",
+        "60000",
+    ]
     assert len(list(tmp_path.glob("*.beton"))) == 2 and not list(tmp_path.glob(".*"))
 
 
 def test_importing_the_package_loads_neither_ffcv_nor_numba():
-    command = (
-        "import sys, proxynorm.data; print([m for m in ('ffcv', 'numba', 'cv2', 'torchvision') if m in sys.modules])"
-    )
+    command = "import sys, proxynorm.data; print([m for m in ('ffcv', 'numba', 'cv2', 'torchvision') if m in sys.modules])"
     assert (
-        subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", command], capture_output=True, text=True, check=True
+        ).stdout.strip()
         == "[]"
     )

@@ -16,7 +16,9 @@ def mixing(mixup=0.0, cutmix=0.0, prob=1.0, switch_prob=0.5, smoothing=0.0, cutm
 
 def batch(count):
     """Image n is n everywhere, so a mixture shows its weights; target n modulo 4."""
-    images = torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
+    images = (
+        torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
+    )
     return images, torch.arange(count) % 4
 
 
@@ -82,7 +84,9 @@ def test_the_authors_cutmix_weighs_targets_by_the_area_of_its_box(count):
         for n, image in enumerate(images):
             pasted = (n - distance) % count
             assert ((image == n) | (image == pasted)).all()
-            assert float(targets[n, n % 4]) == pytest.approx(own[n] + (1 - own[n]) * (pasted % 4 == n % 4), abs=1e-6)
+            assert float(targets[n, n % 4]) == pytest.approx(
+                own[n] + (1 - own[n]) * (pasted % 4 == n % 4), abs=1e-6
+            )
         assert torch.allclose(targets.sum(1), torch.ones(count))
     # 1.55 · 0.9 − 0.96 = 0.435 of them, and the few boxes smaller than a pixel.
     assert 0.36 < uncut / 300 < 0.52
@@ -108,7 +112,10 @@ def test_the_authors_cutmix_is_of_seed_and_step_alone():
 
 
 def test_prob_is_the_share_of_mixed_batches():
-    mixed = [bool((mixing(mixup=1.0, prob=0.3)(*batch(2), 0, step)[1].max(1).values < 1).any()) for step in range(500)]
+    mixed = [
+        bool((mixing(mixup=1.0, prob=0.3)(*batch(2), 0, step)[1].max(1).values < 1).any())
+        for step in range(500)
+    ]
     assert 0.24 < np.mean(mixed) < 0.36
 
 

@@ -12,16 +12,25 @@ import torch
 from PIL import Image
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
-from proxynorm.data.beton import RAW, manifest_path, read_beton, sums_path
+from proxynorm.data.ffcv.beton import RAW, manifest_path, read_beton, sums_path
+from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import ConfigError, DataError
-from tests.data.conftest import BACKENDS, change_byte, needs_ffcv, photograph, remove_companions, write_folder
+from tests.data.conftest import (
+    BACKENDS,
+    change_byte,
+    needs_ffcv,
+    photograph,
+    remove_companions,
+    write_folder,
+)
 
 
 def opened(root, cache, backend, name="folder", **keys):
-    return open_data(DataSpec(name, root=str(root), cache=str(cache), **keys), LoaderSpec(backend, workers=0))
+    return open_data(
+        DataSpec(name, root=str(root), cache=str(cache), **keys), LoaderSpec(backend, workers=0)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -41,7 +50,13 @@ def test_evaluation_takes_the_centre_at_the_stated_ratio(tmp_path, backend):
     frame[20:180, 70:230] = 255
     Image.fromarray(frame).save(root / "val" / "one" / "000.jpg", quality=100)
     for ratio, white in ((0.78, 1.0), (1.0, 0.64)):
-        batch = next(iter(opened(root, tmp_path / "cache", backend, eval_ratio=ratio, eval_size=64).eval_loader(1)))
+        batch = next(
+            iter(
+                opened(
+                    root, tmp_path / "cache", backend, eval_ratio=ratio, eval_size=64
+                ).eval_loader(1)
+            )
+        )
         assert batch.images.shape == (1, 3, 64, 64)
         assert batch.images.float().mean() / 255 == pytest.approx(white, abs=0.02)
 
@@ -51,7 +66,11 @@ def test_evaluation_takes_the_centre_at_the_stated_ratio(tmp_path, backend):
 def test_every_augmentation_serves_a_folder(photos, cache, backend, augmentation):
     data = opened(photos, cache, backend, augmentation=augmentation, image_size=48)
     batch = next(data.train_loader(6, 3, seed=0).epoch(0))
-    assert batch.images.shape == (3, 3, 48, 48) and batch.images.dtype == torch.uint8 and batch.valid.all()
+    assert (
+        batch.images.shape == (3, 3, 48, 48)
+        and batch.images.dtype == torch.uint8
+        and batch.valid.all()
+    )
 
 
 def no_folder(root):
@@ -100,7 +119,8 @@ def test_the_torchvision_loader_skips_and_counts(tmp_path, workers):
     (root / "train" / "bee" / "001.jpg").write_bytes(b"")
     (root / "val" / "cow" / "000.jpg").write_bytes(b"rubbish")
     data = open_data(
-        DataSpec("folder", root=str(root), on_bad="skip", augmentation="inception"), LoaderSpec("torchvision", workers)
+        DataSpec("folder", root=str(root), on_bad="skip", augmentation="inception"),
+        LoaderSpec("torchvision", workers),
     )
     loader = data.train_loader(9, 9, seed=0)
     for epoch in range(2):
@@ -121,7 +141,9 @@ def test_conversion_skips_and_is_made_again_when_a_file_changes(tmp_path):
     data = opened(root, tmp_path / "cache", "ffcv", on_bad="skip")
     assert data.info.train_count == 8
     assert list(data.failures) == [str(root / "train" / "bee" / "001.jpg")]
-    assert list(opened(root, tmp_path / "cache", "ffcv", on_bad="skip").failures) == list(data.failures)
+    assert list(opened(root, tmp_path / "cache", "ffcv", on_bad="skip").failures) == list(
+        data.failures
+    )
 
 
 @pytest.fixture
@@ -145,7 +167,10 @@ def test_an_image_damaged_after_preparation_stops_or_is_skipped(betons, sums):
         list(opened(betons, betons, "ffcv", "beton").train_loader(36, 36, seed=0).epoch(0))
     data = opened(betons, betons, "ffcv", "beton", on_bad="skip")
     (batch,) = data.train_loader(36, 36, seed=0).epoch(0)
-    assert sorted(batch.indices.tolist()) == [n for n in range(36) if n != 4] and len(data.failures) == 1
+    assert (
+        sorted(batch.indices.tolist()) == [n for n in range(36) if n != 4]
+        and len(data.failures) == 1
+    )
 
 
 @needs_ffcv
@@ -196,9 +221,11 @@ def test_ffcv_reads_our_files_as_we_do(betons):
 
 def test_no_image_crosses_a_page(photos, tmp_path, monkeypatch):
     """FFCV's page cache (os_cache=False) needs that, and whole pages."""
-    monkeypatch.setattr("proxynorm.data.beton.PAGE_SIZE", 1 << 15)
+    monkeypatch.setattr("proxynorm.data.ffcv.beton.PAGE_SIZE", 1 << 15)
     monkeypatch.setattr("proxynorm.data.images.PAGE_SIZE", 1 << 15)
-    prepare(list_folder(photos / "train"), tmp_path / "x.beton", StorageOptions(jpeg_probability=0.5))
+    prepare(
+        list_folder(photos / "train"), tmp_path / "x.beton", StorageOptions(jpeg_probability=0.5)
+    )
     samples = read_beton(tmp_path / "x.beton")
     assert (samples.pointer >> 15 == (samples.pointer + samples.size - 1) >> 15).all()
     assert len(set(samples.pointer >> 15)) > 5
@@ -230,14 +257,22 @@ def test_we_read_the_files_of_ffcvs_writer(tmp_path):
     assert data.info.classes == ("0", "1", "2")
     (batch,) = data.train_loader(10, 10, seed=0).epoch(0)
     for image, index, target in zip(batch.images, batch.indices.tolist(), batch.targets):
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), photograph(index)[:, 15:105]) and target == index % 3
+        assert (
+            np.array_equal(image.permute(1, 2, 0).numpy(), photograph(index)[:, 15:105])
+            and target == index % 3
+        )
     assert sum(int(batch.valid.sum()) for batch in data.eval_loader(4)) == 10
 
 
 def test_randaugment_is_deterministic_and_torchvisions(photos, cache):
     def first(seed):
         data = opened(
-            photos, cache, "torchvision", augmentation="inception", randaugment="rand-m9-mstd0.5", image_size=64
+            photos,
+            cache,
+            "torchvision",
+            augmentation="inception",
+            randaugment="rand-m9-mstd0.5",
+            image_size=64,
         )
         return next(data.train_loader(12, 12, seed=seed).epoch(0)).images
 
@@ -251,9 +286,13 @@ def test_randaugment_is_deterministic_and_torchvisions(photos, cache):
 def test_random_erasing_puts_the_mean_colour_in_one_box(photos, cache, backend):
     images = {}
     for erasing in (0.0, 1.0):
-        data = opened(photos, cache, backend, augmentation="inception", random_erasing=erasing, image_size=64)
+        data = opened(
+            photos, cache, backend, augmentation="inception", random_erasing=erasing, image_size=64
+        )
         (images[erasing],) = (batch.images for batch in data.train_loader(36, 36, seed=0).epoch(0))
-    colour = torch.tensor([round(255 * value) for value in (0.485, 0.456, 0.406)], dtype=torch.uint8).view(3, 1, 1)
+    colour = torch.tensor(
+        [round(255 * value) for value in (0.485, 0.456, 0.406)], dtype=torch.uint8
+    ).view(3, 1, 1)
     for plain, erased in zip(images[0.0], images[1.0]):
         changed = (plain != erased).any(0)
         assert 0.01 < changed.float().mean() < 0.36
@@ -288,7 +327,8 @@ def test_random_erasing_puts_the_mean_colour_in_one_box(photos, cache, backend):
 def test_impossible_values_are_refused(photos, cache, keys):
     with pytest.raises(ConfigError) as error:
         open_data(
-            DataSpec(**{"name": "folder", "root": str(photos), "cache": cache, **keys}), LoaderSpec("torchvision")
+            DataSpec(**{"name": "folder", "root": str(photos), "cache": cache, **keys}),
+            LoaderSpec("torchvision"),
         )
     assert "\n" not in str(error.value)
 
@@ -339,7 +379,7 @@ def test_a_backend_that_cannot_serve_says_so(photos, cache, monkeypatch):
         opened(photos, cache, "torchvision", "beton")
     with pytest.raises(ConfigError, match="choose one of auto, ffcv, torchvision"):
         opened(photos, cache, "dali")
-    from proxynorm.data import native
+    from proxynorm.data.ffcv import native
 
     native.ffcv_library.cache_clear()
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
@@ -356,12 +396,14 @@ from numba.core import caching
 for name in dir(caching):
     if name.endswith(("InTreeCacheLocator", "UserWideCacheLocator")):
         getattr(caching, name).from_function = classmethod(lambda *_: None)
-from proxynorm.data.native import decoder
+from proxynorm.data.ffcv.native import decoder
 print(decoder().__name__)
 """
 
 
 @needs_ffcv
 def test_a_machine_where_numba_cannot_keep_its_cache_still_decodes():
-    done = subprocess.run([sys.executable, "-c", NO_CACHE], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_CACHE], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "decode_samples"

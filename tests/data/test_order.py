@@ -19,7 +19,9 @@ from tests.data.conftest import BACKENDS, needs_ffcv, write_folder
 
 def opened(photos, cache, backend, workers=2, **keys):
     keys = {"image_size": 32, "augmentation": "inception", **keys}
-    return open_data(DataSpec("folder", root=str(photos), cache=cache, **keys), LoaderSpec(backend, workers))
+    return open_data(
+        DataSpec("folder", root=str(photos), cache=cache, **keys), LoaderSpec(backend, workers)
+    )
 
 
 def batches(data, epoch=0, batch=12, micro_batch=4, seed=5, start_step=0, **order):
@@ -27,7 +29,9 @@ def batches(data, epoch=0, batch=12, micro_batch=4, seed=5, start_step=0, **orde
 
 
 def same(left, right):
-    return len(left) == len(right) and all(torch.equal(a, b) for x, y in zip(left, right) for a, b in zip(x, y))
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for x, y in zip(left, right) for a, b in zip(x, y)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -38,8 +42,12 @@ def test_any_number_of_workers_gives_the_same_bits(photos, cache, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_made_ahead_are_the_same_bits(photos, cache, backend):
-    spec = DataSpec("folder", root=str(photos), cache=cache, image_size=32, augmentation="inception")
-    now, ahead, far = (batches(open_data(spec, LoaderSpec(backend, 2, prefetch))) for prefetch in (0, 1, 9))
+    spec = DataSpec(
+        "folder", root=str(photos), cache=cache, image_size=32, augmentation="inception"
+    )
+    now, ahead, far = (
+        batches(open_data(spec, LoaderSpec(backend, 2, prefetch))) for prefetch in (0, 1, 9)
+    )
     assert same(now, ahead) and same(now, far)
 
 
@@ -49,7 +57,9 @@ def test_ffcv_begins_as_many_batches_as_asked(photos, cache, prefetch, begun):
     spec = DataSpec("folder", root=str(photos), cache=cache, image_size=32)
     data = open_data(spec, LoaderSpec("ffcv", 1, prefetch))
     drawn = []
-    jobs = (drawn.append(n) or Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32) for n in range(6))
+    jobs = (
+        drawn.append(n) or Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32) for n in range(6)
+    )
     next(data.train.reader.stream(jobs, View(), Failures("raise")))
     assert len(drawn) == begun
 
@@ -66,7 +76,10 @@ def test_a_step_has_the_same_images_for_any_number_of_processes(photos, cache, b
     data = opened(photos, cache, backend, workers=0)
     whole = batches(data, micro_batch=12)
     share = 12 // world_size
-    ranks = [batches(data, micro_batch=share, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        batches(data, micro_batch=share, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     joined = [[torch.cat(parts) for parts in zip(*step)] for step in zip(*ranks)]
     assert same(whole, joined)
 
@@ -78,7 +91,10 @@ def test_epochs_and_seeds_differ_and_each_image_comes_once(photos, cache, backen
     orders = [torch.cat([batch.indices for batch in run]).tolist() for run in runs]
     assert all(sorted(order) == list(range(36)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    crops = [{int(i): image for batch in run for i, image in zip(batch.indices, batch.images)} for run in runs]
+    crops = [
+        {int(i): image for batch in run for i, image in zip(batch.indices, batch.images)}
+        for run in runs
+    ]
     assert not any(torch.equal(crops[0][i], other[i]) for other in crops[1:] for i in range(36))
 
 
@@ -108,7 +124,9 @@ def test_leaving_an_epoch_early_leaves_nothing_running(photos, cache, backend):
     first = next(running)
     copy = first.images.clone()
     loader.close()
-    deadline = time.monotonic() + 20  # the queues of torch's workers end their threads a moment later
+    deadline = (
+        time.monotonic() + 20
+    )  # the queues of torch's workers end their threads a moment later
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
@@ -134,13 +152,20 @@ def hundred_and_one(tmp_path_factory):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 16, 250])
-def test_evaluation_counts_every_image_once(hundred_and_one, cache, backend, world_size, batch_size):
+def test_evaluation_counts_every_image_once(
+    hundred_and_one, cache, backend, world_size, batch_size
+):
     data = opened(hundred_and_one, cache, backend, workers=0)
     loaders = [data.eval_loader(batch_size, rank, world_size) for rank in range(world_size)]
     ranks = [list(loader) for loader in loaders]
     assert {len(loader) for loader in loaders} == {len(batches) for batches in ranks}
     assert len({len(batch.targets) for batches in ranks for batch in batches}) == 1
-    rows = [row for batches in ranks for batch in batches for row in zip(batch.indices, batch.targets, batch.valid)]
+    rows = [
+        row
+        for batches in ranks
+        for batch in batches
+        for row in zip(batch.indices, batch.targets, batch.valid)
+    ]
     seen = [int(index) for index, _, valid in rows if valid]
     assert sorted(seen) == list(range(101)) and data.info.eval_count == 101
     targets = {int(index): int(target) for index, target, valid in rows if valid}
@@ -149,7 +174,13 @@ def test_evaluation_counts_every_image_once(hundred_and_one, cache, backend, wor
 
 def test_batch_sizes_that_cannot_be_are_refused(photos, cache):
     data = opened(photos, cache, "torchvision")
-    for batch, micro_batch, world_size in ((0, 1, 1), (4, 0, 1), (10, 4, 1), (12, 4, 2), (48, 48, 1)):
+    for batch, micro_batch, world_size in (
+        (0, 1, 1),
+        (4, 0, 1),
+        (10, 4, 1),
+        (12, 4, 2),
+        (48, 48, 1),
+    ):
         with pytest.raises(ConfigError, match=f"batch={batch}"):
             data.train_loader(batch, micro_batch, seed=0, world_size=world_size)
     with pytest.raises(ConfigError, match="at least 1"):
@@ -157,9 +188,20 @@ def test_batch_sizes_that_cannot_be_are_refused(photos, cache):
 
 
 def test_progressive_resizing_grows_in_multiples_of_32(photos, cache):
-    data = opened(photos, cache, "torchvision", 0, image_size=192, start_size=128, ramp=(2, 6), eval_size=224)
+    data = opened(
+        photos, cache, "torchvision", 0, image_size=192, start_size=128, ramp=(2, 6), eval_size=224
+    )
     loader = data.train_loader(4, 4, seed=0)
-    assert [loader.image_size(epoch) for epoch in range(8)] == [128, 128, 128, 128, 160, 192, 192, 192]
+    assert [loader.image_size(epoch) for epoch in range(8)] == [
+        128,
+        128,
+        128,
+        128,
+        160,
+        192,
+        192,
+        192,
+    ]
     assert next(loader.epoch(4)).images.shape == (4, 3, 160, 160)
     assert next(iter(data.eval_loader(2))).images.shape == (2, 3, 224, 224)
 
@@ -167,7 +209,9 @@ def test_progressive_resizing_grows_in_multiples_of_32(photos, cache):
 def test_the_generator_is_splitmix64():
     """The published first outputs for seed 1234567 (Rosetta Code, "Pseudo-random numbers/Splitmix64")."""
     numbers = uniform(np.array([1234567], dtype=np.uint64), np.arange(3))
-    expected = np.array([6457827717110365317, 3203168211198807973, 9817491932198370423], dtype=np.uint64)
+    expected = np.array(
+        [6457827717110365317, 3203168211198807973, 9817491932198370423], dtype=np.uint64
+    )
     assert np.array_equal(numbers, (expected >> np.uint64(11)).astype(float) * 2.0**-53)
 
 
@@ -182,13 +226,24 @@ def test_random_numbers_are_uniform_and_uncorrelated():
 
 def test_inception_crops_follow_their_distribution_and_fit():
     count = 50_000
-    keys, sides = sample_keys(0, 0, np.arange(count)), np.array([[375], [500]]).repeat(count, axis=1)
+    keys, sides = (
+        sample_keys(0, 0, np.arange(count)),
+        np.array([[375], [500]]).repeat(count, axis=1),
+    )
     boxes = random_boxes(keys, sides[0], sides[1], (0.08, 1.0), CROP_RATIO, 16)
     top, left, height, width = boxes.T
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
+    assert (
+        (top >= 0).all()
+        and (left >= 0).all()
+        and (top + height <= 375).all()
+        and (left + width <= 500).all()
+    )
     area, ratio = height * width / (375 * 500), width / height
     assert area.min() > 0.079 and area.max() <= 1 and ratio.min() > 0.72 and ratio.max() < 1.36
     small = area < 0.5  # every box of this size fits, so here the area is uniform
     assert abs(area[small].mean() - 0.29) < 0.01
-    each = [random_boxes(keys[n : n + 1], sides[0, :1], sides[1, :1], (0.08, 1.0), CROP_RATIO, 16) for n in range(500)]
+    each = [
+        random_boxes(keys[n : n + 1], sides[0, :1], sides[1, :1], (0.08, 1.0), CROP_RATIO, 16)
+        for n in range(500)
+    ]
     assert np.array_equal(np.concatenate(each), boxes[:500])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError
-from tests.data.test_preparation import run_script
+from tests.data.ffcv.test_preparation import run_script
 
 
 def flat_copy(photos, folder: Path) -> dict[str, str]:
@@ -45,14 +45,22 @@ def test_a_flat_folder_takes_its_labels_from_the_devkit(photos, tmp_path):
     data = tmp_path / "devkit" / "data"
     data.mkdir(parents=True)
     wnids = ("bee", "cow", "ant")
-    synsets = np.array([(n, wnid) for n, wnid in enumerate(wnids, 1)], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    synsets = np.array(
+        [(n, wnid) for n, wnid in enumerate(wnids, 1)],
+        dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")],
+    )
     savemat(data / "meta.mat", {"synsets": synsets})
     numbers = "\n".join(str(wnids.index(label) + 1) for label in labels.values())
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text(numbers)
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
         for image in sorted((tmp_path / "val").iterdir()):
             archive.add(image, image.name)
-    for source, kit in (("val", "devkit"), ("val", "devkit/data"), ("val", "."), ("ILSVRC2012_img_val.tar", "devkit")):
+    for source, kit in (
+        ("val", "devkit"),
+        ("val", "devkit/data"),
+        ("val", "."),
+        ("ILSVRC2012_img_val.tar", "devkit"),
+    ):
         listing = list_source(tmp_path / source, tmp_path / kit)
         assert [listing.classes[target] for target in listing.targets] == list(labels.values())
 
@@ -75,7 +83,9 @@ def test_tar_files_give_the_same_file_as_folders(photos, tmp_path):
         prepare(list_source(outer_path), tmp_path / "cut.beton", StorageOptions())
 
 
-def csv_of(labels: dict[str, str], path: Path, *more: str, encoding: str = "utf-8", separator: str = ",") -> Path:
+def csv_of(
+    labels: dict[str, str], path: Path, *more: str, encoding: str = "utf-8", separator: str = ","
+) -> Path:
     rows = [f"{name}{separator}{label} 1 2 3 4" for name, label in labels.items()]
     path.write_text("\n".join([*rows, *more]), encoding=encoding)
     return path
@@ -83,7 +93,9 @@ def csv_of(labels: dict[str, str], path: Path, *more: str, encoding: str = "utf-
 
 def test_a_list_with_a_byte_order_mark_and_no_heading_is_whole(photos, tmp_path):
     labels = flat_copy(photos, tmp_path / "val")
-    listing = list_source(tmp_path / "val", csv_of(labels, tmp_path / "labels.csv", encoding="utf-8-sig"))
+    listing = list_source(
+        tmp_path / "val", csv_of(labels, tmp_path / "labels.csv", encoding="utf-8-sig")
+    )
     assert [listing.classes[target] for target in listing.targets] == list(labels.values())
     assert listing.notes == ()
 
@@ -92,18 +104,29 @@ def test_a_file_listed_under_two_classes_is_refused(photos, tmp_path):
     labels = flat_copy(photos, tmp_path / "val")
     name, label = next(iter(labels.items()))
     table = csv_of(labels, tmp_path / "labels.csv", f"{name},{label}")
-    assert len(list_source(tmp_path / "val", table).images) == 12  # twice the same class is no contradiction
+    assert (
+        len(list_source(tmp_path / "val", table).images) == 12
+    )  # twice the same class is no contradiction
     table = csv_of(labels, tmp_path / "labels.csv", f"{name}.JPEG,dog")
     with pytest.raises(DataError, match=f"gives {name} two classes, {label} and dog"):
         list_source(tmp_path / "val", table)
 
 
-def test_labels_without_image_and_classes_of_them_alone_are_told(photos, tmp_path, monkeypatch, capsys):
+def test_labels_without_image_and_classes_of_them_alone_are_told(
+    photos, tmp_path, monkeypatch, capsys
+):
     labels = flat_copy(photos, tmp_path / "val")
     table = csv_of(labels, tmp_path / "labels.csv", "gone1,ant", "gone2,dog", "gone3,dog")
-    arguments = f"source={tmp_path}/val", f"labels={table}", f"output={tmp_path}/x.beton", "workers=1"
+    arguments = (
+        f"source={tmp_path}/val",
+        f"labels={table}",
+        f"output={tmp_path}/x.beton",
+        "workers=1",
+    )
     assert run_script(monkeypatch, *arguments) == 0
-    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    (told,) = (
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")
+    )
     assert told == (
         f"warning: 3 of the 15 labels in {table} have no image (the first: gone1); "
         "1 of the 4 classes have none and are kept (the first: dog)"
@@ -130,9 +153,13 @@ def test_a_line_that_is_no_label_is_named(photos, tmp_path, more, message):
 
 def test_labels_for_class_folders_and_folders_of_folders_are_explained(photos, tmp_path):
     (tmp_path / "labels.csv").write_text("000,ant\n")
-    with pytest.raises(DataError, match="holds its images in folders; if these are the classes, drop labels="):
+    with pytest.raises(
+        DataError, match="holds its images in folders; if these are the classes, drop labels="
+    ):
         list_source(photos / "train", tmp_path / "labels.csv")
-    with pytest.raises(DataError, match=f"holds folders of folders; give one .* such as {photos}/train$"):
+    with pytest.raises(
+        DataError, match=f"holds folders of folders; give one .* such as {photos}/train$"
+    ):
         list_source(photos)
 
 
@@ -154,7 +181,9 @@ def test_a_tar_takes_what_a_folder_takes(tmp_path, prefix):
     images = ["ant/a.jpg", "ant/b.jpg", "bee/a.JPEG", "bee-2/a.jpg"]
     aside = ["beside.jpg", "ant/notes.txt", "ant/sub/deep.jpg", "bee/link.jpg -> ant/a.jpg"]
     hidden = ["ant/._a.jpg", ".git/x.jpg", "ant/.cache/x.jpg"]
-    listing = list_source(tar_of(tmp_path / "x.tar", [prefix + name for name in [*images, *aside, *hidden]]))
+    listing = list_source(
+        tar_of(tmp_path / "x.tar", [prefix + name for name in [*images, *aside, *hidden]])
+    )
     root = f"{tmp_path}/x.tar:{prefix.removeprefix('./')}"
     assert listing.classes == ("ant", "bee", "bee-2") and listing.targets.tolist() == [0, 0, 1, 2]
     assert [image.name for image in listing.images] == [root + name for name in images]
@@ -164,7 +193,10 @@ def test_a_tar_takes_what_a_folder_takes(tmp_path, prefix):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["train/ant/a.jpg", "train/bee/a.jpg", "val/ant/b.jpg"], r"several places \(train/ and val/\)"),
+        (
+            ["train/ant/a.jpg", "train/bee/a.jpg", "val/ant/b.jpg"],
+            r"several places \(train/ and val/\)",
+        ),
         (["imagenet/train/ant/a.jpg", "imagenet/val/ant/b.jpg"], "several places"),
         (["ant/a.jpg", "bee/a.jpg", "val/ant/b.jpg"], r"several places \(\./ and val/\)"),
         (["ant/a.jpg", "bee/a.jpg", "ant/a.jpg"], "holds ant/a.jpg 2 times"),

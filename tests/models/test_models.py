@@ -38,7 +38,9 @@ def step(model: nn.Module, in_chans: int = 3, size: int = 64) -> torch.Tensor:
     """One SGD step; returns the loss after checking that everything has a finite gradient."""
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    loss = nn.functional.cross_entropy(model(torch.randn(2, in_chans, size, size)), torch.tensor([0, 1]))
+    loss = nn.functional.cross_entropy(
+        model(torch.randn(2, in_chans, size, size)), torch.tensor([0, 1])
+    )
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -51,7 +53,9 @@ def step(model: nn.Module, in_chans: int = 3, size: int = 64) -> torch.Tensor:
 def test_every_family_trains_with_every_norm(name: str, norm: str) -> None:
     model = create_model(name, norm, num_classes=4, **FAMILIES[name])
     assert step(model).isfinite()
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert not any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in FAMILIES])
@@ -82,7 +86,9 @@ def test_parameter_counts() -> None:
 @pytest.mark.parametrize("depth, width", [(20, 16), (44, 16), (80, 4), (8, 10)])
 def test_small_resnet_depth_and_width(depth: int, width: int) -> None:
     model = create_model("resnet20v2", "bn", num_classes=10, depth=depth, width=width)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    convolutions = [
+        m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    ]
     assert len(convolutions) + 1 == depth and len(layers(model)) == depth - 1
     assert [stage[-1].conv2.out_channels for stage in model.stages] == [width, 2 * width, 4 * width]
 
@@ -93,15 +99,20 @@ def test_small_resnet_stem_stride_and_channels(stride: int, side: int) -> None:
     assert model.forward_features(torch.randn(2, 1, 32, 32)).shape == (2, 64, side, side)
 
 
-@pytest.mark.parametrize("name, timm_name, kwargs", [
-    ("resnet50", "resnet50", {"layers": (1, 1, 1, 1)}),
-    ("resnet50v2", "resnetv2_50", {"layers": (1, 1, 1, 1)}),
-    ("efficientnet_b0", "efficientnet_b0", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, timm_name, kwargs",
+    [
+        ("resnet50", "resnet50", {"layers": (1, 1, 1, 1)}),
+        ("resnet50v2", "resnetv2_50", {"layers": (1, 1, 1, 1)}),
+        ("efficientnet_b0", "efficientnet_b0", {}),
+    ],
+)
 def test_bn_equals_timm(name: str, timm_name: str, kwargs: dict) -> None:
     model = create_model(name, "bn", num_classes=4, drop_path_rate=0.1, **kwargs).double()
     bn_eps = {"bn_eps": 1e-3} if "efficientnet" in name else {}
-    other = timm.create_model(timm_name, num_classes=4, drop_path_rate=0.1, **bn_eps, **kwargs).double()
+    other = timm.create_model(
+        timm_name, num_classes=4, drop_path_rate=0.1, **bn_eps, **kwargs
+    ).double()
     other.load_state_dict(model.state_dict())
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     for training in (True, False):
@@ -119,7 +130,9 @@ def test_placement_in_v1() -> None:
     model = create_model("resnet50", "ln_pn", layers=(2, 1, 1, 1))
     for name, layer in layers(model).items():
         bare = name.endswith("bn3") or "downsample" in name
-        assert layer.proxied != bare and (layer.bias is None) == bare and layer.weight is not None, name
+        assert (
+            layer.proxied != bare and (layer.bias is None) == bare and layer.weight is not None
+        ), name
     assert (model.layer1[1].bn3.weight == 0).all()  # timm's zero-initialised branches stay possible
 
 
@@ -136,7 +149,9 @@ def test_placement_in_efficientnet() -> None:
         projection = name.endswith("bn3") or name == "blocks.0.0.bn2"
         assert layer.proxied != projection and (layer.bias is None) == projection, name
         assert layer.eps == 1e-3 and layer.act_name == ("identity" if projection else "silu")
-        deferred = name == "bn2" or (name.endswith("bn2") and not projection) or name == "blocks.0.0.bn1"
+        deferred = (
+            name == "bn2" or (name.endswith("bn2") and not projection) or name == "blocks.0.0.bn1"
+        )
         assert layer.proxy_scale != deferred, name
     plain = create_model("efficientnet_b0", "ln_pn", se="plain")
     assert all(layer.proxy_scale for layer in layers(plain).values())
@@ -177,7 +192,11 @@ def test_g16_groups_and_expansion(size: str) -> None:
             inside, inputs = block.conv_dw.in_channels, next(block.children()).in_channels
             assert block.conv_dw.groups == max(inside // 16, 1)
             assert inside == (inputs if i == 0 else 4 * inputs)
-    assert native_size(f"efficientnet_{size}_g16") == native_size(f"efficientnet_{size}") == model.default_size
+    assert (
+        native_size(f"efficientnet_{size}_g16")
+        == native_size(f"efficientnet_{size}")
+        == model.default_size
+    )
 
 
 def test_groups() -> None:
@@ -217,39 +236,65 @@ def test_a_timm_model_without_stochastic_depth() -> None:
 
 
 def test_pretrained_weights_keep_the_eps_they_were_trained_with(tmp_path: Path) -> None:
-    torch.save(timm.create_model("efficientnet_b0", num_classes=4).state_dict(), tmp_path / "weights.pth")
+    torch.save(
+        timm.create_model("efficientnet_b0", num_classes=4).state_dict(), tmp_path / "weights.pth"
+    )
     published = {"file": str(tmp_path / "weights.pth"), "num_classes": 4}
     for given, expected in ((None, 1e-5), (1e-4, 1e-4)):
         model = create_model(
-            "efficientnet_b0", num_classes=4, eps=given, pretrained=True, pretrained_cfg_overlay=published
+            "efficientnet_b0",
+            num_classes=4,
+            eps=given,
+            pretrained=True,
+            pretrained_cfg_overlay=published,
         )
-        assert {layer.eps for layer in model.modules() if isinstance(layer, NormAct2d)} == {expected}
+        assert {layer.eps for layer in model.modules() if isinstance(layer, NormAct2d)} == {
+            expected
+        }
 
 
-@pytest.mark.parametrize("arguments, parts", [
-    (("resnet5O",), ["unknown model 'resnet5O'", "Did you mean 'resnet50'", "efficientnet_b5_g16"]),
-    (("resnet50", "ln_pm"), ["unknown norm 'ln_pm'", "'ln_pn'"]),
-    (("resnet20v2", "ln", 10, {"depth": 21}), ["depth=21", "6n + 2"]),
-    (("resnet20v2", "ln", 10, {"layer": 3}), ["layer"]),
-    (("resnet50", "ln", 10, {"se": "plain"}), ["EfficientNet"]),
-    (("efficientnet_b0", "ln", 10, {"se": "x"}), ["centred", "plain"]),
-    (("resnet50", "gn", 10, {"groups": 7}), ["bn1", "groups=7"]),
-    (("vit_tiny_patch16_224", "ln_pn"), ["nothing to convert"]),
-    (("resnet20v2", "ln_pn", 10, {"proxy_eps": float("nan")}), ["proxy_eps=nan", "from 0 up"]),
-    (("resnet50", "ln_pn", 10, {"eps": -1e-5}), ["eps=-1e-05", "from 0 up"]),
-    (("resnet20v2", "gn", 10, {"groups": "4"}), ["groups='4'", "from 1 up"]),
-    (("resnet50", "ln", 10, {"groups": 0}), ["groups=0", "from 1 up"]),
-    (("resnet20v2", "ln", 10, {"in_chans": 0}), ["in_chans=0", "from 1 up"]),
-    (("resnet50", "ln", 10, {"in_chans": 0}), ["in_chans=0", "from 1 up"]),
-    (("resnet20v2", "ln", -1), ["num_classes=-1", "from 0 up"]),
-    (("resnet18", "ln", 2.0), ["num_classes=2.0", "whole number"]),
-    (("resnet20v2", "ln", 10, {"drop_rate": 1.0}), ["drop_rate=1.0", "not including, 1"]),
-    (("resnet20v2", "ln", 10, {"drop_path_rate": -0.1}), ["drop_path_rate=-0.1", "from 0"]),
-    (("resnet50", "ln", 10, {"drop_block_rate": 1.5}), ["drop_block_rate=1.5", "not including, 1"]),
-    (("resnet20v2", "ln", 10, {"pretrained": True}), ["pretrained=True", "no weights of this model"]),
-    (("resnext50v2", "bn", 10, {"pretrained": True}), ["pretrained=True", "no weights of this model"]),
-    (("efficientnet_b0_g16", "bn", 10, {"pretrained": True}), ["pretrained=True", "no weights of this model"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (
+            ("resnet5O",),
+            ["unknown model 'resnet5O'", "Did you mean 'resnet50'", "efficientnet_b5_g16"],
+        ),
+        (("resnet50", "ln_pm"), ["unknown norm 'ln_pm'", "'ln_pn'"]),
+        (("resnet20v2", "ln", 10, {"depth": 21}), ["depth=21", "6n + 2"]),
+        (("resnet20v2", "ln", 10, {"layer": 3}), ["layer"]),
+        (("resnet50", "ln", 10, {"se": "plain"}), ["EfficientNet"]),
+        (("efficientnet_b0", "ln", 10, {"se": "x"}), ["centred", "plain"]),
+        (("resnet50", "gn", 10, {"groups": 7}), ["bn1", "groups=7"]),
+        (("vit_tiny_patch16_224", "ln_pn"), ["nothing to convert"]),
+        (("resnet20v2", "ln_pn", 10, {"proxy_eps": float("nan")}), ["proxy_eps=nan", "from 0 up"]),
+        (("resnet50", "ln_pn", 10, {"eps": -1e-5}), ["eps=-1e-05", "from 0 up"]),
+        (("resnet20v2", "gn", 10, {"groups": "4"}), ["groups='4'", "from 1 up"]),
+        (("resnet50", "ln", 10, {"groups": 0}), ["groups=0", "from 1 up"]),
+        (("resnet20v2", "ln", 10, {"in_chans": 0}), ["in_chans=0", "from 1 up"]),
+        (("resnet50", "ln", 10, {"in_chans": 0}), ["in_chans=0", "from 1 up"]),
+        (("resnet20v2", "ln", -1), ["num_classes=-1", "from 0 up"]),
+        (("resnet18", "ln", 2.0), ["num_classes=2.0", "whole number"]),
+        (("resnet20v2", "ln", 10, {"drop_rate": 1.0}), ["drop_rate=1.0", "not including, 1"]),
+        (("resnet20v2", "ln", 10, {"drop_path_rate": -0.1}), ["drop_path_rate=-0.1", "from 0"]),
+        (
+            ("resnet50", "ln", 10, {"drop_block_rate": 1.5}),
+            ["drop_block_rate=1.5", "not including, 1"],
+        ),
+        (
+            ("resnet20v2", "ln", 10, {"pretrained": True}),
+            ["pretrained=True", "no weights of this model"],
+        ),
+        (
+            ("resnext50v2", "bn", 10, {"pretrained": True}),
+            ["pretrained=True", "no weights of this model"],
+        ),
+        (
+            ("efficientnet_b0_g16", "bn", 10, {"pretrained": True}),
+            ["pretrained=True", "no weights of this model"],
+        ),
+    ],
+)
 def test_wrong_requests_are_one_clear_line(arguments: tuple, parts: list[str]) -> None:
     kwargs = arguments[3] if len(arguments) > 3 else {}
     with pytest.raises(ConfigError) as caught:

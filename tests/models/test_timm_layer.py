@@ -33,7 +33,9 @@ def test_a_constructor_and_convert_make_the_same(name: str) -> None:
     built = timm.create_model(name, num_classes=5, norm_layer=NormAct2d, **SMALL[name]).eval()
     converted = convert(timm.create_model(name, num_classes=5, **SMALL[name]), "ln_pn").eval()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in built.modules())
-    for layers in zip(*([m for m in net.modules() if isinstance(m, NormAct2d)] for net in (built, converted))):
+    for layers in zip(
+        *([m for m in net.modules() if isinstance(m, NormAct2d)] for net in (built, converted))
+    ):
         layers[1].eps = layers[0].eps  # convert keeps the one that timm's model has
         assert layers[0].act_name == layers[1].act_name and layers[0].proxied == layers[1].proxied
     converted.load_state_dict(built.state_dict())
@@ -54,17 +56,24 @@ def test_options_are_bound_by_partial(norm: str, proxied: bool) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "xception41"])
 def test_constructors_with_an_activation_of_their_own_are_refused(name: str) -> None:
     for layer in (NormAct2d, partial(NormAct2d, norm="gn")):
-        with pytest.raises(ValueError, match=r"timm\.models\.\w+ has an activation of its own .* proxynorm\.convert"):
+        with pytest.raises(
+            ValueError,
+            match=r"timm\.models\.\w+ has an activation of its own .* proxynorm\.convert",
+        ):
             timm.create_model(name, norm_layer=layer)
 
 
 def test_torchvisions_constructors_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"torchvision\.models\.resnet has an activation of its own"):
+    with pytest.raises(
+        ValueError, match=r"torchvision\.models\.resnet has an activation of its own"
+    ):
         torchvision.models.resnet18(norm_layer=NormAct2d)
 
 
 def test_a_norm_alone_serves_those_constructors() -> None:
-    model = timm.create_model("resnet18", num_classes=5, norm_layer=partial(NormAct2d, norm="gn", apply_act=False))
+    model = timm.create_model(
+        "resnet18", num_classes=5, norm_layer=partial(NormAct2d, norm="gn", apply_act=False)
+    )
     model.train()(torch.randn(2, 3, 64, 64)).sum().backward()
 
 

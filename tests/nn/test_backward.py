@@ -18,8 +18,13 @@ def seeded():
 
 
 def network(activation: str, norm: str) -> nn.Sequential:
-    layers = [nn.Conv2d(3, 8, 3), NormAct2d(8, norm, act_layer=activation), nn.Conv2d(8, 8, 3),
-              NormAct2d(8, norm, act_layer=activation), nn.Conv2d(8, 4, 1)]  # fmt: skip
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        NormAct2d(8, norm, act_layer=activation),
+        nn.Conv2d(8, 8, 3),
+        NormAct2d(8, norm, act_layer=activation),
+        nn.Conv2d(8, 4, 1),
+    ]
     return nn.Sequential(*layers).double()
 
 
@@ -90,7 +95,9 @@ def test_changes_in_place_are_noticed(with_recompute):
     x = torch.randn(2, 3, 4, 4)
     for between in (double_weights, double_gamma):
         net = recompute(Net()) if with_recompute else Net()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation.*expected version 0 instead"):
+        with pytest.raises(
+            RuntimeError, match="modified by an inplace operation.*expected version 0 instead"
+        ):
             gradients(net, x, between)
     net = Net(edit=lambda z, gate: gate.mul_(2))
     with pytest.raises(RuntimeError, match="is at version 1; expected version 0 instead"):
@@ -110,8 +117,17 @@ def second_order(layer: nn.Module, function, x: torch.Tensor) -> tuple[torch.Ten
     return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
 
-@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias"), ("proxy_weight", "proxy_bias"),
-                                    ("weight", "bias", "proxy_weight", "proxy_bias")])  # fmt: skip
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        (),
+        ("weight",),
+        ("bias",),
+        ("weight", "bias"),
+        ("proxy_weight", "proxy_bias"),
+        ("weight", "bias", "proxy_weight", "proxy_bias"),
+    ],
+)
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_second_order_with_constants(activation, scale, frozen):
@@ -120,7 +136,9 @@ def test_second_order_with_constants(activation, scale, frozen):
         getattr(layer, name).requires_grad_(False)
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     ours = second_order(layer, layer, x)
-    torch.testing.assert_close(ours, second_order(layer, lambda x: layer.activate(layer.normalize(x)), x))
+    torch.testing.assert_close(
+        ours, second_order(layer, lambda x: layer.activate(layer.normalize(x)), x)
+    )
 
 
 @pytest.mark.parametrize("with_recompute", [False, True])
@@ -128,7 +146,9 @@ def test_second_order_of_centred_squeeze_excite(with_recompute):
     model = create_model("efficientnet_b0", "ln_pn", num_classes=5)
     model = recompute(model) if with_recompute else model
     parameters = list(model.parameters())
-    first = torch.autograd.grad(model(torch.randn(1, 3, 32, 32)).square().sum(), parameters, create_graph=True)
+    first = torch.autograd.grad(
+        model(torch.randn(1, 3, 32, 32)).square().sum(), parameters, create_graph=True
+    )
     second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
     assert all(g.isfinite().all() for g in second)
 
@@ -143,11 +163,18 @@ def test_group_norm_of_a_dense_map_is_one_step(norm, activation, proxy_scale, la
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x, direction = (torch.randn(3, 8, 4, 5, dtype=torch.float64).to(memory_format=memory_format) for _ in range(2))
+    x, direction = (
+        torch.randn(3, 8, 4, 5, dtype=torch.float64).to(memory_format=memory_format)
+        for _ in range(2)
+    )
     x = torch.randn(3, 8, 4, 10, dtype=torch.float64)[..., ::2] if layout == "strided" else x
     x.requires_grad_()
     grads = []
-    for forward in (layer, recompute(copy.deepcopy(layer)), lambda x: layer.activate(layer.normalize(x))):
+    for forward in (
+        layer,
+        recompute(copy.deepcopy(layer)),
+        lambda x: layer.activate(layer.normalize(x)),
+    ):
         module = forward if isinstance(forward, nn.Module) else layer
         inputs = [x, *module.parameters()]
         z = forward(x)
@@ -157,7 +184,9 @@ def test_group_norm_of_a_dense_map_is_one_step(norm, activation, proxy_scale, la
         first = torch.autograd.grad(z, inputs, direction, retain_graph=True)
         again = torch.autograd.grad(z, inputs, direction, create_graph=True)
         torch.testing.assert_close(again, first)
-        grads.append([z.detach(), *first, *torch.autograd.grad(sum(g.square().sum() for g in again), inputs)])
+        grads.append(
+            [z.detach(), *first, *torch.autograd.grad(sum(g.square().sum() for g in again), inputs)]
+        )
     torch.testing.assert_close(grads[0], grads[2])
     torch.testing.assert_close(grads[1], grads[2])
 
@@ -166,14 +195,24 @@ def test_group_norm_of_a_dense_map_is_one_step(norm, activation, proxy_scale, la
 @pytest.mark.parametrize("activation", ["relu", "silu", "hard_swish", "identity"])
 def test_the_incoming_gradient_may_lie_in_memory_as_it_likes(activation, memory_format):
     layer = NormAct2d(8, "gn", act_layer=activation, groups=2).double()
-    x = torch.randn(3, 8, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    x = (
+        torch.randn(3, 8, 4, 5, dtype=torch.float64)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+    )
     grad, inputs = torch.randn(3, 8, 4, 10, dtype=torch.float64), [x, *layer.parameters()]
-    directions = {"contiguous": grad[..., :5].contiguous(), "strided": grad[..., ::2], "expanded": grad[:1, :1, :1, :1].expand(x.shape),
-                  "channels_last": grad[..., 5:].contiguous(memory_format=torch.channels_last)}
+    directions = {
+        "contiguous": grad[..., :5].contiguous(),
+        "strided": grad[..., ::2],
+        "expanded": grad[:1, :1, :1, :1].expand(x.shape),
+        "channels_last": grad[..., 5:].contiguous(memory_format=torch.channels_last),
+    }
     for direction in directions.values():
         before = direction.clone()
         ours = torch.autograd.grad(layer(x), inputs, direction)
-        torch.testing.assert_close(ours, torch.autograd.grad(layer.activate(layer.normalize(x)), inputs, direction))
+        torch.testing.assert_close(
+            ours, torch.autograd.grad(layer.activate(layer.normalize(x)), inputs, direction)
+        )
         assert torch.equal(direction, before)
 
 
@@ -190,8 +229,10 @@ def test_create_graph_changes_no_gradient_of_a_layer_used_twice(activation, norm
     layer = NormAct2d(8, norm, act_layer=activation).double()
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
     grad = torch.randn_like(x)
-    wanted, found = (torch.autograd.grad(layer(layer(x)), [x, *layer.parameters()], grad, create_graph=again)
-                     for again in (False, True))
+    wanted, found = (
+        torch.autograd.grad(layer(layer(x)), [x, *layer.parameters()], grad, create_graph=again)
+        for again in (False, True)
+    )
     for one, other in zip(wanted, found):
         torch.testing.assert_close(other, one)
 
@@ -202,8 +243,10 @@ def test_batched_backward(activation, norm):
     layer = NormAct2d(8, norm, act_layer=activation).double()
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64, requires_grad=True)
     grads = torch.randn(3, *x.shape, dtype=torch.float64)
-    batched, = torch.autograd.grad(layer(x), x, grads, is_grads_batched=True)
-    torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(layer(x), x, grad)[0] for grad in grads]))
+    (batched,) = torch.autograd.grad(layer(x), x, grads, is_grads_batched=True)
+    torch.testing.assert_close(
+        batched, torch.stack([torch.autograd.grad(layer(x), x, grad)[0] for grad in grads])
+    )
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -218,7 +261,7 @@ def test_recompute_of_a_frozen_layer_whose_output_is_changed_in_place(activation
 
 
 def test_recompute_after_an_interrupt_begins_anew():
-    run = importlib.import_module("proxynorm.nn.recompute")._RUN
+    run = importlib.import_module("proxynorm.nn.fast.recompute")._RUN
     net, x = recompute(network("silu", "ln")), torch.randn(2, 3, 8, 8, dtype=torch.float64)
 
     def interrupt(*_):
@@ -235,7 +278,9 @@ def test_recompute_after_an_interrupt_begins_anew():
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_recompute_keeps_no_input_after_backward(activation):
-    net = recompute(nn.Sequential(nn.Conv2d(8, 8, 1), NormAct2d(8, act_layer=activation), nn.Conv2d(8, 8, 1)))
+    net = recompute(
+        nn.Sequential(nn.Conv2d(8, 8, 1), NormAct2d(8, act_layer=activation), nn.Conv2d(8, 8, 1))
+    )
     seen = []
     net[1].register_forward_pre_hook(lambda layer, inputs: seen.append(weakref.ref(inputs[0])))
     loss = net(torch.randn(2, 8, 4, 4)).sum()
@@ -255,4 +300,6 @@ def test_recompute_beside_sparse_and_inference_tensors():
     with torch.inference_mode():
         x = torch.randn(2, 8, 4, 4)
     recompute(Net())(x.clone(), torch.eye(5).to_sparse()).backward()
-    recompute(nn.Sequential(NormAct2d(8).requires_grad_(False), nn.Conv2d(8, 8, 1)))(x).sum().backward()
+    recompute(nn.Sequential(NormAct2d(8).requires_grad_(False), nn.Conv2d(8, 8, 1)))(
+        x
+    ).sum().backward()

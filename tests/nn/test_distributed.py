@@ -13,19 +13,23 @@ from proxynorm.nn import NormAct2d
 def half(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    x, grad = (t[rank * 3: rank * 3 + 3].requires_grad_() for t in inputs())
+    x, grad = (t[rank * 3 : rank * 3 + 3].requires_grad_() for t in inputs())
     act = NormAct2d(4, "bn_pn", norm_batch="global").double()
     z = act(x)
     z.backward(grad.detach())
     weight_grad = act.weight.grad.clone()
     dist.all_reduce(weight_grad)
-    torch.save([z.detach(), x.grad, weight_grad, act.running_mean, act.running_var], f"{folder}/{rank}.pt")
+    torch.save(
+        [z.detach(), x.grad, weight_grad, act.running_mean, act.running_var], f"{folder}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(6, 4, 5, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    return tuple(
+        torch.randn(6, 4, 5, 5, dtype=torch.float64, generator=generator) for _ in range(2)
+    )
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ def network(norm: str, bias: bool = False) -> nn.Module:
             nn.init.normal_(p, mean=p.mean().item(), std=0.2)
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=bias), act]
         channels = width
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5)).double()
+    net = nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5)
+    ).double()
     return standardize_weights(net) if spec.weight_standardization else net
 
 
@@ -98,11 +100,18 @@ def test_weight_standardization():
 
 def test_weight_decay_groups():
     spec = norm_spec("ln_pn")
-    net = nn.ModuleDict({
-        "conv": nn.Conv2d(3, 8, 3, bias=True), "act": NormAct2d(8, spec.kind, spec.proxy),
-        "plain": NormAct2d(8, "bn", False), "transposed": nn.ConvTranspose2d(8, 8, 2), "head": nn.Linear(8, 5),
-        "standardized": standardize_weights(nn.Conv2d(8, 8, 3)), "layer_norm": nn.LayerNorm(8), "prelu": nn.PReLU(8),
-    })  # fmt: skip
+    net = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 8, 3, bias=True),
+            "act": NormAct2d(8, spec.kind, spec.proxy),
+            "plain": NormAct2d(8, "bn", False),
+            "transposed": nn.ConvTranspose2d(8, 8, 2),
+            "head": nn.Linear(8, 5),
+            "standardized": standardize_weights(nn.Conv2d(8, 8, 3)),
+            "layer_norm": nn.LayerNorm(8),
+            "prelu": nn.PReLU(8),
+        }
+    )
     net["tied"] = net["head"]
     net["frozen"] = nn.Linear(3, 3).requires_grad_(False)
     net.register_parameter("token", nn.Parameter(torch.zeros(1, 4, 8)))
@@ -110,8 +119,13 @@ def test_weight_decay_groups():
     decayed, kept = parameter_groups(net, 1e-4)
     assert decayed["weight_decay"] == 1e-4 and kept["weight_decay"] == 0
     assert {names[id(p)] for p in decayed["params"]} == {
-        "conv.weight", "act.proxy_weight", "act.proxy_bias", "transposed.weight", "head.weight",
-        "standardized.parametrizations.weight.original"}  # fmt: skip
+        "conv.weight",
+        "act.proxy_weight",
+        "act.proxy_bias",
+        "transposed.weight",
+        "head.weight",
+        "standardized.parametrizations.weight.original",
+    }
     everything = [id(p) for group in (decayed, kept) for p in group["params"]]
     trainable = [id(p) for p in net.parameters() if p.requires_grad]
     assert len(everything) == len(set(everything)) and set(everything) == set(trainable)

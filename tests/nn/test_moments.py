@@ -26,7 +26,7 @@ ZERO, ONE = torch.zeros(1), torch.ones(1)
         ("silu", "grid", 256, 0.206184, 0.310665, 1.713312),
         ("silu", "exact", 256, 0.206621, 0.313083, 1.707262),
     ],
-)  # fmt: skip
+)
 def test_reference_values(activation, method, nodes, mean, var, scale):
     m, v = proxy_moments(ONE, ZERO, ZERO, ZERO, activation, method, nodes)
     assert m.dtype == v.dtype == torch.float32
@@ -38,12 +38,26 @@ def test_reference_values(activation, method, nodes, mean, var, scale):
 # the table in moments.py: mean, variance
 CLOSED = (1e-12, 1e-11)
 ERRORS = {
-    **dict.fromkeys(("relu", "leaky_relu", "relu6", "hard_tanh", "hard_sigmoid", "hard_swish", "elu", "celu", "selu",
-                     "gelu", "identity"), CLOSED),
+    **dict.fromkeys(
+        (
+            "relu",
+            "leaky_relu",
+            "relu6",
+            "hard_tanh",
+            "hard_sigmoid",
+            "hard_swish",
+            "elu",
+            "celu",
+            "selu",
+            "gelu",
+            "identity",
+        ),
+        CLOSED,
+    ),
     "silu": (2e-8, 5e-7),
     **dict.fromkeys(("mish", "gelu_tanh", "softplus", "sigmoid"), (5e-8, 1e-6)),
     "tanh": (1e-5, 5e-5),
-}  # fmt: skip
+}
 
 
 def integrated(activation: nn.Module, weight: float, bias: float) -> tuple[float, float]:
@@ -68,9 +82,14 @@ def _legendre(count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 NODES, WEIGHTS = _legendre()
-WEIGHT, BIAS = (t.flatten() for t in torch.meshgrid(
-    torch.tensor([0.01, 0.1, 0.5, 1, 2, 4, 10], dtype=torch.float64),
-    torch.tensor([-5, -2, -0.3, 0, 0.4, 1.5, 5], dtype=torch.float64), indexing="ij"))  # fmt: skip
+WEIGHT, BIAS = (
+    t.flatten()
+    for t in torch.meshgrid(
+        torch.tensor([0.01, 0.1, 0.5, 1, 2, 4, 10], dtype=torch.float64),
+        torch.tensor([-5, -2, -0.3, 0, 0.4, 1.5, 5], dtype=torch.float64),
+        indexing="ij",
+    )
+)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -116,7 +135,9 @@ def test_grid_is_the_formula_to_the_bit(activation):
     torch.testing.assert_close(v, z.var(0, correction=0), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hard_swish", "elu", "mish"])
+@pytest.mark.parametrize(
+    "activation", ["relu", "leaky_relu", "silu", "gelu", "hard_swish", "elu", "mish"]
+)
 def test_derivatives(activation):
     torch.manual_seed(0)
     parameters = tuple(p.requires_grad_() for p in torch.randn(4, 3, dtype=torch.float64))
@@ -137,13 +158,17 @@ def test_slopes_are_the_derivatives(activation, method):
     slopes = moments_with_slopes(module, a.detach(), s.detach(), method)
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     m, v = proxy_moments(one, a, s - 1, zero, module, method)  # a + s·G
-    torch.testing.assert_close((slopes.mean, slopes.var), (m.detach(), v.detach()), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(
+        (slopes.mean, slopes.var), (m.detach(), v.detach()), atol=1e-12, rtol=1e-10
+    )
     by_mean = torch.autograd.grad(m.sum(), (a, s), retain_graph=True)
     by_var = torch.autograd.grad(v.sum(), (a, s))
     torch.testing.assert_close(slopes[2:], (*by_mean, *by_var), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hard_swish", "elu", "mish"])
+@pytest.mark.parametrize(
+    "activation", ["relu", "leaky_relu", "silu", "gelu", "hard_swish", "elu", "mish"]
+)
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-8, 1e4, 1e8])
 def test_safe_at_the_ends(activation, size):
     for bias in (-3.0, 0.0, 3.0):
@@ -153,7 +178,9 @@ def test_safe_at_the_ends(activation, size):
         second = torch.autograd.grad(sum(f.sum() for f in first), p, allow_unused=True)
         assert all(torch.isfinite(t).all() for t in (m, v, *first))
         if activation != "mish":  # torch's own second derivative of mish is NaN beyond u = 709
-            assert not any(t.isnan().any() for t in second if t is not None)  # at a kink they do grow without bound
+            assert not any(
+                t.isnan().any() for t in second if t is not None
+            )  # at a kink they do grow without bound
         if size < 1e-7:
             phi = make_activation(activation)(torch.tensor(bias))
             assert m.item() == pytest.approx(phi.item(), abs=1e-6)
@@ -163,22 +190,36 @@ def test_safe_at_the_ends(activation, size):
 def test_any_callable_module_or_class():
     parameters = (torch.rand(5) + 0.5, torch.randn(5), torch.zeros(5), torch.zeros(5))
     expected = proxy_moments(*parameters, "relu")
-    for activation in (nn.ReLU, nn.ReLU(inplace=True), torch.relu, F.relu, torch.relu_, F.relu_, partial(nn.ReLU, False)):
+    for activation in (
+        nn.ReLU,
+        nn.ReLU(inplace=True),
+        torch.relu,
+        F.relu,
+        torch.relu_,
+        F.relu_,
+        partial(nn.ReLU, False),
+    ):
         torch.testing.assert_close(proxy_moments(*parameters, activation), expected)
     close = proxy_moments(*parameters, lambda u: u.clamp(min=0))
     torch.testing.assert_close(close, expected, atol=2e-3, rtol=0)
-    torch.testing.assert_close(proxy_moments(*parameters, nn.PReLU(5, 0.0)), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        proxy_moments(*parameters, nn.PReLU(5, 0.0)), expected, atol=2e-3, rtol=0
+    )
 
 
 def test_a_partial_is_of_a_class_or_of_a_function():
     parameters = torch.rand(4, 5)
     for ours, theirs in (
-        (partial(F.leaky_relu, negative_slope=0.2), nn.LeakyReLU(0.2)), (partial(nn.LeakyReLU, 0.2), nn.LeakyReLU(0.2)),
-        (partial(F.gelu, approximate="tanh"), "gelu_tanh"), (partial(F.relu, inplace=True), "relu"),
+        (partial(F.leaky_relu, negative_slope=0.2), nn.LeakyReLU(0.2)),
+        (partial(nn.LeakyReLU, 0.2), nn.LeakyReLU(0.2)),
+        (partial(F.gelu, approximate="tanh"), "gelu_tanh"),
+        (partial(F.relu, inplace=True), "relu"),
         (partial(F.hardtanh, min_val=0.0, max_val=6.0), "relu6"),
-    ):  # fmt: skip
+    ):
         assert activation_name(make_activation(ours)) != "callable"
-        torch.testing.assert_close(proxy_moments(*parameters, ours), proxy_moments(*parameters, theirs))
+        torch.testing.assert_close(
+            proxy_moments(*parameters, ours), proxy_moments(*parameters, theirs)
+        )
     clamp = partial(torch.clamp, min=0, max=6)
     x = torch.randn(2, 5, 3, 3) * 4
     torch.testing.assert_close(make_activation(clamp)(x), F.relu6(x))
@@ -195,20 +236,35 @@ def hinge(below: float):
 def test_documented_error_of_kinks(below, weight):
     bias = torch.linspace(-2, 2, 2001, dtype=torch.float64) * weight
     zero, one = torch.zeros_like(bias), torch.ones_like(bias)
-    ours, exact = ([*proxy_moments(weight * one, b, zero, zero, phi), b]
-                   for phi in hinge(below) for b in [bias.clone().requires_grad_()])  # fmt: skip
-    slopes = [torch.autograd.grad(mean.sum(), b, retain_graph=True)[0] for mean, _, b in (ours, exact)]
+    ours, exact = (
+        [*proxy_moments(weight * one, b, zero, zero, phi), b]
+        for phi in hinge(below)
+        for b in [bias.clone().requires_grad_()]
+    )
+    slopes = [
+        torch.autograd.grad(mean.sum(), b, retain_graph=True)[0] for mean, _, b in (ours, exact)
+    ]
     step, steepest = abs(1 - below), max(1.0, abs(below))
-    errors = [(one - other).abs().max().item() for one, other in ((ours[0], exact[0]), (ours[1], exact[1]), slopes)]
-    for error, bound in zip(errors, (2.2e-4 * weight * step, 3.6e-4 * weight**2 * step * steepest, 1.7e-2 * step)):
+    errors = [
+        (one - other).abs().max().item()
+        for one, other in ((ours[0], exact[0]), (ours[1], exact[1]), slopes)
+    ]
+    for error, bound in zip(
+        errors, (2.2e-4 * weight * step, 3.6e-4 * weight**2 * step * steepest, 1.7e-2 * step)
+    ):
         assert 0.6 * bound < error < bound  # neither exceeded nor a mere phrase
 
 
 @pytest.mark.parametrize(
     ("module", "mean_error", "var_error"),
-    [(nn.PReLU(1, 0.25), 1.7e-3, 1.7e-2), (nn.Softsign(), 6e-4, 5.5e-4), (nn.Softplus(beta=3), 7e-6, 9e-5),
-     (nn.Tanhshrink(), 1e-5, 5e-5), (nn.LogSigmoid(), 5e-8, 1e-6)],
-)  # fmt: skip
+    [
+        (nn.PReLU(1, 0.25), 1.7e-3, 1.7e-2),
+        (nn.Softsign(), 6e-4, 5.5e-4),
+        (nn.Softplus(beta=3), 7e-6, 9e-5),
+        (nn.Tanhshrink(), 1e-5, 5e-5),
+        (nn.LogSigmoid(), 5e-8, 1e-6),
+    ],
+)
 def test_documented_errors_of_unlisted_activations(module, mean_error, var_error):
     module = module.double()
     pairs = [integrated(module, w, b) for w, b in zip(WEIGHT.tolist(), BIAS.tolist())]
@@ -220,9 +276,13 @@ def test_documented_errors_of_unlisted_activations(module, mean_error, var_error
 def test_a_jump_costs_what_is_said():
     bias = torch.linspace(-2, 2, 2001, dtype=torch.float64)
     for weight in (1.0, 3.0):
-        mean, _ = proxy_moments(torch.full_like(bias, weight), bias, *torch.zeros(2, 2001), nn.Threshold(0.5, 0.0))
+        mean, _ = proxy_moments(
+            torch.full_like(bias, weight), bias, *torch.zeros(2, 2001), nn.Threshold(0.5, 0.0)
+        )
         shifted = torch.special.ndtr((bias - 0.5) / weight)
-        rectified = proxy_moments(torch.full_like(bias, weight), bias - 0.5, *torch.zeros(2, 2001).double())[0]
+        rectified = proxy_moments(
+            torch.full_like(bias, weight), bias - 0.5, *torch.zeros(2, 2001).double()
+        )[0]
         error = (mean - rectified - 0.5 * shifted).abs().max()
         assert error < 1.7e-2 * 0.5 + 2.2e-4 * weight
 
@@ -252,7 +312,10 @@ def test_an_activation_with_parameters_in_half_precision(method):
     found = proxy_moments(*half, nn.PReLU().bfloat16(), method)
     wanted = proxy_moments(*(p.float() for p in half), nn.PReLU(), method)
     torch.testing.assert_close(found, wanted)
-    assert NormAct2d(4, act_layer=nn.PReLU).bfloat16()(torch.randn(2, 4, 3, 3).bfloat16()).dtype == torch.bfloat16
+    assert (
+        NormAct2d(4, act_layer=nn.PReLU).bfloat16()(torch.randn(2, 4, 3, 3).bfloat16()).dtype
+        == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("method", ["auto", "grid"])

@@ -9,7 +9,19 @@ from proxynorm.nn.activations import activation_name, make_activation
 
 
 def test_all_names():
-    assert set(NORMS) == {"bn", "ln", "gn", "in", "bn_pn", "ln_pn", "gn_pn", "in_pn", "ln_ws", "gn_ws", "none"}
+    assert set(NORMS) == {
+        "bn",
+        "ln",
+        "gn",
+        "in",
+        "bn_pn",
+        "ln_pn",
+        "gn_pn",
+        "in_pn",
+        "ln_ws",
+        "gn_ws",
+        "none",
+    }
     assert norm_spec("gn_pn") == NormSpec("gn", True, False)
     assert norm_spec("ln_ws") == NormSpec("ln", False, True)
     assert norm_spec("none") == NormSpec("none", False, False)
@@ -28,7 +40,9 @@ def test_a_wrong_name_is_one_line_with_the_list(wrong):
 def test_activations_know_their_names(name):
     module = make_activation(name)
     assert activation_name(module) == name
-    assert activation_name(make_activation(type(module))) == (name if name != "gelu_tanh" else "gelu")
+    assert activation_name(make_activation(type(module))) == (
+        name if name != "gelu_tanh" else "gelu"
+    )
     assert module(torch.randn(3)).shape == (3,)
 
 

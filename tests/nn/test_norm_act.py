@@ -10,7 +10,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from proxynorm.models import create_model
-from proxynorm.nn import NORMS, NormAct2d, batch_normalize, group_normalize, norm_spec, proxy_moments
+from proxynorm.nn import (
+    NORMS,
+    NormAct2d,
+    batch_normalize,
+    group_normalize,
+    norm_spec,
+    proxy_moments,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,11 +25,15 @@ def seeded():
     torch.manual_seed(0)
 
 
-def layer(norm: str = "ln_pn", features: int = 12, dtype: torch.dtype = torch.float64, **options) -> NormAct2d:
+def layer(
+    norm: str = "ln_pn", features: int = 12, dtype: torch.dtype = torch.float64, **options
+) -> NormAct2d:
     """A layer with random parameters; norm is a full name."""
     spec = norm_spec(norm)
     groups = 4 if spec.kind == "gn" else None
-    made = NormAct2d(features, spec.kind, spec.proxy, **{"groups": groups, "dtype": dtype, **options})
+    made = NormAct2d(
+        features, spec.kind, spec.proxy, **{"groups": groups, "dtype": dtype, **options}
+    )
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.3)
@@ -32,14 +43,22 @@ def layer(norm: str = "ln_pn", features: int = 12, dtype: torch.dtype = torch.fl
     return made
 
 
-def maps(shape=(5, 12, 4, 3), dtype=torch.float64, memory_format=torch.contiguous_format) -> torch.Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * 1.5 + 0.4).to(dtype).contiguous(memory_format=memory_format)
+def maps(
+    shape=(5, 12, 4, 3), dtype=torch.float64, memory_format=torch.contiguous_format
+) -> torch.Tensor:
+    return (
+        (torch.randn(shape, dtype=torch.float64) * 1.5 + 0.4)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+    )
 
 
 def test_formula():
     """Written out once, with nothing of the package but the moments."""
     x, act = maps(), layer("ln_pn")
-    y = (x - x.mean((1, 2, 3), keepdim=True)) * (x.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).rsqrt()
+    y = (x - x.mean((1, 2, 3), keepdim=True)) * (
+        x.var((1, 2, 3), correction=0, keepdim=True) + 1e-5
+    ).rsqrt()
     w, b, pw, pb = (p.detach() for p in (act.weight, act.bias, act.proxy_weight, act.proxy_bias))
     m, v = proxy_moments(w, b, pw, pb)
     samples = F.relu(w * (pb + (1 + pw) * torch.randn(100_000, 12, dtype=torch.float64)) + b)
@@ -50,17 +69,24 @@ def test_formula():
     torch.testing.assert_close(act(x), z)
 
 
-CASES = list(itertools.product(
-    ("ln", "ln_pn", "gn_pn", "in_pn", "bn", "bn_pn", "none"), ("relu", "silu", "gelu", "leaky_relu", "hard_swish"),
-    (torch.contiguous_format, torch.channels_last)))  # fmt: skip
+CASES = list(
+    itertools.product(
+        ("ln", "ln_pn", "gn_pn", "in_pn", "bn", "bn_pn", "none"),
+        ("relu", "silu", "gelu", "leaky_relu", "hard_swish"),
+        (torch.contiguous_format, torch.channels_last),
+    )
+)
 
 
 @pytest.mark.parametrize(("norm", "activation", "memory_format"), CASES)
 def test_fused_equals_reference(norm, activation, memory_format):
     for training, apply_act, scale, method, chunk in (
-        (True, True, True, "auto", None), (True, True, False, "grid", 2), (False, True, True, "auto", None),
-        (True, False, True, "auto", 2), (False, True, False, "auto", None),
-    ):  # fmt: skip
+        (True, True, True, "auto", None),
+        (True, True, False, "grid", 2),
+        (False, True, True, "auto", None),
+        (True, False, True, "auto", 2),
+        (False, True, False, "auto", None),
+    ):
         options = dict(apply_act=apply_act, proxy_scale=scale, moments=method, norm_batch=chunk)
         fused = layer(norm, act_layer=activation, **options).train(training)
         plain = copy.deepcopy(fused)
@@ -85,7 +111,10 @@ def test_gradients_and_gradients_of_gradients(norm, activation):
     def function(x, *parameters):
         return torch.func.functional_call(act, dict(zip(names, parameters)), (x,))
 
-    inputs = (maps((2, 4, 2, 2)).requires_grad_(), *(p.detach().requires_grad_() for p in act.parameters()))
+    inputs = (
+        maps((2, 4, 2, 2)).requires_grad_(),
+        *(p.detach().requires_grad_() for p in act.parameters()),
+    )
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -102,7 +131,9 @@ def test_transforms(activation):
         return act(x).square().sum()
 
     torch.testing.assert_close(torch.func.grad(loss)(x), expected)
-    torch.testing.assert_close(torch.func.jvp(loss, (x,), (tangent,))[1], (expected * tangent).sum())
+    torch.testing.assert_close(
+        torch.func.jvp(loss, (x,), (tangent,))[1], (expected * tangent).sum()
+    )
     per_sample = torch.func.vmap(torch.func.grad(lambda one: loss(one[None])))(x)
     torch.testing.assert_close(per_sample, expected)
     with forward_ad.dual_level():
@@ -125,7 +156,12 @@ def test_a_class_of_a_known_name_is_taken_for_what_it_computes():
         torch.testing.assert_close(act(x), act.activate(act.normalize(x)))
         one, zero = torch.ones(1), torch.zeros(1)
         samples = own(torch.randn(1_000_000, dtype=torch.float64)).float()
-        torch.testing.assert_close(proxy_moments(one, zero, zero, zero, own)[0], samples.mean(0, True), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(
+            proxy_moments(one, zero, zero, zero, own)[0],
+            samples.mean(0, True),
+            rtol=0.01,
+            atol=0.01,
+        )
 
 
 def test_the_activation_may_be_changed_later():
@@ -149,9 +185,15 @@ def test_gradient_checkpointing(checkpointed):
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["ln_pn", "bn_pn"])
 def test_compiled_equals_eager(norm):
-    net = nn.Sequential(nn.Conv2d(3, 12, 3), layer(norm, dtype=torch.float32),
-                        nn.Conv2d(12, 12, 1), layer(norm, dtype=torch.float32, act_layer="silu"))  # fmt: skip
-    compiled = torch.compile(copy.deepcopy(net), backend="inductor" if norm == "ln_pn" else "aot_eager")
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3),
+        layer(norm, dtype=torch.float32),
+        nn.Conv2d(12, 12, 1),
+        layer(norm, dtype=torch.float32, act_layer="silu"),
+    )
+    compiled = torch.compile(
+        copy.deepcopy(net), backend="inductor" if norm == "ln_pn" else "aot_eager"
+    )
     x = torch.randn(2, 3, 6, 6)
     grad = torch.randn(2, 12, 4, 4)
     out = []
@@ -165,12 +207,16 @@ def test_compiled_equals_eager(norm):
 @pytest.mark.parametrize("norm", ["bn", "bn_pn", "gn_pn"])
 def test_jit_trace_equals_eager(norm):
     act, x = layer(norm).eval(), maps()
-    torch.testing.assert_close(torch.jit.trace(act, x)(2 * x), act(2 * x))  # its checks look at the graph, too
+    torch.testing.assert_close(
+        torch.jit.trace(act, x)(2 * x), act(2 * x)
+    )  # its checks look at the graph, too
 
 
 @pytest.mark.slow
 def test_compiled_for_any_size():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), NormAct2d(8, "ln_pn"), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), NormAct2d(8, "ln_pn"), nn.MaxPool2d(2), nn.Conv2d(8, 2, 1)
+    )
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(torch.compile(net, dynamic=True)(x), net(x), atol=1e-5, rtol=1e-4)
 
@@ -178,13 +224,19 @@ def test_compiled_for_any_size():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("norm", "activation"), [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")]
+    ("norm", "activation"),
+    [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")],
 )
 def test_half_precision(norm, activation, dtype, memory_format):
     """Maps stay half precision, statistics do not: a mean of 60 costs no more than the rounding of the input."""
     act = layer(norm, dtype=torch.float32, act_layer=activation)
     double = copy.deepcopy(act).double()
-    x = (maps(dtype=torch.float32) + 60).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x = (
+        (maps(dtype=torch.float32) + 60)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         z = act(x)
     assert z.dtype == dtype and z.is_contiguous(memory_format=memory_format)
@@ -194,7 +246,9 @@ def test_half_precision(norm, activation, dtype, memory_format):
     ours = torch.autograd.grad(z, (x, *act.parameters()), grad)
     theirs = torch.autograd.grad(reference, (x, *double.parameters()), grad.double())
     assert ours[0].dtype == dtype and all(g.dtype == torch.float32 for g in ours[1:])
-    for one, other in zip(ours, theirs):  # in norm, since rounding moves single elements across ReLU's kink
+    for one, other in zip(
+        ours, theirs
+    ):  # in norm, since rounding moves single elements across ReLU's kink
         assert (one.double() - other).norm() <= 0.05 * other.norm() + 1e-3
 
 
@@ -208,13 +262,17 @@ def test_batch_norm_cast_to_half_precision(proxy, chunk, dtype):
     for training in (True, False):
         z = cast.train(training)(x)
         z.sum().backward()
-        assert z.dtype == dtype and all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in cast.parameters())
+        assert z.dtype == dtype and all(
+            p.grad.dtype == dtype and p.grad.isfinite().all() for p in cast.parameters()
+        )
         torch.testing.assert_close(z.float(), act.train(training)(x.float()), atol=0.05, rtol=0.02)
     assert (cast.running_mean != 0).any() and cast.running_var.dtype == dtype
     torch.testing.assert_close(cast.running_var.float(), act.running_var, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "options"), [("resnet20v2", {"depth": 8}), ("efficientnet_b0", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet20v2", {"depth": 8}), ("efficientnet_b0", {})]
+)
 def test_models_cast_to_half_precision(name, options):
     model = create_model(name, "bn_pn", num_classes=5, **options).bfloat16()
     for training in (True, False):
@@ -225,7 +283,9 @@ def test_models_cast_to_half_precision(name, options):
 
 def test_no_overflow_in_float16():
     act = layer("ln_pn", dtype=torch.float32)
-    x = (torch.randn(2, 12, 8, 8) * 1e4).half().requires_grad_()  # squares and sums are far beyond 65504
+    x = (
+        (torch.randn(2, 12, 8, 8) * 1e4).half().requires_grad_()
+    )  # squares and sums are far beyond 65504
     z = act(x)
     z.backward(torch.randn_like(z))
     assert torch.isfinite(z).all() and torch.isfinite(x.grad).all() and z.abs().max() > 0.5
@@ -242,7 +302,10 @@ def test_outputs_of_proxied_layers_are_normalized():
 def test_placement_without_activation():
     """Behind no activation: no PN; with PN asked for, the scale stays and the shift goes."""
     assert set(dict(NormAct2d(8, "ln_pn", apply_act=False).named_parameters())) == {"weight"}
-    assert set(dict(NormAct2d(8, "ln", False, apply_act=False).named_parameters())) == {"weight", "bias"}
+    assert set(dict(NormAct2d(8, "ln", False, apply_act=False).named_parameters())) == {
+        "weight",
+        "bias",
+    }
     act, x = layer("ln_pn", apply_act=False), maps()
     torch.testing.assert_close(act(x), F.group_norm(x, 1) * act.weight.view(1, -1, 1, 1))
 
@@ -267,7 +330,9 @@ def test_state_dict_keys_are_frozen():
 
 def test_initial_values():
     act = NormAct2d(8, "gn_pn")
-    assert (act.weight == 1).all() and all((p == 0).all() for p in (act.bias, act.proxy_weight, act.proxy_bias))
+    assert (act.weight == 1).all() and all(
+        (p == 0).all() for p in (act.bias, act.proxy_weight, act.proxy_bias)
+    )
 
 
 def test_a_full_name_decides_about_proxy():
@@ -278,7 +343,9 @@ def test_a_full_name_decides_about_proxy():
             NormAct2d(8, norm)(torch.randn(2, 8, 4, 4))
 
 
-@pytest.mark.parametrize(("features", "groups"), [(64, 32), (48, 24), (40, 20), (24, 24), (7, 7), (22, 22), (37, 1)])
+@pytest.mark.parametrize(
+    ("features", "groups"), [(64, 32), (48, 24), (40, 20), (24, 24), (7, 7), (22, 22), (37, 1)]
+)
 def test_default_groups(features, groups):
     """32 where it divides, else the largest divisor below."""
     assert NormAct2d(features, "gn").groups == groups
@@ -332,7 +399,9 @@ def test_any_memory_format_of_the_gradient(norm, activation, images):
     act = layer(norm, act_layer=activation)
     x, grad = maps((images, 12, 4, 5)), maps((images, 12, 4, 5))
     reference = copy.deepcopy(act)
-    expected = torch.autograd.grad(reference.activate(reference.normalize(x.requires_grad_())), x, grad)[0]
+    expected = torch.autograd.grad(
+        reference.activate(reference.normalize(x.requires_grad_())), x, grad
+    )[0]
     formats = (torch.contiguous_format, torch.channels_last)
     for of_x, of_grad in itertools.product(formats, formats):
         one = x.detach().contiguous(memory_format=of_x).requires_grad_()
@@ -344,7 +413,9 @@ def test_any_memory_format_of_the_gradient(norm, activation, images):
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if not norm.endswith("_ws")])
 def test_shapes_on_the_meta_device(norm, activation, momentum):
-    act = NormAct2d(12, norm, norm_spec(norm).proxy, act_layer=activation, momentum=momentum, device="meta")
+    act = NormAct2d(
+        12, norm, norm_spec(norm).proxy, act_layer=activation, momentum=momentum, device="meta"
+    )
     x = maps(dtype=torch.bfloat16).to("meta").requires_grad_()
     for training in (True, False):
         z = act.train(training)(x)
@@ -379,14 +450,20 @@ def test_plain_options():
     [
         (lambda: NormAct2d(8, "ln_pm"), "unknown norm 'ln_pm'. Did you mean 'ln_pn'"),
         (lambda: NormAct2d(8, "gn", groups=3), "groups=3 does not divide num_features=8"),
-        (lambda: NormAct2d(8, "gn", groups=0), "groups=0: it must be a whole number from 1 up that divides"),
+        (
+            lambda: NormAct2d(8, "gn", groups=0),
+            "groups=0: it must be a whole number from 1 up that divides",
+        ),
         (lambda: NormAct2d(8, "gn", groups=-4), "groups=-4: it must be a whole number from 1 up"),
         (lambda: NormAct2d(8, "gn", groups="4"), "groups='4': it must be a whole number from 1 up"),
         (lambda: NormAct2d(8, "ln", groups=True), "groups=True: it must be a whole number"),
         (lambda: NormAct2d(8, eps=-1e-5), "eps=-1e-05: .* a finite number from 0 up"),
         (lambda: NormAct2d(8, eps=float("nan")), "eps=nan: .* a finite number from 0 up"),
         (lambda: NormAct2d(8, eps="1e-5"), "eps='1e-5': .* a finite number from 0 up"),
-        (lambda: NormAct2d(8, proxy_eps=float("nan")), "proxy_eps=nan: .* a finite number from 0 up"),
+        (
+            lambda: NormAct2d(8, proxy_eps=float("nan")),
+            "proxy_eps=nan: .* a finite number from 0 up",
+        ),
         (lambda: NormAct2d(8, proxy_eps=-0.03), "proxy_eps=-0.03: .* a finite number from 0 up"),
         (lambda: NormAct2d(8, nodes="9"), "nodes='9'"),
         (lambda: NormAct2d(8, norm_batch="globl"), "norm_batch"),
@@ -402,7 +479,7 @@ def test_plain_options():
         (lambda: NormAct2d(8)(torch.randn(2, 6, 3, 3)), "expected an input of shape"),
         (lambda: NormAct2d(8, "ln", False).proxy_statistics(), "no proxy"),
     ],
-)  # fmt: skip
+)
 def test_refusals_are_one_clear_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()

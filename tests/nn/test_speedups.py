@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from proxynorm.benchmark.memory import bytes_kept
+from benchmarks.memory import bytes_kept
 from proxynorm.nn import NormAct2d, proxy_moments, recompute, share_moments
-from proxynorm.nn import shared as shared_module
-from proxynorm.nn.cells import CellGroupNorm
+from proxynorm.nn.fast import shared as shared_module
+from proxynorm.nn.fast.cells import CellGroupNorm
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +20,15 @@ def seeded():
     torch.manual_seed(0)
 
 
-def network(activation: str = "relu", norm: str = "ln_pn", depth: int = 4, width: int = 16) -> nn.Sequential:
+def network(
+    activation: str = "relu", norm: str = "ln_pn", depth: int = 4, width: int = 16
+) -> nn.Sequential:
     layers = [nn.Conv2d(3, width, 3, padding=1)]
     for _ in range(depth):
-        layers += [NormAct2d(width, norm, act_layer=activation), nn.Conv2d(width, width, 3, padding=1)]
+        layers += [
+            NormAct2d(width, norm, act_layer=activation),
+            nn.Conv2d(width, width, 3, padding=1),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
@@ -50,7 +55,9 @@ def test_moments_are_shared_in_one_evaluation(monkeypatch):
     net, calls = share_moments(network()), []
     fold = shared_module.fold
     monkeypatch.setattr(shared_module, "fold", lambda *args: calls.append(1) or fold(*args))
-    monkeypatch.setattr("proxynorm.nn.norm_act.fold", lambda *args: pytest.fail("a layer folded by itself"))
+    monkeypatch.setattr(
+        "proxynorm.nn.norm_act.fold", lambda *args: pytest.fail("a layer folded by itself")
+    )
     x = torch.randn(2, 3, 8, 8)
     net(x).sum().backward()
     net(x).sum().backward()  # another micro-batch of the same update
@@ -77,7 +84,12 @@ def test_shared_moments_are_never_stale(change):
         with torch.no_grad():
             act.bias.fill_(0.7)
     elif change == "load":
-        net.load_state_dict({k: torch.full_like(v, 0.7) if k == "1.bias" else v for k, v in net.state_dict().items()})
+        net.load_state_dict(
+            {
+                k: torch.full_like(v, 0.7) if k == "1.bias" else v
+                for k, v in net.state_dict().items()
+            }
+        )
     elif change == "swap":
         act.bias = nn.Parameter(torch.full((16,), 0.7))
     else:
@@ -114,7 +126,9 @@ def test_shared_moments_follow_options_changed_later(change):
     assert len(next(iter(net._forward_pre_hooks.values())).__self__.evaluated) <= 2
 
 
-@pytest.mark.parametrize("options", [{"act_layer": "relu"}, {"act_layer": "hard_swish"}, {"moments": "grid"}])
+@pytest.mark.parametrize(
+    "options", [{"act_layer": "relu"}, {"act_layer": "hard_swish"}, {"moments": "grid"}]
+)
 @pytest.mark.parametrize("part", ["whole", "part"])
 def test_checkpointing_with_shared_moments(part, options):
     layers = [NormAct2d(8, **options) for _ in range(3)]
@@ -124,7 +138,9 @@ def test_checkpointing_with_shared_moments(part, options):
         inner = net[1].forward
         net[1].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
     z = net(x) if part == "part" else checkpoint(net, x, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(z.square().sum(), [x, *net.parameters()]), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(z.square().sum(), [x, *net.parameters()]), expected
+    )
 
 
 def test_fake_tensors_pass_twice():
@@ -152,13 +168,18 @@ def test_shared_constants_do_not_outlive_a_failed_forward():
     assert net[1].shared_constants is None
 
 
-@pytest.mark.parametrize("change", [
-    lambda layer: nn.init.constant_(layer.weight, 2.0),
-    lambda layer: layer.load_state_dict({name: v + 1 for name, v in layer.state_dict().items()}),
-    lambda layer: layer.double().float() and nn.init.constant_(layer.bias, 0.5),
-    lambda layer: setattr(layer, "proxy_eps", 0.5),
-    lambda layer: setattr(layer, "act", nn.SiLU()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: nn.init.constant_(layer.weight, 2.0),
+        lambda layer: layer.load_state_dict(
+            {name: v + 1 for name, v in layer.state_dict().items()}
+        ),
+        lambda layer: layer.double().float() and nn.init.constant_(layer.bias, 0.5),
+        lambda layer: setattr(layer, "proxy_eps", 0.5),
+        lambda layer: setattr(layer, "act", nn.SiLU()),
+    ],
+)
 def test_shared_constants_that_an_interrupted_forward_leaves_are_not_used_when_stale(change):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -175,9 +196,20 @@ def test_shared_constants_that_an_interrupted_forward_leaves_are_not_used_when_s
 
 
 def test_layers_of_different_kinds_share_apart():
-    options = [{}, {"act_layer": "silu"}, {"proxy_eps": 0.1}, {}, {"act_layer": "silu"}, {"proxy": False},
-               {"act_layer": torch.sin}, {"act_layer": torch.cos}, {"act_layer": nn.LeakyReLU(0.1)},
-               {"act_layer": nn.LeakyReLU(0.2)}, {"act_layer": nn.Hardtanh(-2, 1)}, {"act_layer": "hard_tanh"}]
+    options = [
+        {},
+        {"act_layer": "silu"},
+        {"proxy_eps": 0.1},
+        {},
+        {"act_layer": "silu"},
+        {"proxy": False},
+        {"act_layer": torch.sin},
+        {"act_layer": torch.cos},
+        {"act_layer": nn.LeakyReLU(0.1)},
+        {"act_layer": nn.LeakyReLU(0.2)},
+        {"act_layer": nn.Hardtanh(-2, 1)},
+        {"act_layer": "hard_tanh"},
+    ]
     net = share_moments(nn.Sequential(*(NormAct2d(4, **option) for option in options)))
     x = torch.randn(2, 4, 3, 3)
     out = x
@@ -199,7 +231,9 @@ def test_bytes_kept_for_backward():
     batch_norm = bytes_kept(batch_norm_network(), images, labels)
     for activation in ("relu", "silu", "gelu"):
         kept = bytes_kept(network(activation), images, labels)
-        assert kept / batch_norm < 1.01  # the hundredth: constants per channel, on maps as small as these
+        assert (
+            kept / batch_norm < 1.01
+        )  # the hundredth: constants per channel, on maps as small as these
         assert bytes_kept(recompute(network(activation)), images, labels) / batch_norm < 0.57
 
 
@@ -207,7 +241,11 @@ def test_recompute_with_other_uses_of_the_output():
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.act, self.one, self.two = NormAct2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.act, self.one, self.two = (
+                NormAct2d(4),
+                nn.Conv2d(4, 4, 1),
+                nn.Conv2d(4, 4, 3, padding=1),
+            )
 
         def forward(self, x):
             z = self.act(x)
@@ -262,23 +300,39 @@ def test_proxy_statistics_are_float32_under_autocast():
 @pytest.mark.parametrize("groups", [1, 4, 12])
 def test_cells_are_group_norm(groups, memory_format):
     """The path of half precision and channels_last on CUDA, run here on CPU."""
-    x = (torch.randn(3, 12, 5, 4, dtype=torch.float64) + 2).contiguous(memory_format=memory_format).requires_grad_()
+    x = (
+        (torch.randn(3, 12, 5, 4, dtype=torch.float64) + 2)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+    )
     scale, shift = (torch.randn(12, dtype=torch.float64, requires_grad=True) for _ in range(2))
     inputs, grad = (x, scale, shift), torch.randn(3, 12, 5, 4, dtype=torch.float64)
     ours, theirs = CellGroupNorm.apply(*inputs, groups, 1e-5), F.group_norm(x, groups, scale, shift)
     torch.testing.assert_close(ours, theirs)
     assert ours.is_contiguous(memory_format=memory_format)
-    torch.testing.assert_close(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad))
-    assert torch.autograd.gradgradcheck(lambda *t: CellGroupNorm.apply(*t, groups, 1e-5), inputs, fast_mode=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad)
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda *t: CellGroupNorm.apply(*t, groups, 1e-5), inputs, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cells_in_half_precision(dtype, memory_format):
-    x = (torch.randn(3, 12, 5, 4) * 3 + 40).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x = (
+        (torch.randn(3, 12, 5, 4) * 3 + 40)
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+    )
     scale, shift = (torch.randn(12, requires_grad=True) for _ in range(2))
     wide = [t.detach().double().requires_grad_() for t in (x, scale, shift)]
-    z, reference = CellGroupNorm.apply(x, scale, shift, 4, 1e-5), F.group_norm(wide[0], 4, wide[1], wide[2])
+    z, reference = (
+        CellGroupNorm.apply(x, scale, shift, 4, 1e-5),
+        F.group_norm(wide[0], 4, wide[1], wide[2]),
+    )
     torch.testing.assert_close(z.double(), reference, atol=0.02, rtol=0.01)
     grad = torch.randn_like(z)
     ours = torch.autograd.grad(z, (x, scale, shift), grad)

@@ -40,7 +40,10 @@ def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tmp_path):
     """torch's archive writer reports its own bookkeeping in the place of what the system said."""
     last = tmp_path / "last.pt"
-    with file_size_limit(100_000), pytest.raises(CheckpointError, match=r"cannot write .*last.pt: File too large$"):
+    with (
+        file_size_limit(100_000),
+        pytest.raises(CheckpointError, match=r"cannot write .*last.pt: File too large$"),
+    ):
         checkpoint.save(last, {"weight": torch.zeros(1 << 20)})
     assert list(tmp_path.iterdir()) == []
 
@@ -52,7 +55,14 @@ def test_damage_is_found(tmp_path, damage):
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 0xFF
-    path.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b"", "text": b"no checkpoint"}[damage])
+    path.write_bytes(
+        {
+            "cut": content[: len(content) // 2],
+            "flip": content,
+            "empty": b"",
+            "text": b"no checkpoint",
+        }[damage]
+    )
     with pytest.raises(CheckpointError) as error:
         checkpoint.load(path)
     assert "\n" not in str(error.value) and "last.pt" in str(error.value)
@@ -83,7 +93,10 @@ def test_a_row_that_is_cut_short_by_a_full_disk_is_taken_back(tmp_path):
     """An unbuffered write may write a part and tell so: no half line may stay, to which the next would be glued."""
     run = RunFolder(tmp_path)
     run.append({"step": 1})
-    with file_size_limit(run.metrics.stat().st_size + 4), pytest.raises(FileError, match="metrics.jsonl: File too large"):
+    with (
+        file_size_limit(run.metrics.stat().st_size + 4),
+        pytest.raises(FileError, match="metrics.jsonl: File too large"),
+    ):
         run.append({"step": 2})
     run.append({"step": 3})
     assert [row["step"] for row in run.read_rows()] == [1, 3]

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxynorm.data.beton import read_beton
+from proxynorm.data.ffcv.beton import read_beton
+from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
 from tests.data.conftest import needs_ffcv, remove_companions, write_folder
+from tests.helpers import ROOT
 
 pytestmark = needs_ffcv
-TRAIN = Path(__file__).parents[2] / "train.py"
+TRAIN = ROOT / "train.py"
 BAD = (2, 11, 17)
 
 
@@ -56,11 +57,15 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 def test_it_stops_with_one_line_that_names_the_image(damaged, tmp_path):
     arguments = overrides(damaged, "logger=none", f"runs_dir={tmp_path}", "device=cpu")
-    done = subprocess.run([sys.executable, str(TRAIN), *arguments], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), *arguments], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert any(f"train.beton: image {row}: its stored bytes have changed" in errors[0] for row in BAD)
+    assert any(
+        f"train.beton: image {row}: its stored bytes have changed" in errors[0] for row in BAD
+    )
     assert "data.on_bad=skip" in errors[0]
 
 
@@ -73,7 +78,9 @@ def test_it_skips_and_counts(run_small, damaged):
     assert all(row["count"] == 11 for row in run.rows if row["event"] == "eval")
 
 
-def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(run_small, damaged, monkeypatch, capsys):
+def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(
+    run_small, damaged, monkeypatch, capsys
+):
     run = run_small(*overrides(damaged, "data.on_bad=skip"))
     monkeypatch.setattr(sys, "argv", ["eval.py", f"run={run.folder}", "device=cpu"])
     with pytest.raises(SystemExit) as end:
@@ -83,7 +90,9 @@ def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(run_small, dama
     assert result["count"] == 11 and result["top1"] == run.rows[-1]["top1"]
 
 
-def test_files_without_manifest_are_told_by_training_and_evaluation(run_small, damaged, tmp_path, monkeypatch, capsys):
+def test_files_without_manifest_are_told_by_training_and_evaluation(
+    run_small, damaged, tmp_path, monkeypatch, capsys
+):
     """Nothing holds their classes, labels and images against what was written."""
     folder = shutil.copytree(damaged, tmp_path / "bare")
     for part in ("train", "val"):
@@ -102,14 +111,23 @@ def test_what_is_trained_on_is_never_another_image(damaged):
     """The images that come are those of the undamaged file, bit for bit."""
     from proxynorm.data import DataSpec, LoaderSpec, open_data
 
-    prepare(list_folder(damaged / "photos" / "train"), damaged / "whole" / "train.beton", StorageOptions())
-    prepare(list_folder(damaged / "photos" / "val"), damaged / "whole" / "val.beton", StorageOptions())
+    prepare(
+        list_folder(damaged / "photos" / "train"),
+        damaged / "whole" / "train.beton",
+        StorageOptions(),
+    )
+    prepare(
+        list_folder(damaged / "photos" / "val"), damaged / "whole" / "val.beton", StorageOptions()
+    )
     seen = []
     for root in (damaged, damaged / "whole"):
         data = open_data(
-            DataSpec("beton", root=str(root), augmentation="inception", on_bad="skip"), LoaderSpec("ffcv", 1)
+            DataSpec("beton", root=str(root), augmentation="inception", on_bad="skip"),
+            LoaderSpec("ffcv", 1),
         )
         batches = list(data.train_loader(12, 12, seed=3).epoch(0))
-        seen.append({int(i): image for batch in batches for i, image in zip(batch.indices, batch.images)})
+        seen.append(
+            {int(i): image for batch in batches for i, image in zip(batch.indices, batch.images)}
+        )
     assert set(seen[1]) - set(seen[0]) == set(BAD)
     assert all(torch.equal(image, seen[1][index]) for index, image in seen[0].items())

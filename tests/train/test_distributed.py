@@ -17,24 +17,34 @@ from PIL import Image
 
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics
-from tests.helpers import SMALL, assert_same_run
+from tests.helpers import ROOT, SMALL, assert_same_run
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(processes: int, runs: Path, *overrides: str, restarts: int = 0) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}",
+    ]
     return [sys.executable, *launcher, "train.py", *SMALL, f"runs_dir={runs}", *overrides]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
 
 
 def read(folder: Path) -> SimpleNamespace:
-    return SimpleNamespace(folder=folder, rows=read_metrics(folder / "metrics.jsonl"),
-                           last=checkpoint.load(folder / "checkpoints" / "last.pt"))
+    return SimpleNamespace(
+        folder=folder,
+        rows=read_metrics(folder / "metrics.jsonl"),
+        last=checkpoint.load(folder / "checkpoints" / "last.pt"),
+    )
 
 
 @pytest.mark.slow
@@ -56,15 +66,29 @@ def test_several_processes_train_as_one(run_small, tmp_path, processes):
 @pytest.mark.slow
 def test_two_processes_resume_exactly(tmp_path):
     """A worker killed with -9 under --max-restarts: torchrun restarts, the run ends with the bits of an unbroken one."""
-    options = ("norm=bn", "micro_batch=5", "regularization=extra", "regularization.ema_decay=0.9", "checkpoint.every_steps=4",
-               "log_every=3")
+    options = (
+        "norm=bn",
+        "micro_batch=5",
+        "regularization=extra",
+        "regularization.ema_decay=0.9",
+        "checkpoint.every_steps=4",
+        "log_every=3",
+    )
     whole = run(torchrun(2, tmp_path, *options, "name=whole"))
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(torchrun(2, tmp_path, *options, "name=cut", restarts=2), cwd=ROOT, env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        torchrun(2, tmp_path, *options, "name=cut", restarts=2),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "cut" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 3)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "RuntimeError" not in errors, errors
@@ -89,16 +113,36 @@ def test_user_error_in_every_process_is_status_2(tmp_path):
 @pytest.mark.slow
 def test_the_fault_of_one_process_ends_all_with_its_message(tmp_path):
     """An image that only one process draws cannot be decoded: one line from each, no trace of a lost connection."""
-    for path in (tmp_path / "data" / split / name / f"{i}.png" for split in ("train", "val") for name in "ab" for i in range(10)):
+    for path in (
+        tmp_path / "data" / split / name / f"{i}.png"
+        for split in ("train", "val")
+        for name in "ab"
+        for i in range(10)
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((40, 40), 60).convert("RGB").save(path)
     damaged = tmp_path / "data/train/a/7.png"
     damaged.write_bytes(damaged.read_bytes()[:300])
-    result = run(torchrun(2, tmp_path, "data=folder", f"data.root={tmp_path}/data", "data.limit=null", "data.holdout=0",
-                          "data.image_size=32", "loader=torchvision", "batch=10"))
+    result = run(
+        torchrun(
+            2,
+            tmp_path,
+            "data=folder",
+            f"data.root={tmp_path}/data",
+            "data.limit=null",
+            "data.holdout=0",
+            "data.image_size=32",
+            "loader=torchvision",
+            "batch=10",
+        )
+    )
     assert result.returncode != 0
     assert "7.png: cannot be decoded" in result.stderr
-    assert re.search(r"^error: process [01] failed, and with it the run: .*7.png: cannot be decoded", result.stderr, re.MULTILINE)
+    assert re.search(
+        r"^error: process [01] failed, and with it the run: .*7.png: cannot be decoded",
+        result.stderr,
+        re.MULTILINE,
+    )
     assert "Connection closed" not in result.stderr
 
 
@@ -124,11 +168,20 @@ def test_the_layers_of_the_process_that_is_not_finite_are_told_once(tmp_path):
     script.write_text(NOT_A_NUMBER)
     command = torchrun(2, tmp_path, "name=a")
     command[command.index("train.py")] = str(script)
-    result = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                            timeout=300, check=False)
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     told = re.findall(r"^error: (.*)$", result.stderr, re.MULTILINE)
     assert result.returncode == 1 and len(told) == 1, result.stderr
-    assert re.match(r"step 6: loss nan, .*: not finite, first in the input images, .* of process 0; ", told[0])
+    assert re.match(
+        r"step 6: loss nan, .*: not finite, first in the input images, .* of process 0; ", told[0]
+    )
 
 
 @pytest.mark.slow
@@ -142,8 +195,16 @@ def test_changed_number_of_processes_is_said(run_small, tmp_path):
 def test_kill_minus_nine_at_random_moments(tmp_path):
     """A shortened soak: killed again and again, the run ends with the bits of the unbroken one."""
     options = ["regularization.ema_decay=0.9", "checkpoint.every_steps=1", "epochs=12"]
-    result = run([sys.executable, "scripts/soak.py", "kills=3", f"runs_dir={tmp_path}", "steps=4",
-                  f"overrides=[{','.join([*SMALL, *options])}]"])
+    result = run(
+        [
+            sys.executable,
+            "scripts/soak.py",
+            "kills=3",
+            f"runs_dir={tmp_path}",
+            "steps=4",
+            f"overrides=[{','.join([*SMALL, *options])}]",
+        ]
+    )
     assert result.returncode == 0, result.stderr + result.stdout
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["kills"] == 3 and report["differences"] == []

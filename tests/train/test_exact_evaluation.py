@@ -20,7 +20,9 @@ from tests.data.conftest import write_folder
 def hundred_and_one(tmp_path_factory) -> Path:
     root = write_folder(tmp_path_factory.mktemp("101"), 1, 33)
     for number in (1, 2):
-        (root / "val" / "bee" / f"copy{number}.jpg").write_bytes((root / "val" / "ant" / "000.jpg").read_bytes())
+        (root / "val" / "bee" / f"copy{number}.jpg").write_bytes(
+            (root / "val" / "ant" / "000.jpg").read_bytes()
+        )
     return root
 
 
@@ -29,9 +31,14 @@ def evaluate_one(root: Path, folder: Path, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(str(folder / "store"), world_size), rank=rank, world_size=world_size
+            "gloo",
+            store=dist.FileStore(str(folder / "store"), world_size),
+            rank=rank,
+            world_size=world_size,
         )
-    data = open_data(DataSpec("folder", root=str(root), image_size=16), LoaderSpec("torchvision", 0))
+    data = open_data(
+        DataSpec("folder", root=str(root), image_size=16), LoaderSpec("torchvision", 0)
+    )
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
     result = evaluate(
@@ -64,8 +71,16 @@ def evaluate_on(root: Path, folder: Path, world_size: int) -> dict:
 
 
 def test_the_number_of_processes_does_not_change_the_result(hundred_and_one, tmp_path):
-    one, two, three = (evaluate_on(hundred_and_one, tmp_path / str(size), size) for size in (1, 2, 3))
+    one, two, three = (
+        evaluate_on(hundred_and_one, tmp_path / str(size), size) for size in (1, 2, 3)
+    )
     assert one["count"] == two["count"] == three["count"] == 101
-    assert one["top1"] == two["top1"] == three["top1"] and one["top5"] == two["top5"] == three["top5"]
+    assert (
+        one["top1"] == two["top1"] == three["top1"] and one["top5"] == two["top5"] == three["top5"]
+    )
     assert 0 < one["top1"] < 100
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6) == pytest.approx(three["loss"], rel=1e-6)
+    assert (
+        one["loss"]
+        == pytest.approx(two["loss"], rel=1e-6)
+        == pytest.approx(three["loss"], rel=1e-6)
+    )

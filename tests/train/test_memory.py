@@ -29,8 +29,13 @@ print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def told_and_faults(**variables: str) -> tuple[str, int]:
-    done = subprocess.run([sys.executable, "-c", STEPS], env={"PYTHONPATH": ":".join(sys.path), **variables},
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        env={"PYTHONPATH": ":".join(sys.path), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told, faults = done.stdout.split()
     return told, int(faults)
 
@@ -42,7 +47,9 @@ def test_pages_are_kept_from_step_to_step():
 
 
 def test_settings_of_the_environment_are_left():
-    told, faults = told_and_faults(MALLOC_MMAP_THRESHOLD_="100000")  # all maps straight from the system
+    told, faults = told_and_faults(
+        MALLOC_MMAP_THRESHOLD_="100000"
+    )  # all maps straight from the system
     assert told == "False" and faults > 5 * 30_000
     assert told_and_faults(GLIBC_TUNABLES="glibc.malloc.check=0")[0] == "False"
 

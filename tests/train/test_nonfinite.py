@@ -9,7 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from proxynorm.reproduce.search import DIVERGED
+from proxynorm.paper.search import DIVERGED
 from proxynorm.train.nonfinite import affected, describe, process_ranges
 
 STATE = SimpleNamespace(step=5, skipped=1, optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]))
@@ -17,7 +17,12 @@ STATE = SimpleNamespace(step=5, skipped=1, optimizer=SimpleNamespace(param_group
 
 def test_modules_that_compute_nothing_take_no_place():
     model = nn.Sequential(
-        nn.Identity(), nn.Dropout(0.0), DropPath(0.0), nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Dropout(0.5)
+        nn.Identity(),
+        nn.Dropout(0.0),
+        DropPath(0.0),
+        nn.Conv2d(1, 2, 1),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.5),
     )
     assert affected(model.train(), [torch.full((2, 1, 4, 4), float("nan"))], torch.float32) == [
         "the input images",
@@ -41,7 +46,8 @@ def test_processes_with_the_same_layers_are_told_together():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "words"), [([3], "process 3"), ([0, 1], "processes 0–1"), ([0, 2, 3, 4, 9], "processes 0, 2–4, 9")]
+    ("ranks", "words"),
+    [([3], "process 3"), ([0, 1], "processes 0–1"), ([0, 2, 3, 4, 9], "processes 0, 2–4, 9")],
 )
 def test_ranges(ranks, words):
     assert process_ranges(ranks) == words

@@ -15,7 +15,9 @@ def test_a_trace_is_written_and_named(tmp_path, capfd):
             torch.ones(3).sum()
             after_step()
     path = tmp_path / "trace.json"
-    assert any(event.get("name") == "aten::sum" for event in json.loads(path.read_text())["traceEvents"])
+    assert any(
+        event.get("name") == "aten::sum" for event in json.loads(path.read_text())["traceEvents"]
+    )
     shown = capfd.readouterr()
     assert shown.out == f"trace in {path}: open it in https://ui.perfetto.dev\n"
     assert "USDT" not in shown.err and "ERROR" not in shown.err

@@ -12,13 +12,26 @@ from proxynorm.train import progress
 from proxynorm.train.progress import Display, figures, fit
 from proxynorm.train.watch import Watch
 
-ROW = {"step": 12345, "epoch": 12.34, "loss": 2.3456, "lr": 0.01234, "images_per_second": 1234.5, "data_wait": 0.25,
-       "gradient_norm": 1.234, "step_ms_p50": 51.23, "step_ms_p95": 101.2, "eta_seconds": 12345.0, "gpu_memory_gib": 12.34}
+ROW = {
+    "step": 12345,
+    "epoch": 12.34,
+    "loss": 2.3456,
+    "lr": 0.01234,
+    "images_per_second": 1234.5,
+    "data_wait": 0.25,
+    "gradient_norm": 1.234,
+    "step_ms_p50": 51.23,
+    "step_ms_p95": 101.2,
+    "eta_seconds": 12345.0,
+    "gpu_memory_gib": 12.34,
+}
 
 
 def line(monkeypatch, width: int) -> str:
     """What a terminal of `width` columns shows for ROW."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False, soft_wrap=True)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=width, highlight=False, soft_wrap=True
+    )
     monkeypatch.setattr(progress, "Console", lambda **arguments: console)
     display = Display(450000, 100)
     display.update(ROW)
@@ -57,11 +70,21 @@ def test_the_first_step_of_a_start_is_in_no_rate(capsys):
     watch = Watch(torch.device("cpu"))
     watch.steps, watch.waits = [12.0, 0.5, 0.5], [11.0, 0.0, 0.0]
     assert watch.row(20, 10)["images_per_second"] == 40
-    assert figures({"loss": 2.0, "lr": 0.1, "gradient_norm": 1.0}) == ["loss 2.0000", "lr 0.1", "gradient 1"]
-    Display(9, 1).epoch({"epoch": 1, "step": 1, "loss": 2.0, "top1": 1.0, "top5": 2.0}, 2.5, float("nan"), 3.0)
+    assert figures({"loss": 2.0, "lr": 0.1, "gradient_norm": 1.0}) == [
+        "loss 2.0000",
+        "lr 0.1",
+        "gradient 1",
+    ]
+    Display(9, 1).epoch(
+        {"epoch": 1, "step": 1, "loss": 2.0, "top1": 1.0, "top5": 2.0}, 2.5, float("nan"), 3.0
+    )
     assert capsys.readouterr().out.split() == ["1/1", "1", "2.5000", "2.0000", "1.00", "2.00", "3"]
 
 
 def test_figures_leave_out_what_is_not_known():
-    assert not [part for part in figures({key: ROW[key] for key in ROW if key != "gpu_memory_gib"}) if "GPU" in part]
+    assert not [
+        part
+        for part in figures({key: ROW[key] for key in ROW if key != "gpu_memory_gib"})
+        if "GPU" in part
+    ]
     assert fit(["abc", "de", "f"], 7) == ("abc  de", 0) and fit(["abc"], 2) == ("", 2)

@@ -11,9 +11,9 @@ import torch
 from timm.layers import DropPath
 from torch.nn.functional import cross_entropy, one_hot
 
-from proxynorm.config import compose_config, settings_from
 from proxynorm.data import Batch, open_data
 from proxynorm.errors import ConfigError
+from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.distributed import Process
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.run_folder import RunFolder
@@ -43,16 +43,29 @@ def make_trainer(tmp_path):
     """make_trainer(*overrides) -> a Trainer of the small run, without regularization but for the overrides."""
 
     def make(*overrides: str) -> Trainer:
-        settings = settings_from(compose_config([*SMALL, "regularization=none", f"runs_dir={tmp_path}", *overrides]))
+        settings = settings_from(
+            compose_config([*SMALL, "regularization=none", f"runs_dir={tmp_path}", *overrides])
+        )
         process = Process(0, 1, torch.device("cpu"))
-        return Trainer(settings, process, open_data(settings.data, settings.loader), RunFolder(tmp_path), StopRequest())
+        return Trainer(
+            settings,
+            process,
+            open_data(settings.data, settings.loader),
+            RunFolder(tmp_path),
+            StopRequest(),
+        )
 
     return make
 
 
 def flat_images(count: int) -> Batch:
     """Image n is all of brightness n + 1 and of class n modulo 10."""
-    images = (torch.arange(count, dtype=torch.uint8) + 1).view(-1, 1, 1, 1).expand(count, 1, 32, 32).contiguous()
+    images = (
+        (torch.arange(count, dtype=torch.uint8) + 1)
+        .view(-1, 1, 1, 1)
+        .expand(count, 1, 32, 32)
+        .contiguous()
+    )
     numbers = torch.arange(count)
     return Batch(images, numbers % 10, numbers, torch.ones(count, dtype=torch.bool))
 
@@ -62,7 +75,9 @@ def test_each_is_a_key_of_its_own(key):
     overrides = ["regularization=none", f"regularization.{key}={KEYS[key]}"]
     if key == "randaugment":
         overrides += ["data=folder", "data.root=x"]
-    assert settings_from(compose_config(overrides)).regularization == dataclasses.replace(NONE, **{key: KEYS[key]})
+    assert settings_from(compose_config(overrides)).regularization == dataclasses.replace(
+        NONE, **{key: KEYS[key]}
+    )
     assert set(KEYS) == {field.name for field in dataclasses.fields(NONE)} - {"name"}
 
 
@@ -70,15 +85,25 @@ def test_none_is_none(make_trainer):
     trainer = make_trainer()
     batch = next(trainer.loader.epoch(0))
     images, targets = trainer.inputs(batch, 0)
-    assert torch.equal(images, trainer.prepare(batch).images) and torch.equal(targets, batch.targets)
+    assert torch.equal(images, trainer.prepare(batch).images) and torch.equal(
+        targets, batch.targets
+    )
     logits = torch.randn(20, 10)
     assert trainer.criterion(logits, targets) == cross_entropy(logits, targets)
     assert trainer.state.ema is None
-    assert not [m for m in trainer.state.model.modules() if isinstance(m, DropPath) or getattr(m, "p", 0)]
+    assert not [
+        m for m in trainer.state.model.modules() if isinstance(m, DropPath) or getattr(m, "p", 0)
+    ]
 
 
 @pytest.mark.parametrize(
-    "overrides", [("mixup=0.4",), ("cutmix=1",), ("mixup=0.4", "cutmix=1"), ("mixup=0.4", "label_smoothing=0.1")]
+    "overrides",
+    [
+        ("mixup=0.4",),
+        ("cutmix=1",),
+        ("mixup=0.4", "cutmix=1"),
+        ("mixup=0.4", "label_smoothing=0.1"),
+    ],
 )
 def test_mixed_targets_sum_to_one(make_trainer, overrides):
     trainer = make_trainer(*(f"regularization.{override}" for override in overrides))
@@ -101,7 +126,9 @@ def test_cutmix_area_is_its_weight_and_mixup_mixes_as_its_targets(make_trainer):
             own = targets[torch.arange(10), batch.targets]
             expected = own.view(-1, 1, 1, 1) * plain + (1 - own).view(-1, 1, 1, 1) * plain.flip(0)
             # The mean over the image is weighted like the targets; inside, CutMix's pixels are one's or the other's.
-            assert images.mean(dim=(1, 2, 3)).numpy() == pytest.approx(expected.mean(dim=(1, 2, 3)).numpy(), abs=1e-5)
+            assert images.mean(dim=(1, 2, 3)).numpy() == pytest.approx(
+                expected.mean(dim=(1, 2, 3)).numpy(), abs=1e-5
+            )
             pure = ((images == plain) | (images == plain.flip(0))).all()
             assert pure if kind == "cutmix" else torch.allclose(images, expected, atol=1e-5)
             areas.append(float(own[0]))
@@ -112,22 +139,34 @@ def test_cutmix_area_is_its_weight_and_mixup_mixes_as_its_targets(make_trainer):
 def test_the_authors_cutmix_is_the_same_in_both_backends(make_trainer):
     cut = []
     for backend in ("ffcv", "torchvision"):
-        trainer = make_trainer("regularization.cutmix_lambda=0.8", "regularization.mixup=0.1", f"loader={backend}")
-        cut.append([trainer.inputs(batch, index) for index, batch in enumerate(trainer.loader.epoch(0))])
-    assert all(torch.equal(a, b) for pair in zip(*cut, strict=True) for a, b in zip(*pair, strict=True))
+        trainer = make_trainer(
+            "regularization.cutmix_lambda=0.8", "regularization.mixup=0.1", f"loader={backend}"
+        )
+        cut.append(
+            [trainer.inputs(batch, index) for index, batch in enumerate(trainer.loader.epoch(0))]
+        )
+    assert all(
+        torch.equal(a, b) for pair in zip(*cut, strict=True) for a, b in zip(*pair, strict=True)
+    )
 
 
 def test_label_smoothing_enters_once(make_trainer):
     logits, targets = torch.randn(20, 10), torch.arange(20) % 10
     soft = 0.9 * one_hot(targets, 10) + 0.1 / 10
     trainer = make_trainer("regularization.label_smoothing=0.1")
-    assert float(trainer.criterion(logits, targets)) == pytest.approx(float(cross_entropy(logits, soft)), rel=1e-6)
+    assert float(trainer.criterion(logits, targets)) == pytest.approx(
+        float(cross_entropy(logits, soft)), rel=1e-6
+    )
     mixing = make_trainer(
-        "regularization.label_smoothing=0.1", "regularization.mixup=0.2", "regularization.mix_probability=0"
+        "regularization.label_smoothing=0.1",
+        "regularization.mixup=0.2",
+        "regularization.mix_probability=0",
     )
     _, mixed = mixing.inputs(flat_images(20), 0)
     assert mixed.numpy() == pytest.approx(soft.numpy(), abs=1e-6)
-    assert float(mixing.criterion(logits, mixed)) == pytest.approx(float(cross_entropy(logits, soft)), rel=1e-6)
+    assert float(mixing.criterion(logits, mixed)) == pytest.approx(
+        float(cross_entropy(logits, soft)), rel=1e-6
+    )
 
 
 def test_dropout_drops_its_share_in_training_only(make_trainer):
@@ -146,7 +185,9 @@ def test_dropout_drops_its_share_in_training_only(make_trainer):
 
 
 def test_stochastic_depth_grows_with_depth_and_keeps_the_expectation(make_trainer):
-    model = make_trainer("model.depth=14", "norm=ln_pn", "regularization.stochastic_depth=0.4").state.model
+    model = make_trainer(
+        "model.depth=14", "norm=ln_pn", "regularization.stochastic_depth=0.4"
+    ).state.model
     blocks = [block for stage in model.stages for block in stage]
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.4) and rates == sorted(rates)
@@ -171,7 +212,9 @@ def test_random_erasing_erases_its_share_of_training_images_only(make_trainer):
     after = torch.cat([batch.images for batch in erasing.loader.epoch(0)])
     changed = (before != after).flatten(1).any(1)
     assert 0.35 < float(changed.float().mean()) < 0.6
-    evaluations = [torch.cat([batch.images for batch in t.data.eval_loader(50)]) for t in (plain, erasing)]
+    evaluations = [
+        torch.cat([batch.images for batch in t.data.eval_loader(50)]) for t in (plain, erasing)
+    ]
     assert torch.equal(*evaluations)
 
 
@@ -223,7 +266,9 @@ def test_average_over_epochs(run_small, monkeypatch):
 
 def test_the_average_is_what_is_evaluated(run_small):
     """With a decay of 1 − 1e-9 the average stays at the first epoch's weights, and so does the accuracy."""
-    run = run_small("regularization.ema_decay=0.999999999", "regularization.ema_every=epoch", "epochs=3")
+    run = run_small(
+        "regularization.ema_decay=0.999999999", "regularization.ema_every=epoch", "epochs=3"
+    )
     rows = [row["loss"] for row in run.rows if row["event"] == "eval"]
     assert rows == pytest.approx([rows[0]] * 3, abs=1e-5)
 

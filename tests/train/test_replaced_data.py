@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from proxynorm.data import open_data
+from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.preparation import prepare
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import CheckpointError
 from proxynorm.train import checkpoint
 from tests.data.conftest import needs_ffcv, remove_companions, write_folder
+from tests.helpers import ROOT
 
-EVAL = Path(__file__).parents[2] / "eval.py"
+EVAL = ROOT / "eval.py"
 PARTS = ("train", "val")
 
 
@@ -42,17 +43,35 @@ def betons(folder: Path) -> Path:
 
 def overrides(folder: Path, data: str, loader: str, *more: str) -> list[str]:
     root = folder / "photos" if data == "folder" else folder
-    return ["name=a", f"data={data}", f"data.root={root}", f"data.cache={folder}", f"loader={loader}", "loader.workers=0",
-            "data.image_size=32", "data.limit=null", "data.holdout=0", "batch=4", "eval_batch=3", "model.depth=8", "model.width=8",
-            "epochs=2", *more]
+    return [
+        "name=a",
+        f"data={data}",
+        f"data.root={root}",
+        f"data.cache={folder}",
+        f"loader={loader}",
+        "loader.workers=0",
+        "data.image_size=32",
+        "data.limit=null",
+        "data.holdout=0",
+        "batch=4",
+        "eval_batch=3",
+        "model.depth=8",
+        "model.width=8",
+        "epochs=2",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize(("data", "loader", "bare"), [
-    ("folder", "torchvision", False),
-    pytest.param("folder", "ffcv", False, marks=needs_ffcv),
-    pytest.param("beton", "ffcv", False, marks=needs_ffcv),
-    pytest.param("beton", "ffcv", True, marks=needs_ffcv)])
+@pytest.mark.parametrize(
+    ("data", "loader", "bare"),
+    [
+        ("folder", "torchvision", False),
+        pytest.param("folder", "ffcv", False, marks=needs_ffcv),
+        pytest.param("beton", "ffcv", False, marks=needs_ffcv),
+        pytest.param("beton", "ffcv", True, marks=needs_ffcv),
+    ],
+)
 def test_replaced_images_are_refused(run_small, tmp_path, data, loader, bare, part):
     """bare: files without sums, as FFCV's writer makes them."""
     photos = photographs(tmp_path)
@@ -66,12 +85,16 @@ def test_replaced_images_are_refused(run_small, tmp_path, data, loader, bare, pa
     write()
     run_small(*overrides(tmp_path, data, loader, "max_steps=2"))
     write()  # the same images once more
-    assert run_small(*overrides(tmp_path, data, loader, "max_steps=3")).last["counters"]["step"] == 3
+    assert (
+        run_small(*overrides(tmp_path, data, loader, "max_steps=3")).last["counters"]["step"] == 3
+    )
     repaint(photos / part / "bee" / "001.jpg")
     write()
     for steps in ("max_steps=3", "max_steps=4"):  # finished, and to go on
         name = photos / part if data == "folder" else tmp_path / f"{part}.beton"
-        with pytest.raises(CheckpointError, match=f"a was trained on other images than {name} hold"):
+        with pytest.raises(
+            CheckpointError, match=f"a was trained on other images than {name} hold"
+        ):
             run_small(*overrides(tmp_path, data, loader, steps))
 
 
@@ -79,12 +102,18 @@ def test_moved_data_are_the_same(run_small, tmp_path):
     photographs(tmp_path)
     run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
     shutil.move(tmp_path / "photos", tmp_path / "elsewhere")
-    moved = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=3", f"data.root={tmp_path / 'elsewhere'}"))
+    moved = run_small(
+        *overrides(
+            tmp_path, "folder", "torchvision", "max_steps=3", f"data.root={tmp_path / 'elsewhere'}"
+        )
+    )
     assert moved.last["counters"]["step"] == 3
 
 
 @needs_ffcv
-def test_images_read_in_another_way_and_runs_without_fingerprints_go_on_and_it_is_told(run_small, tmp_path, capsys):
+def test_images_read_in_another_way_and_runs_without_fingerprints_go_on_and_it_is_told(
+    run_small, tmp_path, capsys
+):
     told = "whether the images are those that the run began on cannot be told"
     photographs(tmp_path)
     run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
@@ -93,7 +122,10 @@ def test_images_read_in_another_way_and_runs_without_fingerprints_go_on_and_it_i
     inputs = {key: value for key, value in run.last["inputs"].items() if key != "images"}
     checkpoint.save(run.folder / "checkpoints" / "last.pt", dict(run.last, inputs=inputs))
     repaint(tmp_path / "photos" / "train" / "bee" / "001.jpg")
-    assert run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=4")).last["counters"]["step"] == 4
+    assert (
+        run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=4")).last["counters"]["step"]
+        == 4
+    )
     assert capsys.readouterr().out.count(told) == 1
     run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=5"))
     assert told not in capsys.readouterr().out
@@ -112,7 +144,9 @@ def test_a_file_edited_at_the_same_length_is_noticed(run_small, tmp_path):
 @pytest.mark.parametrize("loader", ["torchvision", pytest.param("ffcv", marks=needs_ffcv)])
 def test_only_images_that_are_read_count_and_a_file_is_named_once(run_small, tmp_path, loader):
     photos = photographs(tmp_path)
-    run = run_small(*overrides(tmp_path, "folder", loader, "data.limit=5", "data.holdout=3", "max_steps=1"))
+    run = run_small(
+        *overrides(tmp_path, "folder", loader, "data.limit=5", "data.holdout=3", "max_steps=1")
+    )
     data = open_data(run.settings.data, run.settings.loader)
     unread = sorted({*range(12)} - {*data.train.rows.tolist(), *data.evaluation.rows.tolist()})
     files = sorted((photos / "train").glob("*/*.jpg"))
@@ -130,7 +164,9 @@ def test_another_copy_of_fashion_mnist_is_told_by_its_pixels():
 
     images, targets = np.zeros((3, 4, 4, 1), dtype=np.uint8), np.arange(3)
     first = MemoryReader(images, targets, ("a", "b", "c"), "here").fingerprint(targets)
-    assert first == MemoryReader(images.copy(), targets, ("a", "b", "c"), "there").fingerprint(targets)
+    assert first == MemoryReader(images.copy(), targets, ("a", "b", "c"), "there").fingerprint(
+        targets
+    )
     images[2, 1, 1] = 1
     changed = MemoryReader(images, targets, ("a", "b", "c"), "here")
     assert first != changed.fingerprint(targets) and first != changed.fingerprint(targets[:2])
@@ -149,4 +185,6 @@ def test_evaluation_on_other_images_is_told_in_a_line(run_small, tmp_path, monke
 
     assert warnings() == []
     repaint(photos / "val" / "bee" / "001.jpg")
-    assert warnings() == [f"warning: {photos}/val holds other images than those that the run was evaluated on"]
+    assert warnings() == [
+        f"warning: {photos}/val holds other images than those that the run was evaluated on"
+    ]

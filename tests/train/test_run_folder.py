@@ -14,8 +14,8 @@ from proxynorm.train import checkpoint, run_folder
 from proxynorm.train import run as run_module
 from proxynorm.train.restore import restore
 from proxynorm.train.run_folder import RunFolder
+from tests.acceptance.test_resume import Killed, at_step, kill
 from tests.helpers import file_size_limit
-from tests.train.test_resume import Killed, at_step, kill
 
 
 @pytest.fixture
@@ -35,29 +35,41 @@ def full_disk(monkeypatch):
     return fill
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json"]
+)
 def test_a_full_disk_is_one_line_and_loses_nothing(run_small, full_disk, monkeypatch, name):
     """Whatever the file; metrics.jsonl is written anew when a run goes on."""
     if name != "config.yaml":
         run_small("name=a", "max_steps=3")
     full_disk(name)
     with pytest.raises(
-        (FileError, CheckpointError), match=rf"cannot write .*{name}: No space left on device; make room and run again"
+        (FileError, CheckpointError),
+        match=rf"cannot write .*{name}: No space left on device; make room and run again",
     ):
         run_small("name=a")
     monkeypatch.undo()
-    assert [row["step"] for row in run_small("name=a").rows if row["event"] == "train"] == list(range(1, 21))
+    assert [row["step"] for row in run_small("name=a").rows if row["event"] == "train"] == list(
+        range(1, 21)
+    )
 
 
 def test_a_full_disk_at_the_lock(tmp_path):
-    with file_size_limit(0), pytest.raises(FileError, match=r"cannot write .*\.lock: File too large"):
+    with (
+        file_size_limit(0),
+        pytest.raises(FileError, match=r"cannot write .*\.lock: File too large"),
+    ):
         RunFolder(tmp_path / "a").acquire()
 
 
-def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(run_small, full_disk, monkeypatch, capsys):
+def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(
+    run_small, full_disk, monkeypatch, capsys
+):
     finished = []
     monkeypatch.setattr(
-        run_module.Tracker, "finish", lambda self, summary, exit_code: finished.append(summary["completed"])
+        run_module.Tracker,
+        "finish",
+        lambda self, summary, exit_code: finished.append(summary["completed"]),
     )
     full_disk("curves.png")
     run = run_small("name=a", "epochs=1")
@@ -92,7 +104,11 @@ def test_a_damaged_configuration_is_named(run_small, text, words):
     last.unlink()
     with pytest.raises(CheckpointError, match=words) as told:
         run_small("name=a", "max_steps=2")
-    assert "\n" not in str(told.value) and "config.yaml" in str(told.value) and "put " in str(told.value)
+    assert (
+        "\n" not in str(told.value)
+        and "config.yaml" in str(told.value)
+        and "put " in str(told.value)
+    )
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '{"completed": true}'])
@@ -134,7 +150,9 @@ def test_other_versions_are_told(run_small, capsys, monkeypatch):
     }
     (run.folder / "environment.json").write_text(json.dumps(changed))
     collected = []
-    monkeypatch.setattr(run_module, "environment", lambda: collected.append(1) or run_folder.environment())
+    monkeypatch.setattr(
+        run_module, "environment", lambda: collected.append(1) or run_folder.environment()
+    )
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
     said = capsys.readouterr().out
@@ -150,7 +168,8 @@ def test_a_damaged_environment_is_told(run_small, capsys, text):
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
     assert (
-        "environment.json is missing or damaged: whether machine and versions are the same" in capsys.readouterr().out
+        "environment.json is missing or damaged: whether machine and versions are the same"
+        in capsys.readouterr().out
     )
 
 
@@ -162,9 +181,14 @@ def test_rows_lost_from_the_middle_are_told(run_small, capsys):
     lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run.folder / "metrics.jsonl").write_text("".join(lines[:1] + lines[2:]))
     again = run_small("name=a", "max_steps=11")
-    assert "metrics.jsonl has lost 1 of its 5 rows of training; the last left is of step 9" in capsys.readouterr().out
+    assert (
+        "metrics.jsonl has lost 1 of its 5 rows of training; the last left is of step 9"
+        in capsys.readouterr().out
+    )
     del again.last["counters"]["rows"]
     checkpoint.save(run.folder / "checkpoints" / "last.pt", again.last)
     whole = run_small("name=a", "max_steps=12")
     assert "has lost" not in capsys.readouterr().out
-    assert whole.last["counters"]["rows"] == len([row for row in whole.rows if row["event"] == "train"])
+    assert whole.last["counters"]["rows"] == len(
+        [row for row in whole.rows if row["event"] == "train"]
+    )

@@ -24,7 +24,17 @@ def test_whatever_it_raises_training_goes_on_without(fault, monkeypatch, tmp_pat
 
 def test_a_bogus_mode_in_the_environment_is_one_line(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("WANDB_MODE", "bogus")
-    tracker = Tracker(Settings(model={"name": "resnet20v2"}, logger=LoggerSettings()), tmp_path, "name", {}, resumed=False)
+    tracker = Tracker(
+        Settings(model={"name": "resnet20v2"}, logger=LoggerSettings()),
+        tmp_path,
+        "name",
+        {},
+        resumed=False,
+    )
     assert tracker.run is None
     shown = capfd.readouterr().err
-    assert shown.startswith("warning: W&B is off for this run: ") and "'online'" in shown and shown.count("\n") == 1
+    assert (
+        shown.startswith("warning: W&B is off for this run: ")
+        and "'online'" in shown
+        and shown.count("\n") == 1
+    )

@@ -1,0 +1,1 @@
+"""Puts NormAct2d into a network that exists."""

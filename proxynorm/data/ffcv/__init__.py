@@ -1,0 +1,1 @@
+"""FFCV's side of loading."""

@@ -1,0 +1,106 @@
+"""FFCV's compiled decoder, called from one cached, GIL-free loop: what FFCV's Loader does, with every status looked at.
+
+Importing the ffcv package costs seconds and sets torch's thread count to one, and its pipelines are compiled anew in
+each process; its shared library is loaded directly here, and the loop is compiled once and kept on disk by numba.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import tempfile
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from proxynorm.errors import ConfigError
+
+GOOD, BAD_SUM, BAD_JPEG = 0, 1, 2
+REASONS = {
+    BAD_SUM: "its stored bytes have changed since it was written",
+    BAD_JPEG: "its JPEG data cannot be decoded",
+}
+INSTALL = "install it with: apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv"
+
+
+@cache
+def ffcv_library() -> ctypes.CDLL:
+    """FFCV's shared library. Raises ConfigError if FFCV is not installed or its libraries are missing."""
+    spec = importlib.util.find_spec("ffcv")
+    found = [
+        file
+        for folder in (spec.submodule_search_locations if spec else ())
+        for file in Path(folder).glob("_libffcv*")
+    ]
+    if not found:
+        raise ConfigError(f"loader.name=ffcv: FFCV is not installed; {INSTALL}")
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        raise ConfigError(f"loader.name=ffcv: FFCV does not load ({error}); {INSTALL}") from None
+    # Our threads share the images out; OpenCV's own pool would only compete with them.
+    set_threads = getattr(library, "_ZN2cv13setNumThreadsEi", None)
+    if set_threads is not None:
+        set_threads(1)
+    return library
+
+
+def library_versions() -> dict[str, str]:
+    """FFCV's version and those of the libraries it was linked with, as far as they tell; {} without FFCV."""
+    try:
+        library = ffcv_library()
+    except ConfigError:
+        return {}
+    versions = {"ffcv": metadata.version("ffcv")}
+    parts = [
+        getattr(library, f"_ZN2cv{name}Ev", None)
+        for name in ("15getVersionMajor", "15getVersionMinor")
+    ]
+    if None not in parts:
+        versions["opencv"] = ".".join(str(part()) for part in parts)
+    # libturbojpeg cannot be asked; the number of its file tells 2.x (0.2) from 3.x (0.3).
+    mapped = Path("/proc/self/maps")
+    file = re.search(
+        r"libturbojpeg\S*$", mapped.read_text() if mapped.exists() else "", re.MULTILINE
+    )
+    if file:
+        versions["turbojpeg"] = file[0]
+    return versions
+
+
+def ffcv_available() -> bool:
+    """Whether .beton files can be read here: FFCV's library loads and numba is installed."""
+    try:
+        ffcv_library()
+    except ConfigError:
+        return False
+    return importlib.util.find_spec("numba") is not None
+
+
+@cache
+def decoder():
+    """The compiled loop: see decode_samples. Cached on disk, so a second process loads it instead of compiling."""
+    from llvmlite import binding
+
+    library = ffcv_library()
+    for name in ("imdecode", "resize"):
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        binding.add_symbol(f"proxynorm_ffcv_{name}", address)
+    try:
+        from proxynorm.data.ffcv.kernel import decode_samples
+    except RuntimeError:
+        # Neither the package's folder nor the home can be written: numba wants another for what it compiled.
+        import numba
+
+        numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"proxynorm-numba-{os.getuid()}")
+        from proxynorm.data.ffcv.kernel import decode_samples
+    return decode_samples
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The file's bytes, mapped read-only: uint8 (length,)."""
+    return np.memmap(path, dtype=np.uint8, mode="r")

@@ -1,0 +1,1 @@
+"""How many runs get trained: on this machine, on SLURM."""

@@ -1,0 +1,1 @@
+"""The numbers of norm_act.py, sooner or in less memory."""

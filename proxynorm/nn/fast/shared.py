@@ -1,0 +1,120 @@
+"""The moments of all layers of a network in one vectorised evaluation, made anew only when a parameter changed.
+
+The network's forward begins by comparing the parameters with those of the forward before, by value, so that the
+constants are never stale, however a parameter was changed. So one evaluation serves all micro-batches of an update and
+a whole evaluation of the network. The comparison is for CPUs: elsewhere it would have to wait for the device, and each
+forward evaluates. The layers drop the constants when the network's forward ends: a forward of some inner module alone
+makes its own. Where Ctrl-C ended the network's forward, and its hook could not run, a layer that is called alone tells
+by its options and its parameters' versions that the constants are no longer theirs, as it does where the forward itself
+edits them; edits through .data or of inference tensors, in these two cases, are seen by the network's next forward first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from proxynorm.nn.fast.folding import Constants, Rule, fold
+from proxynorm.nn.fast.fused import is_transformed
+from proxynorm.nn.norm_act import NormAct2d
+
+
+def share_moments(model: nn.Module) -> nn.Module:
+    """Makes model evaluate the moments of all its NormAct2d layers together; returns the model.
+
+    Purely a matter of speed: results are the same to rounding. Safe to call twice. Under torch.compile, torch.func and
+    tracing every layer evaluates its own.
+    """
+    if not any(
+        getattr(hook, "__func__", None) is SharedMoments.hand_out
+        for hook in model._forward_pre_hooks.values()
+    ):
+        shared = SharedMoments()
+        model.register_forward_pre_hook(shared.hand_out)
+        model.register_forward_hook(shared.take_back, always_call=True)
+    return model
+
+
+class SharedMoments:
+    """The hooks of one network, and what it evaluated last: (4, C) parameters and their constants for each family."""
+
+    def __init__(self) -> None:
+        self.evaluated: dict[Hashable, tuple[Tensor, Constants]] = {}
+        self.served: list[NormAct2d] = []
+
+    def hand_out(self, model: nn.Module, inputs: tuple) -> None:
+        """Before the forward: gives every layer its constants."""
+        if is_transformed():
+            return
+        families: dict[Hashable, list[NormAct2d]] = {}
+        for module in model.modules():
+            if (
+                isinstance(module, NormAct2d)
+                and module.proxied
+                and module.act_name != "callable"
+                and _is_plain(module)
+            ):
+                families.setdefault(_family(module), []).append(module)
+        self.evaluated = {
+            family: self.evaluated[family] for family in families if family in self.evaluated
+        }
+        for family, layers in families.items():
+            if len(layers) > 1:
+                self._serve(family, layers)
+
+    def _serve(self, family: Hashable, layers: list[NormAct2d]) -> None:
+        # a training forward may meet what an evaluation in inference mode leaves here
+        with torch.inference_mode(False), torch.no_grad():
+            columns = zip(*(layer.four_parameters() for layer in layers))
+            parameters = torch.stack([torch.cat(column) for column in columns])
+            values, jacobian = self._constants(family, parameters, layers[0].proxy_rule())
+        self.served += layers
+        sizes = [layer.num_features for layer in layers]
+        for layer, *constants in zip(
+            layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)
+        ):
+            layer.share_constants(Constants(*constants))
+
+    def _constants(self, family: Hashable, parameters: Tensor, rule: Rule) -> Constants:
+        # under FakeTensorMode what is evaluated has no values: it is neither compared nor kept
+        comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
+        before = self.evaluated.get(family) if comparable else None
+        if before is None or not torch.equal(before[0], parameters):
+            before = parameters, fold(tuple(parameters), rule)
+            if comparable:
+                self.evaluated[family] = before
+        return before[1]
+
+    def take_back(self, model: nn.Module, inputs: tuple, output: object) -> None:
+        """After the forward, a failed one too: leaves no layer with constants."""
+        if is_transformed():
+            return
+        for layer in self.served:
+            layer.shared_constants = None
+        self.served = []
+
+
+def _is_plain(layer: NormAct2d) -> bool:
+    """Whether the parameters are torch's own tensors, which can stand side by side; sharded ones (DTensor) cannot.
+    Computed ones (parametrizations) may change by what the layer does not see."""
+    return not parametrize.is_parametrized(layer) and all(
+        type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters()
+    )
+
+
+def _family(layer: NormAct2d) -> Hashable:
+    """Layers of one family have moments by the same rule, and parameters that can stand side by side."""
+    weight = layer.proxy_weight
+    return (
+        type(layer.act),
+        layer.act.extra_repr(),
+        layer.moments,
+        layer.nodes,
+        layer.proxy_eps,
+        layer.proxy_scale,
+        weight.device,
+        weight.dtype,
+    )

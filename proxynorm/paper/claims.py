@@ -1,0 +1,112 @@
+"""The poster's claims beside what shows them: tests, and comparisons of tables that were run."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from proxynorm.analysis.tables import markdown_table
+from proxynorm.errors import ConfigError
+from proxynorm.paper.comparing import Outcome
+from proxynorm.paper.report import p_value
+
+CLAIMS = Path(__file__).with_name("claims.yaml")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim. tests: names in tests/test_claims.py; comparisons: 'TABLE: FIRST - SECOND'; scope: where
+    alone it is shown; needs: what no CPU shows."""
+
+    claim: str
+    tests: list[str] = field(default_factory=list)
+    comparisons: list[str] = field(default_factory=list)
+    scope: str = ""
+    note: str = ""
+    needs: str = ""
+
+    @property
+    def tables(self) -> list[str]:
+        return list(dict.fromkeys(item.partition(":")[0] for item in self.comparisons))
+
+
+def load_claims() -> list[Claim]:
+    return [Claim(**item) for item in yaml.safe_load(CLAIMS.read_text())]
+
+
+def claim_outcomes(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
+    """The outcomes of the claim's comparisons, from those of each table. Raises ConfigError if a table lacks one."""
+    found = []
+    for item in claim.comparisons:
+        table, pair = (part.strip() for part in item.split(":"))
+        named = {f"{o.comparison.first} - {o.comparison.second}": o for o in outcomes[table]}
+        if pair not in named:
+            raise ConfigError(f"{CLAIMS.name}: table {table} has no comparison '{pair}'")
+        found.append(named[pair])
+    return found
+
+
+def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
+    """The weakest of the comparisons' verdicts; shown where tests alone show it; needs … where nothing here can."""
+    if claim.needs:
+        return f"needs {claim.needs}"
+    shown = f"shown {claim.scope}".strip()
+    if not outcomes:
+        return shown
+    verdicts = {outcome.verdict for outcome in outcomes}
+    for word in ("not run", "contradicted", "not shown"):
+        if word in verdicts:
+            return word
+    return shown if verdicts == {"shown"} else "not shown"
+
+
+def random_net_figures(results: str | Path) -> dict[str, str]:
+    """What notes quote of results/power_random_net; each is "not measured" where that is not there."""
+    path = Path(results) / "power_random_net" / "summary.json"
+    if not path.is_file():
+        return defaultdict(lambda: "not measured")
+    summary = json.loads(path.read_text())
+    distance = summary["largest_distance_of_ln_from_mean_field"]
+    return {
+        "width": f"{summary['width']:,}",
+        "depth": str(summary["depth"]),
+        "nets": str(summary["nets"]),
+        "mean_distance": f"{distance['mean over nets']:.3f}",
+        "single_distance": f"{max(distance['each net']):.3f}",
+        "proxy_p1": f"{summary['largest_p1']['ln_pn']:.3f}",
+    }
+
+
+def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, str]) -> str:
+    """Tests by name; comparisons with difference, n and p; the note with its figures."""
+    parts = [f"`{name}`" for name in claim.tests]
+    for item, outcome in zip(claim.comparisons, outcomes, strict=True):
+        if outcome.difference is None:
+            parts.append(f"{item}: not run")
+            continue
+        p = f", p {p_value(outcome.p)}" if outcome.p is not None else ""
+        parts.append(
+            f"{item}: {outcome.difference:+.2f} points, "
+            f"n {outcome.first.n} and {outcome.second.n}{p}: {outcome.verdict}"
+        )
+    return "; ".join([*parts, claim.note.format_map(figures)] if claim.note else parts)
+
+
+def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
+    """The table of claims as Markdown. figures: random_net_figures."""
+    rows = []
+    for claim in load_claims():
+        found = claim_outcomes(claim, outcomes)
+        rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
+    return (
+        "# The poster's claims\n\n"
+        + markdown_table(["claim", "evidence here", "status"], rows)
+        + "\n\nTests are those of tests/test_claims.py, on random and small networks; comparisons are those of the "
+        "tables' reports (results/TABLE/report.md), on Fashion-MNIST. A status that rests on tests alone says "
+        "what small networks show.\n"
+    )

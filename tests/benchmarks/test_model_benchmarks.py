@@ -1,0 +1,105 @@
+"""The benchmarks of the method and the engine, on a small network: what they measure, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import engine, memory, passes, step
+from proxynorm.errors import ConfigError
+
+SMALL = {"model": "resnet20v2", "batch": 2, "size": 16}
+
+
+def test_step_measures_every_norm_and_keeps_the_figures(tmp_path, capsys):
+    norms = ["torch bn", "torch ln", "ln_pn", "ln_pn+recompute"]
+    step.main(step.Options(**SMALL, norms=norms, rounds=1, json=str(tmp_path / "step.json")))
+    content = json.loads((tmp_path / "step.json").read_text())
+    assert {(row["norm"], row["format"]) for row in content["rows"]} == {
+        (norm, memory_format) for norm in norms for memory_format in ("nchw", "channels_last")
+    }
+    assert all(row["step ms"] > 0 and row["inference ms"] > 0 for row in content["rows"])
+    figures = content["figures"]
+    assert (
+        figures["bytes kept, ln_pn+recompute / torch bn"]
+        < 0.7
+        < figures["bytes kept, ln_pn / torch bn"]
+        < 1.1
+    )
+    assert "moments' share of a step, ln_pn, nchw" in capsys.readouterr().out
+
+
+def test_step_in_several_processes(tmp_path, capsys):
+    norms = ["torch ln", "ln_pn"]
+    step.main(
+        step.Options(
+            **SMALL,
+            norms=norms,
+            formats=["nchw"],
+            rounds=1,
+            processes=2,
+            json=str(tmp_path / "step.json"),
+        )
+    )
+    content = json.loads((tmp_path / "step.json").read_text())
+    assert len(content["processes"]) == 2 and all(
+        len(part["rows"]) == 2 for part in content["processes"]
+    )
+    for name, (least, greatest) in content["figures"].items():
+        assert least <= greatest and {least, greatest} == {
+            part["figures"][name] for part in content["processes"]
+        }
+    assert "process 2 of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model, what", [("resnet20v2", "output − floor"), ("efficientnet_b0", "gain and offset")]
+)
+def test_passes_lists_the_extra_passes_of_each_activation(tmp_path, model, what):
+    passes.main(
+        passes.Options(
+            **{**SMALL, "model": model, "size": 32}, rounds=1, json=str(tmp_path / "passes.json")
+        )
+    )
+    content = json.loads((tmp_path / "passes.json").read_text())
+    assert any(what in row["what"] for row in content["rows"]) and all(
+        row["ms"] > 0 for row in content["rows"]
+    )
+    assert content["layers"] == {"resnet20v2": 19, "efficientnet_b0": 33}[model]
+
+
+def test_memory_counts_less_with_recompute(tmp_path):
+    memory.main(
+        memory.Options(
+            **SMALL, norms=["ln_pn", "ln_pn+recompute"], json=str(tmp_path / "memory.json")
+        )
+    )
+    kept = json.loads((tmp_path / "memory.json").read_text())["bytes_kept"]
+    assert kept["ln_pn+recompute"] < 0.7 * kept["ln_pn"]
+
+
+@pytest.mark.parametrize(
+    "benchmark, options",
+    [
+        (step, {"norms": ["ln_pm"]}),
+        (step, {"formats": ["nhwc"]}),
+        (step, {"rounds": 0}),
+        (step, {"processes": 0}),
+        (passes, {"format": "nhwc"}),
+        (step, {"device": "tpu"}),
+        (step, {"norms": []}),
+        (step, {"threads": -1}),
+        (step, {"norms": ["in_pn"], "model": "efficientnet_b0", "batch": 1}),
+    ],
+)
+def test_wrong_options_are_refused(benchmark, options):
+    with pytest.raises(ConfigError):
+        benchmark.main(benchmark.Options(**{**SMALL, **options}))
+
+
+def test_engine_compares_our_loop_with_a_bare_one_and_timm(tmp_path):
+    engine.main(engine.Options(batch=16, steps=2, rounds=2, json=str(tmp_path / "engine.json")))
+    rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
+    assert {row["of"] for row in rows} >= {"bare loop", "min(loader, bare loop)", "timm's training"}
+    assert all(row["images_per_second"] > 0 for row in rows)

@@ -1,0 +1,541 @@
+"""freeze: the same function with constants folded, and its ONNX export."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from proxynorm import convert, create_model, freeze
+from proxynorm.conversion.freeze import FrozenNormAct2d
+from proxynorm.conversion.shifted_conv import ShiftedConv2d
+from proxynorm.nn import NORMS, NormAct2d
+from tests.helpers import need_module
+
+MODELS = {
+    "resnet20v2": {"depth": 8},
+    "resnet50": {"layers": (1, 1, 1, 1)},
+    "resnet50v2": {"layers": (1, 1, 1, 1)},
+    "efficientnet_b0": {},
+}
+
+
+def trained_like(model: nn.Module) -> nn.Module:
+    """Random parameters in every norm, and the running statistics of one batch."""
+    torch.manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, NormAct2d):
+            for name, low, high in (
+                ("weight", 0.5, 1.5),
+                ("bias", -0.4, 0.4),
+                ("proxy_weight", -0.3, 0.3),
+                ("proxy_bias", -0.3, 0.3),
+            ):
+                if getattr(layer, name) is not None:
+                    nn.init.uniform_(getattr(layer, name), low, high)
+            layer.momentum = 1.0
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64, dtype=dtype))
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same(model: nn.Module, frozen: nn.Module, x: torch.Tensor) -> None:
+    """Whether the frozen copy computes what the model computes."""
+    torch.testing.assert_close(frozen(x.clone()), model(x), atol=1e-4, rtol=1e-4)
+
+
+def frozen_layers(model: nn.Module) -> list[FrozenNormAct2d]:
+    return [module for module in model.modules() if isinstance(module, FrozenNormAct2d)]
+
+
+def start_of_efficientnet(norm: str) -> nn.Module:
+    """Stem and two blocks, with and without expansion."""
+    model = create_model("efficientnet_b0", norm)
+    return nn.Sequential(model.conv_stem, model.bn1, model.blocks[0], model.blocks[1][:1])
+
+
+@pytest.mark.parametrize(
+    "name, norm, merge",
+    [
+        *(("resnet20v2", norm, merge) for norm in NORMS for merge in ("fast", "full")),
+        *((name, "ln_pn", merge) for name in list(MODELS)[1:] for merge in ("fast", "full")),
+        *((name, "bn_pn", "full") for name in list(MODELS)[1:]),
+        ("resnet50", "bn", "fast"),
+    ],
+)
+def test_frozen_equals_the_model(name: str, norm: str, merge: str) -> None:
+    model = trained_like(create_model(name, norm, num_classes=5, **MODELS[name]).double())
+    state = copy.deepcopy(model.state_dict())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    frozen = freeze(model, merge)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), model(images), rtol=1e-8, atol=1e-8)
+    assert not any(isinstance(module, NormAct2d) for module in frozen.modules())
+    assert (
+        not any(parameter.requires_grad for parameter in frozen.parameters())
+        and not frozen.training
+    )
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_what_is_left_of_pn() -> None:
+    """ReLU: a floor at most; SiLU before a padded convolution: the mean, which may go there; nothing before 1×1 ones."""
+    v2 = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)), merge="full")
+    for name, layer in v2.named_modules():
+        if isinstance(layer, FrozenNormAct2d):
+            assert (layer.floor is not None) == name.endswith(
+                "norm2"
+            ) and layer.gain is layer.offset is None, name
+    fast = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)))
+    assert all(layer.gain is layer.offset is None for layer in frozen_layers(fast))
+    for merge in ("fast", "full"):
+        b0 = freeze(create_model("efficientnet_b0", "ln_pn"), merge)
+        for name, layer in b0.named_modules():
+            if isinstance(layer, FrozenNormAct2d):
+                before_depthwise = name == "bn1" or (
+                    name.endswith("bn1") and not name.startswith("blocks.0")
+                )
+                assert (layer.offset is not None) == (before_depthwise and merge == "full"), name
+                assert layer.gain is layer.floor is None, name
+        shifted = [name for name, layer in b0.named_modules() if isinstance(layer, ShiftedConv2d)]
+        assert shifted == (
+            [name for name, _ in b0.named_modules() if name.endswith("conv_dw")]
+            if merge == "fast"
+            else []
+        )
+
+
+def test_batch_norm_is_folded_into_its_convolution() -> None:
+    frozen = freeze(trained_like(create_model("resnet50", "bn", layers=(1, 1, 1, 1))))
+    assert {layer.kind for layer in frozen_layers(frozen)} == {"folded"}
+    assert isinstance(frozen.layer1[0].bn3, nn.Identity) and frozen.layer1[0].conv3.bias is not None
+    pre_activation = freeze(create_model("resnet50v2", "bn", layers=(1, 1, 1, 1)))
+    assert (
+        pre_activation.stages[0].blocks[0].norm1.kind == "bn"
+    )  # behind a pool, no convolution to fold into
+
+
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(), nn.LeakyReLU(0.3), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Tanh()]
+)
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "groups": 4, "stride": 2},
+        {"kernel_size": 1, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "groups": 8},
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": "same"},
+    ],
+)
+def test_merging_is_exact(act: nn.Module, convolution: dict) -> None:
+    for out_channels, bias in ((8, False), (16, True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            NormAct2d(8, "ln_pn", act_layer=act),
+            nn.Conv2d(8, out_channels, bias=bias, **convolution),
+        )
+        model = trained_like(model.double())
+        images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+        for merge in ("fast", "full"):
+            torch.testing.assert_close(
+                freeze(model, merge)(images), model(images), rtol=1e-10, atol=1e-10
+            )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(7, 5), (26, 41), (40, 33)])
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 5, "padding": 2, "stride": 2, "groups": 8},
+        {"kernel_size": 4, "padding": 3},
+        {"kernel_size": (1, 5), "padding": (0, 2)},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False},
+        {"kernel_size": 2, "padding": 1, "stride": 3},
+        {"kernel_size": 7, "padding": 9, "groups": 4},
+    ],
+)
+def test_a_shift_before_zero_padding_is_exact(
+    convolution: dict, size: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    """Also for another size, in inference mode, with gradients for the input, and after new weights."""
+    torch.manual_seed(0)
+    plain, shift = nn.Conv2d(8, 8, **convolution).double(), torch.randn(8, dtype=torch.float64)
+    shifted = copy.deepcopy(plain)
+    ShiftedConv2d.take_over(shifted, shift)
+    shifted.requires_grad_(False)
+    for height, width in (size, size[::-1], (50, 50)):
+        x = torch.randn(2, 8, height, width, dtype=torch.float64).contiguous(
+            memory_format=memory_format
+        )
+        with torch.inference_mode():
+            torch.testing.assert_close(shifted(x.clone()), plain(x + shift.view(1, -1, 1, 1)))
+        x.requires_grad_()
+        ours, theirs = shifted(x), plain(x + shift.view(1, -1, 1, 1))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours.square().sum(), x),
+            torch.autograd.grad(theirs.square().sum(), x),
+        )
+        nn.init.normal_(plain.weight)
+        shifted.load_state_dict(plain.state_dict() | {"shift": shift})
+
+
+def test_a_value_with_two_uses_is_not_merged() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = NormAct2d(3, "ln_pn", act_layer="silu"), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.norm(x)
+            return self.conv(z) + z
+
+    model = trained_like(Residual().double())
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    frozen = freeze(model, "full")
+    torch.testing.assert_close(frozen(images), model(images), rtol=1e-10, atol=1e-10)
+    assert frozen.norm.gain is not None
+
+
+def test_a_layer_called_twice_is_not_merged() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = NormAct2d(3, "bn_pn"), NormAct2d(3, "ln_pn", act_layer="silu")
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.second(self.conv(self.first(self.conv(x)))))
+
+    model = trained_like(Twice().double())
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(freeze(model, "full")(images), model(images), rtol=1e-10, atol=1e-10)
+
+
+def test_converted_networks_freeze() -> None:
+    """torchvision's, with rewritten forwards, an untraceable part and dropout between norm and activation."""
+
+    class Untraceable(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if x.sum() < 1e9 else x
+
+    model = convert(torchvision.models.resnet18(num_classes=5), "bn_pn")
+    model.layer3 = Untraceable(model.layer3)
+    model.bn1.drop = nn.Dropout2d(0.5)
+    model = trained_like(model.double())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(freeze(model)(images), model(images), rtol=1e-8, atol=1e-8)
+
+
+def test_gradients_to_the_input_still_flow() -> None:
+    model = trained_like(create_model("resnet20v2", "bn_pn", depth=8, num_classes=5).double())
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(model(images).sum(), images)[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(freeze(model)(images).sum(), images)[0], expected
+    )
+
+
+def test_nothing_to_freeze() -> None:
+    with pytest.raises(ValueError, match="no NormAct2d"):
+        freeze(nn.Conv2d(3, 3, 1))
+    with pytest.raises(ValueError, match="'fast', 'full' and 'none'"):
+        freeze(create_model("resnet20v2"), merge="all")
+
+
+@need_module("onnxruntime")
+@need_module("onnxscript")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: create_model("resnet20v2", "ln_pn", depth=8),
+        lambda: create_model("resnet20v2", "bn_pn", depth=8),
+        lambda: start_of_efficientnet("gn_pn"),
+    ],
+)
+def test_onnx_runtime_computes_the_same(make, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = trained_like(make())
+    images = torch.randn(2, 3, 64, 64)
+    path = str(tmp_path / "model.onnx")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(freeze(model, "full"), (images,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    logits = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+
+
+class Reads(nn.Module):
+    """Layers that would merge, of which `read` reads a weight as well."""
+
+    def __init__(self, read) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), NormAct2d(8, "bn_pn", act_layer="silu")
+        self.merged, self.twin, self.fc = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.twin.weight = self.merged.weight
+        self.last, self.read = NormAct2d(8, act_layer="silu"), read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.last(self.merged(self.norm(self.conv(x)))).mean((2, 3))) + self.read(
+            self
+        )
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m.merged.weight.sum(),
+        lambda m: m.twin.weight.sum(),
+        lambda m: m.fc.bias.mean(),
+        lambda m: nn.functional.linear(m.conv.weight.mean((2, 3)), m.fc.weight[:, :3]).sum(),
+    ],
+)
+def test_a_weight_that_is_read_elsewhere_is_not_merged(read) -> None:
+    assert_freezes(Reads(read))
+
+
+def assert_freezes(model: nn.Module) -> None:
+    model = trained_like(model.double())
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    for merge in ("fast", "full"):
+        torch.testing.assert_close(
+            freeze(model, merge)(images), model(images), rtol=1e-9, atol=1e-9
+        )
+
+
+class SamePool(nn.AvgPool2d):
+    """Pads by itself, as timm's pools do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(2, divisor_override=3), SamePool(2), nn.AvgPool2d(2, ceil_mode=True)]
+)
+def test_pools_that_do_not_average_are_not_merged_across(pool: nn.Module) -> None:
+    assert_freezes(
+        nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, act_layer="silu"), pool, nn.Conv2d(8, 4, 1))
+    )
+
+
+def with_hook(place: int, before: bool) -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        NormAct2d(8, "bn_pn", act_layer="silu"),
+        nn.Identity(),
+        nn.Conv2d(8, 8, 1),
+        NormAct2d(8),
+        nn.Conv2d(8, 4, 1),
+    )
+    if before:
+        model[place].register_forward_pre_hook(lambda module, inputs: (inputs[0].relu(),))
+    else:
+        model[place].register_forward_hook(lambda module, inputs, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("place", range(6))
+def test_hooks_stay_and_hinder_merging(place: int, before: bool) -> None:
+    assert_freezes(with_hook(place, before))
+
+
+def with_set_forward(place: int, act: str) -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), NormAct2d(8, "ln", act_layer=act), nn.Conv2d(8, 4, 1)
+    ).eval()
+    inner = type(model[place]).forward.__get__(model[place])
+    model[place].forward = lambda x: inner(x.abs())
+    return model
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_forward_set_on_a_convolution_stays_and_hinders_merging(act: str) -> None:
+    model = with_set_forward(2, act)
+    images = torch.randn(2, 3, 12, 12)
+    for merge in ("fast", "full"):
+        torch.testing.assert_close(freeze(model, merge)(images), model(images))
+
+
+def test_a_forward_set_on_a_norm_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="cannot freeze 1: a forward was set on this object"):
+        freeze(with_set_forward(1, "relu"))
+
+
+def test_a_layer_by_itself_freezes() -> None:
+    assert_freezes(NormAct2d(3, act_layer="silu"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "wrap, message",
+    [
+        (torch.nn.utils.weight_norm, "cannot freeze 2: a hook computes its weight"),
+        (torch.nn.utils.spectral_norm, "cannot freeze 2: a hook computes its weight"),
+        (lambda m: m, "cannot freeze 1: it has no running statistics"),
+    ],
+)
+def test_what_cannot_be_frozen_is_named(wrap, message: str) -> None:
+    tracked = "statistics" not in message
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        NormAct2d(8, "bn", track_running_stats=tracked),
+        wrap(nn.Conv2d(8, 4, 1)),
+    )
+    model(torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=message):
+        freeze(model)
+
+
+def test_freezing_twice() -> None:
+    with pytest.raises(ValueError, match="frozen already"):
+        freeze(freeze(NormAct2d(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["ln_pn", "bn_pn"])
+@pytest.mark.parametrize(
+    "make", [lambda norm: create_model("resnet20v2", norm, depth=8), start_of_efficientnet]
+)
+def test_models_in_half_precision_freeze(make, norm: str, dtype: torch.dtype) -> None:
+    model = trained_like(make(norm))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = model(images), freeze(model.to(dtype))(images.to(dtype))
+    assert got.dtype == dtype and (got - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("merge", ["fast", "full", "none"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(
+    "behind, size", [((nn.Flatten(2), nn.Linear(16, 5)), 6), ((nn.Linear(16, 5),), 18)]
+)
+def test_a_linear_layer_over_positions_is_left_alone(behind, size, activation, merge):
+    layers = [
+        nn.Conv2d(3, 16, 3),
+        NormAct2d(16, act_layer=activation),
+        nn.AdaptiveAvgPool2d(size - 2),
+        *behind,
+    ]
+    model = trained_like(nn.Sequential(*layers))
+    assert_same(model, freeze(model, merge), torch.randn(2, 3, size, size))
+
+
+class Means(nn.Module):
+    """The norm's value goes into a classifier by some way of averaging."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.conv, self.norm, self.head, self.average = (
+            nn.Conv2d(3, 16, 3),
+            NormAct2d(16),
+            nn.Linear(16, 5),
+            average,
+        )
+
+    def forward(self, x):
+        return self.head(self.average(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    "average, merged",
+    [
+        (lambda y: y.flatten(2).mean(-1), False),
+        (lambda y: y.mean(3).mean(2), False),
+        (lambda y: y.mean((2, 3)), True),
+        (lambda y: y.mean(dim=(-1, -2), keepdim=True).flatten(1), True),
+    ],
+)
+def test_ways_to_average(average, merged):
+    model = trained_like(Means(average))
+    frozen = freeze(model)
+    assert_same(model, frozen, torch.randn(2, 3, 8, 8))
+    assert (frozen.norm.floor is None) == merged
+
+
+def test_a_dropout_of_a_class_of_its_own_may_drop_in_evaluation():
+    class MonteCarlo(nn.Dropout):
+        def forward(self, x):
+            return x * torch.linspace(0, 1, x.shape[-1])
+
+    model = trained_like(
+        nn.Sequential(nn.Conv2d(3, 16, 3), NormAct2d(16), MonteCarlo(), nn.Conv2d(16, 5, 1))
+    )
+    assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
+
+
+def test_nothing_is_merged_inside_of_a_forward_that_cannot_be_traced():
+    class Block(nn.Sequential):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(nn.Conv2d(3, 8, 1), NormAct2d(8, "bn"))
+
+        def forward(self, x):
+            return self.block(x) + self.block[0](x) if x.mean() > -100 else x
+
+    model = trained_like(Model())
+    assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
+
+
+def test_merging_nothing_leaves_the_features_between():
+    model = trained_like(create_model("efficientnet_b0", "ln_pn"))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            freeze(model, "none").forward_features(x),
+            model.forward_features(x),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+def test_a_shifted_convolution_sees_every_edit_and_no_autocast():
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        NormAct2d(8, act_layer="silu"),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+    ]
+    model = trained_like(nn.Sequential(*layers))
+    frozen, x = freeze(model), torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
+    assert isinstance(frozen[2], ShiftedConv2d)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        frozen(x)
+    assert_same(model, frozen, x)
+    for net in (model, frozen):
+        net[2].weight.data.mul_(2)
+    assert_same(model, frozen, x)
+    torch.testing.assert_close(torch.vmap(frozen)(x[None])[0], frozen(x), atol=1e-5, rtol=1e-4)
+
+
+def test_everything_is_in_evaluation_mode():
+    assert not any(
+        module.training
+        for module in freeze(trained_like(create_model("resnet20v2", "ln_pn", depth=8))).modules()
+    )
+    assert not freeze(NormAct2d(4)).training

@@ -1,0 +1,413 @@
+"""The writer: it names every bad image and no good one, and an interrupted run leaves nothing that looks finished."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import proxynorm
+from proxynorm.data.ffcv.beton import JPEG, RAW, new_beton, read_beton
+from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
+from proxynorm.data.sources import list_folder
+from proxynorm.errors import ConfigError, DataError
+from tests.data.conftest import needs_ffcv, photograph, write_folder
+from tests.helpers import ROOT
+
+SCRIPT = ROOT / "scripts" / "write_ffcv.py"
+
+
+def jpeg(image: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    mode = options.pop("mode", "RGB")
+    Image.fromarray(image).convert(mode).save(buffer, options.pop("format", "JPEG"), **options)
+    return buffer.getvalue()
+
+
+def rotated(image: np.ndarray) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return jpeg(image, exif=exif, quality=95)
+
+
+def overwritten(image: np.ndarray) -> bytes:
+    data = bytearray(jpeg(image, quality=95))
+    middle = len(data) // 2
+    data[middle : middle + 200] = b"\xff\xd9\x00\x13" * 50
+    return bytes(data)
+
+
+def bad_scan(image: np.ndarray) -> bytes:
+    """A header that names a colour component it has not defined."""
+    data = bytearray(jpeg(image, quality=95))
+    data[data.index(b"\xff\xda") + 5] = 77
+    return bytes(data)
+
+
+DAMAGED = {
+    "bad_scan": bad_scan,
+    "empty": lambda image: b"",
+    "truncated": lambda image: jpeg(image)[:-400],
+    "cut_header": lambda image: jpeg(image)[:100],
+    "overwritten": overwritten,
+    "text": lambda image: b"<html>404 Not Found</html>",
+    "noise": lambda image: np.random.default_rng(0).bytes(3000),
+    "truncated_png": lambda image: jpeg(image, format="PNG")[:-2000],
+}
+UNUSUAL = {
+    "cmyk": lambda image: jpeg(image, mode="CMYK", quality=95),
+    "grey": lambda image: jpeg(image, mode="L", quality=95),
+    "png_named_jpeg": lambda image: jpeg(image, format="PNG"),
+    "progressive": lambda image: jpeg(image, progressive=True, quality=95),
+    "rotated": rotated,
+    "transparent": lambda image: jpeg(image, mode="RGBA", format="PNG"),
+    "stray_bytes": lambda image: jpeg(image, quality=95)[:-2] + b"\0\0\0\0\xff\xd9",
+    "huge": lambda image: jpeg(np.asarray(Image.fromarray(image).resize((4000, 3000)))),
+}
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """A class folder with good photographs, unusual ones and damaged ones, each named for what it is."""
+    root = write_folder(tmp_path / "data", 6, 1)
+    for name, make in {**DAMAGED, **UNUSUAL}.items():
+        (root / "train" / "bee" / f"{name}.JPEG").write_bytes(make(photograph(7)))
+    return root / "train"
+
+
+@needs_ffcv
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skip_names_every_damaged_image_and_no_good_one(planted, tmp_path, workers):
+    done = prepare(list_folder(planted), tmp_path / "x.beton", StorageOptions(), "skip", workers)
+    assert {Path(name).stem for name in done.skipped} == set(DAMAGED)
+    assert done.count == 18 + len(UNUSUAL)
+    manifest = json.loads((tmp_path / "x.beton.json").read_text())
+    assert manifest["skipped"] == done.skipped and manifest["classes"] == ["ant", "bee", "cow"]
+    assert manifest["count_per_class"] == {"ant": 6, "bee": 6 + len(UNUSUAL), "cow": 6}
+
+
+def test_the_manifest_counts_and_names_what_was_converted(tmp_path, monkeypatch):
+    monkeypatch.setattr("proxynorm.data.ffcv.preparation.FILES_NAMED", 2)
+    folder, image = tmp_path / "data" / "ant", photograph(7)
+    folder.mkdir(parents=True)
+    for name in ("good", "grey", "cmyk", "rotated", "progressive", "png_named_jpeg", "transparent"):
+        data = jpeg(image) if name == "good" else UNUSUAL[name](image)
+        (folder / f"{name}.{'png' if name == 'transparent' else 'JPEG'}").write_bytes(data)
+    for n in range(3):
+        Image.fromarray(image).quantize().save(folder / f"palette{n}.png")
+    Image.fromarray(np.full((9, 9), 65535, dtype=np.uint16)).save(folder / "deep.png")
+    counts = prepare(
+        list_folder(tmp_path / "data"), tmp_path / "x.beton", StorageOptions()
+    ).converted
+    assert counts == {
+        "16-bit grey": 1,
+        "CMYK": 1,
+        "EXIF rotation": 1,
+        "PNG named .JPEG": 1,
+        "alpha": 1,
+        "grey": 1,
+        "palette": 3,
+    }
+    manifest = json.loads((tmp_path / "x.beton.json").read_text())
+    assert {kind: entry["count"] for kind, entry in manifest["converted"].items()} == counts
+    assert manifest["converted"]["palette"]["files"] == [
+        str(folder / f"palette{n}.png") for n in (0, 1)
+    ]
+    assert manifest["converted"]["EXIF rotation"]["files"] == [str(folder / "rotated.JPEG")]
+
+
+@needs_ffcv
+def test_files_of_other_kinds_are_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data" / "ant").mkdir(parents=True)
+    (tmp_path / "data" / "ant" / "sub").mkdir()
+    for name in (
+        "ant/a.jpg",
+        "ant/b.gif",
+        "ant/notes",
+        "ant/.hidden",
+        "beside.jpg",
+        "ant/sub/deep.JPG",
+        "ant/sub/._x.jpg",
+    ):
+        (tmp_path / "data" / name).write_bytes(jpeg(photograph(1)))
+    assert (
+        run_script(
+            monkeypatch, f"source={tmp_path}/data", f"output={tmp_path}/x.beton", "workers=1"
+        )
+        == 0
+    )
+    assert "names or not in a class folder: 1 .gif, 2 .jpg, 1 no ending;" in capsys.readouterr().err
+    files = json.loads((tmp_path / "x.beton.json").read_text())["left_aside"]["files"]
+    assert [Path(file).name for file in files] == ["beside.jpg", "b.gif", "notes", "deep.JPG"]
+
+
+def test_the_manifest_names_the_versions_it_was_made_with(written):
+    versions = json.loads(written.with_name("train.beton.json").read_text())["versions"]
+    assert {"proxynorm", "python", "numpy", "pillow", "libjpeg_turbo", "ffcv", "opencv"} <= set(
+        versions
+    )
+    assert versions["proxynorm"] == proxynorm.__version__ and versions["opencv"].startswith("4.")
+
+
+def test_raise_names_the_first_damaged_image_and_leaves_no_file(planted, tmp_path):
+    with pytest.raises(DataError, match="bee/bad_scan.JPEG.*on_bad=skip"):
+        prepare(list_folder(planted), tmp_path / "x.beton", StorageOptions())
+    assert not list(tmp_path.glob("*beton*")) and not list(tmp_path.glob(".*"))
+
+
+def test_unusual_images_keep_their_content(tmp_path):
+    image = photograph(7)
+    for name, expected in (
+        ("png_named_jpeg", image),
+        ("cmyk", image),
+        ("rotated", np.rot90(image, -1)),
+    ):
+        path = tmp_path / f"{name}.jpg"
+        path.write_bytes(UNUSUAL[name](image))
+        seen = np.asarray(load_rgb(ImageRef(str(path), name)))
+        assert seen.shape == expected.shape
+        assert np.abs(seen.astype(int) - expected).mean() < 3
+
+
+def test_the_bytes_do_not_depend_on_the_workers(photos, tmp_path):
+    options = StorageOptions(jpeg_probability=0.5)
+    for workers in (1, 3):
+        prepare(
+            list_folder(photos / "train"), tmp_path / f"{workers}.beton", options, workers=workers
+        )
+    assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
+    modes = read_beton(tmp_path / "1.beton").mode
+    assert 6 < (modes == RAW).sum() < 30
+
+
+def test_sizes_and_storage_follow_the_options(photos, tmp_path):
+    listing = list_folder(photos / "train")
+    for side, mode in ((96, JPEG), (50, RAW)):
+        prepare(listing, tmp_path / f"{side}.beton", StorageOptions(max_side=side))
+        samples = read_beton(tmp_path / f"{side}.beton")
+        assert np.maximum(samples.height, samples.width).max() == side
+        assert (samples.mode == mode).all()  # images up to 64x64 are kept raw
+        assert np.array_equal(samples.target, listing.targets)
+
+
+@needs_ffcv
+def test_data_that_only_warns_is_bad_when_strict(tmp_path):
+    data = jpeg(photograph(3), quality=95)
+    (tmp_path / "x.jpg").write_bytes(data[:3000] + b"\0" * 256 + data[3256:])
+    ref = ImageRef(str(tmp_path / "x.jpg"), "x")
+    assert load_rgb(ref).size == (120, 90)
+    with pytest.raises(BadImage, match="has damaged JPEG data"):
+        load_rgb(ref, strict=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_side": 0}, {"jpeg_quality": 101}, {"jpeg_probability": -0.1}]
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        StorageOptions(**options)
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
+    root = write_folder(tmp_path / "data", 150, 1)
+    output = tmp_path / "out" / "train.beton"
+    for kind, workers, status in (
+        (signal.SIGTERM, 1, 143),
+        (signal.SIGINT, 2, 130),
+        (signal.SIGKILL, 1, -9),
+    ):
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            f"source={root / 'train'}",
+            f"output={output}",
+            f"workers={workers}",
+        ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 30
+        while not list(output.parent.glob(".*.tmp")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, kind)
+        errors = process.communicate(timeout=30)[1]
+        assert process.returncode == status and "Traceback" not in errors
+        assert not list(output.parent.glob("train.beton*"))
+    # The others clean up after themselves; after SIGKILL only a hidden temporary file is left, which the next run takes over.
+    assert len(list(output.parent.iterdir())) <= 1
+    prepare(list_folder(root / "val"), output, StorageOptions())
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "train.beton",
+        "train.beton.json",
+        "train.beton.sums.npy",
+    ]
+
+
+def test_the_workers_of_a_killed_run_end(tmp_path):
+    """They would otherwise wait for work for ever, and hold the file's lock."""
+    root = write_folder(tmp_path / "data", 100, 1)
+    output = tmp_path / "train.beton"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        f"source={root / 'train'}",
+        f"output={output}",
+        "workers=2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(workers) == 2 and not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid: str) -> bool:
+    """Whether the process exists and is more than an entry that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_two_interrupts_in_a_row_end_a_run(tmp_path):
+    """A terminal sends Ctrl-C to the whole group; the second one must not break off the cleaning of the first."""
+    root = write_folder(tmp_path / "data", 100, 1)
+    folder = tmp_path / "out"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        f"source={root / 'train'}",
+        f"output={folder / 'x.beton'}",
+        "workers=2",
+    ]
+    for first, second in ((signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)):
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 30
+        while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, first)
+        time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, second)
+        try:
+            errors = process.communicate(timeout=20)[1]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert (
+            process.returncode == 130
+            and "Traceback" not in errors
+            and errors.count("stopped by") == 1
+        )
+        assert not list(folder.iterdir())
+
+
+def test_one_writer_at_a_time(photos, tmp_path):
+    """The second says so and leaves the first alone."""
+    listing = list_folder(photos / "train")
+    with new_beton(tmp_path / "x.beton", 3, 1) as writer:
+        with pytest.raises(DataError, match="x.beton: another process is writing it"):
+            prepare(listing, tmp_path / "x.beton", StorageOptions())
+        image = np.zeros(300, dtype=np.uint8)
+        writer.add(image, 0, 10, 10, RAW)
+        writer.close({}, lambda samples: None)
+    assert len(read_beton(tmp_path / "x.beton")) == 1
+    prepare(listing, tmp_path / "x.beton", StorageOptions())
+    assert len(read_beton(tmp_path / "x.beton")) == 36
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_one_line(
+    photos, tmp_path, monkeypatch
+):
+    listing = list_folder(photos / "train")
+    for folder in ("/dev/null", "/proc"):
+        with pytest.raises(DataError, match="cannot be written .*; choose another folder") as error:
+            prepare(listing, Path(folder) / "x.beton", StorageOptions())
+        assert "make room" not in str(error.value)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("proxynorm.data.ffcv.beton.os.fsync", full)
+    with pytest.raises(DataError, match="No space left.*make room"):
+        prepare(listing, tmp_path / "x.beton", StorageOptions())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_at_the_manifest_leaves_the_old_file(photos, tmp_path, monkeypatch):
+    listing, path = list_folder(photos / "train"), tmp_path / "x.beton"
+    prepare(listing, path, StorageOptions())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("proxynorm.data.ffcv.beton.np.save", full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare(listing, path, StorageOptions(jpeg_quality=50))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def run_script(monkeypatch, *arguments) -> int:
+    """The script's exit status, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *arguments])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_the_script_writes_and_refuses_to_overwrite(photos, tmp_path, monkeypatch, capsys):
+    arguments = f"source={photos / 'train'}", f"output={tmp_path / 'x.beton'}", "workers=1"
+    assert run_script(monkeypatch, *arguments) == 0
+    assert "36 images written and verified, 0 skipped" in capsys.readouterr().out
+    assert run_script(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert "exists" in error and error.count("\n") == 1
+    assert run_script(monkeypatch, *arguments, "overwrite=true") == 0
+    assert run_script(monkeypatch, "--help") == 0 and "on_bad=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("source=/none", "output=x.beton"),
+        ("source=.",),
+        ("sourc=.",),
+        ("source=.", "output=x.beton", "on_bad=no"),
+        ("source=.", "output=x.beton", "max_side=big"),
+        ("source=.", "output=x.jpg"),
+    ],
+)
+def test_mistaken_arguments_end_with_status_2(monkeypatch, capsys, arguments):
+    assert run_script(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,160 @@
+"""Damaged run folders and archives: one line that names the file and what to do; the other runs are told as ever."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from proxynorm.cli import guard, parse_options
+from proxynorm.errors import DataError
+from proxynorm.launch.local import LaunchOptions, run_locally
+from proxynorm.launch.planning import plan, status
+from proxynorm.launch.runs import standing, table_runs
+from proxynorm.launch.sweep import as_entry, is_due
+from proxynorm.paper.records import archive_path, collect, kept_files, write_archive
+from scripts.reproduce import Options, main
+from tests.tiny_table import write_run
+
+
+def summary_with(**values):
+    return lambda text: json.dumps(
+        {key: value for key, value in {**json.loads(text), **values}.items() if value != "no"}
+    )
+
+
+DAMAGE = {
+    "truncated summary": ("summary.json", lambda text: text[:20]),
+    "empty summary": ("summary.json", lambda text: ""),
+    "summary of a list": ("summary.json", lambda text: "[]"),
+    "summary without completed": ("summary.json", summary_with(completed="no")),
+    "summary without top1": ("summary.json", summary_with(top1="no")),
+    "summary without steps": ("summary.json", summary_with(steps="no")),
+    "summary without loss": ("summary.json", summary_with(loss="no")),
+    "summary of NaN": ("summary.json", summary_with(top1=float("nan"))),
+    "loss of words": ("summary.json", summary_with(loss="low")),
+    "loss of NaN": ("summary.json", summary_with(loss=float("nan"))),
+    "accuracy above 100": ("summary.json", summary_with(top1=150.0)),
+    "negative seconds": ("summary.json", summary_with(train_seconds=-1.0)),
+    "more steps than there are": ("summary.json", summary_with(steps=5)),
+    "doubled rows": ("metrics.jsonl", lambda text: text.splitlines(True)[0] + text),
+    "a row of an earlier step": ("metrics.jsonl", lambda text: text + text.splitlines(True)[1]),
+    "GPUs of numbers": ("environment.json", lambda text: text.replace("[]", "[1]")),
+    "a configuration of noise": ("config.yaml", lambda text: "{" + text),
+    "an empty configuration": ("config.yaml", lambda text: ""),
+    "metrics cut in a line": ("metrics.jsonl", lambda text: text[:-9]),
+    "metrics cut between lines": (
+        "metrics.jsonl",
+        lambda text: text[: text.rindex('{"event": "eval"')],
+    ),
+    "random metrics": ("metrics.jsonl", lambda text: "\x00\x93\x01\n" + text),
+    "metrics of numbers": ("metrics.jsonl", lambda text: "1\n" + text),
+    "no metrics": ("metrics.jsonl", None),
+    "another accuracy": ("metrics.jsonl", lambda text: text.replace("50.0", "51.0")),
+    "an empty environment": ("environment.json", lambda text: "{}"),
+    "half an environment": ("environment.json", lambda text: text[:30]),
+    "no configuration": ("config.yaml", None),
+}
+
+
+@pytest.fixture(params=DAMAGE)
+def damaged(request, tiny, tmp_path):
+    """The runs, the first two of them finished and the first of these damaged; and the file that is damaged."""
+    runs = table_runs(tiny, tmp_path / "runs")
+    write_run(runs[0], 50.0)
+    write_run(runs[1], 50.0)
+    name, change = DAMAGE[request.param]
+    spoil(runs[0].folder / name, change)
+    return runs, runs[0].folder / name
+
+
+def spoil(path, change):
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text()))
+
+
+def command(tmp_path, capsys, word):
+    """The command's exit status and what it wrote as an error."""
+    words = [
+        f"command={word}",
+        f"table={tmp_path}/tiny.yaml",
+        f"root={tmp_path}/runs",
+        f"results={tmp_path}/results",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        guard(lambda: main(parse_options(Options, [*words, "wandb=disabled"])))
+    return ended.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize("word", ["report", "collect"])
+def test_report_and_collect_name_the_damaged_file(damaged, tmp_path, capsys, word):
+    code, said = command(tmp_path, capsys, word)
+    assert (
+        code == 2
+        and said.err.startswith(f"error: {damaged[1]} is damaged (")
+        and said.err.count("\n") == 1
+    )
+    assert "; remove " in said.err and not (tmp_path / "results").exists()
+
+
+def test_status_and_plan_tell_it_and_go_on(damaged, tiny, tmp_path, capsys):
+    runs, path = damaged
+    text = status(runs, tmp_path / "results")
+    assert f"damaged  {path} is damaged (" in text and "1 done, 1 damaged, 2 missing" in text
+    text = plan(tiny, runs, tmp_path / "results", 1)
+    assert (
+        "4 runs; 1 done" in text
+        and f"{path} is damaged (" in text
+        and "[damaged] python train.py" in text
+    )
+
+
+def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in):
+    (runs, path), lines = damaged, []
+    assert run_locally(runs, LaunchOptions(2, 1, say=lines.append)) == 1
+    assert [standing(run).state for run in runs] == ["damaged", "done", "done", "done"]
+    assert lines[-1].startswith(f"failed: bn-s0: {path} is damaged (") and "; remove " in lines[-1]
+
+
+def test_it_is_not_submitted(damaged):
+    (runs, path), lines = damaged, []
+    assert not is_due(as_entry(runs[0]), standing(runs[0]), True, lines.append)
+    assert lines[0].startswith(f"bn-s0: {path} is damaged (")
+
+
+def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
+    run = table_runs(tiny, tmp_path / "runs")[0]
+    write_run(run, 50.0)
+    assert collect(run, tmp_path / "results")
+    path, files = archive_path(run, tmp_path / "results"), kept_files(run, tmp_path / "results")
+    with open(path, "wb") as stream:
+        write_archive(stream, run.name, {**files, "summary.json": b"{}"})
+    shutil.rmtree(run.folder)
+    with pytest.raises(
+        DataError, match=r"bn-s0.tar.xz is damaged \(summary.json: .*; remove it, and collect"
+    ):
+        kept_files(run, tmp_path / "results")
+    assert "1 damaged, 3 missing" in status(
+        table_runs(tiny, tmp_path / "runs"), tmp_path / "results"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("metrics.jsonl", lambda text: "1\n" + text),
+        ("metrics.jsonl", lambda text: "no JSON\n" + text),
+        ("config.yaml", lambda text: ""),
+        ("config.yaml", None),
+    ],
+)
+def test_an_unfinished_run_of_damaged_files_is_told(tiny, tmp_path, name, change):
+    runs = table_runs(tiny, tmp_path / "runs")
+    write_run(runs[0], 50.0)
+    (runs[0].folder / "summary.json").unlink()
+    assert "1 stopped, 3 missing" in status(runs, Path("no results"))
+    spoil(runs[0].folder / name, change)
+    assert "1 damaged, 3 missing" in status(runs, Path("no results"))
+    assert "damaged" in (said := standing(runs[0]).error) and "remove" in said and "\n" not in said

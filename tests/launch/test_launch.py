@@ -1,0 +1,244 @@
+"""The local launcher: what is missing is trained once, what fails is told, what is stopped goes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from proxynorm.cli import parse_options
+from proxynorm.errors import ConfigError
+from proxynorm.launch.local import LaunchOptions, run_locally
+from proxynorm.launch.planning import plan, status
+from proxynorm.launch.runs import standing, table_runs
+from proxynorm.paper.records import archive_path, collect, kept_standing
+from proxynorm.paper.report import gather, write_report
+from proxynorm.paper.table import load_table
+from scripts.reproduce import Options, main, not_kept
+from tests.tiny_table import TINY, reproduce, write_run
+
+
+@pytest.fixture
+def launch(tiny, tmp_path, stand_in):
+    """Runs the tiny table with the stand-in; returns (exit status, lines said, runs)."""
+
+    def go(jobs=2, overrides=()):
+        lines, runs = [], table_runs(tiny, tmp_path / "runs")
+        return run_locally(runs, LaunchOptions(jobs, 1, overrides, lines.append)), lines, runs
+
+    return go
+
+
+def starts(runs):
+    return [
+        len((run.folder / "started").read_text()) if (run.folder / "started").exists() else 0
+        for run in runs
+    ]
+
+
+def test_all_runs_are_trained_once(launch):
+    code, _, runs = launch()
+    assert code == 0 and [standing(run).state for run in runs] == ["done"] * 4
+    code, lines, runs = launch()
+    assert (
+        code == 0 and starts(runs) == [1] * 4 and lines == [f"{run.name}: finished" for run in runs]
+    )
+
+
+def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in):
+    stand_in(
+        bn__s1={
+            "status": 1,
+            "says": "ValueError: no such thing\nerror: the run in x ended with the fault above",
+        }
+    )
+    code, lines, runs = launch()
+    assert code == 1 and lines[-1].startswith("failed: bn-s1: ValueError: no such thing")
+    assert [standing(run).state for run in runs] == ["done", "done", "failed", "done"]
+    assert "ValueError: no such thing" in status(runs, runs[0].folder / "no results")
+    stand_in()
+    assert launch()[0] == 0 and starts(runs) == [1, 1, 2, 1]
+
+
+def test_a_killed_run_is_told_as_killed_not_by_its_last_row(launch, stand_in):
+    stand_in(bn__s0={"signal": signal.SIGKILL, "says": "  1.00  12/20  2.1234"})
+    code, lines, runs = launch()
+    killed = [line for line in lines if "killed" in line]
+    assert code == 1 and killed[0].startswith("bn-s0: killed (signal 9); run again (")
+    assert lines[-1].startswith(
+        "failed: bn-s0: killed (signal 9); run again  ("
+    ) and "2.1234" not in "".join(lines)
+    assert standing(runs[0]).state == "missing"
+    stand_in()
+    assert launch()[0] == 0 and starts(runs) == [2, 1, 1, 1]
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(launch, stand_in):
+    stand_in(
+        bn__s0={
+            "status": 2,
+            "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it, or choose another name=",
+        }
+    )
+    code, lines, _ = launch()
+    assert code == 0 and "bn-s0: running elsewhere" in lines
+
+
+def test_two_launches_at_once_train_no_run_twice(launch, stand_in):
+    stand_in(**{f"{norm}__s{seed}": {"seconds": 1} for norm in ("bn", "ln_pn") for seed in (0, 1)})
+    code = subprocess_of_stand_in(launch)
+    assert code == [0, 0] and starts(table := launch()[2]) == [1] * 4 and len(table) == 4
+
+
+def subprocess_of_stand_in(launch):
+    """Two processes that launch the same table, the second when the first has taken its first run."""
+    first = os.fork()
+    if first == 0:
+        os._exit(launch(jobs=1)[0])
+    time.sleep(0.5)
+    second = launch(jobs=1)[0]
+    return [os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]), second]
+
+
+def test_a_signal_is_passed_on_and_nothing_more_is_started(launch, stand_in):
+    stand_in(bn__s0={"seconds": 30}, ln_pn__s0={"seconds": 30})
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    begun = time.monotonic()
+    code, lines, runs = launch()
+    assert (
+        code == 75 and time.monotonic() - begun < 15 and lines[-1].startswith("stopped by SIGTERM")
+    )
+    assert starts(runs)[2:] == [0, 0] and [standing(run).state for run in runs] == ["missing"] * 4
+
+
+def test_jobs_and_threads_must_be_positive(launch):
+    with pytest.raises(ConfigError, match="jobs=0"):
+        launch(jobs=0)
+
+
+def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
+    run = table_runs(tiny, tmp_path / "runs")[0]
+    write_run(run, 50.0, epochs=3)
+    (run.folder / "summary.json").unlink()
+    now = standing(run)
+    assert (now.state, now.step, now.total_steps) == ("stopped", 4, 12)
+    assert now.loss == pytest.approx(1.9) and now.seconds_left == pytest.approx(8 * 64 / 100)
+
+
+def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    results = tmp_path / "results"
+    assert (
+        "4 runs to do" in (text := plan(tiny, runs, results, 1))
+        and "24 s (estimate for one CPU core; scaled by" in text
+    )
+    write_run(runs[0], 50.0)
+    text = plan(tiny, runs, results, 2)
+    assert (
+        "4 runs; 1 done" in text
+        and "3 runs to do, 12 steps, 768 images, 3.1 min (mean of 1 measured kinds of runs; measured)"
+        in text
+    )
+    assert "; 1.6 min with jobs=2" in text
+    assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
+
+
+def test_the_commands_of_a_plan_are_those_that_run_executes(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    commands = [
+        line
+        for line in plan(tiny, runs, tmp_path, 1, ["data.root=/a b"]).splitlines()
+        if "train.py" in line
+    ]
+    assert len(commands) == 4 and all(line.endswith(" 'data.root=/a b'") for line in commands)
+
+
+@pytest.fixture
+def one_kept(tiny, tmp_path):
+    """The tiny table's runs, the first of them kept in results/ alone."""
+    runs, results = table_runs(tiny, tmp_path / "runs"), tmp_path / "results"
+    write_run(runs[0], 50.0)
+    assert collect(runs[0], results)
+    shutil.rmtree(runs[0].folder)
+    return runs, results
+
+
+def test_a_run_that_is_kept_alone_counts_as_done(tiny, one_kept):
+    runs, results = one_kept
+    assert f"kept in {results}" in status(runs, results) and "1 done, 3 missing" in status(
+        runs, results
+    )
+    assert "4 runs; 1 done" in plan(tiny, runs, results, 1)
+    runs[0].folder.mkdir()
+    assert kept_standing(runs[0], results) is None
+
+
+def test_a_kept_run_is_trained_again_once_its_archive_is_gone(
+    tiny, one_kept, tmp_path, stand_in, capsys
+):
+    runs, results = one_kept
+
+    def run() -> str:
+        words = (
+            "run",
+            f"table={tmp_path}/tiny.yaml",
+            f"root={tmp_path}/runs",
+            f"results={results}",
+        )
+        assert main(parse_options(Options, [f"command={words[0]}", *words[1:]])) == 0
+        return capsys.readouterr().out
+
+    assert f"bn-s0: finished, kept in {results}" in run() and starts(runs) == [0, 1, 1, 1]
+    archive_path(runs[0], results).unlink()
+    assert "bn-s0: starting" in run() and starts(runs) == [1, 1, 1, 1]
+
+
+def test_a_kept_failure_is_told_and_tried_again(one_kept, stand_in):
+    runs, results = one_kept
+    runs[1].log.parent.mkdir(exist_ok=True)
+    runs[1].log.write_text("NonFiniteError: no\n# exit status 1\n")
+    assert collect(runs[1], results)
+    runs[1].log.unlink()
+    assert kept_standing(runs[1], results).state == "failed"
+    assert f"NonFiniteError: no (kept in {results})" in status(runs, results)
+    assert not_kept(runs, str(results)) == runs[1:]
+
+
+def test_long_lines_of_the_status_are_cut_at_the_terminal_s_width(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    write_run(runs[0], 50.0)
+    runs[1].log.parent.mkdir(exist_ok=True)
+    runs[1].log.write_text(f"ValueError: {'long ' * 50}end\n# exit status 1\n")
+    whole, narrow = (status(runs, tmp_path, width).splitlines() for width in (None, 60))
+    assert whole[2].startswith("ln_pn-s0  failed  ValueError: long") and whole[2].endswith(" end")
+    assert (
+        narrow[2] == f"{whole[2][:59]}…" and max(map(len, narrow)) == 60 and narrow[1] == whole[1]
+    )
+
+
+@pytest.mark.slow
+def test_a_real_table_from_run_to_report(tmp_path):
+    """Interrupted, run again, reported: with the real train.py, the command line and paths that a shell would break."""
+    path, root = tmp_path / "it's tiny.yaml", tmp_path / "the runs"
+    path.write_text(TINY.replace("seeds: 2", "seeds: 1"))
+    first = subprocess.Popen(
+        reproduce("run", f'table="{path}"', f"root={root}", "jobs=2"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout.readline() == "bn-s0: starting\n"
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 75
+    table = load_table(str(path))
+    runs = table_runs(table, root)
+    assert run_locally(runs, LaunchOptions(jobs=2)) == 0
+    write_report(gather(table, runs, tmp_path), tmp_path / "report")
+    summary = json.loads((root / "it's tiny" / "bn-s0" / "summary.json").read_text())
+    assert (
+        f"| bn | {summary['top1']:.2f} | 1 | done |"
+        in (tmp_path / "report" / "report.md").read_text()
+    )

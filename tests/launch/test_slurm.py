@@ -1,0 +1,311 @@
+"""SLURM's words, without SLURM: requests, time limits, and where runs stand by what squeue and sacct say."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from proxynorm.errors import ConfigError
+from proxynorm.launch import slurm
+from proxynorm.launch.local import LaunchOptions
+from proxynorm.launch.planning import status
+from proxynorm.launch.runs import standing, table_runs
+from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.sweep import Jobs, run_on_slurm
+from tests.tiny_table import write_run
+
+NO_RESULTS = Path("no results")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("1:30:00", 5400),
+        ("2-0", 172800),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-00:00:05", 86405),
+        ("UNLIMITED", math.inf),
+        ("infinite", math.inf),
+        ("-1", math.inf),
+        ("0", math.inf),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text, expected):
+    assert slurm.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1h"])
+def test_what_is_no_time_limit_is_refused(text):
+    with pytest.raises(ConfigError, match="valid: minutes"):
+        slurm.seconds(text)
+
+
+def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
+    words = slurm.requests(
+        SlurmOptions(time="1:00:00", partition="gpu", nodes=2, gpus=16, cpus_per_task=8)
+    )
+    assert words == [
+        "--time=1:00:00",
+        "--partition=gpu",
+        "--nodes=2",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=8",
+        "--cpus-per-task=8",
+    ]
+    assert slurm.requests(SlurmOptions()) == []
+    for wrong in (SlurmOptions(nodes=2, gpus=3), SlurmOptions(nodes=0), SlurmOptions(limit=0)):
+        with pytest.raises(ConfigError):
+            slurm.requests(wrong)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time": "1"},
+        {"time": "2"},
+        {"sbatch": ("--time=2",)},
+        {"sbatch": ("-t", "2")},
+        {"sbatch": ("--mem=1G", "-t2")},
+    ],
+)
+def test_a_time_limit_within_the_warning_is_refused(options):
+    """Such a run would be signalled as soon as it starts, and again whenever it is queued again."""
+    with pytest.raises(
+        ConfigError, match="warned 120 s before it, and would be stopped as soon as they start"
+    ):
+        slurm.requests(SlurmOptions(**options))
+    slurm.requests(
+        SlurmOptions(**{**options, "sbatch": (*options.get("sbatch", ()), "--signal=USR2@25")})
+    )
+
+
+def test_a_limit_beyond_the_partition_s_is_refused_and_none_is_the_partition_s(
+    commands, monkeypatch
+):
+    monkeypatch.delenv("SBATCH_TIMELIMIT", raising=False)
+    commands(sinfo="short*|30:00|1:00:00\nlong|n/a|2-00:00:00\nopen|infinite|infinite\n")
+    assert slurm.time_limit(SlurmOptions()) == 1800
+    assert slurm.time_limit(SlurmOptions(partition="long")) == slurm.time_limit(
+        SlurmOptions(time="2-0", partition="long")
+    )
+    assert slurm.time_limit(SlurmOptions(sbatch=("-p", "open"))) == math.inf
+    with pytest.raises(ConfigError, match="time=90: the partition ends jobs after 60 min"):
+        slurm.requests(SlurmOptions(time="90"))
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "10")
+    assert (
+        slurm.time_limit(SlurmOptions()) == 600
+        and slurm.time_limit(SlurmOptions(time="20")) == 1200
+    )
+
+
+def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
+    further = (
+        "--dependency=afterany:1",
+        "--gres=gpu:8",
+        "-t",
+        "1",
+        "-A",
+        "lab",
+        "--qos=high",
+        "--nice=5",
+    )
+    words = slurm.report_command(
+        ["7"], "t", Path("logs"), SlurmOptions(sbatch=further, report=("report",))
+    ).words
+    assert {"--account=lab", "--qos=high", "--dependency=afterany:7"} <= set(words)
+    assert not [
+        word
+        for word in words
+        if word.startswith(("--gres", "--time", "-t", "--nice", "--dependency=afterany:1"))
+    ]
+
+
+def test_paths_are_literal_in_sbatch_s_file_names():
+    command = slurm.array_command(
+        Path("p.json"), 3, "t", Path("100% %j"), SlurmOptions(limit=2, stage="/dev/shm")
+    )
+    assert (
+        "--output=100%% %%j/slurm-%A_%a.log" in command.words and "--array=0-2%2" in command.words
+    )
+    assert str(command).startswith("env PROXYNORM_ROOT=") and " STAGE=/dev/shm sbatch " in str(
+        command
+    )
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's commands in the path; the returned function sets what they print."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def says(**outputs: str) -> None:
+        for name, output in outputs.items():
+            (folder / f"{name}.txt").write_text(output)
+            (folder / name).write_text(f'#!/bin/sh\ncat "{folder}/{name}.txt"\n')
+            (folder / name).chmod(0o755)
+
+    says(sbatch="7\n", squeue="", sacct="", scontrol="", sinfo="")
+    return says
+
+
+@pytest.fixture
+def launched(tiny, tmp_path, commands):
+    """The tiny table's four runs, submitted as array 7."""
+    runs, lines = table_runs(tiny, tmp_path / "runs"), []
+    assert run_on_slurm(runs, LaunchOptions(say=lines.append)) == 0
+    assert lines == [f"submitted array 7 of 4 runs: {tmp_path}/runs/tiny/slurm/plan-1.json"]
+    return runs
+
+
+def test_a_plan_holds_each_run_s_words(launched):
+    content = json.loads((launched[0].folder.parent / "slurm/plan-1.json").read_text())
+    assert content["job"] == "7" and [run["arguments"] for run in content["runs"]] == [
+        run.arguments() for run in launched
+    ]
+
+
+def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, commands):
+    write_run(launched[0], 50.0, epochs=3)
+    write_run(launched[1], 50.0)
+    (launched[0].folder / "summary.json").unlink()
+    commands(
+        squeue="7|0|PENDING|PartitionTimeLimit\n7|2|RUNNING|None\n",
+        sacct="7_3|OUT_OF_MEMORY\n7_0|COMPLETED\n7|COMPLETED\n",
+    )
+    text = status(launched, NO_RESULTS)
+    assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == [
+        "preempted",
+        "done",
+        "running",
+        "missing",
+    ]
+    assert (
+        "job 7_0  step 4/12  loss 1.9000  PartitionTimeLimit" in text
+        and "1 done, 1 running, 1 preempted, 1 missing" in text
+    )
+    commands(squeue="")
+    jobs = Jobs(launched[0].folder.parent)
+    assert [jobs.standing(run).state for run in launched] == [
+        "stopped",
+        "done",
+        "missing",
+        "failed",
+    ]
+    assert jobs.standing(launched[3]).error == "SLURM: OUT_OF_MEMORY"
+
+
+def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launched, commands):
+    write_run(launched[0], 50.0, epochs=3)
+    (launched[0].folder / "summary.json").unlink()
+    (launched[0].folder / ".lock").write_text("node17 pid 4711")
+    jobs = Jobs(launched[0].folder.parent)
+    assert (
+        standing(launched[0]).state == "running" and jobs.standing(launched[0]).state == "stopped"
+    )
+
+
+def test_what_failed_before_its_log_was_opened_is_told(launched):
+    (launched[0].folder.parent / "logs/slurm-7_0.log").write_text(
+        "env.sh: line 3: module: command not found\n"
+    )
+    (launched[0].folder.parent / "logs/slurm-7_1.log").write_text(
+        "slurmstepd: error: *** JOB 9 ON n CANCELLED AT 2026 ***\n"
+    )
+    (launched[0].folder.parent / "logs/slurm-7_2.log").write_text(
+        "loading cuda/12.4\n# goes on in logs/bn-s1.log\n"
+    )
+    assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == [
+        "failed",
+        *["missing"] * 3,
+    ]
+    assert "module: command not found" in status(launched, NO_RESULTS)
+
+
+def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
+    launched[0].log.write_text("ValueError: no\n# exit status 1\n")
+    commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n", sbatch="8\n")
+    lines = []
+    assert run_on_slurm(launched, LaunchOptions(say=lines.append)) == 1
+    assert lines[:3] == [
+        "bn-s0: failed: ValueError: no",
+        "ln_pn-s0: queued as job 7_1",
+        "bn-s1: running as job 7_2",
+    ]
+    assert lines[3].startswith("submitted array 8 of 1 runs") and "retry_failed=true" in lines[-1]
+    commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n8|0|PENDING|Resources\n")
+    assert (
+        run_on_slurm(
+            launched, LaunchOptions(slurm=SlurmOptions(retry_failed=True), say=lines.append)
+        )
+        == 0
+    )
+
+
+def test_a_dry_run_leaves_nothing_behind(tiny, tmp_path, commands):
+    lines, before = [], sorted(tmp_path.rglob("*"))
+    options = LaunchOptions(say=lines.append, slurm=SlurmOptions(dry_run=True, report=("report",)))
+    assert run_on_slurm(table_runs(tiny, tmp_path / "runs"), options) == 0
+    assert " sbatch " in lines[0] and len(lines) == 6 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands):
+    (tmp_path / "bin/sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n"
+    )
+    runs = table_runs(tiny, tmp_path / "runs")
+    with pytest.raises(ConfigError, match="sbatch refused: sbatch: error: invalid partition"):
+        run_on_slurm(runs, LaunchOptions())
+    assert not list((tmp_path / "runs/tiny/slurm").glob("plan-*"))
+
+
+def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys):
+    (tmp_path / "bin/squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
+    )
+    assert (
+        status(launched, NO_RESULTS) == "4 missing"
+        and "Unable to contact" in capsys.readouterr().err
+    )
+
+
+def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
+        run_on_slurm(table_runs(tiny, tmp_path / "runs"), LaunchOptions())
+    assert status(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
+
+
+@pytest.mark.parametrize(
+    ("log", "state"),
+    [
+        (
+            "ValueError: no\nsrun: error: n1: task 0: Exited with exit code 1\n# exit status 1\n",
+            "failed",
+        ),
+        ("  step 3/9\nsrun: error: n1: task 0: Killed\n# exit status 137\n", "missing"),
+        (
+            "slurmstepd-n1: error: Detected 1 oom_kill event in StepId=1.0.\n# exit status 137\n",
+            "failed",
+        ),
+        ("error: runs/x is in use by host pid 1; wait for it\n# exit status 2\n", "missing"),
+        ("# exit status 140\n", "missing"),
+        (
+            "# job 7_0 on n1, restart 0\nslurmstepd: error: execve(): python: No such file\n# exit status 2\n",
+            "failed",
+        ),
+    ],
+)
+def test_exits_under_srun(tiny, tmp_path, log, state):
+    run = table_runs(tiny, tmp_path / "runs")[0]
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text(log)
+    assert standing(run).state == state
+    assert state != "failed" or standing(run).error in ("ValueError: no", *log.splitlines()[:2])

@@ -1,0 +1,128 @@
+"""Staging: .beton files are copied to a node once, checked, and never half."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from proxynorm.cli import guard
+from proxynorm.data.ffcv.beton import (
+    FIELD,
+    HEADER,
+    manifest_path,
+    metadata_type,
+    read_beton,
+    sums_path,
+)
+from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.images import StorageOptions
+from proxynorm.data.sources import list_folder
+from proxynorm.errors import DataError
+from proxynorm.launch import staging
+from tests.data.conftest import write_folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """train.beton and val.beton of a few photographs, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("packed") / "the data"
+    photos = write_folder(folder / "photos", 3, 2)
+    for part in ("train", "val"):
+        prepare(list_folder(photos / part), folder / f"{part}.beton", StorageOptions())
+    return folder
+
+
+@pytest.fixture
+def root(packed, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(packed, tmp_path / "data")
+
+
+@pytest.fixture
+def node(tmp_path):
+    (tmp_path / "shm").mkdir()
+    return tmp_path / "shm"
+
+
+def test_the_copy_is_made_once_and_whole(root, node, monkeypatch):
+    target = staging.stage(root, node)
+    assert {path.name for path in target.iterdir()} == {
+        path.name for path in staging.beton_files(root)
+    }
+    assert (read_beton(target / "train.beton").sums == read_beton(root / "train.beton").sums).all()
+    monkeypatch.setattr(shutil, "copyfile", None)
+    assert staging.stage(root, node) == target
+
+
+def test_jobs_that_come_at_once_wait_for_one_copy(root, node, monkeypatch):
+    copies, copy = [], shutil.copyfile
+    monkeypatch.setattr(
+        shutil, "copyfile", lambda source, target: copies.append(source) or copy(source, target)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        targets = set(pool.map(lambda _: staging.stage(root, node), range(4)))
+    assert len(targets) == 1 and len(copies) == len(staging.beton_files(root))
+
+
+def test_other_data_has_another_copy(root, node):
+    first = staging.stage(root, node)
+    os.utime(root / "val.beton", ns=(1, 1))
+    assert staging.stage(root, node) != first
+
+
+@pytest.mark.parametrize(
+    ("where", "message"), [("label", "labels, addresses"), ("image", "1 of 9 images are damaged")]
+)
+def test_damage_is_found_and_nothing_stays(root, node, where, message):
+    """The first image's class, or a byte of an image, is another than when the file was written."""
+    samples = read_beton(root / "train.beton")
+    label = (
+        HEADER.itemsize + 2 * FIELD.itemsize + metadata_type(samples.channels).fields["label"][1]
+    )
+    with open(root / "train.beton", "r+b") as file:
+        file.seek(label if where == "label" else int(samples.pointer[4]) + 99)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(DataError, match=message):
+        staging.stage(root, node)
+    assert all(path.suffix == ".lock" for path in staging.own_folder(node).iterdir())
+
+
+def test_files_of_another_writer_are_compared_with_their_source(root, node):
+    for part in ("train", "val"):
+        manifest_path(root / f"{part}.beton").unlink()
+        sums_path(root / f"{part}.beton").unlink()
+    assert staging.file_digest(staging.stage(root, node) / "val.beton") == staging.file_digest(
+        root / "val.beton"
+    )
+
+
+def test_the_leftovers_of_a_killed_job_are_removed(root, node):
+    name = staging.digest(staging.beton_files(root))
+    (staging.own_folder(node) / f".{name}.99").mkdir()
+    assert staging.stage(root, node).name == name and not list(staging.own_folder(node).glob(".*"))
+
+
+def test_too_little_room_and_no_folder_are_told_before_copying(root, node, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(DataError, match=r"0.00 GB free, the .beton files take"):
+        staging.stage(root, node)
+    with pytest.raises(DataError, match="cannot be written"):
+        staging.stage(root, node / "nowhere")
+    with pytest.raises(DataError, match="write_ffcv"):
+        staging.stage(root / "photos", node)
+
+
+def test_the_command_prints_the_override(root, node, capsys, monkeypatch):
+    monkeypatch.setenv("NODE_DISK", str(node))
+    assert staging.main(["$NODE_DISK", "data=beton", f"data.root={root}"]) == 0
+    assert capsys.readouterr().out == f"data.root={staging.stage(root, node)}\n"
+    assert staging.main([str(node)]) == 0 and capsys.readouterr().out == ""
+    with pytest.raises(SystemExit) as ended:
+        guard(lambda: staging.main([str(node), "data=folder", f"data.root={root}/photos"]))
+    assert ended.value.code == 2

@@ -1,0 +1,110 @@
+"""The table of claims: it names tests and comparisons that exist, and its status follows from them."""
+
+import pytest
+
+from proxynorm.paper.claims import (
+    Claim,
+    claim_outcomes,
+    claim_status,
+    claims_report,
+    load_claims,
+    random_net_figures,
+)
+from proxynorm.paper.comparing import Outcome, cell_samples, compare
+from proxynorm.paper.readme import mini_norms
+from proxynorm.paper.table import load_table, table_names
+from scripts.reproduce import Options, claims
+from tests.helpers import ROOT
+
+RESULTS = ROOT / "results"
+
+
+def outcomes_without_runs():
+    tables = {name: load_table(name) for claim in load_claims() for name in claim.tables}
+    return {name: compare(table, cell_samples(table, [])) for name, table in tables.items()}
+
+
+def test_claims_name_tests_that_exist():
+    source = (ROOT / "tests/acceptance/test_claims.py").read_text()
+    named = {name for claim in load_claims() for name in claim.tests}
+    assert all(f"def {name}(" in source for name in named)
+
+
+def test_every_claim_has_evidence_or_says_what_it_needs():
+    assert all(claim.tests or claim.comparisons or claim.needs for claim in load_claims())
+
+
+def test_claims_name_comparisons_that_exist():
+    outcomes = outcomes_without_runs()
+    for claim in load_claims():
+        assert len(claim_outcomes(claim, outcomes)) == len(claim.comparisons)
+    assert "not run" in claims_report(outcomes, random_net_figures(RESULTS))
+
+
+def test_every_comparison_of_the_small_tables_speaks_for_a_claim():
+    """None is left out, whatever it says."""
+    named = {item for claim in load_claims() for item in claim.comparisons}
+    for name in table_names():
+        if name.startswith("mini_"):
+            pairs = {
+                f"{name}: {item.first} - {item.second}" for item in load_table(name).comparisons
+            }
+            assert pairs <= named, pairs - named
+
+
+def test_notes_quote_the_random_nets_that_are_kept(tmp_path):
+    figures = random_net_figures(RESULTS)
+    assert float(figures["mean_distance"]) <= 0.02 < float(figures["single_distance"])
+    assert f"of a single net by up to {figures['single_distance']}" in claims_report(
+        outcomes_without_runs(), figures
+    )
+    assert "(not measured channels" in claims_report(
+        outcomes_without_runs(), random_net_figures(tmp_path)
+    )
+
+
+@pytest.mark.parametrize(
+    "verdicts, status",
+    [
+        (["shown", "shown"], "shown"),
+        (["shown", "contradicted"], "contradicted"),
+        (["not shown", "shown"], "not shown"),
+        (["shown", "not run"], "not run"),
+        (["single seed, beyond the seed spread"], "not shown"),
+        ([], "shown"),
+    ],
+)
+def test_status_is_the_weakest_verdict(verdicts, status):
+    assert (
+        claim_status(
+            Claim("c"),
+            [Outcome(None, None, None, 0.0, None, None, verdict) for verdict in verdicts],
+        )
+        == status
+    )
+    assert claim_status(Claim("c", needs="ImageNet"), []) == "needs ImageNet"
+    assert claim_status(Claim("c", scope="at initialisation"), []) == "shown at initialisation"
+
+
+def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
+    """Its kept runs may be of rates that the search does not choose. In the table of claims and in the README."""
+    (tmp_path / "mini_norms").symlink_to(RESULTS / "mini_norms")
+    item = "mini_norms: ln_pn - bn"
+    claim = next(claim for claim in load_claims() if item in claim.comparisons)
+
+    def row() -> str:
+        assert (
+            claims(Options(command="claims", root=str(tmp_path / "none"), results=str(tmp_path)))
+            == 0
+        )
+        return next(
+            line
+            for line in (tmp_path / "claims.md").read_text().splitlines()
+            if claim.claim in line
+        )
+
+    assert f"{item}: not run" in row() and "Nothing has been run yet." in mini_norms(tmp_path)
+    (tmp_path / "mini_norms_lr").symlink_to(RESULTS / "mini_norms_lr")
+    assert f"{item}: not run" not in row() and "Nothing has been run yet." not in mini_norms(
+        tmp_path
+    )

@@ -1,0 +1,115 @@
+"""Runs of another recipe are refused, not reported as the table's own."""
+
+import shutil
+
+import pytest
+from omegaconf import OmegaConf
+
+from proxynorm.cli import parse_options
+from proxynorm.errors import ConfigError
+from proxynorm.launch.planning import plan, status
+from proxynorm.launch.runs import table_runs
+from proxynorm.paper.recipe import refuse_other_recipes
+from proxynorm.paper.records import collect
+from proxynorm.paper.table import load_table
+from proxynorm.train import config
+from scripts.reproduce import Options, main
+from tests.tiny_table import TINY, write_run
+
+
+@pytest.mark.parametrize("command", ["run", "collect", "report"])
+def test_after_an_edit_of_the_table_its_old_runs_are_refused(tiny, tmp_path, stand_in, command):
+    write_run(table_runs(tiny, tmp_path / "runs")[0], 50.0)
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs=1", "epochs=7"))
+    words = [
+        f"command={command}",
+        f"table={tmp_path}/tiny.yaml",
+        f"root={tmp_path}/runs",
+        f"results={tmp_path}/results",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match="^bn-s0 was trained with epochs=1, the table says 7; remove .*/bn-s0, or give",
+    ):
+        main(parse_options(Options, [*words, "wandb=disabled"]))
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_does_not_decide_the_training_may_differ_and_overrides_count(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    write_run(runs[0], 50.0)
+    config = runs[0].folder / "config.yaml"
+    config.write_text(config.read_text().replace("recompute: false\n", ""))  # a key of later days
+    refuse_other_recipes(runs, tmp_path, ["device=cuda", "loader.workers=3", "logger=none"])
+    with pytest.raises(ConfigError, match="epochs=1, the table says 2"):
+        refuse_other_recipes(runs, tmp_path, ["epochs=2"])
+    config.write_text(config.read_text().replace("epochs: 1\n", "epochs: 2\n"))
+    assert collect(runs[0], tmp_path / "results")
+    (runs[0].folder / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="epochs=2, the table says 1"):
+        refuse_other_recipes(runs, tmp_path / "results")
+    refuse_other_recipes(runs, tmp_path / "results", ["epochs=2"])
+
+
+def other_epochs(run, epochs):
+    """Makes the run's folder that of a training of so many epochs."""
+    config = run.folder / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 1\n", f"epochs: {epochs}\n"))
+
+
+def test_the_advice_is_one_that_helps(tiny, tmp_path):
+    """train= where all finished runs differ alike; else the folders to move away."""
+    runs = table_runs(tiny, tmp_path / "runs")
+    for run in runs[:2]:
+        write_run(run, 50.0)
+        other_epochs(run, 3)
+    with pytest.raises(ConfigError, match=r"; remove \S*/bn-s0, or give train=\[epochs=3\]$"):
+        refuse_other_recipes(runs, tmp_path)
+    refuse_other_recipes(runs, tmp_path, ["epochs=3"])
+    other_epochs(runs[0], 3)
+    write_run(runs[2], 50.0)
+    for overrides, away in ((), "bn-s0, .*/ln_pn-s0"), (["epochs=3"], "bn-s1"):
+        with pytest.raises(ConfigError, match=f"; (move these away:|remove) [^;]*/{away}$"):
+            refuse_other_recipes(runs, tmp_path, overrides)
+
+
+def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    for run in runs[:2]:
+        write_run(run, 50.0)
+    other_epochs(runs[0], 3)
+    assert collect(runs[0], tmp_path / "results")
+    for _ in ("the folder", "the archive alone"):
+        lines = status(runs, tmp_path / "results").splitlines()
+        assert lines[1].split(maxsplit=2) == [
+            "bn-s0",
+            "other",
+            "trained with epochs=3, the table says 1",
+        ]
+        assert lines[-1] == "1 done, 1 other, 2 missing"
+        assert "1 done, 1 other" in status(runs, tmp_path / "results", overrides=["epochs=3"])
+        text = plan(tiny, runs, tmp_path / "results", jobs=1)
+        assert (
+            "= 4 runs; 1 done" in text
+            and "bn-s0: another recipe, trained with epochs=3" in text
+            and "[other] python" in text
+        )
+        shutil.rmtree(runs[0].folder, ignore_errors=True)
+
+
+def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypatch, tmp_path):
+    """The check of a table's runs composes every cell; what comes out is what Hydra makes of the same words."""
+    compose, calls = config._compose, []
+    monkeypatch.setattr(config, "_compose", lambda *words: calls.append(words) or compose(*words))
+    config._base.cache_clear()
+    cells = [
+        run
+        for run in table_runs(load_table("mini_norms_lr"), tmp_path / "it's here")
+        if run.seed == 0
+    ]
+    composed = {run.name: config.compose_config(run.arguments()) for run in cells}
+    assert len(cells) == 56 and len(calls) == 9  # the norms
+    for run in cells[::20]:
+        assert OmegaConf.to_yaml(composed[run.name]) == OmegaConf.to_yaml(
+            compose("train", run.arguments())
+        )

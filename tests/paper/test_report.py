@@ -1,0 +1,304 @@
+"""From finished runs to the report: statistics, verdicts, bytes."""
+
+import filecmp
+import json
+import shlex
+import shutil
+import xml.dom.minidom
+
+import pytest
+from mpmath import betainc
+
+from proxynorm.cli import parse_options
+from proxynorm.errors import ConfigError, DataError
+from proxynorm.launch.runs import table_runs
+from proxynorm.paper.comparing import Sample, cell_status, outcome, single_verdict
+from proxynorm.paper.records import archive_path, collect, kept_files, read_archive
+from proxynorm.paper.report import gather, write_report
+from proxynorm.paper.search import choose
+from proxynorm.paper.table import Comparison, Reference, Search, load_table
+from proxynorm.paper.tracking import deltas, log_report
+from scripts.reproduce import Options, main
+from tests.tiny_table import write_run
+
+
+def sample(*values):
+    return Sample(tuple(values))
+
+
+def compare(expect, first, second, spread=None):
+    return outcome(Comparison("a", "b", expect, "claim"), first, second, 0.3, spread)
+
+
+def test_mean_and_standard_deviation_over_seeds():
+    assert (
+        str(sample(90.0, 91.0, 92.0)) == "91.00 ± 1.00"
+        and str(sample(90.0)) == "90.00"
+        and str(sample()) == ""
+    )
+
+
+def test_welch_by_its_textbook_formula():
+    a, b = sample(1.0, 2.0, 3.0, 4.0), sample(2.0, 6.0, 10.0)
+    found = compare("lower", a, b)
+    t = (a.mean - b.mean) / (a.std**2 / 4 + b.std**2 / 3) ** 0.5
+    assert found.difference == pytest.approx(-3.5) and t == pytest.approx(-1.459, abs=1e-3)
+    freedom = (a.std**2 / 4 + b.std**2 / 3) ** 2 / (
+        (a.std**2 / 4) ** 2 / 3 + (b.std**2 / 3) ** 2 / 2
+    )
+    assert found.p == pytest.approx(
+        float(betainc(freedom / 2, 0.5, 0, freedom / (freedom + t**2), regularized=True))
+    )
+    assert found.interval[0] + found.interval[1] == pytest.approx(2 * found.difference)
+
+
+@pytest.mark.parametrize(
+    "expect, first, second, verdict",
+    [
+        ("higher", (92.0, 92.1, 91.9), (90.0, 90.1, 89.9), "shown"),
+        ("higher", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "contradicted"),
+        ("higher", (90.0, 92.0, 91.0), (90.1, 91.8, 91.0), "not shown"),
+        ("lower", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "shown"),
+        ("equal", (91.9, 92.0, 91.95), (92.0, 92.1, 92.05), "shown"),
+        ("equal", (93.0, 93.1, 92.9), (92.0, 92.1, 91.9), "shown"),
+        ("equal", (90.0, 90.1, 89.9), (92.0, 92.1, 91.9), "contradicted"),
+        ("equal", (90.0, 93.0, 91.5), (92.0, 92.1, 91.9), "not shown"),
+    ],
+)
+def test_verdicts(expect, first, second, verdict):
+    assert compare(expect, sample(*first), sample(*second)).verdict == verdict
+
+
+def test_a_single_seed_is_measured_against_the_known_spread():
+    assert (
+        compare("higher", sample(91.0), sample(90.9), spread=0.2).verdict
+        == "single seed, below the seed spread"
+    )
+    assert single_verdict(2.0, 0.2) == "single seed, beyond the seed spread" and single_verdict(
+        2.0, None
+    ).endswith("unknown")
+
+
+def test_equal_values_without_spread_have_p_1():
+    assert compare("equal", sample(90.0, 90.0), sample(90.0, 90.0)).p == 1.0
+
+
+def test_cell_status_words(tiny):
+    near, far = Reference("bn", 90.2, "D", "figure"), Reference("bn", 95.0, "D", "figure")
+    words = [
+        cell_status(tiny, sample(), 0, 0, None),
+        cell_status(tiny, sample(), 1, 0, None),
+        cell_status(tiny, sample(90.0), 0, 0, None),
+        cell_status(tiny, sample(90.0, 90.1), 0, 0, near),
+        cell_status(tiny, sample(90.0, 90.1), 0, 0, far),
+        cell_status(tiny, sample(90.0), 1, 0, near),
+        cell_status(tiny, sample(), 0, 2, None),
+        cell_status(tiny, sample(1, 2), 0, 0, None),
+    ]
+    assert words == [
+        "not run",
+        "running",
+        "1/2 seeds",
+        "done, within",
+        "done, outside",
+        "1/2 seeds, running, within",
+        "2 failed",
+        "done",
+    ]
+
+
+@pytest.fixture
+def finished(tiny, tmp_path):
+    """The tiny table's runs: three finished, one failed."""
+    runs = table_runs(tiny, tmp_path / "runs")
+    power = {f"p{term}/{layer}": 0.25 for term in (1, 2, 3, 4) for layer in ("a", "b")}
+    for run, top1 in zip(runs, (90.0, 91.0, 90.2), strict=False):
+        write_run(run, top1, power=power)
+    fail(runs[3], "NonFiniteError: step 3: loss nan")
+    return runs
+
+
+def fail(run, line):
+    """The log of a failed run."""
+    run.log.parent.mkdir(exist_ok=True)
+    run.log.write_text(f"{line}\n# exit status 1\n")
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_the_report_is_the_same_bytes_from_folders_and_from_archives(tiny, finished, tmp_path):
+    results = tmp_path / "results"
+    first, second = results / "first", results / "second"
+    write_report(gather(tiny, finished, results), first)
+    assert [collect(run, results) for run in finished] == [True] * 4
+    assert [collect(run, results) for run in finished] == [False] * 4
+    shutil.rmtree(tmp_path / "runs")
+    write_report(gather(tiny, finished, results), second)
+    assert files(first) == ["cells.svg", "loss.svg", "power.svg", "report.html", "report.md"]
+    match, mismatch, errors = filecmp.cmpfiles(first, second, files(first), shallow=False)
+    assert sorted(match) == files(second) and not mismatch + errors
+
+
+def test_equal_runs_give_equal_archives(tiny, finished, tmp_path):
+    for results in ("one", "two"):
+        collect(finished[0], tmp_path / results)
+    one, two = (
+        archive_path(finished[0], tmp_path / results).read_bytes() for results in ("one", "two")
+    )
+    assert one == two
+
+
+def test_a_kept_configuration_names_no_path_of_its_machine(tiny, finished, tmp_path):
+    path = finished[0].folder / "config.yaml"
+    path.write_text(f"seed: 0\nruns_dir: {tmp_path}/runs/tiny\nbatch: 8\n")
+    collect(finished[0], tmp_path / "results")
+    kept = read_archive(archive_path(finished[0], tmp_path / "results"))["config.yaml"]
+    assert kept == b"seed: 0\nruns_dir: runs/tiny\nbatch: 8\n" and not collect(
+        finished[0], tmp_path / "results"
+    )
+
+
+def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
+    write_report(gather(tiny, finished, tmp_path), tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "| bn | 90.10 ± 0.14 | 2 | done |" in text
+        and "| ln_pn | 91.00 | 1 | 1/2 seeds, 1 failed |" in text
+    )
+    assert "single seed, beyond the seed spread" in text
+    assert "3 runs, 0.03 hours" in text and "commit 0123456789ab" in text
+    assert str(tmp_path) not in text.replace(tiny.file, "tiny.yaml")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<svg") == 3 and "src=" not in page
+    for name in ("cells.svg", "loss.svg", "power.svg"):
+        xml.dom.minidom.parse(str(tmp_path / "report" / name))
+
+
+@pytest.mark.parametrize("name", ["tiny.yaml", "it's a tiny.yaml"])
+def test_the_commands_of_a_file_s_table_name_the_file(tiny, tmp_path, monkeypatch, name):
+    """As it was given; in a shell the words are those that the script reads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").rename(tmp_path / name)
+    table = load_table(name)
+    write_report(gather(table, table_runs(table, tmp_path), tmp_path), tmp_path / "report")
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    words = [
+        shlex.split(line)[2:] for line in lines if line.startswith("python scripts/reproduce.py ")
+    ]
+    assert [word for word, _ in words] == ["run", "report"]
+    assert {
+        parse_options(Options, [argument, "command=report"]).table for _, argument in words
+    } == {name}
+    assert load_table("mini_norms").argument == "table=mini_norms"
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no\ngood"), TypeError("x"), OSError("disk")])
+def test_whatever_fails_in_wandb_leaves_the_report(
+    tiny, finished, tmp_path, monkeypatch, capsys, fault
+):
+    def init(**options):
+        raise fault
+
+    monkeypatch.setattr("wandb.init", init)
+    log_report(gather(tiny, finished, tmp_path), "offline", tmp_path / "logged", "proxynorm")
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"warning: the report is not on W&B: {type(fault).__name__}: ")
+        and said.count("\n") == 1
+    )
+
+
+def test_a_selection_leaves_the_whole_report_and_prints_its_own_commands(tiny, finished, tmp_path):
+    words = [
+        "command=report",
+        f"table={tmp_path}/tiny.yaml",
+        f"root={tmp_path}/runs",
+        f"results={tmp_path}/results",
+    ]
+    main(parse_options(Options, [*words, "wandb=disabled"]))
+    text = (tmp_path / "results" / "tiny" / "report.md").read_bytes()
+    main(
+        parse_options(
+            Options, [*words, "wandb=disabled", "cells=[bn]", "seeds=1", "train=[device=cpu]"]
+        )
+    )
+    assert (tmp_path / "results" / "tiny" / "report.md").read_bytes() == text
+    part = (tmp_path / "results" / "tiny" / "selection" / "report.md").read_text()
+    (line,) = (
+        line for line in part.splitlines() if line.startswith("python scripts/reproduce.py report ")
+    )
+    options = parse_options(Options, ["command=report", *shlex.split(line)[3:]])
+    assert (options.cells, options.seeds, options.train) == (
+        ["bn"],
+        1,
+        ["device=cpu"],
+    ) and "ln_pn:" not in part
+
+
+def test_a_table_without_runs_has_a_report(tiny, tmp_path):
+    write_report(gather(tiny, table_runs(tiny, tmp_path), tmp_path), tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Nothing has been run yet." in text and "not run" in text
+
+
+def test_a_damaged_archive_is_named(tiny, finished, tmp_path):
+    run = finished[0]
+    collect(run, tmp_path)
+    shutil.rmtree(run.folder)
+    path = archive_path(run, tmp_path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="bn-s0.tar.xz is damaged"):
+        kept_files(run, tmp_path)
+
+
+def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_path):
+    findings = gather(tiny, finished, tmp_path)
+    log_report(findings, "offline", tmp_path / "logged", "proxynorm")
+    (run,) = (tmp_path / "logged" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+    tables = [
+        json.loads(path.read_text())
+        for path in sorted((run / "files" / "media" / "table").rglob("*.json"))
+    ]
+    assert [table["columns"][0] for table in tables] == ["cell", "claim"]
+    assert [row[0] for row in tables[0]["data"]] == ["bn", "ln_pn"]
+    assert (
+        len(list((run / "files" / "media" / "html").rglob("*.html"))) == 4
+    )  # the report, three figures
+    assert deltas(findings)["difference/ln_pn-bn"] == pytest.approx(0.9)
+    with pytest.raises(ConfigError, match="logger.mode"):
+        log_report(findings, "ofline", tmp_path, "proxynorm")
+
+
+def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
+    table = load_table("mini_norms_lr")
+    assert table.search == Search(("optim.base_lr",), "norm")
+    runs = [run for run in table_runs(table, tmp_path) if run.cell.labels["norm"] in ("bn", "ln")]
+    with pytest.raises(ConfigError, match="12 runs are not done"):
+        choose(table, runs, tmp_path / "results")
+    for run, top1 in zip(runs, (80, 83, 85, 84, 83, 82, 69, 70, 71, 72, 73, 74), strict=True):
+        if run.cell.name != "ln-base_lr0.2":
+            write_run(run, float(top1))
+    diverged = next(run for run in runs if run.cell.name == "ln-base_lr0.2")
+    fail(
+        diverged,
+        "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc; the weights are untouched",
+    )
+    found = choose(table, runs, tmp_path / "results")
+    assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.8}}
+    assert (
+        found["at_edge"] == {"ln": ["optim.base_lr"]} and found["tried"]["ln"]["0.2"] == "diverged"
+    )
+    for run in runs:
+        assert collect(run, tmp_path / "results")
+    kept = table_runs(table, tmp_path / "elsewhere")
+    assert (
+        choose(
+            table,
+            [run for run in kept if run.name in {run.name for run in runs}],
+            tmp_path / "results",
+        )
+        == found
+    )
