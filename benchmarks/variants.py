@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from proxynorm.conversion.freeze import freeze
+from proxynorm.nn.freeze import freeze
 from proxynorm.errors import ConfigError
 from proxynorm.models import create_model
 from proxynorm.nn import NORMS, NormAct2d, recompute

@@ -14,10 +14,11 @@ _HOMES = {
     "conversion_report": "proxynorm.conversion.convert",
     "convert": "proxynorm.conversion.convert",
     "create_model": "proxynorm.models",
-    "freeze": "proxynorm.conversion.freeze",
+    "freeze": "proxynorm.nn.freeze",
     "parameter_groups": "proxynorm.nn",
     "power_decomposition": "proxynorm.analysis.power",
     "proxy_moments": "proxynorm.nn",
+    "update_bn": "proxynorm.nn.update_bn",
 }
 
 __all__ = [*_HOMES, "__version__"]

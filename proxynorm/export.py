@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from torch import nn
 
-from proxynorm.conversion.freeze import freeze
+from proxynorm.nn.freeze import freeze
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.files import write_atomic, write_json, write_text
 from proxynorm.train.build import build_model

@@ -1,4 +1,10 @@
-"""Puts NormAct2d into any timm or torchvision ConvNet: each norm is joined with the activation behind it."""
+"""Put NormAct2d into a network that exists: observe, match, replace, verify.
+
+The network runs on example inputs, a copy at a time, and shows which activation follows each norm.
+The same changes, made with the original norms and no PN, must then reproduce the network's outputs
+bit for bit. Only after that is the network itself changed, so that a refused conversion leaves it
+as it was.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +14,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from proxynorm.conversion.dataflow import Flow, read_flow
-from proxynorm.conversion.elementwise import has_set_forward, is_activation, is_norm
-from proxynorm.conversion.followers import Site
-from proxynorm.conversion.places import Place, find_places
-from proxynorm.conversion.replacement import NormOptions, make_layer
-from proxynorm.conversion.rewrite import RewrittenForward, install_forwards, rewritten_forwards
+from proxynorm.conversion.kinds import is_activation, is_norm, is_other_norm
+from proxynorm.conversion.layer import LayerOptions, make_layer
+from proxynorm.conversion.match import Place, Plan, make_plan
+from proxynorm.conversion.observe import Observation, Observer
+from proxynorm.conversion.rewrite import apply_edits
+from proxynorm.conversion.run import Run, copy_to_run, preserved_randomness, run, runs_of
+from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.checks import check_options
 from proxynorm.nn.fast.shared import share_moments
+from proxynorm.nn.freeze import hand_on_copy
 from proxynorm.nn.moments import check_method
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.weight_standardization import standardize_weights
+
+_MORE_DRAWS = 8  # further runs in training where random branches hid a norm
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class ConversionRow:
     Attributes:
         module: its qualified name.
         kind: its class before the conversion.
-        action: what became of it.
+        action: what became of it, or why it was left.
     """
 
     module: str
@@ -48,6 +58,9 @@ class ConversionReport(list):
 def convert(
     model: nn.Module,
     norm: str = "ln_pn",
+    example_inputs: object = None,
+    keep: Iterable[str] = (),
+    no_activation: Iterable[str] = (),
     *,
     groups: int | None = None,
     norm_batch: int | str | None = None,
@@ -55,75 +68,75 @@ def convert(
     proxy_eps: float = 0.03,
     moments: str = "auto",
     nodes: int = 256,
-    keep: Iterable[str] = (),
+    verify: bool = True,
 ) -> nn.Module:
-    """Replaces, in place, every norm of a network and the activation that follows it in the data flow by NormAct2d.
+    """Replace, in place, every norm of a network and the activation that follows it by NormAct2d.
 
-    Batch and group norms are replaced wherever they stand, channels-first layer norms only where an activation
-    follows. A norm without an activation gets no PN; with PN on it keeps its scale and drops its shift (the
-    authors' rule). Weights, γ, β and running statistics are carried over, and the keys of all other
-    weights stay. Where an activation cannot be replaced as a module (a function, or one module called at several
-    places) its caller's forward is rewritten; see proxynorm.conversion.rewrite. A module of your own counts as an activation
-    if it keeps no weights but single numbers and acts on each element alone; one written out in a forward
-    (x * torch.sigmoid(x)) is refused, as is whatever else stands between a norm and the next layer, or the sum or
-    product with another value, and is not known to be linear (proxynorm.conversion.linear). The new γ and β are new parameters:
-    make the optimizer afterwards.
+    Batch, group, instance and frozen batch norms are replaced wherever they stand, channels-first
+    layer norms only where an activation follows. A norm without an activation gets no PN; with PN
+    on it keeps its scale and drops its shift (the authors' rule). Weights, γ, β and running
+    statistics are carried over, and the keys of all other weights stay. A module of your own counts
+    as an activation if it keeps no weights but single numbers and acts on each element alone. One
+    that is written out in a forward (x * torch.sigmoid(x)) is refused. The new γ and β are new
+    parameters: make the optimizer afterwards. Batch norms converted with norm_batch="global"
+    compute statistics over all processes, as SyncBatchNorm does.
 
     Args:
-        model: a ConvNet for maps (N, C, H, W).
+        model: a network for maps (N, C, H, W); copies of it are run.
         norm: one of proxynorm.nn.NORMS.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a function
+            that calls the model it is given (a detector's needs targets in training). None: random
+            images of several sizes are tried.
+        keep: qualified names of norms to leave as they are, or patterns of such names
+            ("stages.0.*").
+        no_activation: the same for norms to convert as followed by no activation, whatever follows.
         groups: groups of gn; None: the largest divisor of C up to 32.
-        norm_batch: images that share bn's statistics.
+        norm_batch: images that share bn's statistics; an integer, None or "global".
         eps: the norm's ε; None keeps each module's own.
         proxy_eps: PN's ε, added to the variance.
         moments: how PN's moments are integrated: auto, exact or grid (the paper's).
         nodes: nodes of the grid.
-        keep: qualified names of norms to leave as they are, or patterns of such names ("stages.0.*").
+        verify: compare outputs before anything is changed. create_model skips it for networks that
+            tests cover.
 
     Returns:
         The same model. proxynorm.conversion_report(model) tells what was done.
 
     Raises:
-        TypeError: model is no module, or keep a string.
-        ValueError: a wrong norm or option, nothing to convert, or norms that cannot be placed (all named, with the reasons);
-            the model then still computes what it did.
+        TypeError: model is no module, or keep or no_activation a string.
+        ValueError: a wrong norm or option, a network that does not run on the inputs, nothing to
+            convert, norms that cannot be placed (all named, with the reasons), or outputs that
+            differ; the model is then left as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"convert takes a network, an nn.Module, not {model!r}: make it first, with timm.create_model"
-        )
-    if is_norm(model):
-        raise ValueError(
-            f"this {type(model).__name__} is no network but a norm: make a proxynorm.NormAct2d instead"
-        )
-    if isinstance(keep, str):
-        raise TypeError(f"keep is a list of names: keep=[{keep!r}]")
-    options = NormOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
+    _check_arguments(model, keep, no_activation)
+    options = LayerOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
     spec = options.spec
     check_options(groups, eps, proxy_eps, norm_batch)
     check_method(moments, nodes)
     _refuse_set_forwards(model)
-    _separate_shared_activations(model)
-    flow = read_flow(model)
-    places = find_places(model, flow, set(keep), spec.proxy)
-    ties: dict[nn.Parameter, nn.Parameter] = {}
-    replacements = {name: make_layer(name, place, options, ties) for name, place in places.items()}
-    rows = _absorb_activations(model, flow, places)
-    rows += [_install(model, name, place, replacements[name]) for name, place in places.items()]
+    with preserved_randomness():
+        call, training, evaluation = _observe(model, example_inputs)
+        plan = make_plan(model, training, evaluation, keep, no_activation, spec.proxy)
+        if verify:
+            check_same(model, call, lambda copied: _apply(copied, plan, _stand_ins(copied, plan)))
+    layers = _make_layers(model, plan, options)
+    if verify and spec.kind != "bn":
+        with preserved_randomness():
+            copies = {name: copy_to_run(layer) for name, layer in layers.items()}
+            check_per_sample(model, call, lambda copied: _apply(copied, plan, copies))
+    rows = _rows(model, plan, layers)
+    _apply(model, plan, layers)
     if spec.weight_standardization:
-        for name in sorted(flow.feeding):
+        for name in sorted(training.feeding | evaluation.feeding):
             standardize_weights(model.get_submodule(name))
     if spec.proxy:
         share_moments(model)
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    model.conversion_rows = ConversionReport(
-        sorted(rows, key=lambda row: order.get(row.module, -1))
-    )
+    model.conversion_rows = rows
     return model
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """What convert did to this model, a row per module; prints as a table.
+    """A row for each module that convert changed and each norm that it left; prints as a table.
 
     Raises:
         ValueError: the model was not converted.
@@ -136,20 +149,36 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return rows
 
 
-def standardize_before_norms(model: nn.Module) -> nn.Module:
-    """Weight standardization on the convolutions whose output reaches a norm, alone or in a sum; returns the model."""
-    for name in sorted(read_flow(model).feeding):
+def standardize_before_norms(model: nn.Module, example_inputs: object = None) -> nn.Module:
+    """Standardize the weights of the convolutions whose output reaches a norm, alone or in a sum; return the model."""
+    with preserved_randomness():
+        _, training, evaluation = _observe(model, example_inputs)
+    for name in sorted(training.feeding | evaluation.feeding):
         standardize_weights(model.get_submodule(name))
     return model
 
 
+def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"convert takes a network, an nn.Module, not {model!r}: make it first, with timm.create_model"
+        )
+    if is_norm(model):
+        kind = type(model).__name__
+        raise ValueError(
+            f"this {kind} is no network but a norm: make a proxynorm.NormAct2d instead"
+        )
+    for option, names in (("keep", keep), ("no_activation", no_activation)):
+        if isinstance(names, str):
+            raise TypeError(f"{option} is a list of names: {option}=[{names!r}]")
+
+
 def _refuse_set_forwards(model: nn.Module) -> None:
-    """Raises ValueError if a forward was set on an object rather than on its class, where the data flow would not be
-    what its class says; a layer of torch's that is neither norm nor activation is looked at as a whole anyway."""
+    """Raise ValueError if a forward was set on an object: its copy would still run the original's modules."""
     found = [
         name or "the model itself"
         for name, module in model.named_modules()
-        if has_set_forward(module)
+        if "forward" in vars(module)
         and (
             is_norm(module)
             or is_activation(module)
@@ -158,17 +187,59 @@ def _refuse_set_forwards(model: nn.Module) -> None:
     ]
     if found:
         raise ValueError(
-            f"cannot convert this {type(model).__name__}: a forward was set on the object {', '.join(found)}, which may "
-            "compute something else than its class: convert before setting it, or put it into a class"
+            f"cannot convert this {type(model).__name__}: a forward was set on the object {', '.join(found)}, "
+            "which may compute something else than its class: convert before setting it, or put it into a class"
         )
 
 
+def _observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation, Observation]:
+    """Run copies of the model in both modes; the way it was called, and what was seen.
+
+    Where the network fails in one mode (a detector without targets, in training), what the other
+    shows has to do.
+    """
+    errors, best = [], None
+    for call in runs_of(model, example_inputs):
+        seen, copied = {}, copy_to_run(model)
+        _separate_shared_activations(copied)
+        for mode in (True, False):
+            try:
+                seen[mode] = _observe_mode(copied, call, mode)
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        if len(seen) == 2:
+            return call, seen[True], seen[False]
+        if seen and best is None:
+            best = call, seen.get(True, Observation()), seen.get(False, Observation())
+    if best is None:
+        tried = "random images" if example_inputs is None else "the example inputs"
+        advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
+        raise ValueError(
+            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: {errors[-1]}"
+        )
+    return best
+
+
+def _observe_mode(copied: nn.Module, call: Run, training: bool) -> Observation:
+    """What runs of a copy show; in training, with as many draws as random branches need to show every norm."""
+    seen = Observation()
+    norms = {name for name, module in copied.named_modules() if is_norm(module)}
+    for seed in range(1 + _MORE_DRAWS if training else 1):
+        observer = Observer(copied, seen)
+        with observer:
+            output = run(copied, call, training, seed)
+        observer.finish(output)
+        if norms <= set(seen.norms):
+            break
+    return seen
+
+
 def _separate_shared_activations(model: nn.Module) -> None:
-    """Gives each attribute that holds a shared activation without parameters a copy of its own.
+    """Give each attribute that holds a shared activation without parameters a copy of its own.
 
     The copies compute the same; each attribute can then be replaced without touching the others.
     """
-    seen: set[nn.Module] = set()
+    found = set()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if (
@@ -177,133 +248,85 @@ def _separate_shared_activations(model: nn.Module) -> None:
                 or next(child.parameters(), None) is not None
             ):
                 continue
-            if child in seen:
+            if child in found:
                 setattr(parent, name, copy.deepcopy(child))
-            seen.add(child)
+            found.add(child)
 
 
-def _callers_to_rewrite(flow: Flow, absorbed: set[Site]) -> dict[str, list[int]]:
-    """The modules whose forward loses calls, by name: those where an absorbed activation is a function, or a module
-    that is called elsewhere too. There all absorbed calls go, so that their numbers stay valid."""
-    lasting = {site.module for site in flow.sites if site not in absorbed}
-    callers: set[str] = set()
-    while True:
-        more = {s.caller for s in absorbed if s.module is None or s.module in lasting} - callers
-        if not more:
-            return {
-                c: sorted(s.ordinal for s in absorbed if s.caller == c) for c in sorted(callers)
-            }
-        callers |= more
-        lasting |= {site.module for site in absorbed if site.caller in callers}
+def _stand_ins(copied: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The original norms, each with what followed it, for a copy of the network."""
+    stand_ins = {}
+    for name, place in plan.places.items():
+        norm = copied.get_submodule(name)
+        act = place.activation_in(copied, norm) if getattr(norm, "act", None) is None else None
+        between = [copied.get_submodule(inner) for inner in place.between]
+        stand_ins[name] = StandIn(norm, between, act)
+    return stand_ins
 
 
-def _absorb_activations(
-    model: nn.Module, flow: Flow, places: dict[str, Place]
-) -> list[ConversionRow]:
-    """Takes the absorbed activations out: whole modules become the identity, single calls leave their caller.
-
-    Raises ValueError before anything is changed.
-    """
-    absorbed = {site for place in places.values() for site in place.sites}
-    callers = _callers_to_rewrite(flow, absorbed)
-    forwards = {}
-    for name, calls in callers.items():
-        module = model.get_submodule(name)
-        if isinstance(module, RewrittenForward):
-            raise ValueError(
-                f"{name} was rewritten by an earlier conversion: convert the original model"
-            )
-        _check_rewritable(name, calls, flow, places)
-        forwards[name] = rewritten_forwards(module, calls, flow.fixed[name])
-    replaced = sorted({site.module for site in absorbed if site.caller not in callers})
-    _check_replaceable(set(replaced), flow, places)
-    rows = []
-    for name, calls in callers.items():
-        module = model.get_submodule(name)
-        count = f"{len(calls)} activation call{'s' if len(calls) > 1 else ''}"
-        rows.append(
-            ConversionRow(name, type(module).__name__, f"{count} of its forward joined with norms")
-        )
-        install_forwards(module, calls, flow.fixed[name], forwards[name])
-    for name in replaced:
-        module = model.get_submodule(name)
-        for alias, other in list(model.named_modules(remove_duplicate=False)):
-            if other is module:
-                rows.append(
-                    ConversionRow(
-                        alias,
-                        type(module).__name__,
-                        "joined with its norm; the identity stands here",
-                    )
-                )
-                model.set_submodule(alias, nn.Identity().train(module.training))
-    return rows
+def _make_layers(model: nn.Module, plan: Plan, options: LayerOptions) -> dict[str, NormAct2d]:
+    """The new layers, by the names of the norms; the model is not changed."""
+    layers, ties = {}, {}
+    for name, place in plan.places.items():
+        norm = model.get_submodule(name)
+        activation = None if place.activation is None else place.activation_in(model, norm)
+        layer = make_layer(name, norm, activation, options, ties)
+        if place.between:
+            between = [model.get_submodule(inner) for inner in place.between]
+            layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
+        if layer.proxied and place.is_overwritten:
+            layer.register_forward_hook(hand_on_copy)
+        layers[name] = layer
+    return layers
 
 
-def _absorbed_in_evaluation(flow: Flow, places: dict[str, Place]) -> set[Site | None]:
-    """The activation calls that follow the placed norms in evaluation."""
-    return {found.site for name in places for found in flow.evaluation.followers.get(name, [])}
-
-
-def _check_rewritable(name: str, calls: list[int], flow: Flow, places: dict[str, Place]) -> None:
-    """Raises ValueError if these calls of a forward are others in evaluation, or if it runs with several options."""
-    told = name or "the model"
-    sites = {site for site in flow.evaluation.sites if site.caller == name}
-    if {site for site in sites if site.ordinal in calls} != sites & _absorbed_in_evaluation(
-        flow, places
-    ):
-        raise ValueError(
-            f"cannot convert: {told} calls its activations in another order in evaluation than in training. "
-            "Make them modules of their own, like nn.SiLU"
-        )
-    varied = flow.varied | flow.evaluation.varied
-    if name in varied or flow.evaluation.fixed.get(name, flow.fixed[name]) != flow.fixed[name]:
-        raise ValueError(
-            f"cannot convert: {told} is called with several values of its optional arguments "
-            f"({', '.join(flow.fixed[name])}), and has activations that are no modules. Make these modules"
-        )
-
-
-def _check_replaceable(activations: set[str | None], flow: Flow, places: dict[str, Place]) -> None:
-    """Raises ValueError if an activation's module, about to become the identity, serves other values in evaluation."""
-    absorbed = _absorbed_in_evaluation(flow, places)
-    for site in flow.evaluation.sites:
-        if site.module in activations and site not in absorbed:
-            raise ValueError(
-                f"cannot convert: in evaluation, the activation {site.module} serves other values too than "
-                "those of norms. Use one module for each call"
-            )
-
-
-def _install(model: nn.Module, name: str, place: Place, layer: NormAct2d) -> ConversionRow:
-    """Puts the new layer in the old one's place, with what stood between norm and activation inside it."""
-    inner = [model.get_submodule(step) for step in place.between]
-    if inner:
-        layer.drop = inner[0] if len(inner) == 1 else nn.Sequential(*inner)
-        for step in place.between:
-            model.set_submodule(step, nn.Identity().train(layer.training))
+def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
+    """Make the plan's changes in place, with the given layers for the norms."""
+    _separate_shared_activations(model)
+    taken = {model.get_submodule(name) for place in plan.places.values() for name in place.between}
+    taken |= {model.get_submodule(name) for name in plan.identities}
+    replacements = {module: nn.Identity().train(module.training) for module in taken}
+    replacements |= {model.get_submodule(name): layer for name, layer in layers.items()}
     for alias, module in list(model.named_modules(remove_duplicate=False)):
-        if module is place.norm:
-            model.set_submodule(alias, layer)
-    return ConversionRow(name, type(place.norm).__name__, _describe(place, layer))
+        if module in replacements:
+            model.set_submodule(alias, replacements[module])
+    for name, edits in plan.edits.items():
+        apply_edits(model.get_submodule(name), edits)
 
 
-def _describe(place: Place, layer: NormAct2d) -> str:
+def _rows(model: nn.Module, plan: Plan, layers: dict[str, NormAct2d]) -> ConversionReport:
+    """What the plan does with each module, in the network's order; made before it is done."""
+    identities = {model.get_submodule(name) for name in plan.identities}
+    rows = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = type(module).__name__
+        if name in plan.places:
+            rows.append(
+                ConversionRow(name, kind, _describe(module, plan.places[name], layers[name]))
+            )
+        elif name in plan.left:
+            rows.append(ConversionRow(name, kind, plan.left[name]))
+        elif name in plan.edits:
+            count = sum(len(edit.ordinals) for edit in plan.edits[name])
+            calls = "1 activation call" if count == 1 else f"{count} activation calls"
+            rows.append(ConversionRow(name, kind, f"{calls} of its forward joined with norms"))
+        elif module in identities or name in plan.identities:
+            action = "joined with its norm; the identity stands here"
+            rows.append(ConversionRow(name, kind, action))
+        elif is_other_norm(module):
+            rows.append(ConversionRow(name, kind, "left as it is: no norm over maps (N, C, H, W)"))
+    return ConversionReport(rows)
+
+
+def _describe(norm: nn.Module, place: Place, layer: NormAct2d) -> str:
     """The action of a norm's row."""
     kind = layer.kind.upper()
     if place.activation is None:
-        dropped = layer.bias is None and getattr(place.norm, "bias", None) is not None
+        dropped = layer.bias is None and getattr(norm, "bias", None) is not None
         return f"{kind}, no activation behind it{': scale kept, shift dropped' if dropped else ''}"
-    inside = (
-        f" with {type(layer.drop).__name__} inside"
-        if not isinstance(layer.drop, nn.Identity)
-        else ""
-    )
+    inside = type(layer.drop).__name__
+    inside = f" with {inside} inside" if inside != "Identity" else ""
     copied = ", a copy of it handed on, as it is changed in place" if layer._forward_hooks else ""
-    return f"{kind} + {_class_name(layer.act)}{' + PN' if layer.proxy else ''}{inside}{copied}"
-
-
-def _class_name(activation: nn.Module) -> str:
-    """The activation's class, or what a wrapper wraps."""
-    inner = getattr(activation, "function", activation)
-    return type(inner).__name__
+    # a wrapper of a function goes by the function's name
+    activation = type(getattr(layer.act, "function", layer.act)).__name__
+    return f"{kind} + {activation}{' + PN' if layer.proxy else ''}{inside}{copied}"

@@ -1,117 +1,254 @@
-"""Takes single activation calls out of a module's forward, where the activation cannot be replaced as a module:
-functional calls, and one activation module called at several places (torchvision's Bottleneck)."""
+"""Take single activation calls out of a forward, leaving the rest of it as written.
+
+F.relu(self.bn(x)) and one self.relu behind norms and sums cannot be replaced as modules. Of the
+ways to keep such a forward, a mark on tensors that already passed an activation does not survive
+export and scripting, and a line per known class helps no user. So the call's source is replaced by
+its argument, at the position where it was seen running, in a generated subclass of the module's
+class. Everything else stays Python that runs: control flow, draws, attributes, caches.
+"""
 
 from __future__ import annotations
 
+import __future__
+
+import ast
+import copy
 import functools
-import inspect
-from collections.abc import Callable, Iterable
+import hashlib
+import linecache
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from torch import fx, nn
-
-from proxynorm.conversion.dataflow import FlowTracer
+from torch import nn
 
 
-class RewrittenForward:
-    """Mixin: runs a forward of which some activation calls were taken out.
+class CannotRewriteError(ValueError):
+    """A call that cannot be taken out of its forward; the message says why."""
 
-    The object stays what it was (class, attributes, children, state-dict keys); it copies and pickles, since what is
-    kept is the list of calls, and the new forward is made from the original one by symbolic tracing when needed.
-    Control flow that depends on anything but `training` is fixed as it was when the forward was made.
+
+@dataclass(frozen=True)
+class Site:
+    """One call in a source file, made by a module's method.
+
+    Attributes:
+        owner: qualified name of the module whose method (or function attribute) makes the call;
+            None if none does.
+        code: the code object of that method.
+        line, column: where the call's text ends, as Python's syntax tree counts; column is None
+            before Python 3.11.
+        callee: the name that is called, such as "relu".
     """
 
-    absorbed_calls: frozenset[int]
-    fixed_arguments: dict[str, object]
+    owner: str | None
+    code: types.CodeType
+    line: int
+    column: int | None
+    callee: str
 
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_forwards"}
+    def __str__(self) -> str:
+        return f"{self.code.co_filename}:{self.line}"
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        original = type(self).__mro__[2]
-        self.__dict__["_forwards"] = rewritten_forwards(
-            self, self.absorbed_calls, self.fixed_arguments, original
-        )
+
+@dataclass(frozen=True)
+class Edit:
+    """Calls to take out of one function.
+
+    Attributes:
+        name: the function's attribute on the module or its class.
+        ordinals: which of its calls, in the order of ast.walk.
+        checksum: of the function's source, so that an unpickled module notices another version of
+            it.
+    """
+
+    name: str
+    ordinals: tuple[int, ...]
+    checksum: str
+
+
+class RewrittenModule:
+    """Mixin of generated classes; makes their objects copy and pickle by the original class and the edits."""
+
+    _original: type[nn.Module]
+    _edits: tuple[Edit, ...]
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _blank, (type(self).__mro__[2],), self.__getstate__()
+        return _blank, (self._original, self._edits), self.__getstate__()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__
 
 
-def rewritten_forwards(
-    module: nn.Module, calls: Iterable[int], fixed: dict[str, object], original: type | None = None
-) -> dict[bool, Callable]:
-    """The forwards of a module, for evaluation (False) and training (True), without some of its activation calls.
-
-    Args:
-        module: the module whose forward makes the calls; it is not changed.
-        calls: which of its activation calls (counted from 0 as they are executed) become the identity.
-        fixed: values of the forward's optional arguments that are no tensors; other values raise when it is called.
-        original: the class whose forward is meant; None: the module's own.
+def plan_edits(module: nn.Module, sites: Iterable[Site]) -> list[Edit]:
+    """The edits of one module's functions that take out the calls at the given sites.
 
     Raises:
-        ValueError: the forward cannot be traced by itself.
+        CannotRewriteError: a call is in no method of the module, or its source cannot be found.
     """
-    mode, present = module.training, module.__class__
-    try:
-        module.__class__ = original or present
-        forwards = {}
-        for training in (False, True):
-            module.training = training
-            forwards[training] = _rewritten_forward(module, frozenset(calls), fixed)
-        return forwards
-    finally:
-        module.training, module.__class__ = mode, present
+    by_code: dict[types.CodeType, list[Site]] = {}
+    for site in sites:
+        by_code.setdefault(site.code, []).append(site)
+    return [_edit(module, code, group) for code, group in by_code.items()]
 
 
-def _rewritten_forward(
-    module: nn.Module, calls: frozenset[int], fixed: dict[str, object]
-) -> Callable:
-    """The forward in the module's present mode, as a function of the module and its inputs."""
-    try:
-        graph = FlowTracer(shallow=True).trace(module, fixed)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"the forward of {type(module).__name__} cannot be rewritten: {reason}"
-        ) from error
-    for node in list(graph.nodes):
-        if "site" in node.meta and node.meta["site"].ordinal in calls:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return type(fx.GraphModule(module, graph)).forward
+def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
+    """Make the module run its edited functions, in place: those of its class in a generated subclass."""
+    of_class = []
+    for edit in edits:
+        if edit.name in vars(module):
+            setattr(module, edit.name, edited_function(vars(module)[edit.name], edit))
+        else:
+            of_class.append(edit)
+    if of_class:
+        module.__class__ = _rewritten_class(type(module), tuple(of_class))
 
 
-def install_forwards(
-    module: nn.Module,
-    calls: Iterable[int],
-    fixed: dict[str, object],
-    forwards: dict[bool, Callable],
-) -> None:
-    """Makes a module run the result of rewritten_forwards, in place; arguments as there."""
-    module.absorbed_calls = frozenset(calls)
-    module.fixed_arguments = fixed
-    module.__dict__["_forwards"] = forwards
-    module.__class__ = _rewritten_class(type(module))
+@functools.lru_cache(maxsize=None)
+def _rewritten_class(original: type[nn.Module], edits: tuple[Edit, ...]) -> type[nn.Module]:
+    namespace: dict[str, object] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_original": original,
+        "_edits": edits,
+    }
+    for edit in edits:
+        namespace[edit.name] = edited_function(getattr(original, edit.name), edit)
+    return type(original.__name__, (RewrittenModule, original), namespace)
 
 
-def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class that runs the rewritten forward of `original`, under the same name and with the same signature."""
-
-    signature = inspect.signature(original.forward)
-
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
-        if kwargs:  # traced forwards have other names for their arguments
-            bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            args, kwargs = bound.args[1:], bound.kwargs
-        return self._forwards[self.training](self, *args, **kwargs)
-
-    namespace = {"__module__": original.__module__, "forward": forward}
-    return type(original.__name__, (RewrittenForward, original), namespace)
-
-
-def _blank(original: type[nn.Module]) -> nn.Module:
-    """An object of the rewritten class without state; for copying and unpickling."""
-    rewritten = _rewritten_class(original)
+def _blank(original: type[nn.Module], edits: tuple[Edit, ...]) -> nn.Module:
+    """An object of the rewritten class without state, for copying and unpickling."""
+    rewritten = _rewritten_class(original, edits)
     return rewritten.__new__(rewritten)
+
+
+def _edit(module: nn.Module, code: types.CodeType, sites: list[Site]) -> Edit:
+    if isinstance(module, RewrittenModule):
+        raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
+    name, function = _function_of(module, code)
+    node = _source_node(function, sites)
+    calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
+    ordinals = []
+    for site in sites:
+        found = [i for i, call in enumerate(calls) if _is_at(call, site)]
+        if len(found) != 1:
+            raise CannotRewriteError(
+                "the call is not found in the source, or not alone on its line"
+            )
+        ordinals.append(found[0])
+    return Edit(name, tuple(sorted(set(ordinals))), _checksum(node))
+
+
+def _function_of(module: nn.Module, code: types.CodeType) -> tuple[str, types.FunctionType]:
+    """The name and the function, of the module's class or of the module itself, that runs the code."""
+    for namespace in (vars(module), *(vars(kind) for kind in type(module).__mro__)):
+        for name, value in namespace.items():
+            if isinstance(value, types.FunctionType) and value.__code__ is code:
+                return name, value
+    raise CannotRewriteError("it is no method of a module, or is decorated")
+
+
+def _is_at(call: ast.Call, site: Site) -> bool:
+    if site.column is not None:
+        return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
+    callee = ast.unparse(call.func).rpartition(".")[2]
+    return call.lineno <= site.line <= call.end_lineno and callee == site.callee
+
+
+def _source_node(function: types.FunctionType, sites: Iterable[Site] = ()) -> ast.AST:
+    """The syntax tree of a function or lambda."""
+    first = function.__code__.co_firstlineno
+    found = [
+        node
+        for node in ast.walk(_parsed(function.__code__.co_filename))
+        if isinstance(node, (ast.FunctionDef, ast.Lambda))
+        and first in (node.lineno, *(d.lineno for d in getattr(node, "decorator_list", [])))
+        and getattr(node, "name", "<lambda>") == function.__name__
+        and all(any(_is_at(c, s) for c in ast.walk(node) if isinstance(c, ast.Call)) for s in sites)
+    ]
+    if not found:
+        raise CannotRewriteError("its source is not at hand")
+    return found[-1]  # ast.walk goes from outer to inner
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(filename: str) -> ast.Module:
+    try:
+        return ast.parse("".join(linecache.getlines(filename)))
+    except SyntaxError as error:
+        raise CannotRewriteError("its source is not at hand") from error
+
+
+def _checksum(node: ast.AST) -> str:
+    return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:12]
+
+
+class _TakeOut(ast.NodeTransformer):
+    """Replaces the chosen calls by their input."""
+
+    def __init__(self, chosen: list[ast.Call]) -> None:
+        self.chosen = chosen
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        is_chosen = any(node is call for call in self.chosen)
+        self.generic_visit(node)
+        if not is_chosen:
+            return node
+        given = [*node.args, *(k.value for k in node.keywords if k.arg in ("input", "x"))]
+        # y.relu() has its input before the dot; y.hardshrink(0.5) is verified against the original,
+        # and refused
+        value = given[0] if given else getattr(node.func, "value", None)
+        if value is None or isinstance(value, ast.Starred):
+            raise CannotRewriteError("its input is not told from its other arguments")
+        return value
+
+
+def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionType:
+    """The function without the edit's calls; it shares the original's globals, closure and defaults.
+
+    Raises:
+        CannotRewriteError: the source is not that of which the edit was made.
+    """
+    node = _source_node(function)
+    if _checksum(node) != edit.checksum:
+        raise CannotRewriteError(
+            f"the source of {function.__qualname__} changed since its network was converted: convert it again"
+        )
+    node = copy.deepcopy(node)
+    calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
+    _TakeOut([calls[i] for i in edit.ordinals]).visit(node)
+    if isinstance(node, ast.FunctionDef):
+        node.decorator_list = []
+    return _compiled(function, ast.unparse(ast.fix_missing_locations(node)), edit)
+
+
+def _compiled(function: types.FunctionType, text: str, edit: Edit) -> types.FunctionType:
+    """Compile a function's new text where it stood: in a class of that name, with the same free variables."""
+    if text.startswith("lambda"):
+        text = f"_ = {text}"
+    names = function.__qualname__.split(".")
+    owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
+    free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
+    body = "\n".join("        " + line for line in text.splitlines())
+    source = f"def _outer({free}):\n    class {owner}:\n{body}\n"
+    filename = (
+        f"<proxynorm {function.__module__}.{function.__qualname__} {edit.checksum} {edit.ordinals}>"
+    )
+    # inspect and torch.jit.script read the source from here
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    flags = function.__code__.co_flags & __future__.annotations.compiler_flag
+    code = compile(source, filename, "exec", flags=flags, dont_inherit=True)
+    for name in ("_outer", owner, function.__name__):
+        code = next(
+            c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name
+        )
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+    closure = tuple(cells[name] for name in code.co_freevars)
+    defaults = function.__defaults__
+    result = types.FunctionType(code, function.__globals__, function.__name__, defaults, closure)
+    # not functools.wraps: through its __wrapped__, inspect would find the original's source
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
+        setattr(result, name, getattr(function, name))
+    result.__dict__.update(function.__dict__)
+    return result

@@ -5,7 +5,6 @@ G16 is the variant of "Making EfficientNet More Efficient" (arXiv 2106.03640), a
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import timm
@@ -102,42 +101,31 @@ class CentredSqueezeExcite(nn.Module):
         """PN's 1/sqrt(v + ε) of the norm before, shape (C,)."""
         return self._norm[0].proxy_rescale()
 
-    def frozen(self, mean: torch.Tensor, scale: torch.Tensor) -> FrozenSqueezeExcite:
-        """The same for inference, where the norm before leaves out the centring too; m and s have shape (C,)."""
-        return FrozenSqueezeExcite(self, mean, scale)
+    def frozen(self) -> FrozenSqueezeExcite:
+        """The same for inference, with PN's scale as a constant."""
+        return FrozenSqueezeExcite(self)
 
 
 class FrozenSqueezeExcite(nn.Module):
-    """CentredSqueezeExcite of x − m, as a function of x: m and s are constants.
+    """CentredSqueezeExcite with the gate's scale as a buffer.
 
     Args:
-        squeeze_excite: the module to replace; m is merged into the bias of its first layer.
-        mean: m, shape (C,).
-        scale: s = 1/sqrt(v + ε), shape (C,).
+        squeeze_excite: the module to replace.
     """
 
-    def __init__(
-        self, squeeze_excite: CentredSqueezeExcite, mean: torch.Tensor, scale: torch.Tensor
-    ) -> None:
+    def __init__(self, squeeze_excite: CentredSqueezeExcite) -> None:
         super().__init__()
-        self.conv_reduce = copy.deepcopy(squeeze_excite.conv_reduce)
+        self.conv_reduce = squeeze_excite.conv_reduce
         self.act1 = squeeze_excite.act1
         self.conv_expand = squeeze_excite.conv_expand
         self.gate = squeeze_excite.gate
-        with torch.no_grad():
-            self.conv_reduce.bias -= self.conv_reduce.weight.flatten(1) @ mean.to(
-                self.conv_reduce.weight.dtype
-            )
-        self.register_buffer("scale", scale.view(1, -1, 1, 1))
-        self.register_buffer("shift", -mean.view(1, -1, 1, 1))
+        scale = squeeze_excite.scale().detach().view(1, -1, 1, 1)
+        self.register_buffer("scale", scale.to(self.conv_expand.weight.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
-        gate = self.gate(self.conv_expand(squeezed)) * self.scale
-        shift = gate * self.shift
-        # in one pass, but for what that is slower with: channels that are not innermost
-        return (x * gate).add_(shift) if x.is_contiguous() else torch.addcmul(shift, x, gate)
+        return x * (self.gate(self.conv_expand(squeezed)) * self.scale)
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:

@@ -23,7 +23,7 @@ def test_import_loads_nothing_heavy() -> None:
 def test_nn_needs_torch_only() -> None:
     others = {"timm", "torchvision", "hydra", "proxynorm.errors"}
     run(
-        "import sys; import proxynorm.conversion.convert, proxynorm.conversion.freeze; "
+        "import sys; import proxynorm.conversion.convert, proxynorm.nn.freeze; "
         f"assert not {others} & set(sys.modules), 'more than torch'"
     )
 

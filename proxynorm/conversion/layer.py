@@ -1,4 +1,4 @@
-"""Makes the NormAct2d that takes a norm's place, with all that the norm had."""
+"""Make the NormAct2d that takes a norm's place, with all that the norm had."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from proxynorm.conversion.elementwise import recognized
-from proxynorm.conversion.places import Place, hand_on_copy
+from proxynorm.conversion.kinds import is_frozen_batch_norm, recognized
 from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 
 
 @dataclass(frozen=True)
-class NormOptions:
-    """What every new layer shares; see NormAct2d. eps None keeps each module's own."""
+class LayerOptions:
+    """The options that every new layer shares; see NormAct2d. eps None keeps each module's own."""
 
     norm: str
     groups: int | None = None
@@ -33,25 +32,26 @@ class NormOptions:
 
 
 def make_layer(
-    name: str, place: Place, options: NormOptions, ties: dict[nn.Parameter, nn.Parameter]
+    name: str,
+    norm: nn.Module,
+    activation: nn.Module | None,
+    options: LayerOptions,
+    ties: dict[nn.Parameter, nn.Parameter],
 ) -> NormAct2d:
     """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and mode.
 
     ties: what became of the old norms' parameters; those that several norms share stay shared.
     """
-    norm = place.norm
     spec = options.spec
-    features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
-    like = next(
-        (t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None),
-        torch.empty(0),
-    )
-    act = None if place.activation is None else recognized(_own(place.activation))
+    statistics = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
+    like = next((t for t in statistics if t is not None), torch.empty(0))
+    is_sync = isinstance(norm, nn.SyncBatchNorm) and spec.kind == "bn"
+    act = None if activation is None else recognized(_own(activation))
     if hasattr(act, "inplace"):
         act.inplace = False
     try:
         layer = NormAct2d(
-            features,
+            _channels(norm),
             spec.kind,
             proxy=spec.proxy,
             act_layer=act,
@@ -59,29 +59,40 @@ def make_layer(
             groups=options.groups,
             eps=norm.eps if options.eps is None else options.eps,
             proxy_eps=options.proxy_eps,
-            norm_batch=options.norm_batch,
+            norm_batch="global" if is_sync and options.norm_batch is None else options.norm_batch,
             momentum=getattr(norm, "momentum", 0.1),
             moments=options.moments,
             nodes=options.nodes,
             device=like.device,
             dtype=like.dtype,
-            track_running_stats=getattr(norm, "track_running_stats", True),
+            track_running_stats=_is_tracked(norm),
         )
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
     _carry_over(norm, layer, ties)
     if layer.proxied and _is_zero(layer.weight):
         nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
-    if layer.proxied and place.overwritten:
-        layer.register_forward_hook(hand_on_copy)
     return layer.train(norm.training)
 
 
+def _channels(norm: nn.Module) -> int:
+    if hasattr(norm, "num_features"):
+        return norm.num_features
+    if is_frozen_batch_norm(norm):
+        return len(norm.weight)
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0]
+
+
+def _is_tracked(norm: nn.Module) -> bool:
+    """Whether the new bn tracks running statistics: instance norm without any says nothing about it."""
+    is_instance_norm = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
+    return is_instance_norm or getattr(norm, "track_running_stats", True)
+
+
 def _own(activation: nn.Module) -> nn.Module:
-    """A copy of the activation; one with parameters itself, so that those that several norms share stay shared."""
-    return (
-        activation if next(activation.parameters(), None) is not None else copy.deepcopy(activation)
-    )
+    """A copy of the activation; one with parameters itself, so that those which several norms share stay shared."""
+    has_parameters = next(activation.parameters(), None) is not None
+    return activation if has_parameters else copy.deepcopy(activation)
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:
@@ -92,24 +103,21 @@ def _is_zero(tensor: torch.Tensor) -> bool:
         return False
 
 
-def _channels(norm: nn.Module) -> int:
-    """Channels of a group norm or a layer norm."""
-    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0]
-
-
 def _carry_over(norm: nn.Module, layer: NormAct2d, ties: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Copies what both have: γ, β, γ̃, β̃ and running statistics (float32 or better); and the old layer's drop."""
+    """Copy what both have: γ, β, γ̃, β̃ and running statistics (float32 or better); and the old layer's drop."""
     for name, new in list(layer.named_parameters(recurse=False)):
         old = getattr(norm, name, None)
         if isinstance(old, nn.Parameter) and ties.setdefault(old, new) is not new:
             setattr(layer, name, ties[old])
         elif old is not None:
             new.detach().copy_(old.detach())
-            new.requires_grad_(old.requires_grad)
+            # the affine of a frozen batch norm is a buffer; it learns again
+            new.requires_grad_(old.requires_grad or not isinstance(old, nn.Parameter))
     for name, new in layer.named_buffers(recurse=False):
         old = getattr(norm, name, None)
         like = layer.weight if old is None else old
-        new.data = new.to(torch.promote_types(like.dtype, new.dtype))
+        if like is not None:
+            new.data = new.to(torch.promote_types(like.dtype, new.dtype))
         if old is not None:
             new.copy_(old)
     if isinstance(getattr(norm, "drop", None), nn.Module):

@@ -1,0 +1,152 @@
+"""Tell norms, activations, gates and dropout apart: torch's and timm's by class, users' own by trial."""
+
+from __future__ import annotations
+
+import copy
+import re
+import weakref
+
+import torch
+from torch import nn
+
+from proxynorm.nn.activations import ACTIVATIONS as NAMES
+from proxynorm.nn.activations import activation_name, class_name, make_activation
+from proxynorm.nn.norm_act import NormAct2d
+
+# Elementwise activations. Sigmoids and softmaxes are left out: behind a norm they are gates.
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
+    *(nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.Tanh, nn.Hardshrink),
+    *(nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid, nn.Threshold),
+)
+_TIMM_ACTIVATIONS = re.compile("Swish|Mish|HardSwish|HardMish|GELU|GELUTanh|QuickGELU|Tanh|PReLU")
+_GATES = {"Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Softmax2d"}
+_GATE_FUNCTIONS = {"sigmoid", "hardsigmoid", "softmax"}
+# F.leaky_relu and its like by the name of the module that does the same: both take the same
+# arguments in one order.
+_FUNCTIONAL = {kind.__name__.lower(): kind for kind in _ACTIVATIONS if kind is not nn.PReLU}
+_NORM_NAME = re.compile(r"Norm(Act)?(\d?d)?$")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether convert can replace the module: a norm with one affine per channel, channels first."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, NormAct2d)
+    is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in type(module).__name__
+    return isinstance(module, kinds) or is_channels_first or is_frozen_batch_norm(module)
+
+
+def is_frozen_batch_norm(module: nn.Module) -> bool:
+    """Return whether the module is torchvision's, timm's or detectron2's batch norm of constants."""
+    return type(module).__name__.startswith("FrozenBatchNorm")
+
+
+def is_other_norm(module: nn.Module) -> bool:
+    """Return whether the module is a norm that convert does not replace, such as a layer norm over the last axis."""
+    is_leaf = next(module.children(), None) is None and not type(module).__name__.startswith("_")
+    return is_leaf and not is_norm(module) and bool(_NORM_NAME.search(type(module).__name__))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Return whether the module is an elementwise activation: torch's, timm's, or one that behaves so on trial."""
+    is_timms = type(module).__module__.startswith("timm.layers.activations")
+    known = is_timms and _TIMM_ACTIVATIONS.fullmatch(type(module).__name__)
+    return isinstance(module, _ACTIVATIONS) or bool(known) or _tried(module) == "activation"
+
+
+def is_gate(module: nn.Module) -> bool:
+    """Return whether the module gives numbers from 0 to 1, to multiply another value with."""
+    return type(module).__name__ in _GATES or _tried(module) == "gate"
+
+
+def is_unknown_activation(module: nn.Module) -> bool:
+    """Return whether the module is an activation of torch's that NormAct2d cannot take over, such as nn.GLU."""
+    is_torchs = type(module).__module__ == "torch.nn.modules.activation"
+    known = is_activation(module) or is_gate(module) or isinstance(module, nn.MultiheadAttention)
+    return is_torchs and not known
+
+
+def may_stand_between(module: nn.Module) -> bool:
+    """Return whether the module may stand between a norm and its activation: it drops, blurs or pools."""
+    name = type(module).__name__
+    known = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
+    return isinstance(module, known) or "DropBlock" in name or "BlurPool" in name
+
+
+def idles(module: nn.Module) -> bool:
+    """Return whether the module does nothing in evaluation. A subclass may: Monte Carlo dropout is one."""
+    kind = type(module)
+    return kind in (nn.Identity, nn.Dropout, nn.Dropout2d) or (
+        kind.__module__.startswith("timm.") and "DropBlock" in kind.__name__
+    )
+
+
+def activation_of_call(name: str, args: tuple, kwargs: dict) -> nn.Module | None:
+    """The activation that a call of a torch function computes, as a module; None if it is none."""
+    kind = _FUNCTIONAL.get(name.replace("_", ""))
+    if kind is None:
+        return None
+    options = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
+    try:
+        return kind(*args[1:], **options)
+    except TypeError:  # some other use of the name
+        return None
+
+
+def is_gate_function(name: str) -> bool:
+    """Return whether the torch function of that name computes a gate."""
+    return name.rstrip("_") in _GATE_FUNCTIONS
+
+
+def recognized(activation: nn.Module) -> nn.Module:
+    """The activation, or torch's own of the same class name if both compute the same: it has closed-form moments."""
+    name = class_name(activation)
+    has_parameters = next(activation.parameters(), None) is not None
+    if activation_name(activation) != "callable" or name not in NAMES or has_parameters:
+        return activation
+    x, same = torch.linspace(-8, 8, 64, device="cpu"), make_activation(name)
+    return same if torch.allclose(_run(activation, x), same(x), atol=1e-5) else activation
+
+
+_trials: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+
+
+def _tried(module: nn.Module) -> str | None:
+    if module not in _trials:
+        _trials[module] = _try(module)
+    return _trials[module]
+
+
+def _try(module: nn.Module) -> str | None:
+    """Run a copy of a user's module; return "activation", "gate" or None.
+
+    A module that keeps no tensors but single numbers is an activation if each output depends on its
+    own input alone, wherever it stands, and is no linear function of it; a gate if it stays from 0
+    to 1 as well.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if type(module).__module__.startswith("torch.nn.") or any(t.numel() > 1 for t in tensors):
+        return None
+    x = torch.linspace(-8, 8, 120, device="cpu").view(2, 3, 4, 5)
+    flipped = x.flip(0, 1, 2, 3)
+    even = torch.arange(5, device="cpu") % 2 == 0
+    try:
+        y, y_flipped, y_mixed = (
+            _run(module, v) for v in (x, flipped, torch.where(even, x, flipped))
+        )
+        if y.shape != x.shape or not y.isfinite().all():
+            return None
+    except Exception:  # a module that does not take maps is neither
+        return None
+    is_placeless = torch.allclose(y_flipped, y.flip(0, 1, 2, 3), atol=1e-5)
+    is_elementwise = torch.allclose(y_mixed, torch.where(even, y, y_flipped), atol=1e-5)
+    steps = y.flatten().double().diff()
+    if not (is_placeless and is_elementwise and steps.max() - steps.min() >= 1e-3):
+        return None
+    return "gate" if y.min() >= 0 and y.max() <= 1 else "activation"
+
+
+@torch.no_grad()
+def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Apply a copy of the module to x in x's precision, without its hooks."""
+    copied = copy.deepcopy(module).to(x.device, x.dtype)
+    return copied.forward(x.clone())

@@ -1,0 +1,136 @@
+"""Run copies of a network on example inputs, so that the network and all random generators stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
+
+Run = Callable[[nn.Module], object]
+_SIZES = (64, 224, 299, 32, 128, 256)
+
+
+@contextlib.contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's generators, CUDA's among them, as they were."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
+    # values are needed, whatever the caller's default device and whether it works on fake tensors
+    with unset_fake_temporarily(), torch.device("cpu"), torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def copy_to_run(model: nn.Module) -> nn.Module:
+    """A deep copy of the network; tensors without values (meta, fake) get random ones on the CPU.
+
+    Raises:
+        ValueError: the network cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in (
+            *vars(module).values(),
+            *module._parameters.values(),
+            *module._buffers.values(),
+        ):
+            if isinstance(value, torch.Generator):
+                memo[id(value)] = value.clone_state()
+            elif isinstance(value, Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
+                memo[id(value)] = _with_values(value)
+            elif isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(
+            f"cannot convert this {type(model).__name__}: convert tries its changes on a copy first, and "
+            f"copy.deepcopy fails with {type(error).__name__}: {error}"
+        ) from error
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    # running variances must be positive
+    random_one = (
+        torch.rand(tensor.shape) + 0.5 if tensor.ndim < 2 else torch.randn(tensor.shape) * 0.1
+    )
+    random_one = random_one.to(tensor.dtype)
+    return nn.Parameter(random_one) if isinstance(tensor, nn.Parameter) else random_one
+
+
+def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
+    """The network's output in one mode, with all generators seeded; gradients on in training, as there."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        return call(model)
+
+
+def runs_of(model: nn.Module, example_inputs: object) -> list[Run]:
+    """Ways to call the network: the given one, or guesses at its images in the order to try."""
+    if example_inputs is None:
+        return [_call_with(images) for images in _guessed(model)]
+    if callable(example_inputs) and not isinstance(example_inputs, Tensor):
+        return [example_inputs]
+    return [_call_with(example_inputs)]
+
+
+def _call_with(inputs: object) -> Run:
+    """Calls a network with a fresh copy of the inputs: a tuple holds its arguments, a dict those by keyword."""
+
+    def call(model: nn.Module) -> object:
+        fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+        if isinstance(fresh, tuple):
+            return model(*fresh)
+        return model(**fresh) if isinstance(fresh, dict) else model(fresh)
+
+    return call
+
+
+def _guessed(model: nn.Module) -> Iterator[Tensor]:
+    """Two random maps each of the usual sizes, with the channels of the first convolution."""
+    convs = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    first = next(convs, None)
+    tensors = (*model.parameters(), *model.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    dims = 2 if first is None else first.weight.ndim - 2
+    channels = 3 if first is None else first.in_channels
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = config.get("input_size", ())[-1:] if hasattr(config, "get") else ()
+    for size in dict.fromkeys((_SIZES[0], *own, *_SIZES[1:])):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, channels, *[size] * dims, generator=generator)
+        yield images.to(like.device, like.dtype)
+
+
+def same(first: object, second: object, tolerance: float = 0.0) -> bool:
+    """Return whether two outputs hold the same tensors, to a fraction of each one's scale."""
+    ours, theirs = ([t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (first, second))
+    return len(ours) == len(theirs) and all(_close(a, b, tolerance) for a, b in zip(ours, theirs))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not tolerance or not a.is_floating_point() or not a.numel():
+        return torch.equal(
+            a.nan_to_num() if a.is_floating_point() else a,
+            b.nan_to_num() if b.is_floating_point() else b,
+        )
+    return bool((a - b).abs().max() <= tolerance * a.abs().max())

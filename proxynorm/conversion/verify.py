@@ -1,0 +1,148 @@
+"""Compare a converted copy with the original before the original is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from proxynorm.conversion.kinds import is_norm
+from proxynorm.conversion.run import Run, copy_to_run, run, same
+
+_TOLERANCE = 1e-3  # of per-sample invariance, as a fraction of the output's scale
+Surgery = Callable[[nn.Module], None]
+
+
+class StandIn(nn.Module):
+    """The original norm, and what followed it, in the place of a NormAct2d."""
+
+    def __init__(self, norm: nn.Module, between: list[nn.Module], act: nn.Module | None) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(norm, *between, *([] if act is None else [act]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) → the same shape."""
+        return self.steps(x)
+
+
+def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
+    """Raise ValueError, naming the first module that differs, unless surgery with stand-ins changes no output.
+
+    Outputs must be the same bits, in training and, after that, in evaluation. Where two runs of the
+    original differ (on GPUs they may) the comparison is to rounding.
+    """
+    outputs = _outputs(model, call)
+    changed = _outputs(model, call, surgery)
+    if _all_same(outputs, changed):
+        return
+    again = _outputs(model, call)
+    if not _all_same(outputs, again) and _all_same(outputs, changed, 1e-4):
+        return
+    raise ValueError(
+        f"cannot convert this {type(model).__name__}: with its activations joined to its norms it computes "
+        f"something else, first in {_first_difference(model, call, surgery)}. Leave the norms around it as "
+        "they are with keep=[...]. The network is left as it was"
+    )
+
+
+def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
+    """Raise ValueError if a converted copy, in training, mixes images that the original does not mix in evaluation.
+
+    Networks that take no single tensor, that draw random numbers in training, or that keep a batch
+    norm tell nothing.
+    """
+    copied = copy_to_run(model)
+    surgery(copied)
+    keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
+    if keeps_batch_norm or not _is_per_sample(model, call, False):
+        return
+    try:
+        is_deterministic = same(run(copied, call, True, 0), run(copied, call, True, 1))
+    except ValueError:  # such as maps of 1×1 pixels, which have no variance
+        return
+    if is_deterministic and not _is_per_sample(copied, call, True):
+        raise ValueError(
+            f"cannot convert this {type(model).__name__}: in training, with a norm that does not depend on the "
+            "batch, its output for an image still depends on the others. The network is left as it was"
+        )
+
+
+def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool:
+    """Whether the first image alone has the output that it has in its batch."""
+    first: list[Tensor] = []
+
+    def alone(copied: nn.Module) -> object:
+        def slice_images(module: nn.Module, args: tuple) -> tuple:
+            first.append(args[0])
+            return (args[0][:1],)
+
+        handle = copied.register_forward_pre_hook(slice_images)
+        try:
+            return call(copied)
+        finally:
+            handle.remove()
+
+    try:
+        whole = run(copy_to_run(model), call, training)
+        single = run(copy_to_run(model), alone, training)
+    except Exception:  # the network takes no such batch; nothing is told
+        return not training
+    wholes, singles = (
+        [t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (whole, single)
+    )
+    if any(t.ndim == 0 or len(t) != len(first[0]) for t in wholes):
+        return not training
+    return same([t[:1] for t in wholes], singles, _TOLERANCE)
+
+
+def _outputs(model: nn.Module, call: Run, surgery: Surgery | None = None) -> list[object]:
+    """A copy's outputs in training and in evaluation, each an error's text where it fails."""
+    copied = copy_to_run(model)
+    if surgery is not None:
+        surgery(copied)
+    outputs: list[object] = []
+    for training in (True, False):
+        try:
+            outputs.append(run(copied, call, training))
+        except Exception as error:
+            outputs.append(str(error))
+    return outputs
+
+
+def _all_same(first: list[object], second: list[object], tolerance: float = 0.0) -> bool:
+    pairs = list(zip(first, second))
+    return all(isinstance(a, str) == isinstance(b, str) and same(a, b, tolerance) for a, b in pairs)
+
+
+def _first_difference(model: nn.Module, call: Run, surgery: Surgery) -> str:
+    """Name of the first module, in the order in which they end, whose output differs."""
+    for training in (True, False):
+        records = [_record(model, call, training, s) for s in (None, surgery)]
+        for name, output in records[0].items():
+            if name in records[1] and not same(output, records[1][name]):
+                return f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
+    return "the model itself"
+
+
+def _record(
+    model: nn.Module, call: Run, training: bool, surgery: Surgery | None
+) -> dict[str, list[Tensor]]:
+    """The outputs of all modules that are neither norms nor parts of what replaced one."""
+    copied, outputs = copy_to_run(model), {}
+    if surgery is not None:
+        surgery(copied)
+    for name, module in copied.named_modules():
+        if is_norm(module) or isinstance(module, (StandIn, nn.Identity)) or ".steps" in name:
+            continue
+        module.register_forward_hook(
+            lambda m, args, output, name=name: outputs.setdefault(
+                name, [t.clone() for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+            )
+        )
+    try:
+        run(copied, call, training)
+    except Exception:  # the records up to here tell
+        pass
+    return outputs
