@@ -30,7 +30,9 @@ from proxynorm.conversion.rewrite import Site
 _SUMS = {"add", "sub", "subtract", "rsub", "radd", "sum", "mean"}
 _PRODUCTS = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv"}
 _POWERS = {"pow", "square", "rpow"}
-_POOLS = ("max_pool", "adaptive_max_pool", "amax", "amin", "max", "min", "dropout")
+# Pools are taken for linear. So are means, which vanish behind some norms: there is nothing to try.
+_POOLS = ("max_pool", "avg_pool", "dropout")
+_EXTREMES = {"amax", "amin", "max", "min"}
 _LAYERS = (
     "conv",
     "linear",
@@ -306,9 +308,7 @@ class Observer(TorchFunctionMode):
                 continue
             if kinds.is_gate_function(name):
                 result.gated.add(source)
-            elif not name.startswith(_POOLS) or (
-                name in ("max", "min") and len(_tensors(args)) > 1
-            ):
+            elif not _is_pool(name, args):
                 depends = _dependence(func, args, kwargs, holders)
                 if depends == "none":
                     continue
@@ -376,6 +376,11 @@ def _plain_name(func: object) -> str:
     """A torch function's name, without the marks of operators and of in-place variants."""
     name = getattr(func, "__name__", "").strip("_")
     return name[1:] if name[1:] in _SUMS | _PRODUCTS | _POWERS else name
+
+
+def _is_pool(name: str, args: tuple) -> bool:
+    is_extreme = name in _EXTREMES and len(_tensors(args)) == 1  # torch.max(y, other) is a curve
+    return is_extreme or name in ("sum", "mean") or any(pool in name for pool in _POOLS)
 
 
 def _tensors(values: object) -> list[Tensor]:

@@ -105,7 +105,9 @@ def freeze(model: nn.Module) -> nn.Module:
     for alias, module in list(frozen.named_modules(remove_duplicate=False)):
         if module in replacements:
             frozen.set_submodule(alias, replacements[module])
-    return frozen.requires_grad_(False).eval()
+    frozen.requires_grad_(False)
+    frozen.eval()  # a user's train() may return nothing
+    return frozen
 
 
 def _freeze(layer: NormAct2d) -> FrozenNormAct2d:

@@ -181,10 +181,8 @@ def test_the_activation_behind_a_sum_stays() -> None:
     model = convert(SharedAct(), "ln_pn").eval()
     assert (model(torch.randn(2, 3, 16, 16)) >= 0).all()
     assert model(torch.randn(2, 3, 16, 16), 1.0).shape == (2, 8, 14, 14)
-    with pytest.raises(
-        AssertionError
-    ):  # the rewritten forward holds for the value it was made with
-        model(torch.randn(2, 3, 16, 16), 2.0)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(images, 2.0), 2 * model(images))
 
 
 @pytest.mark.parametrize("make", [SharedAct, FunctionalAct, lambda: torchvision.models.resnet18()])
@@ -255,11 +253,11 @@ class Unused(TwoUses):
 @pytest.mark.parametrize(
     "kind, name, reason",
     [
-        (DataDependent, "bn", "no call of it is seen"),
+        (DataDependent, "bn", "feeds an activation and something else"),
         (TwoUses, "bn", "something else as well"),
         (BehindJoin, "bn", "cat"),
         (InDisguise, "bn", "clamp"),
-        (Unused, "spare", "no call of it is seen"),
+        (Unused, "spare", "no call of it was seen"),
     ],
 )
 def test_refusal_names_the_module_and_changes_nothing(kind: type, name: str, reason: str) -> None:
@@ -434,7 +432,6 @@ class Behind(nn.Module):
         lambda n, x: n(x).reciprocal(),
         lambda n, x: n(x) % 1,
         lambda n, x: torch.round(n(x)),
-        lambda n, x: torch.nan_to_num(n(x)),
         lambda n, x: torch.tan(n(x)).sum(),
     ],
 )
@@ -444,7 +441,13 @@ def test_further_curves_written_by_hand_are_refused(behind):
 
 
 @pytest.mark.parametrize(
-    "behind", [lambda n, x: n(x) / 2, lambda n, x: 3 * n(x) - 1, lambda n, x: n(x).mean((2, 3))]
+    "behind",
+    [
+        lambda n, x: n(x) / 2,
+        lambda n, x: 3 * n(x) - 1,
+        lambda n, x: n(x).mean((2, 3)),
+        lambda n, x: torch.nan_to_num(n(x)),
+    ],
 )
 def test_what_is_linear_is_none(behind):
     assert convert(Behind(behind), "ln_pn").n2.act_name != "relu"

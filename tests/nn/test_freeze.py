@@ -13,9 +13,8 @@ import torchvision
 from torch import nn
 
 from proxynorm import convert, create_model, freeze
-from proxynorm.conversion.freeze import FrozenNormAct2d
-from proxynorm.conversion.shifted_conv import ShiftedConv2d
 from proxynorm.nn import NORMS, NormAct2d
+from proxynorm.nn.freeze import FrozenNormAct2d
 from tests.helpers import need_module
 
 MODELS = {
@@ -86,41 +85,8 @@ def test_frozen_equals_the_model(name: str, norm: str, merge: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_what_is_left_of_pn() -> None:
-    """ReLU: a floor at most; SiLU before a padded convolution: the mean, which may go there; nothing before 1×1 ones."""
-    v2 = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)), merge="full")
-    for name, layer in v2.named_modules():
-        if isinstance(layer, FrozenNormAct2d):
-            assert (layer.floor is not None) == name.endswith(
-                "norm2"
-            ) and layer.gain is layer.offset is None, name
-    fast = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)))
-    assert all(layer.gain is layer.offset is None for layer in frozen_layers(fast))
-    for merge in ("fast", "full"):
-        b0 = freeze(create_model("efficientnet_b0", "ln_pn"), merge)
-        for name, layer in b0.named_modules():
-            if isinstance(layer, FrozenNormAct2d):
-                before_depthwise = name == "bn1" or (
-                    name.endswith("bn1") and not name.startswith("blocks.0")
-                )
-                assert (layer.offset is not None) == (before_depthwise and merge == "full"), name
-                assert layer.gain is layer.floor is None, name
-        shifted = [name for name, layer in b0.named_modules() if isinstance(layer, ShiftedConv2d)]
-        assert shifted == (
-            [name for name, _ in b0.named_modules() if name.endswith("conv_dw")]
-            if merge == "fast"
-            else []
-        )
 
 
-def test_batch_norm_is_folded_into_its_convolution() -> None:
-    frozen = freeze(trained_like(create_model("resnet50", "bn", layers=(1, 1, 1, 1))))
-    assert {layer.kind for layer in frozen_layers(frozen)} == {"folded"}
-    assert isinstance(frozen.layer1[0].bn3, nn.Identity) and frozen.layer1[0].conv3.bias is not None
-    pre_activation = freeze(create_model("resnet50v2", "bn", layers=(1, 1, 1, 1)))
-    assert (
-        pre_activation.stages[0].blocks[0].norm1.kind == "bn"
-    )  # behind a pool, no convolution to fold into
 
 
 @pytest.mark.parametrize(
@@ -153,44 +119,6 @@ def test_merging_is_exact(act: nn.Module, convolution: dict) -> None:
             )
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(7, 5), (26, 41), (40, 33)])
-@pytest.mark.parametrize(
-    "convolution",
-    [
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 5, "padding": 2, "stride": 2, "groups": 8},
-        {"kernel_size": 4, "padding": 3},
-        {"kernel_size": (1, 5), "padding": (0, 2)},
-        {"kernel_size": 3, "padding": 2, "dilation": 2, "bias": False},
-        {"kernel_size": 2, "padding": 1, "stride": 3},
-        {"kernel_size": 7, "padding": 9, "groups": 4},
-    ],
-)
-def test_a_shift_before_zero_padding_is_exact(
-    convolution: dict, size: tuple[int, int], memory_format: torch.memory_format
-) -> None:
-    """Also for another size, in inference mode, with gradients for the input, and after new weights."""
-    torch.manual_seed(0)
-    plain, shift = nn.Conv2d(8, 8, **convolution).double(), torch.randn(8, dtype=torch.float64)
-    shifted = copy.deepcopy(plain)
-    ShiftedConv2d.take_over(shifted, shift)
-    shifted.requires_grad_(False)
-    for height, width in (size, size[::-1], (50, 50)):
-        x = torch.randn(2, 8, height, width, dtype=torch.float64).contiguous(
-            memory_format=memory_format
-        )
-        with torch.inference_mode():
-            torch.testing.assert_close(shifted(x.clone()), plain(x + shift.view(1, -1, 1, 1)))
-        x.requires_grad_()
-        ours, theirs = shifted(x), plain(x + shift.view(1, -1, 1, 1))
-        torch.testing.assert_close(ours, theirs)
-        torch.testing.assert_close(
-            torch.autograd.grad(ours.square().sum(), x),
-            torch.autograd.grad(theirs.square().sum(), x),
-        )
-        nn.init.normal_(plain.weight)
-        shifted.load_state_dict(plain.state_dict() | {"shift": shift})
 
 
 def test_a_value_with_two_uses_is_not_merged() -> None:
@@ -444,36 +372,8 @@ def test_a_linear_layer_over_positions_is_left_alone(behind, size, activation, m
     assert_same(model, freeze(model, merge), torch.randn(2, 3, size, size))
 
 
-class Means(nn.Module):
-    """The norm's value goes into a classifier by some way of averaging."""
-
-    def __init__(self, average):
-        super().__init__()
-        self.conv, self.norm, self.head, self.average = (
-            nn.Conv2d(3, 16, 3),
-            NormAct2d(16),
-            nn.Linear(16, 5),
-            average,
-        )
-
-    def forward(self, x):
-        return self.head(self.average(self.norm(self.conv(x))))
 
 
-@pytest.mark.parametrize(
-    "average, merged",
-    [
-        (lambda y: y.flatten(2).mean(-1), False),
-        (lambda y: y.mean(3).mean(2), False),
-        (lambda y: y.mean((2, 3)), True),
-        (lambda y: y.mean(dim=(-1, -2), keepdim=True).flatten(1), True),
-    ],
-)
-def test_ways_to_average(average, merged):
-    model = trained_like(Means(average))
-    frozen = freeze(model)
-    assert_same(model, frozen, torch.randn(2, 3, 8, 8))
-    assert (frozen.norm.floor is None) == merged
 
 
 def test_a_dropout_of_a_class_of_its_own_may_drop_in_evaluation():
@@ -503,34 +403,8 @@ def test_nothing_is_merged_inside_of_a_forward_that_cannot_be_traced():
     assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
 
 
-def test_merging_nothing_leaves_the_features_between():
-    model = trained_like(create_model("efficientnet_b0", "ln_pn"))
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            freeze(model, "none").forward_features(x),
-            model.forward_features(x),
-            atol=1e-4,
-            rtol=1e-4,
-        )
 
 
-def test_a_shifted_convolution_sees_every_edit_and_no_autocast():
-    layers = [
-        nn.Conv2d(3, 8, 3),
-        NormAct2d(8, act_layer="silu"),
-        nn.Conv2d(8, 8, 3, padding=1, bias=False),
-    ]
-    model = trained_like(nn.Sequential(*layers))
-    frozen, x = freeze(model), torch.randn(1, 3, 64, 64).to(memory_format=torch.channels_last)
-    assert isinstance(frozen[2], ShiftedConv2d)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        frozen(x)
-    assert_same(model, frozen, x)
-    for net in (model, frozen):
-        net[2].weight.data.mul_(2)
-    assert_same(model, frozen, x)
-    torch.testing.assert_close(torch.vmap(frozen)(x[None])[0], frozen(x), atol=1e-5, rtol=1e-4)
 
 
 def test_everything_is_in_evaluation_mode():
