@@ -11,9 +11,7 @@ from proxynorm.nn.norm_act import NormAct2d
 
 
 @torch.no_grad()
-def update_bn(
-    model: nn.Module, loader: Iterable, device: torch.device | str | None = None
-) -> None:
+def update_bn(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> None:
     """Set the running statistics of all batch norms to their averages over a loader's batches.
 
     The equivalent of torch.optim.swa_utils.update_bn, which knows torch's own batch norms only and passes over NormAct2d

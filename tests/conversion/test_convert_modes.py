@@ -152,9 +152,7 @@ def test_what_only_one_mode_or_call_shows_is_refused(forward: Callable, reason: 
     [
         lambda s, x: s.end(s.a(behind(s, x)) if s.training else s.b(behind(s, x))),
         lambda s, x: s.end(s.a(behind(s, x)) if s.training else F.silu(behind(s, x))),
-        lambda s, x: (
-            s.end(s.a(behind(s, x))) if s.training else s.a(s.end(s.a(behind(s, x))))
-        ),
+        lambda s, x: s.end(s.a(behind(s, x))) if s.training else s.a(s.end(s.a(behind(s, x)))),
         lambda s, x: s.block(x) + s.block(x, True) + s.a(behind(s, x)),
         lambda s, x: s.block(x, s.training) + s.a(behind(s, x)),
         lambda s, x: F.elu(s.bn(s.conv(x))) + (F.elu(s.conv(x)) if s.training else 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,19 +63,18 @@ def start_of_efficientnet(norm: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name, norm, merge",
+    "name, norm",
     [
-        *(("resnet20v2", norm, merge) for norm in NORMS for merge in ("fast", "full")),
-        *((name, "ln_pn", merge) for name in list(MODELS)[1:] for merge in ("fast", "full")),
-        *((name, "bn_pn", "full") for name in list(MODELS)[1:]),
-        ("resnet50", "bn", "fast"),
+        *(("resnet20v2", norm) for norm in NORMS),
+        *((name, norm) for name in list(MODELS)[1:] for norm in ("ln_pn", "bn_pn")),
+        ("resnet50", "bn"),
     ],
 )
-def test_frozen_equals_the_model(name: str, norm: str, merge: str) -> None:
+def test_frozen_equals_the_model(name: str, norm: str) -> None:
     model = trained_like(create_model(name, norm, num_classes=5, **MODELS[name]).double())
     state = copy.deepcopy(model.state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    frozen = freeze(model, merge)
+    frozen = freeze(model)
     with torch.no_grad():
         torch.testing.assert_close(frozen(images), model(images), rtol=1e-8, atol=1e-8)
     assert not any(isinstance(module, NormAct2d) for module in frozen.modules())
@@ -85,43 +85,7 @@ def test_frozen_equals_the_model(name: str, norm: str, merge: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-
-
-
-
-@pytest.mark.parametrize(
-    "act", [nn.ReLU(), nn.LeakyReLU(0.3), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Tanh()]
-)
-@pytest.mark.parametrize(
-    "convolution",
-    [
-        {"kernel_size": 1},
-        {"kernel_size": 1, "groups": 4, "stride": 2},
-        {"kernel_size": 1, "padding": 1},
-        {"kernel_size": 3, "padding": 1, "groups": 8},
-        {"kernel_size": 3},
-        {"kernel_size": 3, "padding": "same"},
-    ],
-)
-def test_merging_is_exact(act: nn.Module, convolution: dict) -> None:
-    for out_channels, bias in ((8, False), (16, True)):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(3, 8, 3),
-            NormAct2d(8, "ln_pn", act_layer=act),
-            nn.Conv2d(8, out_channels, bias=bias, **convolution),
-        )
-        model = trained_like(model.double())
-        images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
-        for merge in ("fast", "full"):
-            torch.testing.assert_close(
-                freeze(model, merge)(images), model(images), rtol=1e-10, atol=1e-10
-            )
-
-
-
-
-def test_a_value_with_two_uses_is_not_merged() -> None:
+def test_a_value_with_two_uses() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,12 +97,11 @@ def test_a_value_with_two_uses_is_not_merged() -> None:
 
     model = trained_like(Residual().double())
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    frozen = freeze(model, "full")
+    frozen = freeze(model)
     torch.testing.assert_close(frozen(images), model(images), rtol=1e-10, atol=1e-10)
-    assert frozen.norm.gain is not None
 
 
-def test_a_layer_called_twice_is_not_merged() -> None:
+def test_a_layer_called_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -150,7 +113,7 @@ def test_a_layer_called_twice_is_not_merged() -> None:
 
     model = trained_like(Twice().double())
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(freeze(model, "full")(images), model(images), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(freeze(model)(images), model(images), rtol=1e-10, atol=1e-10)
 
 
 def test_converted_networks_freeze() -> None:
@@ -185,8 +148,6 @@ def test_gradients_to_the_input_still_flow() -> None:
 def test_nothing_to_freeze() -> None:
     with pytest.raises(ValueError, match="no NormAct2d"):
         freeze(nn.Conv2d(3, 3, 1))
-    with pytest.raises(ValueError, match="'fast', 'full' and 'none'"):
-        freeze(create_model("resnet20v2"), merge="all")
 
 
 @need_module("onnxruntime")
@@ -208,7 +169,7 @@ def test_onnx_runtime_computes_the_same(make, tmp_path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(freeze(model, "full"), (images,), path, dynamo=True, verbose=False)
+        torch.onnx.export(freeze(model), (images,), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     logits = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
     with torch.no_grad():
@@ -240,17 +201,14 @@ class Reads(nn.Module):
         lambda m: nn.functional.linear(m.conv.weight.mean((2, 3)), m.fc.weight[:, :3]).sum(),
     ],
 )
-def test_a_weight_that_is_read_elsewhere_is_not_merged(read) -> None:
+def test_a_weight_that_is_read_elsewhere(read) -> None:
     assert_freezes(Reads(read))
 
 
 def assert_freezes(model: nn.Module) -> None:
     model = trained_like(model.double())
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    for merge in ("fast", "full"):
-        torch.testing.assert_close(
-            freeze(model, merge)(images), model(images), rtol=1e-9, atol=1e-9
-        )
+    torch.testing.assert_close(freeze(model)(images), model(images), rtol=1e-9, atol=1e-9)
 
 
 class SamePool(nn.AvgPool2d):
@@ -263,7 +221,7 @@ class SamePool(nn.AvgPool2d):
 @pytest.mark.parametrize(
     "pool", [nn.AvgPool2d(2, divisor_override=3), SamePool(2), nn.AvgPool2d(2, ceil_mode=True)]
 )
-def test_pools_that_do_not_average_are_not_merged_across(pool: nn.Module) -> None:
+def test_pools_behind_a_norm(pool: nn.Module) -> None:
     assert_freezes(
         nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, act_layer="silu"), pool, nn.Conv2d(8, 4, 1))
     )
@@ -287,7 +245,7 @@ def with_hook(place: int, before: bool) -> nn.Module:
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("place", range(6))
-def test_hooks_stay_and_hinder_merging(place: int, before: bool) -> None:
+def test_hooks_stay(place: int, before: bool) -> None:
     assert_freezes(with_hook(place, before))
 
 
@@ -301,11 +259,10 @@ def with_set_forward(place: int, act: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("act", ["relu", "silu"])
-def test_a_forward_set_on_a_convolution_stays_and_hinders_merging(act: str) -> None:
+def test_a_forward_set_on_a_convolution_stays(act: str) -> None:
     model = with_set_forward(2, act)
     images = torch.randn(2, 3, 12, 12)
-    for merge in ("fast", "full"):
-        torch.testing.assert_close(freeze(model, merge)(images), model(images))
+    torch.testing.assert_close(freeze(model)(images), model(images))
 
 
 def test_a_forward_set_on_a_norm_is_refused_by_name() -> None:
@@ -356,12 +313,11 @@ def test_models_in_half_precision_freeze(make, norm: str, dtype: torch.dtype) ->
     assert got.dtype == dtype and (got - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-@pytest.mark.parametrize("merge", ["fast", "full", "none"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize(
     "behind, size", [((nn.Flatten(2), nn.Linear(16, 5)), 6), ((nn.Linear(16, 5),), 18)]
 )
-def test_a_linear_layer_over_positions_is_left_alone(behind, size, activation, merge):
+def test_a_linear_layer_over_positions_is_left_alone(behind, size, activation):
     layers = [
         nn.Conv2d(3, 16, 3),
         NormAct2d(16, act_layer=activation),
@@ -369,11 +325,7 @@ def test_a_linear_layer_over_positions_is_left_alone(behind, size, activation, m
         *behind,
     ]
     model = trained_like(nn.Sequential(*layers))
-    assert_same(model, freeze(model, merge), torch.randn(2, 3, size, size))
-
-
-
-
+    assert_same(model, freeze(model), torch.randn(2, 3, size, size))
 
 
 def test_a_dropout_of_a_class_of_its_own_may_drop_in_evaluation():
@@ -387,7 +339,7 @@ def test_a_dropout_of_a_class_of_its_own_may_drop_in_evaluation():
     assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
 
 
-def test_nothing_is_merged_inside_of_a_forward_that_cannot_be_traced():
+def test_a_forward_with_a_branch_on_data():
     class Block(nn.Sequential):
         pass
 
@@ -403,13 +355,68 @@ def test_nothing_is_merged_inside_of_a_forward_that_cannot_be_traced():
     assert_same(model, freeze(model), torch.randn(2, 3, 8, 8))
 
 
-
-
-
-
 def test_everything_is_in_evaluation_mode():
     assert not any(
         module.training
         for module in freeze(trained_like(create_model("resnet20v2", "ln_pn", depth=8))).modules()
     )
     assert not freeze(NormAct2d(4)).training
+
+
+def test_constants_are_buffers_of_their_layer_alone() -> None:
+    """A floor for ReLU, gain and offset for others; the keys of all other modules stay."""
+    model = create_model("resnet20v2", "ln_pn", depth=8)
+    names = {name for name, m in model.named_modules() if isinstance(m, NormAct2d)}
+    state, frozen = model.state_dict(), freeze(model).state_dict()
+    others = {key for key in state if key.rpartition(".")[0] not in names}
+    assert all(torch.equal(frozen[key], state[key]) for key in others)
+    added = {f"{name}.{buffer}" for name in names for buffer in ("scale", "shift", "offset")}
+    assert set(frozen) == others | added
+    layer = freeze(NormAct2d(4, "bn_pn", act_layer="silu"))
+    assert list(layer.state_dict()) == ["scale", "shift", "gain", "offset"]
+
+
+FROZEN = {
+    "modules": lambda: create_model("resnet20v2", "ln_pn", depth=8),
+    "squeeze_excite": lambda: start_of_efficientnet("bn_pn"),
+    "rewritten": lambda: convert(torchvision.models.resnet18(num_classes=5), "gn_pn"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_networks_script_export_trace_and_save(name: str, tmp_path: Path) -> None:
+    model = trained_like(FROZEN[name]())
+    frozen, images = freeze(model), torch.randn(2, 3, 64, 64)
+    torch.save(frozen, tmp_path / "frozen.pt")
+    loaded = torch.load(tmp_path / "frozen.pt", weights_only=False)
+    restored = freeze(FROZEN[name]())
+    restored.load_state_dict(frozen.state_dict())
+    for twin in (
+        torch.jit.script(frozen),
+        torch.export.export(frozen, (images,)).module(),
+        torch.fx.symbolic_trace(frozen),
+        loaded,
+        restored,
+        copy.deepcopy(frozen),
+    ):
+        assert_same(model, twin, images)
+
+
+def test_threads_share_a_frozen_network() -> None:
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        NormAct2d(8, "bn_pn", act_layer="silu"),
+        nn.Conv2d(8, 8, 3, padding=1),
+    ]
+    frozen = freeze(trained_like(nn.Sequential(*layers))).to(memory_format=torch.channels_last)
+    inputs = [torch.randn(1, 3, size, size) for size in (9, 14, 23)]
+    with torch.no_grad():
+        expected = [frozen(x) for x in inputs]
+
+    def compute(i: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(frozen(inputs[i]), expected[i]) for _ in range(100))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(compute, range(3)))
