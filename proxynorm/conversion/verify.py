@@ -59,10 +59,10 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     if keeps_batch_norm or not _is_per_sample(model, call, False):
         return
     try:
-        is_deterministic = same(run(copied, call, True, 0), run(copied, call, True, 1))
+        first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
     except ValueError:  # such as maps of 1×1 pixels, which have no variance
         return
-    if is_deterministic and not _is_per_sample(copied, call, True):
+    if same(first, second) and not _is_per_sample(copied, call, True):
         raise ValueError(
             f"cannot convert this {type(model).__name__}: in training, with a norm that does not depend on the "
             "batch, its output for an image still depends on the others. The network is left as it was"
@@ -70,7 +70,11 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
 
 
 def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool:
-    """Whether the first image alone has the output that it has in its batch."""
+    """Whether the first image alone has the output that it has in its batch.
+
+    Where this cannot be told, no difference is claimed: False for the original, in evaluation, and
+    True for its converted copy, in training.
+    """
     first: list[Tensor] = []
 
     def alone(copied: nn.Module) -> object:
@@ -87,13 +91,13 @@ def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool:
     try:
         whole = run(copy_to_run(model), call, training)
         single = run(copy_to_run(model), alone, training)
-    except Exception:  # the network takes no such batch; nothing is told
-        return not training
+    except Exception:  # the network takes no such batch
+        return training
     wholes, singles = (
         [t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (whole, single)
     )
     if any(t.ndim == 0 or len(t) != len(first[0]) for t in wholes):
-        return not training
+        return training
     return same([t[:1] for t in wholes], singles, _TOLERANCE)
 
 

@@ -6,7 +6,7 @@ refuses. proxynorm.NormAct2d comes from here; proxynorm.nn.NormAct2d is the same
 
 from __future__ import annotations
 
-from timm.layers import create_norm_act
+from timm.layers import create_norm_act, register_notrace_module
 
 from proxynorm.nn import NormAct2d
 
@@ -14,3 +14,4 @@ __all__ = ["NormAct2d"]
 
 create_norm_act._NORM_ACT_TYPES.add(NormAct2d)
 create_norm_act._NORM_ACT_REQUIRES_ARG.add(NormAct2d)  # it takes act_layer
+register_notrace_module(NormAct2d)

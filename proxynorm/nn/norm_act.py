@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from proxynorm.nn.activations import (
     Activation,
@@ -277,6 +277,8 @@ class NormAct2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
+        if isinstance(x, fx.Proxy):  # a leaf for every tracer, as torch's own norms are
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
         if self.proxied and self._folds(x):
             return self._plain(x) if is_transformed() else self._fused(x)

@@ -1,0 +1,208 @@
+"""convert follows what a forward does when it runs: control flow, draws, attributes and caches stay as written."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from proxynorm import conversion_report, convert, freeze
+from proxynorm.nn import NormAct2d
+from tests.helpers import with_random_norms
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+class Block(nn.Module):
+    """A convolution, a norm and a functional activation, with attributes to change and to store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.scale, self.cache, self.drop_rate = 1.0, None, 0.0
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        if self.training and random.random() < self.drop_rate:
+            return x
+        if not torch.is_tensor(x) or torch.is_grad_enabled() != self.training:
+            x = x + 100
+        if self.cache is None:
+            self.cache = torch.ones_like(x)
+        x = F.relu(self.bn(self.conv(x * self.cache)))
+        return x * self.scale if mask is None else x * mask
+
+
+def make(drop_rate: float = 0.0) -> Block:
+    torch.manual_seed(0)
+    block = with_random_norms(Block())
+    block.drop_rate = drop_rate
+    return block
+
+
+def test_branches_and_attributes_stay_alive() -> None:
+    original = make().eval()
+    model = convert(copy.deepcopy(original), "bn")
+    for net in (model, freeze(model)):
+        for scale, mask in ((1.0, None), (3.0, None), (3.0, torch.zeros(1))):
+            net.scale = original.scale = scale
+            torch.testing.assert_close(net(IMAGES, mask), original(IMAGES, mask))
+
+
+def test_random_draws_stay() -> None:
+    model = convert(make(drop_rate=0.5))
+    random.seed(0)
+    skipped = [torch.equal(model(IMAGES), IMAGES) for _ in range(20)]
+    assert 0 < sum(skipped) < 20
+
+
+def test_nothing_of_the_trial_runs_stays_behind() -> None:
+    model, python, cpu = make(), random.getstate(), torch.get_rng_state()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="no norm of this Block"):
+        convert(model, keep=["bm"])
+    convert(model, "bn")
+    assert model.cache is None and model.training
+    assert random.getstate() == python and torch.equal(torch.get_rng_state(), cpu)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model(IMAGES)
+    torch.save(model, io.BytesIO())
+
+
+class Vectors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.Mish()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+def test_what_runs_through_a_norm_decides_and_not_its_class() -> None:
+    model = Vectors()
+    with pytest.raises(
+        ValueError, match=r"norm \(GroupNorm\): it normalizes no maps .*\(2, 8, 62\)"
+    ):
+        convert(model)
+    assert isinstance(model.norm, nn.GroupNorm) and isinstance(model.act, nn.Mish)
+
+
+def test_other_libraries_trace_a_converted_network() -> None:
+    model = convert(torchvision.models.resnet18(num_classes=5)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images))
+    features = create_feature_extractor(model, ["layer2"])(images)["layer2"]
+    assert features.shape == (1, 128, 8, 8)
+    assert any(isinstance(module, NormAct2d) for module in model.modules())
+
+
+def test_every_norm_is_reported() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        torchvision.ops.FrozenBatchNorm2d(8),
+        nn.SiLU(),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.LayerNorm(64),
+    )
+    rows = {row.module: row.action for row in conversion_report(convert(model, keep=["6"]))}
+    assert rows["1"] == "LN + ReLU + PN" and rows["4"] == "LN + SiLU + PN"
+    assert rows["6"].startswith("left as it is: keep") and rows["8"].startswith("left as it is")
+    assert model[4].weight.requires_grad
+
+
+def test_a_norm_without_an_activation_by_the_users_word() -> None:
+    class Written(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.bn(self.conv(x))
+            return F.relu(x) + x
+
+    model = nn.Sequential(Written(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.raises(ValueError, match=r"no_activation=\['0.bn'\]"):
+        convert(model)
+    convert(model, no_activation=["0.*"])
+    assert not model[0].bn.apply_act and model[2].proxied
+
+
+class Detector(nn.Module):
+    """Takes a list of images, and targets in training, as torchvision's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None) -> dict:
+        if self.training and targets is None:
+            raise ValueError("targets are needed")
+        return {"features": self.body(torch.stack(images))}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"images": [IMAGES[0], IMAGES[1]], "targets": [{}, {}]},
+        ([IMAGES[0], IMAGES[1]], [{}, {}]),
+        ([IMAGES[0], IMAGES[1]],),
+        lambda model: model([IMAGES[0]], [{}] if model.training else None),
+    ],
+)
+def test_example_inputs_of_every_form(inputs: object) -> None:
+    assert convert(Detector(), example_inputs=inputs).body[1].proxied
+    with pytest.raises(ValueError, match="cannot run this Detector on random images: pass example"):
+        convert(Detector())
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x)
+
+
+def test_a_call_that_cannot_be_taken_out_is_refused_by_file_and_line() -> None:
+    class Helped(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return helper(self.bn(self.conv(x)))
+
+    with pytest.raises(ValueError, match=r"test_execution\.py:\d+ .*Make the activation a module"):
+        convert(Helped())
+
+
+def test_a_source_that_changed_is_noticed() -> None:
+    model = convert(make())
+    edit = type(model)._edits[0]
+    other = type(edit)(edit.name, edit.ordinals, "0" * 12)
+    with pytest.raises(ValueError, match="changed since its network was converted"):
+        type(model).__reduce_ex__(model, 2)[0](Block, (other,))
+
+
+def test_meta_devices_are_converted() -> None:
+    with torch.device("meta"):
+        model = convert(torchvision.models.resnet18())
+    assert model.bn1.proxied and all(p.is_meta for p in model.parameters())
+
+
+class MixesImages(nn.Module):
+    """In training an image's output depends on the others, whatever the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return x - x.mean(0, keepdim=True) if self.training else x
+
+
+def test_batch_dependence_that_stays_is_refused() -> None:
+    model = MixesImages()
+    with pytest.raises(ValueError, match="still depends on the others. The network is left"):
+        convert(model, "ln_pn")
+    assert isinstance(model.body[1], nn.BatchNorm2d)
+    assert isinstance(convert(model, "bn_pn").body[1], NormAct2d)
