@@ -8,7 +8,6 @@ class. Everything else stays Python that runs: control flow, draws, attributes, 
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -103,7 +102,7 @@ def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
         module.__class__ = _rewritten_class(type(module), tuple(of_class))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rewritten_class(original: type[nn.Module], edits: tuple[Edit, ...]) -> type[nn.Module]:
     namespace: dict[str, object] = {
         "__module__": original.__module__,
