@@ -1,4 +1,4 @@
-"""The benchmarks of the method and the engine, on a small network: what they measure, and what they refuse."""
+"""The benchmarks of the method and the engine, on a small network."""
 
 from __future__ import annotations
 
