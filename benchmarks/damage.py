@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from benchmarks import common
 from benchmarks.loader import SOURCE
@@ -31,7 +31,7 @@ from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import ConfigError
 
-CLASSES, SIZE, HUGE = 10, (160, 120), (4000, 3000)
+CLASSES, BASE, SIZE, HUGE = 10, (500, 375), (160, 120), (4000, 3000)
 ORIENTATION, ROTATED = 0x0112, 6
 
 
@@ -88,11 +88,8 @@ def main(options: Options) -> int:
         raise ConfigError(
             f"images={options.images} share={options.share}: damage at least one and at most half"
         )
-    base = [load_rgb(image) for image in photographs(options.source, 64).images]
-    if any(side < piece for image in base for side, piece in zip(image.size, SIZE)):
-        raise ConfigError(
-            f"source={options.source}: give images of at least {SIZE[0]}x{SIZE[1]} pixels"
-        )
+    listing = photographs(options.source, 64)
+    base = [ImageOps.fit(load_rgb(image), BASE) for image in listing.images]
     workers = options.workers or share_of_cores()
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         found = judge(plant(base, options, Path(name) / "images"), Path(name), workers)
@@ -112,7 +109,7 @@ def plant(base: list[Image.Image], options: Options, folder: Path) -> dict[str, 
     planted = {}
     for number in range(options.images):
         image = base[rng.integers(len(base))]
-        left, top = (int(rng.integers(side - piece + 1)) for side, piece in zip(image.size, SIZE))
+        left, top = (int(rng.integers(side - piece + 1)) for side, piece in zip(BASE, SIZE))
         piece = image.crop((left, top, left + SIZE[0], top + SIZE[1]))
         path = folder / f"class{number % CLASSES}" / f"{number:06d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)

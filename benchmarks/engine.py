@@ -65,13 +65,8 @@ def main(options: Options) -> None:
         figures = measure(options, Path(folder))
     rows = compare(figures)
     cells = [
-        (
-            row["what"],
-            f"{row['images_per_second']:.0f}",
-            f"{row['ratio']:.3f}" if row["ratio"] else "",
-            row["of"],
-        )
-        for row in rows
+        (what, f"{speed:.0f}", f"{ratio:.3f}" if ratio else "", of)
+        for what, speed, ratio, of in map(dict.values, rows)
     ]
     print(text_table(("what", "images/s", "ratio", "of"), cells))
     common.write_figures(options, {"rows": rows, "rounds": figures})
@@ -201,21 +196,23 @@ def timm_loop(options: Options, trainer: Trainer, device: torch.device) -> Calla
 
 def compare(figures: dict[str, list[float]]) -> list[dict]:
     """A row a contender and ratio: what, images_per_second (median), ratio, of what."""
-
-    def slower(first: str, second: str) -> list[float]:
-        return [min(pair) for pair in zip(figures[first], figures[second])]
-
-    def row(name: str, base: list[float] | None = None, of: str = "") -> dict:
-        ratio = None if base is None else common.ratio(figures[name], base)
-        found = {"what": name, "images_per_second": median(figures[name])}
-        return {**found, "ratio": ratio, "of": of}
-
+    bare_or_loader = list(map(min, figures[LOADER], figures[BARE]))
+    step_or_loader = list(map(min, figures[LOADER], figures[STEP]))
+    rows = [
+        (BARE, None, ""),
+        (STEP, figures[BARE], "bare loop"),
+        (LOADER, None, ""),
+        (OURS, bare_or_loader, "min(loader, bare loop)"),
+        (TIMM, None, ""),
+        (OURS, step_or_loader, "min(loader, our step)"),
+        (OURS, figures[TIMM], "timm's training"),
+    ]
     return [
-        row(BARE),
-        row(STEP, figures[BARE], "bare loop"),
-        row(LOADER),
-        row(OURS, slower(LOADER, BARE), "min(loader, bare loop)"),
-        row(TIMM),
-        row(OURS, slower(LOADER, STEP), "min(loader, our step)"),
-        row(OURS, figures[TIMM], "timm's training"),
+        {
+            "what": name,
+            "images_per_second": median(figures[name]),
+            "ratio": base and common.ratio(figures[name], base),
+            "of": of,
+        }
+        for name, base, of in rows
     ]

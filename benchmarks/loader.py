@@ -116,7 +116,7 @@ class LoaderProcess:
         self.pid = self.pool.submit(os.getpid).result()
 
     def epoch(self) -> dict[str, float]:
-        """Run an epoch: run_epoch's figures and "cpu_seconds"."""
+        """Run an epoch: run_epoch's figures, but CPU seconds of the workers too."""
         before = cpu_seconds_of(self.pid)
         answer = self.pool.submit(run_epoch, self.name, self.work).result()
         return {**answer, "cpu_seconds": max(cpu_seconds_of(self.pid) - before, CLOCK_TICK)}

@@ -22,25 +22,10 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from benchmarks.common import (
-    ModelOptions,
-    new_process,
-    ratio,
-    require_positive,
-    seconds,
-    write_figures,
-)
+from benchmarks import common, variants
+from benchmarks.common import ratio, seconds
 from benchmarks.memory import bytes_kept
-from benchmarks.variants import (
-    FORMATS,
-    RECOMPUTE,
-    TORCH_BN,
-    TORCH_LN,
-    Variant,
-    build,
-    check_norms,
-    for_inference,
-)
+from benchmarks.variants import FORMATS, RECOMPUTE, TORCH_BN, TORCH_LN, Variant
 from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option
 from proxynorm.errors import ConfigError
@@ -57,7 +42,7 @@ NORMS += ["gn", "gn_pn", "in", "in_pn"]
 
 
 @dataclass
-class Options(ModelOptions):
+class Options(common.ModelOptions):
     norms: list[str] = option(NORMS, "norms; also NORM+recompute; torch bn, torch ln: torch's own")
     formats: list[str] = option(list(FORMATS), "memory formats: nchw, channels_last")
     modes: list[str] = option(["eager"], "eager, compiled")
@@ -90,19 +75,19 @@ def main(options: Options) -> None:
         content = measure(options)
     else:
         content = measure_in_processes(options)
-    write_figures(options, content)
+    common.write_figures(options, content)
 
 
 def check(options: Options) -> None:
     """Raise ConfigError for a value that is not among the choices, or below 1."""
-    check_norms(options.norms)
+    variants.check_norms(options.norms)
     choices = {"formats": FORMATS, "modes": ("eager", "compiled"), "precision": PRECISIONS}
     for name, known in choices.items():
         given = getattr(options, name)
         given = [given] if isinstance(given, str) else given
         if not given or not set(given) <= set(known):
             raise ConfigError(f"{name}={','.join(given)}: choose of {', '.join(known)}")
-    require_positive(options, "batch", "size", "rounds", "processes", "threads")
+    common.require_positive(options, "batch", "size", "rounds", "processes", "threads")
 
 
 def measure_in_processes(options: Options) -> dict[str, Any]:
@@ -110,7 +95,7 @@ def measure_in_processes(options: Options) -> dict[str, Any]:
     parts = []
     for number in range(options.processes):
         print(f"process {number + 1} of {options.processes}", flush=True)
-        with new_process() as pool:
+        with common.new_process() as pool:
             parts.append(pool.submit(measure, options).result())
     figures = {
         name: sorted(part["figures"][name] for part in parts) for name in parts[0]["figures"]
@@ -130,14 +115,14 @@ def measure(options: Options) -> dict[str, Any]:
     device = choose_device(options.device)
     if options.keep_memory:
         keep_freed_memory(device)
-    variants = [
+    compared = [
         Variant(norm, memory_format, mode)
         for mode, memory_format, norm in product(options.modes, options.formats, options.norms)
     ]
     # Every variant compiles the same forward twice. Beyond the limit torch silently runs eagerly.
-    torch._dynamo.config.recompile_limit = 2 * len(variants)
+    torch._dynamo.config.recompile_limit = 2 * len(compared)
     try:
-        contenders = {variant: prepare(variant, options, device) for variant in variants}
+        contenders = {variant: prepare(variant, options, device) for variant in compared}
     except ValueError as error:  # a map too small for a norm
         raise ConfigError(
             f"model={options.model} batch={options.batch} size={options.size}: {error} "
@@ -161,14 +146,14 @@ def measure(options: Options) -> dict[str, Any]:
 
 def prepare(variant: Variant, options: Options, device: torch.device) -> Contender:
     """Build the network, count its bytes, run it once."""
-    net = build(variant, options.model, device)
+    net = variants.build(variant, options.model, device)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size, generator=generator)
     images = images.to(device).contiguous(memory_format=FORMATS[variant.memory_format])
     labels = torch.zeros(options.batch, dtype=torch.long, device=device)
     with autocast(options, device):
         kept = bytes_kept(net, images, labels)
-    frozen = for_inference(variant, net) if options.inference else None
+    frozen = variants.for_inference(variant, net) if options.inference else None
     if variant.mode == "compiled":
         net, frozen = torch.compile(net), frozen and torch.compile(frozen)
     contender = Contender(variant, net, frozen, images, labels, kept)

@@ -8,32 +8,30 @@ Bytes an image, and images a second of training crops; the files take turns, an 
 from __future__ import annotations
 
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from benchmarks import common
-from benchmarks.loader import SOURCE
+from benchmarks.contenders import Work, run_epoch
+from benchmarks.loader import OURS, SOURCE, check
 from benchmarks.photographs import photographs
 from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option
-from proxynorm.data import DataSpec, LoaderSpec, TrainLoader, open_data
 from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import Listing
-from proxynorm.errors import ConfigError
 
 STORED = (
-    StorageOptions(None, 95, 1.0),
-    StorageOptions(500, 90, 1.0),
-    StorageOptions(500, 80, 1.0),
-    StorageOptions(400, 90, 1.0),
-    StorageOptions(320, 90, 1.0),
-    StorageOptions(500, 90, 0.5),
-    StorageOptions(400, 90, 0.1),
+    StorageOptions(max_side=None, jpeg_quality=95),
+    StorageOptions(max_side=500, jpeg_quality=90),
+    StorageOptions(max_side=500, jpeg_quality=80),
+    StorageOptions(max_side=400, jpeg_quality=90),
+    StorageOptions(max_side=320, jpeg_quality=90),
+    StorageOptions(max_side=500, jpeg_quality=90, jpeg_probability=0.5),
+    StorageOptions(max_side=400, jpeg_quality=90, jpeg_probability=0.1),
 )
 HEADER = ("max_side", "quality", "JPEG share", "KB/image", "images/s", "per CPU s")
 
@@ -49,22 +47,20 @@ class Options(common.Options):
 
 
 def main(options: Options) -> None:
-    common.require_positive(options, "rounds", "size", "batch", "workers")
-    if options.images < options.batch:
-        raise ConfigError(f"images={options.images}: give at least batch={options.batch}")
+    check(options)
     workers = options.workers or share_of_cores()
     listing = photographs(options.source, options.images)
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         folders = [Path(name) / str(number) for number in range(len(STORED))]
         table = [store(listing, *pair, workers) for pair in zip(folders, STORED)]
-        loaders = [open_loader(folder, options, workers) for folder in folders]
-        # The first epoch reads the files and is not counted.
-        epochs = range(options.rounds + 1)
-        rounds = [[speed(loader, epoch) for loader in loaders] for epoch in epochs][1:]
-    for row, speeds in zip(table, zip(*rounds)):
-        wall, cpu = (round(median(column), 1) for column in zip(*speeds))
-        row |= {"images_per_second": wall, "images_per_cpu_second": cpu}
-    print(text_table(HEADER, [cells(row) for row in table]))
+        works = [Work(str(folder), options.size, options.batch, workers) for folder in folders]
+        # The first epoch opens and reads the files and is not counted.
+        epochs = [[run_epoch(OURS, work) for work in works] for _ in range(options.rounds + 1)][1:]
+    for row, runs in zip(table, zip(*epochs)):
+        for key, time in (("second", "seconds"), ("cpu_second", "cpu_seconds")):
+            speed = median(run["images"] / run[time] for run in runs)
+            row[f"images_per_{key}"] = round(speed, 1)
+    print(text_table(HEADER, [cells(*row.values()) for row in table]))
     common.write_figures(options, {"workers": workers, "table": table})
 
 
@@ -73,25 +69,11 @@ def store(listing: Listing, folder: Path, storage: StorageOptions, workers: int)
     done = prepare(listing, folder / "train.beton", storage, "raise", workers)
     for suffix in ("", ".json", ".sums.npy"):
         (folder / f"val.beton{suffix}").symlink_to(f"train.beton{suffix}")
-    size = round(float(read_beton(done.path).size.mean()))
-    return {**asdict(storage), "bytes_per_image": size}
+    way = {key: getattr(storage, key) for key in ("max_side", "jpeg_quality", "jpeg_probability")}
+    return {**way, "bytes_per_image": round(float(read_beton(done.path).size.mean()))}
 
 
-def open_loader(folder: Path, options: Options, workers: int) -> TrainLoader:
-    spec = DataSpec("beton", root=str(folder), image_size=options.size, augmentation="inception")
-    data = open_data(spec, LoaderSpec("ffcv", workers))
-    return data.train_loader(options.batch, options.batch, seed=0)
-
-
-def speed(loader: TrainLoader, epoch: int) -> tuple[float, float]:
-    """Images a second, and a second of processor time, of an epoch."""
-    start, used = time.perf_counter(), time.process_time()
-    images = sum(len(batch.images) for batch in loader.epoch(epoch))
-    return images / (time.perf_counter() - start), images / (time.process_time() - used)
-
-
-def cells(row: dict) -> list[str]:
+def cells(side: int | None, quality: int, share: float, size: int, *speeds: float) -> list[str]:
     """A row of the printed table."""
-    way = [row["max_side"] or "any", row["jpeg_quality"], row["jpeg_probability"]]
-    speeds = [f"{row[key]:.0f}" for key in ("images_per_second", "images_per_cpu_second")]
-    return [*map(str, way), f"{row['bytes_per_image'] / 1e3:.1f}", *speeds]
+    way = [str(side or "any"), str(quality), str(share)]
+    return [*way, f"{size / 1e3:.1f}", *(f"{speed:.0f}" for speed in speeds)]

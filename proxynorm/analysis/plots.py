@@ -27,15 +27,12 @@ POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
 
 
 def norm_label(norm: str) -> str:
-    """A norm's name in the paper's style: ln_pn → LN+PN; another name as it is."""
-    base, _, variant = norm.partition("_")
-    if base not in NORM_COLORS or variant not in DASHES:
-        return norm
-    return "+".join(part.upper() for part in (base, variant) if part)
+    """A norm's name as the paper writes it, ln_pn as LN+PN; any other name as it is."""
+    return "+".join(norm.upper().split("_")) if norm_style(norm) else norm
 
 
 def norm_style(norm: str) -> dict[str, str]:
-    """Keyword arguments of Axes.plot: a norm's colour and dashes; none for another name."""
+    """A norm's colour and dashes, as keyword arguments of Axes.plot; empty for any other name."""
     base, _, variant = norm.partition("_")
     if base not in NORM_COLORS or variant not in DASHES:
         return {}
