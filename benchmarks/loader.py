@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -137,42 +137,29 @@ class LoaderProcess:
         self.pool.shutdown()
 
 
-def process_tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[Any]:
     """The process and all its living descendants."""
-    found = [pid]
-    for process in found:
-        for file in Path(f"/proc/{process}/task").glob("*/children"):
-            found += map(int, read_if_alive(file).split())
-    return found
+    import psutil  # FFCV requires it
+
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
 
 
 def memory_of(pid: int) -> int:
     """Bytes of a process tree, shared pages counted once and files' pages left out."""
     total = 0
     for process in process_tree(pid):
-        for line in read_if_alive(Path(f"/proc/{process}/smaps_rollup")).splitlines():
-            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
-                total += 1024 * int(line.split()[1])
+        with suppress(OSError):  # it ended meanwhile
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            counted = [line for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+            total += sum(1024 * int(line.split()[1]) for line in counted)
     return total
 
 
 def cpu_seconds_of(pid: int) -> float:
     """Processor time of a process tree so far, awaited children included."""
-    ticks = 0
-    for process in process_tree(pid):
-        # After the name in parentheses: state (field 3 of proc(5)), …, utime, stime, cutime,
-        # cstime (fields 14 to 17).
-        fields = read_if_alive(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()
-        ticks += sum(map(int, fields[11:15]))
-    return ticks * CLOCK_TICK
-
-
-def read_if_alive(file: Path) -> str:
-    """A file of /proc; empty if the process has ended."""
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
+    times = (process.cpu_times() for process in process_tree(pid))
+    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
 def measure(work: Work, rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
