@@ -137,7 +137,7 @@ def plot_p1(
         label = f"{norm_label(norm)}, mean-field theory"
         axes.plot(range(1, len(values) + 1), values, "k", lw=1, dashes=(1, 1.5), label=label)
     names, count = ", ".join(map(norm_label, nets)), len(next(iter(nets.values())))
-    axes.set_title(f"P1 in random nets: {names} (mean and range of {count})")
+    axes.set_title(f"P1 in random nets: {names} (mean and range of {count} nets)")
     axes.set(xlabel=DEPTH, ylabel=f"P1, constant channels ({SHARE})", ylim=(-0.02, 1.02))
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
