@@ -9,7 +9,6 @@ over the map and constants that only LN+PN has, and torch's norm, which it repla
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from statistics import median
 
@@ -27,7 +26,6 @@ from proxynorm.train.memory import keep_freed_memory
 
 LN_PN, STEP = "ln_pn", "all operators"
 SHOWN = 20
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would log each start and stop
 
 
 @dataclass

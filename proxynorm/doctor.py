@@ -120,16 +120,12 @@ def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
     needed = settings.device.startswith("cuda")
     if shutil.which("nvidia-smi"):
         text, remedy = unusable_gpu()
-        yield Finding(MISSING if needed else WARNING, "cuda", text + asked, remedy)
-        return
-    text = f"no GPU: training runs on {os.cpu_count()} CPU cores{asked}"
-    if needed:
-        yield Finding(MISSING, "cuda", text, "device=auto")
-    elif hardware:
-        remedy = "sbatch slurm/train.sbatch, on a cluster with GPUs"
-        yield Finding(WARNING, "cuda", text, remedy)
     else:
-        yield Finding(OK, "cuda", text)
+        text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
+        cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs"
+        remedy = "device=auto" if needed else cluster if hardware else ""
+    status = MISSING if needed else WARNING if remedy else OK
+    yield Finding(status, "cuda", text + asked, remedy)
 
 
 def unusable_gpu() -> tuple[str, str]:
@@ -219,8 +215,7 @@ def check_fashion_mnist(spec: DataSpec) -> Finding:
 def check_folder(folder: Path) -> Finding:
     """One folder of class folders, SAMPLED_IMAGES of its images decoded."""
     images = list_folder(folder).images
-    rows = permutation(0, 0, len(images))[:SAMPLED_IMAGES]
-    bad = []
+    rows, bad = permutation(0, 0, len(images))[:SAMPLED_IMAGES], []
     for row in rows:
         try:
             load_rgb(images[row], strict=True)
@@ -341,19 +336,19 @@ def existing(folder: Path) -> Path:
 def check_memory(settings: Settings) -> Iterator[Finding]:
     """Available memory beside the training file, which the page cache holds if it fits."""
     available = available_memory()
-    text = f"{available / 1e9:.1f} GB available"
-    if settings.data.name != "beton":
-        yield Finding(OK, "memory", text)
-        return
-    file = Path(settings.data.root or "DIR").expanduser() / "train.beton"
-    size = file.stat().st_size if file.is_file() else IMAGENET_BYTES
-    text += f"; the training file of {size / 1e9:.1f} GB"
-    if size <= available:
-        yield Finding(OK, "memory", f"{text} fits")
-    else:
-        remedy = f"{WRITE.format(file)} overwrite=true max_side=400, or data.root=FAST LOCAL DISK"
-        text += " does not fit, every epoch reads the disk"
-        yield Finding(WARNING, "memory", text, remedy)
+    text, remedy = f"{available / 1e9:.1f} GB available", ""
+    if settings.data.name == "beton":
+        file = Path(settings.data.root or "DIR").expanduser() / "train.beton"
+        size = file.stat().st_size if file.is_file() else IMAGENET_BYTES
+        text += f"; the training file of {size / 1e9:.1f} GB"
+        if size > available:
+            text += " does not fit, every epoch reads the disk"
+            remedy = (
+                f"{WRITE.format(file)} overwrite=true max_side=400, or data.root=FAST LOCAL DISK"
+            )
+        else:
+            text += " fits"
+    yield Finding(WARNING if remedy else OK, "memory", text, remedy)
 
 
 def available_memory() -> int:
@@ -368,12 +363,12 @@ def available_memory() -> int:
 def check_wandb(settings: Settings) -> Iterator[Finding]:
     """Where W&B logs to."""
     mode = choose_mode(settings.logger.mode)
-    if mode == "offline":
-        text = "no key: runs are logged offline, into their folders"
-        yield Finding(WARNING, "wandb", text, "wandb login (or logger=none)")
-    else:
-        off = "off for this experiment"
-        yield Finding(OK, "wandb", off if mode == "disabled" else mode)
+    text = {
+        "offline": "no key: runs are logged offline, into their folders",
+        "disabled": "off for this experiment",
+    }.get(mode, mode)
+    remedy = "wandb login (or logger=none)" if mode == "offline" else ""
+    yield Finding(WARNING if remedy else OK, "wandb", text, remedy)
 
 
 def check_slurm() -> Iterator[Finding]:
@@ -386,12 +381,12 @@ def check_slurm() -> Iterator[Finding]:
     command = ["sinfo", "--noheader", "--format=%P %D %G"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        works, output = answer.returncode == 0, (answer.stdout or answer.stderr).splitlines()
+        works, output = answer.returncode == 0, answer.stdout or answer.stderr
     except (OSError, subprocess.TimeoutExpired) as error:
-        works, output = False, [str(error)]
-    lines = [line.strip() for line in output if line.strip()] or ["no partitions"]
+        works, output = False, str(error)
+    text = "; ".join(output.split("\n")).strip("; ") or "no partitions"
     if works:
-        yield Finding(OK, "slurm", f"partition, nodes, GPUs: {'; '.join(lines)}")
+        yield Finding(OK, "slurm", f"partition, nodes, GPUs: {text}")
     else:
-        text = f"installed, but its controller does not answer: {lines[0]}"
+        text = f"installed, but its controller does not answer: {text}"
         yield Finding(WARNING, "slurm", text, "systemctl start slurmctld slurmd")

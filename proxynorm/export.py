@@ -159,67 +159,14 @@ def export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) ->
     return difference
 
 
-ONNX_LOAD = """
-`model.onnx` needs onnxruntime alone. Its input `images` are float32 (any number, {channels},
-{size}, {size}), normalized as above; its output `logits` has a column a class:
-
-```python
-import numpy
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-images = numpy.zeros((1, {channels}, {size}, {size}), numpy.float32)  # (x - mean) / std of yours
-logits = session.run(["logits"], {{"images": images}})[0]
-```
-"""
-
-CARD = """---
-license: {licence}
-library_name: proxynorm
-tags: [image-classification, proxy-normalization, {norm}]
----
-
-# {model}, {norm}, {data}
-
-Trained with proxynorm (Labatie et al., "Proxy-Normalizing Activations to Match Batch Normalization
-while Removing Batch Dependence", arXiv 2106.03743).
-Files: `model.safetensors`, `config.json`{onnx}.
-
-## Measured
-
-Top-1 {top1:.2f} %, top-5 {top5:.2f} %, cross-entropy {loss:.4f} on
-{count} {split}: one run (seed {seed}), the {weights} weights, after
-{steps} weight updates. No spread over seeds is known from this run alone.
-
-## Inputs
-
-{channels} × {size} × {size}, values in 0..1, then (x − mean) / std with mean
-{mean} and std {std}; {number_of_classes} classes, named in `config.json`.
-
-## Load
-
-```python
-from proxynorm.export import load
-
-exported = load("FOLDER")  # exported.model, exported.inputs, exported.metrics
-```
-{onnx_load}
-## Recipe
-
-{recipe}
-
-## Licence
-
-Of the weights: {licence}. The data set ({data}) has its own terms.
-"""
-
-
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
     """The README.md of an export, from what config.json holds."""
     config, inputs = content["config"], content["inputs"]
     keys = [key for key in RECIPE if key in config]
     recipe = [f"- {key}: `{json.dumps(config[key], ensure_ascii=False)}`" for key in keys]
-    return CARD.format(
+    templates = [Path(__file__).with_name(name) for name in ("model_card.md", "model_card_onnx.md")]
+    card, onnx_load = (template.read_text() for template in templates)
+    return card.format(
         **content["metrics"],
         **inputs,
         **{key: config[key]["name"] for key in ("model", "norm", "data")},
@@ -227,5 +174,5 @@ def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
         recipe="\n".join(recipe),
         licence=licence,
         onnx=", `model.onnx` (inference, proxy constants folded)" if onnx else "",
-        onnx_load=ONNX_LOAD.format(**inputs) if onnx else "",
+        onnx_load=onnx_load.format(**inputs) if onnx else "",
     )

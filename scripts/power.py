@@ -12,7 +12,7 @@ p1.png and p1.svg: P1 of each norm that was measured both with and without PN, a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -95,21 +95,14 @@ def check(options: Options) -> None:
 def decompose_random_nets(options: Options, device: torch.device) -> dict[str, list]:
     """The rows of each net, by norm."""
     found: dict[str, list[list[PowerRow]]] = {norm: [] for norm in options.norms}
+    keys = ("width", "depth", "beta_std", "gamma_std", "groups")
+    chosen = {key: getattr(options, key) for key in keys}
     shape = (options.images, 3, options.size, options.size)
     for norm, nets in found.items():
         for seed in range(options.nets):
-            net = random_net(
-                norm,
-                options.width,
-                options.depth,
-                seed,
-                padding_mode=options.padding,
-                beta_std=options.beta_std,
-                gamma_std=options.gamma_std,
-                groups=options.groups,
-            )
+            net = random_net(norm, seed=seed, padding_mode=options.padding, **chosen).to(device)
             images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            nets.append(power_decomposition(net.to(device), images.split(options.batch)))
+            nets.append(power_decomposition(net, images.split(options.batch)))
             last = nets[-1][-1]
             print(f"{norm} net {seed}: P1 at depth {last.depth} {last.p1:.4f}", flush=True)
     return found
@@ -124,13 +117,14 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
     plot_power(means, folder / "power.png", expected)
     pairs = [name for norm in found for name in (norm, f"{norm}_pn") if f"{norm}_pn" in found]
     shown = {norm: found[norm] for norm in pairs or found}
-    expected_shown = {norm: curve for norm, curve in expected.items() if norm in shown}
-    plot_p1(shown, [folder / "p1.png", folder / "p1.svg"], expected_shown)
-    kept = ("width", "depth", "nets", "images", "size", "beta_std", "gamma_std", "padding")
-    summary = {name: value for name, value in asdict(options).items() if name in kept}
-    summary["largest_p1"] = {norm: max(row.p1 for row in rows) for norm, rows in means.items()}
-    summary["p1_of_each_net_at_last_depth"] = {
-        norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()
+    mean_field = {norm: curve for norm, curve in expected.items() if norm in shown}
+    plot_p1(shown, [folder / "p1.png", folder / "p1.svg"], mean_field)
+    keys = ("width", "depth", "nets", "images", "size", "beta_std", "gamma_std", "padding")
+    last = {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()}
+    summary = {
+        **{key: getattr(options, key) for key in keys},
+        "largest_p1": {norm: max(row.p1 for row in rows) for norm, rows in means.items()},
+        "p1_of_each_net_at_last_depth": last,
     }
     if expected:
         summary["mean_field_p1"] = field
