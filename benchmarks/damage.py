@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import ConfigError
 
-CLASSES, BASE, SIZE, HUGE = 10, (500, 375), (160, 120), (4000, 3000)
+CLASSES, SIZE, HUGE = 10, (160, 120), (4000, 3000)
 ORIENTATION, ROTATED = 0x0112, 6
 
 
@@ -89,7 +90,7 @@ def main(options: Options) -> int:
             f"images={options.images} share={options.share}: damage at least one and at most half"
         )
     listing = photographs(options.source, 64)
-    base = [ImageOps.fit(load_rgb(image), BASE) for image in listing.images]
+    base = [ImageOps.fit(load_rgb(image), SIZE) for image in listing.images]
     workers = options.workers or share_of_cores()
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         found = judge(plant(base, options, Path(name) / "images"), Path(name), workers)
@@ -100,21 +101,17 @@ def main(options: Options) -> int:
 
 
 def plant(base: list[Image.Image], options: Options, folder: Path) -> dict[str, str]:
-    """Fill folder/CLASS/ with pieces of the base images; returns {path of an odd one: its kind}."""
-    rng = np.random.default_rng(0)
+    """Fill folder/CLASS/ with the base images in turn; returns {path of an odd one: its kind}."""
     count = round(options.images * options.share)
-    rows = rng.permutation(options.images)[: 2 * count].tolist()
-    kinds = [*([*DAMAGED] * count)[:count], *([*UNUSUAL] * count)[:count]]
-    odd = dict(zip(rows, kinds))
-    planted = {}
+    rows = np.random.default_rng(0).permutation(options.images)[: 2 * count].tolist()
+    kinds = [*islice(cycle(DAMAGED), count), *islice(cycle(UNUSUAL), count)]
+    odd, planted = dict(zip(rows, kinds)), {}
     for number in range(options.images):
-        image = base[rng.integers(len(base))]
-        left, top = (int(rng.integers(side - piece + 1)) for side, piece in zip(BASE, SIZE))
-        piece = image.crop((left, top, left + SIZE[0], top + SIZE[1]))
         path = folder / f"class{number % CLASSES}" / f"{number:06d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = odd.get(number)
-        path.write_bytes((DAMAGED | UNUSUAL)[kind](piece) if kind else encoded(piece))
+        make = (DAMAGED | UNUSUAL).get(kind, encoded)
+        path.write_bytes(make(base[number % len(base)]))
         if kind:
             planted[str(path)] = kind
     return planted
