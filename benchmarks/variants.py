@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from proxynorm.cli import nearest
 from proxynorm.conversion.freeze import freeze
 from proxynorm.errors import ConfigError
 from proxynorm.models import create_model
 from proxynorm.nn import NORMS, NormAct2d, recompute
-from proxynorm.nn.names import unknown_name
 
 TORCH_BN, TORCH_LN = "torch bn", "torch ln"
 RECOMPUTE = "+recompute"
@@ -36,7 +36,7 @@ def check_norms(names: list[str]) -> None:
         raise ConfigError("norms=[]: name at least one")
     for name in names:
         if name not in known:
-            raise ConfigError(unknown_name("norm", name, known))
+            raise ConfigError(f"no norm '{name}'; {nearest(name, known)}")
 
 
 def build(variant: Variant, model: str, device: torch.device) -> nn.Module:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from proxynorm.cli import fail, nearest, script
 from proxynorm.errors import ConfigError
@@ -15,7 +17,7 @@ from proxynorm.errors import ConfigError
 # Each is a module of benchmarks/ with a dataclass Options and a function main(options).
 BENCHMARKS = {
     "step": "time of training and inference steps of every norm, bytes kept, share of the moments",
-    "passes": "where LN+PN's time goes: its layers and extra passes over the map, timed alone",
+    "passes": "where LN+PN's time goes: the operators of a step, beside those with torch's LN",
     "memory": "bytes kept for the backward pass by every norm, beside torch's batch norm",
     "loader": "images a second of our loaders, FFCV's, torchvision's and timm's on the same JPEGs",
     "engine": "our training loop against a bare one, its loader alone, and timm's parts",
@@ -37,7 +39,17 @@ def main() -> None:
     # benchmarks/ lies in the repository, outside of the installed package.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     module = import_module(f"benchmarks.{name}")
-    script(module.Options, module.main, module.__doc__)
+    script(module.Options, lambda options: run(module, options), module.__doc__)
+
+
+def run(module: ModuleType, options: Any) -> int | None:
+    """Run a benchmark. Makes the folder of its file first, so that no measurement is lost."""
+    if options.json:
+        try:
+            Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"json={options.json}: {error.strerror}") from None
+    return module.main(options)
 
 
 if __name__ == "__main__":

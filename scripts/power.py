@@ -25,7 +25,7 @@ from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
-from proxynorm.nn.names import NORMS
+from proxynorm.nn import NORMS
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.run_folder import environment, read_metrics
 

@@ -52,6 +52,7 @@ def run_script(monkeypatch, *arguments) -> int:
         (("loader", "source=/none"), "/none: no such folder"),
         (("storage", "images=3"), "images=3: give at least batch=64"),
         (("damage", "share=0.7"), "at most half"),
+        (("startup", "json=/proc/none/startup.json"), "json=/proc/none/startup.json: No such file"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
