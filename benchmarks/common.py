@@ -77,6 +77,7 @@ def ratio(figures: list[float], base: list[float]) -> float:
 
 def new_process() -> ProcessPoolExecutor:
     """A fresh Python process, to which functions are submitted. Use it in a with statement."""
+    # spawn, not fork: the child must not inherit torch's threads or memory.
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 

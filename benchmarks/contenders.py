@@ -126,6 +126,7 @@ def run_epoch(name: str, work: Work) -> dict[str, float]:
 
     The first call in a process opens the loader, within the time.
     """
+    # The loaders have workers of their own; torch's threads would only compete with them.
     torch.set_num_threads(1)
     start, used = time.perf_counter(), time.process_time()
     images, first = 0, 0.0

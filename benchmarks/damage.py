@@ -120,6 +120,7 @@ def plant(base: list[Image.Image], options: Options, folder: Path) -> dict[str, 
 def flip_bits(path: Path, rows: np.ndarray) -> None:
     """Change one bit in the middle of these images of a .beton file."""
     samples = read_beton(path)
+    # Pixels change but the JPEG may still decode, so that only the checksum tells.
     data = np.memmap(path, np.uint8, "r+")
     data[samples.pointer[rows] + samples.size[rows] // 2] ^= 1
     data.flush()

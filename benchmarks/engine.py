@@ -169,14 +169,11 @@ def timm_loop(options: Options, trainer: Trainer, device: torch.device) -> Calla
         input_size=(info.channels, side, side),
         batch_size=options.batch,
         is_training=True,
-        use_prefetcher=True,
         num_workers=options.workers,
         device=device,
         mean=info.mean,
         std=info.std,
-        hflip=0.5,
         color_jitter=None,
-        auto_augment=None,
     )
     model = model.to(device).train()
     optimizer = timm.optim.create_optimizer_v2(model, opt="momentum", lr=0.05, weight_decay=1e-4)
@@ -189,6 +186,7 @@ def timm_loop(options: Options, trainer: Trainer, device: torch.device) -> Calla
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            # timm waits for the loss here as well.
             meter.update(loss.item(), len(images))
 
     return loop

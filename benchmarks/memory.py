@@ -46,6 +46,7 @@ class Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
+                # Per storage, since views share one; weakly, so that counting keeps nothing alive.
                 storage = leaf.untyped_storage()
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out

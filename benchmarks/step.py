@@ -113,6 +113,7 @@ def measure(options: Options) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
+    # Otherwise glibc returns large blocks to the system, and every step faults the pages in again.
     if options.keep_memory:
         keep_freed_memory(device)
     compared = [
@@ -197,6 +198,7 @@ def run(contender: Contender, options: Options) -> None:
 def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
     """Seconds of a step that the proxy moments take: all layers' constants and their backward."""
     layers = [m for m in net.modules() if isinstance(m, NormAct2d) and m.proxied]
+    # Any gradient of the constants costs the same; ones will do.
     ones = [[torch.ones_like(row) for row in layer.folded_constants()] for layer in layers]
     unscaled = [layer for layer in layers if not layer.proxy_scale]
     parameters = [p for layer in unscaled for p in layer.four_parameters() if p.requires_grad]

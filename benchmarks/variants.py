@@ -65,6 +65,7 @@ def use_torch_norms(net: nn.Module, norm: str) -> None:
             use_torch_norms(child, norm)
             continue
         act = copy.deepcopy(child.act)
+        # In place, the activation keeps no map of its own for the backward pass.
         if hasattr(act, "inplace"):
             act.inplace = True
         if norm == TORCH_BN:

@@ -216,6 +216,7 @@ def check_folder(folder: Path) -> Finding:
     """One folder of class folders, SAMPLED_IMAGES of its images decoded."""
     images = list_folder(folder).images
     rows, bad = permutation(0, 0, len(images))[:SAMPLED_IMAGES], []
+    # The torchvision loader meets a damaged image only when training draws it.
     for row in rows:
         try:
             load_rgb(images[row], strict=True)

@@ -46,6 +46,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     suffix = path.suffix.removeprefix(".")
     metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+    # A canvas of its own instead of pyplot, which needs a backend and keeps every figure alive.
     FigureCanvasAgg(figure)
     with matplotlib.rc_context({"svg.hashsalt": "proxynorm"}):
         write_atomic(

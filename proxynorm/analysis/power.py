@@ -57,6 +57,7 @@ class PowerSums:
         """P1, P2, P3, P4."""
         mean, mean_square, std, std_square = self.sums / self.count
         p1, p3 = mean.square(), std.square()
+        # Rounding can leave a variance of 0 slightly negative.
         p2, p4 = (mean_square - p1).clamp_min(0), (std_square - p3).clamp_min(0)
         return tuple(term.mean().item() for term in (p1, p2, p3, p4))
 
@@ -69,6 +70,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     norms = [norm for norm in norms if getattr(norm, "running_mean", None) is not None]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
     model.eval()
+    # Without running statistics Batch Norm falls back on the batch's.
     for norm in norms:
         norm.running_mean = norm.running_var = None
     try:
@@ -105,6 +107,7 @@ def power_decomposition(model: nn.Module, batches: Iterable[Tensor | tuple]) -> 
 
     def collect(name: str) -> Callable[[NormAct2d, tuple], None]:
         def hook(module: NormAct2d, inputs: tuple) -> None:
+            # Normalize once more: the layer's forward fuses the norm with what follows.
             y = module.normalize(inputs[0])
             sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
 
