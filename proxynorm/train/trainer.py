@@ -18,7 +18,7 @@ from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.mixing import Mixing
-from proxynorm.nn.fast import recompute
+from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, seeded_model
 from proxynorm.train.distributed import Process
