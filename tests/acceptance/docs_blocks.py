@@ -13,7 +13,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, the heading it stands under, the line before it, its text."""
+    """A fenced block: its language, the heading it stands under, the paragraph before it, its text."""
 
     language: str
     heading: str
@@ -28,7 +28,7 @@ def blocks(page: Path) -> list[Block]:
     for prose, language, text in zip(pieces[::3], pieces[1::3], pieces[2::3]):
         headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
         heading = headings[-1] if headings else heading
-        introduction = prose.strip().rpartition("\n")[2]
+        introduction = " ".join(prose.strip().rpartition("\n\n")[2].split())
         found.append(Block(language, heading, introduction, text))
     return found
 
