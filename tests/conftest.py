@@ -67,7 +67,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def run_small(tmp_path: Path):
-    """Train a small network in this process: run_small(*overrides) -> (status, folder, rows, last checkpoint)."""
+    """Train a small network in this process.
+
+    run_small(*overrides) returns its status, folder, settings, rows and last checkpoint.
+    """
     from proxynorm.train import checkpoint
     from proxynorm.train.run import train
     from proxynorm.train.run_folder import read_metrics

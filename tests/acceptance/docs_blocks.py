@@ -13,7 +13,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, the heading it stands under, the paragraph before it, its text."""
+    """A fenced block: language, heading above it, paragraph before it, text."""
 
     language: str
     heading: str
