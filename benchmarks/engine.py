@@ -40,7 +40,7 @@ from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder, environment
 from proxynorm.train.settings import Settings
 from proxynorm.train.tracker import Tracker
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.loop import Trainer
 
 HEADER = ("what", "images/s", "ratio", "of")
 
@@ -115,7 +115,7 @@ def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
 def engine_loop(trainer: Trainer, batches: Iterator[Batch], steps: int) -> None:
     """Our training step, `steps` times."""
     for batch in islice(batches, steps):
-        trainer.watch.waited()
+        trainer.timer.data_arrived()
         trainer.train_step([batch])
 
 

@@ -15,7 +15,7 @@ from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import evaluate
 from proxynorm.train.nonfinite import NonFiniteError
 from proxynorm.train.restore import open_evaluation_data, restore
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.loop import Trainer
 from tests.helpers import assert_same_run
 
 

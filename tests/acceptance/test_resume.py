@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from proxynorm.errors import CheckpointError, ConfigError
-from proxynorm.train import checkpoint, trainer
+from proxynorm.train import checkpoint, loop
 from proxynorm.train import run as run_module
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import RunFolder
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.loop import Trainer
 from tests.helpers import SMALL, assert_same_run
 
 EVERYTHING = (
@@ -317,8 +317,8 @@ def test_another_machine_and_lost_rows_are_told(run_small, capsys):
 )
 def test_other_labels_and_classes_are_another_data_set(run_small, monkeypatch, other, words):
     run_small("name=a", "max_steps=5")
-    original = trainer.inputs
-    for module in (trainer, run_module):
-        monkeypatch.setattr(module, "inputs", lambda data: {**original(data), **other})
+    original = loop.describe_data
+    for module in (loop, run_module):
+        monkeypatch.setattr(module, "describe_data", lambda data: {**original(data), **other})
     with pytest.raises(CheckpointError, match=f"another data set {words}"):
         run_small("name=a", "max_steps=7")

@@ -148,7 +148,7 @@ def test_the_fault_of_one_process_ends_all_with_its_message(tmp_path):
 
 NOT_A_NUMBER = """
 import runpy, sys
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.loop import Trainer
 
 original = Trainer.inputs
 

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from proxynorm.train.profiling import profiled
+from proxynorm.train.timing import profiled
 
 
 def test_a_trace_is_written_and_named(tmp_path, capfd):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from proxynorm.train import progress
 from proxynorm.train.progress import Display, figures, fit
-from proxynorm.train.watch import Watch
+from proxynorm.train.timing import StepTimer
 
 ROW = {
     "step": 12345,
@@ -60,16 +60,16 @@ def test_eighty_columns_give_up_the_bar_before_the_time_left(monkeypatch):
 
 def test_the_first_step_of_a_start_is_in_no_rate(capsys):
     """It compiles and allocates. A row of it alone has no rates, and the display goes without them."""
-    watch = Watch(torch.device("cpu"))
-    watch.steps, watch.waits = [12.0], [11.0]
-    assert watch.row(20, 9) == {}
-    watch.steps, watch.waits = [0.5, 0.5, 0.5, 2.0], [0.0] * 4
-    row = watch.row(20, 10)
+    timer = StepTimer(torch.device("cpu"))
+    timer.steps, timer.waits = [12.0], [11.0]
+    assert timer.row(20, 9) == {}
+    timer.steps, timer.waits = [0.5, 0.5, 0.5, 2.0], [0.0] * 4
+    row = timer.row(20, 10)
     assert row["images_per_second"] == 22.9 and row["eta_seconds"] == 8.75
     assert row["step_ms_p50"] == 500 and row["step_ms_p95"] <= 2000
-    watch = Watch(torch.device("cpu"))
-    watch.steps, watch.waits = [12.0, 0.5, 0.5], [11.0, 0.0, 0.0]
-    assert watch.row(20, 10)["images_per_second"] == 40
+    timer = StepTimer(torch.device("cpu"))
+    timer.steps, timer.waits = [12.0, 0.5, 0.5], [11.0, 0.0, 0.0]
+    assert timer.row(20, 10)["images_per_second"] == 40
     assert figures({"loss": 2.0, "lr": 0.1, "gradient_norm": 1.0}) == [
         "loss 2.0000",
         "lr 0.1",
