@@ -26,7 +26,9 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
         try:
             torch.save({"format": FORMAT, **content}, stream)
         except RuntimeError as error:  # torch's archive writer hides the system's error
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     def keep() -> None:
         if previous is not None and path.exists():

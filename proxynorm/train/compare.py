@@ -11,10 +11,8 @@ import torch
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics
 
-TIMINGS = set(
-    "images_per_second data_wait step_ms_p50 step_ms_p95 gpu_memory_gib eta_seconds seconds "
-    "train_seconds".split()
-)
+TIMINGS = {"images_per_second", "data_wait", "step_ms_p50", "step_ms_p95", "gpu_memory_gib"}
+TIMINGS |= {"eta_seconds", "seconds", "train_seconds"}
 
 
 def differences(first: Path, second: Path) -> list[str]:

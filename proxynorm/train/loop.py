@@ -312,7 +312,6 @@ class Trainer:
         if state.skipped:
             row["skipped"] = state.skipped
         self.last_row = {**self.last_row, **row}
-        state.rows += 1
         self.write(row)
         self.display.update(row)
 

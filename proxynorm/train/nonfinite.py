@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -28,9 +27,9 @@ def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype)
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
             # A module that returns its input, as an identity, is not where it began.
             unchanged = output is inputs[0] and not getattr(module, "inplace", False)
-            if isinstance(output, torch.Tensor) and not unchanged:
-                if not torch.isfinite(output).all():
-                    found.append(name)
+            checked = isinstance(output, torch.Tensor) and not unchanged
+            if checked and not torch.isfinite(output).all():
+                found.append(name)
 
         return hook
 
@@ -72,7 +71,9 @@ def describe(state: TrainState, losses: list[float], layers: list[list[str]], no
     for rank, names in enumerate(layers):
         ranks[tuple(names)].append(rank)
     places = [
-        f"first in {', '.join(names)}" + (f" of {process_ranges(found)}" if len(losses) > 1 else "")
+        f"first in {', '.join(names)} of process {', '.join(map(str, found))}"
+        if len(losses) > 1
+        else f"first in {', '.join(names)}"
         for names, found in ranks.items()
         if names
     ]
@@ -85,12 +86,3 @@ def describe(state: TrainState, losses: list[float], layers: list[list[str]], no
         f"not finite, {where}; "
         f"the weights, and the last checkpoint if there is one, are untouched{limit}"
     )
-
-
-def process_ranges(ranks: list[int]) -> str:
-    """Format ascending ranks: process 3; processes 0–2, 5."""
-    # In a run of successive ranks, rank minus position is constant.
-    groups = groupby(enumerate(ranks), lambda item: item[1] - item[0])
-    runs = [[rank for _, rank in group] for _, group in groups]
-    words = [f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return f"{'process' if len(ranks) == 1 else 'processes'} {', '.join(words)}"

@@ -7,10 +7,8 @@ import time
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_SECONDS = 10.0
-BAR_WIDTHS = (8, 24)  # least, most
 COLUMNS = ("epoch", "step", "train loss", "loss", "top-1", "top-5", "images/s", "seconds")
 ROW = "{:>9} {:>9} {:>10} {:>8} {:>7} {:>7} {:>9} {:>8}"
 FIGURES = {  # the most wanted first: a narrow terminal shows the first ones
@@ -32,13 +30,10 @@ class Display:
         self.total_steps, self.epochs, self.visible = total_steps, epochs, visible
         self.console = Console(highlight=False, soft_wrap=True)
         self.last_line = time.monotonic()
-        self.bar = None
+        self.status = None
         if visible and self.console.is_terminal:
-            head, text = TextColumn("{task.fields[head]}"), TextColumn("{task.fields[text]}")
-            self.columns = (head, BarColumn(BAR_WIDTHS[1]), text)
-            self.bar = Progress(*self.columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("", total=total_steps, head="starting", text="")
-            self.bar.start()
+            self.status = self.console.status("starting")
+            self.status.start()
 
     def print(self, text: str) -> None:
         if self.visible:
@@ -50,20 +45,20 @@ class Display:
 
     def update(self, row: dict) -> None:
         """Show a training row; without a terminal at most every ten seconds."""
-        if self.bar:
-            self.move(row)
+        if self.status:
+            self.status.update(self.line(row))
         elif self.visible and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             self.print(f"  step {row['step']}/{self.total_steps}  {'  '.join(figures(row))}")
 
-    def move(self, row: dict) -> None:
-        """Redraw the moving line: epoch and step, the figures that fit, the bar if it fits."""
-        head = f"epoch {row['epoch']:.2f}  {row['step']}/{self.total_steps}"
-        text, room = fit(figures(row), self.console.width - len(head) - 1)
-        left, bar, right = self.columns
-        bar.bar_width = min(room - 1, BAR_WIDTHS[1])
-        self.bar.columns = (left, bar, right) if bar.bar_width >= BAR_WIDTHS[0] else (left, right)
-        self.bar.update(self.task, completed=row["step"], head=head, text=text)
+    def line(self, row: dict) -> str:
+        """Format epoch and step, and as many figures as the terminal is wide."""
+        line = f"epoch {row['epoch']:.2f}  {row['step']}/{self.total_steps}"
+        for part in figures(row):
+            if len(line) + len(part) + 4 > self.console.width:  # the spinner takes two columns
+                break
+            line += f"  {part}"
+        return line
 
     def epoch(self, row: dict, train_loss: float, images_per_second: float, seconds: float) -> None:
         """Print an evaluation's row; NaN training figures (just resumed) are left blank."""
@@ -80,23 +75,12 @@ class Display:
         self.print(ROW.format(*values))
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        if self.status:
+            self.status.stop()
+            self.status = None
 
 
 def figures(row: dict) -> list[str]:
     """Format a training row's figures; the first row has no times."""
     left = timedelta(seconds=round(row.get("eta_seconds", 0)))
     return [part.format(**row, eta=left) for key, part in FIGURES.items() if key in row]
-
-
-def fit(parts: list[str], width: int) -> tuple[str, int]:
-    """Join the first of `parts` that fit into `width`; return the text and the room left."""
-    text = ""
-    for part in parts:
-        longer = f"{text}  {part}" if text else part
-        if len(longer) > width:
-            break
-        text = longer
-    return text, width - len(text)

@@ -163,13 +163,16 @@ def resume(
 def resume_warnings(
     trainer: Trainer, content: dict[str, Any], run: RunFolder, now: dict[str, Any]
 ) -> list[str]:
-    """Return why the resumed run may differ from the unbroken one, and which rows are lost."""
+    """Return the reasons why the resumed run may differ from the unbroken one."""
     lines = []
     world_size = trainer.process.world_size
     if content["world_size"] != world_size:
         lines.append(f"resuming with {world_size} process(es), was {content['world_size']}")
     if not trainer.data.comparable(content["inputs"].get("images", {}), "train"):
-        lines.append("the images were read in another way before: they cannot be compared")
+        lines.append(
+            "whether the images are those that the run began on is unknown: "
+            "they were read in another way then"
+        )
     before = run.read_environment()
     if before is None:
         lines.append(
@@ -180,14 +183,6 @@ def resume_warnings(
         lines.append(
             "resuming on another machine or version: the same images and steps, "
             f"not the same bits ({'; '.join(changed)})"
-        )
-    state = trainer.state
-    steps = [row["step"] for row in run.read_rows() if row["event"] == "train"]
-    state.rows = state.rows or len(steps)  # 0 in a checkpoint that did not count them
-    if lost := max(0, state.rows - len(steps)):
-        lines.append(
-            f"{run.metrics} has lost {lost} of its {state.rows} rows of training; "
-            f"the last left is of step {max(steps, default=0)}"
         )
     return lines
 

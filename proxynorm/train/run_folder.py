@@ -160,12 +160,7 @@ class RunFolder:
 
     def lost_checkpoint(self) -> bool:
         """Return whether the folder held a checkpoint once, by its other files."""
-        rows = self.read_rows()
-        first = next((row["step"] for row in rows if row["event"] == "eval"), None)
-        # A row after the first evaluation: the save that follows an evaluation was made.
-        evaluated = first is not None and rows[-1]["step"] > first
-        saved = bool((self.read_environment() or {}).get("saved"))
-        return self.summary.exists() or evaluated or saved
+        return self.summary.exists() or bool((self.read_environment() or {}).get("saved"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

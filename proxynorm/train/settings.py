@@ -218,10 +218,9 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 # Keys that do not change what is trained: they may change when a run is resumed, and are no part
 # of its name.
-INCIDENTAL = (
-    "power name runs_dir resume device logger loader checkpoint debug.profile_steps debug.name "
-    "max_steps log_every eval_batch data.root data.cache"
-).split()
+INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint")
+INCIDENTAL += ("debug.profile_steps", "debug.name", "max_steps", "log_every", "eval_batch")
+INCIDENTAL += ("data.root", "data.cache")
 
 # Incidental too, but part of older runs' identities: always recorded as the default.
 FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}

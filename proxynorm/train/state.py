@@ -15,7 +15,7 @@ from torch import nn
 from proxynorm.data import Data
 from proxynorm.train.settings import RegularizationSettings
 
-COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "rows")
+COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps")
 
 
 @dataclass
@@ -23,7 +23,7 @@ class TrainState:
     """Model, optimizer and counters.
 
     step: weight updates made; evaluated: the step last evaluated; loss_sum, loss_steps: of this
-    process's steps since the last row of metrics.jsonl; rows: training rows written.
+    process's steps since the last row of metrics.jsonl.
 
     No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
@@ -39,7 +39,6 @@ class TrainState:
     train_seconds: float = 0.0
     skipped: int = 0
     loss_steps: int = 0
-    rows: int = 0
     # A sum on the device: reading it at each step would wait for the GPU.
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     last_result: dict[str, float] = field(default_factory=dict)

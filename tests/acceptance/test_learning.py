@@ -13,9 +13,9 @@ from proxynorm.data import Batch
 from proxynorm.nn import NORMS
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import evaluate
+from proxynorm.train.loop import Trainer
 from proxynorm.train.nonfinite import NonFiniteError
 from proxynorm.train.restore import open_evaluation_data, restore
-from proxynorm.train.loop import Trainer
 from tests.helpers import assert_same_run
 
 

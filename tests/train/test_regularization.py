@@ -15,9 +15,9 @@ from proxynorm.data import Batch, open_data
 from proxynorm.errors import ConfigError
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.distributed import Process
+from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.run_folder import RunFolder
-from proxynorm.train.loop import Trainer
 from tests.data.conftest import needs_ffcv
 from tests.helpers import SMALL, assert_same_run
 
