@@ -6,6 +6,18 @@ The names below are imported when first used, so that `import proxynorm` is quic
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ imports them
+    from proxynorm import nn as nn
+    from proxynorm.analysis.power import power_decomposition as power_decomposition
+    from proxynorm.conversion.convert import conversion_report as conversion_report
+    from proxynorm.conversion.convert import convert as convert
+    from proxynorm.conversion.freeze import freeze as freeze
+    from proxynorm.models import create_model as create_model
+    from proxynorm.models.timm_layer import NormAct2d as NormAct2d
+    from proxynorm.nn import parameter_groups as parameter_groups
+    from proxynorm.nn import proxy_moments as proxy_moments
 
 __version__ = "0.1.0"
 
