@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
-from proxynorm.nn.fast.recompute import recompute
+from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
 from proxynorm.train.distributed import Process

@@ -79,7 +79,8 @@ def stored_settings(path: Path) -> Settings:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; put it back") from error
     except (ConfigError, YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{path} is damaged, or of another version ({first_line(error)}); put the run's own back"
+            f"{path} is damaged, or of another version ({first_line(error)}); "
+            "put the run's own back"
         ) from error
     if "name" not in settings.model:
         raise CheckpointError(f"{path} names no model; put the run's own back")

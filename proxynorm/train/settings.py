@@ -24,7 +24,7 @@ from proxynorm.nn.names import NORMS
 
 @dataclass(frozen=True)
 class NormSettings:
-    """The norm by name (proxynorm.nn.NORMS) and its options; None leaves the model's own default."""
+    """The norm by name (proxynorm.nn.NORMS) and its options; None is the model's default."""
 
     name: str = "ln_pn"
     groups: int | None = None
@@ -104,7 +104,7 @@ class LoggerSettings:
 
 @dataclass(frozen=True)
 class DebugSettings:
-    """overfit: every step sees the first batch; profile_steps: trace that many steps with torch.profiler."""
+    """overfit: every step sees the first batch; profile_steps: steps in a profiler trace."""
 
     name: str = "none"
     overfit: bool = False

@@ -108,7 +108,7 @@ def test_kill_between_evaluation_and_save(run_small, monkeypatch):
 
 
 def test_kill_between_evaluation_and_save_writes_its_row_once(run_small, monkeypatch):
-    """With a save at every step the checkpoint is of the evaluated step already, but from before the evaluation."""
+    """The checkpoint is of the evaluated step, but was saved before the evaluation."""
     options = ("checkpoint.every_steps=1", "power.every_epochs=1", "power.images=20")
     whole = run_small("name=whole", *options)
     original = Trainer.save_best
@@ -120,7 +120,7 @@ def test_kill_between_evaluation_and_save_writes_its_row_once(run_small, monkeyp
 
 
 def test_a_damaged_last_does_not_replace_a_good_previous(run_small, monkeypatch):
-    """Falling back, then killed in the next save between its two renames: there is still something to go on from."""
+    """Falling back, then killed between the two renames of the next save: previous.pt is left."""
     whole = run_small("name=whole")
     folder = (
         run_small("name=cut", "max_steps=13", "checkpoint.every_steps=5").folder / "checkpoints"
@@ -272,7 +272,7 @@ def test_unwritable_runs_dir_is_one_line(run_small, tmp_path):
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_cleared(run_small):
-    """Its best weights and its rows are worth more than a silent new start; a finished one stays finished, under its own name."""
+    """Best weights and rows are kept; a finished run stays finished, under its own name."""
     run = run_small("name=a", "max_steps=13", "checkpoint.every_steps=5", "eval_every=1")
     for name in ("last.pt", "previous.pt"):
         (run.folder / "checkpoints" / name).unlink(missing_ok=True)

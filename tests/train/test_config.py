@@ -117,12 +117,14 @@ def test_mistakes_are_one_line(argument, message):
     ("values", "words"),
     [
         (
-            "checkpoint.every_steps=0,-1 norm.groups=0 norm.nodes=0 optim.base_batch=0 power.images=0",
+            "checkpoint.every_steps=0,-1 norm.groups=0 norm.nodes=0 optim.base_batch=0 "
+            "power.images=0",
             "at least 1",
         ),
         ("debug.profile_steps=-3 norm.eps=-1 nonfinite_limit=-1 seed=-1", "at least 0 and finite"),
         (
-            "schedule.min_lr=-1 schedule.warmup_epochs=-1 optim.weight_decay=-1,inf regularization.mixup=-1",
+            "schedule.min_lr=-1 schedule.warmup_epochs=-1 optim.weight_decay=-1,inf "
+            "regularization.mixup=-1",
             "at least 0 and finite",
         ),
         (
@@ -243,7 +245,7 @@ def test_imagenet_learning_rates_are_the_recipes():
     "name", [name for name in groups()["experiment"] if "efficientnet" in name]
 )
 def test_efficientnets_cut_and_mix_as_the_authors_do(name):
-    """λ 0.95, 0.9, 0.9, 0.85, 0.8 for B1 … B5, none for B0; mixup 0.1 up to B2, then 0.2 (authors' code)."""
+    """λ is 0.95 … 0.8 for B1 … B5, none for B0; mixup 0.1 up to B2, then 0.2."""
     number = int(re.search(r"_b(\d)", name)[1])
     regularization = settings_from(
         compose_config([f"experiment={name}", "data.root=x"])
@@ -254,7 +256,7 @@ def test_efficientnets_cut_and_mix_as_the_authors_do(name):
 
 @pytest.mark.parametrize("epochs", [16, 24, 32, 40, 56, 88])
 def test_the_epoch_ladder_follows_ffcv_imagenet(epochs):
-    """From epoch 2 on the rate is their line from 1.7 to 0; the resolution grows in the configured epochs."""
+    """From epoch 2 the rate falls linearly from 1.7 to 0; the resolution grows as configured."""
     settings = settings_from(
         compose_config([f"experiment=imagenet_resnet50_{epochs}epochs", "data.root=x"])
     )

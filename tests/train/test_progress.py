@@ -59,7 +59,7 @@ def test_eighty_columns_show_the_time_left(monkeypatch):
 
 
 def test_the_first_step_of_a_start_is_in_no_rate(capsys):
-    """It compiles and allocates. A row of it alone has no rates, and the display goes without them."""
+    """It compiles and allocates. A row of it alone has no rates."""
     timer = StepTimer(torch.device("cpu"))
     timer.steps, timer.waits = [12.0], [11.0]
     assert timer.row(20, 9) == {}

@@ -122,7 +122,7 @@ def test_a_summary_without_its_keys_is_damaged(run_small, text):
 
 
 def test_a_run_killed_in_its_first_epoch_is_not_cleared_either(run_small, monkeypatch, tmp_path):
-    """There was a checkpoint, but no evaluation and no summary to tell of it; before the first save a run begins anew."""
+    """There was a checkpoint, but no evaluation yet; before the first save a run begins anew."""
     for step in (2, 8):
         at_step(monkeypatch, step, kill)
         with pytest.raises(Killed):
@@ -168,6 +168,6 @@ def test_a_damaged_environment_is_told(run_small, capsys, text):
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
     assert (
-        "environment.json is missing or damaged: whether machine and versions are the same is unknown"
-        in capsys.readouterr().out
+        "environment.json is missing or damaged: whether machine and versions are the same is "
+        "unknown" in capsys.readouterr().out
     )
