@@ -65,7 +65,7 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
     # Composing takes 0.2 s, and a table has hundreds of cells: compose each combination of group
     # choices once, and set the values in a copy, as Hydra does.
     lines = tuple(override.input_line for override in choices)
-    config = copy.deepcopy(_compose_cached(config_name, lines))
+    config = copy.deepcopy(_base(config_name, lines))
     values = [override for override in parsed if override not in choices]
     known = flat_keys(config) if values else []
     for override in values:
@@ -89,7 +89,10 @@ def _compose(config_name: str, overrides: Iterable[str]) -> DictConfig:
         raise ConfigError(first_line(error)) from error
 
 
-_compose_cached = cache(_compose)
+@cache
+def _base(config_name: str, choices: tuple[str, ...]) -> DictConfig:
+    """Return the configuration of these group choices alone; callers copy it."""
+    return _compose(config_name, choices)
 
 
 def parse(overrides: list[str]) -> list[Override]:
