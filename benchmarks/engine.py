@@ -40,7 +40,7 @@ from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings
 from proxynorm.train.tracker import Tracker
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.loop import Trainer
 
 BARE, STEP = "bare loop, batch in memory", "our step, batch in memory"
 LOADER, OURS, TIMM = "our loader alone", "our training", "timm's training"
@@ -130,7 +130,7 @@ def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
 def our_loop(trainer: Trainer, batches: Iterator[Batch]) -> None:
     """Our training step on every batch."""
     for batch in batches:
-        trainer.watch.waited()
+        trainer.timer.data_arrived()
         trainer.train_step([batch])
 
 

@@ -1,4 +1,4 @@
-"""Several processes under torchrun (gloo): the same training, exact evaluation, exact resumption."""
+"""Several processes under torchrun (gloo): same training, exact evaluation and resumption."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read(folder: Path) -> SimpleNamespace:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_train_as_one(run_small, tmp_path, processes):
-    """Same batch on 1, 2 and 4 processes: the same losses to rounding, and every evaluation image once (101 of them)."""
+    """Same losses to rounding, and each of 101 evaluation images once."""
     options = ("data.holdout=101", "micro_batch=5", "regularization=none")
     one = run_small(*options, "name=one")
     result = run(torchrun(processes, tmp_path, *options, "name=several"))
@@ -66,7 +66,7 @@ def test_several_processes_train_as_one(run_small, tmp_path, processes):
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(tmp_path):
-    """A worker killed with -9 under --max-restarts: torchrun restarts, the run ends with the bits of an unbroken one."""
+    """torchrun restarts a killed worker; the run ends with the bits of an unbroken one."""
     options = (
         "norm=bn",
         "micro_batch=5",
@@ -113,7 +113,7 @@ def test_user_error_in_every_process_is_status_2(tmp_path):
 
 @pytest.mark.slow
 def test_the_fault_of_one_process_ends_all_with_its_message(tmp_path):
-    """An image that only one process draws cannot be decoded: one line from each, no trace of a lost connection."""
+    """One process meets a damaged image: one line from each, none about a lost connection."""
     for path in (
         tmp_path / "data" / split / name / f"{i}.png"
         for split in ("train", "val")
@@ -149,13 +149,14 @@ def test_the_fault_of_one_process_ends_all_with_its_message(tmp_path):
 
 NOT_A_NUMBER = """
 import runpy, sys
-from proxynorm.train.trainer import Trainer
+from proxynorm.train.loop import Trainer
 
 original = Trainer.inputs
 
 def inputs(self, batch, index):
     images, targets = original(self, batch, index)
-    return (images * float("nan") if self.state.step == 5 and self.process.rank == 0 else images), targets
+    broken = self.state.step == 5 and self.process.rank == 0
+    return (images * float("nan") if broken else images), targets
 
 Trainer.inputs = inputs
 runpy.run_path("train.py", run_name="__main__")
@@ -164,7 +165,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 @pytest.mark.slow
 def test_the_layers_of_the_process_that_is_not_finite_are_told_once(tmp_path):
-    """The gradients of the other are not finite either, but its activations are: it must not speak first and for both."""
+    """The other's gradients are not finite either, but its activations are: it is not blamed."""
     script = tmp_path / "not_a_number.py"
     script.write_text(NOT_A_NUMBER)
     command = torchrun(2, tmp_path, "name=a")
@@ -221,7 +222,7 @@ def test_kill_minus_nine_at_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_global_batch_norm_over_processes(run_small, tmp_path):
-    """norm_batch=global shares BN's statistics over the processes: two of 10 images train as one of 20."""
+    """norm_batch=global: two processes of 10 images train as one of 20."""
     options = ("norm=bn", "regularization=none", "data.holdout=20")
     one = run_small(*options, "name=one")
     result = run(torchrun(2, tmp_path, *options, "norm_batch=global", "name=two"))

@@ -1,4 +1,4 @@
-"""debug=profile: a trace, where it lies, and nothing else on the terminal."""
+"""Step times, and the profiler's trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from proxynorm.train.profiling import profiled
+from proxynorm.train.timing import StepTimer, profiled
 
 
 def test_a_trace_is_written_and_named(tmp_path, capfd):
@@ -27,3 +27,17 @@ def test_without_steps_nothing_is_traced(tmp_path):
     with profiled(0, tmp_path) as after_step:
         after_step()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_step_of_a_start_is_in_no_rate():
+    """It compiles and allocates. A row of it alone has no rates."""
+    timer = StepTimer(torch.device("cpu"))
+    timer.steps, timer.waits = [12.0], [11.0]
+    assert timer.row(20, 9) == {}
+    timer.steps, timer.waits = [0.5, 0.5, 0.5, 2.0], [0.0] * 4
+    row = timer.row(20, 10)
+    assert row["images_per_second"] == 22.9 and row["eta_seconds"] == 8.75
+    assert row["step_ms_p50"] == 500 and row["step_ms_p95"] <= 2000
+    timer = StepTimer(torch.device("cpu"))
+    timer.steps, timer.waits = [12.0, 0.5, 0.5], [11.0, 0.0, 0.0]
+    assert timer.row(20, 10)["images_per_second"] == 40
