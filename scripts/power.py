@@ -167,8 +167,7 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
 def show_table(options: Options, folder: Path, device: torch.device) -> None:
     from proxynorm.analysis.power_files import write_csv
     from proxynorm.files import write_json
-    from proxynorm.launch.runs import read_chosen, table_runs
-    from proxynorm.paper.table import load_table
+    from proxynorm.paper.table import load_table, read_chosen, table_runs
     from proxynorm.paper.trained_power import panels, plot_against_metric, summarize, trained_nets
     from proxynorm.train.run_folder import environment
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from proxynorm.launch import local as launch
-from proxynorm.launch.runs import table_runs
-from proxynorm.paper.table import load_table
+from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import STAND_IN, TINY, write_run
 
 
