@@ -15,16 +15,8 @@ from hydra.plugins.launcher import Launcher
 from proxynorm.launch.slurm import SlurmOptions
 
 # hydra.launcher.KEY=…; the keys are those of scripts/reproduce.py launch.
-KEYS = {
-    key: value for key, value in asdict(SlurmOptions()).items() if key not in ("report", "wait")
-}
-CONFIG = {
-    "_target_": "hydra_plugins.slurm_launcher.SlurmLauncher",
-    **KEYS,
-    "sbatch": [],
-    "probe": False,
-    "force": False,
-}
+KEYS = {key: value for key, value in asdict(SlurmOptions()).items() if key != "report"}
+CONFIG = {"_target_": "hydra_plugins.slurm_launcher.SlurmLauncher", **KEYS, "sbatch": []}
 
 
 class SlurmLauncher(Launcher):

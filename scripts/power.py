@@ -168,7 +168,7 @@ def show_table(options: Options, folder: Path, device: torch.device) -> None:
     from proxynorm.analysis.power_files import write_csv
     from proxynorm.files import write_json
     from proxynorm.paper.table import load_table, read_chosen, table_runs
-    from proxynorm.paper.trained_power import panels, plot_against_metric, summarize, trained_nets
+    from proxynorm.paper.trained_power import plot_against_metric, summarize, trained_nets
     from proxynorm.train.run_folder import environment
 
     table = load_table(options.table)
@@ -177,7 +177,7 @@ def show_table(options: Options, folder: Path, device: torch.device) -> None:
     for net in trained_nets(runs, table.metric, options.images, options.batch, device):
         print(f"{net.run}: {table.metric} {net.metric:.2f}, P1 {net.mean('p1'):.4f}", flush=True)
         nets.append(net)
-    write_csv(folder / "power.csv", panels(nets), "run")
+    write_csv(folder / "power.csv", {net.run: net.rows for net in nets}, "run")
     plot_against_metric(nets, table.metric, folder / "power.png")
     measured = {
         "table": table.name,

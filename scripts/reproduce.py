@@ -21,6 +21,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,14 +64,10 @@ class Options:
     sbatch: list[str] = option(
         [], "slurm: further arguments of sbatch, as sbatch=[--account=A,--mem=32G]"
     )
-    requeues: int = option(0, "slurm: how many more time limits a run may take")
     report: bool = option(True, "slurm: a job that writes the report after the array")
     retry_failed: bool = option(False, "slurm: submit failed runs again")
-    probe: bool = option(False, "first train a few steps of each cell, to estimate by")
     dry_run: bool = option(False, "slurm: print the sbatch command and its runs, submit nothing")
-    force: bool = option(
-        False, "submit runs that cannot end within their limits; replace a report of more runs"
-    )
+    force: bool = option(False, "replace a report of more runs")
     wandb: str = option(
         "auto", "report on W&B: online, offline, disabled; auto: online with a key, else offline"
     )
@@ -115,7 +112,6 @@ def status(options: Options, table: Table) -> int:
 
 
 def launch(options: Options, table: Table) -> int:
-    from proxynorm.launch.estimate import probe_runs
     from proxynorm.launch.local import run_locally
     from proxynorm.launch.multirun import submit_array
     from proxynorm.paper.plan import estimator
@@ -127,11 +123,8 @@ def launch(options: Options, table: Table) -> int:
         return 0
     check_overrides(runs[0])
     if options.launcher == "slurm":
-        asked = slurm_options(options)
-        estimate = lambda: estimator(table, runs, options.gpus or 1)  # noqa: E731
-        return submit_array(runs, table.name, asked, estimate, options.probe, options.force)
-    if options.probe:
-        run_locally(probe_runs(runs), options.jobs, options.threads)
+        estimate = partial(estimator, table, runs, options.gpus or 1)
+        return submit_array(runs, table.name, slurm_options(options), estimate)
     return run_locally(runs, options.jobs, options.threads)
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import Run, quoted
-from proxynorm.launch.slurm import SlurmOptions, time_limit, warning_seconds
+from proxynorm.launch.runs import Run
 from proxynorm.launch.status import last_training_row, read_config
 
-PROBE = ("max_steps=20", "log_every=5", "logger=none")
 START_SECONDS = 60.0  # for starting a run: queueing, imports, opening the data
 Kind = tuple[str, ...]
 
@@ -57,19 +54,18 @@ class Estimator:
 
 
 def measured_seconds(runs: Sequence[Run], processes: int = 1) -> dict[Kind, list[float]]:
-    """Seconds of whole runs, from the folders of `runs` and of their probes."""
+    """Seconds of whole runs by kind, from the folders of `runs`, finished or not."""
     measured: dict[Kind, list[float]] = {}
     for run in runs:
-        for folder in (run.folder, probe_folder(run)):
-            if (seconds := folder_seconds(folder, processes)) is not None:
-                measured.setdefault(run.kind, []).append(seconds)
+        if (seconds := folder_seconds(run.folder, processes)) is not None:
+            measured.setdefault(run.kind, []).append(seconds)
     return measured
 
 
 def folder_seconds(folder: Path, processes: int) -> float | None:
     """Seconds of the whole run in `folder`, from its latest speed; None if it tells none.
 
-    A run with another number of processes tells none. max_steps is ignored: probes have it.
+    A run with another number of processes tells none.
     """
     try:
         row = last_training_row(folder)
@@ -81,28 +77,6 @@ def folder_seconds(folder: Path, processes: int) -> float | None:
         return images / row["images_per_second"] + START_SECONDS
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
         return None
-
-
-def probe_folder(run: Run) -> Path:
-    return run.folder.parent / "probe" / run.name
-
-
-def probe_runs(runs: Sequence[Run]) -> list[Run]:
-    """A run of a few steps for each kind, in the folder probe/ beside the runs' own."""
-    first = {run.kind: run for run in reversed(runs)}
-    return [
-        replace(
-            run,
-            folder=(folder := probe_folder(run)),
-            arguments=(
-                *run.arguments,
-                *PROBE,
-                f"name={quoted(folder.name)}",
-                f"runs_dir={quoted(str(folder.parent))}",
-            ),
-        )
-        for run in reversed(first.values())
-    ]
 
 
 def duration(seconds: float) -> str:
@@ -122,23 +96,3 @@ def describe(runs: Sequence[Run], estimate: Callable[[Run], Estimate]) -> str:
         time += f" and {len(runs) - len(known)} runs of unknown time"
     origins = "; ".join(sorted({item.origin for item in estimates}))
     return f"{len(runs)} runs to do, {time} ({origins})" if runs else "nothing to do"
-
-
-def refuse_impossible(
-    runs: Sequence[Run], estimate: Callable[[Run], Estimate], options: SlurmOptions
-) -> None:
-    """Raises ConfigError if a run cannot end within its time limits."""
-    limit, warning = time_limit(options), warning_seconds(options)
-    useful = limit - warning - START_SECONDS
-    longest = max(runs, key=lambda run: estimate(run).seconds or 0)
-    expected = estimate(longest)
-    training = (expected.seconds or 0) - START_SECONDS
-    if useful > 0 and training <= useful * (1 + options.requeues):
-        return
-    limits = f"{1 + options.requeues} time limits" if options.requeues else "its time limit"
-    remedy = f", requeues={-(-training // useful) - 1:.0f} to use several" if useful > 0 else ""
-    raise ConfigError(
-        f"{longest.name} takes about {duration(training + START_SECONDS)} ({expected.origin}) "
-        f"and cannot end within {limits} of {duration(limit)}, of which the last "
-        f"{duration(warning)} are for saving; give a longer time={remedy}, or force=true"
-    )

@@ -94,19 +94,20 @@ def start(run: Run, threads: int) -> Worker:
 
 
 def finish(worker: Worker, log: Log) -> list[str]:
-    """Append the exit status to the run's log and log how it ended; the failure, if it is one."""
+    """Log how the run ended, in its log too; the failure, if it is one."""
     run, status = worker.run, worker.process.returncode
-    if status == 2 and IN_USE in last_error(run.log):
+    reason = last_error(run.log)
+    if status == 2 and IN_USE in reason:
         log(f"{run.name}: running elsewhere")
         return []
     with open(run.log, "a") as stream:
         print(f"# exit status {status}", file=stream)
-    minutes = (time.monotonic() - worker.started) / 60
-    if status == 0 or status in STOPPED:
-        log(f"{run.name}: {'stopped' if status else 'done'} ({minutes:.1f} min)")
-        return []
-    killed = status == -signal.SIGKILL
-    reason = f"killed (signal {-status}); run again" if killed else last_error(run.log)
-    words = reason if killed else f"failed with status {status}: {reason}"
-    log(f"{run.name}: {words} ({minutes:.1f} min)")
-    return [f"{run.name}: {reason}  ({run.log})"]
+    good = status == 0 or status in STOPPED
+    if status == -signal.SIGKILL:
+        reason = words = f"killed (signal {-status}); run again"
+    else:
+        words = f"failed with status {status}: {reason}"
+    if good:
+        words = "stopped" if status else "done"
+    log(f"{run.name}: {words} ({(time.monotonic() - worker.started) / 60:.1f} min)")
+    return [] if good else [f"{run.name}: {reason}  ({run.log})"]

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from proxynorm.cli import fail
 from proxynorm.errors import ConfigError, ProxynormError
-from proxynorm.launch.estimate import (
-    Estimator,
-    describe,
-    measured_seconds,
-    probe_runs,
-    refuse_impossible,
-)
+from proxynorm.launch.estimate import Estimator, describe, measured_seconds
 from proxynorm.launch.runs import Run
 from proxynorm.launch.slurm import SlurmOptions
 from proxynorm.launch.sweep import launch_array
@@ -44,46 +37,20 @@ def sweep_runs(sweep: Sequence[Sequence[str]]) -> list[Run]:
 
 
 def submit_array(
-    runs: Sequence[Run],
-    name: str,
-    options: SlurmOptions,
-    estimator: Callable[[], Estimator],
-    probe: bool = False,
-    force: bool = False,
+    runs: Sequence[Run], name: str, options: SlurmOptions, estimator: Callable[[], Estimator]
 ) -> int:
-    """Submit the runs with an estimate; after a probe of each kind if `probe`.
-
-    Raises ConfigError, unless `force`, if a run cannot end within its time limits.
-    """
+    """Submit the runs that are due, after printing what they will take; the exit status."""
     log = partial(print, flush=True)
-
-    def check(due: Sequence[Run]) -> None:
-        estimate = estimator()
-        log(describe(due, estimate))
-        if not force:
-            refuse_impossible(due, estimate, options)
-
-    if probe:
-        alone = replace(options, wait=True, report=())
-        launch_array(probe_runs(runs), f"{name}-probe", alone, log)
-    return launch_array(runs, name, options, log, check)
+    return launch_array(runs, name, options, log, lambda due: log(describe(due, estimator())))
 
 
 def launch(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
-    """Submit the sweep's runs and exit; user errors are one line and status 2.
-
-    options: SlurmOptions' fields, force and probe.
-    """
-    options = dict(options)
-    probe, force = options.pop("probe"), options.pop("force")
+    """Submit the sweep's runs. options: SlurmOptions' fields."""
     asked = SlurmOptions(**{**options, "sbatch": tuple(options["sbatch"])})
     try:
         runs = sweep_runs(sweep)
-
-        def estimator() -> Estimator:
-            return Estimator(runs, measured_seconds(runs, asked.gpus or 1))
-
-        status = submit_array(runs, "proxynorm", asked, estimator, probe, force)
+        measure = lambda: Estimator(runs, measured_seconds(runs, asked.gpus or 1))  # noqa: E731
+        status = submit_array(runs, "proxynorm", asked, measure)
     except ProxynormError as error:
         fail(error)
     if status:

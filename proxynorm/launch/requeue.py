@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from proxynorm.errors import ProxynormError
 from proxynorm.files import write_json
@@ -19,17 +18,14 @@ from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import run_name
 
 
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def main(arguments: Sequence[str]) -> int:
     limit, *overrides = arguments
     settings = settings_from(compose_config(overrides))
     folder = Path(settings.runs_dir) / run_name(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    former, job = read(folder / "requeues.json"), os.environ["SLURM_JOB_ID"]
-    step = read(folder / "summary.json").get("steps", 0)
+    paths, job = [folder / "requeues.json", folder / "summary.json"], os.environ["SLURM_JOB_ID"]
+    former, summary = (json.loads(p.read_text()) if p.is_file() else {} for p in paths)
+    step = summary.get("steps", 0)
     same = (former.get("job"), former.get("step")) == (job, step)
     fruitless = former["fruitless"] + 1 if same else 0
     write_json(folder / "requeues.json", {"job": job, "step": step, "fruitless": fruitless})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import shlex
 import shutil
@@ -11,22 +9,14 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from proxynorm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "report.sbatch"
-WARNING_SECONDS = 120  # --signal in slurm/train.sbatch
-FOR_REPORT = ("account", "partition", "qos", "reservation")  # the report's job asks for the same
+# Arguments of sbatch that the report's job shares with the runs.
+FOR_REPORT = ("--account=", "--partition=", "--qos=", "--reservation=")
 Task = tuple[str, str]  # an array's job id and the task's index in it
-
-
-class Queued(NamedTuple):
-    """A task in SLURM's queue: its state, and why it waits, in SLURM's words."""
-
-    state: str
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,9 +24,8 @@ class SlurmOptions:
     """The resources of a run, in sbatch's terms; None leaves them to the cluster's defaults.
 
     gpus: of a run, over all its nodes, one process each; limit: array tasks at a time; stage:
-    folder on each node into which .beton files are copied first; requeues: how many more time
-    limits a run may take; sbatch: further arguments of sbatch; dry_run: print, submit nothing;
-    retry_failed: submit failed runs too; wait: until the array has ended; report: arguments of
+    folder on each node into which .beton files are copied first; sbatch: further arguments of sbatch; dry_run: print, submit nothing;
+    retry_failed: submit failed runs too; report: arguments of
     scripts/reproduce.py for a job after the array.
     """
 
@@ -47,11 +36,9 @@ class SlurmOptions:
     cpus_per_task: int | None = None
     limit: int | None = None
     stage: str | None = None
-    requeues: int = 0
     sbatch: tuple[str, ...] = ()
     dry_run: bool = False
     retry_failed: bool = False
-    wait: bool = False
     report: tuple[str, ...] = ()
 
 
@@ -80,8 +67,7 @@ def ask(words: Sequence[str], variables: dict[str, str] | None = None) -> str:
         raise ConfigError(
             f"{words[0]} not found: launcher=slurm needs SLURM; use launcher=local"
         ) from None
-    # sbatch --wait fails as its job does, after printing the job's id: that is no refusal.
-    if done.returncode and not done.stdout.strip():
+    if done.returncode:
         raise ConfigError(f"{words[0]} refused: {' '.join(done.stderr.split())}")
     return done.stdout
 
@@ -92,7 +78,6 @@ def array_command(plan: Path, count: int, name: str, logs: Path, options: SlurmO
     variables = {"PROXYNORM_ROOT": str(ROOT)} | ({"STAGE": options.stage} if options.stage else {})
     words = ["sbatch", "--parsable", f"--array=0-{count - 1}{limit}", f"--job-name={name}"]
     words += [f"--output={pattern(logs)}/slurm-%A_%a.log", *requests(options), *options.sbatch]
-    words += ["--wait"] if options.wait else []
     return Command((*words, str(TRAIN_SCRIPT), "--sweep", str(plan)), variables)
 
 
@@ -102,8 +87,7 @@ def report_command(jobs: Iterable[str], name: str, logs: Path, options: SlurmOpt
     words += [f"--output={pattern(logs)}/slurm-report-%j.log"]
     words += [f"--partition={options.partition}"] if options.partition else []
     # The report needs neither the runs' GPUs nor their time.
-    given = vars(sbatch_options(options))
-    words += [f"--{word}={given[word]}" for word in FOR_REPORT if given[word]]
+    words += [word for word in options.sbatch if word.startswith(FOR_REPORT)]
     words += [f"--dependency=afterany:{':'.join(jobs)}", str(REPORT_SCRIPT)]
     return Command((*words, *options.report), {"PROXYNORM_ROOT": str(ROOT)})
 
@@ -121,26 +105,19 @@ def requests(options: SlurmOptions) -> list[str]:
             raise ConfigError(f"{key}={getattr(options, key)}: must be at least 1")
     if gpus < 0 or gpus % nodes:
         raise ConfigError(f"gpus={gpus}: must be a multiple of nodes={nodes}")
-    limit, warning = time_limit(options), warning_seconds(options)
-    if limit <= warning:
-        raise ConfigError(
-            f"a time limit of {limit:.0f} s: runs are warned {warning} s before it and would be "
-            "stopped as soon as they start; give a longer time=, or a shorter warning as "
-            "sbatch=[--signal=USR2@SECONDS]"
-        )
     values = {"time": options.time, "partition": options.partition, "nodes": options.nodes}
     values |= {"gpus-per-node": gpus // nodes, "ntasks-per-node": gpus // nodes}
     values |= {"cpus-per-task": options.cpus_per_task}
     return [f"--{name}={value}" for name, value in values.items() if value]
 
 
-def queue() -> dict[Task, Queued]:
-    """The user's array tasks that wait or run; empty where SLURM is not installed."""
+def queue() -> dict[Task, tuple[str, str]]:
+    """State and reason of the user's queued tasks; empty where SLURM is not installed."""
     if shutil.which("squeue") is None:
         return {}
     lines = ask(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%r"]).splitlines()
     rows = [line.strip().split("|", 3) for line in lines]
-    return {(job, index): Queued(state, reason) for job, index, state, reason in rows}
+    return {(job, index): (state, reason) for job, index, state, reason in rows}
 
 
 def endings(jobs: Sequence[str]) -> dict[Task, str]:
@@ -154,54 +131,3 @@ def endings(jobs: Sequence[str]) -> dict[Task, str]:
         return {}
     rows = [line.split("|") for line in lines if "_" in line]
     return {tuple(name.split("_")): state.split()[0] for name, state in rows}
-
-
-def sbatch_options(options: SlurmOptions) -> argparse.Namespace:
-    """Time, signal and FOR_REPORT's options in the further arguments of sbatch, in any spelling."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for short, word in (("-t", "time"), ("-A", "account"), ("-p", "partition"), ("-q", "qos")):
-        parser.add_argument(short, f"--{word}")
-    for word in ("signal", "reservation"):
-        parser.add_argument(f"--{word}")
-    try:
-        return parser.parse_known_args(options.sbatch)[0]
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"sbatch=[{','.join(options.sbatch)}]: {error}") from None
-
-
-def time_limit(options: SlurmOptions) -> float:
-    """The time limit in seconds that is asked for; infinite if none is. Raises ConfigError."""
-    given = sbatch_options(options).time or options.time or os.environ.get("SBATCH_TIMELIMIT")
-    return parse_time(given) if given else math.inf
-
-
-def warning_seconds(options: SlurmOptions) -> int:
-    """Seconds between the warning and the time limit, from --signal=NAME@SECONDS."""
-    signal = sbatch_options(options).signal
-    if signal is None:
-        return WARNING_SECONDS
-    seconds = signal.partition("@")[2]
-    return int(seconds) if seconds.isdecimal() else 60  # sbatch's own default
-
-
-def parse_time(time: str) -> float:
-    """Seconds of a time limit in SLURM's notation, infinite for UNLIMITED, INFINITE, -1 and 0.
-
-    The notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
-    Raises ConfigError for anything else.
-    """
-    if time.lower() in ("unlimited", "infinite", "-1"):
-        return math.inf
-    days, dash, rest = time.rpartition("-")
-    try:
-        parts = [int(part) for part in rest.split(":")]
-        # After days the first part is hours; alone, one or two parts begin with minutes.
-        if not dash and len(parts) < 3:
-            parts = [0, *parts]
-        hours, minutes, seconds = (*parts, 0, 0)[:3] if len(parts) < 3 else parts
-        return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds or math.inf
-    except ValueError:
-        raise ConfigError(
-            f"time={time}: valid: minutes, hours:minutes:seconds, days-hours:minutes:seconds, "
-            "UNLIMITED"
-        ) from None

@@ -72,8 +72,9 @@ def run_status(run: Run, held: bool | None = None) -> Status:
         if (files := finished_files(run.folder)) is not None:
             return done_status(json.loads(files["summary.json"]))
         running = is_held(run.folder / ".lock") if held is None else held
-        error = last_error(run.log)
-        if not running and is_failure(last_exit_status(run.log), error):
+        error, lines = last_error(run.log), log_lines(run.log)
+        exited = EXIT_LINE.match(lines[-1]) if lines else None
+        if exited and not running and is_failure(int(exited[1]), error):
             return Status("failed", error=error)
         return _progress(run.folder, running)
     except DataError as error:
@@ -117,7 +118,7 @@ def read_config(folder: Path) -> tuple[float, int | None]:
     return config["epochs"], config.get("max_steps")
 
 
-def is_failure(status: int | None, error: str) -> bool:
+def is_failure(status: int, error: str) -> bool:
     """Whether a run with this exit status and last line failed by itself.
 
     Not failures: a requested stop, a kill for any reason but lack of memory, and a refusal
@@ -125,7 +126,7 @@ def is_failure(status: int | None, error: str) -> bool:
     """
     if status in KILLED:
         return "oom" in error.lower()
-    return status not in (None, 0, *STOPPED) and IN_USE not in error
+    return status not in (0, *STOPPED) and IN_USE not in error
 
 
 def is_held(lock: Path) -> bool:
@@ -152,13 +153,6 @@ def lock_holder(lock: Path) -> tuple[str, int] | None:
         return host, int(pid)
     except (OSError, ValueError):
         return None
-
-
-def last_exit_status(log: Path) -> int | None:
-    """The exit status on the log's last line, None if there is none."""
-    lines = log_lines(log)
-    match = EXIT_LINE.match(lines[-1]) if lines else None
-    return int(match[1]) if match else None
 
 
 def last_error(log: Path) -> str:

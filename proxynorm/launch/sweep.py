@@ -97,13 +97,13 @@ def launch_array(
     name: str,
     options: SlurmOptions,
     log: Log = print,
-    check: Callable[[Sequence[Run]], None] | None = None,
+    announce: Callable[[Sequence[Run]], None] = lambda due: None,
 ) -> int:
     """Submit the runs that are neither finished nor queued nor running, and a report after them.
 
-    check gets the runs about to be submitted and raises to refuse. Failed runs are submitted only
-    with options.retry_failed. Returns the exit status: 1 if failed or damaged runs are left out,
-    else 0. Raises ConfigError if SLURM refuses.
+    announce gets the runs about to be submitted. Failed runs are submitted only with
+    options.retry_failed. Returns the exit status: 1 if failed or damaged runs are left out, else
+    0. Raises ConfigError if SLURM refuses.
     """
     slurm.requests(options)  # refuse impossible resources before anything is estimated
     runs_dir = runs[0].folder.parent
@@ -116,8 +116,7 @@ def launch_array(
         due = [run for run, now in statuses if is_due(run, now, options.retry_failed, log)]
         failed = [run for run, now in statuses if now.state == "failed" and run not in due]
         if due:
-            if check:
-                check(due)
+            announce(due)
             queued = {task[0] for run in runs if (task := jobs.queued(run.name))}
             submit(due, queued, name, options, log)
         else:

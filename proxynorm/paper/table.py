@@ -155,7 +155,8 @@ class Table:
         for axis, value in labels.items():
             yield from self.bundles[axis][value] if axis in self.bundles else [f"{axis}={value}"]
         for rule in self.rules:
-            if all(labels.get(axis) in as_list(value) for axis, value in rule["when"].items()):
+            wanted = {a: v if isinstance(v, list) else [v] for a, v in rule["when"].items()}
+            if all(labels.get(axis) in values for axis, values in wanted.items()):
                 yield from rule["train"]
         if self.tuned is not None and chosen is not None:
             place = str(labels[self.tuned.by])
@@ -164,10 +165,6 @@ class Table:
                     f"table {self.name}: the search {self.tuned.table} has nothing for {place}"
                 )
             yield from (f"{key}={value}" for key, value in chosen[place].items())
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def cell_name(labels: Mapping[str, Any]) -> str:
@@ -251,14 +248,9 @@ def table_runs(
 
 def reported_runs(table: Table, root: str | Path, results: str | Path) -> list[TableRun]:
     """All runs of the table; none while the search that tunes it has not chosen."""
-    if table.tuned is not None and not chosen_path(table, results).is_file():
-        return []
-    return table_runs(table, root, read_chosen(table, results))
-
-
-def chosen_path(table: Table, results: str | Path) -> Path:
-    """The file with what a tuned table's search has chosen."""
-    return Path(results) / table.tuned.table / "chosen.json"
+    search = table.tuned and Path(results) / table.tuned.table / "chosen.json"
+    chosen = search is None or search.is_file()
+    return table_runs(table, root, read_chosen(table, results)) if chosen else []
 
 
 def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
@@ -268,7 +260,7 @@ def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] 
     """
     if table.tuned is None:
         return None
-    path = chosen_path(table, results)
+    path = Path(results) / table.tuned.table / "chosen.json"
     if not path.is_file():
         search = f"table={table.tuned.table}"
         raise ConfigError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import StatisticsError, correlation, fmean
+from statistics import correlation, fmean
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
+from proxynorm.analysis.plots import save_figure
 from proxynorm.analysis.power import TERMS, PowerRow
 from proxynorm.errors import ConfigError
 from proxynorm.launch.finished import finished_files
@@ -58,13 +61,10 @@ def summarize(nets: Sequence[TrainedNet]) -> dict[str, Any]:
     cells: dict[str, list[TrainedNet]] = defaultdict(list)
     for net in nets:
         cells[net.cell].append(net)
-    return {
-        "runs": {net.run: _means([net]) for net in nets},
-        "cells": {
-            cell: {**_means(seeds), "correlation": _correlation(seeds)}
-            for cell, seeds in cells.items()
-        },
+    summaries = {
+        c: {**_means(nets), "correlation": _correlation(nets)} for c, nets in cells.items()
     }
+    return {"runs": {net.run: _means([net]) for net in nets}, "cells": summaries}
 
 
 def _means(nets: Sequence[TrainedNet]) -> dict[str, Any]:
@@ -73,35 +73,21 @@ def _means(nets: Sequence[TrainedNet]) -> dict[str, Any]:
 
 
 def _correlation(nets: Sequence[TrainedNet]) -> float | None:
-    """Correlation of P1 with the metric; None where P1 is 0 by construction, as for BN."""
-    powers = [net.mean("p1") for net in nets]
-    if len(nets) < 3 or max(powers) < 1e-4:
+    """Correlation of P1 with the metric; None for few nets or constants, as BN's P1 of 0."""
+    powers, values = [net.mean("p1") for net in nets], [net.metric for net in nets]
+    if len(nets) < 3 or max(powers) < 1e-4 or len(set(powers)) == 1 or len(set(values)) == 1:
         return None
-    try:
-        return round(correlation(powers, [net.metric for net in nets]), 4)
-    except StatisticsError:  # one of the two is constant
-        return None
+    return round(correlation(powers, values), 4)
 
 
 def plot_against_metric(nets: Sequence[TrainedNet], metric: str, path: Path) -> None:
-    """A point for each network: mean P1 across, metric up, a colour for each cell."""
-    from matplotlib.figure import Figure
-
-    from proxynorm.analysis.plots import save_figure
-
+    """A point for each network: mean P1 across, metric up, by cell."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for index, cell in enumerate(dict.fromkeys(net.cell for net in nets)):
+    for cell in dict.fromkeys(net.cell for net in nets):
         seeds = [net for net in nets if net.cell == cell]
-        powers, values = [net.mean("p1") for net in seeds], [net.metric for net in seeds]
-        style = {"color": f"C{index % 10}", "marker": "osD^v"[index // 10 % 5]}
-        axes.plot(powers, values, ls="none", ms=5, label=cell, **style)
+        axes.plot([net.mean("p1") for net in seeds], [net.metric for net in seeds], "o", label=cell)
     axes.set(xlabel="P1, mean over the network's norms, after training", ylabel=f"{metric} (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path)
-
-
-def panels(nets: Sequence[TrainedNet]) -> Mapping[str, Sequence[PowerRow]]:
-    """The rows of each run, by its name."""
-    return {net.run: net.rows for net in nets}

@@ -6,18 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from proxynorm.errors import ConfigError
 from proxynorm.launch import estimate as module
-from proxynorm.launch.estimate import (
-    Estimate,
-    Estimator,
-    describe,
-    duration,
-    measured_seconds,
-    probe_runs,
-    refuse_impossible,
-)
-from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.estimate import Estimate, Estimator, describe, duration, measured_seconds
 from proxynorm.paper.plan import estimator
 from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import write_run
@@ -50,15 +40,6 @@ def test_scaled_times_follow_the_table_s_factors(tiny, runs):
     assert estimator(table, runs)(runs[1]).seconds == pytest.approx(2 * MEASURED)
 
 
-def test_a_probe_is_a_short_run_of_each_kind_and_counts_as_measured(tiny, runs):
-    probes = probe_runs(runs)
-    assert [probe.folder.name for probe in probes] == ["bn-s0", "ln_pn-s0"]
-    assert {probe.folder.parent for probe in probes} == {runs[0].folder.parent / "probe"}
-    assert "max_steps=20" in probes[0].arguments and "name='bn-s0'" in probes[0].arguments
-    write_run(probes[1], 50.0)
-    assert estimator(tiny, runs)(runs[1]).origin == "measured"
-
-
 def test_stated_times_follow_the_network_and_the_image_size():
     """By epochs and activations; millions of activations as in arXiv 2003.13678."""
 
@@ -77,20 +58,6 @@ def test_stated_times_follow_the_network_and_the_image_size():
 
 def fixed(seconds):
     return lambda run: Estimate(seconds, "measured")
-
-
-def test_what_cannot_end_within_its_limits_is_refused(runs):
-    refuse_impossible(runs, fixed(3600), SlurmOptions())
-    refuse_impossible(runs, fixed(3600), SlurmOptions(time="1:10:00"))
-    refuse_impossible(runs, fixed(36000), SlurmOptions(time="UNLIMITED"))
-    refuse_impossible(runs, fixed(None), SlurmOptions(time="30"))
-    message = r"takes about 60 min \(measured\) and cannot end within its time limit of 30 min"
-    for short in (SlurmOptions(time="30"), SlurmOptions(sbatch=("--time=30",))):
-        with pytest.raises(ConfigError, match=f"{message}.*requeues=2 .*or force=true"):
-            refuse_impossible(runs, fixed(3600), short)
-    refuse_impossible(runs, fixed(3600), SlurmOptions(time="30", requeues=2))
-    with pytest.raises(ConfigError, match="cannot end within 10 time limits of 3 min"):
-        refuse_impossible(runs, fixed(3600), SlurmOptions(time="3", requeues=9))
 
 
 def test_times_are_told_in_the_unit_that_suits_them(runs):

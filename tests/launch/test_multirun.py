@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.slurm_launcher import CONFIG
 from proxynorm.errors import ConfigError
-from proxynorm.launch.estimate import probe_runs
 from proxynorm.launch.multirun import launch, sweep_runs
 from proxynorm.train.config import compose_config, multirun_first, settings_from
 from proxynorm.train.settings import run_name
@@ -40,23 +39,6 @@ def test_the_point_that_cannot_be_built_is_named():
         )
 
 
-def test_a_kind_of_run_is_probed_once(tmp_path):
-    points = [
-        [f"runs_dir={tmp_path}", f"norm={norm}", f"seed={seed}"]
-        for norm in ("bn", "ln")
-        for seed in range(2)
-    ]
-    probes = probe_runs(sweep_runs(points))
-    assert [settings_from(compose_config(probe.arguments)).norm.name for probe in probes] == [
-        "bn",
-        "ln",
-    ]
-    assert all(
-        probe.folder.parent == tmp_path / "probe" and "max_steps=20" in probe.arguments
-        for probe in probes
-    )
-
-
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """Two seeds, the first of which was measured; launches them with sbatch missing, which comes after the estimate."""
@@ -83,7 +65,7 @@ def sweep(tmp_path, monkeypatch):
 
     def go(points=points, **options):
         with pytest.raises(SystemExit) as ended:
-            launch(points, {"sbatch": [], "probe": False, "force": False, **options})
+            launch(points, {"sbatch": [], **options})
         assert ended.value.code == 2
 
     return go
@@ -93,16 +75,6 @@ def test_a_multirun_is_estimated_before_it_is_submitted(sweep, tmp_path, capsys)
     sweep()
     said = capsys.readouterr()
     assert "2 runs to do, 35 min (measured)" in said.out and "sbatch not found" in said.err
-    sweep(time="10")
-    assert (
-        "takes about 18 min (measured) and cannot end within its time limit of 10 min"
-        in capsys.readouterr().err
-    )
-    assert not list(tmp_path.rglob("plan-*"))
-    sweep(time="10", force=True)
-    assert "sbatch not found" in capsys.readouterr().err
-    sweep(time="2", force=True)
-    assert "would be stopped as soon as they start" in capsys.readouterr().err
 
 
 def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, monkeypatch):
@@ -122,10 +94,7 @@ def test_a_dry_run_submits_nothing(tmp_path, capsys):
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        launch(
-            [[f"runs_dir={tmp_path}"]],
-            {"nodes": 2, "gpus": 3, "sbatch": [], "probe": False, "force": True},
-        )
+        launch([[f"runs_dir={tmp_path}"]], {"nodes": 2, "gpus": 3, "sbatch": []})
     assert (
         ended.value.code == 2
         and capsys.readouterr().err == "error: gpus=3: must be a multiple of nodes=2\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -19,32 +18,6 @@ from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
 
 NO_RESULTS = Path("no results")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", 5400),
-        ("1:30", 90),
-        ("1:30:00", 5400),
-        ("2-0", 172800),
-        ("1-12", 129600),
-        ("1-12:30", 131400),
-        ("1-00:00:05", 86405),
-        ("UNLIMITED", math.inf),
-        ("infinite", math.inf),
-        ("-1", math.inf),
-        ("0", math.inf),
-    ],
-)
-def test_time_limits_are_read_as_sbatch_reads_them(text, expected):
-    assert slurm.parse_time(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1h"])
-def test_what_is_no_time_limit_is_refused(text):
-    with pytest.raises(ConfigError, match="valid: minutes"):
-        slurm.parse_time(text)
 
 
 def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
@@ -65,35 +38,12 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
             slurm.requests(wrong)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"time": "1"},
-        {"time": "2"},
-        {"sbatch": ("--time=2",)},
-        {"sbatch": ("-t", "2")},
-        {"sbatch": ("--mem=1G", "-t2")},
-    ],
-)
-def test_a_time_limit_within_the_warning_is_refused(options):
-    """Such a run would be signalled as soon as it starts, and again whenever it is queued again."""
-    with pytest.raises(
-        ConfigError, match="warned 120 s before it and would be stopped as soon as they start"
-    ):
-        slurm.requests(SlurmOptions(**options))
-    slurm.requests(
-        SlurmOptions(**{**options, "sbatch": (*options.get("sbatch", ()), "--signal=USR2@25")})
-    )
-
-
 def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
     further = (
         "--dependency=afterany:1",
         "--gres=gpu:8",
-        "-t",
-        "1",
-        "-A",
-        "lab",
+        "--time=1",
+        "--account=lab",
         "--qos=high",
         "--nice=5",
     )
@@ -104,7 +54,7 @@ def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
     assert not [
         word
         for word in words
-        if word.startswith(("--gres", "--time", "-t", "--nice", "--dependency=afterany:1"))
+        if word.startswith(("--gres", "--time", "--nice", "--dependency=afterany:1"))
     ]
 
 
