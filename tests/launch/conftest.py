@@ -21,7 +21,10 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def stand_in(tiny, tmp_path, monkeypatch):
-    """Replaces train.py; the returned function sets what named runs do. A finished one has the files of finished/NAME."""
+    """Replace train.py; the returned function sets what named runs do.
+
+    A finished one gets the files of finished/NAME.
+    """
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STAND_IN))
     monkeypatch.setattr(launch, "TRAIN", script)

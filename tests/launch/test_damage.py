@@ -1,4 +1,4 @@
-"""Damaged run folders and archives: one line that names the file and what to do; the other runs are told as ever."""
+"""Damaged run folders and archives: one line names the file and the remedy."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ DAMAGE = {
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request, tiny, tmp_path):
-    """The runs, the first two of them finished and the first of these damaged; and the file that is damaged."""
+    """The runs, two of them finished, the first of these damaged; and the damaged file."""
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     write_run(runs[1], 50.0)

@@ -1,4 +1,4 @@
-"""The local launcher: what is missing is trained once, what fails is told, what is stopped goes on."""
+"""The local launcher: missing runs are trained once, failures listed, stopped runs resumed."""
 
 import json
 import os
@@ -79,10 +79,7 @@ def test_a_killed_run_is_told_as_killed_not_by_its_last_row(launch, stand_in):
 
 def test_a_run_that_another_process_trains_is_left_to_it(launch, stand_in):
     stand_in(
-        bn__s0={
-            "status": 2,
-            "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it, or choose another name=",
-        }
+        bn__s0={"status": 2, "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it"}
     )
     code, lines, _ = launch()
     assert code == 0 and "bn-s0: running elsewhere" in lines
@@ -95,7 +92,7 @@ def test_two_launches_at_once_train_no_run_twice(launch, stand_in):
 
 
 def subprocess_of_stand_in(launch):
-    """Two processes that launch the same table, the second when the first has taken its first run."""
+    """Two processes launch the same table, the second once the first has a run."""
     first = os.fork()
     if first == 0:
         os._exit(launch(jobs=1)[0])
@@ -221,7 +218,7 @@ def test_long_lines_of_the_status_are_cut_at_the_terminal_s_width(tiny, tmp_path
 
 @pytest.mark.slow
 def test_a_real_table_from_run_to_report(tmp_path):
-    """Interrupted, run again, reported: with the real train.py, the command line and paths that a shell would break."""
+    """Interrupted, run again, reported: with the real train.py and paths that need quoting."""
     path, root = tmp_path / "it's tiny.yaml", tmp_path / "the runs"
     path.write_text(TINY.replace("seeds: 2", "seeds: 1"))
     first = subprocess.Popen(

@@ -41,7 +41,7 @@ def test_the_point_that_cannot_be_built_is_named():
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Two seeds, the first of which was measured; launches them with sbatch missing, which comes after the estimate."""
+    """Launches two seeds, the first of which was measured, where sbatch is missing."""
     monkeypatch.setenv("PATH", str(tmp_path))
     points = [
         [f"runs_dir={tmp_path}/runs", f"seed={seed}", "data.limit=1000", "epochs=1", "batch=100"]

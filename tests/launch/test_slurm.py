@@ -1,4 +1,4 @@
-"""SLURM's words, without SLURM: requests, time limits, and where runs stand by what squeue and sacct say."""
+"""SLURM's commands without SLURM: requests, and the status of runs by squeue and sacct."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
         ("error: runs/x is in use by host pid 1; wait for it\n# exit status 2\n", "missing"),
         ("# exit status 140\n", "missing"),
         (
-            "# job 7_0 on n1, restart 0\nslurmstepd: error: execve(): python: No such file\n# exit status 2\n",
+            "# job 7_0 on n1\nslurmstepd: error: execve(): No such file\n# exit status 2\n",
             "failed",
         ),
     ],

@@ -1,4 +1,4 @@
-"""The table of claims: it names tests and comparisons that exist, and its status follows from them."""
+"""The table of claims names tests and comparisons that exist; its status follows from them."""
 
 import pytest
 

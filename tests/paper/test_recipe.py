@@ -107,7 +107,7 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
 
 
 def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypatch, tmp_path):
-    """The check of a table's runs composes every cell; what comes out is what Hydra makes of the same words."""
+    """The check of runs composes every cell, to what Hydra makes of the same words."""
     compose, calls = config._compose, []
     monkeypatch.setattr(config, "_compose", lambda *words: calls.append(words) or compose(*words))
     config._base.cache_clear()

@@ -11,9 +11,10 @@ from mpmath import betainc
 from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
-from proxynorm.paper.records import archive_path, collect, kept_files, read_archive
-from proxynorm.paper.report import gather, write_report
-from proxynorm.paper.search import choose
+from proxynorm.paper.figures import cell_styles
+from proxynorm.paper.records import Record, archive_path, collect, kept_files, read_archive
+from proxynorm.paper.report import gather, loss_ratio, write_report
+from proxynorm.paper.search import choose, protocol
 from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
 from proxynorm.paper.tracking import deltas, log_report
 from scripts.reproduce import Options, main
@@ -279,7 +280,7 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
     diverged = next(run for run in runs if run.cell.name == "ln-base_lr0.2")
     fail(
         diverged,
-        "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc; the weights are untouched",
+        "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc",
     )
     found = choose(table, runs, tmp_path / "results")
     assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.8}}
@@ -297,3 +298,36 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
         )
         == found
     )
+
+
+def test_a_report_of_fewer_runs_does_not_replace_a_fuller_one(tiny, finished, tmp_path):
+    full = gather(tiny, finished, tmp_path)
+    fewer = gather(tiny, finished[:1], tmp_path)
+    write_report(full, tmp_path / "report")
+    with pytest.raises(ConfigError, match="has 3 runs, this one 1; force=true replaces it"):
+        write_report(fewer, tmp_path / "report")
+    write_report(full, tmp_path / "report")
+    write_report(fewer, tmp_path / "report", force=True)
+    assert "1 runs, 0.01 hours" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_the_loss_ratio_is_that_of_the_last_two_tenths():
+    losses = [3.0] * 16 + [2.0, 2.0, 1.0, 1.5]
+    rows = [{"event": "train", "step": step, "loss": v} for step, v in enumerate(losses, 1)]
+    assert loss_ratio(Record("bn", 0, {"steps": 20}, {}, rows)) == pytest.approx(1.25 / 2)
+    assert loss_ratio(Record("bn", 0, {"steps": 20}, {}, rows[:4])) is None
+
+
+def test_the_protocol_tells_whether_every_norm_got_the_same_search():
+    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("mini_norms"))
+    assert equal == (
+        "Search mini_search: every norm got the same 6 points of "
+        "optim.base_lr × optim.weight_decay, 2 seeds: 12 runs."
+    )
+    assert tuned.endswith("another grid for ln_pn (7 runs), ln_ws (7 runs).")
+
+
+def test_a_norm_and_its_pn_variant_share_a_colour():
+    styles = cell_styles({"bn": "bn", "ln": "ln", "ln_pn": "ln_pn"})
+    assert styles["ln"]["color"] == styles["ln_pn"]["color"] != styles["bn"]["color"]
+    assert (styles["ln"]["ls"], styles["ln_pn"]["ls"]) == ("--", "-")

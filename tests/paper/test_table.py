@@ -1,4 +1,4 @@
-"""Tables as data: every one is well formed, its cells are trainable, its references are those that may be quoted."""
+"""Tables as data: well formed, with trainable cells and references that may be quoted."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A table as an array of jobs under a real SLURM: launched twice at once, killed in the middle, launched again, reported."""
+"""A table as an array under a real SLURM: launched twice at once, killed, launched again."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ STEPS = 200
 TABLE = """
 title: Eight small cells
 about: A table for tests.
-train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=8, batch=20, epochs=4, data.limit=1000, norm.groups=2,
-        data.holdout=200, log_every=1, eval_every=4, loader=torchvision, loader.workers=0, logger=none]
+train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=8, batch=20, epochs=4,
+        data.limit=1000, norm.groups=2, data.holdout=200, log_every=1, eval_every=4,
+        loader=torchvision, loader.workers=0, logger=none]
 cells:
   - norm: [bn, ln, gn, in, bn_pn, ln_pn, gn_pn, in_pn]
 rows: [norm]
@@ -74,7 +75,7 @@ def in_the_middle(run: Run) -> bool:
 
 
 def check_status_of_a_running_task(slurm, job: str, runs: list[Run], status) -> None:
-    """Step, loss and ETA of a task that is halted in the middle meanwhile, so that they are those of its last row."""
+    """Step, loss and ETA of a task, halted meanwhile, are those of its last row."""
     run = None
     while run is None:
         slurm.wait_for(lambda: any(map(in_the_middle, runs)), "no run trains", 120, every=0.02)
@@ -92,8 +93,10 @@ def check_status_of_a_running_task(slurm, job: str, runs: list[Run], status) -> 
 
 
 def trouble(slurm, job: str, runs: list[Run]) -> list[Run]:
-    """In the middle of their training: cancel one task, kill the process of another, signal a third, which queues itself
-    again. Returns the three runs. Checks the limit of two at a time."""
+    """Cancel one task in training, kill another's process, signal a third, which requeues itself.
+
+    Returns the three runs. Checks the limit of two at a time.
+    """
     troubled: list[Run] = []
 
     def due(run: Run) -> bool:
@@ -191,7 +194,7 @@ def test_a_table_killed_in_the_middle_and_launched_again_is_that_of_an_unbroken_
 
 
 def test_a_hydra_multirun_becomes_an_array(slurm, tmp_path):
-    """What is finished is not submitted again; a failure is listed, and submitted again only when asked for."""
+    """Finished runs are not submitted again; failed ones only when asked for."""
     sweep = [
         sys.executable,
         "train.py",
@@ -218,8 +221,7 @@ def test_a_hydra_multirun_becomes_an_array(slurm, tmp_path):
     )
     said = slurm.check(*sweep, cwd=ROOT, status=1)
     assert re.search(
-        r": finished\n.*: failed: step \d+: loss nan.*\nnothing to submit\n1 failed runs are left out",
-        said,
+        r": finished\n.*: failed: step \d+: loss nan.*\nnothing to submit\n1 failed runs are", said
     )
     said = slurm.check(*sweep, "hydra.launcher.retry_failed=true", cwd=ROOT)
     assert "1 runs to do, 60 s (measured)" in said and submitted(said) == 1
