@@ -160,9 +160,8 @@ def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]
 
 
 def show_table(options: Options, folder: Path, device: torch.device) -> None:
-    from proxynorm.launch.runs import read_chosen, table_runs
-    from proxynorm.paper.table import load_table
-    from proxynorm.paper.trained_power import panels, plot_against_metric, summarize, trained_nets
+    from proxynorm.paper.table import load_table, read_chosen, table_runs
+    from proxynorm.paper.trained_power import plot_against_metric, summarize, trained_nets
 
     table = load_table(options.table)
     runs = table_runs(table, options.root, read_chosen(table, options.results))
@@ -170,7 +169,7 @@ def show_table(options: Options, folder: Path, device: torch.device) -> None:
     for net in trained_nets(runs, table.metric, options.images, options.batch, device):
         print(f"{net.run}: {table.metric} {net.metric:.2f}, P1 {net.mean('p1'):.4f}", flush=True)
         nets.append(net)
-    write_csv(folder / "power.csv", panels(nets), "run")
+    write_csv(folder / "power.csv", {net.run: net.rows for net in nets}, "run")
     plot_against_metric(nets, table.metric, folder / "power.png")
     measured = {"table": table.name, "metric": table.metric, "images": options.images}
     content = {**measured, "environment": environment(), **summarize(nets)}

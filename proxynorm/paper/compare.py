@@ -1,4 +1,4 @@
-"""What a table's records say: mean and spread of each cell, and the comparisons that claims are about."""
+"""Statistics of a table: mean and spread of each cell, and the comparisons that claims rest on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A comparison's result: difference first − second in points; interval (95 %) and p by Welch where both n > 1."""
+    """A comparison's result: first − second in points; 95 % interval and p by Welch, if n > 1."""
 
     comparison: Comparison
     first: Sample
@@ -62,7 +62,7 @@ def cell_samples(table: Table, records: Sequence[Record]) -> dict[str, Sample]:
 def cell_status(
     table: Table, sample: Sample, running: int, failed: int, reference: Reference | None
 ) -> str:
-    """not run, running, n/N seeds, done, within or outside the tolerance of the reference; failures are added."""
+    """A cell's state in words, with failures and whether it is within the tolerance."""
     words = []
     if not sample.n:
         words += ["running"] if running else [] if failed else ["not run"]
@@ -73,77 +73,69 @@ def cell_status(
     if reference is not None and sample.n:
         near = abs(sample.mean - reference.value) <= table.tolerance
         words.append("within" if near else "outside")
-    if failed:
-        words.append(f"{failed} failed")
-    return ", ".join(words)
+    return ", ".join(words + ([f"{failed} failed"] if failed else []))
 
 
 def seed_spread(table: Table, samples: Mapping[str, Sample]) -> float | None:
-    """Standard deviation between seeds, points: that of the table's own cells pooled, else the one the table knows."""
+    """Standard deviation between seeds in points: pooled over the cells, else the table's own."""
     spread = [sample for sample in samples.values() if sample.n > 1]
-    if spread:
-        freedom = sum(sample.n - 1 for sample in spread)
-        return math.sqrt(sum((sample.n - 1) * sample.std**2 for sample in spread) / freedom)
-    return table.seed_std
+    if not spread:
+        return table.seed_std
+    freedom = sum(sample.n - 1 for sample in spread)
+    return math.sqrt(sum((sample.n - 1) * sample.std**2 for sample in spread) / freedom)
 
 
 def compare(table: Table, samples: Mapping[str, Sample]) -> list[Outcome]:
     """The outcome of each of the table's comparisons."""
     spread = seed_spread(table, samples)
     return [
-        outcome(
-            comparison, samples[comparison.first], samples[comparison.second], table.margin, spread
-        )
-        for comparison in table.comparisons
+        outcome(item, samples[item.first], samples[item.second], table.margin, spread)
+        for item in table.comparisons
     ]
 
 
 def outcome(
     comparison: Comparison, first: Sample, second: Sample, margin: float, spread: float | None
 ) -> Outcome:
-    """One comparison: Welch's test where both sides have several runs; otherwise measured against the known spread."""
+    """Difference, Welch's test and verdict; `spread` judges single runs."""
     if not (first.n and second.n):
         return Outcome(comparison, first, second, None, None, None, "not run")
     difference = first.mean - second.mean
     if min(first.n, second.n) < 2:
-        return Outcome(
-            comparison, first, second, difference, None, None, single_verdict(difference, spread)
-        )
-    if first.std == second.std == 0:
+        words = single_verdict(difference, spread)
+        return Outcome(comparison, first, second, difference, None, None, words)
+    if first.std == second.std == 0:  # Welch's t is undefined
         interval, p = (difference, difference), float(difference == 0)
     else:
         test = stats.ttest_ind(first.values, second.values, equal_var=False)
         low, high = test.confidence_interval(0.95)
         interval, p = (float(low), float(high)), float(test.pvalue)
-    return Outcome(
-        comparison,
-        first,
-        second,
-        difference,
-        interval,
-        p,
-        verdict(comparison.expect, interval, margin),
-    )
+    words = verdict(comparison.expect, interval, margin)
+    return Outcome(comparison, first, second, difference, interval, p, words)
 
 
 def single_verdict(difference: float, spread: float | None) -> str:
-    """What one run a side allows to say."""
+    """The verdict on two single runs: within two standard deviations of their difference or not."""
     if spread is None:
         return "single seed, spread unknown"
-    # two standard deviations of a difference of two runs
-    return (
-        "single seed, below the seed spread"
-        if abs(difference) < 2 * math.sqrt(2) * spread
-        else "single seed, beyond the seed spread"
-    )
+    below = abs(difference) < 2 * math.sqrt(2) * spread
+    return f"single seed, {'below' if below else 'beyond'} the seed spread"
 
 
 def verdict(expect: str, interval: tuple[float, float], margin: float) -> str:
-    """shown, contradicted or not shown. higher and lower: the interval lies on that side of zero. equal: the first is
-    not worse than the second by `margin` points or more (matches or exceeds)."""
+    """shown, contradicted or not shown.
+
+    higher, lower: the interval lies on that side of zero. equal: the first is not worse than the
+    second by `margin` points or more, so that it matches or exceeds it.
+    """
     low, high = interval
     if expect == "equal":
         return "shown" if low > -margin else "contradicted" if high < -margin else "not shown"
     if expect == "lower":
         low, high = -high, -low
     return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
+
+
+def p_value(p: float) -> str:
+    """Format a p value."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
