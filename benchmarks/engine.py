@@ -34,13 +34,13 @@ from proxynorm.data.fashion_mnist import find_fashion_mnist, read_fashion_mnist
 from proxynorm.train.build import seeded_model
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.distributed import Process, choose_device
+from proxynorm.train.loop import Trainer
 from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings
 from proxynorm.train.tracker import Tracker
-from proxynorm.train.loop import Trainer
 
 BARE, STEP = "bare loop, batch in memory", "our step, batch in memory"
 LOADER, OURS, TIMM = "our loader alone", "our training", "timm's training"
