@@ -1,3 +1,5 @@
-"""The tiny table's fixtures, which the launchers' tests use too."""
+"""The fixtures of the tiny table."""
 
-from tests.launch.conftest import stand_in, tiny  # noqa: F401
+from tests.launch.conftest import stand_in, tiny
+
+__all__ = ["stand_in", "tiny"]
