@@ -35,17 +35,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "need(condition, reason): tests.helpers.need")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assign the marker `quick` and the groups of pytest-xdist by the place of a test's file."""
+    """Assign the marker `quick` by the place of a test's file."""
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
         slow = item.get_closest_marker("slow") or path.stem in NOT_QUICK
         if path.parts[0] in QUICK_FOLDERS and not slow:
             item.add_marker("quick")
-        for place in ON_ONE_WORKER:
-            if path.is_relative_to(place):
-                item.add_marker(pytest.mark.xdist_group(place))
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist asks for it
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give out tests one by one, but those of a place in ON_ONE_WORKER to the same worker."""
+    # --dist loadgroup has no effect under pytest 9.2: it sets an attribute that is gone.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            places = (place for place in ON_ONE_WORKER if nodeid.startswith(f"tests/{place}"))
+            return next(places, nodeid)
+
+    return ByPlace(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -126,7 +126,8 @@ def wide_table(findings: Findings) -> Grid:
         (label(cell, table.rows), label(cell, table.columns)): str(findings.samples[cell.name])
         for cell in findings.cells
     }
-    header = ["", *(column or "any" for column in columns)]
+    unnamed = "any" if table.columns else f"{table.metric} %"
+    header = ["", *(column or unnamed for column in columns)]
     return [header, *([row, *(shown.get((row, column), "") for column in columns)] for row in rows)]
 
 
