@@ -21,8 +21,6 @@ from yaml import YAMLError
 
 from proxynorm.errors import ConfigError, ProxynormError
 
-USER_ERROR = 2
-
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error message: the nearest of `choices`, and all of them."""
@@ -49,7 +47,7 @@ def fail(error: BaseException) -> NoReturn:
     """Print one line on standard error and exit with status 2."""
     # One write: other processes may print at the same time.
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-    sys.exit(USER_ERROR)
+    sys.exit(2)
 
 
 def parse_options(options: type, arguments: list[str]) -> Any:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from proxynorm.analysis.plots import plot_curves
 from proxynorm.data import Data, open_data
 from proxynorm.errors import CheckpointError, ConfigError, DataError, FileError
-from proxynorm.files import write_json
+from proxynorm.files import write_json, write_text
 from proxynorm.train import checkpoint
 from proxynorm.train.distributed import Process, environment_ranks, processes
 from proxynorm.train.loop import Trainer
@@ -75,7 +75,7 @@ def train_in(
     tracker = None
     if process.is_main:
         run.remove_leftovers() if resumed else run.clear()
-        run.write_config(OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))
         run.write_environment(now, saved=resumed)
         tracker = Tracker(settings, run.path, name, config, resumed)
     display.print(overview(trainer, run))

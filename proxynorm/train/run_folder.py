@@ -90,9 +90,6 @@ class RunFolder:
             for item in folder.glob(".*.tmp"):
                 item.unlink()
 
-    def write_config(self, text: str) -> None:
-        write_text(self.config, text)
-
     def write_environment(self, environment: dict[str, Any], saved: bool) -> None:
         """Write environment.json; saved: whether a checkpoint was ever saved here."""
         write_json(self.environment, {**environment, "saved": saved})
