@@ -24,9 +24,9 @@ class SlurmOptions:
     """The resources of a run, in sbatch's terms; None leaves them to the cluster's defaults.
 
     gpus: of a run, over all its nodes, one process each; limit: array tasks at a time; stage:
-    folder on each node into which .beton files are copied first; sbatch: further arguments of sbatch; dry_run: print, submit nothing;
-    retry_failed: submit failed runs too; report: arguments of
-    scripts/reproduce.py for a job after the array.
+    folder on each node into which .beton files are copied first; sbatch: further arguments of
+    sbatch; dry_run: print, submit nothing; retry_failed: submit failed runs too; report:
+    arguments of scripts/reproduce.py for a job after the array.
     """
 
     time: str | None = None

@@ -47,7 +47,7 @@ class Status:
     note: str = ""
 
     def describe(self) -> str:
-        """One line of what is known beside the state."""
+        """The progress, or the error, in one line."""
         if self.state in ("failed", "damaged"):
             return self.error
         parts = [f"job {self.job}"] if self.job else []

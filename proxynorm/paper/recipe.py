@@ -69,7 +69,7 @@ def finished_config(run: TableRun, results: str | Path) -> tuple[Path, bytes | N
 
 
 def recipe(source: Sequence[str] | bytes) -> dict[str, Any]:
-    """What decides what is trained and where it ends, from arguments or a stored config.yaml."""
+    """The keys that decide the training, from arguments or from a stored config.yaml."""
     from proxynorm.train.config import compose_config, settings_from
     from proxynorm.train.settings import identity
 

@@ -218,10 +218,7 @@ def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
         ),
         ("error: runs/x is in use by host pid 1; wait for it\n# exit status 2\n", "missing"),
         ("# exit status 140\n", "missing"),
-        (
-            "# job 7_0 on n1\nslurmstepd: error: execve(): No such file\n# exit status 2\n",
-            "failed",
-        ),
+        ("# job 7_0 on n1\nslurmstepd: error: execve(): No such file\n# exit status 2\n", "failed"),
     ],
 )
 def test_exits_under_srun(tiny, tmp_path, log, state):
