@@ -1,4 +1,5 @@
-"""A run does not go on, without a word, on other images than it was begun on, whatever their number, classes and labels."""
+"""A run does not go on, without a word, on other images than it was begun on, whatever their
+number, classes and labels."""
 
 from __future__ import annotations
 
