@@ -13,7 +13,7 @@ from proxynorm.conversion.freeze import freeze
 from proxynorm.errors import ConfigError
 from proxynorm.models import create_model
 from proxynorm.nn import NORMS, NormAct2d, recompute
-from proxynorm.nn.names import unknown_name
+from proxynorm.nn.checks import unknown_name
 
 TORCH_BN, TORCH_LN = "torch bn", "torch ln"
 RECOMPUTE = "+recompute"

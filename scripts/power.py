@@ -201,7 +201,7 @@ def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]
 def main(options: Options) -> int:
     import torch
 
-    from proxynorm.nn.names import NORMS
+    from proxynorm.nn import NORMS
     from proxynorm.train.distributed import choose_device
 
     if options.threads:

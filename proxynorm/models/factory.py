@@ -15,10 +15,10 @@ from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
-from proxynorm.nn.checks import check_options, check_rate, check_whole
+from proxynorm.nn.checks import check_rate, check_whole
 from proxynorm.nn.fast.shared import share_moments
-from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.options import NormOptions
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def create_model(
     num_classes: int = 1000,
     *,
     in_chans: int = 3,
-    groups: int | None = None,
-    norm_batch: int | str | None = None,
-    eps: float | None = None,
-    proxy_eps: float = 0.03,
-    moments: str = "auto",
-    nodes: int = 256,
+    groups: int | None = NormOptions.groups,
+    norm_batch: int | str | None = NormOptions.norm_batch,
+    eps: float | None = NormOptions.eps,
+    proxy_eps: float = NormOptions.proxy_eps,
+    moments: str = NormOptions.moments,
+    nodes: int = NormOptions.nodes,
     se: str | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -128,29 +128,29 @@ def create_model(
         drop_rate=drop_rate,
         drop_path_rate=drop_path_rate,
     )
-    options = dict(
-        norm_batch=norm_batch,
-        proxy_eps=proxy_eps,
-        moments=moments,
-        nodes=nodes,
-        groups=architecture.groups if groups is None else groups,
-        eps=architecture.eps if eps is None and not pretrained else eps,
-    )
     try:
-        spec = norm_spec(norm)
+        options = NormOptions(
+            norm,
+            architecture.groups if groups is None else groups,
+            # pretrained weights keep the ε that they were trained with
+            architecture.eps if eps is None and not pretrained else eps,
+            proxy_eps,
+            norm_batch,
+            moments,
+            nodes,
+        )
         _check_squeeze_excite(architecture, se)
         _check_arguments({**common, **kwargs})
-        check_options(groups, eps, proxy_eps, norm_batch)
         if pretrained and not architecture.pretrained:
             raise ValueError(
                 "pretrained=True: no weights of this model are published; use pretrained=False and train it"
             )
-        model = _build(architecture, spec, options, {**common, **kwargs}, pretrained)
+        model = _build(architecture, options, {**common, **kwargs}, pretrained)
         if not architecture.takes_norm_layer:
-            convert(model, norm, **options)
+            convert(model, **vars(options))
     except ValueError as error:
         raise ConfigError(f"model {name} with norm {norm}: {error}") from error
-    if architecture.has_se and spec.proxy and se != "plain":
+    if architecture.has_se and options.spec.proxy and se != "plain":
         centre_squeeze_excite(model)
     model.default_size = architecture.size
     return model
@@ -162,11 +162,11 @@ def native_size(name: str) -> int:
 
 
 def _build(
-    architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool
+    architecture: Architecture, options: NormOptions, arguments: dict, pretrained: bool
 ) -> nn.Module:
     """The network: with its norm where it takes one, else with batch norm. Raises ValueError for a wrong argument."""
     if architecture.takes_norm_layer:
-        arguments["norm_layer"] = partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options)
+        arguments["norm_layer"] = partial(NormAct2d, **options.layer_arguments())
     if pretrained:
         arguments["pretrained"] = True
     try:
@@ -176,9 +176,9 @@ def _build(
         RuntimeError,
     ) as error:  # timm's answer to unknown arguments and missing pretrained weights
         raise ValueError(str(error)) from error
-    if architecture.takes_norm_layer and spec.weight_standardization:
+    if architecture.takes_norm_layer and options.spec.weight_standardization:
         standardize_before_norms(model)
-    if architecture.takes_norm_layer and spec.proxy:
+    if architecture.takes_norm_layer and options.spec.proxy:
         share_moments(model)
     return model
 

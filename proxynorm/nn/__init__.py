@@ -8,6 +8,7 @@ from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.names import KINDS, NORMS, NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.norms import batch_normalize, group_normalize
+from proxynorm.nn.options import NormOptions
 from proxynorm.nn.weight_standardization import standardize_weights
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "KINDS",
     "NORMS",
     "NormAct2d",
+    "NormOptions",
     "NormSpec",
     "batch_normalize",
     "group_normalize",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from proxynorm.nn.names import unknown_name
+from proxynorm.nn.checks import unknown_name
 
 Activation = Union[str, type, nn.Module, Callable[[Tensor], Tensor], None]
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from proxynorm.nn import gaussian, piecewise
 from proxynorm.nn.activations import Activation, activate, activation_name, make_activation
+from proxynorm.nn.checks import unknown_name
 from proxynorm.nn.fast.precision import without_autocast
 from proxynorm.nn.gaussian import Moments
-from proxynorm.nn.names import unknown_name
 
 METHODS = ("auto", "exact", "grid")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from proxynorm.nn.checks import unknown_name
 
 KINDS = ("bn", "ln", "gn", "in", "none")
 
@@ -36,10 +37,3 @@ def norm_spec(name: str) -> NormSpec:
         return _SPECS[name]
     except (KeyError, TypeError):
         raise ValueError(unknown_name("norm", name, NORMS)) from None
-
-
-def unknown_name(what: str, name: object, legal: tuple[str, ...]) -> str:
-    """One line for a wrong name: the name, the nearest legal one if any is near, and the list."""
-    near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}.{guess} Choose one of: {', '.join(legal)}"

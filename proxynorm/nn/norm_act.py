@@ -17,7 +17,6 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.checks import check_features, check_norm, check_options
 from proxynorm.nn.fast.folding import Constants, Rule, fold, fold_reference
 from proxynorm.nn.fast.fused import (
     FlooredReLU,
@@ -32,9 +31,9 @@ from proxynorm.nn.fast.fused import (
 from proxynorm.nn.fast.one_step import GroupNormAct, Step, takes_one_step
 from proxynorm.nn.fast.precision import without_autocast
 from proxynorm.nn.fast.recompute import Recipe, is_recomputing
-from proxynorm.nn.moments import check_method, proxy_moments
-from proxynorm.nn.names import norm_spec
+from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, batch_normalize, group_normalize
+from proxynorm.nn.options import DEFAULT_EPS, NormOptions
 
 
 def default_groups(num_features: int, most: int = 32) -> int:
@@ -72,10 +71,10 @@ class NormAct2d(nn.Module):
         proxy: bool = True,
         act_layer: Activation = _RELU,
         apply_act: bool = True,
-        groups: int | None = None,
-        eps: float = 1e-5,
-        proxy_eps: float = 0.03,
-        norm_batch: NormBatch = None,
+        groups: int | None = NormOptions.groups,
+        eps: float = DEFAULT_EPS,
+        proxy_eps: float = NormOptions.proxy_eps,
+        norm_batch: NormBatch = NormOptions.norm_batch,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
@@ -83,27 +82,31 @@ class NormAct2d(nn.Module):
         act_kwargs: dict | None = None,
         drop_layer: Callable[[], nn.Module] | None = None,
         proxy_scale: bool = True,
-        moments: str = "auto",
-        nodes: int = 256,
+        moments: str = NormOptions.moments,
+        nodes: int = NormOptions.nodes,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if act_layer is _RELU and apply_act:
             _check_caller(sys._getframe(1).f_globals.get("__name__", ""))
-        check_features(num_features)
-        check_norm(norm)
-        check_options(groups, eps, proxy_eps, norm_batch)
-        check_method(moments, nodes)
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
+        spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
+        if spec.weight_standardization:
+            raise ValueError(
+                f"norm={norm!r} standardizes the weights of convolutions, which a norm layer cannot: "
+                f"use norm={spec.kind!r} with proxy=False, and standardize_weights(model) once it is built"
+            )
         if "_" in norm:
-            proxy = norm_spec(norm).proxy
+            proxy = spec.proxy
         self.num_features, self.eps, self.proxy_eps, self.momentum = (
             num_features,
             eps,
             proxy_eps,
             momentum,
         )
-        self.kind = norm.split("_")[0]
+        self.kind = spec.kind
         self.apply_act = apply_act and act_layer is not None
         self.proxy = bool(proxy) and self.kind != "none"
         self.norm_batch, self.proxy_scale, self.moments, self.nodes = (
