@@ -17,7 +17,7 @@ from proxynorm.conversion.rewrite import RewrittenForward, install_forwards, rew
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
-from proxynorm.nn.weight_standardization import standardize_weights
+from proxynorm.nn.weights import standardize_weights
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from proxynorm.nn.checks import unknown_name
 
-Activation = Union[str, type, nn.Module, Callable[[Tensor], Tensor], None]
+Activation = str | type | nn.Module | Callable[[Tensor], Tensor] | None
 
 _LAYERS: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,

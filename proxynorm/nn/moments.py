@@ -30,11 +30,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from proxynorm.nn import gaussian, piecewise
+from proxynorm.nn import closed_forms
 from proxynorm.nn.activations import Activation, activate, activation_name, make_activation
 from proxynorm.nn.checks import unknown_name
+from proxynorm.nn.closed_forms import Moments
 from proxynorm.nn.fast.precision import without_autocast
-from proxynorm.nn.gaussian import Moments
 
 METHODS = ("auto", "exact", "grid")
 
@@ -113,22 +113,22 @@ def working_dtype(like: Tensor) -> torch.dtype:
 
 _Form = Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, ...]]
 _WITH_SLOPES: dict[str, Callable[[Tensor, Tensor, nn.Module], Moments]] = {
-    "relu": lambda a, s, module: gaussian.leaky_relu(a, s),
-    "leaky_relu": lambda a, s, module: gaussian.leaky_relu(a, s, module.negative_slope),
-    "identity": lambda a, s, module: gaussian.leaky_relu(a, s, 1.0),
-    "silu": lambda a, s, module: gaussian.silu(a, s),
-    "gelu": lambda a, s, module: gaussian.gelu(a, s),
+    "relu": lambda a, s, module: closed_forms.leaky_relu(a, s),
+    "leaky_relu": lambda a, s, module: closed_forms.leaky_relu(a, s, module.negative_slope),
+    "identity": lambda a, s, module: closed_forms.leaky_relu(a, s, 1.0),
+    "silu": lambda a, s, module: closed_forms.silu(a, s),
+    "gelu": lambda a, s, module: closed_forms.gelu(a, s),
 }
 _CLOSED: dict[str, _Form] = {
     **_WITH_SLOPES,
-    "relu": lambda a, s, module: gaussian.relu_moments(a, s),
-    "relu6": piecewise.relu6,
-    "hard_tanh": piecewise.hard_tanh,
-    "hard_sigmoid": piecewise.hard_sigmoid,
-    "hard_swish": piecewise.hard_swish,
-    "elu": piecewise.elu,
-    "celu": piecewise.celu,
-    "selu": piecewise.selu,
+    "relu": lambda a, s, module: closed_forms.relu_moments(a, s),
+    "relu6": closed_forms.relu6,
+    "hard_tanh": closed_forms.hard_tanh,
+    "hard_sigmoid": closed_forms.hard_sigmoid,
+    "hard_swish": closed_forms.hard_swish,
+    "elu": closed_forms.elu,
+    "celu": closed_forms.celu,
+    "selu": closed_forms.selu,
 }
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from proxynorm.nn.checks import check_epsilon, check_whole
 from proxynorm.nn.moments import check_method
-from proxynorm.nn.names import NormSpec, norm_spec
-from proxynorm.nn.norms import NormBatch
+from proxynorm.nn.norms import NormBatch, NormSpec, norm_spec
 
 DEFAULT_EPS = 1e-5  # where eps=None and the network brings none of its own
 

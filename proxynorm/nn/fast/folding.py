@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from proxynorm.nn.activations import activation_name
-from proxynorm.nn.gaussian import Moments
+from proxynorm.nn.closed_forms import Moments
 from proxynorm.nn.moments import location_and_scale, moments_with_slopes, proxy_moments
 
 

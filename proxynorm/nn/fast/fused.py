@@ -26,16 +26,6 @@ class Head(NamedTuple):
     module: nn.Module
 
 
-def is_transformed() -> bool:
-    """Whether something looks into the operations: torch.compile, export, tracing, torch.func, forward-mode AD."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 class FoldedConstants(torch.autograd.Function):
     """The rows of constants.values, as a differentiable function of γ, β, γ̃, β̃, each (C,).
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from proxynorm.nn.fast.fused import is_transformed
+from proxynorm.nn.fast.precision import is_transformed
 
 
 def recompute(model: nn.Module) -> nn.Module:

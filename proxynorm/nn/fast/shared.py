@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from proxynorm.nn.fast.folding import Constants, Rule, fold
-from proxynorm.nn.fast.fused import is_transformed
+from proxynorm.nn.fast.precision import is_transformed
 from proxynorm.nn.norm_act import NormAct2d
 
 
