@@ -100,16 +100,17 @@ def create_model(
         norm: one of proxynorm.nn.NORMS.
         num_classes: length of the logits.
         in_chans: channels of the images.
-        groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C up to 32.
+        groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C
+            up to 32.
         norm_batch: images that share bn's statistics; None: the micro-batch.
-        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others; of a timm model, and
-            with pretrained weights, timm's own.
+        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others;
+            timm's own for timm models and for pretrained weights.
         proxy_eps: PN's ε, added to the variance.
         moments: how PN's moments are integrated: auto, exact or grid (the paper's).
         nodes: nodes of the grid.
-        se: EfficientNet with PN: "centred" (default; the authors' placement, with which the reference results were
-            got: SE pools the centred, unscaled tensor, the gate applies PN's scale, and the last map before pooling
-            is centred only) or "plain" (the paper's formula everywhere). Without PN the two are the same network.
+        se: EfficientNet with PN: "centred" (default; the authors' placement: SE pools the centred,
+            unscaled map, the gate applies PN's scale, and the last map before pooling is only
+            centred) or "plain" (the paper's formula everywhere). Without PN the two are the same.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         pretrained: timm's pretrained weights, where there are any.
@@ -119,15 +120,16 @@ def create_model(
         The model; `default_size` is the side of its training images in pixels.
 
     Raises:
-        ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms cannot be placed.
+        ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms
+            cannot be placed.
     """
     architecture = _architecture(name)
-    common = dict(
-        num_classes=num_classes,
-        in_chans=in_chans,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
+    common = {
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
     try:
         options = NormOptions(
             norm,
@@ -143,7 +145,8 @@ def create_model(
         _check_arguments({**common, **kwargs})
         if pretrained and not architecture.pretrained:
             raise ValueError(
-                "pretrained=True: no weights of this model are published; use pretrained=False and train it"
+                "pretrained=True: no weights of this model are published; use pretrained=False and "
+                "train it"
             )
         model = _build(architecture, options, {**common, **kwargs}, pretrained)
         if not architecture.takes_norm_layer:
@@ -164,17 +167,15 @@ def native_size(name: str) -> int:
 def _build(
     architecture: Architecture, options: NormOptions, arguments: dict, pretrained: bool
 ) -> nn.Module:
-    """The network: with its norm where it takes one, else with batch norm. Raises ValueError for a wrong argument."""
+    """The network, with its norm or batch norm. Raises ValueError for a wrong argument."""
     if architecture.takes_norm_layer:
         arguments["norm_layer"] = partial(NormAct2d, **options.layer_arguments())
     if pretrained:
         arguments["pretrained"] = True
     try:
         model = architecture.build(**arguments)
-    except (
-        TypeError,
-        RuntimeError,
-    ) as error:  # timm's answer to unknown arguments and missing pretrained weights
+    except (TypeError, RuntimeError) as error:
+        # timm raises these for unknown arguments and missing pretrained weights
         raise ValueError(str(error)) from error
     if architecture.takes_norm_layer and options.spec.weight_standardization:
         standardize_before_norms(model)
@@ -184,7 +185,7 @@ def _build(
 
 
 def _check_arguments(arguments: dict) -> None:
-    """Raises ValueError for a wrong number of classes or channels, and for wrong drop rates of any name."""
+    """Raise ValueError for wrong numbers of classes or channels, and for wrong drop rates."""
     check_whole("num_classes", arguments["num_classes"], 0)
     check_whole("in_chans", arguments["in_chans"], 1)
     for name, value in arguments.items():
@@ -193,7 +194,7 @@ def _check_arguments(arguments: dict) -> None:
 
 
 def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:
-    """Raises ValueError for a wrong `se`, and where there is none to place."""
+    """Raise ValueError for a wrong `se`, and where there is none to place."""
     if se not in (None, "centred", "plain"):
         raise ValueError(f"se={se!r} is neither 'centred' nor 'plain'")
     if se is not None and not architecture.has_se:
@@ -201,7 +202,7 @@ def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:
 
 
 def _architecture(name: str) -> Architecture:
-    """Our architecture of that name, or timm's; raises ConfigError with the nearest name and the list."""
+    """The architecture of that name, ours or timm's. Raises ConfigError for an unknown name."""
     if name in _ARCHITECTURES:
         return _ARCHITECTURES[name]
     timm_name = str(name).removeprefix("timm/")

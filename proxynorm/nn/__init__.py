@@ -1,4 +1,4 @@
-"""Proxy Normalization for PyTorch: the norms, the moments of the proxy, the norm-and-activation layer."""
+"""Proxy Normalization for PyTorch: norms, moments of the proxy, the norm+activation layer."""
 
 from proxynorm.nn.activations import ACTIVATIONS
 from proxynorm.nn.fast.recompute import recompute

@@ -1,4 +1,4 @@
-"""Checks of single values. Each failure is a ValueError of one line: name, value, what is allowed."""
+"""Checks of single values; a failure is a one-line ValueError: name, value, what is allowed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def from_raw(
 
 
 def standardized(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Φ(a/s) and the standard normal density at a/s; finite, with finite derivatives, down to s = 0."""
+    """Φ(a/s) and the normal density at a/s; finite, with their derivatives, down to s = 0."""
     # beyond 38 both are 0 or 1 in float64, and only their derivatives could still overflow
     t = (a / s.clamp_min(1e-30)).clamp(-38, 38)
     return torch.special.ndtr(t), torch.exp(-0.5 * t * t) / _SQRT_2PI
@@ -122,7 +122,10 @@ def silu(a: Tensor, s: Tensor) -> Moments:
 
 
 def gelu(a: Tensor, s: Tensor) -> Moments:
-    """φ = u·Φ(u); E[Φ(u)²] = Φ(h) − 2·T(h, r) with Owen's T, h = a/sqrt(1 + s²), r = 1/sqrt(1 + 2s²)."""
+    """φ = u·Φ(u); E[Φ(u)²] = Φ(h) − 2·T(h, r) with Owen's T.
+
+    h = a/sqrt(1 + s²), r = 1/sqrt(1 + 2s²).
+    """
     v = s * s
     c, r = torch.rsqrt(1 + v), torch.rsqrt(1 + 2 * v)
     h = c * a
@@ -234,7 +237,7 @@ def piecewise_polynomial(
 def _expectation(
     a: Tensor, s: Tensor, breaks: Sequence[float], pieces: Sequence[Polynomial]
 ) -> Tensor:
-    """The first piece everywhere, then beyond each break what the next piece adds to the one before."""
+    """E[φ]: the first piece everywhere, plus the change of piece beyond each break."""
     order = max(len(p) for p in pieces)
     total = _dot(pieces[0], _upper_moments(a, s, None, order))
     for edge, before, after in zip(breaks, pieces, pieces[1:]):

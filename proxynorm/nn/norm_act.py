@@ -120,9 +120,9 @@ class NormAct2d(nn.Module):
         spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
         if spec.weight_standardization:
             raise ValueError(
-                f"norm={norm!r} standardizes the weights of convolutions, which a norm layer cannot: "
-                f"use norm={spec.kind!r} with proxy=False, and standardize_weights(model) once it is "
-                "built"
+                f"norm={norm!r} standardizes the weights of convolutions, which a norm layer "
+                f"cannot: use norm={spec.kind!r} with proxy=False, and standardize_weights(model) "
+                "once it is built"
             )
         if "_" in norm:
             proxy = spec.proxy
@@ -210,7 +210,7 @@ class NormAct2d(nn.Module):
         return proxy_moments(*self.four_parameters(), self.act, self.moments, self.nodes)
 
     def proxy_rescale(self) -> Tensor:
-        """1 / sqrt(v + proxy_eps), shape (C,); a layer with proxy_scale=False leaves it to a gate."""
+        """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
         if (
             self.proxied
             and not self.proxy_scale
@@ -336,7 +336,7 @@ class NormAct2d(nn.Module):
         )
 
     def folded_constants(self, constants: Constants | None = None) -> tuple[Tensor, ...]:
-        """The constants of folding.fold, each (C,), as a differentiable function of the parameters."""
+        """The constants of folding.fold, each (C,), differentiable in the parameters."""
         constants = self.constants() if constants is None else constants
         return FoldedConstants.apply(
             *self.four_parameters(), constants, partial(fold_reference, rule=self.proxy_rule())

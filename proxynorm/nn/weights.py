@@ -15,7 +15,7 @@ _NEVER_DECAYED = (nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)  # their weights 
 
 
 class StandardizedWeight(nn.Module):
-    """(w − mean) / sqrt(var + eps) over a filter's inputs and positions, scaled by 1/sqrt(fan-in)."""
+    """(w − mean) / sqrt(var + eps) over a filter's inputs and positions, over sqrt(fan-in)."""
 
     def __init__(self, eps: float = 1e-10) -> None:
         super().__init__()
