@@ -208,7 +208,7 @@ def moments_seconds(net: nn.Module, repeats: int = 5) -> float:
     def once() -> None:
         for moments in shared:
             moments.evaluated.clear()  # as after an update of the parameters
-            moments.hand_out(net, ())
+            moments.distribute(net, ())
         for layer, grads in zip(layers, ones):
             pull_back(layer.constants().jacobian, grads)
         if unscaled:

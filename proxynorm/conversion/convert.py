@@ -12,13 +12,12 @@ from proxynorm.conversion.dataflow import Flow, read_flow
 from proxynorm.conversion.elementwise import has_set_forward, is_activation, is_norm
 from proxynorm.conversion.followers import Site
 from proxynorm.conversion.places import Place, find_places
-from proxynorm.conversion.replacement import NormOptions, make_layer
+from proxynorm.conversion.replacement import make_layer
 from proxynorm.conversion.rewrite import RewrittenForward, install_forwards, rewritten_forwards
-from proxynorm.nn.checks import check_options
 from proxynorm.nn.fast.shared import share_moments
-from proxynorm.nn.moments import check_method
 from proxynorm.nn.norm_act import NormAct2d
-from proxynorm.nn.weight_standardization import standardize_weights
+from proxynorm.nn.options import NormOptions
+from proxynorm.nn.weights import standardize_weights
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ def convert(
     model: nn.Module,
     norm: str = "ln_pn",
     *,
-    groups: int | None = None,
-    norm_batch: int | str | None = None,
-    eps: float | None = None,
-    proxy_eps: float = 0.03,
-    moments: str = "auto",
-    nodes: int = 256,
+    groups: int | None = NormOptions.groups,
+    norm_batch: int | str | None = NormOptions.norm_batch,
+    eps: float | None = NormOptions.eps,
+    proxy_eps: float = NormOptions.proxy_eps,
+    moments: str = NormOptions.moments,
+    nodes: int = NormOptions.nodes,
     keep: Iterable[str] = (),
 ) -> nn.Module:
     """Replaces, in place, every norm of a network and the activation that follows it in the data flow by NormAct2d.
@@ -98,10 +97,8 @@ def convert(
         )
     if isinstance(keep, str):
         raise TypeError(f"keep is a list of names: keep=[{keep!r}]")
-    options = NormOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
+    options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
     spec = options.spec
-    check_options(groups, eps, proxy_eps, norm_batch)
-    check_method(moments, nodes)
     _refuse_set_forwards(model)
     _separate_shared_activations(model)
     flow = read_flow(model)

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from proxynorm.conversion.elementwise import recognized
 from proxynorm.conversion.places import Place, hand_on_copy
-from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
-
-
-@dataclass(frozen=True)
-class NormOptions:
-    """What every new layer shares; see NormAct2d. eps None keeps each module's own."""
-
-    norm: str
-    groups: int | None = None
-    norm_batch: int | str | None = None
-    eps: float | None = None
-    proxy_eps: float = 0.03
-    moments: str = "auto"
-    nodes: int = 256
-
-    @property
-    def spec(self) -> NormSpec:
-        """The norm's name taken apart."""
-        return norm_spec(self.norm)
+from proxynorm.nn.options import NormOptions
 
 
 def make_layer(
@@ -40,7 +21,6 @@ def make_layer(
     ties: what became of the old norms' parameters; those that several norms share stay shared.
     """
     norm = place.norm
-    spec = options.spec
     features = norm.num_features if hasattr(norm, "num_features") else _channels(norm)
     like = next(
         (t for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None),
@@ -52,17 +32,13 @@ def make_layer(
     try:
         layer = NormAct2d(
             features,
-            spec.kind,
-            proxy=spec.proxy,
+            **{
+                **options.layer_arguments(),
+                "eps": norm.eps if options.eps is None else options.eps,
+            },
             act_layer=act,
             apply_act=act is not None,
-            groups=options.groups,
-            eps=norm.eps if options.eps is None else options.eps,
-            proxy_eps=options.proxy_eps,
-            norm_batch=options.norm_batch,
             momentum=getattr(norm, "momentum", 0.1),
-            moments=options.moments,
-            nodes=options.nodes,
             device=like.device,
             dtype=like.dtype,
             track_running_stats=getattr(norm, "track_running_stats", True),

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proxynorm.nn.fast.fused import is_transformed
-from proxynorm.nn.fast.precision import without_autocast
+from proxynorm.nn.fast.precision import is_transformed, without_autocast
 
 SMALLEST = 24  # of smaller maps (pixels a side of the output) the border is too large a part
 

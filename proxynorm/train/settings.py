@@ -19,7 +19,7 @@ from proxynorm.analysis.power_monitor import PowerSettings
 from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
-from proxynorm.nn.names import NORMS
+from proxynorm.nn import NORMS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ def run(code: str) -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     run(
-        "import sys, proxynorm; assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'heavy import'"
+        "import sys, proxynorm; "
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'heavy import'"
     )
 
 
