@@ -1,6 +1,7 @@
 """Proxy Normalization in PyTorch: batch norm's accuracy without its dependence on the batch.
 
-The names below are imported when first used, so that `import proxynorm` is quick and proxynorm.nn needs torch only.
+The names below are imported when first used, so that `import proxynorm` is quick and proxynorm.nn
+needs torch only.
 """
 
 from __future__ import annotations

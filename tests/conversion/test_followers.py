@@ -1,4 +1,7 @@
-"""What convert takes for an activation, a gate, or neither; and in-place operations behind a norm."""
+"""What convert takes for an activation, a gate, or neither.
+
+And in-place operations behind a norm.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,10 @@ def test_an_activation_by_hand_is_refused(name: str) -> None:
 
 
 def test_a_refusal_names_norm_function_and_forward() -> None:
-    said = r"cannot place bn \(BatchNorm2d\): .* \(add, logaddexp, in the forward of Behind\), since logaddexp is not known"
+    said = (
+        r"cannot place bn \(BatchNorm2d\): .* \(add, logaddexp, in the forward of Behind\), "
+        "since logaddexp is not known"
+    )
     with pytest.raises(ValueError, match=said):
         convert(Behind(lambda m, y: torch.logaddexp(y + m.level, torch.zeros(1))))
 

@@ -87,7 +87,10 @@ def test_frozen_equals_the_model(name: str, norm: str, merge: str) -> None:
 
 
 def test_what_is_left_of_pn() -> None:
-    """ReLU: a floor at most; SiLU before a padded convolution: the mean, which may go there; nothing before 1×1 ones."""
+    """ReLU: a floor at most.
+
+    SiLU before a padded convolution: the mean, which may go there; nothing before 1×1 ones.
+    """
     v2 = freeze(create_model("resnet50v2", "ln_pn", layers=(1, 1, 1, 1)), merge="full")
     for name, layer in v2.named_modules():
         if isinstance(layer, FrozenNormAct2d):
@@ -170,7 +173,9 @@ def test_merging_is_exact(act: nn.Module, convolution: dict) -> None:
 def test_a_shift_before_zero_padding_is_exact(
     convolution: dict, size: tuple[int, int], memory_format: torch.memory_format
 ) -> None:
-    """Also for another size, in inference mode, with gradients for the input, and after new weights."""
+    """Also for another size, in inference mode, with gradients for the input, and after new
+    weights.
+    """
     torch.manual_seed(0)
     plain, shift = nn.Conv2d(8, 8, **convolution).double(), torch.randn(8, dtype=torch.float64)
     shifted = copy.deepcopy(plain)
@@ -226,7 +231,9 @@ def test_a_layer_called_twice_is_not_merged() -> None:
 
 
 def test_converted_networks_freeze() -> None:
-    """torchvision's, with rewritten forwards, an untraceable part and dropout between norm and activation."""
+    """torchvision's, with rewritten forwards, an untraceable part and dropout between norm and
+    activation.
+    """
 
     class Untraceable(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
