@@ -1,4 +1,7 @@
-"""Evaluate a trained run: python eval.py run=runs/NAME, or checkpoint=FILE. The last line is one JSON object."""
+"""Evaluate a trained run: python eval.py run=runs/NAME, or checkpoint=FILE.
+
+The last line of the output is one JSON object.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ class Options:
     weights: str = option("last", "with run=: last or best")
     batch: int = option(0, "images per process and forward; 0: as in training")
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
-    precision: str | None = option(None, "fp32, bf16, fp16, auto; none given: as in training")
-    root: str | None = option(None, "folder of the data; none given: as in training")
-    cache: str | None = option(None, "folder of files made on the fly; none given: as in training")
-    loader: str | None = option(None, "ffcv, torchvision, auto; none given: as in training")
+    precision: str | None = option(None, "fp32, bf16, fp16, auto; default: as in training")
+    root: str | None = option(None, "folder of the data; default: as in training")
+    cache: str | None = option(None, "folder of files made on the fly; default: as in training")
+    loader: str | None = option(None, "ffcv, torchvision, auto; default: as in training")
     workers: int | None = option(None, "loader workers")
 
 
@@ -36,13 +39,13 @@ def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
     with processes(options.device) as process:
         restored = restore(path)
-        settings = check(
-            replace(
-                restored.settings,
-                precision=options.precision or restored.settings.precision,
-                eval_batch=options.batch or restored.settings.eval_batch,
-            )
+        trained = restored.settings
+        settings = replace(
+            trained,
+            precision=options.precision or trained.precision,
+            eval_batch=options.batch or trained.eval_batch,
         )
+        check(settings)
         data = open_evaluation_data(
             restored, options.root, options.cache, options.loader, options.workers
         )

@@ -18,8 +18,7 @@ from proxynorm.train.config import CONFIGS, check_arguments, multirun_first, set
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(config: DictConfig) -> None:
-    from proxynorm.train.distributed import environment_ranks
-    from proxynorm.train.faults import PeerError
+    from proxynorm.train.distributed import PeerError, environment_ranks
     from proxynorm.train.nonfinite import NonFiniteError
     from proxynorm.train.run import train
     from proxynorm.train.settings import run_name
@@ -28,19 +27,16 @@ def main(config: DictConfig) -> None:
     try:
         status = train(settings, OmegaConf.to_container(config, resolve=True))
     except (NonFiniteError, PeerError) as error:
-        if (
-            isinstance(error, PeerError) or environment_ranks()[0] == 0
-        ):  # what all processes raise, the first tells
-            sys.stderr.write(f"error: {error}\n")  # in one piece, as other processes write too
+        # Every process raises NonFiniteError: the first one reports it.
+        if isinstance(error, PeerError) or environment_ranks()[0] == 0:
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except ProxynormError as error:
         fail(error)
     except Exception:
         traceback.print_exc()
-        print(
-            f"error: the run in {settings.runs_dir}/{run_name(settings)} ended with the fault above",
-            file=sys.stderr,
-        )
+        folder = f"{settings.runs_dir}/{run_name(settings)}"
+        print(f"error: the run in {folder} ended with the fault above", file=sys.stderr)
         sys.exit(1)
     if status:
         sys.exit(status)

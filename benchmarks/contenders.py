@@ -1,28 +1,27 @@
-"""The loaders that the loader benchmark compares, all with the same operations on the same JPEGs: random resized crop,
-flip, uint8 images (N, 3, S, S) on the host. Normalization is left to the device, for all of them.
+"""The loaders that the loader benchmark compares.
 
-Each runs in a process of its own: `python -m benchmarks.contenders NAME ARGUMENTS` prints the seconds to its
-first batch, then runs an epoch for every line it reads and prints how many images it gave in how many seconds.
+All do the same to the same JPEGs: random resized crop, flip, uint8 images (N, 3, S, S) on the
+host. Normalization is the device's work and left out. Imports stand within the functions because
+they belong to a loader's time to its first batch.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
 from itertools import count
 
 import torch
 
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+Epoch = Callable[[], Iterable[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """folder: train.beton, train/CLASS/*.jpg; the side of the crop in pixels, images a batch, threads or processes."""
+    """folder: has train.beton, train/CLASS/*.jpg and val alike; size: side of the crop, pixels."""
 
     folder: str
     size: int
@@ -30,11 +29,8 @@ class Work:
     workers: int
 
 
-Epoch = Callable[[], Iterable]
-
-
 def ours(work: Work, name: str, backend: str, deterministic: bool) -> Epoch:
-    """An epoch of this package's loader, by a backend."""
+    """Return this package's loader, by a backend."""
     from proxynorm.data import DataSpec, LoaderSpec, open_data
 
     spec = DataSpec(
@@ -44,15 +40,14 @@ def ours(work: Work, name: str, backend: str, deterministic: bool) -> Epoch:
         augmentation="inception",
         deterministic=deterministic,
     )
-    loader = open_data(spec, LoaderSpec(backend, work.workers)).train_loader(
-        work.batch, work.batch, seed=0
-    )
+    data = open_data(spec, LoaderSpec(backend, work.workers))
+    loader = data.train_loader(work.batch, work.batch, seed=0)
     epochs = count()
     return lambda: (batch.images for batch in loader.epoch(next(epochs)))
 
 
-def bare_ffcv(work: Work) -> Epoch:
-    """FFCV's own Loader, as its documentation has it."""
+def ffcv_loader(work: Work) -> Epoch:
+    """Return FFCV's own Loader, as its documentation has it."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -73,16 +68,14 @@ def bare_ffcv(work: Work) -> Epoch:
 
 
 def torchvision_loader(work: Work) -> Epoch:
-    """torchvision's ImageFolder and transforms in torch's DataLoader, its workers kept from epoch to epoch."""
+    """Return torchvision's ImageFolder and transforms in torch's DataLoader."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     crop = transforms.RandomResizedCrop(work.size, CROP_AREA, CROP_RATIO)
-    operations = transforms.Compose(
-        [crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-    )
+    operations = [crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
     loader = torch.utils.data.DataLoader(
-        ImageFolder(f"{work.folder}/train", operations),
+        ImageFolder(f"{work.folder}/train", transforms.Compose(operations)),
         batch_size=work.batch,
         shuffle=True,
         drop_last=True,
@@ -93,7 +86,7 @@ def torchvision_loader(work: Work) -> Epoch:
 
 
 def timm_loader(work: Work) -> Epoch:
-    """timm's create_loader with its prefetcher; the prefetcher's normalization, a device's work, is left out."""
+    """Return timm's create_loader with its prefetcher, less the prefetcher's normalization."""
     from timm.data import create_dataset, create_loader
 
     loader = create_loader(
@@ -115,39 +108,34 @@ def timm_loader(work: Work) -> Epoch:
 CONTENDERS: dict[str, Callable[[Work], Epoch]] = {
     "proxynorm ffcv": lambda work: ours(work, "beton", "ffcv", True),
     "proxynorm ffcv, not deterministic": lambda work: ours(work, "beton", "ffcv", False),
-    "ffcv.Loader": bare_ffcv,
+    "ffcv.Loader": ffcv_loader,
     "proxynorm torchvision": lambda work: ours(work, "folder", "torchvision", True),
     "torchvision DataLoader": torchvision_loader,
     "timm create_loader": timm_loader,
 }
 
 
-def timed(batches: Iterator, start: float) -> dict[str, float]:
-    """Run the batches to their end: {"images", "seconds" since start, "first_batch" seconds since start}."""
-    images, first = 0, None
-    for batch in batches:
+@cache
+def open_loader(name: str, work: Work) -> Epoch:
+    """Open a contender, once a process."""
+    return CONTENDERS[name](work)
+
+
+def run_epoch(name: str, work: Work) -> dict[str, float]:
+    """Run an epoch: images, seconds, seconds until the first batch, CPU seconds of this process.
+
+    The first call in a process opens the loader, within the time.
+    """
+    # The loaders have workers of their own; torch's threads would only compete with them.
+    torch.set_num_threads(1)
+    start, used = time.perf_counter(), time.process_time()
+    images, first = 0, 0.0
+    for batch in open_loader(name, work)():
         first = first or time.perf_counter() - start
         images += len(batch)
-    return {"images": images, "seconds": time.perf_counter() - start, "first_batch": first}
-
-
-def serve(name: str, work: Work) -> None:
-    """Answer every line on standard input with the figures of one epoch, as JSON; the first line opens the loader."""
-    torch.set_num_threads(1)
-    epoch = None
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        epoch = epoch or CONTENDERS[name](work)
-        print(json.dumps(timed(iter(epoch()), start)), flush=True)
-
-
-def command(name: str, work: Work) -> list[str]:
-    """The command line of a contender's process."""
-    return [sys.executable, "-m", __spec__.name, name, json.dumps(asdict(work))]
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], Work(**json.loads(sys.argv[2])))
-    # FFCV's threads outlive its loader.
-    sys.stdout.flush()
-    os._exit(0)
+    return {
+        "images": images,
+        "seconds": time.perf_counter() - start,
+        "first_batch": first,
+        "cpu_seconds": time.process_time() - used,
+    }

@@ -1,31 +1,40 @@
-"""Bytes that a forward pass keeps alive for the backward pass, counted tensor by tensor, for every norm.
+"""Bytes that a forward pass keeps for the backward pass, for every norm.
 
   python scripts/benchmark.py memory model=resnet50 batch=8 size=224 json=results/memory/NAME.json
 
-The last column is relative to batch norm and activation as torch's own modules, as timm has them.
+Every tensor's storage is counted. The last column compares with torch's own batch norm and
+activation, as timm has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.variants import TORCH_BN, Variant, build, check_norm
+from benchmarks.common import ModelOptions, require_positive, write_figures
+from benchmarks.variants import TORCH_BN, TORCH_LN, Variant, build, check_norms
+from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option
-from proxynorm.files import write_json
 from proxynorm.train.distributed import choose_device
-from proxynorm.train.run_folder import environment
+
+NORMS = [TORCH_BN, TORCH_LN, "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn", "in_pn"]
 
 
-class _Allocations(TorchDispatchMode):
-    """Remembers, weakly, every storage that an operation returns, and its bytes."""
+@dataclass
+class Options(ModelOptions):
+    norms: list[str] = option(
+        NORMS, "norms; +recompute: outputs rebuilt in backward; torch bn, torch ln: torch's own"
+    )
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers, weakly, the storage of every tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,14 +44,15 @@ class _Allocations(TorchDispatchMode):
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_flatten(out)[0]:
+        for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
+                # Per storage, since views share one; weakly, so that counting keeps nothing alive.
                 storage = leaf.untyped_storage()
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
 
     def alive(self, excluded: set[int]) -> int:
-        """Bytes of the storages that still exist, the excluded ones left out."""
+        """Bytes of the storages that still exist and are not excluded."""
         return sum(
             size
             for reference, size in self.storages.values()
@@ -51,49 +61,30 @@ class _Allocations(TorchDispatchMode):
 
 
 def bytes_kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes alive between forward (loss included) and backward beside parameters, buffers and the batch itself.
+    """Bytes alive between forward and backward beside parameters, buffers and the batch.
 
-    Counts what hooks, handles and closures hold as well as autograd's own saved tensors.
+    Counts what hooks, handles and closures hold as well as autograd's saved tensors.
     """
-    with _Allocations() as allocations:
+    with Allocations() as allocations:
         loss = nn.functional.cross_entropy(model(images), labels)
         given = [*model.parameters(), *model.buffers(), images, labels, loss]
-        kept = allocations.alive({t.untyped_storage()._cdata for t in given})
+        kept = allocations.alive({tensor.untyped_storage()._cdata for tensor in given})
     loss.backward()
     model.zero_grad(set_to_none=True)
     return kept
 
 
-@dataclass
-class Options:
-    model: str = option("resnet50", "a model of proxynorm.create_model")
-    batch: int = option(8, "images")
-    size: int = option(224, "side of the images, pixels")
-    norms: list[str] = option(
-        ["torch bn", "torch ln", "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn", "in_pn"],
-        "norms; with +recompute: outputs rebuilt in backward; torch bn and torch ln: torch's own",
-    )
-    device: str = option("auto", "auto, cpu, cuda")
-    json: str | None = option(None, "file for the figures, with the machine's description")
-
-
 def main(options: Options) -> None:
-    """Print one row a norm. Raises ConfigError."""
-    for norm in options.norms:
-        check_norm(norm)
+    check_norms(options.norms)
+    require_positive(options, "batch", "size")
     device = choose_device(options.device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     labels = torch.zeros(options.batch, dtype=torch.long, device=device)
-    norms = [TORCH_BN, *(norm for norm in options.norms if norm != TORCH_BN)]
     kept = {}
-    print(f"{'norm':<18}{'MB kept':>10}{'of torch bn':>14}")
-    for norm in norms:
+    for norm in dict.fromkeys([TORCH_BN, *options.norms]):
         kept[norm] = bytes_kept(build(Variant(norm, "nchw"), options.model, device), images, labels)
-        print(
-            f"{norm:<18}{kept[norm] / 1e6:>10.1f}{kept[norm] / kept[TORCH_BN]:>14.4f}", flush=True
-        )
-    if options.json:
-        write_json(
-            Path(options.json),
-            {"options": asdict(options), "bytes_kept": kept, "environment": environment()},
-        )
+    rows = [
+        [norm, f"{size / 1e6:.1f}", f"{size / kept[TORCH_BN]:.4f}"] for norm, size in kept.items()
+    ]
+    print(text_table(("norm", "MB kept", "of torch bn"), rows))
+    write_figures(options, {"bytes_kept": kept})

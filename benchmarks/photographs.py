@@ -1,8 +1,8 @@
-"""Photographs to measure loaders on, where one has no ImageNet at hand: JPEGs of 500x375 pixels in class folders.
+"""Photographs to measure loaders on: a folder of images, or collages where there is none.
 
-They are collages of the photographs among the stamps of Debian's package tuxpaint-stamps-default: cut-out animals,
-plants, vehicles… at one to two times their resolution, so that the JPEGs are about as large as ImageNet's. The pieces
-of an image and their places follow from its number alone.
+The collages are JPEGs of 500×375 pixels, composed of the photographs in Debian's package
+tuxpaint-stamps-default at one to two times their resolution, so that the files are about as large
+as ImageNet's. An image follows from its number alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from proxynorm.errors import DataError
+from proxynorm.data.cache import cache_folder
+from proxynorm.data.randomness import permutation
+from proxynorm.data.sources import Listing, list_folder
+from proxynorm.errors import ConfigError, DataError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 SIZE = (500, 375)
@@ -24,23 +27,44 @@ OPAQUE = 250
 PIECES, SCALES = 8, (1.0, 2.0)
 
 
+def photographs(source: str | None, count: int) -> Listing:
+    """`count` images drawn at random from the class folders in `source`, or made into the cache."""
+    if count < 1:
+        raise ConfigError(f"images={count}: give at least 1")
+    if source is None:
+        folder = make_photographs(cache_folder(None) / "benchmark-photographs", count)
+    else:
+        folder = Path(source)
+    listing = list_folder(folder)
+    rows = np.sort(permutation(0, 0, len(listing.images))[:count])
+    return Listing(listing.classes, [listing.images[row] for row in rows], listing.targets[rows])
+
+
+def make_photographs(folder: Path, count: int) -> Path:
+    """Make folder/CLASS/*.jpg, `count` in all; existing ones are kept."""
+    paths = [folder / f"class{i % CLASSES:02d}" / f"{i:05d}.jpg" for i in range(count)]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    stamps = find_photographs() if missing else []
+    for number in missing:
+        paths[number].parent.mkdir(parents=True, exist_ok=True)
+        collage(stamps, np.random.default_rng(number)).save(paths[number], quality=QUALITY)
+    return folder
+
+
 def find_photographs(folder: Path = STAMPS) -> list[Image.Image]:
     """The stamps that are photographs, RGBA, sorted by path. Raises DataError if there are none."""
-    paths = sorted(folder.rglob("*.png"))
-    found = [
-        image
-        for image in (Image.open(path).convert("RGBA") for path in paths)
-        if is_photograph(image)
-    ]
+    stamps = (Image.open(path).convert("RGBA") for path in sorted(folder.rglob("*.png")))
+    found = [image for image in stamps if is_photograph(image)]
     if not found:
         raise DataError(
-            f"{folder}: holds no photographs; apt-get install tuxpaint-stamps-default, or give source=DIR"
+            f"{folder}: holds no photographs; apt-get install tuxpaint-stamps-default, "
+            "or give source=DIR"
         )
     return found
 
 
 def is_photograph(image: Image.Image) -> bool:
-    """Whether a stamp is large and has about as many colours as a photograph."""
+    """Tell large stamps with about as many colours as a photograph from drawings."""
     if image.width * image.height < LEAST_PIXELS:
         return False
     pixels = np.asarray(image)
@@ -49,34 +73,16 @@ def is_photograph(image: Image.Image) -> bool:
     return colours >= max(LEAST_COLOURS, LEAST_SHARE * len(visible))
 
 
-def collage(photographs: list[Image.Image], rng: np.random.Generator) -> Image.Image:
+def collage(stamps: list[Image.Image], rng: np.random.Generator) -> Image.Image:
     """One image of SIZE: pieces of photographs over a colour gradient."""
     corners = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
     canvas = Image.fromarray(corners).resize(SIZE, Image.Resampling.BILINEAR)
-    for index in rng.integers(len(photographs), size=PIECES):
-        piece = photographs[index]
-        scale = rng.uniform(*SCALES)
-        piece = piece.resize(
-            [max(1, round(side * scale)) for side in piece.size], Image.Resampling.BILINEAR
-        )
+    for index in rng.integers(len(stamps), size=PIECES):
+        piece, scale = stamps[index], rng.uniform(*SCALES)
+        size = [max(1, round(side * scale)) for side in piece.size]
+        piece = piece.resize(size, Image.Resampling.BILINEAR)
         if rng.random() < 0.5:
             piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         centre = rng.uniform(0, 1, 2) * SIZE
         canvas.paste(piece, tuple((centre - np.array(piece.size) / 2).astype(int).tolist()), piece)
     return canvas
-
-
-def make_photographs(folder: Path, count: int) -> Path:
-    """folder/CLASS/*.jpg, `count` in all; what is there already is kept."""
-    missing = [number for number in range(count) if not image_path(folder, number).is_file()]
-    photographs = find_photographs() if missing else []
-    for number in missing:
-        path = image_path(folder, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        collage(photographs, np.random.default_rng(number)).save(path, quality=QUALITY)
-    return folder
-
-
-def image_path(folder: Path, number: int) -> Path:
-    """Where image `number` lies."""
-    return folder / f"class{number % CLASSES:02d}" / f"{number:05d}.jpg"

@@ -1,11 +1,25 @@
 """Proxy Normalization in PyTorch: batch norm's accuracy without its dependence on the batch.
 
-The names below are imported when first used, so that `import proxynorm` is quick and proxynorm.nn needs torch only.
+The names below are imported when first used, so that `import proxynorm` is quick and proxynorm.nn
+needs torch only.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__ imports them
+    from proxynorm import nn as nn
+    from proxynorm.analysis.power import power_decomposition as power_decomposition
+    from proxynorm.conversion.convert import conversion_report as conversion_report
+    from proxynorm.conversion.convert import convert as convert
+    from proxynorm.models import create_model as create_model
+    from proxynorm.models.timm_layer import NormAct2d as NormAct2d
+    from proxynorm.nn import parameter_groups as parameter_groups
+    from proxynorm.nn import proxy_moments as proxy_moments
+    from proxynorm.nn.freeze import freeze as freeze
+    from proxynorm.nn.update_bn import update_bn as update_bn
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """Command lines of the form key=value, for scripts that are not Hydra entries.
 
-A script names its options as a dataclass; each field's metadata may hold its help. A wrong name or value is one
-line and exit status 2; `--help` prints the options.
+A script declares its options as a dataclass of `option` fields. A wrong name or value is one line
+and exit status 2; `--help` prints the options.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from yaml import YAMLError
 
 from proxynorm.errors import ConfigError, ProxynormError
 
-USER_ERROR = 2
-
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the nearest of `choices`, and all of them."""
+    """Return the end of an error message: the nearest of `choices`, and all of them."""
     choices = sorted(choices)
     close = get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
@@ -33,29 +31,27 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field with a help text."""
+    """Declare a dataclass field with a help text."""
+    metadata = {"help": text}
     if isinstance(default, (list, dict)):
-        return dataclasses.field(
-            default_factory=lambda: type(default)(default), metadata={"help": text}
-        )
-    return dataclasses.field(default=default, metadata={"help": text})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, which for OmegaConf and Hydra is the one that tells."""
+    """Return the first line of an error's message; OmegaConf and Hydra add details below it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fail(error: BaseException) -> NoReturn:
     """Print one line on standard error and exit with status 2."""
-    sys.stderr.write(
-        f"error: {' '.join(str(error).split())}\n"
-    )  # in one piece, as other processes may write too
-    sys.exit(USER_ERROR)
+    # One write: other processes may print at the same time.
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.exit(2)
 
 
 def parse_options(options: type, arguments: list[str]) -> Any:
-    """An instance of the dataclass `options` from key=value strings. Raises ConfigError."""
+    """Create the dataclass `options` from key=value strings. Raises ConfigError."""
     names = [field.name for field in dataclasses.fields(options)]
     for argument in arguments:
         name, separator, _ = argument.partition("=")
@@ -65,37 +61,35 @@ def parse_options(options: type, arguments: list[str]) -> Any:
             raise ConfigError(f"no option '{name}'; {nearest(name, names)}")
     try:
         defaults, given = OmegaConf.structured(options), OmegaConf.from_dotlist(arguments)
-        for name, value in given.items():
-            if OmegaConf.is_list(defaults._get_node(name)) and not OmegaConf.is_config(
-                value
-            ):  # [name] of ??? raises
-                given[name] = [value]  # norms=ln is norms=[ln]
+        for name, value in given.items():  # norms=ln means norms=[ln]
+            if OmegaConf.is_list(defaults._get_node(name)) and not OmegaConf.is_config(value):
+                given[name] = [value]
         return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}= is missing; see --help") from None
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None)
-        if isinstance(error, MissingMandatoryValue):
-            raise ConfigError(f"{key}= is missing; --help tells what it is") from None
         raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
 
 
 def options_help(options: type) -> str:
-    """One aligned line an option: name=default and what it is for."""
+    """Format one aligned line per option: name=default and its help."""
     rows = []
     for field in dataclasses.fields(options):
-        default = (
-            field.default_factory()
-            if field.default_factory is not dataclasses.MISSING
-            else field.default
-        )
-        shown = "…" if default == "???" else "" if default is None else default
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
+        shown = {"???": "…", "None": ""}.get(str(default), default)
         rows.append((f"{field.name}={shown}", field.metadata.get("help", "")))
     width = max(len(left) for left, _ in rows)
     return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
 
 
 def guard(action: Callable[[], int | None]) -> NoReturn:
-    """Run `action`, turning the user's mistakes into one line and status 2, and Ctrl-C into one line and 130; a reader of the
-    output that has left, as head does, ends it without a word with 141."""
+    """Run `action` and exit with its status.
+
+    User errors exit with one line and status 2, Ctrl-C with one line and 130. A closed pipe, as
+    with `| head`, exits silently with 141.
+    """
     try:
         status = action() or 0
         sys.stdout.flush()
@@ -111,21 +105,19 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
 
 
 def leave_pipe() -> None:
-    """Exit with status 141, as by SIGPIPE, if nobody reads standard output any more."""
+    """Exit with status 141, as by SIGPIPE, if standard output has no reader any more."""
     pipe = select.poll()
     pipe.register(sys.stdout.fileno(), 0)
     if pipe.poll(0):
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # for the flush at the interpreter's exit
+        # The interpreter flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 
 
 def script(options: type, action: Callable[[Any], int | None], description: str) -> NoReturn:
-    """Entry of a script: parse its arguments, run `action(options)`, exit with what it returns."""
+    """Run a script: parse its arguments, run `action(options)`, exit with its status."""
     arguments = sys.argv[1:]
-    if any(argument in ("-h", "--help") for argument in arguments):
-        guard(
-            lambda: print(f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}")
-        )
+    if "-h" in arguments or "--help" in arguments:
+        text = f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}"
+        guard(lambda: print(text))
     guard(lambda: action(parse_options(options, arguments)))

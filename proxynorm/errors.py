@@ -1,8 +1,8 @@
-"""Errors that are the user's to mend. Each message is one line: what is wrong, where, and what to do."""
+"""User errors. Each message is one line: what is wrong, where, and what to do."""
 
 
 class ProxynormError(Exception):
-    """Base of the errors that end a command with exit status 2 and one line."""
+    """Base of the errors that end a command with one line and exit status 2."""
 
 
 class ConfigError(ProxynormError):
@@ -14,7 +14,7 @@ class DataError(ProxynormError):
 
 
 class FileError(ProxynormError):
-    """A file cannot be written: the disk is full, or the folder is not the user's."""
+    """A file cannot be written: the disk is full, or permissions are missing."""
 
 
 class CheckpointError(ProxynormError):

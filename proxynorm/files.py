@@ -1,4 +1,4 @@
-"""Durable files: a reader sees the old content or the new, never a part of it; and lock files."""
+"""Durable files, which are whole or not there, and lock files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system raises while the block writes `path` into one line. Raises FileError."""
+    """Raise FileError, in one line, for an OSError while the block writes `path`."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _umask() -> int:
-    """The permissions that new files of this process lack."""
+    """Return the permissions that new files of this process lack."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -47,14 +47,14 @@ def _umask() -> int:
 def write_atomic(
     path: Path, write: Callable[[BinaryIO], None], before_rename: Callable[[], None] | None = None
 ) -> None:
-    """Let `write` fill a temporary file beside `path`, then fsync and rename it there; on failure `path` is untouched.
+    """Write a temporary file by `write`, fsync it and rename it to `path`.
 
-    Raises FileError when the disk is full or the folder cannot be written.
+    On failure `path` is untouched. Raises FileError if it cannot be written.
     """
     with writing(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
-            os.fchmod(descriptor, 0o666 & ~_umask())
+            os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp's files are private
             with os.fdopen(descriptor, "wb") as stream:
                 write(stream)
                 stream.flush()
@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null in the place of every number that JSON does not know: NaN and the infinities."""
+    """Replace NaN and infinities, which JSON lacks, with None, in nested values."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -83,13 +83,13 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` with `value` as indented JSON, atomically; NaN and infinities become null."""
+    """Replace `path` with indented JSON, atomically; NaN and infinities become null."""
     write_text(path, json.dumps(finite(value), indent=2) + "\n")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file, waiting for it; the lock ends with the process, however the process ends."""
+    """Wait for the lock file and hold it; the system releases it if the process dies."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

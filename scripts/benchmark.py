@@ -1,6 +1,6 @@
 """Measure: python scripts/benchmark.py loader [source=DIR] [json=FILE]
 
-The first word names the benchmark, key=value arguments follow; `python scripts/benchmark.py NAME --help` lists them.
+The first word names the benchmark, key=value options follow. `benchmark.py NAME --help` lists them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from proxynorm.cli import fail, nearest, script
 from proxynorm.errors import ConfigError
 
-# Each is a module of benchmarks with a dataclass Options and a function main(options).
+# Each is a module of benchmarks/ with a dataclass Options and a function main(options).
 BENCHMARKS = {
-    "step": "training and inference steps of every norm, in turns: time, bytes kept for backward, share of the moments",
-    "passes": "where LN+PN's time goes: its layers and its extra passes over the map, alone, against torch's LN",
-    "memory": "bytes kept for the backward pass by every norm, beside BN + activation",
-    "loader": "images a second of the loaders on the same JPEGs, against FFCV's, torchvision's and timm's",
-    "engine": "our training loop against a bare one, against its loader, and against timm's loader, model and optimizer",
+    "step": "time of training and inference steps of every norm, bytes kept, share of the moments",
+    "passes": "where LN+PN's time goes: the operators of a step, beside those with torch's LN",
+    "memory": "bytes kept for the backward pass by every norm, beside torch's batch norm",
+    "loader": "images a second of our loaders, FFCV's, torchvision's and timm's on the same JPEGs",
+    "engine": "our training loop against a bare one, its loader alone, and timm's parts",
     "startup": "seconds from the command to the first weight update, with a warm cache",
     "storage": "size against speed of .beton files, by longest side and JPEG quality",
     "damage": "preparation of images with planted damage: every bad one named, no good one",
@@ -30,27 +30,25 @@ BENCHMARKS = {
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        width = max(map(len, BENCHMARKS))
-        rows = "\n".join(f"  {key:<{width}}  {text}" for key, text in BENCHMARKS.items())
-        print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}")
+        rows = (f"  {key:<9}{text}" for key, text in BENCHMARKS.items())
+        print(__doc__.strip(), "\nBenchmarks:", *rows, sep="\n")
         return
     if name not in BENCHMARKS:
         fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
     del sys.argv[1]
+    # benchmarks/ lies in the repository, outside of the installed package.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     module = import_module(f"benchmarks.{name}")
-    script(module.Options, lambda options: measure(module, options), module.__doc__)
+    script(module.Options, lambda options: run(module, options), module.__doc__)
 
 
-def measure(module: ModuleType, options: Any) -> int | None:
-    """Run the benchmark, the folder of its file made before it begins. Raises ConfigError if that cannot be."""
-    if options.json is not None:
-        folder = Path(options.json).absolute().parent
+def run(module: ModuleType, options: Any) -> int | None:
+    """Run a benchmark. Makes the folder of its file first, so that no measurement is lost."""
+    if options.json:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                f"json={options.json}: cannot make {folder}: {error.strerror}"
-            ) from None
+            raise ConfigError(f"json={options.json}: {error.strerror}") from None
     return module.main(options)
 
 

@@ -1,4 +1,4 @@
-"""Train bn, ln and ln_pn on Fashion-MNIST and compare them: a table, runs/demo/report.md and a plot."""
+"""Train bn, ln and ln_pn on Fashion-MNIST; compare them in a table, a report and a figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from proxynorm.analysis.plots import plot_curves
@@ -18,6 +18,20 @@ from proxynorm.train.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("norm", "top-1 %", "loss", "images/s", "seconds")
+REPORT = """# Demo: {norms} on Fashion-MNIST
+
+{table}
+
+One run each, {limit} training images, {epochs} epochs, batch {batch}; top-1 and loss on the test
+set after the last epoch; images/s and seconds of training, evaluation and start-up left out.
+Machine: {processor}, {cores} cores, torch {torch}.
+
+![training loss and top-1](curves.png)
+
+```
+{commands}
+```
+"""
 
 
 @dataclass
@@ -28,26 +42,18 @@ class Options:
     batch: int = option(128, "images per weight update")
     seed: int = option(0, "seed of weights and data order")
     runs_dir: str = option("runs/demo", "where the runs and the report go")
-    record: bool = option(False, "keep the figures in results/demo, which the README quotes")
+    record: bool = option(False, "copy the figures into results/demo, which the README quotes")
 
 
 def command(norm: str, options: Options) -> list[str]:
     """The training command of one row."""
-    return [
-        "python",
-        "train.py",
-        f"norm={norm}",
-        f"batch={options.batch}",
-        f"epochs={options.epochs}",
-        f"data.limit={options.limit}",
-        f"seed={options.seed}",
-        f"runs_dir={options.runs_dir}",
-        f"name={norm}",
-    ]
+    arguments = [f"{key}={getattr(options, key)}" for key in ("batch", "epochs", "seed")]
+    arguments += [f"data.limit={options.limit}", f"runs_dir={options.runs_dir}"]
+    return ["python", "train.py", f"norm={norm}", *arguments, f"name={norm}"]
 
 
 def train(norm: str, options: Options) -> Path:
-    """Train one norm, or find it trained; its run folder. Exits with the training's status if that is not 0."""
+    """Train one norm, or find it trained; its run folder. Exits if the training fails."""
     arguments = command(norm, options)
     print(f"\n$ {shlex.join(arguments)}", flush=True)
     status = subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT).returncode
@@ -56,64 +62,39 @@ def train(norm: str, options: Options) -> Path:
     return ROOT / options.runs_dir / norm
 
 
-def row(summary: dict) -> list[str]:
-    images = summary["steps"] * summary["batch"]
+def row(folder: Path) -> list[str]:
+    """A run's row of the table."""
+    summary = json.loads((folder / "summary.json").read_text())
     seconds = summary["train_seconds"]
-    return [
-        summary["norm"],
-        f"{summary['top1']:.2f}",
-        f"{summary['loss']:.4f}",
-        f"{images / seconds:.0f}",
-        f"{seconds:.0f}",
-    ]
+    speed = summary["steps"] * summary["batch"] / seconds
+    figures = [f"{summary['top1']:.2f}", f"{summary['loss']:.4f}", f"{speed:.0f}", f"{seconds:.0f}"]
+    return [summary["norm"], *figures]
 
 
-def report(options: Options, rows: list[list[str]], environment: dict) -> str:
-    commands = "\n".join(shlex.join(command(norm, options)) for norm in options.norms)
-    return f"""# Demo: {", ".join(options.norms)} on Fashion-MNIST
-
-{markdown_table(HEADER, rows)}
-
-One run each, {options.limit} training images, {options.epochs} epochs, batch {options.batch}; top-1 and loss on the test set after the last
-epoch; images/s and seconds of training, evaluation and start-up left out. Machine: {environment["processor"]},
-{environment["cores"]} cores, torch {environment["packages"]["torch"]}.
-
-![training loss and top-1](curves.png)
-
-```
-{commands}
-```
-"""
-
-
-def record(options: Options, rows: list[list[str]], environment: dict, target: Path) -> None:
-    """Keep the table, the plot and the machine's description in results/demo."""
-    kept = ROOT / "results" / "demo"
-    kept.mkdir(parents=True, exist_ok=True)
-    chosen = {
-        key: value for key, value in vars(options).items() if key not in ("runs_dir", "record")
-    }
-    write_json(
-        kept / "demo.json",
-        {"options": chosen, "environment": environment, "header": HEADER, "rows": rows},
-    )
-    shutil.copyfile(target / "curves.png", kept / "curves.png")
-
-
-def main(options: Options) -> int:
+def main(options: Options) -> None:
     folders = [train(norm, options) for norm in options.norms]
-    rows = [row(json.loads((folder / "summary.json").read_text())) for folder in folders]
-    target = ROOT / options.runs_dir
-    plot_curves(
-        {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders},
-        target / "curves.png",
-    )
+    rows, target = [row(folder) for folder in folders], ROOT / options.runs_dir
+    curves = {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders}
+    plot_curves(curves, target / "curves.png")
     environment = json.loads((folders[-1] / "environment.json").read_text())
-    write_text(target / "report.md", report(options, rows, environment))
+    machine = {key: environment[key] for key in ("processor", "cores")}
+    chosen = asdict(options)
+    report = REPORT.format(
+        **machine,
+        **{**chosen, "norms": ", ".join(options.norms)},
+        torch=environment["packages"]["torch"],
+        table=markdown_table(HEADER, rows),
+        commands="\n".join(shlex.join(command(norm, options)) for norm in options.norms),
+    )
+    write_text(target / "report.md", report)
     print(f"\n{text_table(HEADER, rows)}\n\n{target / 'report.md'}")
     if options.record:
-        record(options, rows, environment, target)
-    return 0
+        kept = ROOT / "results" / "demo"
+        kept.mkdir(parents=True, exist_ok=True)
+        shown = {key: chosen[key] for key in chosen if key not in ("runs_dir", "record")}
+        content = {"options": shown, "environment": environment, "header": HEADER, "rows": rows}
+        write_json(kept / "demo.json", content)
+        shutil.copyfile(target / "curves.png", kept / "curves.png")
 
 
 if __name__ == "__main__":

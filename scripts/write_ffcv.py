@@ -1,4 +1,5 @@
-"""Turn labelled images into a .beton file for FFCV, every image checked, the file verified before it gets its name.
+"""Turn labelled images into a .beton file for FFCV, every image checked, the file verified before
+it gets its name.
 
   python scripts/write_ffcv.py source=imagenet/train output=data/train.beton
   python scripts/write_ffcv.py source=imagenet/val output=data/val.beton labels=LOC_val_solution.csv
@@ -110,7 +111,8 @@ def _write(
         kinds = Counter(Path(name).suffix.lower() or "no ending" for name in listing.aside)
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         print(
-            f"left aside, no images by their names or not in a class folder: {words}; see the manifest",
+            f"left aside, no images by their names or not in a class folder: {words}; see the "
+            f"manifest",
             file=sys.stderr,
         )
     for note in listing.notes:

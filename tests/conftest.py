@@ -19,9 +19,43 @@ from tests.helpers import SMALL
 
 torch.set_num_threads(1)
 
+# `-m quick`: the folders of unit tests, without the files that start processes or read many images.
+QUICK_FOLDERS = ("nn", "models", "conversion", "data", "analysis", "paper")
+NOT_QUICK = ("test_fashion_mnist", "test_import", "test_opening", "test_power", "test_preparation")
+# Kept on one worker of pytest-xdist: they share a cluster or an expensive fixture, or measure time.
+ON_ONE_WORKER = (
+    "acceptance/slurm",
+    "acceptance/test_claims.py",
+    "acceptance/test_examples.py",
+    "benchmarks",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "need(condition, reason): tests.helpers.need")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Assign the marker `quick` by the place of a test's file."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        slow = item.get_closest_marker("slow") or path.stem in NOT_QUICK
+        if path.parts[0] in QUICK_FOLDERS and not slow:
+            item.add_marker("quick")
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist asks for it
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give out tests one by one, but those of a place in ON_ONE_WORKER to the same worker."""
+    # --dist loadgroup has no effect under pytest 9.2: it sets an attribute that is gone.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            places = (place for place in ON_ONE_WORKER if nodeid.startswith(f"tests/{place}"))
+            return next(places, nodeid)
+
+    return ByPlace(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,7 +77,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def run_small(tmp_path: Path):
-    """Train a small network in this process: run_small(*overrides) -> (status, folder, rows, last checkpoint)."""
+    """Train a small network in this process.
+
+    run_small(*overrides) returns its status, folder, settings, rows and last checkpoint.
+    """
     from proxynorm.train import checkpoint
     from proxynorm.train.run import train
     from proxynorm.train.run_folder import read_metrics

@@ -1,5 +1,8 @@
-"""What several tests share: the small run's overrides, equality of runs to the last bit, what a test needs installed,
-and norms as training leaves them."""
+"""What several tests share.
+
+The small run's overrides, equality of runs to the last bit, what a test needs installed, and norms
+as training leaves them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ SMALL = (
 
 
 def need(condition: bool, reason: str) -> pytest.MarkDecorator:
-    """A mark: without `condition` the test is skipped, but fails in continuous integration (CI=true), which has everything."""
+    """A mark: without `condition` the test is skipped, but fails in continuous integration
+    (CI=true), which has everything.
+    """
     return pytest.mark.need(bool(condition), reason)
 
 
@@ -43,7 +48,10 @@ def need_module(name: str) -> pytest.MarkDecorator:
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: a write takes what fits and refuses the rest, as on a full disk."""
+    """No file may grow beyond `size` bytes.
+
+    A write takes what fits and refuses the rest, as on a full disk.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -55,7 +63,10 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def assert_same_run(first: SimpleNamespace, second: SimpleNamespace) -> None:
-    """Weights, average, optimizer, metrics and best checkpoint of two runs are the same bits; only times differ."""
+    """Weights, average, optimizer, metrics and best checkpoint of two runs are the same bits.
+
+    Only times differ.
+    """
     assert differences(first.folder, second.folder) == []
 
 

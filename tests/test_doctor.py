@@ -1,4 +1,4 @@
-"""The doctor: a finding a line, and what is missing is named with the command that mends it."""
+"""The doctor: a finding a line, and what is missing is named with its remedy."""
 
 from __future__ import annotations
 
@@ -65,10 +65,7 @@ def test_the_default_experiment_can_run_here(monkeypatch, capsys):
 def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, capsys, tmp_path):
     assert run_script(monkeypatch, "experiment=imagenet_resnet50") == 2
     out = capsys.readouterr().out
-    assert (
-        "data.root is not given; mend it with: data.root=DIR, made with scripts/write_ffcv.py"
-        in out
-    )
+    assert "data.root is not given; fix: data.root=DIR, made with scripts/write_ffcv.py" in out
     assert "the experiment asks for 8 GPUs" in out
     missing = list(
         doctor.check_data(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}"))
@@ -88,7 +85,7 @@ def test_every_line_that_is_not_ok_names_a_command(monkeypatch, capsys, small_be
     ):
         assert run_script(monkeypatch, *arguments, "device=cuda") == 2
         lines = capsys.readouterr().out.splitlines()
-        assert all("; mend it with: " in line for line in lines if not line.startswith(OK))
+        assert all("; fix: " in line for line in lines if not line.startswith(OK))
 
 
 @pytest.mark.parametrize(
@@ -258,5 +255,5 @@ def test_a_finding_is_one_line():
     assert str(Finding(OK, "python", "3.11")) == "ok       python    3.11"
     assert (
         str(Finding(MISSING, "ffcv", "not there", "pip install"))
-        == "missing  ffcv      not there; mend it with: pip install"
+        == "missing  ffcv      not there; fix: pip install"
     )

@@ -11,8 +11,9 @@ from proxynorm.train.config import compose_config
 TINY = """
 title: Tiny
 about: A table for tests.
-train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=8, batch=64, epochs=1, data.limit=256,
-        data.holdout=200, log_every=1, loader=torchvision, loader.workers=0, logger=none]
+train: [data=fashion_mnist, model=resnet20v2, model.depth=8, model.width=8, batch=64, epochs=1,
+        data.limit=256, data.holdout=200, log_every=1,
+        loader=torchvision, loader.workers=0, logger=none]
 cells:
   - norm: [bn, ln_pn]
 rows: [norm]

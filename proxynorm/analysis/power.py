@@ -1,7 +1,7 @@
-"""The power decomposition of the paper's Fig. 2: where the unit power of a norm's output lies.
+"""The power decomposition of the paper's Fig. 2: the parts of the unit power of a norm's output.
 
-On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation (population) over
-the positions of sample x and channel c:
+On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation
+(population) over the positions of sample x and channel c:
 
     P1 = mean over c of (E_x μ)²      the channel-wise constant part; near 1: channel collapse
     P2 = mean over c of Var_x μ       variability of the instance mean
@@ -13,7 +13,7 @@ They sum to 1 up to the norm's ε.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,18 +41,15 @@ class PowerSums:
     """Sums over samples of μ, μ², σ and σ² of each channel, in float64."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        # MPS has no float64; sums live on the host there
+        # MPS has no float64, so its sums live on the host.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.sums = torch.zeros(4, channels, dtype=torch.float64, device=self.device)
         self.count = 0
 
     def add(self, y: Tensor) -> None:
         """Add the samples of y, (N, C, H, W)."""
-        wide = y.float().flatten(2)
-        var, mean = (
-            moment.to(self.device, torch.float64)
-            for moment in torch.var_mean(wide, dim=2, correction=0)
-        )
+        moments = torch.var_mean(y.float().flatten(2), dim=2, correction=0)
+        var, mean = (moment.to(self.device, torch.float64) for moment in moments)
         self.sums += torch.stack([mean.sum(0), mean.square().sum(0), var.sqrt().sum(0), var.sum(0)])
         self.count += len(y)
 
@@ -60,37 +57,37 @@ class PowerSums:
         """P1, P2, P3, P4."""
         mean, mean_square, std, std_square = self.sums / self.count
         p1, p3 = mean.square(), std.square()
+        # Rounding can leave a variance of 0 slightly negative.
         p2, p4 = (mean_square - p1).clamp_min(0), (std_square - p3).clamp_min(0)
         return tuple(term.mean().item() for term in (p1, p2, p3, p4))
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but Batch Norm by the batch's statistics; afterwards all is as before, running ones included."""
+    """Put the model in evaluation mode, but Batch Norm on the batch's statistics, for a while."""
     training = {module: module.training for module in model.modules()}
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, NormAct2d) and getattr(m, "running_mean", None) is not None
-    ]
-    running = [(module.running_mean, module.running_var) for module in norms]
+    norms = [module for module in model.modules() if isinstance(module, NormAct2d)]
+    norms = [norm for norm in norms if getattr(norm, "running_mean", None) is not None]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
     model.eval()
-    for module in norms:
-        module.running_mean = module.running_var = None
+    # Without running statistics Batch Norm falls back on the batch's.
+    for norm in norms:
+        norm.running_mean = norm.running_var = None
     try:
         yield
     finally:
-        for module, (mean, var) in zip(norms, running, strict=True):
-            module.running_mean, module.running_var = mean, var
+        for norm, (mean, var) in zip(norms, running, strict=True):
+            norm.running_mean, norm.running_var = mean, var
         for module, mode in training.items():
             module.training = mode
 
 
 @torch.no_grad()
 def power_decomposition(model: nn.Module, batches: Iterable[Tensor | tuple]) -> list[PowerRow]:
-    """P1 … P4 of every NormAct2d of the model that has a norm, in the order of the forward pass.
+    """Compute P1 … P4 of every NormAct2d with a norm, in the order of the forward pass.
 
-    Nothing but sums is stored, however many the images. BN normalizes by the statistics of the batch, as in training.
+    Only sums are stored, however many the images. BN normalizes by the statistics of the batch, as
+    in training.
 
     Args:
         model: a model with NormAct2d layers; left as it was.
@@ -99,31 +96,28 @@ def power_decomposition(model: nn.Module, batches: Iterable[Tensor | tuple]) -> 
     Raises:
         ValueError: the model has no NormAct2d with a norm, or there are no images.
     """
-    norms = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, NormAct2d) and m.kind != "none"
-    }
+    modules = model.named_modules()
+    norms = {name: m for name, m in modules if isinstance(m, NormAct2d) and not m.spec.is_none}
     if not norms:
         raise ValueError(
-            f"no norm to decompose: this {type(model).__name__} has no NormAct2d; see proxynorm.convert"
+            f"no norm to decompose: this {type(model).__name__} has no NormAct2d; "
+            "see proxynorm.convert"
         )
     sums: dict[str, PowerSums] = {}  # ordered by first call
 
-    def watch(name: str):
+    def collect(name: str) -> Callable[[NormAct2d, tuple], None]:
         def hook(module: NormAct2d, inputs: tuple) -> None:
+            # Normalize once more: the layer's forward fuses the norm with what follows.
             y = module.normalize(inputs[0])
             sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
+    hooks = [module.register_forward_pre_hook(collect(name)) for name, module in norms.items()]
     device = next(model.parameters()).device
     try:
-        with (
-            measuring(model),
-            torch.compiler.set_stance("force_eager"),
-        ):  # a compiled model would not call the hooks
+        # A compiled model would not call the hooks.
+        with measuring(model), torch.compiler.set_stance("force_eager"):
             for batch in batches:
                 model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     finally:

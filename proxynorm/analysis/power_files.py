@@ -19,7 +19,7 @@ def to_metrics(rows: Sequence[PowerRow]) -> dict[str, float]:
 
 
 def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
-    """The inverse of `to_metrics`, other keys left out."""
+    """The inverse of `to_metrics`; other keys are ignored."""
     names = [key.partition("/")[2] for key in row if key.startswith("p1/")]
     return [
         PowerRow(name, depth, *(row[f"{term}/{name}"] for term in TERMS))
@@ -29,24 +29,20 @@ def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
 
 def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
     """The mean over nets of equal shape, norm by norm."""
-    return [
-        PowerRow(
-            rows[0].name,
-            rows[0].depth,
-            *(fmean(getattr(row, term) for row in rows) for term in TERMS),
-        )
-        for rows in zip(*nets, strict=True)
-    ]
+    means = []
+    for rows in zip(*nets, strict=True):
+        terms = (fmean(getattr(row, term) for row in rows) for term in TERMS)
+        means.append(PowerRow(rows[0].name, rows[0].depth, *terms))
+    return means
 
 
 def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:
-    """A line a panel and norm: `panel` (the name of the first column), name, depth, p1 … p4."""
+    """Write a line a panel and norm: `panel` (name of the first column), name, depth, p1 … p4."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([panel, "name", "depth", *TERMS])
     for title, rows in panels.items():
-        writer.writerows(
-            [title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)]
-            for row in rows
-        )
+        for row in rows:
+            terms = [f"{getattr(row, term):.6f}" for term in TERMS]
+            writer.writerow([title, row.name, row.depth, *terms])
     write_text(path, stream.getvalue())

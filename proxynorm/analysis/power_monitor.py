@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from proxynorm.analysis.power import PowerRow, power_decomposition
-from proxynorm.data import Data, EvalLoader
+from proxynorm.data import Data
 
 
 @dataclass(frozen=True)
 class PowerSettings:
-    """every_epochs: epochs between two decompositions, None: never; images: how many of the evaluation set; threshold:
-    warn of a channel collapse where P1 exceeds it."""
+    """When to decompose the power, and when to warn.
+
+    every_epochs: epochs between two decompositions, None: never; images: how many of the
+    evaluation set; threshold: warn of a channel collapse where P1 exceeds it.
+    """
 
     every_epochs: int | None = None
     images: int = 256
@@ -23,32 +26,25 @@ class PowerSettings:
 
 
 def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[PowerRow]:
-    """The decomposition on images spread evenly over the evaluation set, whose order may follow the classes."""
+    """Decompose the power on images spread evenly over the evaluation set."""
     device = next(model.parameters()).device
-    loader = spread(data.eval_loader(batch, 0, 1), images)
-    batches = (
-        data.prepare(batch, device, torch.float32, torch.contiguous_format).images[
-            batch.valid.to(device)
-        ]
-        for batch in loader
-    )
-    return power_decomposition(model, batches)
-
-
-def spread(loader: EvalLoader, images: int) -> EvalLoader:
-    """The loader over about `images` of its rows, evenly spread."""
-    stride = max(1, len(loader.split.rows) // images)
-    loader.split = replace(loader.split, rows=loader.split.rows[::stride][:images])
-    return loader
+    loader = data.eval_loader(batch, 0, 1)
+    # The set may be ordered by class, so that its first images would not stand for it.
+    rows = loader.split.rows[:: max(1, len(loader.split.rows) // images)][:images]
+    loader.split = replace(loader.split, rows=rows)
+    prepared = (data.prepare(b, device, torch.float32, torch.contiguous_format) for b in loader)
+    # The last batch is padded with images that are not valid.
+    return power_decomposition(model, (b.images[b.valid.to(device)] for b in prepared))
 
 
 def collapse_warning(rows: Sequence[PowerRow], threshold: float) -> str | None:
-    """One line if P1 exceeds `threshold` somewhere, else None."""
+    """One line if P1 exceeds `threshold` in a norm, else None."""
     collapsed = [row for row in rows if row.p1 > threshold]
     if not collapsed:
         return None
     worst = max(collapsed, key=lambda row: row.p1)
     return (
-        f"channel collapse: P1 exceeds {threshold:g} in {len(collapsed)} of {len(rows)} norms, worst {worst.name} "
-        f"(depth {worst.depth}) with {worst.p1:.3f}; a proxy-normalized norm (norm=…_pn) keeps channels normalized"
+        f"channel collapse: P1 exceeds {threshold:g} in {len(collapsed)} of {len(rows)} norms, "
+        f"worst {worst.name} (depth {worst.depth}) with {worst.p1:.3f}; "
+        "a proxy-normalized norm (norm=…_pn) keeps channels normalized"
     )

@@ -1,4 +1,4 @@
-"""The random net of the paper's Fig. 2 (top row), and what mean-field theory expects of its P1."""
+"""The random net of the paper's Fig. 2 (top row), and its P1 by mean-field theory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def random_net(
     groups: int | None = None,
     in_channels: int = 3,
 ) -> nn.Sequential:
-    """`depth` layers of convolution, norm and ReLU with random weights: β ~ N(0, beta_std²), γ ~ N(1, gamma_std²).
+    """Make `depth` layers of convolution, norm and ReLU with random weights, β and γ.
 
     Args:
         norm: one of proxynorm.nn.NORMS.
         width: channels of every layer.
         kernel: side of the convolutions, odd.
         padding_mode: as in nn.Conv2d; "circular" is the paper's periodic padding.
+        beta_std, gamma_std: β ~ N(0, beta_std²), γ ~ N(1, gamma_std²).
         groups: of gn.
         in_channels: channels of the input.
 
@@ -39,17 +40,11 @@ def random_net(
     spec = norm_spec(norm)
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for index in range(depth):
-        channels = in_channels if index == 0 else width
-        # without torch's own initialisation, which would cost more than ours
+    sizes = {"kernel_size": kernel, "padding": kernel // 2}
+    for channels in [in_channels] + [width] * (depth - 1):
+        # Skip torch's own initialization, which would cost more than ours.
         conv = nn.utils.skip_init(
-            nn.Conv2d,
-            channels,
-            width,
-            kernel,
-            padding=kernel // 2,
-            padding_mode=padding_mode,
-            bias=False,
+            nn.Conv2d, channels, width, **sizes, padding_mode=padding_mode, bias=False
         )
         nn.init.normal_(conv.weight, std=1 / math.sqrt(channels * kernel**2), generator=generator)
         if spec.weight_standardization:
@@ -69,28 +64,28 @@ def mean_field_p1(
     start: float = 0.0,
     nodes: int = 10,
 ) -> list[float]:
-    """P1 behind 1 … `layers` ReLU layers of an infinitely wide random net with LN, P1 being `start` before the first.
+    """P1 after 1 … `layers` ReLU layers of an infinitely wide random net with LN.
 
-    With P1 = p a channel of y is m + sqrt(1 − p)·g, m ~ N(0, p) constant and g ~ N(0, 1); the next P1 is the constant
-    share of the power of φ(γy + β), or of the proxy-normalized step. Gauss–Hermite over γ and β, trapezoids over m
-    (near P1 = 1 the mean over g has ReLU's kink), closed form over g.
+    start: P1 before the first layer; proxy: with the proxy-normalized activation step. With
+    P1 = p a channel of y is m + sqrt(1 − p)·g, where m ~ N(0, p) is constant and g ~ N(0, 1); the
+    next P1 is the constant share of the power of φ(γy + β), or of the proxy-normalized step.
     """
     points, weights = _hermite(nodes)
+    # Gauss–Hermite over γ and β, closed form over g. Trapezoids over m, because near P1 = 1 the
+    # mean over g has ReLU's kink.
     places = torch.linspace(-6, 6, 241, dtype=torch.float64)
     density = torch.exp(-0.5 * places**2)
-    gamma, beta, m = torch.meshgrid(
-        1 + gamma_std * points, beta_std * points, places, indexing="ij"
-    )
+    axes = (1 + gamma_std * points, beta_std * points, places)
+    gamma, beta, m = torch.meshgrid(*axes, indexing="ij")
     share = weights[:, None, None] * weights[:, None] * (density / density.sum())
-    centre, variance = (0.0, 1.0)
+    centre, variance = 0.0, 1.0
     if proxy:
         centre, square = _relu_moments(beta, gamma.abs())
         variance = square - centre**2 + NormAct2d(1).proxy_eps
     found, p = [], start
     for _ in range(layers):
-        mean, square = _relu_moments(
-            gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p)
-        )
+        shift, scale = gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p)
+        mean, square = _relu_moments(shift, scale)
         constant = (share * (mean - centre) ** 2 / variance).sum()
         total = (share * (square - 2 * centre * mean + centre**2) / variance).sum()
         p = min((constant / total).item(), 1.0)
@@ -107,8 +102,6 @@ def _hermite(nodes: int) -> tuple[Tensor, Tensor]:
 def _relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """E[φ] and E[φ²] of a ReLU of N(a, s²)."""
     s = s.clamp_min(1e-12)
-    cdf, density = (
-        torch.special.ndtr(a / s),
-        torch.exp(-0.5 * (a / s) ** 2) / math.sqrt(2 * math.pi),
-    )
+    z = a / s
+    cdf, density = torch.special.ndtr(z), torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     return a * cdf + s * density, (a * a + s * s) * cdf + a * s * density

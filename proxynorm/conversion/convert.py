@@ -15,18 +15,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from proxynorm.conversion.kinds import is_activation, is_norm, is_other_norm
-from proxynorm.conversion.layer import LayerOptions, make_layer
+from proxynorm.conversion.layer import make_layer
 from proxynorm.conversion.match import Place, Plan, make_plan
 from proxynorm.conversion.observe import Observation, Observer
 from proxynorm.conversion.rewrite import apply_edits
 from proxynorm.conversion.run import Run, copy_to_run, preserved_randomness, run, runs_of
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
-from proxynorm.nn.checks import check_options
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.freeze import hand_on_copy
-from proxynorm.nn.moments import check_method
 from proxynorm.nn.norm_act import NormAct2d
-from proxynorm.nn.weight_standardization import standardize_weights
+from proxynorm.nn.options import NormOptions
+from proxynorm.nn.weights import standardize_weights
 
 _MORE_DRAWS = 8  # further runs in training where random branches hid a norm
 
@@ -62,12 +61,12 @@ def convert(
     keep: Iterable[str] = (),
     no_activation: Iterable[str] = (),
     *,
-    groups: int | None = None,
-    norm_batch: int | str | None = None,
-    eps: float | None = None,
-    proxy_eps: float = 0.03,
-    moments: str = "auto",
-    nodes: int = 256,
+    groups: int | None = NormOptions.groups,
+    norm_batch: int | str | None = NormOptions.norm_batch,
+    eps: float | None = NormOptions.eps,
+    proxy_eps: float = NormOptions.proxy_eps,
+    moments: str = NormOptions.moments,
+    nodes: int = NormOptions.nodes,
     verify: bool = True,
 ) -> nn.Module:
     """Replace, in place, every norm of a network and the activation that follows it by NormAct2d.
@@ -109,10 +108,8 @@ def convert(
             differ; the model is then left as it was.
     """
     _check_arguments(model, keep, no_activation)
-    options = LayerOptions(norm, groups, norm_batch, eps, proxy_eps, moments, nodes)
+    options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
     spec = options.spec
-    check_options(groups, eps, proxy_eps, norm_batch)
-    check_method(moments, nodes)
     _refuse_set_forwards(model)
     with preserved_randomness():
         call, training, evaluation = _observe(model, example_inputs)
@@ -120,7 +117,7 @@ def convert(
         if verify:
             check_same(model, call, lambda copied: _apply(copied, plan, _stand_ins(copied, plan)))
     layers = _make_layers(model, plan, options)
-    if verify and spec.kind != "bn":
+    if verify and not spec.batch_statistics:
         with preserved_randomness():
             copies = {name: copy_to_run(layer) for name, layer in layers.items()}
             check_per_sample(model, call, lambda copied: _apply(copied, plan, copies))
@@ -150,7 +147,10 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 
 
 def standardize_before_norms(model: nn.Module, example_inputs: object = None) -> nn.Module:
-    """Standardize the weights of the convolutions whose output reaches a norm, alone or in a sum; return the model."""
+    """Standardize the weights of the convolutions whose output reaches a norm, alone or in a sum.
+
+    Return the model.
+    """
     with preserved_randomness():
         _, training, evaluation = _observe(model, example_inputs)
     for name in sorted(training.feeding | evaluation.feeding):
@@ -161,7 +161,8 @@ def standardize_before_norms(model: nn.Module, example_inputs: object = None) ->
 def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"convert takes a network, an nn.Module, not {model!r}: make it first, with timm.create_model"
+            f"convert takes a network, an nn.Module, not {model!r}: make it first, with "
+            "timm.create_model"
         )
     if is_norm(model):
         kind = type(model).__name__
@@ -174,7 +175,10 @@ def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> N
 
 
 def _refuse_set_forwards(model: nn.Module) -> None:
-    """Raise ValueError if a forward was set on an object: its copy would still run the original's modules."""
+    """Raise ValueError if a forward was set on an object.
+
+    Its copy would still run the original's modules.
+    """
     found = [
         name or "the model itself"
         for name, module in model.named_modules()
@@ -187,8 +191,10 @@ def _refuse_set_forwards(model: nn.Module) -> None:
     ]
     if found:
         raise ValueError(
-            f"cannot convert this {type(model).__name__}: a forward was set on the object {', '.join(found)}, "
-            "which may compute something else than its class: convert before setting it, or put it into a class"
+            f"cannot convert this {type(model).__name__}: a forward was set on the object "
+            f"{', '.join(found)}, "
+            "which may compute something else than its class: convert before setting it, or put "
+            "it into a class"
         )
 
 
@@ -215,13 +221,17 @@ def _observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation
         tried = "random images" if example_inputs is None else "the example inputs"
         advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
         raise ValueError(
-            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: {errors[-1]}"
+            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: "
+            f"{errors[-1]}"
         )
     return best
 
 
 def _observe_mode(copied: nn.Module, call: Run, training: bool) -> Observation:
-    """What runs of a copy show; in training, with as many draws as random branches need to show every norm."""
+    """What runs of a copy show.
+
+    In training, with as many draws as random branches need to show every norm.
+    """
     seen = Observation()
     norms = {name for name, module in copied.named_modules() if is_norm(module)}
     for seed in range(1 + _MORE_DRAWS if training else 1):
@@ -264,7 +274,7 @@ def _stand_ins(copied: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return stand_ins
 
 
-def _make_layers(model: nn.Module, plan: Plan, options: LayerOptions) -> dict[str, NormAct2d]:
+def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str, NormAct2d]:
     """The new layers, by the names of the norms; the model is not changed."""
     layers, ties = {}, {}
     for name, place in plan.places.items():

@@ -1,4 +1,7 @@
-"""Tell norms, activations, gates and dropout apart: torch's and timm's by class, users' own by trial."""
+"""Tell norms, activations, gates and dropout apart.
+
+Torch's and timm's by class, users' own by trial.
+"""
 
 from __future__ import annotations
 
@@ -29,25 +32,33 @@ _NORM_NAME = re.compile(r"Norm(Act)?(\d?d)?$")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether convert can replace the module: a norm with one affine per channel, channels first."""
+    """Return whether convert can replace the module.
+
+    A norm with one affine per channel, channels first.
+    """
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, NormAct2d)
     is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in type(module).__name__
     return isinstance(module, kinds) or is_channels_first or is_frozen_batch_norm(module)
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """Return whether the module is torchvision's, timm's or detectron2's batch norm of constants."""
+    """True for torchvision's, timm's and detectron2's batch norm of constants."""
     return type(module).__name__.startswith("FrozenBatchNorm")
 
 
 def is_other_norm(module: nn.Module) -> bool:
-    """Return whether the module is a norm that convert does not replace, such as a layer norm over the last axis."""
+    """Return whether the module is a norm that convert does not replace, such as a layer norm over
+    the last axis.
+    """
     is_leaf = next(module.children(), None) is None and not type(module).__name__.startswith("_")
     return is_leaf and not is_norm(module) and bool(_NORM_NAME.search(type(module).__name__))
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Return whether the module is an elementwise activation: torch's, timm's, or one that behaves so on trial."""
+    """Return whether the module is an elementwise activation.
+
+    Torch's, timm's, or one that behaves so on trial.
+    """
     is_timms = type(module).__module__.startswith("timm.layers.activations")
     known = is_timms and _TIMM_ACTIVATIONS.fullmatch(type(module).__name__)
     return isinstance(module, _ACTIVATIONS) or bool(known) or _tried(module) == "activation"
@@ -59,21 +70,29 @@ def is_gate(module: nn.Module) -> bool:
 
 
 def is_unknown_activation(module: nn.Module) -> bool:
-    """Return whether the module is an activation of torch's that NormAct2d cannot take over, such as nn.GLU."""
+    """Return whether the module is an activation of torch's that NormAct2d cannot take over, such
+    as nn.GLU.
+    """
     is_torchs = type(module).__module__ == "torch.nn.modules.activation"
     known = is_activation(module) or is_gate(module) or isinstance(module, nn.MultiheadAttention)
     return is_torchs and not known
 
 
 def may_stand_between(module: nn.Module) -> bool:
-    """Return whether the module may stand between a norm and its activation: it drops, blurs or pools."""
+    """Return whether the module may stand between a norm and its activation.
+
+    It drops, blurs or pools.
+    """
     name = type(module).__name__
     known = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
     return isinstance(module, known) or "DropBlock" in name or "BlurPool" in name
 
 
 def idles(module: nn.Module) -> bool:
-    """Return whether the module does nothing in evaluation. A subclass may: Monte Carlo dropout is one."""
+    """Return whether the module does nothing in evaluation.
+
+    A subclass may: Monte Carlo dropout is one.
+    """
     kind = type(module)
     return kind in (nn.Identity, nn.Dropout, nn.Dropout2d) or (
         kind.__module__.startswith("timm.") and "DropBlock" in kind.__name__
@@ -98,7 +117,10 @@ def is_gate_function(name: str) -> bool:
 
 
 def recognized(activation: nn.Module) -> nn.Module:
-    """The activation, or torch's own of the same class name if both compute the same: it has closed-form moments."""
+    """The activation, or torch's own of the same class name if both compute the same.
+
+    It has closed-form moments.
+    """
     name = class_name(activation)
     has_parameters = next(activation.parameters(), None) is not None
     if activation_name(activation) != "callable" or name not in NAMES or has_parameters:

@@ -3,66 +3,45 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from proxynorm.conversion.kinds import is_frozen_batch_norm, recognized
-from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """The options that every new layer shares; see NormAct2d. eps None keeps each module's own."""
-
-    norm: str
-    groups: int | None = None
-    norm_batch: int | str | None = None
-    eps: float | None = None
-    proxy_eps: float = 0.03
-    moments: str = "auto"
-    nodes: int = 256
-
-    @property
-    def spec(self) -> NormSpec:
-        """The norm's name taken apart."""
-        return norm_spec(self.norm)
+from proxynorm.nn.options import NormOptions
 
 
 def make_layer(
     name: str,
     norm: nn.Module,
     activation: nn.Module | None,
-    options: LayerOptions,
+    options: NormOptions,
     ties: dict[nn.Parameter, nn.Parameter],
 ) -> NormAct2d:
-    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and mode.
+    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype and
+    mode.
 
     ties: what became of the old norms' parameters; those that several norms share stay shared.
     """
-    spec = options.spec
     statistics = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
     like = next((t for t in statistics if t is not None), torch.empty(0))
-    is_sync = isinstance(norm, nn.SyncBatchNorm) and spec.kind == "bn"
+    is_sync = isinstance(norm, nn.SyncBatchNorm) and options.spec.batch_statistics
+    is_sync = is_sync and options.norm_batch is None
     act = None if activation is None else recognized(_own(activation))
     if hasattr(act, "inplace"):
         act.inplace = False
     try:
         layer = NormAct2d(
             _channels(norm),
-            spec.kind,
-            proxy=spec.proxy,
+            **{
+                **options.layer_arguments(),
+                "eps": norm.eps if options.eps is None else options.eps,
+                "norm_batch": "global" if is_sync else options.norm_batch,
+            },
             act_layer=act,
             apply_act=act is not None,
-            groups=options.groups,
-            eps=norm.eps if options.eps is None else options.eps,
-            proxy_eps=options.proxy_eps,
-            norm_batch="global" if is_sync and options.norm_batch is None else options.norm_batch,
             momentum=getattr(norm, "momentum", 0.1),
-            moments=options.moments,
-            nodes=options.nodes,
             device=like.device,
             dtype=like.dtype,
             track_running_stats=_is_tracked(norm),
@@ -84,13 +63,19 @@ def _channels(norm: nn.Module) -> int:
 
 
 def _is_tracked(norm: nn.Module) -> bool:
-    """Whether the new bn tracks running statistics: instance norm without any says nothing about it."""
+    """Whether the new bn tracks running statistics.
+
+    Instance norm without any says nothing about it.
+    """
     is_instance_norm = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     return is_instance_norm or getattr(norm, "track_running_stats", True)
 
 
 def _own(activation: nn.Module) -> nn.Module:
-    """A copy of the activation; one with parameters itself, so that those which several norms share stay shared."""
+    """A copy of the activation.
+
+    One with parameters itself, so that those which several norms share stay shared.
+    """
     has_parameters = next(activation.parameters(), None) is not None
     return activation if has_parameters else copy.deepcopy(activation)
 
@@ -104,7 +89,10 @@ def _is_zero(tensor: torch.Tensor) -> bool:
 
 
 def _carry_over(norm: nn.Module, layer: NormAct2d, ties: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Copy what both have: γ, β, γ̃, β̃ and running statistics (float32 or better); and the old layer's drop."""
+    """Copy what both have: γ, β, γ̃, β̃ and running statistics (float32 or better).
+
+    And the old layer's drop.
+    """
     for name, new in list(layer.named_parameters(recurse=False)):
         old = getattr(norm, name, None)
         if isinstance(old, nn.Parameter) and ties.setdefault(old, new) is not new:

@@ -1,4 +1,7 @@
-"""Decide from what runs showed what becomes of each norm and its activation; say of all that have no place why not."""
+"""Decide from what runs showed what becomes of each norm and its activation.
+
+Say of all that have no place why not.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,8 @@ def _check_something_to_do(model: nn.Module, plan: Plan, proxy: bool) -> None:
     kind = type(model).__name__
     if not plan.places:
         raise ValueError(
-            f"nothing to convert: this {kind} has no batch, group or instance norm, and no channels-first "
+            f"nothing to convert: this {kind} has no batch, group or instance norm, and no "
+            "channels-first "
             "layer norm with an activation behind it"
         )
     if proxy and all(place.activation is None for place in plan.places.values()):
@@ -196,7 +200,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _state(activation: nn.Module | None) -> tuple | None:
-    """Equal for activations that compute the same: parameters are the same, other attributes have the same value."""
+    """Equal for activations that compute the same.
+
+    Parameters are the same, other attributes have the same value.
+    """
     if activation is None:
         return None
     attributes = [
@@ -216,7 +223,10 @@ def _state(activation: nn.Module | None) -> tuple | None:
 def _plan_activations(
     model: nn.Module, plan: Plan, seen: tuple[Observation, ...], joined: dict[NormCall, str]
 ) -> dict[str, str]:
-    """Add identities and edits to the plan; return the norms whose activation cannot be taken out, with the reason."""
+    """Add identities and edits to the plan.
+
+    Return the norms whose activation cannot be taken out, with the reason.
+    """
     modules, sites = _merged(seen, "modules"), _merged(seen, "sites")
     shared = {n for n, calls in modules.items() if any(call not in joined for call in calls)}
     used = {call.name for call in joined if call.name is not None}
@@ -262,6 +272,7 @@ def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError
     told = "; ".join(f"{', '.join(names)} {why}" for why, names in groups.items())
     them = "it as it is" if len(reasons) == 1 else "them as they are"
     return ValueError(
-        f"cannot place {told}. Leave {them} with keep={list(reasons)}, or, if no activation follows, "
+        f"cannot place {told}. Leave {them} with keep={list(reasons)}, or, if no activation "
+        "follows, "
         f"convert {'it' if len(reasons) == 1 else 'them'} with no_activation={list(reasons)}"
     )

@@ -91,7 +91,10 @@ class NormCall:
 
     @property
     def is_overwritten(self) -> bool:
-        """True if the value was changed in place later, itself or through a view: views share the count."""
+        """True if the value was changed in place later, itself or through a view.
+
+        Views share the count.
+        """
         return self.value is not None and self.value._version != self.version
 
 
@@ -233,7 +236,9 @@ class Observer(TorchFunctionMode):
         self._set(output, _Trace(activated=call))
 
     def _note_other(self, module: nn.Module, kind: str, x: Tensor, output: Tensor) -> None:
-        """Follow a value through a gate, or through what may stand between a norm and its activation."""
+        """Follow a value through a gate, or through what may stand between a norm and its
+        activation.
+        """
         trace, label = self._trace(x), type(module).__name__
         call = trace.direct
         if output is x:
@@ -281,7 +286,10 @@ class Observer(TorchFunctionMode):
     def _follow(
         self, name: str, func: object, args: tuple, kwargs: dict, known: list[Tensor]
     ) -> _Trace | None:
-        """The trace of a call's result; blames the norms whose value it changes in other ways than a layer does."""
+        """The trace of a call's result.
+
+        Blames the norms whose value it changes in other ways than a layer does.
+        """
         if name.startswith(_NO_VALUES):
             return None
         traces = [self._trace(t) for t in known]
@@ -364,7 +372,10 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
-    """Line and column where the text of the running call ends; the column is None before Python 3.11."""
+    """Line and column where the text of the running call ends.
+
+    The column is None before Python 3.11.
+    """
     positions = getattr(frame.f_code, "co_positions", None)
     if positions is None:
         return frame.f_lineno, None

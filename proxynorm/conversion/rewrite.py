@@ -66,7 +66,10 @@ class Edit:
 
 
 class RewrittenModule:
-    """Mixin of generated classes; makes their objects copy and pickle by the original class and the edits."""
+    """Mixin of generated classes.
+
+    Makes their objects copy and pickle by the original class and the edits.
+    """
 
     _original: type[nn.Module]
     _edits: tuple[Edit, ...]
@@ -91,7 +94,10 @@ def plan_edits(module: nn.Module, sites: Iterable[Site]) -> list[Edit]:
 
 
 def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
-    """Make the module run its edited functions, in place: those of its class in a generated subclass."""
+    """Make the module run its edited functions, in place.
+
+    Those of its class in a generated subclass.
+    """
     of_class = []
     for edit in edits:
         if edit.name in vars(module):
@@ -140,7 +146,7 @@ def _edit(module: nn.Module, code: types.CodeType, sites: list[Site]) -> Edit:
 
 
 def _function_of(module: nn.Module, code: types.CodeType) -> tuple[str, types.FunctionType]:
-    """The name and the function, of the module's class or of the module itself, that runs the code."""
+    """Name and function, of the module or its class, that runs the code."""
     for namespace in (vars(module), *(vars(kind) for kind in type(module).__mro__)):
         for name, value in namespace.items():
             if isinstance(value, types.FunctionType) and value.__code__ is code:
@@ -204,7 +210,9 @@ class _TakeOut(ast.NodeTransformer):
 
 
 def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionType:
-    """The function without the edit's calls; it shares the original's globals, closure and defaults.
+    """The function without the edit's calls.
+
+    It shares the original's globals, closure and defaults.
 
     Raises:
         CannotRewriteError: the source is not that of which the edit was made.
@@ -212,7 +220,8 @@ def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionT
     node = _source_node(function)
     if _checksum(node) != edit.checksum:
         raise CannotRewriteError(
-            f"the source of {function.__qualname__} changed since its network was converted: convert it again"
+            f"the source of {function.__qualname__} changed since its network was converted: "
+            "convert it again"
         )
     node = copy.deepcopy(node)
     calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
@@ -223,7 +232,10 @@ def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionT
 
 
 def _compiled(function: types.FunctionType, text: str, edit: Edit) -> types.FunctionType:
-    """Compile a function's new text where it stood: in a class of that name, with the same free variables."""
+    """Compile a function's new text where it stood.
+
+    In a class of that name, with the same free variables.
+    """
     if text.startswith("lambda"):
         text = f"_ = {text}"
     names = function.__qualname__.split(".")

@@ -1,4 +1,6 @@
-"""Run copies of a network on example inputs, so that the network and all random generators stay as they are."""
+"""Run copies of a network on example inputs, so that the network and all random generators stay as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def copy_to_run(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
-            f"cannot convert this {type(model).__name__}: convert tries its changes on a copy first, and "
+            f"cannot convert this {type(model).__name__}: convert tries its changes on a copy "
+            "first, and "
             f"copy.deepcopy fails with {type(error).__name__}: {error}"
         ) from error
 
@@ -72,7 +75,10 @@ def _with_values(tensor: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
-    """The network's output in one mode, with all generators seeded; gradients on in training, as there."""
+    """The network's output in one mode, with all generators seeded.
+
+    Gradients on in training, as there.
+    """
     random.seed(seed)
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
@@ -92,7 +98,10 @@ def runs_of(model: nn.Module, example_inputs: object) -> list[Run]:
 
 
 def _call_with(inputs: object) -> Run:
-    """Calls a network with a fresh copy of the inputs: a tuple holds its arguments, a dict those by keyword."""
+    """Calls a network with a fresh copy of the inputs.
+
+    A tuple holds its arguments, a dict those by keyword.
+    """
 
     def call(model: nn.Module) -> object:
         fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class StandIn(nn.Module):
 
 
 def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
-    """Raise ValueError, naming the first module that differs, unless surgery with stand-ins changes no output.
+    """Raise ValueError, naming the first module that differs, unless surgery with stand-ins changes
+    no output.
 
     Outputs must be the same bits, in training and, after that, in evaluation. Where two runs of the
     original differ (on GPUs they may) the comparison is to rounding.
@@ -41,14 +43,17 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
     if not _all_same(outputs, again) and _all_same(outputs, changed, 1e-4):
         return
     raise ValueError(
-        f"cannot convert this {type(model).__name__}: with its activations joined to its norms it computes "
-        f"something else, first in {_first_difference(model, call, surgery)}. Leave the norms around it as "
+        f"cannot convert this {type(model).__name__}: with its activations joined to its norms it "
+        "computes "
+        f"something else, first in {_first_difference(model, call, surgery)}. Leave the norms "
+        "around it as "
         "they are with keep=[...]. The network is left as it was"
     )
 
 
 def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
-    """Raise ValueError if a converted copy, in training, mixes images that the original does not mix in evaluation.
+    """Raise ValueError if a converted copy, in training, mixes images that the original does not
+    mix in evaluation.
 
     Networks that take no single tensor, that draw random numbers in training, or that keep a batch
     norm tell nothing.
@@ -64,8 +69,10 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
         return
     if same(first, second) and not _is_per_sample(copied, call, True):
         raise ValueError(
-            f"cannot convert this {type(model).__name__}: in training, with a norm that does not depend on the "
-            "batch, its output for an image still depends on the others. The network is left as it was"
+            f"cannot convert this {type(model).__name__}: in training, with a norm that does not "
+            "depend on the "
+            "batch, its output for an image still depends on the others. The network is left as "
+            "it was"
         )
 
 
@@ -145,8 +152,6 @@ def _record(
                 name, [t.clone() for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
             )
         )
-    try:
+    with suppress(Exception):  # the records up to here tell
         run(copied, call, training)
-    except Exception:  # the records up to here tell
-        pass
     return outputs

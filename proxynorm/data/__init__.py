@@ -1,4 +1,5 @@
-"""Data sets behind one interface and two backends, FFCV and torchvision, with the same semantics."""
+"""Data sets behind one interface and two backends, FFCV and torchvision, with the same
+semantics."""
 
 from proxynorm.data.loaders import Data, EvalLoader, TrainLoader
 from proxynorm.data.opening import open_data

@@ -1,4 +1,5 @@
-"""Crops, flips and erased boxes: computed for a whole batch from the samples' keys, the same for both backends."""
+"""Crops, flips and erased boxes: computed for a whole batch from the samples' keys, the same for
+both backends."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ def random_boxes(
 ) -> np.ndarray:
     """Boxes of random area and aspect ratio, int64 (N, 4): top, left, height, width, in pixels.
 
-    The Inception crop as torchvision's RandomResizedCrop.get_params does it: up to ten attempts at a box whose share of
-    the area is uniform in `area` and whose log aspect ratio is uniform in log(`ratio`), else the largest centred box
-    within `ratio`.
+    The Inception crop as torchvision's RandomResizedCrop.get_params does it: up to ten attempts at
+    a box whose share of the area is uniform in `area` and whose log aspect ratio is uniform in
+    log(`ratio`), else the largest centred box within `ratio`.
     """
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)
     numbers = uniform(keys[:, None, None], draws + np.arange(4 * ATTEMPTS).reshape(ATTEMPTS, 4))
@@ -50,7 +51,8 @@ def _widest_boxes(heights: np.ndarray, widths: np.ndarray, ratio: tuple) -> np.n
 
 
 def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.ndarray:
-    """Centred squares whose side is `ratio` of the shorter side, int64 (N, 4): top, left, height, width."""
+    """Centred squares whose side is `ratio` of the shorter side, int64 (N, 4): top, left, height,
+    width."""
     side = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1).astype(
         np.int64
@@ -58,7 +60,8 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
 
 
 def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Centre images (N, h, w, C) in a black frame (N, height, width, C); the images themselves if they fit exactly."""
+    """Centre images (N, h, w, C) in a black frame (N, height, width, C); the images themselves if
+    they fit exactly."""
     count, h, w, channels = images.shape
     if (h, w) == (height, width):
         return images
@@ -71,7 +74,8 @@ def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
 def pad_crop(
     images: np.ndarray, keys: np.ndarray, size: int, padding: int, flip: bool
 ) -> np.ndarray:
-    """Random crops of zero-padded images: (N, h, w, C), h and w at most size -> (N, C, size, size)."""
+    """Random crops of zero-padded images: (N, h, w, C), h and w at most size -> (N, C, size,
+    size)."""
     side = size + 2 * padding
     windows = np.lib.stride_tricks.sliding_window_view(
         pad_to(images, side, side), (size, size), axis=(1, 2)
@@ -86,7 +90,8 @@ def pad_crop(
 
 
 def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.ndarray) -> None:
-    """Fill a random box of some images (N, C, H, W), in place, with colour (C,) (random erasing, arXiv 1708.04896)."""
+    """Fill a random box of some images (N, C, H, W), in place, with colour (C,) (random erasing,
+    arXiv 1708.04896)."""
     sides = np.array(images.shape[2:])[:, None].repeat(len(keys), axis=1)
     boxes = random_boxes(keys, sides[0], sides[1], ERASE_AREA, ERASE_RATIO, ERASE_DRAWS)
     for n in np.flatnonzero(uniform(keys, ERASE) < probability):
@@ -96,9 +101,11 @@ def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.n
 
 @dataclass(frozen=True)
 class View:
-    """How a stored image becomes a training or an evaluation image. Sides in pixels; size is given call by call.
+    """How a stored image becomes a training or an evaluation image. Sides in pixels; size is given
+    call by call.
 
-    augmentation: as in DataSpec; evaluation is "none". ratio: share of the shorter side that a centre crop takes.
+    augmentation: as in DataSpec; evaluation is "none". ratio: share of the shorter side that a
+    centre crop takes.
     colour: the fill of erased boxes, uint8 per channel.
     """
 
@@ -112,7 +119,8 @@ class View:
     randaugment: str | None = None
 
     def boxes(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """The part of each stored image that is resized to the output, int64 (N, 4): top, left, height, width."""
+        """The part of each stored image that is resized to the output, int64 (N, 4): top, left,
+        height, width."""
         if self.augmentation == "inception":
             return random_boxes(keys, heights, widths, (self.min_area, 1.0), CROP_RATIO, CROP_DRAWS)
         return centre_boxes(heights, widths, self.ratio if self.augmentation == "none" else 1.0)
@@ -124,7 +132,8 @@ class View:
         return np.zeros(len(keys), dtype=bool)
 
     def finish(self, images: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
-        """What is left to do after decoding: uint8 (N, h, w, C) with h, w <= size -> (N, C, size, size)."""
+        """What is left to do after decoding: uint8 (N, h, w, C) with h, w <= size -> (N, C, size,
+        size)."""
         if self.augmentation == "pad_crop":
             out = pad_crop(images, keys, size, self.padding, self.flip)
         else:

@@ -14,7 +14,8 @@ from proxynorm.errors import DataError
 
 
 def cache_folder(given: str | None) -> Path:
-    """The folder for files made on the fly: the given one, $PROXYNORM_CACHE, or ~/.cache/proxynorm; made if missing."""
+    """The folder for files made on the fly: the given one, $PROXYNORM_CACHE, or ~/.cache/proxynorm;
+    made if missing."""
     default = (
         os.environ.get("PROXYNORM_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "proxynorm"
@@ -30,7 +31,8 @@ def cache_folder(given: str | None) -> Path:
 
 
 def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path], None]) -> Samples:
-    """The .beton file that make(path) writes for this signature (what it is made from), made if missing or damaged."""
+    """The .beton file that make(path) writes for this signature (what it is made from), made if
+    missing or damaged."""
     path = folder / f"{stem}-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.beton"
     with _lock(path.with_suffix(".lock")):
         if path.is_file():
@@ -53,6 +55,7 @@ def _lock(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             raise DataError(
-                f"{path.parent}: cannot be written or locked ({error.strerror}); set data.cache to another folder"
+                f"{path.parent}: cannot be written or locked ({error.strerror}); set data.cache "
+                f"to another folder"
             ) from None
         yield

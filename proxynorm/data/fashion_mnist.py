@@ -22,7 +22,8 @@ CLASSES = (
     "Bag",
     "Ankle boot",
 )
-# Over all pixels of the 60,000 training images, 28x28, on the 0..1 scale (population standard deviation).
+# Over all pixels of the 60,000 training images, 28x28, on the 0..1 scale (population standard
+# deviation).
 MEAN, STD = (0.2860,), (0.3530,)
 SIDE = 28
 COUNTS = {"train": 60_000, "t10k": 10_000}
@@ -31,7 +32,8 @@ PACKAGE = "apt-get install dataset-fashion-mnist"
 
 
 def find_fashion_mnist(root: str | None, cache: Path) -> Path:
-    """The folder of the four IDX files: root, else the Debian package's, else a download into cache.
+    """The folder of the four IDX files: root, else the Debian package's, else a download into
+    cache.
 
     Raises DataError if root lacks a file, or if nothing is installed and nothing can be downloaded.
     """
@@ -51,7 +53,8 @@ def _complete_folder(root: Path) -> Path:
         ):
             return folder
     raise DataError(
-        f"{root}: lacks Fashion-MNIST's four files (train-images-idx3-ubyte.gz, …); give data.root, or {PACKAGE}"
+        f"{root}: lacks Fashion-MNIST's four files (train-images-idx3-ubyte.gz, …); give "
+        f"data.root, or {PACKAGE}"
     )
 
 
@@ -77,12 +80,14 @@ def _download(cache: Path) -> Path:
 
 
 def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 28, 28) and labels int64 (N,) of part "train" or "t10k". Raises DataError on a damaged file."""
+    """Images uint8 (N, 28, 28) and labels int64 (N,) of part "train" or "t10k". Raises DataError on
+    a damaged file."""
     images = _read_idx(_file(folder, part, "images-idx3"), (COUNTS[part], SIDE, SIDE))
     labels = _read_idx(_file(folder, part, "labels-idx1"), (COUNTS[part],))
     if labels.max() >= len(CLASSES):
         raise DataError(
-            f"{folder}: {part} holds the label {labels.max()}; Fashion-MNIST has {len(CLASSES)} classes"
+            f"{folder}: {part} holds the label {labels.max()}; Fashion-MNIST has {len(CLASSES)} "
+            f"classes"
         )
     return images, labels.astype(np.int64)
 
@@ -97,7 +102,8 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     expected = np.array([0x0800 + len(shape), *shape], dtype=">u4").tobytes()
     if data[: len(expected)] != expected or len(data) != len(expected) + int(np.prod(shape)):
         raise DataError(
-            f"{path}: is not the IDX file of {'x'.join(map(str, shape))} bytes it should be; fetch it again"
+            f"{path}: is not the IDX file of {'x'.join(map(str, shape))} bytes it should be; "
+            f"fetch it again"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=len(expected)).reshape(shape)
 

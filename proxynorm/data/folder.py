@@ -23,8 +23,8 @@ from proxynorm.errors import ConfigError
 
 
 class FolderReader:
-    """Image files of the folder `source`, decoded in `workers` processes (0: in this one), one micro-batch at a time in
-    each; prefetch: see LoaderSpec."""
+    """Image files of the folder `source`, decoded in `workers` processes (0: in this one), one
+    micro-batch at a time in each; prefetch: see LoaderSpec."""
 
     channels = 3
 
@@ -35,12 +35,14 @@ class FolderReader:
         self.classes, self.targets, self.workers = listing.classes, listing.targets, workers
         ahead = prefetch is not None and workers > 0
         self.prefetch_factor = max(1, math.ceil(prefetch / workers)) if ahead else None
-        # One block of bytes, so that worker processes share it instead of copying a million strings.
+        # One block of bytes, so that worker processes share it instead of copying a million
+        # strings.
         self.paths = np.array([os.fsencode(image.path) for image in listing.images])
 
     def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
         with warnings.catch_warnings():
-            # How many processes read is the user's choice: they may wait for a disk, not for a core.
+            # How many processes read is the user's choice: they may wait for a disk, not for a
+            # core.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = torch.utils.data.DataLoader(
                 _Decoder(self.paths, view),
@@ -61,8 +63,8 @@ class FolderReader:
         return os.fsdecode(self.paths[row])
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        """Of every file's name, and of the length and two blocks of at most MOST files, evenly spaced: all would take
-        minutes."""
+        """Of every file's name, and of the length and two blocks of at most MOST files, evenly
+        spaced: all would take minutes."""
         paths = self.paths[rows].tolist()
         names = b"\0".join(os.path.basename(path) for path in paths)
         parts = b"".join(_extract(path) for path in paths[:: math.ceil(len(paths) / MOST)])
@@ -73,7 +75,8 @@ MOST, BLOCK = 10_000, 4096
 
 
 def _extract(path: bytes) -> bytes:
-    """A file's length, and BLOCK bytes of its middle and of its end; of a file that is gone, nothing."""
+    """A file's length, and BLOCK bytes of its middle and of its end; of a file that is gone,
+    nothing."""
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
@@ -90,7 +93,8 @@ def _unchanged(result):
 
 
 class _Decoder(torch.utils.data.Dataset):
-    """Job -> (job, images uint8 (N, C, S, S), place -> reason of the bad ones); runs in the worker processes."""
+    """Job -> (job, images uint8 (N, C, S, S), place -> reason of the bad ones); runs in the worker
+    processes."""
 
     def __init__(self, paths: np.ndarray, view: View) -> None:
         self.paths, self.view = paths, view
@@ -123,7 +127,8 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def rand_augment(config: str, colour: tuple[int, ...]):
-    """timm's RandAugment for a configuration string such as "rand-m9-mstd0.5"; colour fills what moves in.
+    """timm's RandAugment for a configuration string such as "rand-m9-mstd0.5"; colour fills what
+    moves in.
 
     Raises ConfigError if timm does not take the string, or would pass over a part of it.
     """
@@ -136,7 +141,8 @@ def rand_augment(config: str, colour: tuple[int, ...]):
         return rand_augment_transform(config, {"img_mean": colour, "translate_const": 100})
     except (AssertionError, ValueError, KeyError):
         raise ConfigError(
-            f"regularization.randaugment={config}: give 'rand' and sections as in rand-m9-n2-mstd0.5 (timm: m, n, p, mstd, "
+            f"regularization.randaugment={config}: give 'rand' and sections as in "
+            f"rand-m9-n2-mstd0.5 (timm: m, n, p, mstd, "
             "mmax, inc with a number; t with a set's name)"
         ) from None
 

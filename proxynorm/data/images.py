@@ -23,7 +23,8 @@ SMALL = 64 * 64
 LONGEST_SIDE = 65_535
 # What the manifest calls the modes of images that are not RGB.
 MODES = {"L": "grey", "1": "one bit", "P": "palette", "LA": "alpha", "RGBA": "alpha", "PA": "alpha"}
-# Cameras pad the end of the data; more than a few bytes left over mean that the decoder lost its way.
+# Cameras pad the end of the data; more than a few bytes left over mean that the decoder lost its
+# way.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
 
@@ -33,7 +34,8 @@ class BadImage(Exception):
 
 
 class ImageRef(NamedTuple):
-    """Where an image's bytes are: a file, or `size` bytes at `offset` of an archive; name is for messages."""
+    """Where an image's bytes are: a file, or `size` bytes at `offset` of an archive; name is for
+    messages."""
 
     path: str
     name: str
@@ -43,9 +45,11 @@ class ImageRef(NamedTuple):
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How images are stored. max_side: longer sides are shrunk to it, pixels, None: never; jpeg_quality: 1..100;
-    jpeg_probability: the share of images stored as JPEG, the others being raw (faster, larger); images of at most
-    64x64 pixels are raw. strict: an image whose JPEG data decodes with warnings is bad, too."""
+    """How images are stored. max_side: longer sides are shrunk to it, pixels, None: never;
+    jpeg_quality: 1..100;
+    jpeg_probability: the share of images stored as JPEG, the others being raw (faster, larger);
+    images of at most 64x64 pixels are raw. strict: an image whose JPEG data decodes with warnings
+    is bad, too."""
 
     max_side: int | None = 500
     jpeg_quality: int = 90
@@ -62,7 +66,8 @@ class StorageOptions:
 
 
 class Stored(NamedTuple):
-    """An image as it goes into a .beton file: bytes, height and width in pixels, JPEG or RAW; what was converted."""
+    """An image as it goes into a .beton file: bytes, height and width in pixels, JPEG or RAW; what
+    was converted."""
 
     data: bytes
     height: int
@@ -87,9 +92,11 @@ def read_bytes(ref: ImageRef) -> bytes:
 
 
 def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
-    """The decoded image, RGB, upright by its EXIF tag; its content, not its name, decides the format.
+    """The decoded image, RGB, upright by its EXIF tag; its content, not its name, decides the
+    format.
 
-    strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises BadImage.
+    strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises
+    BadImage.
     """
     return _decode(ref, strict)[0]
 
@@ -122,7 +129,8 @@ def _decode(ref: ImageRef, strict: bool) -> tuple[Image.Image, tuple[str, ...]]:
 
 
 def conversions(image: Image.Image, name: str) -> tuple[str, ...]:
-    """In what an opened image differs from upright RGB in a file named for its format: the kinds a manifest counts."""
+    """In what an opened image differs from upright RGB in a file named for its format: the kinds a
+    manifest counts."""
     kinds = []
     suffix = Path(name).suffix
     format = (
@@ -168,11 +176,13 @@ def _turbojpeg() -> ctypes.CDLL | None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Decode at an eighth of the size, which reads every coefficient, and refuse what libjpeg only warns of."""
+    """Decode at an eighth of the size, which reads every coefficient, and refuse what libjpeg only
+    warns of."""
     library = _turbojpeg()
     if library is None:
         return
-    # Each image its own decompressor: one that met a damaged header goes on in the middle of it with the next image.
+    # Each image its own decompressor: one that met a damaged header goes on in the middle of it
+    # with the next image.
     handle = ctypes.c_void_p(library.tjInitDecompress())
     try:
         _decode_eighth(library, handle, data)
@@ -200,7 +210,8 @@ def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
 
 
 def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
-    """Check an image and encode it for storage; draw in [0, 1) decides between JPEG and raw. Raises BadImage."""
+    """Check an image and encode it for storage; draw in [0, 1) decides between JPEG and raw. Raises
+    BadImage."""
     image, converted = _decode(ref, options.strict)
     longest = max(image.size)
     if options.max_side is not None and longest > options.max_side:

@@ -51,7 +51,8 @@ class TrainLoader:
             )
         if self.batch % step:
             raise ConfigError(
-                f"batch={self.batch} is not divisible by {self.world_size} process(es) x micro_batch={self.micro_batch}"
+                f"batch={self.batch} is not divisible by {self.world_size} process(es) x "
+                f"micro_batch={self.micro_batch}"
             )
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -64,7 +65,8 @@ class TrainLoader:
         return len(self.split.rows) // self.batch
 
     def image_size(self, epoch: int) -> int:
-        """Side of the training crop in this epoch, pixels; a multiple of 32 on the way (ffcv-imagenet's recipe)."""
+        """Side of the training crop in this epoch, pixels; a multiple of 32 on the way
+        (ffcv-imagenet's recipe)."""
         spec = self.spec
         if spec.ramp is None or epoch >= spec.ramp[1]:
             return spec.image_size
@@ -103,7 +105,8 @@ def _only_valid(batch: Batch) -> Batch:
         return batch
     if not bool(batch.valid.any()):
         raise DataError(
-            "every image of a micro-batch is damaged; see the list of skipped images, and prepare the data again"
+            "every image of a micro-batch is damaged; see the list of skipped images, and "
+            "prepare the data again"
         )
     return Batch(*(part[batch.valid] for part in batch))
 
@@ -148,7 +151,8 @@ class EvalLoader:
 class Data:
     """An opened data set: what open_data returns.
 
-    info: DataInfo; backend: "ffcv" or "torchvision"; failures: the damaged images met so far, name -> reason;
+    info: DataInfo; backend: "ffcv" or "torchvision"; failures: the damaged images met so far, name
+    -> reason;
     warnings: what the user should be told when it is opened, one line each.
     """
 
@@ -180,11 +184,13 @@ class Data:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What tells the images of "train" and "eval" from others, whatever their number and labels: see Reader."""
+        """What tells the images of "train" and "eval" from others, whatever their number and
+        labels: see Reader."""
         return {part: split.reader.fingerprint(split.rows) for part, split in self._splits.items()}
 
     def replaced(self, stored: dict[str, str]) -> dict[str, str]:
-        """Of "train" and "eval" those whose images are not the ones of the fingerprints `stored`, with their file or folder."""
+        """Of "train" and "eval" those whose images are not the ones of the fingerprints `stored`,
+        with their file or folder."""
         return {
             part: split.reader.source
             for part, split in self._splits.items()
@@ -192,8 +198,8 @@ class Data:
         }
 
     def comparable(self, stored: dict[str, str], part: str) -> bool:
-        """Whether the fingerprints `stored` have one of this kind: not where the images were read in another way, from a
-        folder, say, and now from a .beton file."""
+        """Whether the fingerprints `stored` have one of this kind: not where the images were read
+        in another way, from a folder, say, and now from a .beton file."""
         kinds = (prints.get(part, "").partition(":")[0] for prints in (stored, self.fingerprints))
         return len(set(kinds)) == 1
 
@@ -211,8 +217,9 @@ class Data:
     ) -> TrainLoader:
         """Training batches: `batch` images a step over all processes, micro_batch a forward pass.
 
-        Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, whatever the number of processes.
-        Raises ConfigError if batch is no multiple of world_size * micro_batch, or larger than the training set.
+        Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, whatever the
+        number of processes. Raises ConfigError if batch is no multiple of world_size * micro_batch,
+        or larger than the training set.
         """
         order = {
             "batch": batch,
@@ -224,7 +231,8 @@ class Data:
         return TrainLoader(self.train, self._train_view, self.spec, self._failures, **order)
 
     def eval_loader(self, batch_size: int, rank: int = 0, world_size: int = 1) -> EvalLoader:
-        """Evaluation batches: equally many on every rank; over all ranks each image is valid in exactly one row."""
+        """Evaluation batches: equally many on every rank; over all ranks each image is valid in
+        exactly one row."""
         size = self.spec.eval_size or self.spec.image_size
         return EvalLoader(
             self.evaluation, self._eval_view, size, self._failures, batch_size, rank, world_size
@@ -237,14 +245,16 @@ class Data:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """The batch on the device, images normalized there, (N, C, H, W) of dtype: (x / 255 - mean) / std."""
+        """The batch on the device, images normalized there, (N, C, H, W) of dtype: (x / 255 - mean)
+        / std."""
         images, targets, indices, valid = (part.to(device, non_blocking=True) for part in batch)
         mean, std = self._constants(images.device)
         images = images.float().sub_(mean).div_(std).to(dtype, memory_format=memory_format)
         return Batch(images, targets, indices, valid)
 
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation on the 0..255 scale, (1, C, 1, 1); kept on the device, as copying them waits for it."""
+        """Mean and deviation on the 0..255 scale, (1, C, 1, 1); kept on the device, as copying them
+        waits for it."""
         if device not in self._on_device:
             mean, std = (
                 255 * torch.tensor(value, device=device).view(1, -1, 1, 1)

@@ -13,16 +13,20 @@ from timm.data.mixup import Mixup, mixup_target, rand_bbox
 from proxynorm.data.randomness import sample_keys
 from proxynorm.errors import ConfigError
 
-# P(no CutMix) = SLOPE · λ − OFFSET, else 1 + ln(u) / DEPTH of the image stays its own (authors' code).
+# P(no CutMix) = SLOPE · λ − OFFSET, else 1 + ln(u) / DEPTH of the image stays its own (authors'
+# code).
 SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
 
 
 class Mixing:
-    """Mixes a micro-batch with its own reverse, with one weight for all of it, and softens the targets to match.
+    """Mixes a micro-batch with its own reverse, with one weight for all of it, and softens the
+    targets to match.
 
-    mixup_alpha, cutmix_alpha: the Beta distributions' parameters, 0: off; prob: probability that a micro-batch is
-    mixed; switch_prob: probability of CutMix where both are on; smoothing: label smoothing; cutmix_lambda: λ of the
-    authors' CutMix, which comes on top of mixup, in place of cutmix_alpha; None: off. Raises ConfigError.
+    mixup_alpha, cutmix_alpha: the Beta distributions' parameters, 0: off; prob: probability that a
+    micro-batch is mixed; switch_prob: probability of CutMix where both are on; smoothing: label
+    smoothing;
+    cutmix_lambda: λ of the authors' CutMix, which comes on top of mixup, in place of cutmix_alpha;
+    None: off. Raises ConfigError.
     """
 
     def __init__(
@@ -53,10 +57,11 @@ class Mixing:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, seed: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floating-point images (N, C, H, W), changed in place, targets int64 (N,) -> images, targets (N, classes).
+        """Floating-point images (N, C, H, W), changed in place, targets int64 (N,) -> images,
+        targets (N, classes).
 
-        The same (seed, step) mixes alike. Of an odd number the last image is not mixed with its reverse. ConfigError
-        if N is 1.
+        The same (seed, step) mixes alike. Of an odd number the last image is not mixed with its
+        reverse. ConfigError if N is 1.
         """
         if len(images) < 2:
             raise ConfigError(
@@ -77,13 +82,15 @@ def _check(mixup_alpha: float, cutmix_alpha: float, cutmix_lambda: float | None)
         max(mixup_alpha, cutmix_alpha) == 0 and cutmix_lambda is None
     ):
         raise ConfigError(
-            f"mixup_alpha={mixup_alpha} cutmix_alpha={cutmix_alpha}: none may be negative, one must be above 0"
+            f"mixup_alpha={mixup_alpha} cutmix_alpha={cutmix_alpha}: none may be negative, one "
+            f"must be above 0"
         )
     if cutmix_lambda is None:
         return
     if cutmix_alpha:
         raise ConfigError(
-            f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; give one"
+            f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; "
+            f"give one"
         )
     if not OFFSET / SLOPE <= cutmix_lambda < 1:
         raise ConfigError(
@@ -93,7 +100,8 @@ def _check(mixup_alpha: float, cutmix_alpha: float, cutmix_lambda: float | None)
 
 @contextmanager
 def _seeded(seed: int, step: int) -> Iterator[None]:
-    """Seed NumPy's global generator, from which timm draws, and put it back for whoever else uses it."""
+    """Seed NumPy's global generator, from which timm draws, and put it back for whoever else uses
+    it."""
     state = np.random.get_state()
     np.random.seed(int(sample_keys(seed, step, np.zeros(1))[0]) % (1 << 32))
     try:
@@ -103,7 +111,8 @@ def _seeded(seed: int, step: int) -> Iterator[None]:
 
 
 def own_share(nominal: float) -> float:
-    """How much of each image stays its own, in (0, 1], drawn as the authors' code does for their λ, `nominal`.
+    """How much of each image stays its own, in (0, 1], drawn as the authors' code does for their λ,
+    `nominal`.
 
     1 (no CutMix) with probability 1.55 λ − 0.96, else 1 + ln(u) / 4 with u uniform on (e⁻⁴, 1).
     """
@@ -114,12 +123,15 @@ def own_share(nominal: float) -> float:
 
 
 def paste(images: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
-    """Paste one box, all but `share` of the area, from the image two places before into each image, in place.
+    """Paste one box, all but `share` of the area, from the image two places before into each image,
+    in place.
 
-    images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the area of the box as it came out. Two
-    places, as in the authors' code, so that it is not the image that mixup has taken.
+    images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the area of the box
+    as it came out. Two places, as in the authors' code, so that it is not the image that mixup has
+    taken.
     """
-    # A margin of half the box keeps it inside, as the authors' is, so that its area is what was drawn.
+    # A margin of half the box keeps it inside, as the authors' is, so that its area is what was
+    # drawn.
     top, bottom, left, right = rand_bbox(images.shape, share, margin=0.5)
     area = (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
     distance = 2 if len(images) > 2 else 1

@@ -29,7 +29,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     """Open a data set with the backend that `loader` names.
 
-    Raises ConfigError on a value that cannot be meant and DataError on data that is missing or damaged, one line each.
+    Raises ConfigError on a value that cannot be meant and DataError on data that is missing or
+    damaged, one line each.
     """
     loader = loader or LoaderSpec()
     check_specs(spec, loader)
@@ -73,25 +74,29 @@ def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, .
 
 
 def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
-    """Which of "ffcv" and "torchvision" serves the request. ConfigError if the one asked for cannot."""
+    """Which of "ffcv" and "torchvision" serves the request. ConfigError if the one asked for
+    cannot."""
     if loader.name == "torchvision":
         if spec.name == "beton":
             raise ConfigError(
-                "loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or data.name=folder"
+                "loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or "
+                "data.name=folder"
             )
         return "torchvision"
     if loader.name == "ffcv" or spec.name == "beton":
         ffcv_library()
         if spec.randaugment is not None:
             raise ConfigError(
-                "regularization.randaugment works on image folders alone: give data=folder loader=torchvision"
+                "regularization.randaugment works on image folders alone: give data=folder "
+                "loader=torchvision"
             )
         return "ffcv"
     return "ffcv" if spec.randaugment is None and ffcv_available() else "torchvision"
 
 
 def share_of_cores() -> int:
-    """This process's share of the cores: those it may run on, over the processes torchrun or SLURM put on this node."""
+    """This process's share of the cores: those it may run on, over the processes torchrun or SLURM
+    put on this node."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -99,7 +104,8 @@ def share_of_cores() -> int:
 
 
 def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:
-    """The rows to train and to evaluate on: limit from the front of a seeded shuffle, holdout from its end."""
+    """The rows to train and to evaluate on: limit from the front of a seeded shuffle, holdout from
+    its end."""
     count = len(train.targets)
     if spec.holdout >= count:
         raise ConfigError(
@@ -123,7 +129,8 @@ def _normalization(spec: DataSpec, channels: int) -> tuple[tuple[float, ...], tu
     mean, std = tuple(spec.mean or usual[0]), tuple(spec.std or usual[1])
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ConfigError(
-            f"data.mean={list(mean)} data.std={list(std)}: give {channels} value(s) each, std above 0"
+            f"data.mean={list(mean)} data.std={list(std)}: give {channels} value(s) each, std "
+            f"above 0"
         )
     return mean, std
 
@@ -134,7 +141,8 @@ def _open_fashion_mnist(
     sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
     if min(sides) < fashion_mnist.SIDE:
         raise ConfigError(
-            f"Fashion-MNIST's images are {fashion_mnist.SIDE} pixels wide and are padded, not shrunk: "
+            f"Fashion-MNIST's images are {fashion_mnist.SIDE} pixels wide and are padded, not "
+            f"shrunk: "
             f"give data.image_size and data.eval_size of at least {fashion_mnist.SIDE}"
         )
     cache = cache_folder(spec.cache)
@@ -204,7 +212,8 @@ def _open_folder(
 
 
 def _converted(spec: DataSpec, part: str, listing: Listing, workers: int) -> Samples:
-    """The .beton file of a folder, made once and kept in the cache as long as the folder's files stay as they are."""
+    """The .beton file of a folder, made once and kept in the cache as long as the folder's files
+    stay as they are."""
     options = StorageOptions()
     stats = ((image.path, os.stat(image.path)) for image in listing.images)
     signature = "\n".join(
@@ -231,7 +240,8 @@ def _open_beton(
     names = classes[0] or classes[1] or tuple(map(str, range(count)))
     if count > len(names):
         raise DataError(
-            f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the files again"
+            f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the "
+            f"files again"
         )
     return tuple(
         BetonReader(part, names, loader.workers, loader.prefetch) for part in (train, evaluation)
@@ -243,5 +253,6 @@ def _same_classes(root: Path, train: tuple[str, ...], evaluation: tuple[str, ...
     if train != evaluation:
         where = "train" if odd and odd[0] in train else "val"
         raise DataError(
-            f"{root}: train and val hold different classes ({odd[0] if odd else 'in another order'}, only in {where})"
+            f"{root}: train and val hold different classes "
+            f"({odd[0] if odd else 'in another order'}, only in {where})"
         )

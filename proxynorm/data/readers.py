@@ -1,4 +1,5 @@
-"""The readers: each turns a stream of jobs into a stream of batches, in order, ahead of time where it has workers."""
+"""The readers: each turns a stream of jobs into a stream of batches, in order, ahead of time where
+it has workers."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ IMAGES_PER_TASK = 8
 
 
 class Job(NamedTuple):
-    """A micro-batch to be made: rows of the store, int64 (N,), -1 for padding; the samples' keys, uint64 (N,); its side
-    in pixels."""
+    """A micro-batch to be made: rows of the store, int64 (N,), -1 for padding; the samples' keys,
+    uint64 (N,); its side in pixels."""
 
     rows: np.ndarray
     keys: np.ndarray
@@ -42,13 +43,15 @@ class Reader(Protocol):
     source: str
 
     def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
-        """A batch per job, in order. Leaving early (closing the generator) ends the work that was begun ahead."""
+        """A batch per job, in order. Leaving early (closing the generator) ends the work that was
+        begun ahead."""
 
     def name(self, row: int) -> str:
         """What to call the image in a message: its file, or its number in a file."""
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        """What tells the images of `rows`, int64 (N,), from others, as "kind:digest"; different kinds cannot be compared."""
+        """What tells the images of `rows`, int64 (N,), from others, as "kind:digest"; different
+        kinds cannot be compared."""
 
 
 def fingerprint(kind: str, *parts: np.ndarray) -> str:
@@ -60,7 +63,8 @@ def fingerprint(kind: str, *parts: np.ndarray) -> str:
 
 
 class Failures:
-    """What happens on damaged images: "raise" stops the run, "skip" leaves them out and counts them, once per image."""
+    """What happens on damaged images: "raise" stops the run, "skip" leaves them out and counts
+    them, once per image."""
 
     def __init__(self, on_bad: str) -> None:
         self.on_bad = on_bad
@@ -70,7 +74,8 @@ class Failures:
         """Note a damaged image. Raises DataError under the policy "raise"."""
         if self.on_bad == "raise":
             raise DataError(
-                f"{name}: {reason}; mend it (a .beton file: write it again), or set data.on_bad=skip"
+                f"{name}: {reason}; mend it (a .beton file: write it again), or set "
+                f"data.on_bad=skip"
             )
         self.reasons[name] = reason
 
@@ -78,8 +83,8 @@ class Failures:
 def assemble(
     reader: Reader, job: Job, images: torch.Tensor, bad: dict[int, str], failures: Failures
 ) -> Batch:
-    """The batch of a job: images (N, C, S, S); bad: place in the batch -> reason. A bad image is invalid, never
-    another's."""
+    """The batch of a job: images (N, C, S, S); bad: place in the batch -> reason. A bad image is
+    invalid, never another's."""
     for place, reason in bad.items():
         failures.record(reader.name(int(job.rows[place])), reason)
     valid = job.rows >= 0
@@ -91,7 +96,8 @@ def assemble(
 
 
 class MemoryReader:
-    """Images held in memory, uint8 (N, H, W, C), read from `source`; nothing beside the calling thread is needed."""
+    """Images held in memory, uint8 (N, H, W, C), read from `source`; nothing beside the calling
+    thread is needed."""
 
     def __init__(
         self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...], source: str
@@ -123,7 +129,8 @@ class _Pending(NamedTuple):
 class BetonReader:
     """A .beton file, read by FFCV's decoder in `workers` threads (at least one).
 
-    source: what the file was made of, if not itself what the user gave. prefetch: see LoaderSpec. pin: batches lie in page-locked memory where there is a GPU to copy them to.
+    source: what the file was made of, if not itself what the user gave. prefetch: see LoaderSpec.
+    pin: batches lie in page-locked memory where there is a GPU to copy them to.
     """
 
     def __init__(
@@ -217,7 +224,8 @@ class BetonReader:
         return f"{self.samples.path}: image {row}"
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        """Of the sums of the images' bytes; of a file without them, of the images' lengths and sides."""
+        """Of the sums of the images' bytes; of a file without them, of the images' lengths and
+        sides."""
         s = self.samples
         if len(s.sums):
             return fingerprint("sums of images", s.sums[rows])

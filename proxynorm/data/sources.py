@@ -1,4 +1,5 @@
-"""Where labelled images come from: class folders, a flat folder with a list of labels, ImageNet's tar files."""
+"""Where labelled images come from: class folders, a flat folder with a list of labels, ImageNet's
+tar files."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 class Listing(NamedTuple):
-    """Labelled images, in a fixed order: class names, sorted; one reference and one target, int64 (N,), per image.
+    """Labelled images, in a fixed order: class names, sorted; one reference and one target, int64
+    (N,), per image.
 
-    aside: the files among them that were left out, as their names are no images' or they lie outside the class folders;
+    aside: the files among them that were left out, as their names are no images' or they lie
+    outside the class folders;
     notes: what else the user should be told, one line each.
     """
 
@@ -33,10 +36,12 @@ class Listing(NamedTuple):
 
 
 def list_source(source: Path, labels: Path | None = None) -> Listing:
-    """The images of `source`: a folder of class folders, a flat folder or tar (with `labels`), or a tar of class tars.
+    """The images of `source`: a folder of class folders, a flat folder or tar (with `labels`), or a
+    tar of class tars.
 
-    labels: a CSV whose columns are file name and class (Kaggle's LOC_val_solution.csv is one), or the folder of
-    ImageNet's devkit. Raises DataError when something is missing, empty or contradictory.
+    labels: a CSV whose columns are file name and class (Kaggle's LOC_val_solution.csv is one), or
+    the folder of ImageNet's devkit. Raises DataError when something is missing, empty or
+    contradictory.
     """
     source = Path(source)
     if source.is_file() and tarfile.is_tarfile(source):
@@ -54,13 +59,15 @@ def list_source(source: Path, labels: Path | None = None) -> Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """The images of folder/CLASS/*; classes in sorted order. DataError: no folder, no class, a class without images."""
+    """The images of folder/CLASS/*; classes in sorted order. DataError: no folder, no class, a
+    class without images."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     classes, beside = _entries(folder)
     if not classes:
         raise DataError(
-            f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg (scripts/write_ffcv.py takes a flat folder "
+            f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg "
+            f"(scripts/write_ffcv.py takes a flat folder "
             "with labels=)"
         )
     images, targets, aside = [], [], [os.path.join(folder, name) for name in beside]
@@ -82,7 +89,8 @@ def _no_images(folder: Path, others: list[str]) -> DataError:
             f", such as {folder.parent / 'train'}" if (folder.parent / "train").is_dir() else ""
         )
         return DataError(
-            f"{folder.parent}: holds folders of folders; give one whose folders hold images{example}"
+            f"{folder.parent}: holds folders of folders; give one whose folders hold "
+            f"images{example}"
         )
     return DataError(
         f"{folder}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder"
@@ -99,7 +107,8 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _images_in(folder: Path) -> tuple[list[ImageRef], list[str]]:
-    """The images of a folder, and the other files in it and all below it; hidden ones count as neither."""
+    """The images of a folder, and the other files in it and all below it; hidden ones count as
+    neither."""
     folders, names = _entries(folder)
     paths = [os.path.join(folder, name) for name in names]
     images = [ImageRef(path, path) for path in paths if path.lower().endswith(EXTENSIONS)]
@@ -108,7 +117,8 @@ def _images_in(folder: Path) -> tuple[list[ImageRef], list[str]]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Every file in a folder and below it, hidden ones left out; links to folders are not followed."""
+    """Every file in a folder and below it, hidden ones left out; links to folders are not
+    followed."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -117,7 +127,8 @@ def _files_below(folder: Path) -> list[str]:
 
 
 def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
-    """Images without class folders, labelled by a CSV or the devkit; an image without a label is a DataError."""
+    """Images without class folders, labelled by a CSV or the devkit; an image without a label is a
+    DataError."""
     if not images:
         raise DataError(f"{source}: holds no images ({', '.join(EXTENSIONS)})")
     # A file in a tar is called TAR:NAME.
@@ -144,14 +155,21 @@ def _unused_labels(
     present: set[str],
     labels: Path,
 ) -> tuple[str, ...]:
-    """A line on the labels that have no image, and on the classes that have none; such classes keep their numbers."""
+    """A line on the labels that have no image, and on the classes that have none; such classes keep
+    their numbers."""
     unused = [stem for stem in table if stem not in stems]
     if not unused:
         return ()
-    line = f"{len(unused)} of the {len(table)} labels in {labels} have no image (the first: {unused[0]})"
+    line = (
+        f"{len(unused)} of the {len(table)} labels in {labels} have no image (the first: "
+        f"{unused[0]})"
+    )
     absent = [name for name in classes if name not in present]
     if absent:
-        line += f"; {len(absent)} of the {len(classes)} classes have none and are kept (the first: {absent[0]})"
+        line += (
+            f"; {len(absent)} of the {len(classes)} classes have none and are kept (the first: "
+            f"{absent[0]})"
+        )
     return (line,)
 
 
@@ -181,10 +199,12 @@ def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
 
 
 def _label(path: Path, number: int, row: list[str]) -> tuple[str, str]:
-    """File stem and class from a line of a list of labels, split at its commas. Raises DataError."""
+    """File stem and class from a line of a list of labels, split at its commas. Raises
+    DataError."""
     if len(row) < 2 or not row[0].strip() or not row[1].strip():
         raise DataError(
-            f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a comma"
+            f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a "
+            f"comma"
         )
     return Path(row[0].strip()).stem, row[1].split()[0]
 
@@ -212,21 +232,24 @@ def _read_devkit(folder: Path) -> dict[str, str]:
 
 
 class _File(NamedTuple):
-    """A file of a tar: the class folder, or the class tar, that it lies in, and where its bytes are."""
+    """A file of a tar: the class folder, or the class tar, that it lies in, and where its bytes
+    are."""
 
     folder: PurePosixPath
     ref: ImageRef
 
 
 def list_tar(path: Path, labels: Path | None) -> Listing:
-    """The images of an uncompressed tar, read in place: of class tars (ILSVRC2012_img_train.tar), of CLASS/* files, or,
-    with labels, of files without class. DataError if it is compressed, damaged or empty, holds a file twice, or class
-    folders in several places, such as train/CLASS and val/CLASS."""
+    """The images of an uncompressed tar, read in place: of class tars (ILSVRC2012_img_train.tar),
+    of CLASS/* files, or, with labels, of files without class. DataError if it is compressed,
+    damaged or empty, holds a file twice, or class folders in several places, such as train/CLASS
+    and val/CLASS."""
     try:
         files, aside = _tar_files(path)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is compressed, else fetch it again"
+            f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
+            f"compressed, else fetch it again"
         ) from None
     aside += [file.ref.name for file in files if not file.ref.name.lower().endswith(EXTENSIONS)]
     files = [file for file in files if file.ref.name.lower().endswith(EXTENSIONS)]
@@ -254,14 +277,16 @@ def _is_class(folder: PurePosixPath, top: PurePosixPath) -> bool:
 
 
 def _place_of_classes(path: Path, files: list[_File]) -> PurePosixPath:
-    """The folder in the tar whose folders are the classes. DataError if there is none, or more than one.
+    """The folder in the tar whose folders are the classes. DataError if there is none, or more than
+    one.
 
     As in a folder, images beside the class folders, or in folders below them, belong to no class.
     """
     folders = Counter(file.folder for file in files if file.folder.name)
     if not folders:
         raise DataError(
-            f"{path}: holds no images in class folders or class tars; give labels= if its images have a list"
+            f"{path}: holds no images in class folders or class tars; give labels= if its images "
+            f"have a list"
         )
     places: Counter[PurePosixPath] = Counter()
     for folder, count in folders.items():
@@ -271,13 +296,15 @@ def _place_of_classes(path: Path, files: list[_File]) -> PurePosixPath:
         in_a_class = any(above in folders and _is_class(above, top) for above in folder.parents)
         if not (_is_class(folder, top) or in_a_class or top.is_relative_to(folder)):
             raise DataError(
-                f"{path}: holds class folders in several places ({top}/ and {folder.parent}/); make an archive of one of them"
+                f"{path}: holds class folders in several places ({top}/ and {folder.parent}/); "
+                f"make an archive of one of them"
             )
     return top
 
 
 def _tar_files(path: Path) -> tuple[list[_File], list[str]]:
-    """The files of a tar and of the tars in it; the names of what is no file, such as links. Hidden ones are neither."""
+    """The files of a tar and of the tars in it; the names of what is no file, such as links. Hidden
+    ones are neither."""
     files, aside = [], []
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -312,7 +339,8 @@ def _inner_files(path: Path, outer: tarfile.TarInfo, folder: PurePosixPath) -> l
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file, or a folder that it lies in, is hidden, as the ._* files are that macOS adds to a tar."""
+    """Whether a file, or a folder that it lies in, is hidden, as the ._* files are that macOS adds
+    to a tar."""
     return any(part.startswith(".") for part in name.split("/"))
 
 

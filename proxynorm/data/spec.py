@@ -19,27 +19,33 @@ BAD_POLICIES = ("raise", "skip")
 class DataSpec:
     """Which images, at which size, with which augmentation. Sides are in pixels, fractions in 0..1.
 
-    name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton" (root/train.beton,
+    name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton"
+                   (root/train.beton,
                    root/val.beton)
     root:          folder of the data; Fashion-MNIST is looked for elsewhere when it is None
     image_size:    side of the training crop
     eval_size:     side of the evaluation crop; None: image_size
     eval_ratio:    the centre crop takes this share of the shorter side
-    augmentation:  "pad_crop" (pad with zeros, crop, flip), "inception" (random resized crop, flip), "none" (centre)
+    augmentation:  "pad_crop" (pad with zeros, crop, flip), "inception" (random resized crop, flip),
+                   "none" (centre)
     padding:       width of the zero border of pad_crop
     min_area:      smallest share of the image's area an inception crop takes
     flip:          mirror half of the images, chosen at random
-    start_size:    progressive resizing: training side up to epoch ramp[0], growing to image_size at epoch ramp[1]
+    start_size:    progressive resizing: training side up to epoch ramp[0], growing to image_size at
+                   epoch ramp[1]
     ramp:          first and last epoch of that growth
     limit:         train on the first N images of a shuffle seeded with limit_seed
-    holdout:       keep N training images (the end of that shuffle) out of training and evaluate on them
+    holdout:       keep N training images (the end of that shuffle) out of training and evaluate on
+                   them
     deterministic: crops and flips depend on (seed, epoch, index) alone; False: also on the run
-    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip"): of a folder, FFCV's
-                   backend finds it when it converts the folder at the first start, torchvision's when it draws it; of
-                   a .beton file, when it is drawn
+    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip"): of a
+                   folder, FFCV's
+                   backend finds it when it converts the folder at the first start, torchvision's
+                   when it draws it; of a .beton file, when it is drawn
     cache:         folder of files made on the fly; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
     randaugment:   timm's configuration string, such as "rand-m9-mstd0.5" (torchvision backend)
-    random_erasing: probability that a box of 2 % to a third of the image is replaced by the mean colour
+    random_erasing: probability that a box of 2 % to a third of the image is replaced by the mean
+    colour
     mean, std:     per channel, on the 0..1 scale; None: those of the data set, or ImageNet's
     """
 
@@ -70,9 +76,11 @@ class DataSpec:
 class LoaderSpec:
     """Which backend reads the images, and how.
 
-    workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores; 0: no process beside,
+    workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores; 0:
+              no process beside,
               and one thread for ffcv
-    prefetch: batches made while another is in use; 0: each is made when it is asked for, by all threads at once; None:
+    prefetch: batches made while another is in use; 0: each is made when it is asked for, by all
+    threads at once; None:
               three for ffcv, two in each process for torchvision, which takes one in each at least
     """
 
@@ -83,7 +91,8 @@ class LoaderSpec:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What was opened. mean and std are per channel on the 0..1 scale; counts are over all processes."""
+    """What was opened. mean and std are per channel on the 0..1 scale; counts are over all
+    processes."""
 
     name: str
     classes: tuple[str, ...]
@@ -95,8 +104,10 @@ class DataInfo:
 
 
 class Batch(NamedTuple):
-    """images: uint8 (N, C, H, W) on the host, or what Data.prepare made of them; targets, indices: int64 (N,);
-    valid: bool (N,), False on rows that only fill up the last evaluation batch (index -1, target 0)."""
+    """images: uint8 (N, C, H, W) on the host, or what Data.prepare made of them; targets, indices:
+    int64 (N,);
+    valid: bool (N,), False on rows that only fill up the last evaluation batch (index -1, target
+    0)."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -127,7 +138,8 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
         )
     if (spec.start_size is None) != (spec.ramp is None):
         raise ConfigError(
-            "progressive resizing needs both data.start_size and data.ramp=[first epoch, last epoch]"
+            "progressive resizing needs both data.start_size and data.ramp=[first epoch, last "
+            "epoch]"
         )
     if spec.ramp is not None and not (len(spec.ramp) == 2 and 0 <= spec.ramp[0] < spec.ramp[1]):
         raise ConfigError(
@@ -135,7 +147,8 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
         )
     if spec.start_size is not None and spec.start_size > spec.image_size:
         raise ConfigError(
-            f"data.start_size={spec.start_size} exceeds data.image_size={spec.image_size}, to which it grows"
+            f"data.start_size={spec.start_size} exceeds data.image_size={spec.image_size}, to "
+            f"which it grows"
         )
     if spec.name != "fashion_mnist" and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")

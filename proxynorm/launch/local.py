@@ -1,149 +1,113 @@
-"""The launchers: run what a table lacks on this machine, k runs at a time, or hand it to SLURM."""
+"""Train runs on this machine, several at a time."""
 
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import IN_USE, STOPPED, TRAIN, Run, last_error, standing
-from proxynorm.launch.slurm import SlurmOptions
-from proxynorm.launch.sweep import Entry, run_on_slurm
+from proxynorm.launch.runs import TRAIN, Run
+from proxynorm.launch.status import IN_USE, STOPPED, last_error, run_status
 from proxynorm.train.preemption import REQUEUE, stop_request
 
 POLL_SECONDS = 0.2
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-)
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+Log = Callable[[str], None]
+
+print_now = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
-class LaunchOptions:
-    """jobs: runs at a time; threads: of each run; overrides: further ones for every run; say: prints a line; slurm: what
-    sbatch is asked for; check: gets the runs about to be submitted to SLURM, and raises ConfigError to refuse."""
-
-    jobs: int = 1
-    threads: int = 1
-    overrides: tuple[str, ...] = ()
-    say: Callable[[str], None] = partial(print, flush=True)
-    slurm: SlurmOptions = field(default_factory=SlurmOptions)
-    check: Callable[[Sequence[Entry]], None] | None = None
-
-
-@dataclass
-class Child:
+class Worker:
     """A run that is being trained."""
 
     run: Run
     process: subprocess.Popen
     started: float
-    told: bool = False
 
 
-def run_locally(runs: Sequence[Run], options: LaunchOptions) -> int:
-    """Train the runs that are not finished, `jobs` at a time, skipping those that another process trains.
+def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1, log: Log = print_now) -> int:
+    """Train the runs that are not finished, `jobs` at a time, each with `threads` CPU threads.
 
-    Each run is a train.py process with a log beside the run folders, and goes on where it stopped. A stop signal is
-    passed on to the runs, which save. Returns the exit status: 0 all done or running elsewhere, 75 stopped by a signal,
-    1 some failed or are damaged (listed with their last error line, or with what is damaged).
+    Each run is a train.py process with a log beside the run folders, and resumes where it
+    stopped. Runs that another process trains are skipped. A stop signal is passed on to the runs,
+    which save. Returns the exit status: 0 all done or running elsewhere, 75 stopped by a signal,
+    1 some failed or are damaged, which are listed with the reason.
     """
-    if options.jobs < 1 or options.threads < 1:
-        raise ConfigError(f"jobs={options.jobs}, threads={options.threads}: must be at least 1")
-    pending, children, failed = list(runs), [], []  # failed: a line for each
+    if jobs < 1 or threads < 1:
+        raise ConfigError(f"jobs={jobs}, threads={threads}: must be at least 1")
+    pending, workers, failures = list(runs), [], []
     with stop_request() as stop:
-        while children or (pending and not stop):
-            while pending and len(children) < options.jobs and not stop:
-                children += start_if_due(pending.pop(0), options, failed)
-            ended = [child for child in children if child.process.poll() is not None]
-            children = [child for child in children if child not in ended]
-            for child in ended:
-                settle(child, options.say, failed)
+        while workers or (pending and not stop):
+            while pending and len(workers) < jobs and not stop:
+                workers += start_if_due(pending.pop(0), threads, failures, log)
+            ended = [worker for worker in workers if worker.process.poll() is not None]
+            workers = [worker for worker in workers if worker not in ended]
+            failures += [line for worker in ended for line in finish(worker, log)]
             if stop:
-                pass_on(children)
-            if not ended:
+                for worker in workers:
+                    worker.process.send_signal(signal.SIGTERM)
+                for worker in workers:
+                    worker.process.wait()
+            elif not ended:
                 time.sleep(POLL_SECONDS)
         if stop:
-            options.say(f"stopped by {stop.received.name}; run again to go on")
+            log(f"stopped by {stop.received.name}; run again to go on")
             return REQUEUE
-    for line in failed:
-        options.say(f"failed: {line}")
-    return 1 if failed else 0
+    for line in failures:
+        log(f"failed: {line}")
+    return 1 if failures else 0
 
 
-def start_if_due(run: Run, options: LaunchOptions, failed: list[str]) -> list[Child]:
-    """The started run, or nothing if it is finished or being trained elsewhere, or damaged, which is added to `failed`."""
-    now = standing(run)
-    state = now.state
-    if state == "damaged":
-        failed.append(f"{run.name}: {now.error}")
-        options.say(f"{run.name}: damaged")
-        return []
-    if state in ("done", "running"):
-        options.say(f"{run.name}: {'finished' if state == 'done' else 'running elsewhere'}")
-        return []
-    options.say(f"{run.name}: {'going on' if state == 'stopped' else 'starting'}")
-    return [start(run, options)]
+def start_if_due(run: Run, threads: int, failures: list[str], log: Log) -> list[Worker]:
+    """Start the run unless it is finished or running elsewhere; a damaged one is a failure."""
+    now = run_status(run)
+    if now.state == "damaged":
+        failures.append(f"{run.name}: {now.error}")
+    words = {"done": "finished", "running": "running elsewhere", "damaged": "damaged"}
+    words |= {"stopped": "resuming"}
+    log(f"{run.name}: {words.get(now.state, 'starting')}")
+    return [] if now.state in ("done", "running", "damaged") else [start(run, threads)]
 
 
-def start(run: Run, options: LaunchOptions) -> Child:
+def start(run: Run, threads: int) -> Worker:
     """Start train.py for the run, its output appended to the log."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [*run.arguments(), *options.overrides]
-    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(options.threads))}
+    environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
     with open(run.log, "a") as log:
-        print("$ " + shlex.join(["python", "train.py", *arguments]), file=log, flush=True)
-        # a session of its own: an interrupt from the keyboard reaches the run once, through pass_on
+        print(f"$ {run.command}", file=log, flush=True)
         process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *arguments],
+            [sys.executable, str(TRAIN), *run.arguments],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches the run once, through run_locally
         )
-    return Child(run, process, time.monotonic())
+    return Worker(run, process, time.monotonic())
 
 
-def settle(child: Child, say: Callable[[str], None], failed: list[str]) -> None:
-    """Note the exit status in the log and say how the run ended; a failure is added to `failed`."""
-    run, status = child.run, child.process.returncode
-    minutes = (time.monotonic() - child.started) / 60
-    if status == 2 and IN_USE in last_error(run.log):
-        say(f"{run.name}: running elsewhere")
-        return
-    with open(run.log, "a") as log:
-        print(f"# exit status {status}", file=log)
-    ended_well = status == 0 or status in STOPPED
-    killed = status == -signal.SIGKILL
-    why = f"killed (signal {-status}); run again" if killed else last_error(run.log)
-    failure = why if killed else f"failed with status {status}: {why}"
-    say(
-        f"{run.name}: {failure if not ended_well else 'stopped' if status else 'done'} ({minutes:.1f} min)"
-    )
-    if not ended_well:
-        failed.append(f"{run.name}: {why}  ({run.log})")
-
-
-def pass_on(children: Sequence[Child]) -> None:
-    """Send the stop signal, once, to the runs; they save and end with status 75."""
-    for child in children:
-        if not child.told:
-            child.told = True
-            child.process.send_signal(signal.SIGTERM)
-
-
-# A launcher takes the table's runs and LaunchOptions and returns the exit status.
-LAUNCHERS: dict[str, Callable[[Sequence[Run], LaunchOptions], int]] = {
-    "local": run_locally,
-    "slurm": run_on_slurm,
-}
+def finish(worker: Worker, log: Log) -> list[str]:
+    """Log how the run ended, in its log too; the failure, if it is one."""
+    run, status = worker.run, worker.process.returncode
+    reason = last_error(run.log)
+    if status == 2 and IN_USE in reason:
+        log(f"{run.name}: running elsewhere")
+        return []
+    with open(run.log, "a") as stream:
+        print(f"# exit status {status}", file=stream)
+    good = status == 0 or status in STOPPED
+    if status == -signal.SIGKILL:
+        reason = words = f"killed (signal {-status}); run again"
+    else:
+        words = f"failed with status {status}: {reason}"
+    if good:
+        words = "stopped" if status else "done"
+    log(f"{run.name}: {words} ({(time.monotonic() - worker.started) / 60:.1f} min)")
+    return [] if good else [f"{run.name}: {reason}  ({run.log})"]

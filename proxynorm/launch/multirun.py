@@ -1,82 +1,56 @@
-"""A Hydra multirun as an array of SLURM jobs: the same plan, the same script, skipping and estimate as a table's."""
+"""Submit a Hydra multirun as an array of SLURM jobs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from proxynorm.cli import fail
 from proxynorm.errors import ConfigError, ProxynormError
-from proxynorm.launch.estimate import SHORT, Estimator, check
-from proxynorm.launch.runs import quoted
+from proxynorm.launch.estimate import Estimator, describe, measured_seconds
+from proxynorm.launch.runs import Run
 from proxynorm.launch.slurm import SlurmOptions
-from proxynorm.launch.sweep import Entry, launch_array
-from proxynorm.launch.throughput import kind
+from proxynorm.launch.sweep import launch_array
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import run_name
 
-RESULTS = Path("results")  # as scripts/reproduce.py has it
 
+def sweep_runs(sweep: Sequence[Sequence[str]]) -> list[Run]:
+    """A run for each list of overrides, in the folder that train.py gives it.
 
-def entries(sweep: Sequence[Sequence[str]]) -> list[Entry]:
-    """A run for each list of overrides, in the folder that train.py gives it. Raises ConfigError if two share one, or one
-    cannot be built."""
-    found: dict[Path, Entry] = {}
+    Raises ConfigError if two share a folder, or one cannot be built.
+    """
+    found: dict[Path, Run] = {}
     for overrides in sweep:
         try:
             settings = settings_from(compose_config(overrides))
         except ConfigError as error:
             raise ConfigError(f"{' '.join(overrides)}: {error}") from error
-        name, runs_dir = run_name(settings), Path(settings.runs_dir)
-        entry = Entry(name, runs_dir / name, runs_dir / "logs" / f"{name}.log", tuple(overrides))
-        if entry.folder in found:
-            raise ConfigError(
-                f"two runs of the sweep have the folder {entry.folder}; leave out name="
-            )
-        found[entry.folder] = entry
+        folder = Path(settings.runs_dir) / run_name(settings)
+        if folder in found:
+            raise ConfigError(f"two runs of the sweep have the folder {folder}; leave out name=")
+        found[folder] = Run(folder, tuple(overrides))
     return list(found.values())
 
 
-def probe_entries(runs: Sequence[Entry]) -> list[Entry]:
-    """For each kind of run one of a few steps, in the folder probe/ beside them."""
-    kinds = {
-        kind(OmegaConf.to_container(compose_config(run.arguments), resolve=True)): run
-        for run in runs
-    }
-    places = [f"runs_dir={quoted(str(run.folder.parent / 'probe'))}" for run in kinds.values()]
-    return entries(
-        [[*run.arguments, *SHORT, place] for run, place in zip(kinds.values(), places, strict=True)]
-    )
+def submit_array(
+    runs: Sequence[Run], name: str, options: SlurmOptions, estimator: Callable[[], Estimator]
+) -> int:
+    """Submit the runs that are due, after printing what they will take; the exit status."""
+    log = partial(print, flush=True)
+    return launch_array(runs, name, options, log, lambda due: log(describe(due, estimator())))
 
 
 def launch(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
-    """Submit the sweep's runs; the user's mistakes, what cannot end, and SLURM's refusal, are one line and status 2.
-
-    options: SlurmOptions' fields, force and probe, as scripts/reproduce.py has them.
-    """
+    """Submit the sweep's runs. options: SlurmOptions' fields."""
+    asked = SlurmOptions(**{**options, "sbatch": tuple(options["sbatch"])})
     try:
-        runs, say = entries(sweep), partial(print, flush=True)
-        known = {field.name for field in fields(SlurmOptions)} & options.keys()
-        asked = SlurmOptions(
-            **{**{name: options[name] for name in known}, "sbatch": tuple(options["sbatch"])}
-        )
-        if options["probe"]:
-            probes = probe_entries(runs)
-            launch_array(
-                probes, probes[0].folder.parent, "proxynorm-probe", replace(asked, wait=True), say
-            )
-
-        def estimated(due: Sequence[Entry]) -> None:
-            estimate = Estimator(runs[0].folder.parent, RESULTS, processes=asked.gpus or 1)
-            check(due, estimate, asked, options["force"], say)
-
-        status = launch_array(runs, runs[0].folder.parent, "proxynorm", asked, say, estimated)
+        runs = sweep_runs(sweep)
+        measure = lambda: Estimator(runs, measured_seconds(runs, asked.gpus or 1))  # noqa: E731
+        status = submit_array(runs, "proxynorm", asked, measure)
     except ProxynormError as error:
         fail(error)
     if status:

@@ -1,6 +1,7 @@
-"""EfficientNet B0…B5: G1 (depthwise, expansion 6) and G16 (groups of 16 channels, expansion 4), with two SE placements.
+"""EfficientNet B0…B5 in two variants and with two placements of PN around squeeze-excite.
 
-G16 is the variant of "Making EfficientNet More Efficient" (arXiv 2106.03640), as the authors' code builds it.
+G1: depthwise convolutions, expansion 6. G16: groups of 16 channels, expansion 4; the variant of
+"Making EfficientNet More Efficient" (arXiv 2106.03640), as the authors' code builds it.
 """
 
 from __future__ import annotations
@@ -43,15 +44,13 @@ def efficientnet_g1(size: str, **kwargs: object) -> nn.Module:
 
 
 def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
-    """EfficientNet of that size ("b0" … "b5") with group convolutions of 16 channels and expansion 4."""
+    """EfficientNet of that size ("b0" … "b5"): group convolutions of 16 channels, expansion 4."""
     width, depth = _MULTIPLIERS[size]
     rounded = partial(round_channels, multiplier=width)
-    stages = [
-        [
-            f"{'ds' if i == 0 else 'ir'}_r{blocks}_k{kernel}_s{stride}_e{1 if i == 0 else 4}_c{channels}_se0.25"
-        ]
-        for i, (blocks, kernel, stride, channels) in enumerate(_STAGES)
-    ]
+    stages = []
+    for i, (blocks, kernel, stride, channels) in enumerate(_STAGES):
+        block, expansion = ("ds", 1) if i == 0 else ("ir", 4)
+        stages.append([f"{block}_r{blocks}_k{kernel}_s{stride}_e{expansion}_c{channels}_se0.25"])
     block_args = decode_arch_def(stages, depth, group_size=16)
     for i, block in enumerate(block_args[0]):
         block["group_size"] = _group_size(rounded(32 if i == 0 else 16))
@@ -67,18 +66,18 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
 
 
 def _group_size(channels: int) -> int:
-    """Channels a group where there is no expansion: the authors take channels // 16 groups, at least one."""
+    """Channels per group where there is no expansion, as in the authors' code."""
     return channels // max(channels // 16, 1)
 
 
 class CentredSqueezeExcite(nn.Module):
     """Squeeze-excite of a tensor that PN only centred: the gate also applies PN's scale.
 
-    x · gate(x) · 1/sqrt(v + ε), where the gate pools the centred, unscaled x: the authors' placement.
+    x · gate(x) · 1/sqrt(v + ε); the gate pools the centred, unscaled x: the authors' placement.
 
     Args:
         squeeze_excite: timm's module, whose layers (and their state-dict keys) are taken over.
-        norm: the norm+act layer before it; it belongs to the block, and is not registered here again.
+        norm: the norm+act layer before it; it belongs to the block and is not registered again.
     """
 
     def __init__(self, squeeze_excite: SqueezeExcite, norm: NormAct2d) -> None:
@@ -87,9 +86,8 @@ class CentredSqueezeExcite(nn.Module):
         self.act1 = squeeze_excite.act1
         self.conv_expand = squeeze_excite.conv_expand
         self.gate = squeeze_excite.gate
-        self._norm = (
-            norm,
-        )  # a tuple hides it from nn.Module, so that its parameters keep one name
+        # a tuple hides it from nn.Module, so that its parameters keep one name
+        self._norm = (norm,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
@@ -107,11 +105,7 @@ class CentredSqueezeExcite(nn.Module):
 
 
 class FrozenSqueezeExcite(nn.Module):
-    """CentredSqueezeExcite with the gate's scale as a buffer.
-
-    Args:
-        squeeze_excite: the module to replace.
-    """
+    """CentredSqueezeExcite with the gate's scale as a buffer."""
 
     def __init__(self, squeeze_excite: CentredSqueezeExcite) -> None:
         super().__init__()
@@ -129,9 +123,10 @@ class FrozenSqueezeExcite(nn.Module):
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:
-    """Defers PN's scale in every block with SE to the gate, and drops it before the last pooling, as the authors do.
+    """Defer PN's scale to the squeeze-excite gates; drop it before the last pooling.
 
-    For a model whose norms are NormAct2d with PN; in place, returns the model.
+    The authors' placement, for a model whose norms are NormAct2d with PN. In place; returns the
+    model.
     """
     for block in model.modules():
         if isinstance(block, (DepthwiseSeparableConv, InvertedResidual)) and isinstance(

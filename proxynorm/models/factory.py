@@ -15,10 +15,10 @@ from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
-from proxynorm.nn.checks import check_options, check_rate, check_whole
+from proxynorm.nn.checks import check_rate, check_whole
 from proxynorm.nn.fast.shared import share_moments
-from proxynorm.nn.names import NormSpec, norm_spec
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.options import NormOptions
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def create_model(
     num_classes: int = 1000,
     *,
     in_chans: int = 3,
-    groups: int | None = None,
-    norm_batch: int | str | None = None,
-    eps: float | None = None,
-    proxy_eps: float = 0.03,
-    moments: str = "auto",
-    nodes: int = 256,
+    groups: int | None = NormOptions.groups,
+    norm_batch: int | str | None = NormOptions.norm_batch,
+    eps: float | None = NormOptions.eps,
+    proxy_eps: float = NormOptions.proxy_eps,
+    moments: str = NormOptions.moments,
+    nodes: int = NormOptions.nodes,
     se: str | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -100,16 +100,17 @@ def create_model(
         norm: one of proxynorm.nn.NORMS.
         num_classes: length of the logits.
         in_chans: channels of the images.
-        groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C up to 32.
+        groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C
+            up to 32.
         norm_batch: images that share bn's statistics; None: the micro-batch.
-        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others; of a timm model, and
-            with pretrained weights, timm's own.
+        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others;
+            timm's own for timm models and for pretrained weights.
         proxy_eps: PN's ε, added to the variance.
         moments: how PN's moments are integrated: auto, exact or grid (the paper's).
         nodes: nodes of the grid.
-        se: EfficientNet with PN: "centred" (default; the authors' placement, with which the reference results were
-            got: SE pools the centred, unscaled tensor, the gate applies PN's scale, and the last map before pooling
-            is centred only) or "plain" (the paper's formula everywhere). Without PN the two are the same network.
+        se: EfficientNet with PN: "centred" (default; the authors' placement: SE pools the centred,
+            unscaled map, the gate applies PN's scale, and the last map before pooling is only
+            centred) or "plain" (the paper's formula everywhere). Without PN the two are the same.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         pretrained: timm's pretrained weights, where there are any.
@@ -119,39 +120,41 @@ def create_model(
         The model; `default_size` is the side of its training images in pixels.
 
     Raises:
-        ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms cannot be placed.
+        ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms
+            cannot be placed.
     """
     architecture = _architecture(name)
-    common = dict(
-        num_classes=num_classes,
-        in_chans=in_chans,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
-    options = dict(
-        norm_batch=norm_batch,
-        proxy_eps=proxy_eps,
-        moments=moments,
-        nodes=nodes,
-        groups=architecture.groups if groups is None else groups,
-        eps=architecture.eps if eps is None and not pretrained else eps,
-    )
+    common = {
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
     try:
-        spec = norm_spec(norm)
+        options = NormOptions(
+            norm,
+            architecture.groups if groups is None else groups,
+            # pretrained weights keep the ε that they were trained with
+            architecture.eps if eps is None and not pretrained else eps,
+            proxy_eps,
+            norm_batch,
+            moments,
+            nodes,
+        )
         _check_squeeze_excite(architecture, se)
         _check_arguments({**common, **kwargs})
-        check_options(groups, eps, proxy_eps, norm_batch)
         if pretrained and not architecture.pretrained:
             raise ValueError(
-                "pretrained=True: no weights of this model are published; use pretrained=False and train it"
+                "pretrained=True: no weights of this model are published; use pretrained=False and "
+                "train it"
             )
-        model = _build(architecture, spec, options, {**common, **kwargs}, pretrained)
+        model = _build(architecture, options, {**common, **kwargs}, pretrained)
         if not architecture.takes_norm_layer:
             # tests compare our own list's networks with their originals
-            convert(model, norm, verify=name not in _ARCHITECTURES, **options)
+            convert(model, **vars(options), verify=name not in _ARCHITECTURES)
     except ValueError as error:
         raise ConfigError(f"model {name} with norm {norm}: {error}") from error
-    if architecture.has_se and spec.proxy and se != "plain":
+    if architecture.has_se and options.spec.proxy and se != "plain":
         centre_squeeze_excite(model)
     model.default_size = architecture.size
     return model
@@ -163,29 +166,27 @@ def native_size(name: str) -> int:
 
 
 def _build(
-    architecture: Architecture, spec: NormSpec, options: dict, arguments: dict, pretrained: bool
+    architecture: Architecture, options: NormOptions, arguments: dict, pretrained: bool
 ) -> nn.Module:
-    """The network: with its norm where it takes one, else with batch norm. Raises ValueError for a wrong argument."""
+    """The network, with its norm or batch norm. Raises ValueError for a wrong argument."""
     if architecture.takes_norm_layer:
-        arguments["norm_layer"] = partial(NormAct2d, norm=spec.kind, proxy=spec.proxy, **options)
+        arguments["norm_layer"] = partial(NormAct2d, **options.layer_arguments())
     if pretrained:
         arguments["pretrained"] = True
     try:
         model = architecture.build(**arguments)
-    except (
-        TypeError,
-        RuntimeError,
-    ) as error:  # timm's answer to unknown arguments and missing pretrained weights
+    except (TypeError, RuntimeError) as error:
+        # timm raises these for unknown arguments and missing pretrained weights
         raise ValueError(str(error)) from error
-    if architecture.takes_norm_layer and spec.weight_standardization:
+    if architecture.takes_norm_layer and options.spec.weight_standardization:
         standardize_before_norms(model)
-    if architecture.takes_norm_layer and spec.proxy:
+    if architecture.takes_norm_layer and options.spec.proxy:
         share_moments(model)
     return model
 
 
 def _check_arguments(arguments: dict) -> None:
-    """Raises ValueError for a wrong number of classes or channels, and for wrong drop rates of any name."""
+    """Raise ValueError for wrong numbers of classes or channels, and for wrong drop rates."""
     check_whole("num_classes", arguments["num_classes"], 0)
     check_whole("in_chans", arguments["in_chans"], 1)
     for name, value in arguments.items():
@@ -194,7 +195,7 @@ def _check_arguments(arguments: dict) -> None:
 
 
 def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:
-    """Raises ValueError for a wrong `se`, and where there is none to place."""
+    """Raise ValueError for a wrong `se`, and where there is none to place."""
     if se not in (None, "centred", "plain"):
         raise ValueError(f"se={se!r} is neither 'centred' nor 'plain'")
     if se is not None and not architecture.has_se:
@@ -202,7 +203,7 @@ def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:
 
 
 def _architecture(name: str) -> Architecture:
-    """Our architecture of that name, or timm's; raises ConfigError with the nearest name and the list."""
+    """The architecture of that name, ours or timm's. Raises ConfigError for an unknown name."""
     if name in _ARCHITECTURES:
         return _ARCHITECTURES[name]
     timm_name = str(name).removeprefix("timm/")

@@ -21,7 +21,7 @@ def from_timm(timm_name: str, drop_path_rate: float = 0.0, **kwargs: object) -> 
 
 
 def resnext50v2(**kwargs: object) -> ResNetV2:
-    """Pre-activation ResNeXt-50 (32×4d): ResNet-50 v2 with twice the inner width and 3×3 convolutions in 32 groups."""
+    """Pre-activation ResNeXt-50 (32×4d): ResNet-50 v2, twice as wide inside, 32 groups."""
     return ResNetV2(
         [3, 4, 6, 3],
         bottle_ratio=0.5,
@@ -34,7 +34,7 @@ def resnext50v2(**kwargs: object) -> ResNetV2:
 def _grouped_conv2d(
     in_channels: int, out_channels: int, kernel_size: int, **kwargs: object
 ) -> nn.Conv2d:
-    """timm's convolution, 3×3 ones in 32 groups; timm's ResNetV2 has no such argument of its own."""
+    """timm's convolution, with 32 groups for 3×3; timm's ResNetV2 has no option for that."""
     if kernel_size == 3:
         kwargs["groups"] = _CARDINALITY
     return create_conv2d(in_channels, out_channels, kernel_size, **kwargs)

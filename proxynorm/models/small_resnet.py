@@ -1,4 +1,7 @@
-"""The small pre-activation ResNet for 32-pixel images (He et al. 2016, "Identity Mappings", their CIFAR networks)."""
+"""The small pre-activation ResNet for 32-pixel images.
+
+The CIFAR networks of He et al. 2016, "Identity Mappings in Deep Residual Networks".
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from proxynorm.nn.checks import check_whole
 
 
 class PreActBlock(nn.Module):
-    """norm+act, 3×3, norm+act, 3×3, beside a shortcut that is a 1×1 convolution where the shape changes.
+    """norm+act, 3×3, norm+act, 3×3, beside a shortcut: 1×1 where the shape changes.
 
     Args:
         in_channels: channels of the input.
@@ -49,7 +52,7 @@ class PreActBlock(nn.Module):
 
 
 class SmallResNetV2(nn.Module):
-    """3×3 stem, three stages of pre-activation blocks (width, 2·width, 4·width), norm+act, pool, classifier.
+    """3×3 stem, three stages of blocks (width, 2·width, 4·width), norm+act, pool, classifier.
 
     Args:
         norm_layer: makes a norm+act layer from a number of channels.
@@ -81,10 +84,8 @@ class SmallResNetV2(nn.Module):
             check_whole(name, value, 1)
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth={depth} is not 6n + 2: use 8, 14, 20, 32, 44, 56, 80, 110 …")
-        if width < 1 or stem_stride not in (1, 2):
-            raise ValueError(
-                f"width={width}, stem_stride={stem_stride}: width must be ≥ 1 and stem_stride 1 or 2"
-            )
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride={stem_stride}: it must be 1 or 2")
         self.num_classes = num_classes
         self.num_features = 4 * width
         blocks = (depth - 2) // 6
@@ -104,9 +105,9 @@ class SmallResNetV2(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """He initialisation by fan-out for the convolutions, as timm's v2 ResNets; torch's own for the classifier.
+        """He initialisation by fan-out for the convolutions; torch's own for the classifier.
 
-        A smaller classifier starves norms whose pooled activations are centred: with a standard deviation of 0.01,
+        A smaller classifier starves norms whose pooled activations are centred: with std 0.01,
         LN+PN lags in the first epochs and IN+PN hardly starts.
         """
         for module in self.modules():

@@ -1,7 +1,8 @@
-"""NormAct2d as timm's constructors take it for norm_layer=: importing this module enters it into timm's lists.
+"""NormAct2d as timm's constructors take it for norm_layer=.
 
-timm hands its act_layer on, and says which norms get no activation, only to norm+act layers that it knows; others it
-refuses. proxynorm.NormAct2d comes from here; proxynorm.nn.NormAct2d is the same class without timm.
+Importing this module enters the class into timm's lists of norm+act layers. timm passes act_layer,
+and says which norms get no activation, only to layers that it knows. proxynorm.NormAct2d comes from
+here; proxynorm.nn.NormAct2d is the same class without timm.
 """
 
 from __future__ import annotations

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from proxynorm.nn.names import unknown_name
+from proxynorm.nn.checks import unknown_name
 
-Activation = Union[str, type, nn.Module, Callable[[Tensor], Tensor], None]
+Activation = str | type | nn.Module | Callable[[Tensor], Tensor] | None
 
 _LAYERS: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,
@@ -44,33 +43,18 @@ _SPELLINGS = {
     "gelutanh": "gelu_tanh",
     "linear": "identity",
 }
+# torch's functions, in place or not, by the name of the activation
+_FUNCTION_NAMES = {
+    **{name: name for name in ("relu", "silu", "gelu", "leaky_relu", "relu6", "mish", "elu")},
+    **{name: name for name in ("celu", "selu", "softplus", "tanh", "sigmoid")},
+    **{name: _SPELLINGS[name] for name in ("hardtanh", "hardsigmoid", "hardswish")},
+}
 _FUNCTIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.relu_: "relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.relu6: "relu6",
-    F.hardtanh: "hard_tanh",
-    F.hardtanh_: "hard_tanh",
-    F.hardsigmoid: "hard_sigmoid",
-    F.hardswish: "hard_swish",
-    F.mish: "mish",
-    F.elu: "elu",
-    F.elu_: "elu",
-    F.celu: "celu",
-    F.celu_: "celu",
-    F.selu: "selu",
-    F.selu_: "selu",
-    F.softplus: "softplus",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-    torch.tanh_: "tanh",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    torch.sigmoid_: "sigmoid",
+    getattr(module, spelling): name
+    for spelled, name in _FUNCTION_NAMES.items()
+    for spelling in (spelled, f"{spelled}_")
+    for module in (F, torch)
+    if hasattr(module, spelling)
 }
 
 
@@ -91,9 +75,9 @@ class FunctionActivation(nn.Module):
 def make_activation(activation: Activation, inplace: bool = False, **kwargs: object) -> nn.Module:
     """An activation module from a name, a module class, a module, or an elementwise callable.
 
-    Class and callable may come as functools.partial; kwargs are further options of theirs. A module that is passed in is
-    returned as it is. None gives the identity. Raises ValueError for an unknown name and TypeError for what is no
-    activation at all.
+    Class and callable may come as functools.partial; kwargs are their options. A module is returned
+    as it is. None gives the identity. Raises ValueError for an unknown name, and TypeError for
+    anything else.
     """
     if activation is None or activation == "":
         return nn.Identity()
@@ -142,7 +126,7 @@ def out_of_place(module: nn.Module) -> nn.Module:
 
 
 def canonical(name: str) -> str:
-    """The spelling in ACTIVATIONS of an activation's name. Raises ValueError with the nearest name and the list."""
+    """An activation's spelling in ACTIVATIONS. Raises ValueError for an unknown name."""
     key = name.lower()
     key = _SPELLINGS.get(key.replace("_", ""), key)
     if key not in _LAYERS:
@@ -153,8 +137,8 @@ def canonical(name: str) -> str:
 def activation_name(module: nn.Module) -> str:
     """The canonical name of torch's and timm's activation modules; "callable" for all others.
 
-    The two are known by the names of their classes (timm's Swish, HardSwishMe, GELUTanh … compute what torch's do); any
-    other library's class of such a name may have a slope of its own.
+    Both libraries' classes are known by name (timm's Swish, HardSwishMe … compute what torch's do).
+    A class of that name elsewhere may compute something else.
     """
     name = class_name(module)
     if (

@@ -1,9 +1,10 @@
 """Turn a trained model into one for inference: PN's moments become constants of each layer.
 
-With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m. For ReLU this is max(sγ·y + s(β − m), −s·m): scale and shift fold
-into the norm's affine, and a floor replaces the zero. For other activations a gain s and an offset −s·m follow φ. In
-batch norm the running statistics fold into scale and shift too. Nothing around a layer is touched and nothing is traced,
-so a forward stays the Python that it was.
+With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m. For ReLU this is max(sγ·y + s(β − m), −s·m):
+scale and shift fold into the norm's affine, and a floor replaces the zero. For other activations a
+gain s and an offset −s·m follow φ. In batch norm the running statistics fold into scale and shift
+too. Nothing around a layer is touched and nothing is traced, so a forward stays the Python that it
+was.
 """
 
 # No `from __future__ import annotations` here: torch.jit.script resolves annotations itself.
@@ -20,10 +21,10 @@ from proxynorm.nn.norm_act import NormAct2d
 
 
 class FrozenNormAct2d(nn.Module):
-    """Norm with affine, φ, then gain and offset per channel; what a NormAct2d becomes for inference.
+    """A NormAct2d for inference: norm with affine, φ, then gain and offset per channel.
 
-    All constants are buffers of shape (C,). It works under torch.jit.script, torch.export and torch.fx, and keeps no
-    state, so that threads may share it.
+    All constants are buffers of shape (C,). It works under torch.jit.script, torch.export and
+    torch.fx, and keeps no state, so that threads may share it.
 
     Args:
         layer: the layer to replace; its norm, activation and constants are taken.
@@ -50,8 +51,8 @@ class FrozenNormAct2d(nn.Module):
             scale, shift = gain * scale, gain * shift + offset
         else:
             self.act = copy.deepcopy(layer.act)
-        for name, value in dict(scale=scale, shift=shift).items():
-            self.register_buffer(name, value.to(dtype))
+        self.register_buffer("scale", scale.to(dtype))
+        self.register_buffer("shift", shift.to(dtype))
         self.register_buffer("gain", gain.to(dtype) if self.has_gain else None)
         has_offset = self.has_floor or self.has_gain
         self.register_buffer("offset", offset.to(dtype) if has_offset else None)
@@ -78,16 +79,17 @@ class FrozenNormAct2d(nn.Module):
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """A copy of the model for inference: evaluation mode, no gradients, constants folded; exportable to ONNX.
+    """A copy of the model for inference: evaluation mode, no gradients, constants folded.
 
-    Every layer computes what it did in evaluation mode, to rounding. Weight standardization becomes plain weights.
+    Every layer computes what it did in evaluation mode, to rounding. Weight standardization becomes
+    plain weights.
 
     Args:
         model: a model with NormAct2d layers; it is not changed.
 
     Raises:
-        ValueError: the model has no NormAct2d, one without running statistics, a weight that a hook computes
-            (torch.nn.utils.weight_norm), or is frozen already.
+        ValueError: the model has no NormAct2d, one without running statistics, a weight that a hook
+            computes (torch.nn.utils.weight_norm), or is frozen already.
     """
     _check(model)
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -97,7 +99,8 @@ def freeze(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             _unparametrize(module)
     with torch.no_grad():
-        # a module with `frozen` keeps constants of a NormAct2d: it must read them before that is replaced
+        # a module with `frozen` keeps constants of a NormAct2d: it must read them before that is
+        # replaced
         replacements = {m: m.frozen() for m in frozen.modules() if hasattr(m, "frozen")}
         replacements |= {m: _freeze(m) for m in frozen.modules() if isinstance(m, NormAct2d)}
     if frozen in replacements:
@@ -127,7 +130,11 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"nothing to freeze: this {kind} has no NormAct2d; see proxynorm.convert")
     for name, module in model.named_modules():
         told = f"cannot freeze {name or kind}"
-        if isinstance(module, NormAct2d) and module.kind == "bn" and module.running_mean is None:
+        if (
+            isinstance(module, NormAct2d)
+            and module.spec.batch_statistics
+            and module.running_mean is None
+        ):
             raise ValueError(
                 f"{told}: it has no running statistics (track_running_stats=False), so its output "
                 "depends on the batch in evaluation too"
@@ -137,14 +144,16 @@ def _check(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise ValueError(
-                    f"{told}: a hook computes its {attribute} anew at each call. Make it a plain one "
-                    "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) or use "
+                    f"{told}: a hook computes its {attribute} anew at each call. Make it a plain "
+                    "one "
+                    "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) or "
+                    "use "
                     "torch.nn.utils.parametrizations"
                 )
 
 
 def _remove_own_hooks(model: nn.Module) -> None:
-    """Remove what share_moments and convert put on for training: there are no moments left to share."""
+    """Remove the hooks of share_moments and convert, which serve training alone."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
@@ -155,14 +164,17 @@ def _remove_own_hooks(model: nn.Module) -> None:
 
 
 def hand_on_copy(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook of a layer whose output the network changes in place, while the layer keeps it for backward."""
+    """Forward hook of a layer whose output the network changes in place, while the layer keeps it
+    for backward.
+    """
     return output.clone() if output.requires_grad else output
 
 
 def _unparametrize(module: nn.Module) -> None:
     """Make computed weights plain ones.
 
-    torch's remove_parametrizations would change the class, and with it the model that this module was copied from.
+    torch's remove_parametrizations would change the class, and with it the model that this module
+    was copied from.
     """
     weights = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
     module.__class__ = type(module).__mro__[1]
@@ -172,7 +184,7 @@ def _unparametrize(module: nn.Module) -> None:
 
 
 def _affine(layer: NormAct2d) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-    """γ and β, with batch norm's running statistics folded in, in float32 or better; and the dtype to store them in."""
+    """γ and β with batch norm's statistics folded in, float32 or better; the dtype to store."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     tensors = [t for t in tensors if t.is_floating_point()] or [torch.empty(layer.num_features)]
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
@@ -180,7 +192,7 @@ def _affine(layer: NormAct2d) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     one = torch.ones_like(tensors[0], dtype=exact)
     scale = one if layer.weight is None else layer.weight.detach().to(exact)
     shift = one * 0 if layer.bias is None else layer.bias.detach().to(exact)
-    if layer.kind == "bn":
+    if layer.spec.batch_statistics:
         scale = scale * torch.rsqrt(layer.running_var.to(exact) + layer.eps)
         shift = shift - layer.running_mean.to(exact) * scale
     return scale.clone(), shift.clone(), dtype

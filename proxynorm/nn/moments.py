@@ -1,23 +1,23 @@
-"""Mean and variance of an activation φ(γY + β) of a Gaussian proxy Y ~ N(β̃, (1 + γ̃)²), per channel.
+"""Mean and variance of φ(γY + β) for a Gaussian proxy Y ~ N(β̃, (1 + γ̃)²), per channel.
 
-γY + β is N(a, s²) with a = γβ̃ + β and s = |γ(1 + γ̃)|, so that both are functions of a and s alone.
+γY + β is N(a, s²) with a = γβ̃ + β and s = |γ(1 + γ̃)|, so both depend on a and s alone.
 
-Greatest errors of "exact" in mean and variance over γ in 0.01 … 10, β in ±5, γ̃ = β̃ = 0 (tests/nn/test_moments.py holds
-them against high-precision integration), beside the paper's grid of 256 nodes:
+Greatest errors of "exact" and of the paper's grid of 256 nodes over γ in 0.01 … 10, β in ±5,
+γ̃ = β̃ = 0 (tests/nn/test_moments.py checks them against high-precision integration):
 
-    activation                                                mean      var
+    activation                                       mean     var
     relu, leaky_relu, relu6, hard_tanh, hard_sigmoid,
-    hard_swish, elu, celu, selu, gelu, identity               1e-12     1e-11     closed forms
-    silu                                                      2e-8      5e-7      closed form of a normal mixture
-    mish, gelu_tanh, softplus, sigmoid                        5e-8      1e-6      quadrature
-    tanh                                                      1e-5      5e-5      quadrature
-    grid: relu, silu, gelu, identity …                        4e-3      5e-1      (at γ = 10; they grow with γ and γ²)
+    hard_swish, elu, celu, selu, gelu, identity      1e-12    1e-11    closed forms
+    silu                                             2e-8     5e-7     mixture of normals
+    mish, gelu_tanh, softplus, sigmoid               5e-8     1e-6     quadrature
+    tanh                                             1e-5     5e-5     quadrature
+    grid: relu, silu, gelu, identity …               4e-3     5e-1     at γ = 10; ∝ γ and γ²
 
-Any other callable is integrated by a rule of step 0.08·s. Where it is smooth on that scale, it errs as mish does
-(Softplus(beta=3): 7e-6, 9e-5). A kink where the slope jumps by Δ costs up to 2.2e-4·sΔ in the mean, 3.6e-4·s²ΔL in the
-variance, L the greatest slope, and 1.7e-2·Δ in the mean's derivative by β: PReLU(0.25) at γ = 10 errs by 1.7e-3 and 1.7e-2.
-Softsign, whose curvature jumps, errs by 6e-4 and 5e-4. Jumps of the function itself (nn.Threshold, nn.Hardshrink) are not
-covered: one of height J costs up to 1.7e-2·J in the mean, and no gradient knows of it.
+Any other callable is integrated by a rule of step 0.08·s. Where it is smooth on that scale, it errs
+as mish does (Softplus(beta=3): 7e-6, 9e-5). A kink where the slope jumps by Δ costs up to 2.2e-4·sΔ
+in the mean, 3.6e-4·s²ΔL in the variance (L is the greatest slope) and 1.7e-2·Δ in the mean's
+derivative by β. A jump of height J of the function itself (nn.Threshold, nn.Hardshrink) costs up to
+1.7e-2·J in the mean, and no gradient knows of it.
 
 Results are rounded to float32 for float32 parameters. "auto" is "exact".
 """
@@ -30,11 +30,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from proxynorm.nn import gaussian, piecewise
+from proxynorm.nn import closed_forms
 from proxynorm.nn.activations import Activation, activate, activation_name, make_activation
+from proxynorm.nn.checks import unknown_name
+from proxynorm.nn.closed_forms import Moments
 from proxynorm.nn.fast.precision import without_autocast
-from proxynorm.nn.gaussian import Moments
-from proxynorm.nn.names import unknown_name
 
 METHODS = ("auto", "exact", "grid")
 
@@ -50,9 +50,12 @@ def proxy_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of φ(γY + β) with Y ~ N(β̃, (1 + γ̃)²).
 
-    weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,); so have the two results, in float32 (float64
-    for float64 parameters) whatever autocast says. Twice differentiable in all four where torch's activation is: with the
-    grid, hard_sigmoid is not.
+    weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,).
+
+    Returns: mean and variance, shape (C,), in float32 (float64 for float64 parameters) whatever
+    autocast says; twice differentiable in all four where torch's activation is.
+
+    Raises ValueError for an unknown method.
     """
     module = make_activation(activation)
     check_method(method, nodes)
@@ -68,11 +71,11 @@ def proxy_moments(
 def moments_with_slopes(
     module: nn.Module, a: Tensor, s: Tensor, method: str = "auto", nodes: int = 256
 ) -> Moments:
-    """Moments of φ(N(a, s²)) and their derivatives by a and s, without autograd; a and s as location_and_scale's."""
+    """Moments of φ(N(a, s²)) and their slopes by a and s, without autograd."""
     name = activation_name(module)
     if name in _WITH_SLOPES and method != "grid":
         return _WITH_SLOPES[name](a, s, module)
-    # saved as it is: hooks on saved tensors, such as checkpointing's, must not see this graph, which ends here
+    # This graph ends here: saved-tensor hooks, such as checkpointing's, must not see it.
     identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), identity:
         a, s = (t.detach().clone().requires_grad_() for t in (a, s))
@@ -85,19 +88,19 @@ def moments_with_slopes(
 
 
 def check_method(method: str, nodes: int) -> None:
-    """Raises ValueError, with the nearest and all legal ones, for an unknown method, and for a grid without nodes."""
+    """Raise ValueError for an unknown method, and for a grid without nodes."""
     if method not in METHODS:
         raise ValueError(unknown_name("method of moments", method, METHODS))
     if not (type(nodes) is int and nodes >= 1):
         raise ValueError(
-            f"nodes={nodes!r}: the grid of the moments needs at least one node (the paper's has 256)"
+            f"nodes={nodes!r}: the grid of the moments needs at least one node (paper: 256)"
         )
 
 
 def location_and_scale(
     weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a = γβ̃ + β, s = |γ(1 + γ̃)| and the sign of γ(1 + γ̃), in float64 (float32 where the device has no float64)."""
+    """a = γβ̃ + β, s = |γ(1 + γ̃)| and the sign of γ(1 + γ̃), in the working precision."""
     work = working_dtype(weight)
     weight, bias, proxy_weight, proxy_bias = (
         p.to(work) for p in (weight, bias, proxy_weight, proxy_bias)
@@ -107,28 +110,28 @@ def location_and_scale(
 
 
 def working_dtype(like: Tensor) -> torch.dtype:
-    """float64, in which v = E[φ²] − m² loses nothing that matters; float32 on devices without it."""
+    """float64, where v = E[φ²] − m² cancels harmlessly; float32 on devices without it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 _Form = Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, ...]]
 _WITH_SLOPES: dict[str, Callable[[Tensor, Tensor, nn.Module], Moments]] = {
-    "relu": lambda a, s, module: gaussian.leaky_relu(a, s),
-    "leaky_relu": lambda a, s, module: gaussian.leaky_relu(a, s, module.negative_slope),
-    "identity": lambda a, s, module: gaussian.leaky_relu(a, s, 1.0),
-    "silu": lambda a, s, module: gaussian.silu(a, s),
-    "gelu": lambda a, s, module: gaussian.gelu(a, s),
+    "relu": lambda a, s, module: closed_forms.leaky_relu(a, s),
+    "leaky_relu": lambda a, s, module: closed_forms.leaky_relu(a, s, module.negative_slope),
+    "identity": lambda a, s, module: closed_forms.leaky_relu(a, s, 1.0),
+    "silu": lambda a, s, module: closed_forms.silu(a, s),
+    "gelu": lambda a, s, module: closed_forms.gelu(a, s),
 }
 _CLOSED: dict[str, _Form] = {
     **_WITH_SLOPES,
-    "relu": lambda a, s, module: gaussian.relu_moments(a, s),
-    "relu6": piecewise.relu6,
-    "hard_tanh": piecewise.hard_tanh,
-    "hard_sigmoid": piecewise.hard_sigmoid,
-    "hard_swish": piecewise.hard_swish,
-    "elu": piecewise.elu,
-    "celu": piecewise.celu,
-    "selu": piecewise.selu,
+    "relu": lambda a, s, module: closed_forms.relu_moments(a, s),
+    "relu6": closed_forms.relu6,
+    "hard_tanh": closed_forms.hard_tanh,
+    "hard_sigmoid": closed_forms.hard_sigmoid,
+    "hard_swish": closed_forms.hard_swish,
+    "elu": closed_forms.elu,
+    "celu": closed_forms.celu,
+    "selu": closed_forms.selu,
 }
 
 
@@ -146,7 +149,7 @@ def _grid_moments(
     proxy_bias: Tensor,
     nodes: int,
 ) -> tuple[Tensor, Tensor]:
-    """The paper's integration written as the authors do: every node is scaled, activated and averaged."""
+    """The paper's integration as the authors write it: scale, activate and average each node."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, bias, proxy_weight, proxy_bias = (
         p.to(dtype) for p in (weight, bias, proxy_weight, proxy_bias)
@@ -160,18 +163,18 @@ def _grid_moments(
 
 
 def _activate(module: nn.Module, u: Tensor) -> Tensor:
-    """φ of u (nodes, C), shown as a map so that an activation with parameters per channel finds its channels."""
+    """φ of u (nodes, C), as a map: an activation with parameters per channel needs one."""
     return activate(module, u[:, :, None, None])[:, :, 0, 0]
 
 
 def grid_nodes(nodes: int, like: Tensor) -> Tensor:
-    """The Gaussian mid-point quantiles √2·erfinv(2(k + ½)/n − 1), k = 0 … n − 1, computed in float64."""
+    """The Gaussian mid-point quantiles √2·erfinv(2(k + ½)/n − 1), computed in float64."""
     middle = (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes
     return (math.sqrt(2) * torch.erfinv(2 * middle - 1)).to(like)
 
 
 def grid(module: nn.Module, a: Tensor, s: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """The paper's integration as a function of a and s: uniform weights on Gaussian mid-point quantiles."""
+    """The paper's integration in a and s: uniform weights on Gaussian mid-point quantiles."""
     return _weighted(
         module,
         a,

@@ -1,11 +1,11 @@
-"""NormAct2d: a norm without affine, followed by Act or PN-Act."""
+"""PN-Act as the paper writes it, and NormAct2d: a norm followed by Act or PN-Act."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,42 +17,52 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.checks import check_features, check_norm, check_options
 from proxynorm.nn.fast.folding import Constants, Rule, fold, fold_reference
-from proxynorm.nn.fast.fused import (
-    FlooredReLU,
-    FoldedConstants,
-    GainedActivation,
-    Head,
-    floored_relu_,
-    gained_activation_,
-    is_transformed,
-    per_channel,
-)
-from proxynorm.nn.fast.one_step import GroupNormAct, Step, takes_one_step
-from proxynorm.nn.fast.precision import without_autocast
-from proxynorm.nn.fast.recompute import Recipe, is_recomputing
-from proxynorm.nn.moments import check_method, proxy_moments
-from proxynorm.nn.names import norm_spec
-from proxynorm.nn.norms import NormBatch, batch_normalize, group_normalize
+from proxynorm.nn.fast.fused import FoldedConstants, per_channel
+from proxynorm.nn.fast.paths import fused, traceable
+from proxynorm.nn.fast.precision import is_transformed, without_autocast
+from proxynorm.nn.moments import proxy_moments
+from proxynorm.nn.norms import NormBatch, affine
+from proxynorm.nn.options import DEFAULT_EPS, NormOptions
+
+Moments = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def default_groups(num_features: int, most: int = 32) -> int:
-    """GN's number of groups where none is given: the largest divisor of num_features that is at most 32."""
-    return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
+def pn_act(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    proxy_weight: Tensor,
+    proxy_bias: Tensor,
+    phi: Callable[[Tensor], Tensor] = torch.relu,
+    moments: Moments = proxy_moments,
+    proxy_eps: float = NormOptions.proxy_eps,
+    scale: bool = True,
+) -> Tensor:
+    """PN-Act(y) = (φ(γy + β) − m) / sqrt(v + ε), the paper's formula, in plain torch.
+
+    y (N, C, H, W) is normalized already; γ = weight, β = bias, γ̃ = proxy_weight, β̃ = proxy_bias,
+    each (C,). The proxy of a channel's y is Y ~ N(β̃, (1 + γ̃)²). Without scale, only m is
+    subtracted. Source: Labatie et al., NeurIPS 2021, arXiv 2106.03743.
+    """
+    z = phi(affine(y, weight, bias))
+    # m and v: mean and variance of φ(γY + β), functions of the four parameters alone
+    mean, var = moments(weight, bias, proxy_weight, proxy_bias)
+    z = z - per_channel(mean)
+    return z * per_channel(torch.rsqrt(var + proxy_eps)) if scale else z
 
 
-class _Unsaid(str):
-    """An argument's default, told from the same word when it is given."""
+class _DefaultName(str):
+    """The default of act_layer; by identity it differs from the same word given by a caller."""
 
     __slots__ = ()
 
 
-_RELU = _Unsaid("relu")
+_RELU = _DefaultName("relu")
 
 
 class SharedConstants(NamedTuple):
-    """A layer's constants, and what they are of: how its moments are used, and its parameters' versions."""
+    """A layer's constants, with the rule and the parameter versions that they were made from."""
 
     constants: Constants
     rule: Rule
@@ -60,9 +70,23 @@ class SharedConstants(NamedTuple):
 
 
 class NormAct2d(nn.Module):
-    """Norm, then Act(y) = φ(γy + β) or PN-Act(y) = (φ(γy + β) − m) / sqrt(v + proxy_eps); a timm norm_act layer.
+    """A norm, then Act(y) = φ(γy + β) or PN-Act(y) (see pn_act); a timm norm_act layer.
 
-    m and v are the moments of φ(γY + β), Y ~ N(β̃, (1 + γ̃)²). Input and output have shape (N, C, H, W).
+    Input and output have shape (N, C, H, W).
+
+    Args:
+        num_features: C.
+        norm: a name of NORMS. A full name such as "ln_pn" decides about proxy.
+        proxy: PN follows the activation, where norm is "bn", "ln", "gn" or "in".
+        act_layer: φ: a name, a module, its class or an elementwise callable; None: no activation.
+        apply_act: False leaves φ and PN out.
+        proxy_scale: False subtracts m only; a later gate applies 1/sqrt(v + ε).
+        groups, eps, proxy_eps, norm_batch, moments, nodes: see NormOptions.
+        momentum, affine, track_running_stats: as in nn.BatchNorm2d.
+        inplace, act_kwargs, drop_layer: timm passes them; the activation is never in place.
+
+    Raises:
+        ValueError: a wrong option, or an input of the wrong shape.
     """
 
     def __init__(
@@ -72,76 +96,71 @@ class NormAct2d(nn.Module):
         proxy: bool = True,
         act_layer: Activation = _RELU,
         apply_act: bool = True,
-        groups: int | None = None,
-        eps: float = 1e-5,
-        proxy_eps: float = 0.03,
-        norm_batch: NormBatch = None,
+        groups: int | None = NormOptions.groups,
+        eps: float = DEFAULT_EPS,
+        proxy_eps: float = NormOptions.proxy_eps,
+        norm_batch: NormBatch = NormOptions.norm_batch,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         inplace: bool = False,
-        act_kwargs: dict | None = None,
+        act_kwargs: dict[str, Any] | None = None,
         drop_layer: Callable[[], nn.Module] | None = None,
         proxy_scale: bool = True,
-        moments: str = "auto",
-        nodes: int = 256,
+        moments: str = NormOptions.moments,
+        nodes: int = NormOptions.nodes,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if act_layer is _RELU and apply_act:
-            _check_caller(sys._getframe(1).f_globals.get("__name__", ""))
-        check_features(num_features)
-        check_norm(norm)
-        check_options(groups, eps, proxy_eps, norm_batch)
-        check_method(moments, nodes)
+            _refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
+        spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
+        if spec.weight_standardization:
+            raise ValueError(
+                f"norm={norm!r} standardizes the weights of convolutions, which a norm layer "
+                f"cannot: use norm={spec.kind!r} with proxy=False, and standardize_weights(model) "
+                "once it is built"
+            )
         if "_" in norm:
-            proxy = norm_spec(norm).proxy
-        self.num_features, self.eps, self.proxy_eps, self.momentum = (
-            num_features,
-            eps,
-            proxy_eps,
-            momentum,
-        )
-        self.kind = norm.split("_")[0]
+            proxy = spec.proxy
+        self.num_features, self.momentum = num_features, momentum
+        self.eps = DEFAULT_EPS if eps is None else eps
+        self.proxy_eps, self.proxy_scale = proxy_eps, proxy_scale
+        self.moments, self.nodes = moments, nodes
+        self.norm_batch = norm_batch
+        self.spec, self.kind = spec, spec.kind
         self.apply_act = apply_act and act_layer is not None
-        self.proxy = bool(proxy) and self.kind != "none"
-        self.norm_batch, self.proxy_scale, self.moments, self.nodes = (
-            norm_batch,
-            proxy_scale,
-            moments,
-            nodes,
-        )
+        self.proxy = bool(proxy) and not spec.is_none
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
         self.act = out_of_place(
             make_activation(act_layer if self.apply_act else None, **(act_kwargs or {}))
         )
-        self.shared_constants: SharedConstants | None = (
-            None  # set for the time of a forward pass by shared.py
-        )
+        # set by shared.py while a network's forward pass runs
+        self.shared_constants: SharedConstants | None = None
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
         self.reset_parameters()
 
-    def __getstate__(self) -> dict:
-        return {
-            **self.__dict__,
-            "shared_constants": None,
-        }  # they are of this forward pass, not of a copy
+    def __getstate__(self) -> dict[str, Any]:
+        # the constants belong to this forward pass, not to a copy
+        return {**self.__dict__, "shared_constants": None}
 
     def _number_of_groups(self, groups: int | None) -> int | None:
-        if self.kind in ("bn", "none"):
+        if self.spec.groups is None:
             return None
-        groups = default_groups(self.num_features) if groups is None else groups
-        chosen = {"ln": 1, "in": self.num_features}.get(self.kind, groups)
-        if chosen < 1 or self.num_features % chosen:
+        chosen = self.spec.groups(self.num_features, groups)
+        if self.num_features % chosen:
             raise ValueError(
-                f"groups={chosen} does not divide num_features={self.num_features}: choose a divisor"
+                f"groups={chosen} does not divide num_features={self.num_features}: "
+                "choose a divisor"
             )
         return chosen
 
-    def _make_parameters(self, affine: bool, factory: dict) -> None:
+    def _make_parameters(self, affine: bool, factory: dict[str, Any]) -> None:
         proxied = self.proxy and self.apply_act
         present = {
             "weight": affine,
@@ -154,33 +173,22 @@ class NormAct2d(nn.Module):
                 name, nn.Parameter(torch.empty(self.num_features, **factory)) if wanted else None
             )
 
-    def _make_buffers(self, track_running_stats: bool, device: torch.device | str | None) -> None:
-        if self.kind != "bn":
+    def _make_buffers(self, tracked: bool, device: torch.device | str | None) -> None:
+        if not self.spec.batch_statistics:
             return
-        tracked = track_running_stats
-        self.register_buffer(
-            "running_mean", torch.zeros(self.num_features, device=device) if tracked else None
-        )
-        self.register_buffer(
-            "running_var", torch.ones(self.num_features, device=device) if tracked else None
-        )
-        self.register_buffer(
-            "num_batches_tracked",
-            torch.tensor(0, dtype=torch.long, device=device) if tracked else None,
-        )
+        running = {
+            "running_mean": torch.zeros(self.num_features, device=device),
+            "running_var": torch.ones(self.num_features, device=device),
+            "num_batches_tracked": torch.tensor(0, dtype=torch.long, device=device),
+        }
+        for name, value in running.items():
+            self.register_buffer(name, value if tracked else None)
 
     def reset_parameters(self) -> None:
-        """γ = 1; β, γ̃ (the deviation from 1) and β̃ = 0; running mean 0 and variance 1."""
-        for name, value in (
-            ("weight", 1.0),
-            ("bias", 0.0),
-            ("proxy_weight", 0.0),
-            ("proxy_bias", 0.0),
-        ):
-            parameter = getattr(self, name)
-            if parameter is not None:
-                nn.init.constant_(parameter, value)
-        if self.kind == "bn" and self.running_mean is not None:
+        """Set γ = 1; β, γ̃ and β̃ = 0; running mean 0 and variance 1."""
+        for name, parameter in self.named_parameters(recurse=False):
+            nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+        if self.spec.batch_statistics and self.running_mean is not None:
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
@@ -192,17 +200,17 @@ class NormAct2d(nn.Module):
 
     @property
     def proxied(self) -> bool:
-        """Whether the output is proxy-normalized: proxy was asked for and an activation follows."""
+        """True if the output is proxy-normalized: PN was asked for and an activation follows."""
         return self.proxy and self.apply_act
 
     def proxy_statistics(self) -> tuple[Tensor, Tensor]:
-        """m and v, shape (C,), of this layer's activation; functions of the four parameters alone."""
+        """m and v, shape (C,): functions of the four parameters alone."""
         if not self.proxied:
             raise ValueError("this layer has no proxy normalization, hence no proxy statistics")
         return proxy_moments(*self.four_parameters(), self.act, self.moments, self.nodes)
 
     def proxy_rescale(self) -> Tensor:
-        """1 / sqrt(v + proxy_eps), shape (C,): what a layer with proxy_scale=False leaves to a later gate."""
+        """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
         if (
             self.proxied
             and not self.proxy_scale
@@ -213,54 +221,54 @@ class NormAct2d(nn.Module):
         return torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps)
 
     def proxy_rule(self) -> Rule:
-        """How this layer integrates and uses its moments."""
+        """The way this layer integrates and uses its moments."""
         return Rule(self.act, self.moments, self.nodes, self.proxy_eps, self.proxy_scale)
 
     def four_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """γ, β, γ̃, β̃ of a proxied layer; ones and zeros stand for γ and β where there are none."""
+        """γ, β, γ̃, β̃ of a proxied layer; a missing γ is ones, a missing β zeros."""
         weight, bias = self.weight, self.bias
         weight = torch.ones_like(self.proxy_weight) if weight is None else weight
         bias = torch.zeros_like(self.proxy_weight) if bias is None else bias
         return weight, bias, self.proxy_weight, self.proxy_bias
 
     def normalize(self, x: Tensor) -> Tensor:
-        """y, the norm of x before γ and β; same shape and dtype. In training, BN's running statistics move."""
-        return self._norm(x, None, None)
+        """y, the norm of x before γ and β; same shape and dtype. Training moves BN's statistics."""
+        return self.norm_affine(x, None, None)
 
-    def _norm(
+    def norm_affine(
         self,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         bound: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """The norm with the given affine; in training, BN's running statistics move. bound: _bound_norm's, if made."""
-        if self.kind == "bn" and self.training and self.running_mean is not None:
-            return batch_normalize(
+        """The norm with that affine. Training moves BN's statistics. bound: bound_norm's result."""
+        if self.spec.batch_statistics and self.training and self.running_mean is not None:
+            return self.spec.normalize(
                 x,
-                self.running_mean,
-                self.running_var,
-                True,
-                self._momentum(),
-                self.eps,
-                self.norm_batch,
-                weight,
-                bias,
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                training=True,
+                momentum=self._momentum(),
+                eps=self.eps,
+                norm_batch=self.norm_batch,
+                weight=weight,
+                bias=bias,
             )
-        return (bound or self._bound_norm())(x, weight=weight, bias=bias)
+        return (bound or self.bound_norm())(x, weight=weight, bias=bias)
 
-    def _bound_norm(self) -> Callable[..., Tensor]:
-        """The norm of (x, weight=, bias=) as it is now, for backward passes too: whatever becomes of this module's
-        mode, options and running statistics, which it does not move."""
-        if self.kind == "none":
-            return _affine
-        if self.kind != "bn":
-            return partial(group_normalize, groups=self.groups, eps=self.eps)
+    def bound_norm(self) -> Callable[..., Tensor]:
+        """The norm of (x, weight=, bias=) without side effects, for forward and backward.
+
+        Later changes of the module's mode, options and running statistics do not reach it.
+        """
+        if not self.spec.batch_statistics:
+            return partial(self.spec.normalize, groups=self.groups, eps=self.eps)
         mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
         if mean is not None and torch.is_grad_enabled() and not is_transformed():
             mean, var = mean.clone(), var.clone()
         return partial(
-            batch_normalize,
+            self.spec.normalize,
             running_mean=mean,
             running_var=var,
             training=mean is None,
@@ -269,7 +277,7 @@ class NormAct2d(nn.Module):
         )
 
     def _momentum(self) -> float:
-        """Counts the batch and gives the share it gets in the running statistics."""
+        """Count the batch; return its share in the running statistics."""
         self.num_batches_tracked.add_(1)
         if self.momentum is not None:
             return self.momentum
@@ -280,24 +288,31 @@ class NormAct2d(nn.Module):
         if isinstance(x, fx.Proxy):  # a leaf for every tracer, as torch's own norms are
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         self._check(x)
+        # The fast paths fold γ, β, m and v into constants per channel that ride on the norm's own
+        # affine: two passes over the map fewer, and one map fewer kept for backward. Compilers and
+        # torch.func get the same in plain operations.
         if self.proxied and self._folds(x):
-            return self._plain(x) if is_transformed() else self._fused(x)
-        if self.proxied or self.kind == "none":
+            return traceable(self, x) if is_transformed() else fused(self, x)
+        if self.proxied or self.spec.is_none:
             return self.activate(self.normalize(x))
-        u = self.drop(self._norm(x, self.weight, self.bias))
+        u = self.drop(self.norm_affine(x, self.weight, self.bias))
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
 
     def activate(self, y: Tensor) -> Tensor:
-        """Act or PN-Act of y, written as the paper's formula, in float32 or better; the result has y's dtype."""
+        """Act or PN-Act of y by the formula, in float32 or better; the result has y's dtype."""
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+
+        def phi(u: Tensor) -> Tensor:
+            return activate(self.act, self.drop(u))
+
         with without_autocast(y.device):
-            u = self.drop(
-                _affine(y.to(torch.promote_types(y.dtype, torch.float32)), self.weight, self.bias)
+            if not self.proxied:
+                return phi(affine(wide, self.weight, self.bias)).to(y.dtype)
+            moments = partial(
+                proxy_moments, activation=self.act, method=self.moments, nodes=self.nodes
             )
-            z = activate(self.act, u)
-            if self.proxied:
-                mean, var = self.proxy_statistics()
-                z = z - per_channel(mean)
-                z = z * per_channel(torch.rsqrt(var + self.proxy_eps)) if self.proxy_scale else z
+            parameters = self.four_parameters()
+            z = pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale)
             return z.to(y.dtype)
 
     def _check(self, x: Tensor) -> None:
@@ -307,82 +322,42 @@ class NormAct2d(nn.Module):
             )
         if self.groups is not None and x.shape[1] * x.shape[2] * x.shape[3] == self.groups:
             raise ValueError(
-                f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of channels "
-                "and so no variance: use fewer groups or a larger input"
+                f"{self.kind} over a {x.shape[2]}×{x.shape[3]} map has one value per group of "
+                "channels and so no variance: use fewer groups or a larger input"
             )
 
     def _folds(self, x: Tensor) -> bool:
-        """Whether affine and proxy normalization fold into constants per channel here; else activate must serve."""
-        # the fused step calls the norm again in backward, where collective operations might meet others out of order
-        unusual = (
-            self.kind == "none"
-            or self.norm_batch == "global"
-            or not isinstance(self.drop, nn.Identity)
+        """True if affine and PN fold into constants per channel here; else activate serves."""
+        return (
+            self.act_name != "callable"
+            and isinstance(self.drop, nn.Identity)
+            # the fast path calls the norm again in backward, where processes could meet each
+            # other's collective operations out of order
+            and self.norm_batch != "global"
+            and x.numel() > 0
         )
-        return not (unusual or self.act_name == "callable" or x.numel() == 0)
-
-    def _plain(self, x: Tensor) -> Tensor:
-        """The folded step in plain operations, which torch.compile fuses by itself and torch.func can transform."""
-        with without_autocast(x.device):
-            constants = fold_reference(self.four_parameters(), self.proxy_rule())
-            wide = torch.promote_types(x.dtype, constants[0].dtype)
-            scale, shift, *head = (
-                t.to(wide) for t in (constants if self.proxy_scale else constants[:-1])
-            )
-            # the norm takes the affine: its bare output is a view, which inductor fails to keep where sizes are symbolic
-            z = self.act(self._norm(x.to(wide), scale, shift))
-            gain, offset = (
-                (per_channel(t) for t in head) if len(head) == 2 else (None, per_channel(*head))
-            )
-            return ((z if gain is None else z * gain) + offset).to(x.dtype)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        head, constants = Head(self.act_name, self.act), self.constants()
-        if self.kind != "bn" and takes_one_step(x, constants):
-            step = Step(head, self.proxy_rule(), self.groups, self.eps)
-            with without_autocast(x.device):
-                return GroupNormAct.apply(
-                    x, *self.four_parameters(), constants, step, is_recomputing()
-                )
-        folded = self.folded_constants(constants)
-        folded = folded if self.proxy_scale else folded[:-1]
-        norm = self._bound_norm()
-        with without_autocast(x.device):
-            if head.name == "relu":
-                scale, shift, floor = folded
-                shift = shift + floor.detach()
-                recipe = _recipe(norm, floored_relu_, x, scale, shift, floor)
-                return FlooredReLU.apply(self._norm(x, scale, shift, norm), floor, recipe)
-            scale, shift, gain, offset = folded
-            gain = gain if self.proxy_scale else None  # spares passes over the map
-            recipe = _recipe(
-                norm, partial(gained_activation_, head=head), x, scale, shift, gain, offset
-            )
-            return GainedActivation.apply(
-                self._norm(x, scale, shift, norm), gain, offset, x, scale, shift, head, norm, recipe
-            )
 
     def folded_constants(self, constants: Constants | None = None) -> tuple[Tensor, ...]:
-        """What folding.fold makes of this layer's parameters, each (C,), as a differentiable function of them."""
+        """The constants of folding.fold, each (C,), differentiable in the parameters."""
         constants = self.constants() if constants is None else constants
         return FoldedConstants.apply(
             *self.four_parameters(), constants, partial(fold_reference, rule=self.proxy_rule())
         )
 
     def constants(self) -> Constants:
-        """The same, not differentiable: those of the network's one evaluation while its forward pass runs."""
+        """The same, not differentiable; shared ones while a network of share_moments runs."""
         shared, rule = self.shared_constants, self.proxy_rule()
-        # changed since: Ctrl-C may have ended that forward
+        # Ctrl-C may have ended that forward before it took its constants back
         if shared is None or shared.rule != rule or shared.versions != self._versions():
             return fold(self.four_parameters(), rule)
         return shared.constants
 
     def share_constants(self, constants: Constants) -> None:
-        """Takes constants that somebody else evaluated from the parameters as they are now."""
+        """Take constants that were evaluated from the parameters as they are now."""
         self.shared_constants = SharedConstants(constants, self.proxy_rule(), self._versions())
 
     def _versions(self) -> list[tuple[int, int]]:
-        """Of each parameter, its memory and how often it was changed in place; inference tensors do not count it."""
+        """Memory address and version of each parameter; inference tensors have no version."""
         own = (p for p in self._parameters.values() if p is not None)
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
 
@@ -394,32 +369,14 @@ class NormAct2d(nn.Module):
         return ", ".join(parts)
 
 
-def _check_caller(module: str) -> None:
-    """Refuses timm's and torchvision's models that want a norm alone: timm tells norm+act layers their activation."""
-    if module.startswith(("timm.", "torchvision.")):
+def _refuse_plain_norm(caller: str) -> None:
+    """Refuse models of timm and torchvision that take a norm without activation as norm_layer=.
+
+    timm tells norm+act layers their activation. A caller of theirs that leaves act_layer out would
+    get a second activation, without any error.
+    """
+    if caller.startswith(("timm.", "torchvision.")):
         raise ValueError(
-            f"{module} has an activation of its own behind norm_layer=, and NormAct2d would add another: "
-            "build the model with batch norm, then call proxynorm.convert"
+            f"{caller} has an activation of its own behind norm_layer=, and NormAct2d would add "
+            "another: build the model with batch norm, then call proxynorm.convert"
         )
-
-
-def _recipe(
-    norm: Callable[..., Tensor],
-    head: Callable[..., Tensor],
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *constants: Tensor | None,
-) -> Callable[[Tensor], None] | None:
-    """What recompute.py needs to rebuild the output, head(norm(x)); None where nothing is recomputed."""
-    if not is_recomputing() or not any(
-        t is not None and t.requires_grad for t in (x, scale, shift, *constants)
-    ):
-        return None
-    scale, shift, *constants = (t if t is None else t.detach() for t in (scale, shift, *constants))
-    return Recipe(lambda x: head(norm(x, weight=scale, bias=shift), *constants), x).watch
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * per_channel(weight)
-    return x if bias is None else x + per_channel(bias)

@@ -1,22 +1,27 @@
-"""The normalizations themselves: BN with its normalization batch, LN, GN, IN; an affine only where one is handed in.
+"""The norms: one registry of names, and BN with its normalization batch, LN, GN and IN.
 
-Statistics are float32 or better whatever autocast says; the map keeps its dtype.
+Statistics are float32 or better whatever autocast says; the map keeps its dtype. To add a norm,
+write its function, enter it in _NORMALIZATIONS, and add configs/norm/NAME.yaml.
 """
 
 from __future__ import annotations
 
-from typing import Any, Union
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from proxynorm.nn.checks import unknown_name
 from proxynorm.nn.fast.cells import CellGroupNorm, prefers_cells
-from proxynorm.nn.fast.fused import is_transformed
-from proxynorm.nn.fast.precision import without_autocast
+from proxynorm.nn.fast.precision import is_transformed, without_autocast
 
-NormBatch = Union[int, str, None]
+NormBatch = int | str | None
+# running mean and variance of BN, each (C,)
+Running = tuple[Tensor | None, Tensor | None]
 
 
 def group_normalize(
@@ -26,7 +31,10 @@ def group_normalize(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Normalizes x (N, C, H, W) per sample and group of C / groups channels. groups = 1 is LN, groups = C is IN."""
+    """Normalize x (N, C, H, W) per sample and group of C / groups channels.
+
+    groups = 1 is LN, groups = C is IN.
+    """
     with without_autocast(x.device):
         if not prefers_cells(x):
             return F.group_norm(x, groups, weight, bias, eps)
@@ -49,56 +57,57 @@ def batch_normalize(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Normalizes x (N, C, H, W) per channel.
+    """Normalize x (N, C, H, W) per channel.
 
-    In training the statistics are those of norm_batch consecutive images (None: of all of x; "global": of all
-    processes' x together), and the running statistics move by momentum towards their average over the chunks. Where
-    norm_batch does not divide N, the images left over are a last, smaller chunk. Otherwise the running statistics
-    are used.
+    In training the statistics are those of norm_batch consecutive images (None: of all of x;
+    "global": of all processes' x together), and the running statistics move by momentum towards
+    their average over the chunks. If norm_batch does not divide N, the last chunk is smaller.
+    In evaluation the running statistics are used.
     """
+    running = (running_mean, running_var)
     with without_autocast(x.device):
         if not training:
-            return _batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+            return _batch_norm(x, running, weight, bias, False, 0.0, eps)
         if isinstance(norm_batch, int) and norm_batch < len(x):
-            return _normalize_chunks(
-                x, running_mean, running_var, momentum, eps, norm_batch, weight, bias
-            )
-        if (
-            norm_batch == "global"
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size() > 1
-        ):
-            return _normalize_globally(x, running_mean, running_var, momentum, eps, weight, bias)
-        return _batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+            return _normalize_chunks(x, running, momentum, eps, norm_batch, weight, bias)
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if norm_batch == "global" and distributed:
+            return _normalize_globally(x, running, momentum, eps, weight, bias)
+        return _batch_norm(x, running, weight, bias, True, momentum, eps)
+
+
+def affine(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **_: object
+) -> Tensor:
+    """γ·x + β per channel, without any statistics: the norm called "none"."""
+    x = x if weight is None else x * weight.view(1, -1, 1, 1)
+    return x if bias is None else x + bias.view(1, -1, 1, 1)
 
 
 def _batch_norm(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: Running,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """F.batch_norm, whose running statistics must have the affine's precision (x's, or float32), for those of any other too."""
-    running = (running_mean, running_var)
+    """F.batch_norm with running statistics of any precision."""
+    # F.batch_norm wants them in the affine's precision (x's, or float32)
     dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
     cast = [s if s is None else s.to(dtype) for s in running]
     y = F.batch_norm(x, *cast, weight, bias, training, momentum, eps)
     if training:
         for statistic, moved in zip(running, cast):
-            if moved is not statistic:
+            if statistic is not None and moved is not None and moved is not statistic:
                 statistic.copy_(moved)
     return y
 
 
 def _normalize_chunks(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: Running,
     momentum: float,
     eps: float,
     size: int,
@@ -109,20 +118,17 @@ def _normalize_chunks(
     mean, var = x.new_zeros(2, -(-len(x) // size), x.shape[1], dtype=wide)
     weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
     # momentum 1 leaves a chunk's own mean and unbiased variance in its "running" statistics
-    y = torch.cat(
-        [
-            F.batch_norm(chunk, m, v, weight, bias, True, 1.0, eps)
-            for chunk, m, v in zip(x.split(size), mean, var)
-        ]
-    )
-    _update_running(running_mean, running_var, mean.mean(0), var.mean(0), momentum)
-    return y
+    chunks = [
+        F.batch_norm(chunk, m, v, weight, bias, True, 1.0, eps)
+        for chunk, m, v in zip(x.split(size), mean, var)
+    ]
+    _update_running(running, mean.mean(0), var.mean(0), momentum)
+    return torch.cat(chunks)
 
 
 def _normalize_globally(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: Running,
     momentum: float,
     eps: float,
     weight: Tensor | None,
@@ -132,18 +138,19 @@ def _normalize_globally(
     var, mean = (s.double() for s in torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0))
     local = x.numel() // x.shape[1]
     count = torch.full((1,), float(local), dtype=torch.float64, device=x.device)
+    # sums rather than means, since processes may hold different numbers of images
     total = _AllReduce.apply(torch.cat([mean * local, (var + mean * mean) * local, count]))
     mean, square = (total[:-1] / total[-1]).chunk(2)
     var = (square - mean * mean).clamp_min(0)
     unbiased = var * total[-1] / (total[-1] - 1)
-    _update_running(running_mean, running_var, mean.detach(), unbiased.detach(), momentum)
+    _update_running(running, mean.detach(), unbiased.detach(), momentum)
     scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    return (x * scale.to(wide).view(1, -1, 1, 1) + shift.to(wide).view(1, -1, 1, 1)).to(x.dtype)
+    return affine(x, scale.to(wide), shift.to(wide)).to(x.dtype)
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum of a tensor over all processes, differentiable: its gradient is the sum of the processes' gradients."""
+    """Sum over all processes; the gradient is the sum of the processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -156,13 +163,78 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad)
 
 
-def _update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
-) -> None:
-    if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(var.to(running_var.dtype), momentum)
+def _update_running(running: Running, mean: Tensor, var: Tensor, momentum: float) -> None:
+    for statistic, new in zip(running, (mean, var)):
+        if statistic is not None:
+            statistic.lerp_(new.to(statistic.dtype), momentum)
+
+
+def default_groups(num_features: int, most: int = 32) -> int:
+    """GN's default number of groups: the largest divisor of num_features that is at most 32."""
+    return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
+
+
+# functions rather than lambdas: layers hold their spec, and are pickled and copied
+def _one_group(channels: int, groups: int | None) -> int:
+    return 1
+
+
+def _chosen_groups(channels: int, groups: int | None) -> int:
+    return groups or default_groups(channels)
+
+
+def _channel_groups(channels: int, groups: int | None) -> int:
+    return channels
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A norm by name.
+
+    Attributes:
+        kind: the normalization: "bn", "ln", "gn", "in" or "none".
+        normalize: called as normalize(x, groups=, eps=, weight=, bias=), where x is (N, C, H, W);
+            with batch statistics, as batch_normalize.
+        groups: number of groups from the number of channels and the option `groups`; None: the
+            norm has no groups.
+        batch_statistics: statistics are over the batch, and running ones serve in evaluation.
+        proxy: a proxy normalization follows the activation.
+        weight_standardization: the convolutions that feed the norm have standardized weights.
+    """
+
+    kind: str
+    normalize: Callable[..., Tensor]
+    groups: Callable[[int, int | None], int] | None = None
+    batch_statistics: bool = False
+    proxy: bool = False
+    weight_standardization: bool = False
+
+    @property
+    def is_none(self) -> bool:
+        """True where nothing is normalized."""
+        return self.normalize is affine
+
+
+_NORMALIZATIONS = {
+    "bn": NormSpec("bn", batch_normalize, batch_statistics=True),
+    "ln": NormSpec("ln", group_normalize, groups=_one_group),
+    "gn": NormSpec("gn", group_normalize, groups=_chosen_groups),
+    "in": NormSpec("in", group_normalize, groups=_channel_groups),
+}
+_SPECS = {
+    **_NORMALIZATIONS,
+    **{f"{kind}_pn": replace(spec, proxy=True) for kind, spec in _NORMALIZATIONS.items()},
+    **{
+        f"{kind}_ws": replace(_NORMALIZATIONS[kind], weight_standardization=True)
+        for kind in ("ln", "gn")
+    },
+    "none": NormSpec("none", affine),
+}
+NORMS: tuple[str, ...] = tuple(_SPECS)
+
+
+def norm_spec(name: str) -> NormSpec:
+    """The entry of a norm name. Raises ValueError with the nearest name and the list."""
+    if not isinstance(name, str) or name not in _SPECS:
+        raise ValueError(unknown_name("norm", name, NORMS))
+    return _SPECS[name]

@@ -14,8 +14,8 @@ from proxynorm.nn.norm_act import NormAct2d
 def update_bn(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> None:
     """Set the running statistics of all batch norms to their averages over a loader's batches.
 
-    The equivalent of torch.optim.swa_utils.update_bn, which knows torch's own batch norms only and passes over NormAct2d
-    without a word. The model's modes and momenta are restored.
+    The equivalent of torch.optim.swa_utils.update_bn, which knows torch's own batch norms only and
+    passes over NormAct2d without a word. The model's modes and momenta are restored.
 
     Args:
         model: a model with batch norms, NormAct2d's or torch's; others are left alone.
@@ -45,6 +45,6 @@ def update_bn(model: nn.Module, loader: Iterable, device: torch.device | str | N
 
 
 def _is_tracked_batch_norm(module: nn.Module) -> bool:
-    is_ours = isinstance(module, NormAct2d) and module.kind == "bn"
+    is_ours = isinstance(module, NormAct2d) and module.spec.batch_statistics
     is_batch_norm = is_ours or isinstance(module, nn.modules.batchnorm._BatchNorm)
     return is_batch_norm and module.running_mean is not None

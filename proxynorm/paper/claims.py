@@ -1,4 +1,4 @@
-"""The poster's claims beside what shows them: tests, and comparisons of tables that were run."""
+"""The poster's claims beside the evidence for them: tests, and comparisons of measured tables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import yaml
 
 from proxynorm.analysis.tables import markdown_table
 from proxynorm.errors import ConfigError
-from proxynorm.paper.comparing import Outcome
-from proxynorm.paper.report import p_value
+from proxynorm.paper.compare import Outcome, p_value
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim. tests: names in tests/test_claims.py; comparisons: 'TABLE: FIRST - SECOND'; scope: where
-    alone it is shown; needs: what no CPU shows."""
+    """A claim, with the keys of claims.yaml."""
 
     claim: str
     tests: list[str] = field(default_factory=list)
@@ -40,7 +38,7 @@ def load_claims() -> list[Claim]:
 
 
 def claim_outcomes(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
-    """The outcomes of the claim's comparisons, from those of each table. Raises ConfigError if a table lacks one."""
+    """The outcomes of the claim's comparisons, from those of each table. Raises ConfigError."""
     found = []
     for item in claim.comparisons:
         table, pair = (part.strip() for part in item.split(":"))
@@ -52,21 +50,18 @@ def claim_outcomes(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> l
 
 
 def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
-    """The weakest of the comparisons' verdicts; shown where tests alone show it; needs … where nothing here can."""
+    """The weakest verdict of the comparisons; tests alone show a claim."""
     if claim.needs:
         return f"needs {claim.needs}"
-    shown = f"shown {claim.scope}".strip()
-    if not outcomes:
-        return shown
     verdicts = {outcome.verdict for outcome in outcomes}
     for word in ("not run", "contradicted", "not shown"):
         if word in verdicts:
             return word
-    return shown if verdicts == {"shown"} else "not shown"
+    return f"shown {claim.scope}".strip() if verdicts <= {"shown"} else "not shown"
 
 
 def random_net_figures(results: str | Path) -> dict[str, str]:
-    """What notes quote of results/power_random_net; each is "not measured" where that is not there."""
+    """The figures that notes quote from results/power_random_net; "not measured" without it."""
     path = Path(results) / "power_random_net" / "summary.json"
     if not path.is_file():
         return defaultdict(lambda: "not measured")
@@ -90,23 +85,21 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
             parts.append(f"{item}: not run")
             continue
         p = f", p {p_value(outcome.p)}" if outcome.p is not None else ""
-        parts.append(
-            f"{item}: {outcome.difference:+.2f} points, "
-            f"n {outcome.first.n} and {outcome.second.n}{p}: {outcome.verdict}"
-        )
+        counts = f"n {outcome.first.n} and {outcome.second.n}"
+        parts.append(f"{item}: {outcome.difference:+.2f} points, {counts}{p}: {outcome.verdict}")
     return "; ".join([*parts, claim.note.format_map(figures)] if claim.note else parts)
 
 
 def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
-    """The table of claims as Markdown. figures: random_net_figures."""
+    """The claims as a Markdown table. figures: of random_net_figures."""
     rows = []
     for claim in load_claims():
         found = claim_outcomes(claim, outcomes)
         rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
+    table = markdown_table(["claim", "evidence here", "status"], rows)
     return (
-        "# The poster's claims\n\n"
-        + markdown_table(["claim", "evidence here", "status"], rows)
-        + "\n\nTests are those of tests/test_claims.py, on random and small networks; comparisons are those of the "
-        "tables' reports (results/TABLE/report.md), on Fashion-MNIST. A status that rests on tests alone says "
-        "what small networks show.\n"
+        f"# The poster's claims\n\n{table}\n\n"
+        "Tests are those of tests/acceptance/test_claims.py, on random and small networks; "
+        "comparisons are those of the tables' reports (results/TABLE/report.md), on "
+        "Fashion-MNIST. A status that rests on tests alone says what small networks show.\n"
     )

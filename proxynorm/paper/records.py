@@ -1,4 +1,4 @@
-"""Finished runs as records: read from run folders or from the archives that are kept, and put into such archives."""
+"""Finished runs as records, read from run folders or from the archives in results/TABLE/runs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from proxynorm.errors import DataError
 from proxynorm.files import write_atomic
-from proxynorm.launch.damage import KEPT, Damaged, check_finished
-from proxynorm.launch.runs import Run, Standing, check_folder, read_summary, standing
+from proxynorm.launch.finished import KEPT, Damaged, check_files, finished_files
+from proxynorm.launch.status import Status, done_status, run_status
+from proxynorm.paper.table import TableRun
 
-FAILURE = "failure.txt"  # of a run that failed, in place of its summary: why
-REMEDY = "remove it, and collect the run again"  # of a damaged archive
+FAILURE = "failure.txt"  # replaces the summary of a failed run: the reason
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished run leaves: its cell's name, seed, summary, environment and the rows of metrics.jsonl."""
+    """A finished run: cell, seed, summary, environment and the rows of metrics.jsonl."""
 
     cell: str
     seed: int
@@ -31,100 +31,87 @@ class Record:
     rows: list[dict[str, Any]]
 
 
-def archive_path(run: Run, results: str | Path) -> Path:
+def archive_path(run: TableRun, results: str | Path) -> Path:
     """Where the run is kept: a tar archive that unpacks to its folder."""
     return Path(results) / run.table / "runs" / f"{run.name}.tar.xz"
 
 
-def run_files(run: Run) -> dict[str, bytes] | None:
-    """The files to keep of a finished or failed run; None of any other. Raises DataError if it is damaged."""
-    if read_summary(run.folder) is None:
-        now = standing(run)
+def run_files(run: TableRun) -> dict[str, bytes] | None:
+    """The files to keep of a finished or failed run; None for any other. Raises DataError."""
+    files = finished_files(run.folder)
+    if files is None:
+        now = run_status(run)
         if now.state == "damaged":
             raise DataError(now.error)
         if now.state != "failed":
             return None
-        kept = {name: _content(run, name) for name in KEPT[:3] if (run.folder / name).is_file()}
-        return {**kept, FAILURE: f"{now.error}\n".encode()}
-    check_folder(run.folder)
-    return {name: _content(run, name) for name in KEPT}
+        paths = [path for name in KEPT[:3] if (path := run.folder / name).is_file()]
+        files = {path.name: path.read_bytes() for path in paths}
+        files[FAILURE] = f"{now.error}\n".encode()
+    if "config.yaml" in files:  # the path of the runs on this machine is nobody else's
+        line = f"runs_dir: runs/{run.table}".encode()
+        files["config.yaml"] = re.sub(rb"(?m)^runs_dir: .*$", line, files["config.yaml"])
+    return files
 
 
-def _content(run: Run, name: str) -> bytes:
-    """A file of the run's folder; config.yaml without the path under which this machine has it."""
-    content = (run.folder / name).read_bytes()
-    if name != "config.yaml":
-        return content
-    return re.sub(
-        rb"^runs_dir: .*$", f"runs_dir: runs/{run.table}".encode(), content, flags=re.MULTILINE
-    )
+def kept_files(run: TableRun, results: str | Path) -> dict[str, bytes] | None:
+    """The run's files from its folder, else from its archive; None if it has not ended.
 
-
-def kept_files(run: Run, results: str | Path) -> dict[str, bytes] | None:
-    """The run's files from its folder, else from its archive; None if neither tells an end. Raises DataError."""
+    Raises DataError for damaged files.
+    """
     path, files = archive_path(run, results), run_files(run)
     return read_archive(path) if files is None and path.exists() else files
 
 
-def kept_standing(run: Run, results: str | Path) -> Standing | None:
-    """How the run ended that is kept as an archive alone, without a folder; None for any other. Raises DataError."""
+def kept_status(run: TableRun, results: str | Path) -> Status | None:
+    """The status of a run kept as an archive alone; None for any other. Raises DataError."""
     path = archive_path(run, results)
     if run.folder.exists() or not path.exists():
         return None
-    files = read_archive(path)
+    files, note = read_archive(path), f"kept in {results}"
     if FAILURE in files:
-        return Standing("failed", error=f"{files[FAILURE].decode().strip()} (kept in {results})")
-    summary = json.loads(files["summary.json"])
-    return Standing(
-        "done", summary["steps"], summary["steps"], summary["loss"], note=f"kept in {results}"
-    )
+        return Status("failed", error=f"{files[FAILURE].decode().strip()} ({note})")
+    return done_status(json.loads(files["summary.json"]), note)
 
 
-def as_record(run: Run, files: dict[str, bytes]) -> Record:
+def as_record(run: TableRun, files: dict[str, bytes]) -> Record:
     """The record of a finished run's files."""
     rows = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
-    return Record(
-        run.cell.name,
-        run.seed,
-        json.loads(files["summary.json"]),
-        json.loads(files["environment.json"]),
-        rows,
+    summary, environment = (
+        json.loads(files[f"{name}.json"]) for name in ("summary", "environment")
     )
+    return Record(run.cell.name, run.seed, summary, environment, rows)
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
-    """The kept files of an archive by name. Raises DataError if it is damaged or incomplete."""
+    """The files of an archive by name. Raises DataError if it is damaged or incomplete."""
     try:
         with tarfile.open(path, "r:xz") as archive:
-            contents = {
-                Path(member.name).name: archive.extractfile(member).read()
-                for member in archive
-                if member.isfile()
-            }
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
-    try:
-        if FAILURE not in contents:
-            check_finished(contents.get)
-    except Damaged as damage:
-        raise DataError(f"{path} is damaged ({damage}); {REMEDY}") from None
-    return contents
+            members = [member for member in archive if member.isfile()]
+            files = {Path(item.name).name: archive.extractfile(item).read() for item in members}
+        if FAILURE not in files:
+            check_files(files)
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, Damaged) as error:
+        raise DataError(
+            f"{path} is damaged ({error}); remove it, and collect the run again"
+        ) from error
+    return files
 
 
-def collect(run: Run, results: str | Path) -> bool:
-    """Keep a finished or failed run as an archive; False if it is neither, or kept already, equal in content."""
-    contents, path = run_files(run), archive_path(run, results)
-    if contents is None or (path.exists() and read_archive(path) == contents):
+def collect(run: TableRun, results: str | Path) -> bool:
+    """Keep a finished or failed run as an archive; False if there is nothing new to keep."""
+    files, path = run_files(run), archive_path(run, results)
+    if files is None or (path.exists() and read_archive(path) == files):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda stream: write_archive(stream, run.name, contents))
+    write_atomic(path, lambda stream: write_archive(stream, run.name, files))
     return True
 
 
-def write_archive(stream: io.BufferedIOBase, folder: str, contents: dict[str, bytes]) -> None:
-    """A tar of folder/name for each of `contents`, without dates and owners, so that equal runs give equal archives."""
+def write_archive(stream: io.BufferedIOBase, folder: str, files: dict[str, bytes]) -> None:
+    """Write a tar of folder/name, without dates and owners: equal runs give equal archives."""
     with tarfile.open(fileobj=stream, mode="w:xz", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in sorted(contents.items()):
+        for name, content in sorted(files.items()):
             member = tarfile.TarInfo(f"{folder}/{name}")
             member.size, member.mode = len(content), 0o644
             archive.addfile(member, io.BytesIO(content))

@@ -1,38 +1,33 @@
-"""A table's report from its records: Markdown, one HTML file, figures; the same bytes from the same runs."""
+"""A table's report from its runs: report.md and figures, the same bytes from the same runs."""
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from proxynorm.analysis.svg import dot_chart, line_chart
+from proxynorm.analysis.tables import markdown_table
+from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.launch.runs import Run, standing
-from proxynorm.paper.comparing import (
+from proxynorm.launch.status import run_status
+from proxynorm.paper.compare import (
     Outcome,
     Sample,
     cell_samples,
     cell_status,
     compare,
+    p_value,
     seed_spread,
 )
-from proxynorm.paper.document import (
-    Block,
-    Code,
-    Figure,
-    Grid,
-    Heading,
-    Paragraph,
-    to_html,
-    to_markdown,
-)
+from proxynorm.paper.figures import Curves, cell_styles, plot_cells, plot_curves
 from proxynorm.paper.records import FAILURE, Record, as_record, kept_files
-from proxynorm.paper.table import Cell, Table
+from proxynorm.paper.search import protocol
+from proxynorm.paper.table import Cell, Table, TableRun
 
 LABELS = {
     "P": "poster",
@@ -42,11 +37,12 @@ LABELS = {
     "E": "not the paper's, a yardstick",
 }
 MOST_CURVES = 20
+Grid = list[list[str]]  # the header, then the rows
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a report is written from. words: what else its commands say, such as seeds=2."""
+    """Everything a report is written from. words: further words of its commands, as seeds=2."""
 
     table: Table
     cells: list[Cell]
@@ -57,176 +53,155 @@ class Findings:
     failed: Counter
     words: tuple[str, ...] = ()
 
+    def of_cell(self, cell: Cell) -> list[Record]:
+        return [record for record in self.records if record.cell == cell.name]
+
 
 def gather(
-    table: Table, runs: Sequence[Run], results: str | Path, words: Sequence[str] = ()
+    table: Table, runs: Sequence[TableRun], results: str | Path, words: Sequence[str] = ()
 ) -> Findings:
     """Read what the runs left, in their folders or in `results`. words: as in Findings."""
-    found = [(run, kept_files(run, results)) for run in runs]
-    records = [
-        as_record(run, files) for run, files in found if files is not None and FAILURE not in files
-    ]
-    failed = Counter(
-        run.cell.name for run, files in found if files is not None and FAILURE in files
-    )
-    running = Counter(
-        run.cell.name for run, files in found if files is None and standing(run).state == "running"
-    )
+    records, running, failed = [], Counter(), Counter()
+    for run in runs:
+        files = kept_files(run, results)
+        if files is None:
+            running[run.cell.name] += run_status(run).state == "running"
+        elif FAILURE in files:
+            failed[run.cell.name] += 1
+        else:
+            records.append(as_record(run, files))
     samples = cell_samples(table, records)
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
-    return Findings(
-        table, cells, records, samples, compare(table, samples), running, failed, tuple(words)
-    )
+    outcomes = compare(table, samples)
+    return Findings(table, cells, records, samples, outcomes, running, failed, tuple(words))
 
 
-def write_report(findings: Findings, folder: Path) -> None:
-    """Write report.md, report.html and the figures into `folder`."""
+def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
+    """Write report.md and the figures into `folder`.
+
+    Raises ConfigError, unless `force`, if the report there has more runs.
+    """
+    path, count = folder / "report.md", len(findings.records)
+    former = re.search(r"^(\d+) runs, ", path.read_text(), re.M) if path.exists() else None
+    if former and int(former[1]) > count and not force:
+        raise ConfigError(f"{path} has {former[1]} runs, this one {count}; force=true replaces it")
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = report(findings)
-    for block in blocks:
-        if isinstance(block, Figure):
-            write_text(folder / block.file, block.svg)
-    write_text(folder / "report.md", to_markdown(blocks))
-    write_text(folder / "report.html", to_html(findings.table.title, blocks))
+    text = report(findings, draw_figures(findings, folder))
+    write_text(path, text)
 
 
-def report(findings: Findings) -> list[Block]:
-    """The report's blocks."""
+def report(findings: Findings, figures: Mapping[str, str]) -> str:
+    """The report as Markdown. figures: {file: caption}."""
     table = findings.table
-    blocks: list[Block] = [Heading(table.title, 1), Paragraph(table.about.strip())]
+    parts = [f"# {table.title}", table.about.strip(), protocol(table)]
     if table.columns:
-        blocks += [Heading("Table"), wide_table(findings)]
-    blocks += [Heading("Cells"), cell_table(findings), Paragraph(explanation(findings))]
-    blocks += figures(findings)
+        parts += ["## Table", as_markdown(wide_table(findings))]
+    parts += ["## Cells", as_markdown(cell_table(findings)), explanation(findings)]
+    parts += [f"![{caption}]({file})" for file, caption in figures.items()]
     if findings.outcomes:
-        blocks += [
-            Heading("Comparisons"),
-            comparison_table(findings.outcomes),
-            Paragraph(comparison_notes(findings)),
-        ]
-    return blocks + [
-        Heading("How it was made"),
-        Paragraph(provenance(findings.records)),
-        Code(commands(findings)),
-    ]
+        comparisons = as_markdown(comparison_table(findings.outcomes))
+        parts += ["## Comparisons", comparisons, comparison_notes(findings)]
+    parts += ["## How it was made", provenance(findings.records), f"```\n{commands(findings)}\n```"]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def as_markdown(grid: Grid) -> str:
+    header, *rows = [[text.replace("|", "\\|") for text in row] for row in grid]
+    return markdown_table(header, rows)
 
 
 def wide_table(findings: Findings) -> Grid:
-    """Row axes down, column axes across; mean ± std."""
+    """Mean ± standard deviation, row axes down, column axes across."""
     table = findings.table
 
-    def place(cell: Cell, axes: Sequence[str]) -> str:
+    def label(cell: Cell, axes: Sequence[str]) -> str:
+        values = [(axis, cell.labels[axis]) for axis in axes if cell.labels.get(axis) is not None]
         return ", ".join(
-            value if isinstance(value, str) else f"{axis.rpartition('.')[2]} {value}"
-            for axis in axes
-            if (value := cell.labels.get(axis)) is not None
+            v if isinstance(v, str) else f"{a.rpartition('.')[2]} {v}" for a, v in values
         )
 
-    rows = list(dict.fromkeys(place(cell, table.rows) for cell in findings.cells))
-    columns = list(dict.fromkeys(place(cell, table.columns) for cell in findings.cells))
+    rows = list(dict.fromkeys(label(cell, table.rows) for cell in findings.cells))
+    columns = list(dict.fromkeys(label(cell, table.columns) for cell in findings.cells))
     shown = {
-        (place(cell, table.rows), place(cell, table.columns)): str(findings.samples[cell.name])
+        (label(cell, table.rows), label(cell, table.columns)): str(findings.samples[cell.name])
         for cell in findings.cells
     }
-    header = ["", *(column or "any" for column in columns)]
-    return Grid(
-        header, [[row, *(shown.get((row, column), "") for column in columns)] for row in rows]
-    )
+    unnamed = "any" if table.columns else f"{table.metric} %"
+    header = ["", *(column or unnamed for column in columns)]
+    return [header, *([row, *(shown.get((row, column), "") for column in columns)] for row in rows)]
 
 
 def cell_table(findings: Findings) -> Grid:
-    """A row a cell: mean ± std, n, reference, difference, status."""
-    table, references = (
-        findings.table,
-        {reference.cell: reference for reference in findings.table.references},
-    )
-    header = (
-        ["cell", f"{table.metric} %", "n"]
-        + (["reference", "difference"] if references else [])
-        + ["status"]
-    )
-    rows = []
+    """A row for each cell: mean ± std, n, reference and difference if any, loss ratio, status."""
+    table = findings.table
+    references = {reference.cell: reference for reference in table.references}
+    header = ["cell", f"{table.metric} %", "n"]
+    header += ["reference", "difference"] if references else []
+    grid = [[*header, "loss ratio", "status"]]
     for cell in findings.cells:
         sample, reference = findings.samples[cell.name], references.get(cell.name)
         row = [cell.name, str(sample), str(sample.n)]
         if references:
             row.append(f"{reference.value:.2f} [{reference.label}]" if reference else "")
             row.append(f"{sample.mean - reference.value:+.2f}" if reference and sample.n else "")
-        status = cell_status(
-            table, sample, findings.running[cell.name], findings.failed[cell.name], reference
-        )
-        rows.append([*row, status])
-    return Grid(header, rows)
+        ratios = [ratio for r in findings.of_cell(cell) if (ratio := loss_ratio(r)) is not None]
+        row.append(f"{fmean(ratios):.3f}" if ratios else "")
+        running, failed = findings.running[cell.name], findings.failed[cell.name]
+        grid.append([*row, cell_status(table, sample, running, failed, reference)])
+    return grid
+
+
+def loss_ratio(record: Record) -> float | None:
+    """Mean training loss of the run's last tenth over that of the tenth before; near 1 is flat."""
+    curve, steps = points(record, "train", "step", "loss"), record.summary["steps"]
+    last = [loss for step, loss in curve if step > 0.9 * steps]
+    before = [loss for step, loss in curve if 0.8 * steps < step <= 0.9 * steps]
+    return fmean(last) / fmean(before) if last and before else None
 
 
 def explanation(findings: Findings) -> str:
-    """What the numbers of the cell table are."""
+    """A note on the numbers of the cell table."""
     table = findings.table
-    text = f"{table.metric} in percent on {table.split}, mean ± standard deviation over n seeds (of {table.seeds})."
-    labels = sorted({reference.label for reference in table.references})
-    if labels:
+    text = (
+        f"{table.metric} in percent on {table.split}, mean ± standard deviation over n seeds (of "
+        f"{table.seeds}). Loss ratio: mean training loss of the last tenth over the tenth before."
+    )
+    if table.references:
+        labels = sorted({reference.label for reference in table.references})
         told = "; ".join(f"[{label}] {LABELS[label]}" for label in labels)
         sources = "; ".join(dict.fromkeys(reference.source for reference in table.references))
-        text += f" References: {told}. Sources: {sources}. within: at most {table.tolerance:g} points from the reference."
+        text += f" References: {told}. Sources: {sources}."
+        text += f" within: at most {table.tolerance:g} points from the reference."
     return text
 
 
-def figures(findings: Findings) -> list[Block]:
-    """The dot chart of the cells, curves of the training loss and the metric, P1 against depth where it was logged."""
+def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
+    """Draw the cells, the curves of loss and metric, and P1 by depth; {file: caption}."""
     samples = {name: sample.values for name, sample in findings.samples.items() if sample.n}
     if not samples:
-        return []
-    table, records = findings.table, findings.records
-    references = {
-        reference.cell: reference.value
-        for reference in table.references
-        if reference.cell in samples
+        return {}
+    table, label = findings.table, f"{findings.table.metric} (%)"
+    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in findings.cells}
+    styles = cell_styles({name: norm for name, norm in norms.items() if name in samples})
+    references = {item.cell: item.value for item in table.references}
+    plot_cells(samples, references, styles, f"{label} on {table.split}", folder / "cells.png")
+    found = {"cells.png": f"{label}: every run faint, mean ± one standard deviation bold"}
+    charts = {
+        "loss": (partial(points, event="train", x="epoch", y="loss"), "epoch", "training loss"),
+        "curves": (partial(points, event="eval", x="epoch", y=table.metric), "epoch", label),
+        "power": (last_power, "norm layer", "P1 after training, share of the power"),
     }
-    caption = f"{table.metric} (%): every run faint, mean and ± one standard deviation bold"
-    blocks: list[Block] = [
-        Figure(
-            "cells.svg",
-            dot_chart(samples, f"{table.metric} (%)", references),
-            caption + ("; a bar across: the reference" if references else ""),
-        )
-    ]
-    charts = [
-        ("loss.svg", "train", "epoch", "loss", "training loss, mean over seeds"),
-        (
-            "curves.svg",
-            "eval",
-            "epoch",
-            table.metric,
-            f"{table.metric} (%) on {table.split}, mean over seeds",
-        ),
-    ]
-    for file, event, x, y, caption in charts:
-        series = mean_curves(records, partial(points, event=event, x=x, y=y))
-        series = {name: series[name] for name in samples if len(series.get(name, ())) > 1}
-        if 0 < len(series) <= MOST_CURVES:
-            blocks.append(Figure(file, line_chart(series, x, caption.split(",")[0]), caption))
-    powers = mean_curves(records, last_power)
-    if powers:
-        chart = line_chart(
-            {name: powers[name] for name in samples if name in powers},
-            "norm layer",
-            "P1",
-            (0.0, 1.0),
-        )
-        blocks.append(
-            Figure(
-                "power.svg",
-                chart,
-                "P1, the channel-wise constant part of the power, after training, mean over seeds",
-            )
-        )
-    return blocks
+    for name, (curve, x, y) in charts.items():
+        curves = mean_curves(findings, curve)
+        if 0 < len(curves) <= MOST_CURVES:
+            plot_curves(curves, styles, x, y, folder / f"{name}.png")
+            found[f"{name}.png"] = f"{y}, mean over seeds"
+    return found
 
 
 def points(record: Record, event: str, x: str, y: str) -> list[tuple[float, float]]:
-    return [
-        (row[x], row[y]) for row in record.rows if row["event"] == event and row.get(y) is not None
-    ]
+    rows = [row for row in record.rows if row["event"] == event]
+    return [(row[x], row[y]) for row in rows if row.get(y) is not None]
 
 
 def last_power(record: Record) -> list[tuple[float, float]]:
@@ -236,23 +211,20 @@ def last_power(record: Record) -> list[tuple[float, float]]:
     return [(float(place), value) for place, value in enumerate(values, 1)]
 
 
-def mean_curves(
-    records: Sequence[Record], curve: Callable[[Record], list[tuple[float, float]]]
-) -> dict[str, list[tuple[float, float]]]:
-    """For each cell the mean over its seeds of `curve`, at the x that all its runs have."""
-    collected: dict[str, list[dict[float, float]]] = defaultdict(list)
-    for record in records:
-        if found := dict(curve(record)):
-            collected[record.cell].append(found)
-    return {
-        cell: [
-            (x, fmean(run[x] for run in runs)) for x in sorted(set.intersection(*map(set, runs)))
-        ]
-        for cell, runs in collected.items()
-    }
+def mean_curves(findings: Findings, curve: Callable[[Record], list[tuple[float, float]]]) -> Curves:
+    """For each cell the mean of `curve` over its runs, at the x that all have."""
+    curves = {}
+    for cell in findings.cells:
+        runs = [found for record in findings.of_cell(cell) if (found := dict(curve(record)))]
+        shared = sorted(set.intersection(*map(set, runs))) if runs else []
+        if len(shared) > 1:
+            curves[cell.name] = [(x, fmean(run[x] for run in runs)) for x in shared]
+    return curves
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
+    """A row for each comparison."""
+    header = ["claim", "cells", "expected", "difference", "95 % interval", "p", "n", "verdict"]
     rows = [
         [
             item.comparison.claim,
@@ -266,20 +238,15 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
         ]
         for item in outcomes
     ]
-    return Grid(
-        ["claim", "cells", "expected", "difference", "95 % interval", "p", "n", "verdict"], rows
-    )
-
-
-def p_value(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return [header, *rows]
 
 
 def comparison_notes(findings: Findings) -> str:
     table, spread = findings.table, seed_spread(findings.table, findings.samples)
     text = (
-        f"Differences in points; Welch's t-test, two-sided, not corrected for the number of comparisons. "
-        f"equal: shown if the interval stays above −{table.margin:g} points (matches or exceeds)."
+        "Differences in points; Welch's t-test, two-sided, not corrected for the number of "
+        f"comparisons. equal: shown if the interval stays above −{table.margin:g} points (matches "
+        "or exceeds)."
     )
     if spread is not None:
         own = any(sample.n > 1 for sample in findings.samples.values())
@@ -292,21 +259,17 @@ def provenance(records: Sequence[Record]) -> str:
     """Machines, versions, commits and hours of the records."""
     if not records:
         return "Nothing has been run yet."
-    machines = tally(
-        f"{e['processor']}, {e['cores']} cores" + (f", {', '.join(e['gpus'])}" if e["gpus"] else "")
-        for e in (record.environment for record in records)
+    environments = [record.environment for record in records]
+    machines = (
+        ", ".join([e["processor"], f"{e['cores']} cores", *e["gpus"]]) for e in environments
     )
-    versions = tally(
-        f"python {r.environment['python']}, torch {r.environment['packages']['torch']}"
-        for r in records
-    )
-    commits = tally(commit_name(record.environment["git"]) for record in records)
-    threads = tally(str(record.environment["threads"]) for record in records)
+    versions = (f"python {e['python']}, torch {e['packages']['torch']}" for e in environments)
     hours = sum(record.summary["train_seconds"] for record in records) / 3600
     return (
         f"{len(records)} runs, {hours:.2f} hours of training (evaluation and start-up left out). "
-        f"Machine: {machines}; CPU threads a run: {threads}. "
-        f"Versions: {versions}. Source: {commits}."
+        f"Machine: {tally(machines)}; CPU threads a run: "
+        f"{tally(str(e['threads']) for e in environments)}. Versions: {tally(versions)}. "
+        f"Source: {tally(commit_name(e['git']) for e in environments)}."
     )
 
 
@@ -316,36 +279,21 @@ def commit_name(git: Mapping[str, object]) -> str:
     return f"commit {str(git['commit'])[:12]}" + (" with local changes" if git["dirty"] else "")
 
 
-def tally(names) -> str:
+def tally(names: Iterable[str]) -> str:
     """Each distinct name, with its count where there are several."""
     counts = sorted(Counter(names).items())
-    return (
-        counts[0][0]
-        if len(counts) == 1
-        else "; ".join(f"{name} ({count} runs)" for name, count in counts)
-    )
+    if len(counts) == 1:
+        return counts[0][0]
+    return "; ".join(f"{name} ({count} runs)" for name, count in counts)
 
 
 def commands(findings: Findings) -> str:
     """The commands that make the table, and the overrides of each cell."""
-    table = findings.table
-    first = (
-        [
-            f"python scripts/reproduce.py run table={table.tuned.table}",
-            f"python scripts/reproduce.py choose table={table.tuned.table}",
-        ]
-        if table.tuned
-        else []
-    )
+    table, script = findings.table, "python scripts/reproduce.py"
     words = "".join(f" {shlex.quote(word)}" for word in findings.words)
-    lines = [
-        *first,
-        *(
-            f"python scripts/reproduce.py {word} {table.argument}{words}"
-            for word in ("run", "report")
-        ),
-        "",
-    ]
-    return "\n".join(
-        lines + [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells]
-    )
+    lines = [f"{script} {word} {table.argument}{words}" for word in ("run", "report")]
+    if table.tuned:
+        search = [f"{script} {word} table={table.tuned.table}" for word in ("run", "choose")]
+        lines = search + lines
+    cells = [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells]
+    return "\n".join([*lines, "", *cells])

@@ -1,32 +1,29 @@
-"""Choose a table's hyper-parameter from the finished runs of its search."""
+"""Choose a table's hyper-parameters from the finished runs of its search."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import Run
 from proxynorm.paper.records import FAILURE, kept_files
-from proxynorm.paper.table import Table
+from proxynorm.paper.table import Table, TableRun, load_table
 
-DIVERGED = (
-    b": not finite, "  # in the error line of a run whose loss or gradient left the finite numbers
-)
+DIVERGED = b": not finite, "  # in the error line of a run whose loss or gradient became infinite
+Point = tuple[float, ...]
 
 
-def choose(table: Table, runs: Sequence[Run], results: str | Path) -> dict[str, Any]:
-    """For each place on the search's axis `by`, the values with the best mean metric over seeds, of the runs in their
-    folders or kept in `results`.
+def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[str, Any]:
+    """Choose, for each value of the search's axis `by`, the point with the best mean metric.
 
-    Returns {"table", "metric", "chosen": {place: {axis: value}}, "tried": {place: {"value value": mean metric}},
-    "at_edge": {place: the axes whose chosen value is the smallest or largest tried}}. Raises ConfigError for a table
-    that is no search, and while runs are missing.
+    Returns {"table", "metric", "chosen": {place: {axis: value}}, "tried": {place: {"value value":
+    mean metric}}, "at_edge": {place: axes whose chosen value is the smallest or largest tried}}.
+    Raises ConfigError for a table that is no search, and while runs are missing.
     """
     if table.search is None:
         raise ConfigError(f"table {table.name} is not a search; nothing is chosen from it")
@@ -45,9 +42,7 @@ def choose(table: Table, runs: Sequence[Run], results: str | Path) -> dict[str, 
     }
 
 
-def at_edge(
-    best: tuple[float, ...], tried: Sequence[tuple[float, ...]], axes: Sequence[str]
-) -> list[str]:
+def at_edge(best: Point, tried: Sequence[Point], axes: Sequence[str]) -> list[str]:
     """The axes on which `best` is the smallest or the largest value tried."""
     columns = zip(axes, best, zip(*tried, strict=True), strict=True)
     return [axis for axis, value, values in columns if value in (min(values), max(values))]
@@ -58,13 +53,17 @@ def shown(score: float) -> float | str:
 
 
 def mean_metric(
-    table: Table, runs: Sequence[Run], results: str | Path
-) -> dict[str, dict[tuple[float, ...], float]]:
-    """{place: {values of the axes: mean metric over seeds}}, −inf where a run diverged. Raises ConfigError if runs are missing."""
-    scores: dict[str, dict[tuple[float, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
+    table: Table, runs: Sequence[TableRun], results: str | Path
+) -> dict[str, dict[Point, float]]:
+    """{place: {values of the axes: mean metric over seeds}}, −inf where a run diverged.
+
+    Raises ConfigError if runs are missing.
+    """
+    scores: dict[str, dict[Point, list[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for run in runs:
         files, labels = kept_files(run, results), run.cell.labels
+        # A run that failed for another reason than divergence is missing.
         if files is None or DIVERGED not in files.get(FAILURE, DIVERGED):
             missing.append(run.name)
             continue
@@ -76,13 +75,32 @@ def mean_metric(
             f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
             f"scripts/reproduce.py run {table.argument}"
         )
-    means = {
-        place: {value: mean(values) for value, values in row.items()}
-        for place, row in scores.items()
-    }
-    for place, values in means.items():
-        if max(values.values()) == -math.inf:
+    means = {place: {p: mean(v) for p, v in points.items()} for place, points in scores.items()}
+    for place, points in means.items():
+        if max(points.values()) == -math.inf:
             raise ConfigError(
                 f"table {table.name}: every value tried for {place} diverged; extend the search"
             )
     return means
+
+
+def protocol(table: Table) -> str:
+    """State the grid, seeds and runs that each place got in the table's search; "" without one."""
+    search = load_table(table.tuned.table) if table.tuned else table
+    if search.search is None:
+        return ""
+    by, axes = search.search.by, search.search.axes
+    grids: dict[str, set[Point]] = defaultdict(set)
+    for cell in search.expand():
+        grids[str(cell.labels[by])].add(tuple(cell.labels[axis] for axis in axes))
+    words = f"{search.seeds} seed{'s' if search.seeds > 1 else ''}"
+    (usual, _), *others = Counter(map(frozenset, grids.values())).most_common()
+    count = f"{len(usual)} points of {' × '.join(axes)}, {words}: {search.seeds * len(usual)} runs"
+    if not others:
+        return f"Search {search.name}: every {by} got the same {count}."
+    extra = [
+        f"{place} ({search.seeds * len(grid)} runs)"
+        for place, grid in grids.items()
+        if grid != usual
+    ]
+    return f"Search {search.name}: each {by} got {count}; another grid for {', '.join(extra)}."

@@ -1,13 +1,13 @@
-"""A table as data: its cells, how each is trained, what they are compared with. Read from tables/NAME.yaml."""
+"""A table as data, read from tables/NAME.yaml: its cells, how each is trained, its comparisons."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
+import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import yaml
 
 from proxynorm.cli import nearest
 from proxynorm.errors import ConfigError
+from proxynorm.launch.runs import Run, quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its name, its place on the table's axes, and the overrides that train.py gets for it."""
+    """One cell: its name, its values on the table's axes, its overrides for train.py."""
 
     name: str
     labels: dict[str, Any]
@@ -30,8 +31,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class TableRun(Run):
+    """A run of a table: one cell, one seed."""
+
+    table: str
+    cell: Cell
+    seed: int
+
+
+@dataclass(frozen=True)
 class Reference:
-    """A published value of a cell. label: P poster, C code, F caption, D digitised, E elsewhere (not the paper)."""
+    """A published value of a cell; label: a key of report.LABELS."""
 
     cell: str
     value: float
@@ -41,7 +51,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two cells whose difference (first − second) a claim is about; expect: higher, equal or lower."""
+    """Two cells whose difference a claim is about; expect: higher, equal or lower."""
 
     first: str
     second: str
@@ -51,7 +61,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Search:
-    """The table is a search: of the cells with one value of the axis `by`, the best gives the values of `axes`."""
+    """The table is a search: for each value of the axis `by`, of values on `axes`."""
 
     axes: tuple[str, ...]
     by: str
@@ -59,7 +69,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Overrides that come from a finished search: for each cell, the value chosen for its place on the axis `by`."""
+    """Overrides from a finished search: each cell gets what was chosen for its value of `by`."""
 
     table: str
     by: str
@@ -70,21 +80,20 @@ class Table:
     """A table.
 
     train:       overrides of every cell
-    cells:       blocks, each the product of its axes: {axis: [values]}; a value v of axis a means the override a=v
-    bundles:     {axis: {value: [overrides]}} for axes whose values stand for several overrides
-    rules:       [{when: {axis: value}, train: [overrides]}] for the cells that match
+    cells:       blocks, each the product of its axes {axis: [values]}; value v of axis a: a=v
+    bundles:     {axis: {value: [overrides]}}, for values that stand for several overrides
+    rules:       [{when: {axis: value}, train: [overrides]}], for the cells that match
     tuned:       overrides found by a search
-    seeds:       runs a cell
-    rows, columns: the axes that go down and across in the report
-    metric:      the summary's key that is reported, in percent points
-    split:       which images the metric is measured on, in words
-    margin:      what a cell may fall behind another, in points, and still match it
-    tolerance:   largest distance from a reference, in points, that still is within
-    seed_std:    known standard deviation between seeds, in points, and its source in seed_std_source
-    file:        the YAML file, of a table that is not one of TABLES
-    minutes:     of one run of the first cell on `hardware`, evaluations included: an estimate until runs have been measured,
-                 from which those of the other cells follow (reproduce/cost.py)
-    hardware:    what the minutes are for; "for N epochs" in it: of a run of so many epochs, not of the recipe's
+    seeds:       runs of each cell
+    rows, columns: the axes down and across in the report
+    metric:      the key of summary.json that is reported, in percent
+    split:       the images the metric is measured on, in words
+    margin:      points by which a cell may fall behind another and still match it
+    tolerance:   largest distance from a reference, in points, that counts as within
+    seed_std:    known standard deviation between seeds, in points; source in seed_std_source
+    file:        the YAML file, if it is not one of TABLES
+    minutes:     of one run of the first cell on `hardware`, an estimate until runs are measured
+    relative:    {axis: {value: factor}}, the time of other cells relative to the first
     """
 
     name: str
@@ -103,6 +112,7 @@ class Table:
     search: Search | None = None
     references: list[Reference] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    relative: dict[str, dict[Any, float]] = field(default_factory=dict)
     metric: str = "top1"
     split: str = "the test set"
     margin: float = 0.3
@@ -113,15 +123,23 @@ class Table:
 
     @property
     def argument(self) -> str:
-        """The word of a command line that names the table: its name, or its file's path as it was given."""
+        """The table's argument on a command line: its name, or its file's path as given."""
         if not self.file:
             return f"table={self.name}"
         plain = re.fullmatch(r"[\w./~+-]+", self.file)
         return shlex.quote(f"table={self.file if plain else json.dumps(self.file)}")
 
+    def stated_seconds(self, run: TableRun) -> float:
+        """The time of a run as the table states it."""
+        factors = [self.relative.get(axis, {}).get(v, 1) for axis, v in run.cell.labels.items()]
+        return 60 * self.minutes * math.prod(factors)
+
     def expand(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
-        """The cells in order. `chosen` is the finished search's {place: {key: value}}; without it the search's
-        overrides are left out. Raises ConfigError for a cell the search has nothing for."""
+        """The cells in order.
+
+        chosen: {value of `by`: {key: value}} of the finished search; None leaves its overrides
+        out. Raises ConfigError for a cell the search has nothing for.
+        """
         cells: dict[str, Cell] = {}
         for block in self.cells:
             for values in itertools.product(*block.values()):
@@ -137,7 +155,8 @@ class Table:
         for axis, value in labels.items():
             yield from self.bundles[axis][value] if axis in self.bundles else [f"{axis}={value}"]
         for rule in self.rules:
-            if all(labels.get(axis) in as_list(wanted) for axis, wanted in rule["when"].items()):
+            wanted = {a: v if isinstance(v, list) else [v] for a, v in rule["when"].items()}
+            if all(labels.get(axis) in values for axis, values in wanted.items()):
                 yield from rule["train"]
         if self.tuned is not None and chosen is not None:
             place = str(labels[self.tuned.by])
@@ -148,16 +167,9 @@ class Table:
             yield from (f"{key}={value}" for key, value in chosen[place].items())
 
 
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def cell_name(labels: Mapping[str, Any]) -> str:
-    """The cell's folder name: words as they are, numbers behind the last part of their axis's name."""
-    parts = (
-        value if isinstance(value, str) else f"{axis.rpartition('.')[2]}{value}"
-        for axis, value in labels.items()
-    )
+    """The cell's folder name: words as they are, numbers after the last part of their axis."""
+    parts = (v if isinstance(v, str) else f"{a.rpartition('.')[2]}{v}" for a, v in labels.items())
     return "-".join(part.replace("/", "_") for part in parts)
 
 
@@ -165,8 +177,11 @@ def table_names() -> list[str]:
     return sorted(path.stem for path in TABLES.glob("*.yaml"))
 
 
-def load_table(name: str) -> Table:
-    """The table of that name, or of that YAML file. Raises ConfigError for an unknown name or a malformed file."""
+def load_table(name: str, seeds: int | None = None) -> Table:
+    """The table of that name or YAML file, with another number of `seeds` if given.
+
+    Raises ConfigError for an unknown name or a malformed file.
+    """
     path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(
@@ -174,14 +189,14 @@ def load_table(name: str) -> Table:
         )
     try:
         content = yaml.safe_load(path.read_text())
-        nested = {"tuned": Tuned, "search": Search}
-        listed = {"references": Reference, "comparisons": Comparison}
-        if "axis" in content.get("search", {}):  # a search over one axis
+        if "axis" in content.get("search", {}):  # older files name one axis
             content["search"]["axes"] = (content["search"].pop("axis"),)
-        for key in nested.keys() & content.keys():
-            content[key] = nested[key](**content[key])
-        for key in listed.keys() & content.keys():
-            content[key] = [listed[key](**item) for item in content[key]]
+        for key, kind in {"tuned": Tuned, "search": Search}.items():
+            if key in content:
+                content[key] = kind(**content[key])
+        for key, kind in {"references": Reference, "comparisons": Comparison}.items():
+            content[key] = [kind(**item) for item in content.get(key, [])]
+        content["seeds"] = content["seeds"] if seeds is None else seeds
         table = Table(name=path.stem, file=name if name.endswith(".yaml") else "", **content)
         check_table(table)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
@@ -190,31 +205,66 @@ def load_table(name: str) -> Table:
 
 
 def check_table(table: Table) -> None:
-    """Raises ConfigError for names in the table that name nothing in it."""
+    """Raises ConfigError for a cell or an axis that the table names but does not have."""
     cells = table.expand()
-    names = {cell.name for cell in cells}
     axes = {axis for cell in cells for axis in cell.labels}
-    for named in [
-        *(r.cell for r in table.references),
-        *(c.first for c in table.comparisons),
-        *(c.second for c in table.comparisons),
-    ]:
-        if named not in names:
-            raise ConfigError(f"table {table.name}: no cell '{named}'; {nearest(named, names)}")
-    for axis in [*table.rows, *table.columns]:
-        if axis not in axes:
-            raise ConfigError(f"table {table.name}: no axis '{axis}'; {nearest(axis, axes)}")
-    for comparison in table.comparisons:
-        if comparison.expect not in ("higher", "equal", "lower"):
-            raise ConfigError(
-                f"table {table.name}: expect: {comparison.expect}; valid: higher, equal, lower"
-            )
+    pairs = [(item.first, item.second) for item in table.comparisons]
+    named = [*(item.cell for item in table.references), *itertools.chain(*pairs)]
+    for words, names, valid in (
+        ("cell", named, {cell.name for cell in cells}),
+        ("axis", [*table.rows, *table.columns], axes),
+        ("expect", [item.expect for item in table.comparisons], {"higher", "equal", "lower"}),
+    ):
+        for name in names:
+            if name not in valid:
+                raise ConfigError(
+                    f"table {table.name}: no {words} '{name}'; {nearest(name, valid)}"
+                )
+    if table.seeds < 1:
+        raise ConfigError(f"seeds={table.seeds}: must be at least 1")
 
 
-def with_seeds(table: Table, seeds: int | None) -> Table:
-    """The table with another number of seeds, if one is given. Raises ConfigError below one."""
-    if seeds is None:
-        return table
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds}: must be at least 1")
-    return dataclasses.replace(table, seeds=seeds)
+def table_runs(
+    table: Table,
+    root: str | Path,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[TableRun]:
+    """All runs of the table, with further `overrides` for each.
+
+    Every cell's first seed comes before any second one, so that partial tables are of use.
+    """
+    cells, folder = table.expand(chosen), Path(root) / table.name
+    runs = []
+    for seed, cell in itertools.product(range(table.seeds), cells):
+        name = f"{cell.name}-s{seed}"
+        tags = ",".join(quoted(tag) for tag in (f"table={table.name}", f"cell={cell.name}"))
+        words = (f"seed={seed}", f"name={quoted(name)}", f"runs_dir={quoted(str(folder))}")
+        words += (f"logger.group={quoted(table.name)}", f"logger.tags=[{tags}]")
+        arguments = (*cell.overrides, *words, *overrides)
+        runs.append(TableRun(folder / name, arguments, table.name, cell, seed))
+    return runs
+
+
+def reported_runs(table: Table, root: str | Path, results: str | Path) -> list[TableRun]:
+    """All runs of the table; none while the search that tunes it has not chosen."""
+    search = table.tuned and Path(results) / table.tuned.table / "chosen.json"
+    chosen = search is None or search.is_file()
+    return table_runs(table, root, read_chosen(table, results)) if chosen else []
+
+
+def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
+    """What the table's search has chosen; None for a table without one.
+
+    Raises ConfigError if the search has not chosen yet.
+    """
+    if table.tuned is None:
+        return None
+    path = Path(results) / table.tuned.table / "chosen.json"
+    if not path.is_file():
+        search = f"table={table.tuned.table}"
+        raise ConfigError(
+            f"{path} is missing: first scripts/reproduce.py run {search}, "
+            f"then scripts/reproduce.py choose {search}"
+        )
+    return json.loads(path.read_text())["chosen"]

@@ -1,4 +1,4 @@
-"""The report as a W&B run of its own, in the group of the table's runs."""
+"""Log a table's report to W&B, as a run in the group of the table's runs."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import sys
 from pathlib import Path
 
 from proxynorm.cli import first_line
-from proxynorm.paper.document import Figure, Grid, to_html
-from proxynorm.paper.report import Findings, cell_table, comparison_table, report
+from proxynorm.paper.report import Findings, Grid, cell_table, comparison_table
 from proxynorm.train.tracker import choose_mode
 
 
-def log_report(findings: Findings, mode: str, folder: Path, project: str) -> None:
-    """Log the cells, the comparisons, the figures, the report and the deltas, with W&B's files below `folder`; without W&B it says so.
+def log_report(findings: Findings, mode: str, report: Path, folder: Path, project: str) -> None:
+    """Log cells, comparisons, differences and the figures beside `report`, with files in `folder`.
 
-    Raises ConfigError for an unknown mode.
+    Warns where W&B fails. Raises ConfigError for an unknown mode.
     """
     mode = choose_mode(mode)
     if mode == "disabled":
         return
-    table, blocks = findings.table, report(findings)
+    name = findings.table.name
     try:
         import wandb
 
@@ -27,46 +26,39 @@ def log_report(findings: Findings, mode: str, folder: Path, project: str) -> Non
         with wandb.init(
             mode=mode,
             project=project,
-            group=table.name,
+            group=name,
             job_type="report",
-            name=f"{table.name}-report",
+            name=f"{name}-report",
             dir=folder,
-            tags=["report", f"table={table.name}"],
+            tags=["report", f"table={name}"],
             settings=wandb.Settings(silent=True, console="off"),
         ) as run:
-            content = {
-                "cells": as_wandb_table(wandb, cell_table(findings)),
-                "comparisons": as_wandb_table(wandb, comparison_table(findings.outcomes)),
-                "report": wandb.Html(to_html(table.title, blocks), inject=False),
-            }
-            content |= {
-                f"figure/{block.file.removesuffix('.svg')}": wandb.Html(block.svg, inject=False)
-                for block in blocks
-                if isinstance(block, Figure)
-            }
+            grids = {"cells": cell_table(findings)}
+            grids["comparisons"] = comparison_table(findings.outcomes)
+            content = {key: as_wandb_table(wandb, grid) for key, grid in grids.items()}
+            for path in sorted(report.parent.glob("*.png")):
+                content[f"figure/{path.stem}"] = wandb.Image(str(path))
             run.log(content)
             run.summary.update(deltas(findings))
-    except Exception as error:
-        print(
-            f"warning: the report is not on W&B: {type(error).__name__}: {first_line(error)}",
-            file=sys.stderr,
-        )
+    except Exception as error:  # W&B must not cost a report, whatever it raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        print(f"warning: the report is not on W&B: {reason}", file=sys.stderr)
 
 
 def as_wandb_table(wandb, grid: Grid):
-    return wandb.Table(columns=list(grid.header), data=[list(row) for row in grid.rows])
+    header, *rows = grid
+    return wandb.Table(columns=header, data=rows)
 
 
 def deltas(findings: Findings) -> dict[str, float]:
-    """Mean of each cell, difference from its reference, and difference and p of each comparison, as flat keys."""
-    flat = {f"mean/{name}": sample.mean for name, sample in findings.samples.items() if sample.n}
-    flat |= {
-        f"delta/{reference.cell}": findings.samples[reference.cell].mean - reference.value
-        for reference in findings.table.references
-        if findings.samples[reference.cell].n
-    }
+    """Means, differences from references, differences and p of comparisons, as flat keys."""
+    samples = {name: sample for name, sample in findings.samples.items() if sample.n}
+    flat = {f"mean/{name}": sample.mean for name, sample in samples.items()}
+    for reference in findings.table.references:
+        if reference.cell in samples:
+            flat[f"delta/{reference.cell}"] = samples[reference.cell].mean - reference.value
     for outcome in findings.outcomes:
         pair = f"{outcome.comparison.first}-{outcome.comparison.second}"
-        flat |= {f"difference/{pair}": outcome.difference} if outcome.difference is not None else {}
-        flat |= {f"p/{pair}": outcome.p} if outcome.p is not None else {}
+        values = {f"difference/{pair}": outcome.difference, f"p/{pair}": outcome.p}
+        flat |= {key: value for key, value in values.items() if value is not None}
     return flat

@@ -6,15 +6,16 @@ import torch
 from torch import nn
 
 from proxynorm.data import DataInfo
+from proxynorm.data.mixing import Mixing
 from proxynorm.models import create_model
 from proxynorm.nn import norm_spec
-from proxynorm.train.settings import Settings
+from proxynorm.train.settings import RegularizationSettings, Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(settings: Settings, num_classes: int, channels: int) -> nn.Module:
-    """The configured network, with fresh weights. Raises ConfigError for an unknown name or argument."""
+    """Create the configured network. Raises ConfigError for an unknown name or argument."""
     arguments = dict(settings.model)
     norm = settings.norm
     return create_model(
@@ -35,13 +36,29 @@ def build_model(settings: Settings, num_classes: int, channels: int) -> nn.Modul
 
 
 def seeded_model(settings: Settings, info: DataInfo) -> nn.Module:
-    """`build_model` with weights drawn from the run's seed."""
+    """Create the network with weights drawn from the run's seed."""
     torch.manual_seed(settings.seed)
     return build_model(settings, len(info.classes), info.channels)
 
 
+def create_mixing(regularization: RegularizationSettings, classes: int) -> Mixing | None:
+    """Create mixup and CutMix, if configured."""
+    given = regularization
+    if not (given.mixup or given.cutmix or given.cutmix_lambda is not None):
+        return None
+    return Mixing(
+        given.mixup,
+        given.cutmix,
+        given.mix_probability,
+        given.switch_probability,
+        given.label_smoothing,
+        classes,
+        given.cutmix_lambda,
+    )
+
+
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The compute precision; auto is bf16 on GPUs that have it, else fp16 on GPUs, fp32 on CPU."""
+    """Return the compute precision; auto is bf16 on GPUs that have it, else fp16, fp32 on CPU."""
     if settings.precision != "auto":
         return DTYPES[settings.precision]
     if device.type == "cpu":
@@ -50,10 +67,11 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 
 
 def choose_memory_format(settings: Settings, device: torch.device) -> torch.memory_format:
-    """auto: the faster format for the norm, by measurement on CPU (scripts/benchmark.py step) and by timm's table on GPUs.
+    """Return the memory format; auto is the faster one for the norm.
 
-    On CPU channels_last, in which oneDNN's convolutions work, except for Instance Norm, whose sums over one channel's pixels
-    then stride over memory. On GPUs channels_last for Batch Norm and for no norm, contiguous where torch's group norm would leave channels_last.
+    On CPU by measurement (scripts/benchmark.py step): oneDNN convolves in channels_last, but
+    Instance Norm's sums over one channel's pixels then stride over memory. On GPUs by timm's table:
+    torch's group norm leaves channels_last, Batch Norm keeps it.
     """
     name = settings.memory_format
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written beside and renamed, verified, with the previous one kept."""
+"""Checkpoints: written atomically, verified on loading, with the previous one kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from proxynorm.cli import first_line
 from proxynorm.errors import CheckpointError, FileError
 from proxynorm.files import write_atomic
 
@@ -16,64 +17,65 @@ FORMAT = 1
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Write `content` to `path`; what stood there is kept as `previous`. Raises CheckpointError when the disk is full.
+    """Write `content` to `path`; move the former file to `previous`.
 
-    The archive holds a CRC-32 of every record, which `load` verifies.
+    Raises CheckpointError if the disk is full.
     """
+
+    def write(stream: BinaryIO) -> None:
+        try:
+            torch.save({"format": FORMAT, **content}, stream)
+        except RuntimeError as error:  # torch's archive writer hides the system's error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     def keep() -> None:
         if previous is not None and path.exists():
             os.replace(path, previous)
 
     try:
-        write_atomic(path, lambda stream: _write({"format": FORMAT, **content}, stream), keep)
+        write_atomic(path, write, keep)
     except FileError as error:
         kept = "; the last good checkpoint is untouched" if path.exists() else ""
         raise CheckpointError(f"{error}{kept}") from error
 
 
-def _write(content: dict[str, Any], stream: BinaryIO) -> None:
-    """torch.save; the fault of a full disk, which its archive writer replaces by one of its own, as it was."""
-    try:
-        torch.save(content, stream)
-    except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. Raises CheckpointError if it is missing, damaged or not one of ours."""
+    """Return a checkpoint's content, on the CPU.
+
+    Raises CheckpointError if it is missing, damaged or not a checkpoint of this project.
+    """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
+        # torch.load does not verify the archive's checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {first_line(error)}"
+        ) from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of proxynorm (format {FORMAT})")
     return content
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest readable checkpoint of a run's folder (None if there is none), and what had to be said on the way."""
-    messages, faults = [], []
-    for name in ("last.pt", "previous.pt"):
-        if not (folder / name).exists():
+    """Return a run's newest readable checkpoint (None if there is none), and warnings."""
+    faults: list[str] = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
             continue
         try:
-            content = load(folder / name)
+            content = load(path)
         except CheckpointError as error:
             faults.append(str(error))
             continue
-        if name == "previous.pt":
-            messages = [*faults, f"falling back: going on from {folder / name}"]
-        return content, messages
+        return content, [*faults, f"falling back to {path}"] if faults else []
     if faults:
         raise CheckpointError(
             f"no readable checkpoint: {'; '.join(faults)}; resume=never starts anew"

@@ -1,4 +1,4 @@
-"""Whether two runs are the same, to the last bit: what exact resumption is judged by."""
+"""Compare two runs bit by bit: the judge of exact resumption."""
 
 from __future__ import annotations
 
@@ -11,34 +11,25 @@ import torch
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics
 
-TIMINGS = {
-    "images_per_second",
-    "data_wait",
-    "step_ms_p50",
-    "step_ms_p95",
-    "gpu_memory_gib",
-    "eta_seconds",
-    "seconds",
-    "train_seconds",
-}
+TIMINGS = {"images_per_second", "data_wait", "step_ms_p50", "step_ms_p95", "gpu_memory_gib"}
+TIMINGS |= {"eta_seconds", "seconds", "train_seconds"}
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What differs between the run folders: weights, average, optimizer, counters, best checkpoint, metrics.
+    """Return what differs between two run folders: checkpoints and metrics, except for times.
 
-    Times may differ. An empty list means the same bits. Raises CheckpointError if a checkpoint cannot be read.
+    An empty list means the same bits. Raises CheckpointError if a checkpoint cannot be read.
     """
     found = []
     for name in ("last.pt", "best.pt"):
-        contents = [checkpoint.load(folder / "checkpoints" / name) for folder in (first, second)]
-        found += [
-            f"{name}: {key}"
-            for key in different_keys(*map(flatten, contents))
-            if key.split(".")[-1] not in TIMINGS
-        ]
+        a, b = (flatten(checkpoint.load(run / "checkpoints" / name)) for run in (first, second))
+        for key in sorted(a.keys() | b.keys()):
+            timing = key.split(".")[-1] in TIMINGS
+            if not timing and not (key in a and key in b and same(a[key], b[key])):
+                found.append(f"{name}: {key}")
     rows = [
         [
-            {k: v for k, v in row.items() if k not in TIMINGS}
+            {key: value for key, value in row.items() if key not in TIMINGS}
             for row in read_metrics(folder / "metrics.jsonl")
         ]
         for folder in (first, second)
@@ -50,7 +41,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries and lists, by dotted key."""
+    """Return the leaves of nested dictionaries and lists, by dotted key."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -61,15 +52,6 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in items:
         leaves |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
     return leaves
-
-
-def different_keys(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """The keys whose leaves are not the same bits."""
-    return [
-        key
-        for key in sorted(first.keys() | second.keys())
-        if key not in first or key not in second or not same(first[key], second[key])
-    ]
 
 
 def same(first: Any, second: Any) -> bool:

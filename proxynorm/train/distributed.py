@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from proxynorm.errors import ConfigError
-from proxynorm.train.faults import shared_fate
+from proxynorm.cli import first_line
+from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.memory import keep_freed_memory
+
+FAULT = "fault"  # key in the store
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 10.0  # for a process to notice by itself that a peer is gone, as gloo does
+LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's message
+
+
+class PeerError(ProxynormError):
+    """Another process of the run failed."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among its peers."""
+    """This process among its peers. Every method is a collective operation."""
 
     rank: int
     world_size: int
@@ -29,21 +42,21 @@ class Process:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` summed over the processes, in place."""
+        """Sum `values` over the processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is set in any process."""
+        """Return for each flag whether it is set in any process."""
         if self.world_size == 1:
             return flags
         tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tuple(bool(flag) for flag in tensor.tolist())
 
-    def share(self, value: object) -> object:
-        """Rank 0's `value`, in every process."""
+    def share(self, value: Any) -> Any:
+        """Return rank 0's `value`."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -51,19 +64,15 @@ class Process:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, by rank, in every process."""
+        """Return every process's `value`, by rank."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def union(self, values: dict[str, str]) -> dict[str, str]:
-        """The entries of all processes' `values`, in every process."""
-        return {key: value for part in self.gather(dict(values)) for key, value in part.items()}
-
     def align_buffers(self, model: torch.nn.Module) -> None:
-        """Give every process rank 0's buffers, which Batch Norm's running averages are, so that all evaluate one network."""
+        """Broadcast rank 0's buffers (Batch Norm's running statistics) to all processes."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -74,9 +83,9 @@ class Process:
 
 
 def environment_ranks() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from torchrun's variables, else from a multi-task srun step, else a single process.
+    """Return (rank, local rank, world size) as torchrun or a multi-task srun step sets them.
 
-    Raises ConfigError where srun's tasks would not find one another.
+    Raises ConfigError if srun's tasks have no address to meet at.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -92,35 +101,25 @@ def environment_ranks() -> tuple[int, int, int]:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device for `name`: auto, cpu, cuda or cuda:N. Raises ConfigError."""
+    """Return the torch device for auto, cpu, cuda or cuda:N. Raises ConfigError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name}: valid: auto, cpu, cuda, cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device={name}: valid: auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name}: torch finds no CUDA device; use device=cpu")
     if device.type == "cuda" and device.index is None:
-        # under SLURM's --gpus-per-task a process sees its own GPU alone, as the first
+        # With SLURM's --gpus-per-task a process sees only its own GPU, as number 0.
         device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
     return device
 
 
-def fresh_store(rank: int, world_size: int) -> dist.Store:
-    """The rendezvous store under a prefix of its own for each restart by torchrun, whose agent keeps one store for
-    all of them: without it a restarted worker finds the addresses of dead ones."""
-    store, *_ = next(dist.rendezvous("env://", rank, world_size))
-    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
 @contextmanager
 def processes(device_name: str) -> Iterator[Process]:
-    """Join the run's process group for the duration of the block; a lone process needs none.
+    """Join the run's process group for the duration of the block.
 
-    Raises PeerError, a ProxynormError, where another process failed first.
+    Raises PeerError if another process failed first.
     """
     rank, local_rank, world_size = environment_ranks()
     device = choose_device(device_name, local_rank)
@@ -130,10 +129,73 @@ def processes(device_name: str) -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, device)
         return
-    backend, store = "nccl" if device.type == "cuda" else "gloo", fresh_store(rank, world_size)
+    store = fresh_store(rank, world_size)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         with shared_fate(store, rank):
             yield Process(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def fresh_store(rank: int, world_size: int) -> dist.Store:
+    """Return the rendezvous store under a prefix per restart by torchrun.
+
+    torchrun's agent keeps one store for all restarts: without the prefix a restarted worker finds
+    the addresses of dead ones.
+    """
+    store, *_ = next(dist.rendezvous("env://", rank, world_size))
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
+    """Run the block; if one process fails, end all of them with its message.
+
+    Raises PeerError instead of the error of a lost connection. A thread ends a process that hangs
+    in a collective operation, as NCCL's do.
+    """
+    ended = threading.Event()
+    threading.Thread(target=_end_with_peers, args=(store, rank, ended), daemon=True).start()
+    try:
+        yield
+    except ProxynormError as error:
+        _first_fault(store, rank, first_line(error))
+        raise
+    except Exception as error:
+        first = _first_fault(store, rank, f"{type(error).__name__}: {first_line(error)}")
+        if first is not None and first[0] != rank:
+            raise PeerError(_message(*first)) from None
+        if isinstance(error, RuntimeError) and LOST.search(str(error)):
+            raise PeerError(
+                "lost the connection to another process of the run: it was killed, "
+                "or its machine is gone"
+            ) from None
+        raise
+    finally:
+        ended.set()
+
+
+def _first_fault(store: dist.Store, rank: int, message: str) -> tuple[int, str] | None:
+    """Store a fault unless there is one; return the first, or None if the store is gone."""
+    try:
+        return tuple(json.loads(store.compare_set(FAULT, "", json.dumps([rank, message]))))
+    except RuntimeError:
+        return None
+
+
+def _end_with_peers(store: dist.Store, rank: int, ended: threading.Event) -> None:
+    """End this process if another one failed and this one does not end by itself."""
+    while not ended.wait(POLL_SECONDS):
+        try:
+            fault = json.loads(store.get(FAULT)) if store.check([FAULT]) else None
+        except RuntimeError:
+            return
+        if fault is not None and fault[0] != rank and not ended.wait(GRACE_SECONDS):
+            print(f"error: {_message(*fault)}", file=sys.stderr, flush=True)
+            os._exit(1)  # sys.exit would wait for the collective operation
+
+
+def _message(rank: int, fault: str) -> str:
+    return f"process {rank} failed, and with it the run: {fault}"

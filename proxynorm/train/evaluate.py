@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from proxynorm.train.distributed import Process
 
 @dataclass(frozen=True)
 class Result:
-    """Accuracies in percent, mean cross-entropy (without smoothing), number of distinct images."""
+    """Accuracies in percent, mean cross-entropy (without smoothing), number of images."""
 
     top1: float
     top5: float
@@ -25,24 +25,21 @@ class Result:
     count: int
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
-    """The context of a forward pass computed in `dtype`."""
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return the context of a forward pass computed in `dtype`."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """(top-1 hits, top-5 hits, summed loss, count) over the valid rows of (N, K) logits, as float64 (4,)."""
+    """Sum (top-1 hits, top-5 hits, loss, count) over the valid rows of (N, K) logits.
+
+    Returns float64 (4,), so that the sums do not depend on how images are batched.
+    """
     logits, targets = logits[valid].float(), targets[valid]
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     loss = cross_entropy(logits, targets, reduction="none").double().sum()
-    return torch.stack(
-        [
-            ranked[:, 0].sum().double(),
-            ranked.sum().double(),
-            loss,
-            torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device),
-        ]
-    )
+    count = torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device)
+    return torch.stack([ranked[:, 0].sum().double(), ranked.sum().double(), loss, count])
 
 
 @torch.inference_mode()
@@ -53,19 +50,18 @@ def evaluate(
     process: Process,
     dtype: torch.dtype = torch.float32,
     expected: int | None = None,
-    each_batch: Callable[[], None] | None = None,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Evaluate `model` (put in eval mode, then back) over `batches`; `prepare` moves and normalizes a batch.
+    """Evaluate `model` in eval mode over `batches`; `prepare` moves and normalizes a batch.
 
-    Raises DataError when the number of distinct images over all processes is not `expected`.
+    Raises DataError if all processes together did not see `expected` images.
     """
     training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)
     try:
         for batch in batches:
-            if each_batch:
-                each_batch()
+            each_batch()
             batch = prepare(batch)
             with autocast(process.device, dtype):
                 logits = model(batch.images)

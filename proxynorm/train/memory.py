@@ -7,32 +7,22 @@ import os
 
 import torch
 
-# From glibc's malloc.h, and the values that its mallopt(3) gives: no memory is given back, no block is mapped by itself.
+# Parameters and values of mallopt(3): give no memory back, map no block by itself.
 M_TRIM_THRESHOLD, NEVER = -1, -1
 M_MMAP_MAX, NONE = -4, 0
-OWN_SETTINGS = (
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_MMAP_MAX_",
-    "MALLOC_TOP_PAD_",
-    "GLIBC_TUNABLES",
-)
 
 
 def keep_freed_memory(device: torch.device) -> bool:
-    """Have glibc's malloc keep freed memory for the next step where the CPU computes; return whether it does.
+    """Let glibc's malloc keep freed memory for the next step on the CPU; return whether it does.
 
-    By default it gives most feature maps back to the system after each step and gets them anew, page by page, which takes
-    time in every step (results/step/*_malloc.json beside *_channels_last.json). Malloc settings in the environment are
-    left as they are; other C libraries and CUDA have no use for it.
+    By default it returns most feature maps to the system after each step and gets them anew, page
+    by page (results/step/*_malloc.json beside *_channels_last.json). Malloc settings in the
+    environment have priority; other C libraries and CUDA are left alone.
     """
-    if (
-        device.type != "cpu"
-        or os.name != "posix"
-        or any(name in os.environ for name in OWN_SETTINGS)
-    ):
+    settings = ("GLIBC_TUNABLES", "MALLOC_")
+    if device.type != "cpu" or any(name.startswith(settings) for name in os.environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(mallopt(M_MMAP_MAX, NONE))
+    return mallopt is not None and all(
+        mallopt(*setting) for setting in ((M_TRIM_THRESHOLD, NEVER), (M_MMAP_MAX, NONE))
+    )

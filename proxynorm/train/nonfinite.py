@@ -1,11 +1,10 @@
-"""When the loss or a gradient is not finite: say where it began."""
+"""Report where a loss or gradient that is not finite began."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -17,28 +16,24 @@ from proxynorm.train.state import TrainState
 
 
 class NonFiniteError(ProxynormError):
-    """Training ended before a non-finite update touched the weights; every process raises it, in the same words."""
+    """Training ended before a non-finite update touched the weights; every process raises it."""
 
 
 def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list[str]:
-    """Names of the leaf modules whose output on `images` (N, C, H, W) is not finite, in the order of the forward pass.
-
-    Modules that hand on their input, as an identity or a dropout of nothing, are left out.
-    """
+    """Return the layers whose output on `images` (N, C, H, W) is not finite, in forward order."""
     found: list[str] = []
 
-    def watch(name: str):
+    def check_output(name: str):
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            if not isinstance(output, torch.Tensor) or (
-                output is inputs[0] and not getattr(module, "inplace", False)
-            ):
-                return
-            if not torch.isfinite(output).all():
+            # A module that returns its input, as an identity, is not where it began.
+            unchanged = output is inputs[0] and not getattr(module, "inplace", False)
+            checked = isinstance(output, torch.Tensor) and not unchanged
+            if checked and not torch.isfinite(output).all():
                 found.append(name)
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in layers(model)]
+    hooks = [module.register_forward_hook(check_output(name)) for name, module in layers(model)]
     try:
         with torch.no_grad(), autocast(images.device, dtype):
             model(images)
@@ -49,17 +44,18 @@ def nonfinite_layers(model: nn.Module, images: torch.Tensor, dtype: torch.dtype)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that compute something themselves, by name: those without children, and each norm with its activation."""
-    norms = [name for name, module in model.named_modules() if isinstance(module, NormAct2d)]
+    """Yield the modules without children, and each norm with its activation as one."""
+    inside_norms: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name in norms or (
-            not any(module.children()) and not name.startswith(tuple(f"{norm}." for norm in norms))
-        ):
+        if isinstance(module, NormAct2d):
+            inside_norms += (f"{name}.",)
+            yield name, module
+        elif not any(module.children()) and not name.startswith(inside_norms):
             yield name, module
 
 
 def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.dtype) -> list[str]:
-    """The first of the layers whose output is not finite on this process's images, those themselves included."""
+    """Return the first five layers affected by this process's images, or the images themselves."""
     found: list[str] = []
     for images in micro_batches:
         if not torch.isfinite(images).all():
@@ -69,37 +65,24 @@ def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.d
 
 
 def describe(state: TrainState, losses: list[float], layers: list[list[str]], norm: float) -> str:
-    """One line: the step, the loss, the gradient norm, the learning rate, the first layers concerned.
-
-    losses and layers: of every process, by rank; the loss told is the first that is not finite.
-    """
+    """Describe the step in one line; losses and layers are those of every process, by rank."""
     loss = next((loss for loss in losses if not math.isfinite(loss)), losses[0])
     ranks: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for rank, names in enumerate(layers):
         ranks[tuple(names)].append(rank)
     places = [
-        f"first in {', '.join(names)}" + (f" of {process_ranges(found)}" if len(losses) > 1 else "")
+        f"first in {', '.join(names)} of process {', '.join(map(str, found))}"
+        if len(losses) > 1
+        else f"first in {', '.join(names)}"
         for names, found in ranks.items()
         if names
     ]
     where = "; ".join(places) or "in the loss or the backward pass: every activation is finite"
     rate = state.optimizer.param_groups[0]["lr"]
-    skipped = (
-        f"; {state.skipped - 1} updates were skipped before, which is the limit"
-        if state.skipped > 1
-        else ""
-    )
+    skipped = state.skipped - 1
+    limit = f"; {skipped} updates were skipped before, which is the limit" if skipped > 0 else ""
     return (
-        f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}: not finite, {where}; "
-        f"the weights, and the last checkpoint if there is one, are untouched{skipped}"
+        f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}: "
+        f"not finite, {where}; "
+        f"the weights, and the last checkpoint if there is one, are untouched{limit}"
     )
-
-
-def process_ranges(ranks: list[int]) -> str:
-    """Ascending ranks in words: process 3; processes 0–2, 5."""
-    runs = [
-        [rank for _, rank in run]
-        for _, run in groupby(enumerate(ranks), lambda item: item[1] - item[0])
-    ]
-    words = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-    return f"process {words}" if len(ranks) == 1 else f"processes {words}"

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: timm's, with the decay groups and the batch-size rules of the recipes."""
+"""Optimizer and learning-rate schedule: timm's, with the recipes' batch-size rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxynorm.train.settings import Settings
 
 
 def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer of `settings.optim` over the model's decay groups. Raises ConfigError for an unknown name."""
+    """Create the optimizer over the model's decay groups. Raises ConfigError."""
     optim = settings.optim
     arguments = {"momentum": optim.momentum}
     if optim.eps is not None:
@@ -38,7 +38,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
 def create_schedule(
     optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int
 ) -> Scheduler:
-    """The schedule of `settings.schedule`: a function of the number of updates alone, set with `step_update`."""
+    """Create the schedule, a function of the number of updates alone: set it by `step_update`."""
     schedule = settings.schedule
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -53,8 +53,4 @@ def create_schedule(
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
-    if scheduler is None:
-        raise ConfigError(
-            f"schedule.name={schedule.name}: valid: cosine, step, multistep, poly, constant"
-        )
     return scheduler

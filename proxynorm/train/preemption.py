@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: a handler only sets a flag; the loop saves at its next step boundary.
+"""Signals that ask a run to stop: a handler sets a flag; the loop saves at the next step.
 
-Imports nothing heavy: a command listens before it imports what is.
+Imports nothing heavy: a command listens before it imports torch.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-REQUEUE = 75  # the exit status of what a signal stopped
+REQUEUE = 75  # exit status of a run that a signal stopped
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved its state; the command ends with status 75."""
+    """The run was asked to stop and has saved its state."""
 
 
 class StopRequest:
-    """Whether a stop was asked for, and by which signal."""
+    """True once a stop signal was received."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -30,7 +30,7 @@ class StopRequest:
         return self.received is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal; a second interrupt from the keyboard quits at once."""
+        """Record the signal; a second Ctrl-C quits at once."""
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
@@ -50,12 +50,12 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """End with status 75 and one line: there is nothing to save yet. No exception, which an import might swallow."""
+    """Exit with status 75: there is nothing to save yet."""
     os.write(2, f"stopped by {signal.Signals(number).name}; run again to go on\n".encode())
-    os._exit(REQUEUE)
+    os._exit(REQUEUE)  # an exception might be swallowed by the import that it interrupts
 
 
 def leave_on_signals() -> None:
-    """Meet stop signals with `leave_at_once`, wherever no `stop_request` is open."""
+    """Exit at once on a stop signal, unless a `stop_request` is open."""
     for number in STOP_SIGNALS:
         signal.signal(number, leave_at_once)

@@ -22,7 +22,7 @@ from proxynorm.train.settings import Settings
 
 @dataclass(frozen=True)
 class Restored:
-    """A run's settings, the network with the weights that were evaluated, and the checkpoint's content."""
+    """A run's settings, the network with the evaluated weights, and the checkpoint's content."""
 
     settings: Settings
     model: nn.Module
@@ -30,14 +30,17 @@ class Restored:
 
 
 def checkpoint_path(run: str | None, file: str | None, weights: str = "last") -> Path:
-    """The checkpoint that run= (a run folder) or checkpoint= (a file) means. Raises ConfigError or CheckpointError."""
+    """Return the checkpoint that run= (a run folder) or checkpoint= (a file) names.
+
+    Raises ConfigError or CheckpointError.
+    """
     if (run is None) == (file is None):
         raise ConfigError("give either run=FOLDER or checkpoint=FILE")
     if weights not in ("last", "best"):
         raise ConfigError(f"weights={weights}: valid: last, best")
-    path = Path(file) if file is not None else Path(run) / "checkpoints" / f"{weights}.pt"
     if run is not None and not Path(run).is_dir():
         raise CheckpointError(f"no run folder {run}")
+    path = Path(file) if file is not None else Path(run) / "checkpoints" / f"{weights}.pt"
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     return path
@@ -49,16 +52,14 @@ def restore(path: Path) -> Restored:
         content = checkpoint.load(path)
     except CheckpointError as error:
         previous = path.with_name("previous.pt")
-        hint = (
-            f"; the one before it: checkpoint={previous}"
-            if previous.is_file() and path.name == "last.pt"
-            else ""
-        )
-        raise CheckpointError(f"{error}{hint}") from error
+        if path.name != "last.pt" or not previous.is_file():
+            raise
+        raise CheckpointError(f"{error}; the one before it: checkpoint={previous}") from error
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
         raise CheckpointError(
-            f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): its configuration is missing"
+            f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): "
+            "its configuration is missing"
         )
     settings = stored_settings(config)
     inputs = content["inputs"]
@@ -68,7 +69,7 @@ def restore(path: Path) -> Restored:
 
 
 def stored_settings(path: Path) -> Settings:
-    """The settings in a run's config.yaml. Raises CheckpointError if it is missing, damaged or of another version."""
+    """Read a run's config.yaml. Raises CheckpointError if it is missing or damaged."""
     try:
         config = OmegaConf.create(path.read_text())
         if not isinstance(config, DictConfig):
@@ -78,44 +79,47 @@ def stored_settings(path: Path) -> Settings:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; put it back") from error
     except (ConfigError, YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{path} is damaged, or of another version ({first_line(error)}); put the run's own back"
+            f"{path} is damaged, or of another version ({first_line(error)}); "
+            "put the run's own back"
         ) from error
     if "name" not in settings.model:
-        raise CheckpointError(
-            f"{path} names no model: it is empty or damaged; put the run's own back"
-        )
+        raise CheckpointError(f"{path} names no model; put the run's own back")
     return settings
 
 
 def different_classes(stored: list[str], present: list[str]) -> str:
-    """How two lists of classes differ, as 'how many → how many, the first that is not the same'."""
+    """Describe how two lists of classes differ: their lengths and the first difference."""
     pairs = (f"first difference: {was} → {now}" for was, now in zip(stored, present) if was != now)
-    return f"{len(stored)} → {len(present)}, {next(pairs, 'one list goes on')}"
+    return f"{len(stored)} → {len(present)}, {next(pairs, 'one list is longer')}"
 
 
 def open_evaluation_data(
     restored: Restored, root: str | None, cache: str | None, loader: str | None, workers: int | None
 ) -> Data:
-    """The run's data set, elsewhere if asked for. Raises DataError, or CheckpointError if its classes are others."""
+    """Open the run's data set; the arguments that are not None replace the run's.
+
+    Raises DataError, or CheckpointError if its classes are others.
+    """
+
+    def given(**values: Any) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if value is not None}
+
     settings = restored.settings
-    changes = {key: value for key, value in (("root", root), ("cache", cache)) if value is not None}
-    loader_changes = {
-        key: value for key, value in (("name", loader), ("workers", workers)) if value is not None
-    }
-    data = open_data(replace(settings.data, **changes), replace(settings.loader, **loader_changes))
+    data = open_data(
+        replace(settings.data, **given(root=root, cache=cache)),
+        replace(settings.loader, **given(name=loader, workers=workers)),
+    )
     trained, present = restored.content["inputs"]["classes"], list(data.info.classes)
     if trained != present:
         raise CheckpointError(
-            f"the checkpoint was trained on another data set (classes: {different_classes(trained, present)})"
+            "the checkpoint was trained on another data set "
+            f"(classes: {different_classes(trained, present)})"
         )
     return data
 
 
 def other_images(restored: Restored, data: Data) -> list[str]:
-    """What to tell, in a line, of an evaluation on other images than the run's own."""
+    """Return a warning if the evaluation images are not those of the run."""
     replaced = data.replaced(restored.content["inputs"].get("images", {}))
-    return (
-        [f"{replaced['eval']} holds other images than those that the run was evaluated on"]
-        if "eval" in replaced
-        else []
-    )
+    words = "holds other images than those that the run was evaluated on"
+    return [f"{replaced['eval']} {words}"] if "eval" in replaced else []

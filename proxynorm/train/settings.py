@@ -1,4 +1,7 @@
-"""What a training run is, as plain typed values. The Hydra configuration is turned into these in proxynorm.train.config."""
+"""What a training run is, as plain typed values.
+
+proxynorm.train.config turns Hydra's configuration into these.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -16,12 +19,12 @@ from proxynorm.analysis.power_monitor import PowerSettings
 from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
-from proxynorm.nn.names import NORMS
+from proxynorm.nn import NORMS
 
 
 @dataclass(frozen=True)
 class NormSettings:
-    """The norm by name (proxynorm.nn.NORMS) and its options; None leaves the model's own default."""
+    """The norm by name (proxynorm.nn.NORMS) and its options; None is the model's default."""
 
     name: str = "ln_pn"
     groups: int | None = None
@@ -33,7 +36,7 @@ class NormSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """The optimizer (a timm name) and the learning rate's rule: lr = base_lr · batch / base_batch, unless lr is given."""
+    """The optimizer (a timm name), and lr = base_lr · batch / base_batch unless lr is given."""
 
     name: str = "momentum"
     lr: float | None = None
@@ -82,7 +85,7 @@ class RegularizationSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When to save besides the epochs' ends and signals."""
+    """When to save besides at epoch ends and on signals."""
 
     every_steps: int | None = None
     every_minutes: float | None = None
@@ -101,7 +104,7 @@ class LoggerSettings:
 
 @dataclass(frozen=True)
 class DebugSettings:
-    """overfit: every step sees the first batch; profile_steps: trace that many steps with torch.profiler."""
+    """overfit: every step sees the first batch; profile_steps: steps in a profiler trace."""
 
     name: str = "none"
     overfit: bool = False
@@ -151,7 +154,10 @@ class Settings:
         return self.optim.base_lr * self.batch / self.optim.base_batch
 
     def micro_batch_for(self, world_size: int) -> int:
-        """Images per process and forward. Raises ConfigError if they, or their normalization batches, do not come out even."""
+        """Return the images per process and forward.
+
+        Raises ConfigError if the batch, or Batch Norm's batch, does not divide evenly.
+        """
         if self.batch % world_size:
             raise ConfigError(f"batch={self.batch} is not divisible by the {world_size} processes")
         share = self.batch // world_size
@@ -175,182 +181,126 @@ CHOICES = {
     "logger.mode": ("auto", "online", "offline", "disabled"),
 }
 
-# The keys that share a range, the range in words, and its test. null is left to the type.
-RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+# The range in words, its test, and the keys it holds for. null is left to the type.
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
-        (
-            "batch",
-            "micro_batch",
-            "epochs",
-            "max_steps",
-            "log_every",
-            "eval_every",
-            "eval_batch",
-            "checkpoint.every_steps",
-            "norm.groups",
-            "norm.nodes",
-            "optim.base_batch",
-            "power.every_epochs",
-            "power.images",
-        ),
         "at least 1",
         lambda value: value >= 1,
+        "batch micro_batch epochs max_steps log_every eval_every eval_batch norm.groups norm.nodes "
+        "checkpoint.every_steps optim.base_batch power.every_epochs power.images",
     ),
     (
-        (
-            "seed",
-            "nonfinite_limit",
-            "debug.profile_steps",
-            "norm.eps",
-            "norm.proxy_eps",
-            "optim.weight_decay",
-            "optim.eps",
-            "optim.alpha_per_image",
-            "schedule.warmup_epochs",
-            "schedule.warmup_lr",
-            "schedule.min_lr",
-            "schedule.decay_rate",
-            "regularization.mixup",
-            "regularization.cutmix",
-        ),
         "at least 0 and finite",
         lambda value: 0 <= value < math.inf,
+        "seed nonfinite_limit debug.profile_steps norm.eps norm.proxy_eps "
+        "optim.weight_decay optim.eps optim.alpha_per_image regularization.mixup "
+        "regularization.cutmix schedule.warmup_epochs schedule.warmup_lr schedule.min_lr "
+        "schedule.decay_rate",
     ),
     (
-        (
-            "optim.lr",
-            "optim.base_lr",
-            "optim.clip_grad",
-            "schedule.decay_epochs",
-            "checkpoint.every_minutes",
-        ),
         "above 0 and finite",
         lambda value: 0 < value < math.inf,
+        "optim.lr optim.base_lr optim.clip_grad schedule.decay_epochs checkpoint.every_minutes",
     ),
     (
-        (
-            "regularization.label_smoothing",
-            "regularization.mix_probability",
-            "regularization.switch_probability",
-            "regularization.random_erasing",
-            "power.threshold",
-        ),
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
+        "regularization.label_smoothing regularization.mix_probability "
+        "regularization.switch_probability regularization.random_erasing power.threshold",
     ),
     (
-        (
-            "optim.momentum",
-            "optim.alpha",
-            "regularization.dropout",
-            "regularization.stochastic_depth",
-            "regularization.ema_decay",
-        ),
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
+        "optim.momentum optim.alpha regularization.dropout regularization.stochastic_depth "
+        "regularization.ema_decay",
     ),
 )
 
-# Keys that do not change what is trained: they may differ between a run and its resumption, and do not name it.
-INCIDENTAL = (
-    "power",
-    "name",
-    "runs_dir",
-    "resume",
-    "device",
-    "logger",
-    "loader",
-    "checkpoint",
-    "debug.profile_steps",
-    "debug.name",
-    "max_steps",
-    "log_every",
-    "eval_batch",
-    "data.root",
-    "data.cache",
-)
+# Keys that do not change what is trained: they may change when a run is resumed, and are no part
+# of its name.
+INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint")
+INCIDENTAL += ("debug.profile_steps", "debug.name", "max_steps", "log_every", "eval_batch")
+INCIDENTAL += ("data.root", "data.cache")
 
-# Incidental too, but written as its default: runs made while it was part of a run keep their names and go on.
+# Incidental too, but part of older runs' identities: always recorded as the default.
 FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}
 
 
 def check(settings: Settings) -> Settings:
     """Return `settings` if its values make sense together; raise ConfigError otherwise."""
     check_values(settings)
-    norm_batch = settings.norm_batch
-    if (isinstance(norm_batch, str) and norm_batch != "global") or (
-        isinstance(norm_batch, int) and norm_batch < 1
-    ):
+    name, norm_batch, warmup = settings.name, settings.norm_batch, settings.schedule.warmup_epochs
+    if norm_batch not in (None, "global") and (isinstance(norm_batch, str) or norm_batch < 1):
         raise ConfigError(
             f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
         )
     if settings.norm.name not in NORMS:
         raise ConfigError(f"norm.name={settings.norm.name}: {nearest(settings.norm.name, NORMS)}")
-    if settings.schedule.warmup_epochs > settings.epochs:
+    if warmup > settings.epochs:
         raise ConfigError(
-            f"schedule.warmup_epochs={settings.schedule.warmup_epochs:g} is longer than the {settings.epochs} epochs"
+            f"schedule.warmup_epochs={warmup:g} is longer than the {settings.epochs} epochs"
         )
     if settings.batch % (settings.micro_batch or 1):
         raise ConfigError(
             f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}"
         )
     check_norm_batch(settings, settings.micro_batch or settings.batch)
-    name = settings.name
     if name is not None and (name in ("", "..") or name != Path(name).name):
-        raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= says where it lies")
+        raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= is its parent")
     return settings
 
 
 def check_values(settings: Settings) -> None:
-    """Raise ConfigError on a value outside CHOICES or RANGES, by its key as one writes it."""
+    """Raise ConfigError if a value is outside CHOICES or RANGES."""
     for key, choices in CHOICES.items():
         value = attrgetter(key)(settings)
         if value not in choices:
             raise ConfigError(f"{key}={value}: valid: {', '.join(choices)}")
-    for keys, words, holds in RANGES:
-        for key in keys:
+    for words, holds, keys in RANGES:
+        for key in keys.split():
             value = attrgetter(key)(settings)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value:g}: must be {words}")
 
 
 def uses_batch_norm(settings: Settings) -> bool:
-    """Whether the norm's statistics are shared by images, so that norm_batch matters."""
+    """Return whether images share the norm's statistics, so that norm_batch matters."""
     return settings.norm.name.partition("_")[0] == "bn"
 
 
 def check_norm_batch(settings: Settings, micro_batch: int) -> None:
-    """Raise ConfigError unless Batch Norm's micro-batches of `micro_batch` images split into whole normalization batches."""
+    """Raise ConfigError unless norm_batch divides Batch Norm's micro-batches."""
     norm_batch = settings.norm_batch
     if uses_batch_norm(settings) and isinstance(norm_batch, int) and micro_batch % norm_batch:
         raise ConfigError(
-            f"norm_batch={norm_batch} does not divide the {micro_batch} images of a process's forward "
-            "(micro_batch); choose a divisor of it, or another batch, micro_batch or number of processes"
+            f"norm_batch={norm_batch} does not divide the {micro_batch} images of a process's "
+            "forward (micro_batch); choose a divisor of it, or another batch, micro_batch or "
+            "number of processes"
         )
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """The part of the configuration that decides what is trained, as flat key → value."""
-    flat: dict[str, Any] = {}
+    """Return the part of the settings that decides what is trained, as flat key → value."""
 
-    def walk(prefix: str, value: Any) -> None:
-        if prefix in INCIDENTAL:
-            return
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, item)
-        else:
-            flat[prefix] = list(value) if isinstance(value, tuple) else value
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if name in INCIDENTAL:
+                continue
+            if isinstance(value, dict):
+                yield from flat(value, f"{name}.")
+            else:
+                yield name, list(value) if isinstance(value, tuple) else value
 
-    walk("", dataclasses.asdict(dataclasses.replace(settings, **FIXED)))
-    return flat
+    return dict(flat(dataclasses.asdict(dataclasses.replace(settings, **FIXED))))
 
 
 def run_name(settings: Settings) -> str:
-    """The run folder's name: what one looks for first, then a digest of the whole identity."""
+    """Return the run folder's name: the main settings and a digest of the identity."""
     if settings.name:
         return settings.name
     text = json.dumps(identity(settings), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     model = str(settings.model["name"]).replace("/", "_")
-    return f"{settings.data.name}-{model}-{settings.norm.name}-b{settings.batch}-s{settings.seed}-{digest}"
+    main = f"{settings.data.name}-{model}-{settings.norm.name}-b{settings.batch}-s{settings.seed}"
+    return f"{main}-{digest}"

@@ -1,27 +1,31 @@
-"""Everything a run must carry over an interruption, as one object that saves and loads."""
+"""Everything that a run carries over an interruption."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from proxynorm.data import Data
 from proxynorm.train.settings import RegularizationSettings
 
-COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "rows")
+COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps")
 
 
 @dataclass
 class TrainState:
-    """Model, optimizer and counters. `step` is the number of weight updates made; `evaluated` the step last evaluated.
+    """Model, optimizer and counters.
 
-    loss_sum and loss_steps: of this process's steps since the last row of metrics.jsonl; rows: how many of training were
-    written to it, 0 if the checkpoint is of a version that did not count. Randomness needs no place here:
-    data order, crops, mixing and dropout are functions of (seed, step, rank).
+    step: weight updates made; evaluated: the step last evaluated; loss_sum, loss_steps: of this
+    process's steps since the last row of metrics.jsonl.
+
+    No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
 
     model: nn.Module
@@ -35,22 +39,20 @@ class TrainState:
     train_seconds: float = 0.0
     skipped: int = 0
     loss_steps: int = 0
-    rows: int = 0
+    # A sum on the device: reading it at each step would wait for the GPU.
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     last_result: dict[str, float] = field(default_factory=dict)
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that are evaluated: the average where there is one."""
+        """The weights to evaluate: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """Count one step's mean loss towards the next row."""
         self.loss_sum += loss
         self.loss_steps += 1
 
     def clear_loss(self) -> None:
-        """Begin a new row."""
         self.loss_sum.zero_()
         self.loss_steps = 0
 
@@ -73,15 +75,33 @@ class TrainState:
         self.scaler.load_state_dict(content["scaler"])
         self.loss_sum.copy_(content["loss_sum"])
         self.last_result = content["last_result"]
-        for name in COUNTERS:
+        for name in COUNTERS:  # older checkpoints lack some
             setattr(self, name, content["counters"].get(name, getattr(self, name)))
         self.scheduler.step_update(self.step)
 
 
 def create_ema(model: nn.Module, regularization: RegularizationSettings) -> ModelEmaV3 | None:
-    """timm's moving average of weights and buffers; its decay rises from 0 with the number of updates."""
+    """Create timm's moving average of weights and buffers, if configured."""
     if regularization.ema_decay is None:
         return None
-    return ModelEmaV3(
-        model, decay=regularization.ema_decay, use_warmup=regularization.ema_every == "step"
-    )
+    warmup = regularization.ema_every == "step"
+    return ModelEmaV3(model, decay=regularization.ema_decay, use_warmup=warmup)
+
+
+def describe_data(data: Data) -> dict:
+    """Return what a checkpoint records about its data: classes, counts, normalization, digests.
+
+    labels: a digest of the training labels, in order; images: see Data.fingerprints.
+    """
+    info, train = data.info, data.train
+    labels = np.asarray(train.reader.targets[train.rows], dtype="<i8").tobytes()
+    return {
+        "classes": list(info.classes),
+        "channels": info.channels,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "train_count": info.train_count,
+        "eval_count": info.eval_count,
+        "labels": hashlib.sha256(labels).hexdigest()[:16],
+        "images": data.fingerprints,
+    }

@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors metrics.jsonl. It never stops a run: without it, training goes on and says so."""
+"""Weights & Biases mirrors metrics.jsonl. Its failures never stop a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = CHOICES["logger.mode"]
 
 
 def has_key() -> bool:
-    """Whether a W&B key is at hand, in the environment or in ~/.netrc."""
+    """Return whether there is a W&B key in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -28,7 +28,7 @@ def has_key() -> bool:
 
 
 def choose_mode(mode: str) -> str:
-    """online with a key, offline without, unless the configuration or WANDB_MODE says otherwise."""
+    """Resolve auto: WANDB_MODE if set, else online with a key, offline without."""
     if mode not in MODES:
         raise ConfigError(f"logger.mode={mode}: valid: {', '.join(MODES)}")
     if mode != "auto":
@@ -46,18 +46,14 @@ class Tracker:
         mode = choose_mode(settings.logger.mode)
         if mode == "disabled":
             return
-        import wandb
+        import wandb  # takes a second, and is optional
 
         logger, identifier = settings.logger, folder / "wandb_id.txt"
         if not (resumed and identifier.exists()):
             write_text(identifier, secrets.token_hex(4))
-        tags = [
-            settings.norm.name,
-            str(settings.model["name"]),
-            f"batch={settings.batch}",
-            f"regularization={settings.regularization.name}",
-            *logger.tags,
-        ]
+        norm, model = settings.norm.name, str(settings.model["name"])
+        numbers = [f"batch={settings.batch}", f"regularization={settings.regularization.name}"]
+        tags = [norm, model, *numbers, *logger.tags]
         try:
             self.run = wandb.init(
                 mode=mode,
@@ -69,7 +65,7 @@ class Tracker:
                 resume="allow",
                 dir=folder,
                 config=config,
-                tags=[tag[:64] for tag in tags],
+                tags=[tag[:64] for tag in tags],  # W&B refuses longer ones
                 settings=wandb.Settings(silent=True, console="off"),
             )
             self.run.define_metric("*", step_metric="step")
@@ -78,15 +74,11 @@ class Tracker:
             print(f"warning: W&B is off for this run: {shorten(str(error), 240)}", file=sys.stderr)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row, its figures named event/key."""
+        """Mirror one row, with figures named event/key."""
         if self.run is not None:
-            event = row["event"]
-            self.run.log(
-                {
-                    "step": row["step"],
-                    **{f"{event}/{k}": v for k, v in row.items() if k not in ("event", "step")},
-                }
-            )
+            others = {k: v for k, v in row.items() if k not in ("event", "step")}
+            figures = {f"{row['event']}/{key}": value for key, value in others.items()}
+            self.run.log({"step": row["step"], **figures})
 
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
         if self.run is not None:

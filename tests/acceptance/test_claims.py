@@ -1,4 +1,7 @@
-"""The poster's claims as tests on small networks; proxynorm/paper/claims.yaml says which test shows which claim."""
+"""The poster's claims as tests on small networks.
+
+Proxynorm/paper/claims.yaml says which test shows which claim.
+"""
 
 import copy
 
@@ -70,7 +73,10 @@ def test_batch_norm_keeps_instance_variability(powers):
 
 
 def test_layer_norm_keeps_instance_variability(powers):
-    """Of the power that is not the channels' constants, instances differ in a share as with BN; IN leaves nothing."""
+    """Of the power that is not the channels' constants, instances differ in a share as with BN.
+
+    IN leaves nothing.
+    """
 
     def shares(norm):
         return [(row.p2 + row.p4) / (1 - row.p1) for row in powers[norm]]
@@ -80,7 +86,10 @@ def test_layer_norm_keeps_instance_variability(powers):
 
 
 def test_layer_norm_follows_mean_field(powers):
-    """P1 of a net of width 256, mean of 3; one net of finite width strays by about 1/sqrt(width)."""
+    """P1 of a net of width 256, mean of 3.
+
+    One net of finite width strays by about 1/sqrt(width).
+    """
     expected = [0.0, *mean_field_p1(DEPTH - 1)]
     assert all(
         abs(row.p1 - wanted) < 0.06
@@ -94,8 +103,10 @@ def test_the_constant_term_dominates_layer_norm_in_deep_layers(powers):
 
 
 def test_group_norm_is_between(powers):
-    """With 32 groups of 8 channels: P1 less than LN's, more than BN's; an instance variability more than IN's, less
-    than BN's."""
+    """With 32 groups of 8 channels.
+
+    P1 less than LN's, more than BN's; an instance variability more than IN's, less than BN's.
+    """
     gn, ln, bn, instance = (powers[norm][-1] for norm in ("gn", "ln", "bn", "in"))
     assert (
         bn.p1 + 0.1 < gn.p1 < ln.p1 - 0.1
@@ -110,7 +121,10 @@ def test_proxy_norm_keeps_channels_normalized(powers, norm):
 
 @pytest.mark.parametrize("norm", ["ln_pn", "gn_pn"])
 def test_proxy_norm_preserves_instance_variability(powers, norm):
-    """What IN cuts to nothing and LN buries under P1 is there after 12 layers: twice LN's and more, though not BN's."""
+    """What IN cuts to nothing and LN buries under P1 is there after 12 layers.
+
+    Twice LN's and more, though not BN's.
+    """
     ours, ln, instance = (powers[name][-1] for name in (norm, "ln", "in"))
     assert (
         ours.p2 + ours.p4 > 2 * (ln.p2 + ln.p4) > 1000 * (instance.p2 + instance.p4)
@@ -119,7 +133,10 @@ def test_proxy_norm_preserves_instance_variability(powers, norm):
 
 
 def test_the_activation_step_causes_the_denormalization():
-    """LN alone leaves the channels of a deep linear net normalized; with affine and activation P1 grows."""
+    """LN alone leaves the channels of a deep linear net normalized.
+
+    With affine and activation P1 grows.
+    """
     linear = random_net("ln", WIDTH, DEPTH, seed=0, beta_std=0.0, gamma_std=0.0)
     for index in range(1, len(linear), 2):
         linear[index] = NormAct2d(WIDTH, "ln", apply_act=False)
@@ -131,7 +148,9 @@ def test_the_activation_step_causes_the_denormalization():
 
 
 def network(norm):
-    """A small network in double precision, in training mode, with parameters away from their initial values."""
+    """A small network in double precision, in training mode, with parameters away from their
+    initial values.
+    """
     torch.manual_seed(0)
     model = create_model(
         "resnet20v2", norm, 5, depth=8, width=4, stem_stride=2, in_chans=3, groups=2
@@ -150,7 +169,9 @@ def gradients(model, images, targets, reduction="mean"):
 
 
 def batch_dependence(norm):
-    """The largest relative change of one image's logits, and of the gradient of its loss, by the images beside it."""
+    """The largest relative change of one image's logits, and of the gradient of its loss, by the
+    images beside it.
+    """
     model, images, targets = network(norm), inputs(6, size=16).double(), torch.arange(6) % 5
     alone, within = model(images[:1]), model(images)[:1]
     logits = (alone - within).abs().max() / alone.abs().max()
@@ -175,7 +196,7 @@ def test_batch_norm_depends_on_batch_mates(norm):
 
 
 def accumulation_error(norm):
-    """Relative difference between the gradient of 32 images at once and that of 4 × 8 accumulated."""
+    """Relative difference of the gradients of 32 images at once and of 4 × 8 accumulated."""
     model, images, targets = network(norm), inputs(32, size=16).double(), torch.arange(32) % 5
     whole = torch.cat([g.flatten() for g in gradients(copy.deepcopy(model), images, targets)])
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Golden losses: the first 20 of every norm, stored. `pytest --renew-golden` writes them anew, which is to be explained."""
+"""Golden losses: the first 20 of every norm. `pytest --renew-golden` stores new ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from proxynorm.nn import NORMS
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-# A small learning rate: float rounding, which differs from CPU to CPU, grows to 2 % within 20 steps at 0.02, and stays below 5e-5 here.
+# A small learning rate: rounding differs between CPUs and grows to 2 % in 20 steps at 0.02;
+# here it stays below 5e-5.
 OPTIONS = (
     "model.depth=20",
     "model.width=16",

@@ -13,9 +13,9 @@ from proxynorm.data import Batch
 from proxynorm.nn import NORMS
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import evaluate
+from proxynorm.train.loop import Trainer
 from proxynorm.train.nonfinite import NonFiniteError
 from proxynorm.train.restore import open_evaluation_data, restore
-from proxynorm.train.trainer import Trainer
 from tests.helpers import assert_same_run
 
 
@@ -164,7 +164,7 @@ def test_nonfinite_skip_leaves_the_weights(run_small, monkeypatch):
 
 
 def test_nonfinite_skip_leaves_the_running_statistics(run_small, monkeypatch):
-    """Not-finite images of one step are in Batch Norm's running statistics before the loss tells."""
+    """Non-finite images enter Batch Norm's running statistics before the loss shows them."""
     original = Trainer.inputs
 
     def inputs(self: Trainer, batch: Batch, index: int):

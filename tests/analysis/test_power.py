@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import sys
+import xml.dom.minidom
 
 import matplotlib.image
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from proxynorm import NormAct2d, create_model, power_decomposition
-from proxynorm.analysis.plots import plot_power
+from proxynorm.analysis.plots import norm_label, norm_style, plot_p1, plot_power
 from proxynorm.analysis.power import PowerRow
 from proxynorm.analysis.power_files import from_metrics, mean_rows, to_metrics, write_csv
 from proxynorm.analysis.power_monitor import collapse_warning, measure
@@ -167,11 +168,24 @@ def test_metrics_and_csv_keep_the_rows(tmp_path):
     }
 
 
-def test_the_plot_is_the_same_bytes_again(tmp_path):
+def test_figures_are_the_same_bytes_again(tmp_path):
     rows = [PowerRow("a", depth, 0.1 * depth, 0.1, 0.5, 0.2) for depth in (1, 2, 3)]
-    for name in ("one.png", "two.png"):
-        plot_power({"ln": rows, "bn": rows}, tmp_path / name, {"ln": [0.1, 0.2, 0.3]})
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    for name in ("one", "two"):
+        plot_power({"ln": rows, "bn": rows}, tmp_path / f"{name}.png", {"ln": [0.1, 0.2, 0.3]})
+        nets = {"ln": [rows, rows], "ln_pn": [rows, rows]}
+        plot_p1(nets, [tmp_path / f"{name}.svg"], {"ln": [0.1, 0.2, 0.3]})
+    for suffix in ("png", "svg"):
+        one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
+        assert one == two
+    assert xml.dom.minidom.parseString(one).documentElement.tagName == "svg"
+
+
+def test_a_norm_and_its_proxy_normalized_version_share_a_colour():
+    plain, proxied, other = norm_style("ln"), norm_style("ln_pn"), norm_style("bn_pn")
+    assert plain["color"] == proxied["color"] != other["color"]
+    assert (plain["linestyle"], proxied["linestyle"]) == ("--", "-")
+    assert [norm_label(norm) for norm in ("ln_pn", "gn_ws", "bn")] == ["LN+PN", "GN+WS", "BN"]
+    assert norm_label("my-run_pn") == "my-run_pn" and norm_style("my-run_pn") == {}
 
 
 @pytest.mark.parametrize("panels", [4, 5])
@@ -218,8 +232,9 @@ def test_the_command_writes_csv_plot_and_summary(tmp_path, script):
     options = script.Options(
         str(tmp_path), norms=["ln", "ln_pn"], width=16, depth=3, images=4, nets=2
     )
-    assert script.main(options) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"power.csv", "power.png", "summary.json"}
+    assert script.main(options) is None
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"power.csv", "power.png", "summary.json", "p1.png", "p1.svg"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["largest_distance_of_ln_from_mean_field"]["each net"]) == 2
 
@@ -235,7 +250,7 @@ def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
         {"event": "power", "step": step, "epoch": step / 4, **to_metrics(rows)} for step in (0, 4)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) == 0
+    assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) is None
     found = list(csv.DictReader(open(tmp_path / "power" / "power.csv")))
     assert [row["step"] for row in found] == ["epoch 0", "epoch 0", "epoch 1", "epoch 1"]
 
@@ -295,7 +310,7 @@ def test_the_command_measures_the_trained_nets_of_a_table(tmp_path, script, run_
         script.main(options)
     (runs / "small").mkdir(parents=True)
     run_small("norm=ln", "name=ln-s0").folder.rename(runs / "small" / "ln-s0")
-    assert script.main(options) == 0
+    assert script.main(options) is None
     summary = json.loads((results / "summary.json").read_text())
     assert list(summary["runs"]) == ["ln-s0"] and 0 < summary["cells"]["ln"]["p1"] < 1
     assert {row["run"] for row in csv.DictReader(open(results / "power.csv"))} == {"ln-s0"}

@@ -1,4 +1,6 @@
-"""convert: any timm or torchvision ConvNet, the activation taken out exactly where it follows a norm."""
+"""convert: any timm or torchvision ConvNet, the activation taken out exactly where it follows a
+norm.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ class DiscardedAct(nn.Module):
 
 
 class FunctionalAct(nn.Module):
-    """Functional activations with arguments, one of them in place, beside a module that is absorbed as well."""
+    """Functional activations with arguments, one of them in place, beside a module that is absorbed
+    as well.
+    """
 
     def __init__(self) -> None:
         super().__init__()

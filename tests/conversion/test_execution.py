@@ -1,4 +1,7 @@
-"""convert follows what a forward does when it runs: control flow, draws, attributes and caches stay as written."""
+"""convert follows what a forward does when it runs.
+
+Control flow, draws, attributes and caches stay as written.
+"""
 
 from __future__ import annotations
 

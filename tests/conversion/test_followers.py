@@ -1,4 +1,7 @@
-"""What convert takes for an activation, a gate, or neither; and in-place operations behind a norm."""
+"""What convert takes for an activation, a gate, or neither.
+
+And in-place operations behind a norm.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def photograph(seed: int, height: int = 90, width: int = 120) -> np.ndarray:
 
 
 def write_folder(root: Path, train: int, val: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, `train` and `val` images a class, of differing sizes."""
+    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, `train` and `val` images a class, of
+    differing sizes."""
     for part, count in (("train", train), ("val", val)):
         for target, name in enumerate(classes):
             folder = root / part / name

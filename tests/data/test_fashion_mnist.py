@@ -147,7 +147,10 @@ def test_missing_root_and_small_crops_are_refused(tmp_path):
         open_data(DataSpec("fashion_mnist", image_size=24, cache=str(tmp_path)))
 
 
-OPEN = "from proxynorm.data import *; print(open_data(DataSpec('fashion_mnist', cache={!r})).info.train_count)"
+OPEN = (
+    "from proxynorm.data import *; print(open_data(DataSpec('fashion_mnist', "
+    "cache={!r})).info.train_count)"
+)
 
 
 @needs_ffcv
@@ -162,7 +165,10 @@ def test_two_processes_may_open_an_empty_cache_at_once(tmp_path):
 
 
 def test_importing_the_package_loads_neither_ffcv_nor_numba():
-    command = "import sys, proxynorm.data; print([m for m in ('ffcv', 'numba', 'cv2', 'torchvision') if m in sys.modules])"
+    command = (
+        "import sys, proxynorm.data; print([m for m in ('ffcv', 'numba', 'cv2', 'torchvision') "
+        "if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", command], capture_output=True, text=True, check=True

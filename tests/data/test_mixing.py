@@ -1,4 +1,5 @@
-"""Mixup and CutMix: targets sum to one, CutMix's area is its weight, the randomness is (seed, step)'s alone."""
+"""Mixup and CutMix: targets sum to one, CutMix's area is its weight, the randomness is (seed,
+step)'s alone."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def test_randomness_is_of_seed_and_step_alone_and_disturbs_nobody():
 
 @pytest.mark.parametrize("nominal", [0.95, 0.9, 0.85, 0.8])
 def test_the_authors_shares_follow_their_formulas(nominal):
-    """1 with probability 1.55 λ − 0.96; else 1 + ln(u)/4, whose distribution function is (e^(4 s) − 1) / (e⁴ − 1)."""
+    """1 with probability 1.55 λ − 0.96; else 1 + ln(u)/4, whose distribution function is (e^(4 s) −
+    1) / (e⁴ − 1)."""
     np.random.seed(0)
     shares = np.array([own_share(nominal) for _ in range(20_000)])
     assert np.mean(shares == 1) == pytest.approx(1.55 * nominal - 0.96, abs=0.012)
@@ -93,7 +95,8 @@ def test_the_authors_cutmix_weighs_targets_by_the_area_of_its_box(count):
 
 
 def test_the_authors_cutmix_comes_on_top_of_mixup():
-    """Linear images: what a pixel shows and what the target says are the same mixture of up to four images."""
+    """Linear images: what a pixel shows and what the target says are the same mixture of up to four
+    images."""
     weights = torch.eye(8)
     seen = set()
     for step in range(60):

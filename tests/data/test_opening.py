@@ -1,4 +1,5 @@
-"""open_data: folders and .beton files, FFCV's own files among them; mistakes and damage are one clear line."""
+"""open_data: folders and .beton files, FFCV's own files among them; mistakes and damage are one
+clear line."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_a_folder_gives_its_classes_and_labels(photos, cache, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_evaluation_takes_the_centre_at_the_stated_ratio(tmp_path, backend):
-    """The inner 80 % of each photograph are white, the rest black: a ratio of 0.8 sees only white."""
+    """The inner 80 % of each photograph are white, the rest black: a ratio of 0.8 sees only
+    white."""
     root = write_folder(tmp_path / "data", 1, 1, ("one",))
     frame = np.zeros((200, 300, 3), dtype=np.uint8)
     frame[20:180, 70:230] = 255

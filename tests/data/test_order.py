@@ -100,7 +100,8 @@ def test_epochs_and_seeds_differ_and_each_image_comes_once(photos, cache, backen
 
 @needs_ffcv
 def test_both_backends_take_the_same_crops(photos, cache):
-    """Decoders and resizing differ by rounding only; another crop or flip would differ by far more."""
+    """Decoders and resizing differ by rounding only; another crop or flip would differ by far
+    more."""
     ours, theirs = (batches(opened(photos, cache, backend)) for backend in ("ffcv", "torchvision"))
     for a, b in zip(ours, theirs):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.targets, b.targets)
@@ -207,7 +208,8 @@ def test_progressive_resizing_grows_in_multiples_of_32(photos, cache):
 
 
 def test_the_generator_is_splitmix64():
-    """The published first outputs for seed 1234567 (Rosetta Code, "Pseudo-random numbers/Splitmix64")."""
+    """The published first outputs for seed 1234567 (Rosetta Code, "Pseudo-random
+    numbers/Splitmix64")."""
     numbers = uniform(np.array([1234567], dtype=np.uint64), np.arange(3))
     expected = np.array(
         [6457827717110365317, 3203168211198807973, 9817491932198370423], dtype=np.uint64

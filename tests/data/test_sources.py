@@ -1,4 +1,5 @@
-"""Where labelled images come from: lists of labels and tar files that contradict themselves are refused in one line."""
+"""Where labelled images come from: lists of labels and tar files that contradict themselves are
+refused in one line."""
 
 from __future__ import annotations
 
@@ -177,7 +178,8 @@ def tar_of(path: Path, names: list[str]) -> Path:
 
 @pytest.mark.parametrize("prefix", ["", "./", "imagenet/train/"])
 def test_a_tar_takes_what_a_folder_takes(tmp_path, prefix):
-    """Hidden files are passed over; what lies beside or below the class folders, and links, are listed as left aside."""
+    """Hidden files are passed over; what lies beside or below the class folders, and links, are
+    listed as left aside."""
     images = ["ant/a.jpg", "ant/b.jpg", "bee/a.JPEG", "bee-2/a.jpg"]
     aside = ["beside.jpg", "ant/notes.txt", "ant/sub/deep.jpg", "bee/link.jpg -> ant/a.jpg"]
     hidden = ["ant/._a.jpg", ".git/x.jpg", "ant/.cache/x.jpg"]

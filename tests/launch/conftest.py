@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from proxynorm.launch import local as launch
-from proxynorm.launch.runs import table_runs
-from proxynorm.paper.table import load_table
+from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import STAND_IN, TINY, write_run
 
 
@@ -22,7 +21,10 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def stand_in(tiny, tmp_path, monkeypatch):
-    """Replaces train.py; the returned function sets what named runs do. A finished one has the files of finished/NAME."""
+    """Replace train.py; the returned function sets what named runs do.
+
+    A finished one gets the files of finished/NAME.
+    """
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STAND_IN))
     monkeypatch.setattr(launch, "TRAIN", script)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 
 import pytest
 from omegaconf import OmegaConf
 
-from hydra_plugins.slurm_launcher import SlurmLauncher
+from hydra_plugins.slurm_launcher import CONFIG
 from proxynorm.errors import ConfigError
-from proxynorm.launch.multirun import entries, launch, probe_entries
+from proxynorm.launch.multirun import launch, sweep_runs
 from proxynorm.train.config import compose_config, multirun_first, settings_from
 from proxynorm.train.settings import run_name
 
@@ -20,7 +19,7 @@ def test_each_point_is_a_run_with_the_words_of_its_command(tmp_path):
         [f"runs_dir={tmp_path}", "batch=32", "norm=bn"],
         [f"runs_dir={tmp_path}", "batch=32", "norm=ln"],
     )
-    runs = entries(words)
+    runs = sweep_runs(words)
     assert [run.arguments for run in runs] == [tuple(point) for point in words]
     assert [run.folder for run in runs] == [
         tmp_path / run_name(settings_from(compose_config(point))) for point in words
@@ -30,40 +29,25 @@ def test_each_point_is_a_run_with_the_words_of_its_command(tmp_path):
 
 def test_two_points_in_one_folder_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="two runs of the sweep have the folder"):
-        entries([["name=x", "seed=0"], ["name=x", "seed=1"]])
+        sweep_runs([["name=x", "seed=0"], ["name=x", "seed=1"]])
 
 
 def test_the_point_that_cannot_be_built_is_named():
     with pytest.raises(ConfigError, match="^norm=ln batch=10 micro_batch=7: "):
-        entries([["norm=ln", "batch=7", "micro_batch=7"], ["norm=ln", "batch=10", "micro_batch=7"]])
-
-
-def test_a_kind_of_run_is_probed_once(tmp_path):
-    points = [
-        [f"runs_dir={tmp_path}", f"norm={norm}", f"seed={seed}"]
-        for norm in ("bn", "ln")
-        for seed in range(2)
-    ]
-    probes = probe_entries(entries(points))
-    assert [settings_from(compose_config(probe.arguments)).norm.name for probe in probes] == [
-        "bn",
-        "ln",
-    ]
-    assert all(
-        probe.folder.parent == tmp_path / "probe" and "max_steps=20" in probe.arguments
-        for probe in probes
-    )
+        sweep_runs(
+            [["norm=ln", "batch=7", "micro_batch=7"], ["norm=ln", "batch=10", "micro_batch=7"]]
+        )
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Two seeds, the first of which was measured; launches them with sbatch missing, which comes after the estimate."""
+    """Launches two seeds, the first of which was measured, where sbatch is missing."""
     monkeypatch.setenv("PATH", str(tmp_path))
     points = [
         [f"runs_dir={tmp_path}/runs", f"seed={seed}", "data.limit=1000", "epochs=1", "batch=100"]
         for seed in (0, 1)
     ]
-    measured = entries(points)[0].folder
+    measured = sweep_runs(points)[0].folder
     measured.mkdir(parents=True)
     (measured / "config.yaml").write_text(
         OmegaConf.to_yaml(compose_config(points[0]), resolve=True)
@@ -81,7 +65,7 @@ def sweep(tmp_path, monkeypatch):
 
     def go(points=points, **options):
         with pytest.raises(SystemExit) as ended:
-            launch(points, {"sbatch": [], "probe": False, "force": False, **options})
+            launch(points, {"sbatch": [], **options})
         assert ended.value.code == 2
 
     return go
@@ -90,20 +74,7 @@ def sweep(tmp_path, monkeypatch):
 def test_a_multirun_is_estimated_before_it_is_submitted(sweep, tmp_path, capsys):
     sweep()
     said = capsys.readouterr()
-    assert (
-        "2 runs to do, 20 steps, 2,000 images, 35 min (measured)" in said.out
-        and "sbatch not found" in said.err
-    )
-    sweep(time="10")
-    assert (
-        "takes about 18 min (measured) and cannot end within its time limit of 10 min"
-        in capsys.readouterr().err
-    )
-    assert not list(tmp_path.rglob("plan-*"))
-    sweep(time="10", force=True)
-    assert "sbatch not found" in capsys.readouterr().err
-    sweep(time="2", force=True)
-    assert "would be stopped as soon as they start" in capsys.readouterr().err
+    assert "2 runs to do, 35 min (measured)" in said.out and "sbatch not found" in said.err
 
 
 def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, monkeypatch):
@@ -115,28 +86,15 @@ def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, mon
     )
 
 
-@pytest.mark.parametrize("time", ["30", "1"])
-def test_a_dry_run_takes_away_what_hydra_creates(tmp_path, time):
-    folder = tmp_path / "new" / "runs"
-    launcher = SlurmLauncher(dry_run=True, sbatch=[], probe=False, force=False, time=time)
-    launcher.setup(
-        hydra_context=None,
-        task_function=None,
-        config=OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}),
-    )
-    folder.mkdir(parents=True)
-    (folder / "multirun.yaml").touch()
-    with pytest.raises(SystemExit) if time == "1" else nullcontext():
-        launcher.launch([[f"runs_dir={folder}"]], 0)
-    assert list(tmp_path.iterdir()) == []
+def test_a_dry_run_submits_nothing(tmp_path, capsys):
+    options = {key: value for key, value in CONFIG.items() if key != "_target_"}
+    launch([[f"runs_dir={tmp_path}/runs"]], {**options, "dry_run": True, "time": "30"})
+    assert " sbatch " in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        launch(
-            [[f"runs_dir={tmp_path}"]],
-            {"nodes": 2, "gpus": 3, "sbatch": [], "probe": False, "force": True},
-        )
+        launch([[f"runs_dir={tmp_path}"]], {"nodes": 2, "gpus": 3, "sbatch": []})
     assert (
         ended.value.code == 2
         and capsys.readouterr().err == "error: gpus=3: must be a multiple of nodes=2\n"

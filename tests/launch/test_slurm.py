@@ -1,9 +1,8 @@
-"""SLURM's words, without SLURM: requests, time limits, and where runs stand by what squeue and sacct say."""
+"""SLURM's commands without SLURM: requests, and the status of runs by squeue and sacct."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -11,40 +10,14 @@ import pytest
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
-from proxynorm.launch.local import LaunchOptions
-from proxynorm.launch.planning import status
-from proxynorm.launch.runs import standing, table_runs
 from proxynorm.launch.slurm import SlurmOptions
-from proxynorm.launch.sweep import Jobs, run_on_slurm
+from proxynorm.launch.status import run_status
+from proxynorm.launch.sweep import Jobs, launch_array
+from proxynorm.paper.plan import status
+from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
 
 NO_RESULTS = Path("no results")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("90", 5400),
-        ("1:30", 90),
-        ("1:30:00", 5400),
-        ("2-0", 172800),
-        ("1-12", 129600),
-        ("1-12:30", 131400),
-        ("1-00:00:05", 86405),
-        ("UNLIMITED", math.inf),
-        ("infinite", math.inf),
-        ("-1", math.inf),
-        ("0", math.inf),
-    ],
-)
-def test_time_limits_are_read_as_sbatch_reads_them(text, expected):
-    assert slurm.seconds(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1h"])
-def test_what_is_no_time_limit_is_refused(text):
-    with pytest.raises(ConfigError, match="valid: minutes"):
-        slurm.seconds(text)
 
 
 def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
@@ -65,54 +38,12 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
             slurm.requests(wrong)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"time": "1"},
-        {"time": "2"},
-        {"sbatch": ("--time=2",)},
-        {"sbatch": ("-t", "2")},
-        {"sbatch": ("--mem=1G", "-t2")},
-    ],
-)
-def test_a_time_limit_within_the_warning_is_refused(options):
-    """Such a run would be signalled as soon as it starts, and again whenever it is queued again."""
-    with pytest.raises(
-        ConfigError, match="warned 120 s before it, and would be stopped as soon as they start"
-    ):
-        slurm.requests(SlurmOptions(**options))
-    slurm.requests(
-        SlurmOptions(**{**options, "sbatch": (*options.get("sbatch", ()), "--signal=USR2@25")})
-    )
-
-
-def test_a_limit_beyond_the_partition_s_is_refused_and_none_is_the_partition_s(
-    commands, monkeypatch
-):
-    monkeypatch.delenv("SBATCH_TIMELIMIT", raising=False)
-    commands(sinfo="short*|30:00|1:00:00\nlong|n/a|2-00:00:00\nopen|infinite|infinite\n")
-    assert slurm.time_limit(SlurmOptions()) == 1800
-    assert slurm.time_limit(SlurmOptions(partition="long")) == slurm.time_limit(
-        SlurmOptions(time="2-0", partition="long")
-    )
-    assert slurm.time_limit(SlurmOptions(sbatch=("-p", "open"))) == math.inf
-    with pytest.raises(ConfigError, match="time=90: the partition ends jobs after 60 min"):
-        slurm.requests(SlurmOptions(time="90"))
-    monkeypatch.setenv("SBATCH_TIMELIMIT", "10")
-    assert (
-        slurm.time_limit(SlurmOptions()) == 600
-        and slurm.time_limit(SlurmOptions(time="20")) == 1200
-    )
-
-
 def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
     further = (
         "--dependency=afterany:1",
         "--gres=gpu:8",
-        "-t",
-        "1",
-        "-A",
-        "lab",
+        "--time=1",
+        "--account=lab",
         "--qos=high",
         "--nice=5",
     )
@@ -123,7 +54,7 @@ def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
     assert not [
         word
         for word in words
-        if word.startswith(("--gres", "--time", "-t", "--nice", "--dependency=afterany:1"))
+        if word.startswith(("--gres", "--time", "--nice", "--dependency=afterany:1"))
     ]
 
 
@@ -160,7 +91,7 @@ def commands(tmp_path, monkeypatch):
 def launched(tiny, tmp_path, commands):
     """The tiny table's four runs, submitted as array 7."""
     runs, lines = table_runs(tiny, tmp_path / "runs"), []
-    assert run_on_slurm(runs, LaunchOptions(say=lines.append)) == 0
+    assert launch_array(runs, "tiny", SlurmOptions(), lines.append) == 0
     assert lines == [f"submitted array 7 of 4 runs: {tmp_path}/runs/tiny/slurm/plan-1.json"]
     return runs
 
@@ -168,7 +99,7 @@ def launched(tiny, tmp_path, commands):
 def test_a_plan_holds_each_run_s_words(launched):
     content = json.loads((launched[0].folder.parent / "slurm/plan-1.json").read_text())
     assert content["job"] == "7" and [run["arguments"] for run in content["runs"]] == [
-        run.arguments() for run in launched
+        list(run.arguments) for run in launched
     ]
 
 
@@ -181,7 +112,7 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
         sacct="7_3|OUT_OF_MEMORY\n7_0|COMPLETED\n7|COMPLETED\n",
     )
     text = status(launched, NO_RESULTS)
-    assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == [
+    assert [Jobs(launched[0].folder.parent).status(run).state for run in launched] == [
         "preempted",
         "done",
         "running",
@@ -193,13 +124,8 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
     )
     commands(squeue="")
     jobs = Jobs(launched[0].folder.parent)
-    assert [jobs.standing(run).state for run in launched] == [
-        "stopped",
-        "done",
-        "missing",
-        "failed",
-    ]
-    assert jobs.standing(launched[3]).error == "SLURM: OUT_OF_MEMORY"
+    assert [jobs.status(run).state for run in launched] == ["stopped", "done", "missing", "failed"]
+    assert jobs.status(launched[3]).error == "SLURM: OUT_OF_MEMORY"
 
 
 def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launched, commands):
@@ -208,7 +134,7 @@ def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launch
     (launched[0].folder / ".lock").write_text("node17 pid 4711")
     jobs = Jobs(launched[0].folder.parent)
     assert (
-        standing(launched[0]).state == "running" and jobs.standing(launched[0]).state == "stopped"
+        run_status(launched[0]).state == "running" and jobs.status(launched[0]).state == "stopped"
     )
 
 
@@ -222,7 +148,7 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
     (launched[0].folder.parent / "logs/slurm-7_2.log").write_text(
         "loading cuda/12.4\n# goes on in logs/bn-s1.log\n"
     )
-    assert [Jobs(launched[0].folder.parent).standing(run).state for run in launched] == [
+    assert [Jobs(launched[0].folder.parent).status(run).state for run in launched] == [
         "failed",
         *["missing"] * 3,
     ]
@@ -233,7 +159,7 @@ def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
     launched[0].log.write_text("ValueError: no\n# exit status 1\n")
     commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n", sbatch="8\n")
     lines = []
-    assert run_on_slurm(launched, LaunchOptions(say=lines.append)) == 1
+    assert launch_array(launched, "tiny", SlurmOptions(), lines.append) == 1
     assert lines[:3] == [
         "bn-s0: failed: ValueError: no",
         "ln_pn-s0: queued as job 7_1",
@@ -241,18 +167,13 @@ def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
     ]
     assert lines[3].startswith("submitted array 8 of 1 runs") and "retry_failed=true" in lines[-1]
     commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n8|0|PENDING|Resources\n")
-    assert (
-        run_on_slurm(
-            launched, LaunchOptions(slurm=SlurmOptions(retry_failed=True), say=lines.append)
-        )
-        == 0
-    )
+    assert launch_array(launched, "tiny", SlurmOptions(retry_failed=True), lines.append) == 0
 
 
 def test_a_dry_run_leaves_nothing_behind(tiny, tmp_path, commands):
     lines, before = [], sorted(tmp_path.rglob("*"))
-    options = LaunchOptions(say=lines.append, slurm=SlurmOptions(dry_run=True, report=("report",)))
-    assert run_on_slurm(table_runs(tiny, tmp_path / "runs"), options) == 0
+    options = SlurmOptions(dry_run=True, report=("report",))
+    assert launch_array(table_runs(tiny, tmp_path / "runs"), "tiny", options, lines.append) == 0
     assert " sbatch " in lines[0] and len(lines) == 6 and sorted(tmp_path.rglob("*")) == before
 
 
@@ -262,7 +183,7 @@ def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands
     )
     runs = table_runs(tiny, tmp_path / "runs")
     with pytest.raises(ConfigError, match="sbatch refused: sbatch: error: invalid partition"):
-        run_on_slurm(runs, LaunchOptions())
+        launch_array(runs, "tiny", SlurmOptions())
     assert not list((tmp_path / "runs/tiny/slurm").glob("plan-*"))
 
 
@@ -279,7 +200,7 @@ def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys
 def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
-        run_on_slurm(table_runs(tiny, tmp_path / "runs"), LaunchOptions())
+        launch_array(table_runs(tiny, tmp_path / "runs"), "tiny", SlurmOptions())
     assert status(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
 
 
@@ -297,15 +218,12 @@ def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
         ),
         ("error: runs/x is in use by host pid 1; wait for it\n# exit status 2\n", "missing"),
         ("# exit status 140\n", "missing"),
-        (
-            "# job 7_0 on n1, restart 0\nslurmstepd: error: execve(): python: No such file\n# exit status 2\n",
-            "failed",
-        ),
+        ("# job 7_0 on n1\nslurmstepd: error: execve(): No such file\n# exit status 2\n", "failed"),
     ],
 )
 def test_exits_under_srun(tiny, tmp_path, log, state):
     run = table_runs(tiny, tmp_path / "runs")[0]
     run.log.parent.mkdir(parents=True)
     run.log.write_text(log)
-    assert standing(run).state == state
-    assert state != "failed" or standing(run).error in ("ValueError: no", *log.splitlines()[:2])
+    assert run_status(run).state == state
+    assert state != "failed" or run_status(run).error in ("ValueError: no", *log.splitlines()[:2])

@@ -96,9 +96,8 @@ def test_files_of_another_writer_are_compared_with_their_source(root, node):
     for part in ("train", "val"):
         manifest_path(root / f"{part}.beton").unlink()
         sums_path(root / f"{part}.beton").unlink()
-    assert staging.file_digest(staging.stage(root, node) / "val.beton") == staging.file_digest(
-        root / "val.beton"
-    )
+    copy = staging.stage(root, node) / "val.beton"
+    assert copy.read_bytes() == (root / "val.beton").read_bytes()
 
 
 def test_the_leftovers_of_a_killed_job_are_removed(root, node):

@@ -1,4 +1,4 @@
-"""create_model: every model with every norm, placement by the authors' rules, parameter counts, equality with timm."""
+"""create_model: every model with every norm, placement, parameter counts, equality with timm."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_groups() -> None:
 
 
 def test_options_reach_every_layer() -> None:
-    options = dict(norm_batch=4, proxy_eps=0.1, moments="grid", nodes=200, eps=1e-4)
+    options = {"norm_batch": 4, "proxy_eps": 0.1, "moments": "grid", "nodes": 200, "eps": 1e-4}
     for name, kwargs in (("resnet20v2", {}), ("resnet50", {"layers": (1, 1, 1, 1)})):
         for layer in layers(create_model(name, "bn_pn", **options, **kwargs)).values():
             assert {key: getattr(layer, key) for key in options} == options

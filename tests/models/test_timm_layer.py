@@ -78,6 +78,10 @@ def test_a_norm_alone_serves_those_constructors() -> None:
 
 
 def test_the_public_name_is_nns_class_known_to_timm() -> None:
-    code = "import proxynorm.nn, timm.layers; plain = proxynorm.nn.NormAct2d; known = proxynorm.NormAct2d"
-    check = "assert plain is known and timm.layers.get_norm_act_layer(known, 'silu')(3).act_name == 'silu'"
-    subprocess.run([sys.executable, "-c", f"{code}; {check}"], check=True)
+    code = """
+import proxynorm.nn, timm.layers
+plain, known = proxynorm.nn.NormAct2d, proxynorm.NormAct2d
+assert plain is known
+assert timm.layers.get_norm_act_layer(known, "silu")(3).act_name == "silu"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

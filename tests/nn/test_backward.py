@@ -158,7 +158,7 @@ def test_second_order_of_centred_squeeze_excite(with_recompute):
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "hard_swish", "identity"])
 @pytest.mark.parametrize("norm", ["ln", "gn", "in"])
 def test_group_norm_of_a_dense_map_is_one_step(norm, activation, proxy_scale, layout):
-    """Outputs, gradients and their derivatives are those of the written formula, in one Function or in three."""
+    """Outputs, gradients and second derivatives equal the formula, in one or three Functions."""
     layer = NormAct2d(8, norm, act_layer=activation, proxy_scale=proxy_scale, groups=2).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.3)

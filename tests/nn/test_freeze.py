@@ -117,7 +117,9 @@ def test_a_layer_called_twice() -> None:
 
 
 def test_converted_networks_freeze() -> None:
-    """torchvision's, with rewritten forwards, an untraceable part and dropout between norm and activation."""
+    """torchvision's, with rewritten forwards, an untraceable part and dropout between norm and
+    activation.
+    """
 
     class Untraceable(nn.Module):
         def __init__(self, inner: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import CondConv2d
 from torch import nn
 
 from proxynorm.nn import NormAct2d, norm_spec, parameter_groups, standardize_weights
@@ -28,7 +29,7 @@ def network(norm: str, bias: bool = False) -> nn.Module:
 
 
 def outputs_and_gradients(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, size: int):
-    """Logits of all images, and for each one its own gradient of the first weight, forwarded size at a time."""
+    """Logits, and each image's gradient of the first weight, forwarded `size` at a time."""
     logits, gradients = [], []
     for x, y in zip(images.split(size), labels.split(size)):
         out = net(x)
@@ -87,7 +88,7 @@ def test_invariant_to_a_rescaled_convolution(norm, factor):
 
 
 def test_weight_standardization():
-    """Filters have zero mean and unit power over their fan-in whatever the weights; the depthwise 1×1 is left alone."""
+    """Filters have zero mean and unit power over their fan-in; a depthwise 1×1 stays as it is."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=8))
     plain = net[1].weight.detach().clone()
     assert standardize_weights(standardize_weights(net)) is net
@@ -134,3 +135,17 @@ def test_weight_decay_groups():
 
 def test_weight_decay_groups_without_any_to_decay():
     assert [g["weight_decay"] for g in parameter_groups(nn.LayerNorm(3), 0.1)] == [0.0]
+
+
+def test_weight_decay_goes_by_what_a_parameter_is():
+    """CondConv2d keeps a kernel per expert as a row, and biases (experts, C)."""
+    net = nn.ModuleDict(
+        {
+            "cond": CondConv2d(4, 8, 3, num_experts=2, bias=True),
+            "norm": nn.LayerNorm((8, 4, 4)),
+            "embedding": nn.Embedding(5, 8),
+        }
+    )
+    decayed, kept = parameter_groups(net, 1e-4)
+    assert [id(p) for p in decayed["params"]] == [id(net["cond"].weight)]
+    assert len(kept["params"]) == 4

@@ -61,7 +61,7 @@ ERRORS = {
 
 
 def integrated(activation: nn.Module, weight: float, bias: float) -> tuple[float, float]:
-    """Mean and variance by composite Gauss–Legendre in float64, split at every kink and finely around u = 0."""
+    """Mean and variance by composite Gauss–Legendre in float64, split at every kink."""
     limits = {-9.5, 9.5, *torch.linspace(-9.5, 9.5, 77).tolist()}
     kinks = [*torch.linspace(-12, 12, 49).tolist(), 20.0]  # -3, -1, 0, 1, 3, 6 among them
     limits |= {(k - bias) / weight for k in kinks if abs((k - bias) / weight) < 9.5}
@@ -227,7 +227,7 @@ def test_a_partial_is_of_a_class_or_of_a_function():
 
 
 def hinge(below: float):
-    """Slope 1 above 0, `below` below it, as a callable that nothing recognizes, and the same with a closed form."""
+    """Slope 1 above 0, `below` below: as an unknown callable, and with a closed form."""
     return lambda u: torch.where(u > 0, u, below * u), nn.LeakyReLU(below)
 
 

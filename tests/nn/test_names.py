@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from proxynorm.nn import ACTIVATIONS, NORMS, NormSpec, norm_spec
+from proxynorm.nn import ACTIVATIONS, NORMS, norm_spec
 from proxynorm.nn.activations import activation_name, make_activation
 
 
@@ -22,9 +22,13 @@ def test_all_names():
         "gn_ws",
         "none",
     }
-    assert norm_spec("gn_pn") == NormSpec("gn", True, False)
-    assert norm_spec("ln_ws") == NormSpec("ln", False, True)
-    assert norm_spec("none") == NormSpec("none", False, False)
+    parts = {
+        name: (spec.kind, spec.proxy, spec.weight_standardization)
+        for name, spec in ((name, norm_spec(name)) for name in NORMS)
+    }
+    assert parts["gn_pn"] == ("gn", True, False)
+    assert parts["ln_ws"] == ("ln", False, True)
+    assert parts["none"] == ("none", False, False)
 
 
 @pytest.mark.parametrize("wrong", ["ln_pm", "LN", "", None, "batchnorm"])

@@ -1,7 +1,8 @@
-"""NormAct2d: the paper's formula, the fused step against it, precision, formats, transforms, refusals."""
+"""NormAct2d: the paper's formula, the fast paths against it, precision, formats, refusals."""
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from torch.nn import functional as F
 
 from proxynorm.models import create_model
 from proxynorm.nn import (
+    ACTIVATIONS,
     NORMS,
     NormAct2d,
     batch_normalize,
     group_normalize,
     norm_spec,
+    pn_act,
     proxy_moments,
 )
+from proxynorm.nn.norms import affine
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,12 @@ def test_fused_equals_reference(norm, activation, memory_format):
         (True, False, True, "auto", 2),
         (False, True, False, "auto", None),
     ):
-        options = dict(apply_act=apply_act, proxy_scale=scale, moments=method, norm_batch=chunk)
+        options = {
+            "apply_act": apply_act,
+            "proxy_scale": scale,
+            "moments": method,
+            "norm_batch": chunk,
+        }
         fused = layer(norm, act_layer=activation, **options).train(training)
         plain = copy.deepcopy(fused)
         x = maps(memory_format=memory_format).requires_grad_()
@@ -100,6 +109,40 @@ def test_fused_equals_reference(norm, activation, memory_format):
         torch.testing.assert_close(ours, theirs)
         for one, other in zip(fused.buffers(), plain.buffers()):
             torch.testing.assert_close(one, other)
+
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 5e-2}
+
+
+def formula(act: NormAct2d, x: torch.Tensor) -> torch.Tensor:
+    """The layer in float64: the norm, then PN-Act or Act as the paper writes it."""
+    wide = copy.deepcopy(act).double()
+    y = wide.normalize(x.double())
+    if wide.proxied:
+        parameters = wide.four_parameters()
+        moments = partial(proxy_moments, activation=wide.act)
+        return pn_act(y, *parameters, wide.act, moments, wide.proxy_eps)
+    return wide.act(affine(y, wide.weight, wide.bias))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if not norm.endswith("_ws")])
+def test_formula_and_fast_path_agree(norm, dtype, memory_format):
+    """For every activation: outputs, and gradients by the input."""
+    for activation in ACTIVATIONS:
+        act = layer(norm, dtype=torch.promote_types(dtype, torch.float32), act_layer=activation)
+        x = maps(dtype=dtype, memory_format=memory_format).requires_grad_()
+        expected = formula(act, x)
+        z = act(x)
+        assert z.dtype == dtype and z.is_contiguous(memory_format=memory_format), activation
+        assert (z - expected).norm() <= TOLERANCE[dtype] * expected.norm(), activation
+        grad = torch.randn_like(z)
+        ours = torch.autograd.grad(z, x, grad)[0]
+        theirs = torch.autograd.grad(expected, x, grad.double())[0]
+        # rounding moves single elements across a kink, where the gradient jumps
+        off = (ours - theirs).abs() > 2 * TOLERANCE[dtype] * theirs.abs().max() + 1e-6
+        assert off.double().mean() < 0.02, activation
 
 
 @pytest.mark.parametrize("norm", ["ln_pn", "gn_pn", "in_pn", "bn_pn"])
@@ -228,7 +271,7 @@ def test_compiled_for_any_size():
     [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")],
 )
 def test_half_precision(norm, activation, dtype, memory_format):
-    """Maps stay half precision, statistics do not: a mean of 60 costs no more than the rounding of the input."""
+    """Maps stay half precision, statistics do not: a mean of 60 costs no more than rounding."""
     act = layer(norm, dtype=torch.float32, act_layer=activation)
     double = copy.deepcopy(act).double()
     x = (

@@ -1,7 +1,8 @@
-"""The table of claims: it names tests and comparisons that exist, and its status follows from them."""
+"""The table of claims names tests and comparisons that exist; its status follows from them."""
 
 import pytest
 
+from proxynorm.paper.blocks import result_table
 from proxynorm.paper.claims import (
     Claim,
     claim_outcomes,
@@ -10,8 +11,7 @@ from proxynorm.paper.claims import (
     load_claims,
     random_net_figures,
 )
-from proxynorm.paper.comparing import Outcome, cell_samples, compare
-from proxynorm.paper.readme import mini_norms
+from proxynorm.paper.compare import Outcome, cell_samples, compare
 from proxynorm.paper.table import load_table, table_names
 from scripts.reproduce import Options, claims
 from tests.helpers import ROOT
@@ -87,7 +87,7 @@ def test_status_is_the_weakest_verdict(verdicts, status):
 
 
 def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
-    """Its kept runs may be of rates that the search does not choose. In the table of claims and in the README."""
+    """In the table of claims and in documents: its kept runs may be of other rates."""
     (tmp_path / "mini_norms").symlink_to(RESULTS / "mini_norms")
     item = "mini_norms: ln_pn - bn"
     claim = next(claim for claim in load_claims() if item in claim.comparisons)
@@ -103,8 +103,8 @@ def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
             if claim.claim in line
         )
 
-    assert f"{item}: not run" in row() and "Nothing has been run yet." in mini_norms(tmp_path)
+    assert f"{item}: not run" in row() and "0 seeds a cell" in result_table("mini_norms", tmp_path)
     (tmp_path / "mini_norms_lr").symlink_to(RESULTS / "mini_norms_lr")
-    assert f"{item}: not run" not in row() and "Nothing has been run yet." not in mini_norms(
-        tmp_path
+    assert f"{item}: not run" not in row() and "0 seeds a cell" not in result_table(
+        "mini_norms", tmp_path
     )

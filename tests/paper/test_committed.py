@@ -2,10 +2,9 @@
 
 import filecmp
 
-from proxynorm.launch.runs import reported_runs
 from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
 from proxynorm.paper.report import gather, write_report
-from proxynorm.paper.table import load_table, table_names
+from proxynorm.paper.table import load_table, reported_runs, table_names
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"

@@ -7,11 +7,10 @@ from omegaconf import OmegaConf
 
 from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError
-from proxynorm.launch.planning import plan, status
-from proxynorm.launch.runs import table_runs
+from proxynorm.paper.plan import plan, status
 from proxynorm.paper.recipe import refuse_other_recipes
 from proxynorm.paper.records import collect
-from proxynorm.paper.table import load_table
+from proxynorm.paper.table import load_table, table_runs
 from proxynorm.train import config
 from scripts.reproduce import Options, main
 from tests.tiny_table import TINY, write_run
@@ -40,15 +39,21 @@ def test_what_does_not_decide_the_training_may_differ_and_overrides_count(tiny, 
     write_run(runs[0], 50.0)
     config = runs[0].folder / "config.yaml"
     config.write_text(config.read_text().replace("recompute: false\n", ""))  # a key of later days
-    refuse_other_recipes(runs, tmp_path, ["device=cuda", "loader.workers=3", "logger=none"])
+    incidental = ["device=cuda", "loader.workers=3", "logger=none"]
+    refuse_other_recipes(with_overrides(tiny, tmp_path, *incidental), tmp_path)
     with pytest.raises(ConfigError, match="epochs=1, the table says 2"):
-        refuse_other_recipes(runs, tmp_path, ["epochs=2"])
+        refuse_other_recipes(with_overrides(tiny, tmp_path, "epochs=2"), tmp_path)
     config.write_text(config.read_text().replace("epochs: 1\n", "epochs: 2\n"))
     assert collect(runs[0], tmp_path / "results")
     (runs[0].folder / "summary.json").unlink()
     with pytest.raises(ConfigError, match="epochs=2, the table says 1"):
         refuse_other_recipes(runs, tmp_path / "results")
-    refuse_other_recipes(runs, tmp_path / "results", ["epochs=2"])
+    refuse_other_recipes(with_overrides(tiny, tmp_path, "epochs=2"), tmp_path / "results")
+
+
+def with_overrides(table, tmp_path, *overrides):
+    """The table's runs under train=[…]."""
+    return table_runs(table, tmp_path / "runs", overrides=overrides)
 
 
 def other_epochs(run, epochs):
@@ -63,14 +68,16 @@ def test_the_advice_is_one_that_helps(tiny, tmp_path):
     for run in runs[:2]:
         write_run(run, 50.0)
         other_epochs(run, 3)
-    with pytest.raises(ConfigError, match=r"; remove \S*/bn-s0, or give train=\[epochs=3\]$"):
+    with pytest.raises(
+        ConfigError, match=r"; remove \S*/bn-s0, \S*/ln_pn-s0, or give train=\[epochs=3\]$"
+    ):
         refuse_other_recipes(runs, tmp_path)
-    refuse_other_recipes(runs, tmp_path, ["epochs=3"])
+    refuse_other_recipes(with_overrides(tiny, tmp_path, "epochs=3"), tmp_path)
     other_epochs(runs[0], 3)
     write_run(runs[2], 50.0)
     for overrides, away in ((), "bn-s0, .*/ln_pn-s0"), (["epochs=3"], "bn-s1"):
-        with pytest.raises(ConfigError, match=f"; (move these away:|remove) [^;]*/{away}$"):
-            refuse_other_recipes(runs, tmp_path, overrides)
+        with pytest.raises(ConfigError, match=f"; remove [^;]*/{away}$"):
+            refuse_other_recipes(with_overrides(tiny, tmp_path, *overrides), tmp_path)
 
 
 def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
@@ -87,8 +94,10 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
             "trained with epochs=3, the table says 1",
         ]
         assert lines[-1] == "1 done, 1 other, 2 missing"
-        assert "1 done, 1 other" in status(runs, tmp_path / "results", overrides=["epochs=3"])
-        text = plan(tiny, runs, tmp_path / "results", jobs=1)
+        assert "1 done, 1 other" in status(
+            with_overrides(tiny, tmp_path, "epochs=3"), tmp_path / "results"
+        )
+        text = plan(tiny, runs, tmp_path / "results", verbose=True)
         assert (
             "= 4 runs; 1 done" in text
             and "bn-s0: another recipe, trained with epochs=3" in text
@@ -98,7 +107,7 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
 
 
 def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypatch, tmp_path):
-    """The check of a table's runs composes every cell; what comes out is what Hydra makes of the same words."""
+    """The check of runs composes every cell, to what Hydra makes of the same words."""
     compose, calls = config._compose, []
     monkeypatch.setattr(config, "_compose", lambda *words: calls.append(words) or compose(*words))
     config._base.cache_clear()
@@ -107,9 +116,9 @@ def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypat
         for run in table_runs(load_table("mini_norms_lr"), tmp_path / "it's here")
         if run.seed == 0
     ]
-    composed = {run.name: config.compose_config(run.arguments()) for run in cells}
+    composed = {run.name: config.compose_config(run.arguments) for run in cells}
     assert len(cells) == 56 and len(calls) == 9  # the norms
     for run in cells[::20]:
         assert OmegaConf.to_yaml(composed[run.name]) == OmegaConf.to_yaml(
-            compose("train", run.arguments())
+            compose("train", list(run.arguments))
         )

@@ -4,19 +4,18 @@ import filecmp
 import json
 import shlex
 import shutil
-import xml.dom.minidom
 
 import pytest
 from mpmath import betainc
 
 from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError, DataError
-from proxynorm.launch.runs import table_runs
-from proxynorm.paper.comparing import Sample, cell_status, outcome, single_verdict
-from proxynorm.paper.records import archive_path, collect, kept_files, read_archive
-from proxynorm.paper.report import gather, write_report
-from proxynorm.paper.search import choose
-from proxynorm.paper.table import Comparison, Reference, Search, load_table
+from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
+from proxynorm.paper.figures import cell_styles
+from proxynorm.paper.records import Record, archive_path, collect, kept_files, read_archive
+from proxynorm.paper.report import gather, loss_ratio, write_report
+from proxynorm.paper.search import choose, protocol
+from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
 from proxynorm.paper.tracking import deltas, log_report
 from scripts.reproduce import Options, main
 from tests.tiny_table import write_run
@@ -136,7 +135,7 @@ def test_the_report_is_the_same_bytes_from_folders_and_from_archives(tiny, finis
     assert [collect(run, results) for run in finished] == [False] * 4
     shutil.rmtree(tmp_path / "runs")
     write_report(gather(tiny, finished, results), second)
-    assert files(first) == ["cells.svg", "loss.svg", "power.svg", "report.html", "report.md"]
+    assert files(first) == ["cells.png", "loss.png", "power.png", "report.md"]
     match, mismatch, errors = filecmp.cmpfiles(first, second, files(first), shallow=False)
     assert sorted(match) == files(second) and not mismatch + errors
 
@@ -164,16 +163,14 @@ def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
     write_report(gather(tiny, finished, tmp_path), tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert (
-        "| bn | 90.10 ± 0.14 | 2 | done |" in text
-        and "| ln_pn | 91.00 | 1 | 1/2 seeds, 1 failed |" in text
+        "| bn | 90.10 ± 0.14 | 2 |  | done |" in text
+        and "| ln_pn | 91.00 | 1 |  | 1/2 seeds, 1 failed |" in text
     )
     assert "single seed, beyond the seed spread" in text
     assert "3 runs, 0.03 hours" in text and "commit 0123456789ab" in text
     assert str(tmp_path) not in text.replace(tiny.file, "tiny.yaml")
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("<svg") == 3 and "src=" not in page
-    for name in ("cells.svg", "loss.svg", "power.svg"):
-        xml.dom.minidom.parse(str(tmp_path / "report" / name))
+    for name in ("cells.png", "loss.png", "power.png"):
+        assert f"]({name})" in text and (tmp_path / "report" / name).is_file()
 
 
 @pytest.mark.parametrize("name", ["tiny.yaml", "it's a tiny.yaml"])
@@ -202,7 +199,7 @@ def test_whatever_fails_in_wandb_leaves_the_report(
         raise fault
 
     monkeypatch.setattr("wandb.init", init)
-    log_report(gather(tiny, finished, tmp_path), "offline", tmp_path / "logged", "proxynorm")
+    log_report(gather(tiny, finished, tmp_path), "offline", tmp_path, tmp_path / "logged", "pn")
     said = capsys.readouterr().err
     assert (
         said.startswith(f"warning: the report is not on W&B: {type(fault).__name__}: ")
@@ -255,7 +252,8 @@ def test_a_damaged_archive_is_named(tiny, finished, tmp_path):
 
 def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_path):
     findings = gather(tiny, finished, tmp_path)
-    log_report(findings, "offline", tmp_path / "logged", "proxynorm")
+    write_report(findings, tmp_path / "report")
+    log_report(findings, "offline", tmp_path / "report/report.md", tmp_path / "logged", "proxynorm")
     (run,) = (tmp_path / "logged" / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
     tables = [
@@ -264,12 +262,10 @@ def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_pat
     ]
     assert [table["columns"][0] for table in tables] == ["cell", "claim"]
     assert [row[0] for row in tables[0]["data"]] == ["bn", "ln_pn"]
-    assert (
-        len(list((run / "files" / "media" / "html").rglob("*.html"))) == 4
-    )  # the report, three figures
+    assert len(list((run / "files" / "media" / "images").rglob("*.png"))) == 3
     assert deltas(findings)["difference/ln_pn-bn"] == pytest.approx(0.9)
     with pytest.raises(ConfigError, match="logger.mode"):
-        log_report(findings, "ofline", tmp_path, "proxynorm")
+        log_report(findings, "ofline", tmp_path, tmp_path, "proxynorm")
 
 
 def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
@@ -284,7 +280,7 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
     diverged = next(run for run in runs if run.cell.name == "ln-base_lr0.2")
     fail(
         diverged,
-        "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc; the weights are untouched",
+        "error: step 3: loss nan, gradient norm nan, learning rate 0.1: not finite, first in fc",
     )
     found = choose(table, runs, tmp_path / "results")
     assert found["chosen"] == {"bn": {"optim.base_lr": 0.1}, "ln": {"optim.base_lr": 0.8}}
@@ -302,3 +298,36 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
         )
         == found
     )
+
+
+def test_a_report_of_fewer_runs_does_not_replace_a_fuller_one(tiny, finished, tmp_path):
+    full = gather(tiny, finished, tmp_path)
+    fewer = gather(tiny, finished[:1], tmp_path)
+    write_report(full, tmp_path / "report")
+    with pytest.raises(ConfigError, match="has 3 runs, this one 1; force=true replaces it"):
+        write_report(fewer, tmp_path / "report")
+    write_report(full, tmp_path / "report")
+    write_report(fewer, tmp_path / "report", force=True)
+    assert "1 runs, 0.01 hours" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_the_loss_ratio_is_that_of_the_last_two_tenths():
+    losses = [3.0] * 16 + [2.0, 2.0, 1.0, 1.5]
+    rows = [{"event": "train", "step": step, "loss": v} for step, v in enumerate(losses, 1)]
+    assert loss_ratio(Record("bn", 0, {"steps": 20}, {}, rows)) == pytest.approx(1.25 / 2)
+    assert loss_ratio(Record("bn", 0, {"steps": 20}, {}, rows[:4])) is None
+
+
+def test_the_protocol_tells_whether_every_norm_got_the_same_search():
+    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("mini_norms"))
+    assert equal == (
+        "Search mini_search: every norm got the same 6 points of "
+        "optim.base_lr × optim.weight_decay, 2 seeds: 12 runs."
+    )
+    assert tuned.endswith("another grid for ln_pn (7 runs), ln_ws (7 runs).")
+
+
+def test_a_norm_and_its_pn_variant_share_a_colour():
+    styles = cell_styles({"bn": "bn", "ln": "ln", "ln_pn": "ln_pn"})
+    assert styles["ln"]["color"] == styles["ln_pn"]["color"] != styles["bn"]["color"]
+    assert (styles["ln"]["ls"], styles["ln_pn"]["ls"]) == ("--", "-")

@@ -1,11 +1,11 @@
-"""Tables as data: every one is well formed, its cells are trainable, its references are those that may be quoted."""
+"""Tables as data: well formed, with trainable cells and references that may be quoted."""
 
 import pytest
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import quoted, table_runs
+from proxynorm.launch.runs import quoted
 from proxynorm.nn import NORMS
-from proxynorm.paper.table import load_table, table_names
+from proxynorm.paper.table import load_table, table_names, table_runs
 from proxynorm.train.config import check_choice, compose_config, is_group, parse, settings_from
 from tests.tiny_table import TINY
 
@@ -47,7 +47,7 @@ def test_cells_are_trainable(name):
             check_choice(override)
         kinds.setdefault(frozenset(override.key_or_group for override in overrides), run)
     for run in kinds.values():
-        settings = settings_from(compose_config([*run.arguments(), *data]))
+        settings = settings_from(compose_config([*run.arguments, *data]))
         assert settings.name == run.name and settings.logger.group == name
 
 

@@ -90,7 +90,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_a_row_that_is_cut_short_by_a_full_disk_is_taken_back(tmp_path):
-    """An unbuffered write may write a part and tell so: no half line may stay, to which the next would be glued."""
+    """An unbuffered write may write a part: no half line may stay before the next one."""
     run = RunFolder(tmp_path)
     run.append({"step": 1})
     with (

@@ -1,4 +1,5 @@
-"""Training on a file that was damaged after its preparation stops with one line, or goes on and counts, as asked."""
+"""Training on a file that was damaged after its preparation stops with one line, or goes on and
+counts, as asked."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ BAD = (2, 11, 17)
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
-    """train.beton with 36 images, three of them damaged after preparation, and val.beton with 12, one damaged."""
+    """train.beton with 36 images, three of them damaged after preparation, and val.beton with 12,
+    one damaged."""
     folder = tmp_path_factory.mktemp("damaged")
     photos = write_folder(folder / "photos", 12, 4)
     for part, rows in (("train", BAD), ("val", (5,))):

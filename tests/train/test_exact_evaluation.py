@@ -1,4 +1,4 @@
-"""101 images on one, two and three processes: exactly 101 are counted, and the same number of hits."""
+"""101 images on one, two and three processes: 101 are counted, with the same hits."""
 
 from __future__ import annotations
 

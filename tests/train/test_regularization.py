@@ -15,9 +15,9 @@ from proxynorm.data import Batch, open_data
 from proxynorm.errors import ConfigError
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.distributed import Process
+from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.run_folder import RunFolder
-from proxynorm.train.trainer import Trainer
 from tests.data.conftest import needs_ffcv
 from tests.helpers import SMALL, assert_same_run
 
@@ -40,7 +40,7 @@ KEYS = {
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(*overrides) -> a Trainer of the small run, without regularization but for the overrides."""
+    """make_trainer(*overrides) -> a Trainer of the small run, regularized by these alone."""
 
     def make(*overrides: str) -> Trainer:
         settings = settings_from(
@@ -125,7 +125,7 @@ def test_cutmix_area_is_its_weight_and_mixup_mixes_as_its_targets(make_trainer):
             images, targets = trainer.inputs(batch, 0)
             own = targets[torch.arange(10), batch.targets]
             expected = own.view(-1, 1, 1, 1) * plain + (1 - own).view(-1, 1, 1, 1) * plain.flip(0)
-            # The mean over the image is weighted like the targets; inside, CutMix's pixels are one's or the other's.
+            # The image's mean is weighted like the targets; CutMix's pixels come from one image.
             assert images.mean(dim=(1, 2, 3)).numpy() == pytest.approx(
                 expected.mean(dim=(1, 2, 3)).numpy(), abs=1e-5
             )
@@ -241,7 +241,7 @@ def recorded_weights(monkeypatch) -> list[torch.Tensor]:
 
 
 def test_average_per_step(run_small, monkeypatch):
-    """timm's: the decay of update t is min(d, 1 − t^(−2/3)), t counted from the second update on."""
+    """timm's decay of update t is min(d, 1 − t^(−2/3)), counted from the second update."""
     weights = recorded_weights(monkeypatch)
     run = run_small("regularization.ema_decay=0.6", "max_steps=8")
     average = weights[0]
@@ -253,7 +253,7 @@ def test_average_per_step(run_small, monkeypatch):
 
 
 def test_average_over_epochs(run_small, monkeypatch):
-    """The authors': the epochs' last weights, decay 0.97, starting from the first epoch's and not from chance."""
+    """The authors' average of each epoch's last weights starts at those of the first epoch."""
     weights = recorded_weights(monkeypatch)
     run = run_small("regularization.ema_decay=0.97", "regularization.ema_every=epoch", "epochs=4")
     ends = weights[9::10]
@@ -265,7 +265,7 @@ def test_average_over_epochs(run_small, monkeypatch):
 
 
 def test_the_average_is_what_is_evaluated(run_small):
-    """With a decay of 1 − 1e-9 the average stays at the first epoch's weights, and so does the accuracy."""
+    """With a decay of 1 − 1e-9 the average, and its accuracy, stay at the first epoch's."""
     run = run_small(
         "regularization.ema_decay=0.999999999", "regularization.ema_every=epoch", "epochs=3"
     )

@@ -1,4 +1,5 @@
-"""A run does not go on, without a word, on other images than it was begun on, whatever their number, classes and labels."""
+"""A run does not go on, without a word, on other images than it was begun on, whatever their
+number, classes and labels."""
 
 from __future__ import annotations
 
@@ -114,7 +115,7 @@ def test_moved_data_are_the_same(run_small, tmp_path):
 def test_images_read_in_another_way_and_runs_without_fingerprints_go_on_and_it_is_told(
     run_small, tmp_path, capsys
 ):
-    told = "whether the images are those that the run began on cannot be told"
+    told = "whether the images are those that the run began on is unknown"
     photographs(tmp_path)
     run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
     run = run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=3"))

@@ -10,8 +10,8 @@ import tempfile
 import pytest
 
 from proxynorm.errors import CheckpointError, FileError
-from proxynorm.train import checkpoint, run_folder
 from proxynorm.train import run as run_module
+from proxynorm.train import run_folder
 from proxynorm.train.restore import restore
 from proxynorm.train.run_folder import RunFolder
 from tests.acceptance.test_resume import Killed, at_step, kill
@@ -122,7 +122,7 @@ def test_a_summary_without_its_keys_is_damaged(run_small, text):
 
 
 def test_a_run_killed_in_its_first_epoch_is_not_cleared_either(run_small, monkeypatch, tmp_path):
-    """There was a checkpoint, but no evaluation and no summary to tell of it; before the first save a run begins anew."""
+    """There was a checkpoint, but no evaluation yet; before the first save a run begins anew."""
     for step in (2, 8):
         at_step(monkeypatch, step, kill)
         with pytest.raises(Killed):
@@ -168,27 +168,6 @@ def test_a_damaged_environment_is_told(run_small, capsys, text):
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
     assert (
-        "environment.json is missing or damaged: whether machine and versions are the same"
-        in capsys.readouterr().out
-    )
-
-
-def test_rows_lost_from_the_middle_are_told(run_small, capsys):
-    """However often rows are written; a checkpoint of a version that did not count them counts what is there."""
-    run = run_small("name=a", "max_steps=7", "log_every=3")
-    run_small("name=a", "max_steps=9", "log_every=1")
-    assert "has lost" not in capsys.readouterr().out
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run.folder / "metrics.jsonl").write_text("".join(lines[:1] + lines[2:]))
-    again = run_small("name=a", "max_steps=11")
-    assert (
-        "metrics.jsonl has lost 1 of its 5 rows of training; the last left is of step 9"
-        in capsys.readouterr().out
-    )
-    del again.last["counters"]["rows"]
-    checkpoint.save(run.folder / "checkpoints" / "last.pt", again.last)
-    whole = run_small("name=a", "max_steps=12")
-    assert "has lost" not in capsys.readouterr().out
-    assert whole.last["counters"]["rows"] == len(
-        [row for row in whole.rows if row["event"] == "train"]
+        "environment.json is missing or damaged: whether machine and versions are the same is "
+        "unknown" in capsys.readouterr().out
     )

@@ -1,13 +1,16 @@
-"""The .beton file: FFCV's layout (version 2), written whole or not at all, and checked before it is used.
+"""The .beton file: FFCV's layout (version 2), written whole or not at all, and checked before it is
+used.
 
-Layout: header, field descriptors, one metadata record per sample, then the samples' bytes from the next page border on,
-then the table of allocations, which ends the file. FFCV's own writer is not used because it hangs when its source
-raises and its output depends on the number of workers; tests hold our files to FFCV's own reader and loader, and read
-the files of FFCV's writer.
+Layout: header, field descriptors, one metadata record per sample, then the samples' bytes from the
+next page border on, then the table of allocations, which ends the file. FFCV's own writer is not
+used because it hangs when its source raises and its output depends on the number of workers; tests
+hold our files to FFCV's own reader and loader, and read the files of FFCV's writer.
 
-Beside FILE.beton lie FILE.beton.json, the manifest (classes, counts, options, what was left out), and
-FILE.beton.sums.npy, a 64-bit sum of every sample's bytes, by which later damage is found. A digest in the manifest ties
-the three together: of the file's head, which has every label and address, of the sums, and of the manifest itself.
+Beside FILE.beton lie FILE.beton.json, the manifest (classes, counts, options, what was left out),
+and FILE.beton.sums.npy, a 64-bit sum of every sample's bytes, by which later damage is found. A
+digest in the manifest ties
+the three together: of the file's head, which has every label and address, of the sums, and of the
+manifest itself.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ DIGEST = "sha256_of_head_sums_and_manifest"
 class Samples:
     """Where each of N samples lies and what it is; one array (N,) per property.
 
-    mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; target: class; sums: 64-bit sums or empty.
+    mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; target: class; sums: 64-bit
+    sums or empty.
     """
 
     path: Path
@@ -75,14 +79,16 @@ class Samples:
 
 
 def metadata_type(channels: int) -> np.dtype:
-    """A sample's record: colour images are FFCV's RGBImageField, grey ones its NDArrayField; then an IntField."""
+    """A sample's record: colour images are FFCV's RGBImageField, grey ones its NDArrayField; then
+    an IntField."""
     return np.dtype(
         [("image", IMAGE if channels == 3 else np.dtype("<u8")), ("label", "<i8")], align=True
     )
 
 
 def field_descriptors(channels: int, shape: tuple[int, int] | None) -> np.ndarray:
-    """FFCV's description of the fields "image" and "label"; shape (height, width) is that of grey images."""
+    """FFCV's description of the fields "image" and "label"; shape (height, width) is that of grey
+    images."""
     fields = np.zeros(2, dtype=FIELD)
     for row, name in zip(fields, (b"image", b"label")):
         row["name"][: len(name)] = np.frombuffer(name, dtype="<u1")
@@ -98,10 +104,11 @@ def field_descriptors(channels: int, shape: tuple[int, int] | None) -> np.ndarra
 
 
 class BetonWriter:
-    """Writes one .beton file under a temporary name; `close` finishes, verifies and renames it, `discard` removes it.
+    """Writes one .beton file under a temporary name; `close` finishes, verifies and renames it,
+    `discard` removes it.
 
-    capacity: the most samples that will be added; shape: (height, width) of every image, for grey images only. Raises
-    DataError if another process is writing the same file.
+    capacity: the most samples that will be added; shape: (height, width) of every image, for grey
+    images only. Raises DataError if another process is writing the same file.
     """
 
     def __init__(
@@ -122,7 +129,8 @@ class BetonWriter:
         self.file.seek(-(-start // PAGE_SIZE) * PAGE_SIZE)
 
     def add(self, data: np.ndarray, target: int, height: int, width: int, mode: int) -> None:
-        """Append a sample: its stored bytes (uint8, one dimension), class, side lengths in pixels, JPEG or RAW."""
+        """Append a sample: its stored bytes (uint8, one dimension), class, side lengths in pixels,
+        JPEG or RAW."""
         pointer = self._place(len(data))
         self.file.write(data)
         record = self.records[self.count]
@@ -133,10 +141,12 @@ class BetonWriter:
         self.count += 1
 
     def _place(self, size: int) -> int:
-        """Where a sample of this size goes: a sample never crosses a page border, as FFCV's page cache requires."""
+        """Where a sample of this size goes: a sample never crosses a page border, as FFCV's page
+        cache requires."""
         if size > self.page_size:
             raise DataError(
-                f"{self.path}: an image of {size} stored bytes exceeds a page of {self.page_size}; use max_side"
+                f"{self.path}: an image of {size} stored bytes exceeds a page of "
+                f"{self.page_size}; use max_side"
             )
         position = self.file.tell()
         if position // self.page_size != (position + size - 1) // self.page_size:
@@ -144,9 +154,11 @@ class BetonWriter:
         return position
 
     def close(self, manifest: dict, verify: Callable[[Samples], None]) -> None:
-        """Finish the file, have it read back by verify(samples), and put it, its sums and its manifest in place.
+        """Finish the file, have it read back by verify(samples), and put it, its sums and its
+        manifest in place.
 
-        verify raises DataError if what is on the disk is not what was added. DataError also if nothing was added.
+        verify raises DataError if what is on the disk is not what was added. DataError also if
+        nothing was added.
         """
         if self.count == 0:
             raise DataError(f"{self.path}: not one usable image to write")
@@ -192,7 +204,8 @@ def _hidden(path: Path) -> Path:
 def _open_alone(path: Path) -> BinaryIO:
     """The temporary file of `path`, empty, and locked while it is open: one writer at a time.
 
-    What a killed writer left is overwritten: its lock ended with it. DataError if another process is writing.
+    What a killed writer left is overwritten: its lock ended with it. DataError if another process
+    is writing.
     """
     while True:
         file = os.fdopen(os.open(_hidden(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -204,7 +217,9 @@ def _open_alone(path: Path) -> BinaryIO:
                 f"{path}: another process is writing it; wait for it, or give another name"
             ) from None
         except OSError:
-            pass  # a file system without locks; reading back finds what two writers would do to each other
+            # a file system without locks; reading back finds what two writers would do to each
+            # other
+            pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(_hidden(path))):
                 file.truncate(0)
@@ -246,9 +261,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
-    """What a manifest holds as DIGEST: SHA-256 of the file's head, of its sums, uint64 (N,), and of the manifest's rest.
+    """What a manifest holds as DIGEST: SHA-256 of the file's head, of its sums, uint64 (N,), and of
+    the manifest's rest.
 
-    The head has every label and address, the sums stand for the images' bytes, the manifest names the classes.
+    The head has every label and address, the sums stand for the images' bytes, the manifest names
+    the classes.
     """
     rest = {key: value for key, value in manifest.items() if key != DIGEST}
     text = json.dumps(rest, sort_keys=True)
@@ -256,7 +273,8 @@ def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
 
 
 def byte_sum(data: np.ndarray) -> int:
-    """A 64-bit sum of bytes (uint8, any length): 8-byte words times odd weights, so any change within a word shows."""
+    """A 64-bit sum of bytes (uint8, any length): 8-byte words times odd weights, so any change
+    within a word shows."""
     whole = len(data) // 8 * 8
     words = np.frombuffer(data[:whole].tobytes(), dtype="<u8")
     weights = (np.arange(len(words), dtype=np.uint64) * np.uint64(2) + np.uint64(1)) * WEIGHT
@@ -278,7 +296,8 @@ def manifest_path(path: Path) -> Path:
 
 
 def _flush(file) -> None:
-    """Bring the file to the disk, and out of the page cache where the system allows: so reading it back is a test."""
+    """Bring the file to the disk, and out of the page cache where the system allows: so reading it
+    back is a test."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -288,7 +307,8 @@ def _flush(file) -> None:
 def read_beton(path: Path) -> Samples:
     """The table of samples of a .beton file, ours or FFCV's, with fields image and label.
 
-    Raises DataError if it is missing, truncated, of another version, or disagrees with its manifest.
+    Raises DataError if it is missing, truncated, of another version, or disagrees with its
+    manifest.
     """
     path = Path(path)
     if not path.is_file():
@@ -310,7 +330,8 @@ def _read_samples(path: Path, header: np.void, fields: np.ndarray) -> Samples:
     channels = {IMAGE_FIELD: 3, ARRAY_FIELD: 1}.get(int(fields["type_id"][0]))
     if names != ["image", "label"] or channels is None or fields["type_id"][1] != INT_FIELD:
         raise DataError(
-            f"{path}: holds the fields {names}; expected an image field 'image' and an integer field 'label'"
+            f"{path}: holds the fields {names}; expected an image field 'image' and an integer "
+            f"field 'label'"
         )
     offset = HEADER.itemsize + fields.nbytes
     _check(path, offset + count * metadata_type(channels).itemsize <= length)
@@ -345,7 +366,8 @@ def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[
     if not manifest_path(path).is_file():
         if sums_path(path).is_file():
             raise DataError(
-                f"{path}: its manifest {manifest_path(path).name} is missing; put it back, or write the file again"
+                f"{path}: its manifest {manifest_path(path).name} is missing; put it back, or "
+                f"write the file again"
             )
         return {}, np.zeros(0, dtype=np.uint64)
     try:
@@ -357,7 +379,8 @@ def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[
         ) from None
     if not isinstance(manifest, dict) or DIGEST not in manifest:
         raise DataError(
-            f"{path}: its manifest is damaged or of an older proxynorm (it has no {DIGEST}); write the file again"
+            f"{path}: its manifest is damaged or of an older proxynorm (it has no {DIGEST}); "
+            f"write the file again"
         )
     if (
         manifest.get("bytes") != length
@@ -369,7 +392,8 @@ def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[
         )
     if digest(head, sums, manifest) != manifest[DIGEST]:
         raise DataError(
-            f"{path}: its labels, addresses, sums or manifest are not those that were written together (damaged, edited or "
+            f"{path}: its labels, addresses, sums or manifest are not those that were written "
+            f"together (damaged, edited or "
             "replaced); write the file again"
         )
     return manifest, sums

@@ -1,4 +1,5 @@
-"""The decoding loop of the FFCV backend, compiled by numba. native.decoder imports it, after naming its symbols."""
+"""The decoding loop of the FFCV backend, compiled by numba. native.decoder imports it, after naming
+its symbols."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ MOST_SHRUNK = 3
 THREE = np.uint64(3)
 # Rows of a block of a JPEG whose chroma is stored at half the height.
 BLOCK_ROWS = 16
-# Markers of a JPEG's header: a frame coded from top to bottom in one go; frames coded otherwise; the first scan. Others
+# Markers of a JPEG's header: a frame coded from top to bottom in one go; frames coded otherwise;
+# the first scan. Others
 # that have no segment: those below FIRST_SEGMENT, restarts, the image's start and end.
 SEQUENTIAL, LAST_FRAME, NOT_FRAMES, SCAN = (0xC0, 0xC1), 0xCF, (0xC4, 0xC8, 0xCC), 0xDA
 FIRST_SEGMENT, FIRST_ALONE, LAST_ALONE = 0xC0, 0xD0, 0xD9
@@ -64,8 +66,9 @@ def _byte_sum(data):
 
 @numba.njit(**_options)
 def _height_place(data, height, width):
-    """Where the header of a JPEG gives its height, if its rows are coded from top to bottom in a single scan; 0 for any
-    other, for a header that says another size, and for one that has more than segments."""
+    """Where the header of a JPEG gives its height, if its rows are coded from top to bottom in a
+    single scan; 0 for any other, for a header that says another size, and for one that has more
+    than segments."""
     place, components, at = 0, 0, 2
     while at + 9 < data.size and data[at] == 0xFF:
         marker, length = data[at + 1], _word(data, at + 2)
@@ -96,7 +99,8 @@ def _word(data, at):
 
 @numba.njit(**_options)
 def _cut(data, height, width, rows, copy):
-    """Copy a JPEG's bytes, its header changed to end after `rows` rows, all that is decoded then; False if it cannot."""
+    """Copy a JPEG's bytes, its header changed to end after `rows` rows, all that is decoded then;
+    False if it cannot."""
     place = _height_place(data, height, width)
     if place == 0:
         return False
@@ -107,10 +111,12 @@ def _cut(data, height, width, rows, copy):
 
 @numba.njit(**_options)
 def _decode(data, height, width, bottom, known, copy, pixels):
-    """Decode the JPEG's rows down to `bottom`, or more, into pixels (3 H W,); return whether it could be decoded.
+    """Decode the JPEG's rows down to `bottom`, or more, into pixels (3 H W,); return whether it
+    could be decoded.
 
-    known: these very bytes have been decoded before. Then the blocks below are left out, but for two rows, as those above
-    take a share of their chroma; the decoder's complaint about what is left over says nothing of the image.
+    known: these very bytes have been decoded before. Then the blocks below are left out, but for
+    two rows, as those above take a share of their chroma; the decoder's complaint about what is
+    left over says nothing of the image.
     """
     rows = min(height, BLOCK_ROWS * ((bottom + 2 + BLOCK_ROWS - 1) // BLOCK_ROWS))
     cut = known and rows < height and _cut(data, height, width, rows, copy)
@@ -136,7 +142,8 @@ def _mirror(image):
 
 @numba.njit(**_options)
 def _area_weights(length, size, taps, first, weights):
-    """The shares of `length` pixels in each of `size` <= length: n takes weights[n, :taps] 2^-BITS of first[n] on."""
+    """The shares of `length` pixels in each of `size` <= length: n takes weights[n, :taps] 2^-BITS
+    of first[n] on."""
     scale = length / size
     one = np.int32(1 << BITS)
     for n in range(size):
@@ -161,7 +168,8 @@ def _taps(length, size):
 
 @numba.njit(**_options)
 def _down(image, y, begin, end, weights, taps, line):
-    """The weighted sum of `taps` rows of image (H, 3 W) from y on, columns begin to end, into line."""
+    """The weighted sum of `taps` rows of image (H, 3 W) from y on, columns begin to end, into
+    line."""
     a, b, c, d = weights[0], weights[1], weights[2], weights[3]
     s, t, u = image[y, begin:end], image[y + 1, begin:end], image[y + 2, begin:end]
     if taps == 3:
@@ -177,7 +185,8 @@ def _down(image, y, begin, end, weights, taps, line):
 
 @numba.njit(**_options)
 def _across(line, first, weights, taps, flip, out):
-    """The weighted sums of `taps` pixels of line (3 W) into a row of the output (S', 3), mirrored if flip."""
+    """The weighted sums of `taps` pixels of line (3 W) into a row of the output (S', 3), mirrored
+    if flip."""
     half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
     columns = out.shape[0]
     for column in range(columns):
@@ -195,11 +204,12 @@ def _across(line, first, weights, taps, flip, out):
 
 @numba.njit(**_options)
 def _shrink(image, box, flip, first, weights, line, out):
-    """The mean over areas, as OpenCV's INTER_AREA to within one step of 255, in integers, twice as fast.
+    """The mean over areas, as OpenCV's INTER_AREA to within one step of 255, in integers, twice as
+    fast.
 
-    image (H, 3 W); box: top, left, height, width, at least out's sides and at most MOST_SHRUNK times them; out: (rows,
-    columns, 3). Room for the shares, with S the longer side of out: first (2, S), weights (2, S, 4); for a row: line
-    (3 W).
+    image (H, 3 W); box: top, left, height, width, at least out's sides and at most MOST_SHRUNK
+    times them; out: (rows, columns, 3). Room for the shares, with S the longer side of out: first
+    (2, S), weights (2, S, 4); for a row: line (3 W).
     """
     top, left, height, width = box
     rows, columns = out.shape[0], out.shape[1]
@@ -213,7 +223,8 @@ def _shrink(image, box, flip, first, weights, line, out):
 
 @numba.njit(**_options)
 def _shrinkable(box, out):
-    """Whether _shrink serves: a smaller or equal output, by no more than its four pixels a side can cover."""
+    """Whether _shrink serves: a smaller or equal output, by no more than its four pixels a side can
+    cover."""
     height, width = box[2], box[3]
     rows, columns = out.shape[0], out.shape[1]
     fits = rows <= height <= MOST_SHRUNK * rows and columns <= width <= MOST_SHRUNK * columns
@@ -250,10 +261,13 @@ def _fit(image, box, flip, first, weights, line, out):
 def decode_samples(
     file, rows, mode, height, width, pointer, size, sums, boxes, flips, scratch, out, status
 ):
-    """Decode, crop, resize and mirror samples `rows` (n,) of the mapped `file` into out, uint8 (n, S, S, C).
+    """Decode, crop, resize and mirror samples `rows` (n,) of the mapped `file` into out, uint8 (n,
+    S, S, C).
 
-    mode … sums: the columns of Samples. boxes: (n, 4) top, left, height, width. scratch: room for the largest image.
-    status: (n,) GOOD, BAD_SUM or BAD_JPEG; a row that is not good is black, and so is one whose row number is negative.
+    mode … sums: the columns of Samples. boxes: (n, 4) top, left, height, width. scratch: room for
+    the largest image.
+    status: (n,) GOOD, BAD_SUM or BAD_JPEG; a row that is not good is black, and so is one whose row
+    number is negative.
     """
     first = np.empty((2, max(out.shape[1], out.shape[2])), dtype=np.int64)
     weights = np.empty((2, first.shape[1], 4), dtype=np.int32)

@@ -1,7 +1,9 @@
-"""FFCV's compiled decoder, called from one cached, GIL-free loop: what FFCV's Loader does, with every status looked at.
+"""FFCV's compiled decoder, called from one cached, GIL-free loop: what FFCV's Loader does, with
+every status looked at.
 
-Importing the ffcv package costs seconds and sets torch's thread count to one, and its pipelines are compiled anew in
-each process; its shared library is loaded directly here, and the loop is compiled once and kept on disk by numba.
+Importing the ffcv package costs seconds and sets torch's thread count to one, and its pipelines are
+compiled anew in each process; its shared library is loaded directly here, and the loop is compiled
+once and kept on disk by numba.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ REASONS = {
     BAD_SUM: "its stored bytes have changed since it was written",
     BAD_JPEG: "its JPEG data cannot be decoded",
 }
-INSTALL = "install it with: apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install ffcv"
+INSTALL = (
+    "install it with: apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install "
+    "ffcv"
+)
 
 
 @cache
 def ffcv_library() -> ctypes.CDLL:
-    """FFCV's shared library. Raises ConfigError if FFCV is not installed or its libraries are missing."""
+    """FFCV's shared library. Raises ConfigError if FFCV is not installed or its libraries are
+    missing."""
     spec = importlib.util.find_spec("ffcv")
     found = [
         file
@@ -50,7 +56,8 @@ def ffcv_library() -> ctypes.CDLL:
 
 
 def library_versions() -> dict[str, str]:
-    """FFCV's version and those of the libraries it was linked with, as far as they tell; {} without FFCV."""
+    """FFCV's version and those of the libraries it was linked with, as far as they tell; {} without
+    FFCV."""
     try:
         library = ffcv_library()
     except ConfigError:
@@ -83,7 +90,8 @@ def ffcv_available() -> bool:
 
 @cache
 def decoder():
-    """The compiled loop: see decode_samples. Cached on disk, so a second process loads it instead of compiling."""
+    """The compiled loop: see decode_samples. Cached on disk, so a second process loads it instead
+    of compiling."""
     from llvmlite import binding
 
     library = ffcv_library()
@@ -93,7 +101,8 @@ def decoder():
     try:
         from proxynorm.data.ffcv.kernel import decode_samples
     except RuntimeError:
-        # Neither the package's folder nor the home can be written: numba wants another for what it compiled.
+        # Neither the package's folder nor the home can be written: numba wants another for what it
+        # compiled.
         import numba
 
         numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"proxynorm-numba-{os.getuid()}")

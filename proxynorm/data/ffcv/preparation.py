@@ -1,4 +1,5 @@
-"""Labelled images into a .beton file: each image decoded and checked first, the file verified before it is named."""
+"""Labelled images into a .beton file: each image decoded and checked first, the file verified
+before it is named."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare did: the file, the number of images in it, what was left out, name -> reason, and what was
-    converted, kind (images.conversions) -> number of images."""
+    """What prepare did: the file, the number of images in it, what was left out, name -> reason,
+    and what was converted, kind (images.conversions) -> number of images."""
 
     path: Path
     count: int
@@ -54,10 +55,12 @@ def prepare(
     workers: int = 1,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Prepared:
-    """Write `listing` to `output`, with its manifest and sums beside it; the bytes do not depend on `workers`.
+    """Write `listing` to `output`, with its manifest and sums beside it; the bytes do not depend on
+    `workers`.
 
-    on_bad: "raise" ends in a DataError that names the first bad image, "skip" leaves bad images out. progress is told
-    how many images are done. An interrupted run leaves nothing named `output`.
+    on_bad: "raise" ends in a DataError that names the first bad image, "skip" leaves bad images
+    out. progress is told how many images are done. An interrupted run leaves nothing named
+    `output`.
     """
     skipped: dict[str, str] = {}
     converted: dict[str, list[str]] = defaultdict(list)
@@ -78,7 +81,8 @@ def prepare(
                     converted[kind].append(listing.images[number].name)
             elif on_bad == "raise":
                 raise DataError(
-                    f"{listing.images[number].name}: {result}; mend or remove it, or set on_bad=skip (in training: "
+                    f"{listing.images[number].name}: {result}; mend or remove it, or set "
+                    f"on_bad=skip (in training: "
                     "data.on_bad=skip)"
                 )
             else:
@@ -99,7 +103,8 @@ def _check_classes(listing: Listing, kept: list[int], output: Path) -> None:
     empty = set(listing.targets.tolist()) - set(kept)
     if empty:
         raise DataError(
-            f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or remove the class"
+            f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or "
+            f"remove the class"
         )
 
 
@@ -127,7 +132,8 @@ def _manifest(
 
 
 def _versions() -> dict[str, str | None]:
-    """What the images went through: Pillow and its libjpeg-turbo decode and encode, FFCV and its libraries verify."""
+    """What the images went through: Pillow and its libjpeg-turbo decode and encode, FFCV and its
+    libraries verify."""
     return {
         "proxynorm": proxynorm.__version__,
         "python": platform.python_version(),
@@ -171,7 +177,8 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait meanwhile. By handlers: a mask would leave them to the other threads."""
+    """Let SIGINT and SIGTERM wait meanwhile. By handlers: a mask would leave them to the other
+    threads."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,5 @@
-"""Reading a .beton file back: every sample's bytes against its sum, every JPEG through the decoder of training."""
+"""Reading a .beton file back: every sample's bytes against its sum, every JPEG through the decoder
+of training."""
 
 from __future__ import annotations
 
@@ -15,17 +16,20 @@ SIDE = 8
 
 
 def verify(samples: Samples, workers: int = 1) -> None:
-    """Read all of a .beton file. Raises DataError with the number of damaged images and the first one's reason."""
+    """Read all of a .beton file. Raises DataError with the number of damaged images and the first
+    one's reason."""
     failures = find_damage(samples, workers)
     if failures:
         name, reason = next(iter(failures.items()))
         raise DataError(
-            f"{name}: {reason}; {len(failures)} of {len(samples)} images are damaged, write the file again"
+            f"{name}: {reason}; {len(failures)} of {len(samples)} images are damaged, write the "
+            f"file again"
         )
 
 
 def find_damage(samples: Samples, workers: int = 1) -> dict[str, str]:
-    """The damaged images of a .beton file, name -> reason. Without FFCV only the sums are compared."""
+    """The damaged images of a .beton file, name -> reason. Without FFCV only the sums are
+    compared."""
     if not ffcv_available():
         return compare_sums(samples)
     reader = BetonReader(samples, (), workers, pin=False)

@@ -1,7 +1,8 @@
-"""Group norm in any memory format with float32 statistics, for devices whose own kernel has neither.
+"""Group norm in any memory format with float32 statistics, where torch's own kernel has neither.
 
-On CUDA torch's group norm returns NCHW and rounds the statistics of half-precision maps to half precision. Here
-u = x·A + B with A and B (N, C), one value per cell, in float32: the map is read and written in its own dtype.
+On CUDA torch's group norm returns NCHW, and rounds the statistics of half-precision maps. Here
+u = x·A + B with A and B (N, C), one value per cell (sample and channel), in float32. The map is
+read and written in its own dtype.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from torch.nn import functional as F
 
 
 def prefers_cells(x: Tensor) -> bool:
-    """Whether torch's group norm would lose x's memory format or the precision of its statistics."""
+    """True if torch's group norm would lose x's memory format or its statistics' precision."""
     return x.is_cuda and (x.dtype in (torch.float16, torch.bfloat16) or not x.is_contiguous())
 
 
 class CellGroupNorm(torch.autograd.Function):
-    """scale·norm(x) + shift of x (N, C, H, W); scale and shift (C,) in float32 or better, as are the statistics."""
+    """scale·norm(x) + shift of x (N, C, H, W); scale and shift (C,) in float32 or better."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float) -> Tensor:
@@ -31,9 +32,8 @@ class CellGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         x, scale, shift, *statistics = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: torch's own operations, which are differentiable again
+        if torch.is_grad_enabled():
+            # create_graph=True: torch's own operations can be differentiated again
             u = F.group_norm(x.to(scale.dtype), ctx.groups, scale, shift, ctx.eps).to(x.dtype)
             wanted = [t for t in (x, scale, shift) if t.requires_grad]
             slopes = iter(torch.autograd.grad(u, wanted, grad, create_graph=True))
@@ -81,7 +81,7 @@ def _cell_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Ten
             grad
         )
         return grad.sum((2, 3), dtype=mean.dtype), product.sum((2, 3))
-    # a batch norm whose channels are the cells has these sums as its parameters' gradients, in one pass
+    # these sums are the parameter gradients of a batch norm whose channels are the cells: one pass
     flat = (1, mean.numel(), *x.shape[2:])
     mean_flat, rstd_flat = mean.flatten(), rstd.flatten()
     _, product, total = torch.ops.aten.native_batch_norm_backward(

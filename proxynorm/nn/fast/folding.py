@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from proxynorm.nn.activations import activation_name
-from proxynorm.nn.gaussian import Moments
+from proxynorm.nn.closed_forms import Moments
 from proxynorm.nn.moments import location_and_scale, moments_with_slopes, proxy_moments
 
 
 class Rule(NamedTuple):
-    """How m and v are computed and used. scale False: only m is subtracted, and 1/sqrt(v + ε) stands in a row of its own."""
+    """How m and v are computed and used.
+
+    scale False: only m is subtracted, and 1/sqrt(v + ε) is one more row of constants.
+    """
 
     module: nn.Module
     method: str
@@ -37,8 +40,8 @@ class Constants(NamedTuple):
 def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Constants:
     """The constants for γ, β, γ̃, β̃, each (C,), in float32 (float64 for float64 parameters).
 
-    With r = 1/sqrt(v + ε): rγ, rβ and the floor −rm for ReLU; γ, β, the gain r and the offset −rm for others. Without
-    the rule's scale, the same for r = 1, and 1/sqrt(v + ε) as a last row.
+    With r = 1/sqrt(v + ε), the rows are rγ, rβ and the floor −rm for ReLU; γ, β, the gain r and the
+    offset −rm for others. Without the rule's scale, the same for r = 1, and 1/sqrt(v + ε) last.
     """
     out = torch.promote_types(parameters[0].dtype, torch.float32)
     a, s, sign = location_and_scale(*parameters)
@@ -69,7 +72,7 @@ def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Const
 
 
 def pull_back(jacobian: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of γ, β, γ̃, β̃ from those of the first rows of Constants.values, each (C,); None stands for zero."""
+    """The gradients of γ, β, γ̃, β̃ from those of the first rows of values; None is zero."""
     total = None
     for slopes, grad in zip(jacobian, grads):
         if grad is not None:

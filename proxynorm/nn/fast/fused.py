@@ -1,9 +1,10 @@
-"""PN-Act on the norm's own affine: the constants per channel, and the heads that follow the norm in place.
+"""PN-Act on the norm's own affine: constants per channel, and heads that follow the norm in place.
 
-With r = 1/sqrt(v + ε), for ReLU: r·(max(γy + β, 0) − m) = max(rγ·y + r(β − m), −r·m): the norm's affine takes the
-scale and the shift, and a floor per channel takes the place of zero. Other activations: gain·φ(γy + β) + offset with
-gain = r, offset = −r·m. Either way u = γy + β is overwritten by the output. Kept for backward are the norm's input
-and the output, which the next convolution keeps anyway; where u is needed it is rebuilt from the norm's input.
+With r = 1/sqrt(v + ε), for ReLU: r·(max(γy + β, 0) − m) = max(rγ·y + r(β − m), −r·m). The norm's
+affine takes the scale and the shift; a floor per channel replaces zero. Other activations:
+gain·φ(γy + β) + offset with gain = r, offset = −r·m. Either way the output overwrites u = γy + β.
+Backward keeps the norm's input and the output, which the next convolution keeps anyway; where it
+needs u, it rebuilds u from the norm's input.
 """
 
 from __future__ import annotations
@@ -26,20 +27,10 @@ class Head(NamedTuple):
     module: nn.Module
 
 
-def is_transformed() -> bool:
-    """Whether something looks into the operations: torch.compile, export, tracing, torch.func, forward-mode AD."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 class FoldedConstants(torch.autograd.Function):
     """The rows of constants.values, as a differentiable function of γ, β, γ̃, β̃, each (C,).
 
-    reference((γ, β, γ̃, β̃)) is the same function in differentiable operations, for derivatives of the derivatives.
+    reference((γ, β, γ̃, β̃)) is the same in differentiable operations, for second derivatives.
     """
 
     @staticmethod
@@ -75,7 +66,7 @@ class FoldedConstants(torch.autograd.Function):
 
 
 def by_formula(grad: Tensor) -> bool:
-    """Whether a backward pass must consist of plain operations: it shall be differentiated again, or is batched."""
+    """True if a backward pass must use plain operations: for second derivatives, or batched."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
@@ -84,15 +75,18 @@ def differentiable(
     inputs: list[Tensor | None],
     grads: tuple[Tensor | None, ...],
 ) -> list:
-    """Gradients of function(*inputs) by those inputs that require one, None for the others; differentiable again
-    where grad mode is on."""
+    """Gradients of function(*inputs) by the inputs that require one; None for the others.
+
+    They can be differentiated again where grad mode is on.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # aliases end the search for gradients here, though one input may hang on another (tied parameters, a layer used twice)
+        # Aliases end autograd's search here. One input may depend on another: tied parameters, or a
+        # layer that is used twice.
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         outputs = function(*inputs)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    # outputs that are constants, as the gain under proxy_scale=False or frozen γ and β, hand on no gradient
+    # constant outputs have no gradient: the gain under proxy_scale=False, or frozen γ and β
     pairs = [
         (output, grad)
         for output, grad in zip(outputs, grads)
@@ -108,8 +102,11 @@ def differentiable(
 
 
 class FlooredReLU(torch.autograd.Function):
-    """max(u, floor), in place of u (N, C, H, W). u = … + floor, so that floor's gradient is all of the output's:
-    the caller detaches the floor that it adds to the norm's shift. watch is told of the output before it is saved."""
+    """max(u, floor), in place of u (N, C, H, W).
+
+    u = … + floor, so that floor's gradient is the whole gradient of the output; the caller detaches
+    the floor that it adds to the norm's shift. watch gets the output before it is saved.
+    """
 
     @staticmethod
     def forward(
@@ -131,9 +128,9 @@ class FlooredReLU(torch.autograd.Function):
 
 
 class GainedActivation(torch.autograd.Function):
-    """gain·φ(u) + offset, in place of u = norm(x, weight=scale, bias=shift) (N, C, H, W); gain None stands for 1.
+    """gain·φ(u) + offset, in place of u = norm(x, weight=scale, bias=shift); gain None is 1.
 
-    The backward pass calls norm again: it has no side effects, and its result hangs on nothing that may change between.
+    The backward pass calls norm again: norm has no side effects and gives the same again.
     x, scale and shift get their gradients through u.
     """
 
@@ -185,10 +182,10 @@ class GainedActivation(torch.autograd.Function):
 def gained_sums(
     grad: Tensor, z: Tensor, gain: Tensor | None, offset: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """The gradients of gain and offset in z = gain·φ + offset: sums over a channel of grad·φ and of grad, each (C,)."""
+    """The gradients of gain and offset in gain·φ + offset: Σ grad·φ and Σ grad, each (C,)."""
     if gain is None:
         return None, channel_sum(grad)
-    # in one pass: those of a batch norm's weight (which may be any) and bias, since φ = (z − offset) / gain
+    # in one pass, as the gradients of a batch norm's weight and bias: φ = (z − offset) / gain
     return aten.native_batch_norm_backward(
         grad, z, gain, None, None, offset, gain.reciprocal(), True, 0.0, [False, True, True]
     )[1:]
@@ -228,8 +225,8 @@ def gained_activation(u: Tensor, gain: Tensor | None, offset: Tensor, head: Head
 
 
 def gained_(z: Tensor, gain: Tensor | None, offset: Tensor) -> Tensor:
-    """gain·z + offset, in place. In one pass, which rounds half precision once, but for what that measures slower with:
-    single precision whose channels are not innermost."""
+    """gain·z + offset, in place."""
+    # one pass, which rounds half precision once; two are faster for contiguous single precision
     offset = per_channel(offset)
     if gain is None:
         return torch.add(z, offset, out=z)
@@ -259,9 +256,8 @@ def activation_backward(grad: Tensor, u: Tensor, head: Head) -> Tensor:
     with torch.enable_grad():
         u.requires_grad_()
         slope = torch.autograd.grad(head.module(u), u, grad)[0]
-    return (
-        slope.clone() if slope.data_ptr() == grad.data_ptr() else slope
-    )  # the identity's is grad itself
+    # the identity's gradient is grad itself, which must not be overwritten
+    return slope.clone() if slope.data_ptr() == grad.data_ptr() else slope
 
 
 def _approximation(head: Head) -> str:

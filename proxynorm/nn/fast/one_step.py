@@ -1,8 +1,8 @@
-"""Norm, affine, φ and PN in one autograd Function: LN, GN and IN of a CPU's map in single precision or better.
+"""Norm, affine, φ and PN in one autograd Function, for LN, GN and IN on CPUs in float32 or float64.
 
-The same as the three Functions that NormAct2d puts together otherwise (constants, norm, head; see fused.py), for a part
-of their overhead. With the norm's statistics at hand, u is rebuilt in one pass where channels lie innermost, and the
-norm's own backward takes the gain of the gradient instead of a pass over the map.
+It replaces the three Functions of fused.py (constants, norm, head) and saves most of their
+overhead. With the norm's statistics at hand, u is rebuilt in one pass for channels_last maps, and
+the norm's backward takes the gain of the gradient instead of another pass over the map.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 class Affines(NamedTuple):
-    """The rows of folding.Constants: the norm's scale and shift, then a gain (None: 1) and the offset or ReLU's floor."""
+    """The norm's scale and shift, a gain (None: 1), and the offset or ReLU's floor."""
 
     scale: Tensor
     shift: Tensor
@@ -52,15 +52,15 @@ class Affines(NamedTuple):
 
 
 def takes_one_step(x: Tensor, constants: Constants) -> bool:
-    """Whether GroupNormAct serves x."""
+    """True if GroupNormAct serves x."""
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     return x.device.type == "cpu" and dense and x.dtype == constants.values.dtype
 
 
 class GroupNormAct(torch.autograd.Function):
-    """PN-Act of the group norm of x (N, C, H, W), from γ, β, γ̃, β̃, each (C,), and what fold made of them.
+    """PN-Act of the group norm of x (N, C, H, W), from γ, β, γ̃, β̃, each (C,), and their constants.
 
-    Kept for backward are x, the norm's statistics and the output, which the next convolution keeps anyway.
+    Backward keeps x, the norm's statistics and the output, which the next convolution keeps anyway.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class GroupNormAct(torch.autograd.Function):
         z = _apply_head_(u, affines, step)
         ctx.step = step
         ctx.u = (
-            _hand_in(x, z, affines, statistics, step)
+            _register(x, z, affines, statistics, step)
             if recomputing and any(ctx.needs_input_grad)
             else None
         )
@@ -174,10 +174,10 @@ def rebuild(x: Tensor, affines: Affines, statistics: list[Tensor], step: Step) -
     return torch.addcmul(b.view(len(x), -1, 1, 1), x, a.view(len(x), -1, 1, 1))
 
 
-def _hand_in(
+def _register(
     x: Tensor, z: Tensor, affines: Affines, statistics: list[Tensor], step: Step
 ) -> MadeOnce | None:
-    """Tells recompute.py how to rebuild z. Returns how to rebuild u, which is made once for both; ReLU needs none."""
+    """Tell recompute.py how to rebuild z. Return how to rebuild u, where that is needed."""
     again = partial(rebuild, affines=affines, statistics=statistics, step=step)
     if _is_relu(step):
         Recipe(lambda x: floored_relu_(again(x), affines.offset), x).watch(z)

@@ -1,4 +1,4 @@
-"""Where autocast must not choose the precision."""
+"""Where autocast must not choose the precision, and where operations are being traced."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Switches autocast off for operations on the device, where it is on; the meta device, of shapes alone, has none."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off on the device; the meta device has none."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.compile, export, tracing, torch.func or forward-mode AD is at work."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

@@ -1,9 +1,10 @@
-"""Keeps one map a layer: a convolution's saved input is replaced by how to rebuild it from the norm's input.
+"""Recomputation: one kept map per layer instead of two.
 
-The output z of a NormAct2d is kept for backward by the convolution that follows, and by the layer itself; the norm's
-input x is kept besides. While a model of recompute() runs forward, saved-tensor hooks put a handle in z's place, from
-which backward rebuilds z: one norm and one clamp or activation more. What no handle fits is kept as ever. Autograd
-does not look after what hooks keep, so its check for changes in place is made here.
+Autograd keeps the output z of a NormAct2d for the convolution that follows and for the layer
+itself, and the norm's input x besides. While a model of recompute() runs forward, saved-tensor
+hooks replace z by a handle, from which backward rebuilds z: one norm and one activation more. All
+other tensors are kept as usual. Autograd does not check what hooks keep for changes in place, so
+the hooks check it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from proxynorm.nn.fast.fused import is_transformed
+from proxynorm.nn.fast.precision import is_transformed
 
 
 def recompute(model: nn.Module) -> nn.Module:
-    """Makes model's forward passes keep one map per NormAct2d layer with proxy instead of two; returns the model.
+    """Make model keep one map per NormAct2d layer with proxy instead of two; return the model.
 
-    Results are the same. Safe to call twice. Without effect under torch.compile, torch.func and tracing. It takes the
-    place of other saved-tensor hooks: torch's gradient checkpointing is one (use_reentrant=False) and save_on_cpu another,
-    and of two that are nested only the inner one counts. Use one or the other for a part of a network. As autograd, it
-    does not see changes through .data: backward rebuilds what the layer had put out before them.
+    Results are the same. Safe to call twice. Without effect under torch.compile, torch.func and
+    tracing. Of nested saved-tensor hooks only the inner ones count, so do not combine it, for the
+    same part of a network, with others: torch's gradient checkpointing (use_reentrant=False) or
+    save_on_cpu. Like autograd, it does not see changes through .data.
     """
     if _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)
@@ -35,21 +36,21 @@ def recompute(model: nn.Module) -> nn.Module:
 
 
 class MadeOnce:
-    """What several need in one backward pass, from the layer's input: made for the first, let go after the last."""
+    """A tensor that several need in one backward pass: built first, freed after the last."""
 
     def __init__(self, build: Callable[[Tensor], Tensor]) -> None:
         self.build = build
         self.made: Tensor | None = None
 
     def take(self, x: Tensor, last: bool) -> Tensor:
-        """What build makes of x."""
+        """build(x)."""
         made = self.build(x) if self.made is None else self.made
         self.made = None if last else made
         return made
 
 
 class Recipe:
-    """How to rebuild the output of one layer from its input, and the output itself while backward still needs it."""
+    """How to rebuild one layer's output from its input; holds the output while it is needed."""
 
     def __init__(self, build: Callable[[Tensor], Tensor], source: Tensor) -> None:
         self.once = MadeOnce(build)
@@ -59,17 +60,16 @@ class Recipe:
         self.handles = 0
 
     def watch(self, z: Tensor) -> None:
-        """From now on z, of which the layer will save itself, is what this recipe makes."""
+        """Register z, which the layer is about to save, as the output of this recipe."""
         self.output = weakref.ref(z)
         _RUN.recipes[z.data_ptr()] = self
 
     def makes(self, saved: Tensor) -> bool:
-        """Whether saved is the output: alive still (else its memory may be another's) and unchanged."""
+        """True if saved is the output: alive (else its memory may be reused) and unchanged."""
         z = self.output()
         if z is not None and self.handles == 0:
-            self.version = (
-                z._version
-            )  # the layer itself saves its output first, right after making it in place
+            # the layer itself saves its output first, right after making it in place
+            self.version = z._version
         return (
             z is not None
             and z._version == self.version
@@ -80,11 +80,14 @@ class Recipe:
         )
 
     def take(self, last: bool) -> Tensor:
-        """The output, rebuilt at the first call and let go after the last. Raises RuntimeError if the input changed."""
+        """The output, built once and freed after the last call.
+
+        Raises RuntimeError if the input changed.
+        """
         if _version(self.source) != self.source_version:
             raise RuntimeError(
-                "the input of a NormAct2d was changed in place, so its output cannot be recomputed: "
-                "do not use recompute here, or change the input out of place"
+                "the input of a NormAct2d was changed in place, so its output cannot be recomputed:"
+                " do not use recompute here, or change the input out of place"
             )
         return self.once.take(self.source, last)
 
@@ -108,16 +111,17 @@ class _Kept(NamedTuple):
         tensor, version = self
         if _version(tensor) != version:
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} "
-                "instead. Change a copy of it, or change it after backward. Hint: enable anomaly detection to find the "
-                "operation that failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: [{tensor.type()} {list(tensor.shape)}] is at version "
+                f"{tensor._version}; expected version {version} instead. Change a copy of it, or "
+                "change it after backward. Hint: find the operation that failed to compute its "
+                "gradient with torch.autograd.set_detect_anomaly(True)."
             )
         return tensor
 
 
 class _Run(threading.local):
-    """The recipes of the forward pass that this thread is in, and its saved-tensor hooks; none outside of one."""
+    """The recipes and the saved-tensor hooks of this thread's forward pass."""
 
     def __init__(self) -> None:
         self.recipes: dict[int, Recipe] = {}
@@ -128,7 +132,7 @@ _RUN = _Run()
 
 
 def is_recomputing() -> bool:
-    """Whether layers shall hand in recipes."""
+    """True if layers shall register recipes."""
     return bool(_RUN.entered) and _RUN.entered[-1][1] is not None and torch.is_grad_enabled()
 
 
@@ -171,7 +175,7 @@ def _pack(saved: Tensor) -> _Kept | _Handle:
             saved, _version(saved)
         )  # an operation's own output comes detached, with the same version counter
     recipe.handles += 1
-    # the layer itself saves its output first and needs it last: its backward follows that of every successor
+    # The layer saves its output first and needs it last: its backward follows its successors'.
     return _Handle(recipe, last=recipe.handles == 1)
 
 

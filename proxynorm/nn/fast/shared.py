@@ -1,12 +1,11 @@
-"""The moments of all layers of a network in one vectorised evaluation, made anew only when a parameter changed.
+"""Shared moments: one vectorised evaluation for all layers, only when parameters change.
 
-The network's forward begins by comparing the parameters with those of the forward before, by value, so that the
-constants are never stale, however a parameter was changed. So one evaluation serves all micro-batches of an update and
-a whole evaluation of the network. The comparison is for CPUs: elsewhere it would have to wait for the device, and each
-forward evaluates. The layers drop the constants when the network's forward ends: a forward of some inner module alone
-makes its own. Where Ctrl-C ended the network's forward, and its hook could not run, a layer that is called alone tells
-by its options and its parameters' versions that the constants are no longer theirs, as it does where the forward itself
-edits them; edits through .data or of inference tensors, in these two cases, are seen by the network's next forward first.
+Each forward pass of the network compares the parameters with those of the last evaluation, by
+value, so the constants are never stale. One evaluation serves all micro-batches of an update and a
+whole validation. The comparison is for CPUs: elsewhere it would wait for the device, so each
+forward pass evaluates. The layers drop the constants when the network's forward pass ends; an inner
+module that is called alone makes its own. If Ctrl-C ended the forward pass before its hook, a layer
+sees by its options and its parameters' versions that shared constants are outdated.
 """
 
 from __future__ import annotations
@@ -18,34 +17,34 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from proxynorm.nn.fast.folding import Constants, Rule, fold
-from proxynorm.nn.fast.fused import is_transformed
+from proxynorm.nn.fast.precision import is_transformed
 from proxynorm.nn.norm_act import NormAct2d
 
 
 def share_moments(model: nn.Module) -> nn.Module:
-    """Makes model evaluate the moments of all its NormAct2d layers together; returns the model.
+    """Make model evaluate the moments of all its NormAct2d layers together; return the model.
 
-    Purely a matter of speed: results are the same to rounding. Safe to call twice. Under torch.compile, torch.func and
+    Results are the same to rounding. Safe to call twice. Under torch.compile, torch.func and
     tracing every layer evaluates its own.
     """
     if not any(
-        getattr(hook, "__func__", None) is SharedMoments.hand_out
+        getattr(hook, "__func__", None) is SharedMoments.distribute
         for hook in model._forward_pre_hooks.values()
     ):
         shared = SharedMoments()
-        model.register_forward_pre_hook(shared.hand_out)
-        model.register_forward_hook(shared.take_back, always_call=True)
+        model.register_forward_pre_hook(shared.distribute)
+        model.register_forward_hook(shared.withdraw, always_call=True)
     return model
 
 
 class SharedMoments:
-    """The hooks of one network, and what it evaluated last: (4, C) parameters and their constants for each family."""
+    """The hooks of one network, and its last evaluation: parameters (4, C) and constants."""
 
     def __init__(self) -> None:
         self.evaluated: dict[Hashable, tuple[Tensor, Constants]] = {}
         self.served: list[NormAct2d] = []
 
-    def hand_out(self, model: nn.Module, inputs: tuple) -> None:
+    def distribute(self, model: nn.Module, inputs: tuple) -> None:
         """Before the forward: gives every layer its constants."""
         if is_transformed():
             return
@@ -88,7 +87,7 @@ class SharedMoments:
                 self.evaluated[family] = before
         return before[1]
 
-    def take_back(self, model: nn.Module, inputs: tuple, output: object) -> None:
+    def withdraw(self, model: nn.Module, inputs: tuple, output: object) -> None:
         """After the forward, a failed one too: leaves no layer with constants."""
         if is_transformed():
             return
@@ -98,15 +97,17 @@ class SharedMoments:
 
 
 def _is_plain(layer: NormAct2d) -> bool:
-    """Whether the parameters are torch's own tensors, which can stand side by side; sharded ones (DTensor) cannot.
-    Computed ones (parametrizations) may change by what the layer does not see."""
+    """True if the parameters are plain tensors, which can be concatenated.
+
+    Sharded ones (DTensor) cannot, and parametrized ones may change unseen.
+    """
     return not parametrize.is_parametrized(layer) and all(
         type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters()
     )
 
 
 def _family(layer: NormAct2d) -> Hashable:
-    """Layers of one family have moments by the same rule, and parameters that can stand side by side."""
+    """Layers of one family integrate by the same rule, and their parameters can be concatenated."""
     weight = layer.proxy_weight
     return (
         type(layer.act),

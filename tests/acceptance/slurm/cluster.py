@@ -1,8 +1,7 @@
-"""A real SLURM on this machine: munged, slurmctld and a slurmd for each of two nodes, all their files in one folder.
+"""A real SLURM on this machine: munged, slurmctld and two slurmd, all files in one folder.
 
-The nodes are addresses of the loopback network, so that their names lead where a rank looks for its peers.
-
-It touches nothing of an installed SLURM: its own configuration (SLURM_CONF), key, sockets and free ports.
+The nodes are loopback addresses, so that ranks find each other by the nodes' names. An installed
+SLURM is left alone: configuration (SLURM_CONF), key, sockets and ports are this cluster's own.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class Cluster:
         }
 
     def start(self) -> None:
-        """Start the daemons and wait until the node takes jobs. Raises RuntimeError with their last words."""
+        """Start the daemons and wait until the node takes jobs. Raises RuntimeError."""
         (self.folder / "state").mkdir(parents=True)
         text = CONFIGURATION.format(
             ports=free_ports(3), user=getpass.getuser(), folder=self.folder, nodes=NODES
@@ -165,7 +164,7 @@ class Cluster:
     def check(
         self, *command: str, extra: dict[str, str] | None = None, status: int = 0, **options
     ) -> str:
-        """What the command prints; the test fails with its errors if it ends otherwise. `extra`: into its environment."""
+        """What the command prints; fails if it exits otherwise. extra: environment variables."""
         environment = {**self.environment, **(extra or {})}
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, **options
@@ -174,7 +173,7 @@ class Cluster:
         return done.stdout
 
     def wait_for(self, condition, what: str, seconds: float, every: float = 0.1) -> None:
-        """Raises RuntimeError, with the ends of the daemons' logs, if the condition does not come true in time."""
+        """Wait for the condition. Raises RuntimeError with the ends of the daemons' logs."""
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
@@ -185,8 +184,6 @@ class Cluster:
         """The ends of the logs."""
         logs = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
-
-    # -- jobs -----------------------------------------------------------------------------------------------------
 
     def field(self, job: str, name: str) -> str:
         """A field of scontrol's description of a job, empty if it has none."""

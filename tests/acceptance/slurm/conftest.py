@@ -1,4 +1,4 @@
-"""A SLURM for the session, and slurm/train.sbatch submitted to it. Tests that need it are marked `needs_slurm`."""
+"""A SLURM for the session, and slurm/train.sbatch submitted to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def slurm():
 
 @pytest.fixture
 def submit(slurm, tmp_path):
-    """submit(*options, overrides=…) puts slurm/train.sbatch into the queue, its log in tmp_path; returns the job's id."""
+    """submit(*options, overrides=…) submits slurm/train.sbatch; returns the job's id."""
 
     def go(*options: str, overrides=(), environment=None) -> str:
         log = tmp_path / "job-%j.log"

@@ -1,4 +1,4 @@
-"""slurm/train.sbatch under a real SLURM: it trains, stops and goes on with the same bits, and takes words literally."""
+"""slurm/train.sbatch under a real SLURM: it trains, stops and resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from tests.helpers import ROOT, SMALL
 
 INTERRUPTIONS, JOBS = int(os.environ.get("SLURM_INTERRUPTIONS", "10")), 5
 MIDDLE = ("data.limit=2000", "epochs=3", "eval_every=3")  # 300 updates
-# width 8: oneDNN's 1×1 convolution of stride 2 over 4 channels writes past its memory, backward, where there is no AVX-512
+# width 8: without AVX-512, oneDNN's backward 1×1 convolution of stride 2 over 4 channels
+# writes past its memory
 TINY = (*SMALL, "model.width=8", "loader=torchvision", "loader.workers=0")
 pytestmark = [pytest.mark.slow, needs_slurm]
 
@@ -49,7 +50,8 @@ def stops(log: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_two_tasks_train_together(slurm, submit, tmp_path, nodes):
-    """On nodes with two GPUs each, as SLURM believes: one process a node would leave half of them idle, and is told so.
+    """On nodes with two GPUs each, as SLURM believes: one process a node is warned of.
+
     The ranks get the job's environment whatever of the submitter's the job got."""
     shape = (
         f"--nodes={nodes}",
@@ -81,7 +83,7 @@ def has_pending(pid: int, number: int) -> bool:
 
 
 def hold_until_warned(slurm, folder: Path) -> None:
-    """Halt the run in its stride until SLURM has warned it of its time limit: it need not train for a minute."""
+    """Halt the run until SLURM has warned it of its time limit, rather than train for a minute."""
     slurm.wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) > 3, "no rows", 120)
     pid = int((folder / ".lock").read_text().split()[-1])
     with suppress(ProcessLookupError):
@@ -93,7 +95,7 @@ def hold_until_warned(slurm, folder: Path) -> None:
 def test_a_run_longer_than_its_time_limit_is_that_of_an_unbroken_one(
     slurm, submit, run_small, tmp_path
 ):
-    """SLURM looks at time limits every 30 s, and warns up to 30 s early: here 5 to 35 s after the start, of 60."""
+    """SLURM checks time limits every 30 s and warns up to 30 s early: here after 5 to 35 s."""
     job = submit("--time=1", "--signal=USR2@25", overrides=arguments(tmp_path, "limited", *MIDDLE))
     log = tmp_path / f"job-{job}.log"
     hold_until_warned(slurm, tmp_path / "limited")
@@ -104,13 +106,13 @@ def test_a_run_longer_than_its_time_limit_is_that_of_an_unbroken_one(
     assert slurm.wait_until_settled(job, 200) == "COMPLETED", log.read_text()
     stopped, resumed = stops(log)
     assert len(stopped) == 1 and stopped == resumed and "by SIGUSR2; saved" in log.read_text()
-    # told while the limit was a minute, not when it was ten; this job's own --signal is why it was not stopped at once
+    # warned while the limit was a minute, not when it was ten
     assert log.read_text().count("warning: the time limit is no longer than the 120 s") == 1
     assert differences(tmp_path / "limited", whole.folder) == []
 
 
 def interrupt(slurm, job: str, metrics: Path, chance: random.Random) -> bool:
-    """Requeue or signal the job soon after its next training row, or while it starts; False if it had ended."""
+    """Requeue or signal the job after its next row or while it starts; False if it had ended."""
     slurm.wait_for(
         lambda: slurm.state(job) in ("RUNNING", "COMPLETED"), f"job {job} does not run", 120
     )
@@ -164,7 +166,7 @@ def test_requeues_and_signals_at_random_moments_lose_nothing(slurm, submit, run_
 
 
 def test_words_reach_the_job_literally(slurm, submit, tmp_path):
-    """Spaces, quotes, $(…), backquotes, semicolons, stars and backslashes in a name and in a path."""
+    """Characters that a shell interprets, in a name and in a path."""
     trap = tmp_path / "trap"
     name = f"""it's "a" $(touch {trap.name}) `touch {trap.name}`; touch {trap.name} * \\ %j é"""
     folder = tmp_path / "some $(touch trap) folder's"
@@ -242,11 +244,14 @@ if any(word.endswith("train.py") for word in sys.orig_argv):
 
 
 def test_a_job_that_never_gets_further_is_not_queued_for_ever(slurm, submit, tmp_path):
-    """Each time it is stopped while Python is starting: after one fruitless requeue, which SLURM refuses at first, it ends
-    as failed."""
+    """Stopped each time while Python starts: it ends as failed after one fruitless requeue.
+
+    SLURM refuses the first request for a requeue.
+    """
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/scontrol").write_text(
-        f"#!/bin/sh\n[ $1 != requeue ] || ! mkdir '{tmp_path}/refused' || exit 1\nexec {shutil.which('scontrol')} \"$@\"\n"
+        f"#!/bin/sh\n[ $1 != requeue ] || ! mkdir '{tmp_path}/refused' || exit 1\n"
+        f'exec {shutil.which("scontrol")} "$@"\n'
     )
     (tmp_path / "bin/scontrol").chmod(0o755)
     (tmp_path / "sitecustomize.py").write_text(KILLED_AT_START)

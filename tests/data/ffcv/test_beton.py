@@ -1,4 +1,5 @@
-"""The .beton file and its companions: what was swapped, edited, cut off or damaged is refused or found."""
+"""The .beton file and its companions: what was swapped, edited, cut off or damaged is refused or
+found."""
 
 from __future__ import annotations
 

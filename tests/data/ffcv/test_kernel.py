@@ -1,4 +1,5 @@
-"""The compiled loop: OpenCV's area interpolation, to within rounding, mirrored where asked; no more rows than a crop needs."""
+"""The compiled loop: OpenCV's area interpolation, to within rounding, mirrored where asked; no more
+rows than a crop needs."""
 
 from __future__ import annotations
 
@@ -150,7 +151,8 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def test_a_header_within_a_comment_is_not_taken_for_the_image_s(kernel):
-    """A fill byte before a comment, which a careless reader takes for a segment of 65,000 bytes … that ends in a lie."""
+    """A fill byte before a comment, which a careless reader takes for a segment of 65,000 bytes …
+    that ends in a lie."""
     data = jpeg(128, 128, subsampling=2).tobytes()
     frame = data[data.index(b"\xff\xc0") :][:19]
     scan = data[data.index(b"\xff\xda") :][:14]

@@ -1,4 +1,5 @@
-"""The writer: it names every bad image and no good one, and an interrupted run leaves nothing that looks finished."""
+"""The writer: it names every bad image and no good one, and an interrupted run leaves nothing that
+looks finished."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ UNUSUAL = {
 
 @pytest.fixture
 def planted(tmp_path):
-    """A class folder with good photographs, unusual ones and damaged ones, each named for what it is."""
+    """A class folder with good photographs, unusual ones and damaged ones, each named for what it
+    is."""
     root = write_folder(tmp_path / "data", 6, 1)
     for name, make in {**DAMAGED, **UNUSUAL}.items():
         (root / "train" / "bee" / f"{name}.JPEG").write_bytes(make(photograph(7)))
@@ -246,7 +248,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
         errors = process.communicate(timeout=30)[1]
         assert process.returncode == status and "Traceback" not in errors
         assert not list(output.parent.glob("train.beton*"))
-    # The others clean up after themselves; after SIGKILL only a hidden temporary file is left, which the next run takes over.
+    # The others clean up after themselves; after SIGKILL only a hidden temporary file is left,
+    # which the next run takes over.
     assert len(list(output.parent.iterdir())) <= 1
     prepare(list_folder(root / "val"), output, StorageOptions())
     assert sorted(path.name for path in output.parent.iterdir()) == [
@@ -288,7 +291,8 @@ def is_running(pid: str) -> bool:
 
 
 def test_two_interrupts_in_a_row_end_a_run(tmp_path):
-    """A terminal sends Ctrl-C to the whole group; the second one must not break off the cleaning of the first."""
+    """A terminal sends Ctrl-C to the whole group; the second one must not break off the cleaning of
+    the first."""
     root = write_folder(tmp_path / "data", 100, 1)
     folder = tmp_path / "out"
     command = [

@@ -1,0 +1,77 @@
+"""Weights: standardization of convolutions, and which parameters weight decay touches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from proxynorm.nn.fast.precision import without_autocast
+from proxynorm.nn.norm_act import NormAct2d
+
+_NEVER_DECAYED = (nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)  # their weights may be matrices
+
+
+class StandardizedWeight(nn.Module):
+    """(w − mean) / sqrt(var + eps) over a filter's inputs and positions, over sqrt(fan-in)."""
+
+    def __init__(self, eps: float = 1e-10) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with without_autocast(weight.device):
+            dims = tuple(range(1, weight.ndim))
+            var, mean = torch.var_mean(weight, dim=dims, keepdim=True, correction=0)
+            return (weight - mean) * torch.rsqrt((var + self.eps) * weight[0].numel())
+
+
+def standardize_weights(model: nn.Module) -> nn.Module:
+    """Put weight standardization on every nn.Conv2d of model that has none yet; return the model.
+
+    Qiao et al., arXiv 1903.10520. The factor 1/sqrt(fan-in) gives the following norm an input of
+    unit scale, and that norm cancels it. A convolution with one weight per filter (depthwise 1×1)
+    has no variance and stays as it is.
+    """
+    for module in list(model.modules()):
+        if (
+            isinstance(module, nn.Conv2d)
+            and not parametrize.is_parametrized(module, "weight")
+            and module.weight[0].numel() > 1
+        ):
+            parametrize.register_parametrization(module, "weight", StandardizedWeight())
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into two optimizer groups, decayed and not.
+
+    Decayed are weight matrices and kernels (two or more dimensions) outside of norms and
+    embeddings, and PN's γ̃ and β̃ (as in the authors' code, with the ordinary coefficient). γ, β,
+    biases, tokens and all other parameters are not. Each parameter is in one group, once.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                (decayed if _is_decayed(module, name, parameter) else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _is_decayed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    if isinstance(module, NormAct2d):
+        return name in ("proxy_weight", "proxy_bias")
+    if isinstance(module, _NEVER_DECAYED) or parameter.ndim < 2:
+        return False
+    # "original": the weight behind a parametrization, such as weight standardization. The name
+    # tells a kernel from CondConv2d's biases (experts, C) and from tokens (1, length, C).
+    return name.endswith("weight") or name.startswith("original")

@@ -1,0 +1,382 @@
+"""The training loop: read it top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from itertools import islice, repeat
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from proxynorm.analysis.power_files import to_metrics
+from proxynorm.analysis.power_monitor import collapse_warning, measure
+from proxynorm.data import Batch, Data
+from proxynorm.nn import recompute
+from proxynorm.train import checkpoint
+from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
+from proxynorm.train.distributed import Process
+from proxynorm.train.evaluate import Result, autocast, evaluate
+from proxynorm.train.nonfinite import NonFiniteError, affected, describe
+from proxynorm.train.optimizer import create_optimizer, create_schedule
+from proxynorm.train.preemption import Preempted, StopRequest
+from proxynorm.train.progress import Display
+from proxynorm.train.run_folder import RunFolder
+from proxynorm.train.settings import Settings, identity
+from proxynorm.train.state import TrainState, create_ema, describe_data
+from proxynorm.train.timing import StepTimer, profiled
+from proxynorm.train.tracker import Tracker
+
+
+class Trainer:
+    """One run: `fit` trains from `state.step` to the last step."""
+
+    def __init__(
+        self, settings: Settings, process: Process, data: Data, run: RunFolder, stop: StopRequest
+    ) -> None:
+        self.settings, self.process, self.data = settings, process, data
+        self.run, self.stop = run, stop
+        self.dtype = choose_dtype(settings, process.device)
+        self.memory_format = choose_memory_format(settings, process.device)
+        self.micro_batch = settings.micro_batch_for(process.world_size)
+        self.accumulation = settings.batch // (process.world_size * self.micro_batch)
+        self.loader = data.train_loader(
+            settings.batch, self.micro_batch, settings.seed, process.rank, process.world_size
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
+        self.mixing = create_mixing(settings.regularization, len(data.info.classes))
+        self.state = self.fresh_state()
+        self.network = self.wrap(self.state.model)
+        self.timer = StepTimer(process.device)
+        self.saved_at = time.monotonic()
+        self.last_is_damaged = False
+        self.last_row = {"loss": math.nan, "images_per_second": math.nan}
+
+    def fresh_state(self) -> TrainState:
+        settings, device = self.settings, self.process.device
+        model = seeded_model(settings, self.data.info).to(device, memory_format=self.memory_format)
+        optimizer = create_optimizer(model, settings)
+        scheduler = create_schedule(optimizer, settings, self.steps_per_epoch)
+        scheduler.step_update(0)
+        scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        ema = create_ema(model, settings.regularization)
+        state = TrainState(model, optimizer, scheduler, scaler, ema)
+        state.loss_sum = state.loss_sum.to(device)
+        return state
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model as the loop calls it: with recomputation, compiled, distributed."""
+        if self.settings.recompute:
+            recompute(model)
+        if self.settings.compile:
+            model.compile()
+        if self.process.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.process.device] if self.process.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            static_graph=self.accumulation == 1,  # no_sync() changes the graph between forwards
+        )
+
+    # The loop
+
+    def fit(self, display: Display, tracker: Tracker | None) -> None:
+        """Train to the last step. Raises Preempted after saving when asked to stop."""
+        self.display, self.tracker = display, tracker
+        display.header()
+        if self.state.step == 0:
+            self.log_power_if_due()
+        self.evaluate_if_due()  # a run that was stopped while evaluating evaluates first
+        steps = self.settings.debug.profile_steps if self.process.is_main else 0
+        with profiled(steps, self.run.path) as self.after_step:
+            while self.state.step < self.last_step:
+                self.train_epoch()
+                self.evaluate_if_due()
+
+    def train_epoch(self) -> None:
+        """Train from the current step to the end of its epoch, or to the last step."""
+        self.network.train()
+        self.timer.restart()
+        with closing(self.epoch_steps()) as steps:
+            for micro_batches in islice(steps, self.last_step - self.state.step):
+                self.timer.data_arrived()
+                self.train_step(micro_batches)
+                self.after_step()
+
+    def epoch_steps(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each remaining step of the current epoch."""
+        epoch, start = divmod(self.state.step, self.steps_per_epoch)
+        overfit = self.settings.debug.overfit
+        batches = self.loader.epoch(0, 0) if overfit else self.loader.epoch(epoch, start)
+        with closing(batches):  # ends the loader's threads when the epoch is left early
+            while micro_batches := list(islice(batches, self.accumulation)):
+                if overfit:
+                    yield from repeat(micro_batches, self.steps_per_epoch - start)
+                    return
+                yield micro_batches
+
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """Make one weight update, then log and save if due."""
+        state, settings = self.state, self.settings
+        # Batch Norm's running statistics move in the forward pass: a skipped step restores them.
+        skips = settings.nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in state.model.buffers()] if skips else []
+        loss = self.forward_backward(micro_batches)
+        norm = self.gradient_norm()
+        # An overflow under fp16 is the gradient scaler's to handle: it skips the update itself.
+        finite = bool(torch.isfinite(loss)) and (
+            state.scaler.is_enabled() or bool(torch.isfinite(norm))
+        )
+        # One reduction for all flags; every process must take the same branch.
+        nonfinite, stop, save = self.process.any(not finite, bool(self.stop), self.save_is_due())
+        if nonfinite:
+            self.handle_nonfinite(micro_batches, loss, norm, buffers)
+        else:
+            self.update_weights(norm)
+            state.add_loss(loss)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        self.average_epoch()
+        learning_rate = state.optimizer.param_groups[0]["lr"]
+        state.scheduler.step_update(state.step)
+        state.train_seconds += self.timer.step_done()
+        last = self.at_epoch_end() or state.step == self.last_step
+        if last or state.step % settings.log_every == 0:
+            self.log_training(learning_rate, norm)
+        if stop or save:
+            self.save()
+        if stop:
+            raise Preempted(f"stopped at step {state.step}")
+
+    def forward_backward(self, micro_batches: list[Batch]) -> torch.Tensor:
+        """Add the gradients of the mean loss over the micro-batches; return this process's loss."""
+        total = torch.zeros((), device=self.process.device)
+        self.seed_step()
+        for index, batch in enumerate(micro_batches):
+            images, targets = self.inputs(batch, index)
+            # Gradients are averaged over the processes once, in the last backward pass.
+            last = index + 1 == len(micro_batches)
+            alone = last or self.process.world_size == 1
+            with nullcontext() if alone else self.network.no_sync():
+                with autocast(self.process.device, self.dtype):
+                    logits = self.network(images)
+                loss = self.criterion(logits.float(), targets) / len(micro_batches)
+                self.state.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def seed_step(self) -> None:
+        """Make dropout and stochastic depth functions of seed, step and process."""
+        seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
+        # torch.manual_seed would query every kind of device, at each step.
+        torch.default_generator.manual_seed(seed)
+        if self.process.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def inputs(self, batch: Batch, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a micro-batch's images and targets on the device, normalized and mixed."""
+        images, targets, *_ = self.prepare(batch)
+        if self.mixing is None:
+            return images, targets
+        forward = self.state.step * self.accumulation + index
+        number = forward * self.process.world_size + self.process.rank
+        return self.mixing(images, targets, self.settings.seed, number)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.data.prepare(batch, self.process.device, torch.float32, self.memory_format)
+
+    def criterion(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # Mixing smooths the labels itself.
+        smoothing = 0.0 if self.mixing is not None else self.settings.regularization.label_smoothing
+        return cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Return the L2 norm of all gradients, unscaled."""
+        self.state.scaler.unscale_(self.state.optimizer)
+        parameters = self.state.model.parameters()
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def update_weights(self, norm: torch.Tensor) -> None:
+        state, clip = self.state, self.settings.optim.clip_grad
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.ema is not None and self.settings.regularization.ema_every == "step":
+            state.ema.update(state.model, step=state.step + 1)
+
+    def average_epoch(self) -> None:
+        """Update the authors' average over epochs, which starts at the first epoch's weights."""
+        ema, every = self.state.ema, self.settings.regularization.ema_every
+        if ema is not None and every == "epoch" and self.at_epoch_end():
+            ema.update(self.state.model, step=self.state.step // self.steps_per_epoch)
+
+    def handle_nonfinite(
+        self,
+        micro_batches: list[Batch],
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        buffers: list[torch.Tensor],
+    ) -> None:
+        """Skip the update on all processes and restore `buffers`, or raise NonFiniteError."""
+        state = self.state
+        state.scaler.update()  # resets the scaler after unscale_
+        state.skipped += 1
+        if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
+            self.display.print(
+                f"step {state.step + 1}: loss or gradient is not finite; "
+                f"update skipped ({state.skipped})"
+            )
+            for buffer, former in zip(state.model.buffers(), buffers, strict=True):
+                buffer.copy_(former)
+            return
+        images = [self.inputs(batch, index)[0] for index, batch in enumerate(micro_batches)]
+        layers = self.process.gather(affected(state.model, images, self.dtype))
+        raise NonFiniteError(describe(state, self.process.gather(loss.item()), layers, norm.item()))
+
+    # Evaluation and logging
+
+    def evaluate_if_due(self) -> None:
+        """At epoch ends (every eval_every-th) and at the last step: evaluate, log, save."""
+        state = self.state
+        if state.step == 0 or state.evaluated == state.step:
+            return
+        if self.is_due(self.settings.eval_every):
+            result = self.evaluate()
+            state.evaluated = state.step
+            if state.best_top1 is None or result.top1 > state.best_top1:
+                state.best_top1 = result.top1
+                self.save_best()
+        self.log_power_if_due()
+        self.save()
+
+    def evaluate(self) -> Result:
+        data, process = self.data, self.process
+        process.align_buffers(self.state.evaluated_model)
+        result = evaluate(
+            self.state.evaluated_model,
+            data.eval_loader(self.settings.eval_batch, process.rank, process.world_size),
+            self.prepare,
+            process,
+            self.dtype,
+            expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
+            each_batch=self.leave_if_stopped,
+        )
+        self.state.last_result = asdict(result)
+        seconds = round(self.state.train_seconds, 3)
+        row = {"event": "eval", **self.position(), **asdict(result), "seconds": seconds}
+        self.write(row)
+        self.display.epoch(row, self.last_row["loss"], self.last_row["images_per_second"], seconds)
+        return result
+
+    def leave_if_stopped(self) -> None:
+        """Save and leave an evaluation when asked to stop; the resumed run repeats it."""
+        (stop,) = self.process.any(bool(self.stop))
+        if stop:
+            self.save()
+            raise Preempted(f"stopped while evaluating step {self.state.step}")
+
+    def log_power_if_due(self) -> None:
+        """Log P1 … P4 of each norm, before training, every power.every_epochs and at the end."""
+        power = self.settings.power
+        if power.every_epochs is None or not self.process.is_main:
+            return
+        if self.is_due(power.every_epochs):
+            model = self.state.evaluated_model
+            rows = measure(model, self.data, power.images, self.settings.eval_batch)
+            self.write({"event": "power", **self.position(), **to_metrics(rows)})
+            if warning := collapse_warning(rows, power.threshold):
+                self.display.print(warning)
+
+    def log_training(self, learning_rate: float, norm: torch.Tensor) -> None:
+        """Log the mean loss since the last row, over the steps that were not skipped."""
+        state = self.state
+        loss = self.process.sum(state.loss_sum).item() / self.process.world_size
+        row = {
+            "event": "train",
+            **self.position(),
+            "loss": loss / state.loss_steps if state.loss_steps else math.nan,
+            "lr": learning_rate,
+            "gradient_norm": norm.item(),
+            **self.timer.row(self.settings.batch, self.last_step - state.step),
+        }
+        state.clear_loss()
+        if state.skipped:
+            row["skipped"] = state.skipped
+        self.last_row = {**self.last_row, **row}
+        self.write(row)
+        self.display.update(row)
+
+    def write(self, row: dict) -> None:
+        if self.process.is_main:
+            self.run.append(row)
+            self.tracker.log(row)
+
+    def position(self) -> dict[str, float]:
+        step = self.state.step
+        epoch = round(step / self.steps_per_epoch, 4)
+        return {"step": step, "epoch": epoch, "images": step * self.settings.batch}
+
+    def at_epoch_end(self) -> bool:
+        return self.state.step % self.steps_per_epoch == 0
+
+    def is_due(self, every_epochs: int) -> bool:
+        """Return whether this is the end of an every_epochs-th epoch, or the last step."""
+        step = self.state.step
+        return step % (every_epochs * self.steps_per_epoch) == 0 or step == self.last_step
+
+    # Saving
+
+    def save_is_due(self) -> bool:
+        """Return whether checkpoint.every_steps or every_minutes asks for a save at this step."""
+        steps, minutes = (
+            self.settings.checkpoint.every_steps,
+            self.settings.checkpoint.every_minutes,
+        )
+        by_step = steps is not None and (self.state.step + 1) % steps == 0
+        by_time = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        return by_step or by_time
+
+    def header(self) -> dict:
+        """Return what a checkpoint records about the run: its identity and its data."""
+        return {
+            "identity": identity(self.settings),
+            "world_size": self.process.world_size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "inputs": describe_data(self.data),
+        }
+
+    def save(self) -> None:
+        """Save the state as last.pt; keep the former last.pt, unless damaged, as previous.pt."""
+        loss_sum = self.process.sum(self.state.loss_sum.clone())
+        if self.process.is_main:
+            self.run.sync_metrics()  # a checkpoint must not be ahead of its rows
+            content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
+            previous = None if self.last_is_damaged else self.run.previous
+            checkpoint.save(self.run.last, content, previous)
+            self.run.mark_saved()
+        self.last_is_damaged = False
+        self.saved_at = time.monotonic()
+        self.timer.restart()
+
+    def save_best(self) -> None:
+        if self.process.is_main:
+            weights = {"model": self.state.evaluated_model.state_dict(), "ema": None}
+            content = {**self.header(), **weights, "step": self.state.step}
+            checkpoint.save(self.run.best, {**content, **self.state.last_result})
+
+    def load(self, content: dict, last_is_damaged: bool) -> None:
+        """Continue from a checkpoint's content."""
+        self.state.load_state_dict(content)
+        # The checkpoint holds the sum over all processes; the first process takes it over.
+        share = self.process.world_size / content["world_size"] if self.process.is_main else 0
+        self.state.loss_sum *= share
+        self.last_is_damaged = last_is_damaged

@@ -1,0 +1,125 @@
+"""Numbers that the README and docs/ quote by hand are those of results/."""
+
+from __future__ import annotations
+
+import json
+import re
+from statistics import median
+
+import pytest
+
+from tests.helpers import ROOT
+
+RESULTS = ROOT / "results"
+README, RESULTS_PAGE, BENCHMARKS, DATA = (
+    (ROOT / path).read_text()
+    for path in ("README.md", "docs/results.md", "docs/benchmarks.md", "docs/data.md")
+)
+
+
+def load(path: str) -> dict:
+    return json.loads((RESULTS / path).read_text())
+
+
+def rows(page: str) -> list[list[str]]:
+    """The rows of all tables of a page, as their cells."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def prose(page: str, heading: str) -> str:
+    return re.search(rf"## {heading}\n(.*?)(?:\n## |\Z)", page, re.DOTALL)[1]
+
+
+def test_the_claims_are_those_of_the_report():
+    report = {row[0]: row for row in rows((RESULTS / "mini_norms/report.md").read_text())}
+    quoted = [row for row in rows(RESULTS_PAGE) if len(row) == 5 and " − " in row[1]]
+    assert len(quoted) >= 5
+    for claim, cells, points, p, verdict in quoted:
+        assert [report[claim][i] for i in (1, 3, 5, 7)] == [cells, points, p, verdict]
+
+
+@pytest.mark.parametrize(
+    "text, table",
+    [
+        (prose(README, "Results"), "mini_norms"),
+        (prose(RESULTS_PAGE, "Depth"), "mini_depth"),
+        (prose(RESULTS_PAGE, "Batch size"), "mini_batch"),
+        (prose(RESULTS_PAGE, "Regularization"), "mini_regularization"),
+    ],
+)
+def test_differences_in_prose_are_those_of_the_report(text, table):
+    differences = re.findall(r"\d+\.\d\d(?=\s+(?:points|at 80))", text)
+    assert differences
+    report = (RESULTS / table / "report.md").read_text()
+    for difference in differences:
+        assert re.search(rf"\| [+-]{re.escape(difference)} \|", report), difference
+
+
+def test_the_power_table_is_that_of_the_summary():
+    cells = load("power_mini_norms/summary.json")["cells"]
+    expected = {
+        name: [f"{cell['metric']:.2f}", f"{cell['p1']:.3f}"] for name, cell in cells.items()
+    }
+    section = rows(prose(RESULTS_PAGE, "Why LN\\+PN falls behind"))
+    quoted = {row[0]: row[1:3] for row in section if row[0] in cells}
+    assert quoted == expected
+
+
+@pytest.mark.parametrize("model", ["resnet50", "efficientnet_b0"])
+def test_the_step_tables_are_those_measured(model):
+    for row in load(f"step/{model}.json")["rows"]:
+        if row["mode"] == "eager":
+            column = 1 if row["format"] == "nchw" else 2
+            measured = [f"{row['step ms']:.0f}", f"{row['inference ms']:.0f}"]
+            named = [cells for cells in rows(BENCHMARKS) if cells[0] == row["norm"]]
+            assert measured in [
+                [cells[column], cells[column + 2]] for cells in named if len(cells) == 7
+            ]
+    for name, values in load(f"step/{model}_channels_last.json")["figures"].items():
+        if name.startswith(("step", "inference", "moments")):
+            assert f"| {median(values):.3f} | {values[0]:.3f} … {values[-1]:.3f} |" in BENCHMARKS
+    for row in load(f"step/{model}_compiled.json")["rows"]:
+        assert f"| {row['step ms']:.0f} | {row['/ torch ln']:.3f} |" in BENCHMARKS
+    for row in load(f"passes/{model}.json")["rows"]:
+        assert f"| {row['ms']:.1f} | {row['share']:.2%} |" in BENCHMARKS
+
+
+def test_the_readme_quotes_the_measured_ratio():
+    ratios = load("step/resnet50_channels_last.json")["figures"]
+    step = next(v for name, v in ratios.items() if name.startswith("step, ln_pn / torch ln"))
+    assert f"ratio {median(step):.2f} on a" in README
+
+
+def test_the_loop_and_loader_tables_are_those_measured():
+    for model in ("resnet20v2", "resnet18"):
+        for row in load(f"engine/{model}.json")["rows"]:
+            ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
+            assert f"{row['what']} | {row['images_per_second']:.0f} | {ratio}" in BENCHMARKS
+    for row in load("loader/benchmark.json")["table"]:
+        assert (
+            f"{row['loader']} | {row['images_per_second']:.0f} | {row['ours_over_it']:.2f}"
+            in BENCHMARKS
+        )
+    assert f"{load('engine/startup.json')['seconds']['median']:.1f} s" in BENCHMARKS
+
+
+def test_the_storage_table_is_that_measured():
+    for row in load("loader/storage.json")["table"]:
+        size, speed = row["bytes_per_image"] / 1000, row["images_per_cpu_second"]
+        assert f"| {size:.0f} | {speed:.0f} |" in DATA
+
+
+def test_the_reliability_figures_are_those_measured():
+    soak, damage = load("engine/soak.json"), load("loader/damage.json")
+    assert len(soak["steps"]) == 50 and soak["differences"] == []
+    assert damage["missed"] == damage["wrongly_named"] == []
+    assert len(damage["planted"]) == 12 and damage["images"] == 10_000
+
+
+def test_the_demo_table_is_that_measured():
+    for row in load("demo/demo.json")["rows"]:
+        assert f"| {' | '.join(row)} |" in RESULTS_PAGE
