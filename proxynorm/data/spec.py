@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,6 @@ import torch
 
 from proxynorm.errors import ConfigError
 
-SOURCES = ("fashion_mnist", "folder", "beton")
 AUGMENTATIONS = ("pad_crop", "inception", "none")
 BACKENDS = ("auto", "ffcv", "torchvision")
 BAD_POLICIES = ("raise", "skip")
@@ -117,10 +117,9 @@ class Batch(NamedTuple):
 
 def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     """Raise ConfigError, one line, on the first value that cannot be meant."""
-    _one_of("data.name", spec.name, SOURCES)
-    _one_of("data.augmentation", spec.augmentation, AUGMENTATIONS)
-    _one_of("data.on_bad", spec.on_bad, BAD_POLICIES)
-    _one_of("loader.name", loader.name, BACKENDS)
+    one_of("data.augmentation", spec.augmentation, AUGMENTATIONS)
+    one_of("data.on_bad", spec.on_bad, BAD_POLICIES)
+    one_of("loader.name", loader.name, BACKENDS)
     _at_least("data.image_size", spec.image_size, 1)
     _at_least("data.eval_size", spec.eval_size, 1)
     _at_least("data.start_size", spec.start_size, 1)
@@ -150,19 +149,10 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
             f"data.start_size={spec.start_size} exceeds data.image_size={spec.image_size}, to "
             f"which it grows"
         )
-    if spec.name != "fashion_mnist" and spec.root is None:
-        raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
-    if spec.name == "fashion_mnist" and spec.augmentation == "inception":
-        raise ConfigError(
-            "data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none"
-        )
-    if spec.name == "fashion_mnist" and spec.randaugment is not None:
-        raise ConfigError(
-            "randaugment is for photographs in colour (data=folder); Fashion-MNIST has none"
-        )
 
 
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise ConfigError if the value of `key` is none of the allowed ones."""
     if value not in allowed:
         raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}")
 

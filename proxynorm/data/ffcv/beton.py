@@ -217,8 +217,7 @@ def _open_alone(path: Path) -> BinaryIO:
                 f"{path}: another process is writing it; wait for it, or give another name"
             ) from None
         except OSError:
-            # a file system without locks; reading back finds what two writers would do to each
-            # other
+            # A file system without locks; reading back finds what two writers would do to it.
             pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(_hidden(path))):
