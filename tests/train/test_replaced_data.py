@@ -94,7 +94,7 @@ def test_replaced_images_are_refused(run_small, tmp_path, data, loader, bare, pa
     for steps in ("max_steps=3", "max_steps=4"):  # finished, and to go on
         name = photos / part if data == "folder" else tmp_path / f"{part}.beton"
         with pytest.raises(
-            CheckpointError, match=f"a was trained on other images than {name} hold"
+            CheckpointError, match=f"a was trained on other images than those now in {name};"
         ):
             run_small(*overrides(tmp_path, data, loader, steps))
 
@@ -156,7 +156,7 @@ def test_only_images_that_are_read_count_and_a_file_is_named_once(run_small, tmp
     words = ("data.limit=5", "data.holdout=3", "max_steps=2")
     assert run_small(*overrides(tmp_path, "folder", loader, *words)).last["counters"]["step"] == 2
     repaint(files[int(data.train.rows[0])]), repaint(files[int(data.evaluation.rows[0])])
-    with pytest.raises(CheckpointError, match=f"other images than {photos}/train hold"):
+    with pytest.raises(CheckpointError, match=f"other images than those now in {photos}/train;"):
         run_small(*overrides(tmp_path, "folder", loader, *words))
 
 
