@@ -2,6 +2,7 @@
 
 import pytest
 
+from proxynorm.commands.reproduce import Options, claims
 from proxynorm.paper.blocks import result_table
 from proxynorm.paper.claims import (
     Claim,
@@ -14,7 +15,6 @@ from proxynorm.paper.claims import (
 )
 from proxynorm.paper.compare import Outcome, Sample, cell_samples, compare
 from proxynorm.paper.table import load_table, table_names
-from scripts.reproduce import Options, claims
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"

@@ -9,6 +9,7 @@ import pytest
 from mpmath import betainc
 
 from proxynorm.cli import parse_options
+from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
 from proxynorm.paper.figures import cell_styles
@@ -17,7 +18,6 @@ from proxynorm.paper.report import gather, loss_ratio, write_report
 from proxynorm.paper.search import choose, protocol
 from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
 from proxynorm.paper.tracking import deltas, log_report
-from scripts.reproduce import Options, main
 from tests.tiny_table import write_run
 
 
