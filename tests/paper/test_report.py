@@ -319,7 +319,7 @@ def test_the_loss_ratio_is_that_of_the_last_two_tenths():
 
 
 def test_the_protocol_tells_whether_every_norm_got_the_same_search():
-    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("mini_norms"))
+    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("former_norms"))
     assert equal == (
         "Search mini_search: every norm got the same 6 points of "
         "optim.base_lr × optim.weight_decay, 2 seeds: 12 runs."
