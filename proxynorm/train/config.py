@@ -22,9 +22,8 @@ from proxynorm.cli import first_line, nearest
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import Settings, check
 
-# configs/ is part of an installed package; in a checkout it lies beside it.
-_PACKAGE = Path(__file__).resolve().parents[1]
-CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+# In the repository a link to the top-level configs/; a wheel holds the files.
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def settings_from(config: DictConfig) -> Settings:
