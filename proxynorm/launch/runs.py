@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN = (sys.executable, "-m", "proxynorm", "train")  # also where the package is installed
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ from proxynorm.train.words import (
     search_path,
 )
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# configs/ is part of an installed package; in a checkout it lies beside it.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
 
 
 def settings_from(config: DictConfig) -> Settings:

@@ -10,7 +10,12 @@ from proxynorm.train.words import quoted
 from tests.tiny_table import TINY
 
 TABLES = (
+    "demo",
     "efficientnet_g16",
+    "former_batch",
+    "former_depth",
+    "former_norms",
+    "former_regularization",
     "imagenet_batch",
     "imagenet_norms",
     "mini_batch",
@@ -130,5 +135,5 @@ def test_a_malformed_table_is_one_clear_line(tmp_path, change, message):
 
 
 def test_an_unknown_table_names_the_nearest():
-    with pytest.raises(ConfigError, match="mini_norms"):
+    with pytest.raises(ConfigError, match="did you mean 'mini_norms'"):
         load_table("mininorms")
