@@ -85,7 +85,9 @@ def as_yaml(text: str, kind: Any) -> str:
     """
     kinds = (kind, *get_args(kind))
     if list[str] in kinds:  # norms=ln means norms=[ln]
-        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        if text.startswith("[") and not text.endswith("]"):
+            return text  # for YAML to refuse
+        inner = text[1:-1] if text.startswith("[") else text
         return f"[{', '.join(as_yaml(item, str) for item in split_list(inner))}]"
     in_quotes = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text if str not in kinds or in_quotes or text == "null" else json.dumps(text)

@@ -227,9 +227,9 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
 
     parser = get_args_parser()
     parser.error = refuse
-    parsed = parser.parse_args(search_path(arguments))
     # Hydra's parser takes -m at the front, whatever comes after.
-    words = sorted(arguments, key=lambda word: word not in ("-m", "--multirun"))
+    words = sorted(search_path(arguments), key=lambda word: word not in ("-m", "--multirun"))
+    parsed = parser.parse_args(words)
     words = hydra_words(words, parsed.multirun)
     if parsed.help or parsed.hydra_help:
         return words
