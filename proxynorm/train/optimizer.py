@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from proxynorm.errors import ConfigError
 from proxynorm.nn import parameter_groups
+from proxynorm.train.finetune import scale_rates
 from proxynorm.train.rmsprop import RMSpropTF
 from proxynorm.train.settings import Settings
 
@@ -27,7 +28,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
         arguments["alpha"] = 1.0 - settings.batch * optim.alpha_per_image
     elif optim.alpha is not None:
         arguments["alpha"] = optim.alpha
-    groups = parameter_groups(model, optim.weight_decay)
+    groups = scale_rates(model, parameter_groups(model, optim.weight_decay), optim)
     common = {"lr": settings.learning_rate, "weight_decay": optim.weight_decay}
     try:
         if optim.name == "rmsproptf":
@@ -39,8 +40,9 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
         raise ConfigError(f"optim.name={optim.name}: timm cannot make it: {error}") from error
     if isinstance(optimizer, torch.optim.SGD) and optim.momentum:
         # torch's fused kernel leaves the buffers uninitialized if it skips the very first step.
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
