@@ -1,7 +1,8 @@
-"""torch.compile where it pays, with eager execution where it fails."""
+"""How a network is computed: torch's switches, and torch.compile with eager execution behind it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,22 @@ def plan(settings: Settings, device: torch.device, accumulation: int) -> Plan:
         why = "needs a single micro-batch per update and images of one size; default is used"
         return Plan(True, "default", f"compile_mode=reduce-overhead {why}")
     return Plan(True, mode)
+
+
+def set_switches(settings: Settings, device: torch.device) -> None:
+    """Choose CUDA's kernels: the fastest, or those that give the same bits each time."""
+    if device.type != "cuda":
+        return  # a CPU sums in one order
+    same_bits = settings.deterministic
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.backends.cudnn.allow_tf32 = True
+    # Trying all kernels pays where the shapes come again; each new one costs a second.
+    torch.backends.cudnn.benchmark = fixed_shapes(settings) and not same_bits
+    if same_bits:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS's first call
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        # torch names each operation that has no such kernel, in a warning.
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def fixed_shapes(settings: Settings) -> bool:

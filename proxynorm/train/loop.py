@@ -21,7 +21,7 @@ from proxynorm.data.loaders import on_device
 from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
-from proxynorm.train.compiling import compile_network, fixed_shapes, plan
+from proxynorm.train.compiling import compile_network, fixed_shapes, plan, set_switches
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
 from proxynorm.train.finetune import (
@@ -64,6 +64,7 @@ class Trainer:
     ) -> None:
         self.settings, self.process, self.data = settings, process, data
         self.run, self.stop = run, stop
+        set_switches(settings, process.device)
         self.dtype = choose_dtype(settings, process.device)
         self.memory_format = choose_memory_format(settings, process.device)
         self.micro_batch = settings.micro_batch_for(process.world_size)

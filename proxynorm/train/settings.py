@@ -145,6 +145,7 @@ class Settings:
     memory_format: str = "auto"
     compile: bool | str = "auto"
     compile_mode: str = "default"
+    deterministic: bool = False
     recompute: bool = False
     nonfinite: str = "stop"
     nonfinite_limit: int = 10
@@ -229,7 +230,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 # of its name.
 INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint")
 INCIDENTAL += ("debug.profile_steps", "debug.name", "max_steps", "log_every", "eval_batch")
-INCIDENTAL += ("data.root", "data.cache", "patience", "compile_mode")
+INCIDENTAL += ("data.root", "data.cache", "patience", "compile_mode", "deterministic")
 
 # No part of the identity while they are null: they came later, and older runs keep their names.
 OPTIONAL = ("weights", "freeze", "optim.lr_scale", "optim.layer_decay")
