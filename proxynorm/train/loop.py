@@ -35,10 +35,10 @@ from proxynorm.train.finetune import (
     train_mode,
 )
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
-from proxynorm.train.optimizer import create_optimizer, create_schedule, step_if
+from proxynorm.train.optimizer import create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest
 from proxynorm.train.progress import Display
-from proxynorm.train.readback import Readback, Undo
+from proxynorm.train.readback import Readback, Undo, step_if
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings, identity
 from proxynorm.train.state import TrainState, create_ema, describe_data

@@ -9,7 +9,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import nn
 
 from proxynorm.errors import ConfigError
 from proxynorm.nn import parameter_groups
@@ -44,20 +44,6 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
             if parameter.requires_grad:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
-    """Step where `good`, a bool () on the device, holds; else leave weights and state untouched.
-
-    torch's fused optimizers and our RMSpropTF decide on the device. For timm's other ones the host
-    waits for the device here.
-    """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # The interface of torch's GradScaler, with a scale of one.
-        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
-        optimizer.step()
-    elif good:
-        optimizer.step()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:

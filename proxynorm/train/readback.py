@@ -1,4 +1,4 @@
-"""Figures that the device is still computing, for the host to read a step later."""
+"""Figures read a step later, updates left out by the device itself. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ class Readback:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.host.tolist()
+
+
+def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
+    """Step where `good`, a bool () on the device, holds; else leave weights and state untouched.
+
+    torch's fused optimizers and our RMSpropTF decide on the device. For timm's other ones the host
+    waits for the device here.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # The interface of torch's GradScaler, with a scale of one.
+        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+        optimizer.step()
+    elif good:
+        optimizer.step()
 
 
 class Undo:
