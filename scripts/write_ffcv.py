@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,14 +106,6 @@ def _write(
     from proxynorm.data.ffcv.preparation import prepare
 
     total = len(listing.images)
-    if listing.aside:
-        kinds = Counter(Path(name).suffix.lower() or "no ending" for name in listing.aside)
-        words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        print(
-            f"left aside, no images by their names or not in a class folder: {words}; see the "
-            f"manifest",
-            file=sys.stderr,
-        )
     for note in listing.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(
