@@ -1,56 +1,6 @@
-"""Measure: python scripts/benchmark.py loader [source=DIR] [json=FILE]
+"""Measure speed and memory: `proxynorm benchmark`, proxynorm/commands/benchmark.py."""
 
-The first word names the benchmark, key=value options follow. `benchmark.py NAME --help` lists them.
-"""
-
-from __future__ import annotations
-
-import sys
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-from proxynorm.cli import fail, nearest, script
-from proxynorm.errors import ConfigError
-
-# Each is a module of benchmarks/ with a dataclass Options and a function main(options).
-BENCHMARKS = {
-    "step": "time of training and inference steps of every norm, bytes kept, share of the moments",
-    "passes": "where LN+PN's time goes: the operators of a step, beside those with torch's LN",
-    "memory": "bytes kept for the backward pass by every norm, beside torch's batch norm",
-    "loader": "images a second of our loaders, FFCV's, torchvision's and timm's on the same JPEGs",
-    "engine": "our training loop against a bare one, its loader alone, and timm's parts",
-    "startup": "seconds from the command to the first weight update, with a warm cache",
-    "storage": "size against speed of .beton files, by longest side and JPEG quality",
-    "damage": "preparation of images with planted damage: every bad one named, no good one",
-}
-
-
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        rows = (f"  {key:<9}{text}" for key, text in BENCHMARKS.items())
-        print(__doc__.strip(), "\nBenchmarks:", *rows, sep="\n")
-        return
-    if name not in BENCHMARKS:
-        fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
-    del sys.argv[1]
-    # benchmarks/ lies in the repository, outside of the installed package.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    module = import_module(f"benchmarks.{name}")
-    script(module.Options, lambda options: run(module, options), module.__doc__)
-
-
-def run(module: ModuleType, options: Any) -> int | None:
-    """Run a benchmark. Makes the folder of its file first, so that no measurement is lost."""
-    if options.json:
-        try:
-            Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"json={options.json}: {error.strerror}") from None
-    return module.main(options)
-
+from _checkout import run
 
 if __name__ == "__main__":
-    main()
+    run("benchmark")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def start(run: Run, threads: int) -> Worker:
     with open(run.log, "a") as log:
         print(f"$ {run.command}", file=log, flush=True)
         process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *run.arguments],
+            [*TRAIN, *run.arguments],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN = (sys.executable, "-m", "proxynorm", "train")  # also where the package is installed
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,3 @@ class Run:
     def kind(self) -> tuple[str, ...]:
         """The arguments without seed and name; runs that share them take equally long."""
         return tuple(word for word in self.arguments if not word.startswith(("seed=", "name=")))
-
-
-def quoted(text: str) -> str:
-    """Quote `text` as one value of Hydra's override grammar."""
-    if re.fullmatch(r"[A-Za-z_./][\w./+-]*", text):
-        return text
-    # In a quoted value, a backslash escapes only before a quote and at the end.
-    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
-    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
-    return f"'{escaped}'"

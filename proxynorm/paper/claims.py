@@ -26,6 +26,7 @@ class Claim:
     comparisons: list[str] = field(default_factory=list)
     scope: str = ""
     note: str = ""
+    reason: str = ""
     needs: str = ""
 
     @property
@@ -50,14 +51,18 @@ def claim_outcomes(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> l
 
 
 def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
-    """The weakest verdict of the comparisons; tests alone show a claim."""
+    """The weakest verdict of the comparisons that have been run; tests alone show a claim."""
     if claim.needs:
         return f"needs {claim.needs}"
     verdicts = {outcome.verdict for outcome in outcomes}
-    for word in ("not run", "contradicted", "not shown"):
-        if word in verdicts:
-            return word
-    return f"shown {claim.scope}".strip() if verdicts <= {"shown"} else "not shown"
+    if verdicts == {"not run"}:
+        return "not run"
+    partly = "; in part not run" if "not run" in verdicts else ""
+    if "contradicted" in verdicts:
+        return f"contradicted{partly}"
+    if verdicts <= {"shown", "not run"}:
+        return f"shown {claim.scope}".strip() + partly
+    return f"not shown{partly}"
 
 
 def random_net_figures(results: str | Path) -> dict[str, str]:
@@ -78,7 +83,7 @@ def random_net_figures(results: str | Path) -> dict[str, str]:
 
 
 def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, str]) -> str:
-    """Tests by name; comparisons with difference, n and p; the note with its figures."""
+    """Tests by name; comparisons with difference, n and p; the note, and why it is not shown."""
     parts = [f"`{name}`" for name in claim.tests]
     for item, outcome in zip(claim.comparisons, outcomes, strict=True):
         if outcome.difference is None:
@@ -87,7 +92,9 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
         p = f", p {p_value(outcome.p)}" if outcome.p is not None else ""
         counts = f"n {outcome.first.n} and {outcome.second.n}"
         parts.append(f"{item}: {outcome.difference:+.2f} points, {counts}{p}: {outcome.verdict}")
-    return "; ".join([*parts, claim.note.format_map(figures)] if claim.note else parts)
+    weak = claim_status(claim, outcomes).startswith(("not shown", "contradicted"))
+    why = f"why: {claim.reason}" if weak and claim.reason else ""
+    return "; ".join(filter(None, [*parts, claim.note.format_map(figures), why]))
 
 
 def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:

@@ -39,7 +39,7 @@ def check_script(path: str, arguments: list[str]) -> None:
     """Raises ConfigError where a script does not take these arguments."""
     if path == "scripts/doctor.py":
         return check_arguments(arguments)
-    module = import_module(path.removesuffix(".py").replace("/", "."))
+    module = import_module(f"proxynorm.commands.{Path(path).stem}")
     if path == "scripts/benchmark.py":
         module = import_module(f"benchmarks.{arguments.pop(0)}")
     if path == "scripts/reproduce.py":

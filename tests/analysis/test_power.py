@@ -1,9 +1,7 @@
 """The power decomposition: its formula, what it leaves alone, its files, its warning."""
 
 import csv
-import importlib.util
 import json
-import sys
 import xml.dom.minidom
 
 import matplotlib.image
@@ -20,7 +18,6 @@ from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.errors import ConfigError
 from proxynorm.paper.trained_power import TrainedNet, summarize
-from tests.helpers import ROOT
 
 
 def images(count=12, seed=0, size=32):
@@ -218,14 +215,12 @@ def test_the_monitor_measures_images_from_all_over_the_evaluation_set(monkeypatc
     assert indices.max() - indices.min() > 9000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def script():
-    """scripts/power.py as a module."""
-    spec = importlib.util.spec_from_file_location("power_script", ROOT / "scripts" / "power.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """The command `proxynorm power`."""
+    from proxynorm.commands import power
+
+    return power
 
 
 def test_the_command_writes_csv_plot_and_summary(tmp_path, script):

@@ -1,6 +1,7 @@
 """The tiny table and the stand-in for train.py as fixtures."""
 
 import json
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ def stand_in(tiny, tmp_path, monkeypatch):
     """
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(STAND_IN))
-    monkeypatch.setattr(launch, "TRAIN", script)
+    monkeypatch.setattr(launch, "TRAIN", (sys.executable, str(script)))
     (tmp_path / "runs").mkdir(exist_ok=True)
     for run in table_runs(tiny, tmp_path / "runs"):
         write_run(replace(run, folder=tmp_path / "runs" / "finished" / run.name), 50.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxynorm.cli import guard, parse_options
+from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import DataError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.status import run_status
@@ -14,7 +15,6 @@ from proxynorm.launch.sweep import is_due
 from proxynorm.paper.plan import plan, status
 from proxynorm.paper.records import archive_path, collect, kept_files, write_archive
 from proxynorm.paper.table import table_runs
-from scripts.reproduce import Options, main
 from tests.tiny_table import write_run
 
 

@@ -17,7 +17,7 @@ def test_committed_blocks_are_current():
 
 def test_a_block_is_replaced_by_the_table_of_results_and_the_rest_stays(tmp_path):
     path = tmp_path / "page.md"
-    path.write_text("before\n<!-- table mini_norms -->\nold\n<!-- end -->\nafter\n")
+    path.write_text("before\n<!-- table former_norms -->\nold\n<!-- end -->\nafter\n")
     assert render_blocks(path, RESULTS) and not render_blocks(path, RESULTS)
     lines = path.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines

@@ -2,18 +2,19 @@
 
 import pytest
 
+from proxynorm.commands.reproduce import Options, claims
 from proxynorm.paper.blocks import result_table
 from proxynorm.paper.claims import (
     Claim,
     claim_outcomes,
     claim_status,
     claims_report,
+    evidence,
     load_claims,
     random_net_figures,
 )
-from proxynorm.paper.compare import Outcome, cell_samples, compare
+from proxynorm.paper.compare import Outcome, Sample, cell_samples, compare
 from proxynorm.paper.table import load_table, table_names
-from scripts.reproduce import Options, claims
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"
@@ -45,7 +46,7 @@ def test_every_comparison_of_the_small_tables_speaks_for_a_claim():
     """None is left out, whatever it says."""
     named = {item for claim in load_claims() for item in claim.comparisons}
     for name in table_names():
-        if name.startswith("mini_"):
+        if name.startswith(("mini_", "former_")):
             pairs = {
                 f"{name}: {item.first} - {item.second}" for item in load_table(name).comparisons
             }
@@ -69,7 +70,9 @@ def test_notes_quote_the_random_nets_that_are_kept(tmp_path):
         (["shown", "shown"], "shown"),
         (["shown", "contradicted"], "contradicted"),
         (["not shown", "shown"], "not shown"),
-        (["shown", "not run"], "not run"),
+        (["not run", "not run"], "not run"),
+        (["shown", "not run"], "shown; in part not run"),
+        (["contradicted", "not run"], "contradicted; in part not run"),
         (["single seed, beyond the seed spread"], "not shown"),
         ([], "shown"),
     ],
@@ -86,10 +89,20 @@ def test_status_is_the_weakest_verdict(verdicts, status):
     assert claim_status(Claim("c", scope="at initialisation"), []) == "shown at initialisation"
 
 
+def test_the_reason_stands_beside_a_claim_that_is_not_shown():
+    claim = Claim("c", comparisons=["t: a - b"], reason="too short")
+    sample = Sample((1.0, 2.0))
+
+    def told(verdict):
+        return evidence(claim, [Outcome(None, sample, sample, 0.0, None, 0.5, verdict)], {})
+
+    assert told("contradicted").endswith("; why: too short") and "why" not in told("shown")
+
+
 def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
     """In the table of claims and in documents: its kept runs may be of other rates."""
-    (tmp_path / "mini_norms").symlink_to(RESULTS / "mini_norms")
-    item = "mini_norms: ln_pn - bn"
+    (tmp_path / "former_norms").symlink_to(RESULTS / "former_norms")
+    item = "former_norms: ln_pn - bn"
     claim = next(claim for claim in load_claims() if item in claim.comparisons)
 
     def row() -> str:
@@ -103,8 +116,9 @@ def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
             if claim.claim in line
         )
 
-    assert f"{item}: not run" in row() and "0 seeds a cell" in result_table("mini_norms", tmp_path)
+    assert f"{item}: not run" in row()
+    assert "0 seeds a cell" in result_table("former_norms", tmp_path)
     (tmp_path / "mini_norms_lr").symlink_to(RESULTS / "mini_norms_lr")
     assert f"{item}: not run" not in row() and "0 seeds a cell" not in result_table(
-        "mini_norms", tmp_path
+        "former_norms", tmp_path
     )

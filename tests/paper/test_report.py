@@ -9,6 +9,7 @@ import pytest
 from mpmath import betainc
 
 from proxynorm.cli import parse_options
+from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
 from proxynorm.paper.figures import cell_styles
@@ -17,7 +18,6 @@ from proxynorm.paper.report import gather, loss_ratio, write_report
 from proxynorm.paper.search import choose, protocol
 from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
 from proxynorm.paper.tracking import deltas, log_report
-from scripts.reproduce import Options, main
 from tests.tiny_table import write_run
 
 
@@ -319,7 +319,7 @@ def test_the_loss_ratio_is_that_of_the_last_two_tenths():
 
 
 def test_the_protocol_tells_whether_every_norm_got_the_same_search():
-    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("mini_norms"))
+    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("former_norms"))
     assert equal == (
         "Search mini_search: every norm got the same 6 points of "
         "optim.base_lr × optim.weight_decay, 2 seeds: 12 runs."

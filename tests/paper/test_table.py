@@ -3,14 +3,19 @@
 import pytest
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import quoted
 from proxynorm.nn import NORMS
 from proxynorm.paper.table import load_table, table_names, table_runs
-from proxynorm.train.config import check_choice, compose_config, is_group, parse, settings_from
+from proxynorm.train.config import check_choice, compose_config, groups, parse, settings_from
+from proxynorm.train.words import quoted
 from tests.tiny_table import TINY
 
 TABLES = (
+    "demo",
     "efficientnet_g16",
+    "former_batch",
+    "former_depth",
+    "former_norms",
+    "former_regularization",
     "imagenet_batch",
     "imagenet_norms",
     "mini_batch",
@@ -43,8 +48,8 @@ def test_cells_are_trainable(name):
     kinds = {}
     for run in table_runs(load_table(name), "runs", chosen):
         overrides = parse(list(run.cell.overrides))
-        for override in filter(is_group, overrides):
-            check_choice(override)
+        for override in overrides:
+            check_choice(override, groups())
         kinds.setdefault(frozenset(override.key_or_group for override in overrides), run)
     for run in kinds.values():
         settings = settings_from(compose_config([*run.arguments, *data]))
@@ -130,5 +135,5 @@ def test_a_malformed_table_is_one_clear_line(tmp_path, change, message):
 
 
 def test_an_unknown_table_names_the_nearest():
-    with pytest.raises(ConfigError, match="mini_norms"):
+    with pytest.raises(ConfigError, match="did you mean 'mini_norms'"):
         load_table("mininorms")

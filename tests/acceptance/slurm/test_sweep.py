@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from proxynorm.cli import parse_options
+from proxynorm.commands.reproduce import Options, main
 from proxynorm.launch.finished import finished_files
 from proxynorm.launch.runs import Run
 from proxynorm.launch.sweep import plan_paths
@@ -23,7 +24,6 @@ from proxynorm.train.compare import differences
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import read_metrics
-from scripts.reproduce import Options, main
 from tests.acceptance.slurm.conftest import ROOT, needs_slurm
 from tests.helpers import SMALL
 from tests.tiny_table import reproduce

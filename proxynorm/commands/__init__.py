@@ -1,0 +1,62 @@
+"""The commands of `proxynorm NAME`; train.py, eval.py and scripts/*.py start the same code.
+
+Each is a module of this package with a function `entry()`, which reads sys.argv and exits.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train a network, resume a run, sweep",
+    "eval": "evaluate a run or a checkpoint",
+    "export": "write a run's model as safetensors, ONNX and a model card",
+    "doctor": "check what is installed and what an experiment needs",
+    "reproduce": "plan, launch and report the paper's tables",
+    "power": "power decomposition of random nets, a run or a table",
+    "benchmark": "measure speed and memory (in a checkout)",
+    "write-ffcv": "write labelled images to a .beton file",
+    "demo": "train bn, ln and ln_pn on Fashion-MNIST and compare them",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names: the console script `proxynorm`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv[:2] = [f"proxynorm {name}"]
+        return run(name)
+    rows = [f"  {key:<11}{text}" for key, text in COMMANDS.items()]
+    usage = ["usage: proxynorm COMMAND [key=value …]", "", *rows, "", "Each takes --help."]
+    if name in ("-h", "--help"):
+        return print(*usage, sep="\n")
+    sys.exit(_fail(f"no command '{name}'; valid: {', '.join(COMMANDS)}"))
+
+
+def run(name: str) -> None:
+    """Run a command with the arguments in sys.argv[1:]."""
+    if name == "train":
+        from proxynorm.train.preemption import leave_on_signals
+
+        leave_on_signals()  # before the imports, which take seconds
+    try:
+        module = import_module(f"proxynorm.commands.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        # `pip install proxynorm` brings the layer alone.
+        if error.name is None or error.name.partition(".")[0] == "proxynorm":
+            raise
+        # In a checkout, most likely the environment is not active.
+        remedy = "activate its environment, as by source .venv/bin/activate, or"
+        sys.exit(
+            _fail(
+                f"{name} needs {error.name}, which {sys.executable} has not: {remedy} "
+                "pip install 'proxynorm[train]'"
+            )
+        )
+    module.entry()
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

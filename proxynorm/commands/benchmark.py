@@ -1,0 +1,55 @@
+"""Measure: python scripts/benchmark.py loader [source=DIR] [json=FILE]
+
+The first word names the benchmark, key=value options follow. `benchmark.py NAME --help` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from proxynorm.cli import fail, nearest, script
+from proxynorm.errors import ConfigError
+
+# The checkout, if this is one: benchmarks/ is outside of the installed package.
+ROOT = Path(__file__).resolve().parents[2]
+# Each is a module of benchmarks/ with a dataclass Options and a function main(options).
+BENCHMARKS = {
+    "step": "time of training and inference steps of every norm, bytes kept, share of the moments",
+    "passes": "where LN+PN's time goes: the operators of a step, beside those with torch's LN",
+    "memory": "bytes kept for the backward pass by every norm, beside torch's batch norm",
+    "loader": "images a second of our loaders, FFCV's, torchvision's and timm's on the same JPEGs",
+    "engine": "our training loop against a bare one, its loader alone, and timm's parts",
+    "startup": "seconds from the command to the first weight update, with a warm cache",
+    "storage": "size against speed of .beton files, by longest side and JPEG quality",
+    "damage": "preparation of images with planted damage: every bad one named, no good one",
+}
+
+
+def entry() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        rows = (f"  {key:<9}{text}" for key, text in BENCHMARKS.items())
+        print(__doc__.strip(), "\nBenchmarks:", *rows, sep="\n")
+        return
+    if name not in BENCHMARKS:
+        fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
+    del sys.argv[1]
+    if not (ROOT / "benchmarks").is_dir():
+        fail(ConfigError("benchmarks are in the repository: git clone it and run there"))
+    sys.path.insert(0, str(ROOT))
+    module = import_module(f"benchmarks.{name}")
+    script(module.Options, lambda options: run(module, options), module.__doc__)
+
+
+def run(module: ModuleType, options: Any) -> int | None:
+    """Run a benchmark. Makes the folder of its file first, so that no measurement is lost."""
+    if options.json:
+        try:
+            Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"json={options.json}: {error.strerror}") from None
+    return module.main(options)
