@@ -9,22 +9,29 @@ from proxynorm.data import DataInfo
 from proxynorm.data.mixing import Mixing
 from proxynorm.models import create_model
 from proxynorm.nn import norm_spec
+from proxynorm.train.finetune import LOADING
 from proxynorm.train.settings import RegularizationSettings, Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(settings: Settings, num_classes: int, channels: int) -> nn.Module:
-    """Create the configured network. Raises ConfigError for an unknown name or argument."""
-    arguments = dict(settings.model)
-    norm = settings.norm
+    """Create the configured network, with random weights. Raises ConfigError."""
+    arguments = {key: value for key, value in settings.model.items() if key not in LOADING}
+    norm, eps = settings.norm, settings.norm.eps
+    if (
+        eps is None
+        and settings.model.get("pretrained")
+        and "efficientnet" in settings.model["name"]
+    ):
+        eps = 1e-5  # timm's, not the paper's: runs of version 0.1 do not record it
     return create_model(
         arguments.pop("name"),
         norm=norm.name,
         num_classes=num_classes,
         in_chans=channels,
         groups=norm.groups,
-        eps=norm.eps,
+        eps=eps,
         proxy_eps=norm.proxy_eps,
         moments=norm.moments,
         nodes=norm.nodes,
@@ -75,7 +82,10 @@ def choose_memory_format(settings: Settings, device: torch.device) -> torch.memo
     """
     name = settings.memory_format
     if name == "auto":
-        kind = norm_spec(settings.norm.name).kind
-        suits = kind != "in" if device.type == "cpu" else kind in ("bn", "none")
+        spec = norm_spec(settings.norm.name)
+        if device.type == "cpu":
+            suits = spec.kind != "in"
+        else:
+            suits = spec.batch_statistics or spec.is_none
         name = "channels_last" if suits else "contiguous"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format

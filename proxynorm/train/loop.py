@@ -22,6 +22,16 @@ from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
+from proxynorm.train.finetune import (
+    Weights,
+    base_rate,
+    carry,
+    common_eps,
+    freeze_parts,
+    restore_eps,
+    source_of,
+    train_mode,
+)
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest
@@ -57,11 +67,14 @@ class Trainer:
         self.timer = StepTimer(process.device)
         self.saved_at = time.monotonic()
         self.last_is_damaged = False
+        self.start: dict | None = None  # the weights that the run began with, for its checkpoints
+        self.extended: list[dict] = []  # the starts under resume=extend
         self.last_row = {"loss": math.nan, "images_per_second": math.nan}
 
     def fresh_state(self) -> TrainState:
         settings, device = self.settings, self.process.device
         model = seeded_model(settings, self.data.info).to(device, memory_format=self.memory_format)
+        self.frozen = freeze_parts(model, settings.freeze)
         optimizer = create_optimizer(model, settings)
         scheduler = create_schedule(optimizer, settings, self.steps_per_epoch)
         scheduler.step_update(0)
@@ -97,13 +110,13 @@ class Trainer:
         self.evaluate_if_due()  # a run that was stopped while evaluating evaluates first
         steps = self.settings.debug.profile_steps if self.process.is_main else 0
         with profiled(steps, self.run.path) as self.after_step:
-            while self.state.step < self.last_step:
+            while self.state.step < self.last_step and not self.out_of_patience():
                 self.train_epoch()
                 self.evaluate_if_due()
 
     def train_epoch(self) -> None:
         """Train from the current step to the end of its epoch, or to the last step."""
-        self.network.train()
+        train_mode(self.network, self.frozen)
         self.timer.restart()
         with closing(self.epoch_steps()) as steps:
             for micro_batches in islice(steps, self.last_step - self.state.step):
@@ -145,7 +158,7 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         self.average_epoch()
-        learning_rate = state.optimizer.param_groups[0]["lr"]
+        learning_rate = base_rate(state.optimizer)
         state.scheduler.step_update(state.step)
         state.train_seconds += self.timer.step_done()
         last = self.at_epoch_end() or state.step == self.last_step
@@ -252,11 +265,17 @@ class Trainer:
         if self.is_due(self.settings.eval_every):
             result = self.evaluate()
             state.evaluated = state.step
+            state.stale += 1
             if state.best_top1 is None or result.top1 > state.best_top1:
-                state.best_top1 = result.top1
+                state.best_top1, state.stale = result.top1, 0
                 self.save_best()
         self.log_power_if_due()
         self.save()
+
+    def out_of_patience(self) -> bool:
+        """Return whether `patience` evaluations in a row brought no better top-1."""
+        patience = self.settings.patience
+        return patience is not None and self.state.stale >= patience
 
     def evaluate(self) -> Result:
         data, process = self.data, self.process
@@ -352,6 +371,8 @@ class Trainer:
             "world_size": self.process.world_size,
             "steps_per_epoch": self.steps_per_epoch,
             "inputs": describe_data(self.data),
+            "start": self.start,
+            "extended": self.extended,
         }
 
     def save(self) -> None:
@@ -373,8 +394,21 @@ class Trainer:
             content = {**self.header(), **weights, "step": self.state.step}
             checkpoint.save(self.run.best, {**content, **self.state.last_result})
 
+    def start_from(self, weights: Weights) -> list[str]:
+        """Take over weights before the first step; return what was carried, in lines."""
+        model = self.state.model
+        notes = carry(model, weights, self.settings, list(self.data.info.classes))
+        self.start = {"weights": source_of(self.settings), "notes": notes, "eps": common_eps(model)}
+        if self.state.ema is not None:
+            self.state.ema.set(model)
+            restore_eps(self.state.ema.module, self.start)
+        return notes
+
     def load(self, content: dict, last_is_damaged: bool) -> None:
         """Continue from a checkpoint's content."""
+        self.start, self.extended = content.get("start"), content.get("extended") or []
+        restore_eps(self.state.model, self.start)
+        restore_eps(self.state.evaluated_model, self.start)
         self.state.load_state_dict(content)
         # The checkpoint holds the sum over all processes; the first process takes it over.
         share = self.process.world_size / content["world_size"] if self.process.is_main else 0

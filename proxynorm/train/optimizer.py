@@ -10,6 +10,7 @@ from torch import nn
 
 from proxynorm.errors import ConfigError
 from proxynorm.nn import parameter_groups
+from proxynorm.train.finetune import scale_rates
 from proxynorm.train.settings import Settings
 
 
@@ -25,7 +26,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
         arguments["alpha"] = optim.alpha
     try:
         return create_optimizer_v2(
-            parameter_groups(model, optim.weight_decay),
+            scale_rates(model, parameter_groups(model, optim.weight_decay), optim),
             opt=optim.name,
             lr=settings.learning_rate,
             weight_decay=optim.weight_decay,

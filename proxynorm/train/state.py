@@ -15,14 +15,15 @@ from torch import nn
 from proxynorm.data import Data
 from proxynorm.train.settings import RegularizationSettings
 
-COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps")
+COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "stale")
 
 
 @dataclass
 class TrainState:
     """Model, optimizer and counters.
 
-    step: weight updates made; evaluated: the step last evaluated; loss_sum, loss_steps: of this
+    step: weight updates made; evaluated: the step last evaluated; stale: evaluations since the one
+    with the best top-1; loss_sum, loss_steps: of this
     process's steps since the last row of metrics.jsonl.
 
     No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
@@ -38,6 +39,7 @@ class TrainState:
     best_top1: float | None = None
     train_seconds: float = 0.0
     skipped: int = 0
+    stale: int = 0
     loss_steps: int = 0
     # A sum on the device: reading it at each step would wait for the GPU.
     loss_sum: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
