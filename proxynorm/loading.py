@@ -85,7 +85,7 @@ def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> n
     """Attach timm's description of the inputs, so that timm's create_transform serves the model."""
     data, channels = settings.data, inputs["channels"]
     size = data.eval_size or data.image_size
-    model.pretrained_cfg = {
+    description: dict[str, Any] = {
         "architecture": settings.model["name"],
         "input_size": (channels, size, size),
         "mean": tuple(inputs["mean"]),
@@ -95,6 +95,7 @@ def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> n
         "num_classes": len(inputs["classes"]),
         "label_names": tuple(inputs["classes"]),
     }
+    model.pretrained_cfg = description  # type: ignore[assignment]  # no tensor, no module
     return model
 
 
