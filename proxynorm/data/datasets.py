@@ -111,23 +111,30 @@ def _open_folder(
         )
     train, evaluation = (list_folder(root / part) for part in ("train", "val"))
     _same_classes(root, train.classes, evaluation.classes)
+    parts = ((train, "train"), (evaluation, "val"))
+    return tuple(
+        folder_reader(spec, root / part, listing, backend, loader, failures)
+        for listing, part in parts
+    )
+
+
+def folder_reader(
+    spec: DataSpec,
+    folder: Path,
+    listing: Listing,
+    backend: str,
+    loader: LoaderSpec,
+    failures: Failures,
+) -> Reader:
+    """Return the reader of a folder's images by either backend."""
     if backend == "torchvision":
-        folders = ((train, "train"), (evaluation, "val"))
-        return tuple(
-            FolderReader(part, str(root / name), loader.workers, loader.prefetch)
-            for part, name in folders
-        )
-    readers = []
-    for part, listing in (("train", train), ("val", evaluation)):
-        samples = _converted(spec, part, listing, loader.workers)
-        for name, reason in samples.manifest["skipped"].items():
-            failures.record(name, reason)
-        readers.append(
-            BetonReader(
-                samples, train.classes, loader.workers, loader.prefetch, source=str(root / part)
-            )
-        )
-    return readers[0], readers[1]
+        return FolderReader(listing, str(folder), loader.workers, loader.prefetch)
+    samples = _converted(spec, folder.name, listing, loader.workers)
+    for name, reason in samples.manifest["skipped"].items():
+        failures.record(name, reason)
+    return BetonReader(
+        samples, listing.classes, loader.workers, loader.prefetch, source=str(folder)
+    )
 
 
 def _converted(spec: DataSpec, part: str, listing: Listing, workers: int) -> Samples:
