@@ -69,7 +69,7 @@ def open_reader(spec: DataSpec, root: Path, loader: LoaderSpec, failures: Failur
         samples = read_beton(root)
         numbered = map(str, range(1 + int(samples.target.max())))
         names = tuple(samples.manifest.get("classes", ())) or tuple(numbered)
-        return BetonReader(samples, names, loader.workers, loader.prefetch)
+        return BetonReader(samples, names, loader)
     spec = replace(spec, name="folder", randaugment=None)
     check_specs(spec, loader)
     folder = root / "val" if (root / "val").is_dir() else root
@@ -155,4 +155,4 @@ def evaluation_data(
     split = Split(reader, np.arange(count))
     info = DataInfo(spec.name, tuple(classes), reader.channels, 0, count, spec.mean, spec.std)
     backend = "ffcv" if isinstance(reader, BetonReader) else "torchvision"
-    return Data(spec, info, backend, split, split, failures)
+    return Data(spec, info, backend, split, split, failures, reader.notes)
