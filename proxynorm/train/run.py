@@ -276,6 +276,6 @@ def overview(trainer: Trainer, run: RunFolder) -> str:
 def draw_curves(run: RunFolder, name: str) -> None:
     """Draw the curves, or warn: the next start of the finished run tries again."""
     try:
-        plot_curves({name: run.read_rows()}, run.curves)
+        plot_curves({name: [run.read_rows()]}, run.curves)
     except (DataError, FileError) as error:
         print(f"warning: the curves are not drawn: {error}", file=sys.stderr)
