@@ -39,12 +39,21 @@ __all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name from its home, or the package that is one (PEP 562)."""
+    """Import a public name from its home, or the package that is one (PEP 562)."""
     if name == "nn":
         return importlib.import_module("proxynorm.nn")
     if name not in _HOMES:
         raise AttributeError(f"module 'proxynorm' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "proxynorm").partition(".")[0]
+        if package == "proxynorm":
+            raise
+        if name == "NormAct2d":  # its home tells timm about the class; without timm, nn's serves
+            return importlib.import_module("proxynorm.nn").NormAct2d
+        message = f"proxynorm.{name} needs {package}: pip install 'proxynorm[train]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
 
 
 def __dir__() -> list[str]:

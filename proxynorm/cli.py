@@ -7,13 +7,15 @@ and exit status 2; `--help` prints the options.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -22,10 +24,10 @@ from yaml import YAMLError
 from proxynorm.errors import ConfigError, ProxynormError
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return the end of an error message: the nearest of `choices`, and all of them."""
+def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Return the end of an error message: the nearest of `choices` and `others`, all `choices`."""
     choices = sorted(choices)
-    close = get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = get_close_matches(name, [*choices, *others], n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}valid: {', '.join(choices)}"
 
@@ -50,26 +52,45 @@ def fail(error: BaseException) -> NoReturn:
     sys.exit(2)
 
 
+def split_list(text: str) -> list[str]:
+    """Split at commas, but not inside of an item in quotes."""
+    found = re.findall(r"""\s*('(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|[^,]+)""", text)
+    return [item.strip() for item in found if item.strip()]
+
+
 def parse_options(options: type, arguments: list[str]) -> Any:
     """Create the dataclass `options` from key=value strings. Raises ConfigError."""
-    names = [field.name for field in dataclasses.fields(options)]
+    defaults, words = OmegaConf.structured(options), []
+    types = get_type_hints(options)
     for argument in arguments:
-        name, separator, _ = argument.partition("=")
+        name, separator, text = argument.partition("=")
         if not separator:
-            raise ConfigError(f"'{argument}' is not of the form key=value; {nearest(name, names)}")
-        if name.split(".")[0] not in names:
-            raise ConfigError(f"no option '{name}'; {nearest(name, names)}")
+            raise ConfigError(f"'{argument}' is not of the form key=value; {nearest(name, types)}")
+        if name.split(".")[0] not in types:
+            raise ConfigError(f"no option '{name}'; {nearest(name, types)}")
+        words.append(f"{name}={as_yaml(text, types.get(name))}")
     try:
-        defaults, given = OmegaConf.structured(options), OmegaConf.from_dotlist(arguments)
-        for name, value in given.items():  # norms=ln means norms=[ln]
-            if OmegaConf.is_list(defaults._get_node(name)) and not OmegaConf.is_config(value):
-                given[name] = [value]
-        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+        return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.from_dotlist(words)))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}= is missing; see --help") from None
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
+
+
+def as_yaml(text: str, kind: Any) -> str:
+    """Return `text` as YAML of type `kind`, so that text is not read as a number or a mapping.
+
+    A list needs no brackets; what is in quotes already, and null, stay as they are.
+    """
+    kinds = (kind, *get_args(kind))
+    if list[str] in kinds:  # norms=ln means norms=[ln]
+        if text.startswith("[") and not text.endswith("]"):
+            return text  # for YAML to refuse
+        inner = text[1:-1] if text.startswith("[") else text
+        return f"[{', '.join(as_yaml(item, str) for item in split_list(inner))}]"
+    in_quotes = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text if str not in kinds or in_quotes or text == "null" else json.dumps(text)
 
 
 def options_help(options: type) -> str:

@@ -99,6 +99,8 @@ def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     """The content of config.json: config, inputs, metrics."""
     config = OmegaConf.to_container(OmegaConf.create((run / "config.yaml").read_text()))
     config = {key: value for key, value in config.items() if key not in PLACES}
+    if (eps := (restored.content.get("start") or {}).get("eps")) is not None:
+        config["norm"]["eps"] = eps  # came with the weights that the run began with
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "cache")}
     summary = json.loads((run / "summary.json").read_text())
     measured = ("top1", "top5", "loss", "count")

@@ -1,6 +1,6 @@
 """Measure speed and memory: `proxynorm benchmark`, proxynorm/commands/benchmark.py."""
 
-from proxynorm.commands import run
+from _checkout import run
 
 if __name__ == "__main__":
     run("benchmark")

@@ -1,6 +1,6 @@
 """Check the installation: `proxynorm doctor`, proxynorm/commands/doctor.py."""
 
-from proxynorm.commands import run
+from _checkout import run
 
 if __name__ == "__main__":
     run("doctor")

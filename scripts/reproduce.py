@@ -1,6 +1,6 @@
 """Reproduce the paper's tables: `proxynorm reproduce`, proxynorm/commands/reproduce.py."""
 
-from proxynorm.commands import run
+from _checkout import run
 
 if __name__ == "__main__":
     run("reproduce")

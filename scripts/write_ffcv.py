@@ -1,6 +1,6 @@
 """Write images to a .beton file: `proxynorm write-ffcv`, proxynorm/commands/write_ffcv.py."""
 
-from proxynorm.commands import run
+from _checkout import run
 
 if __name__ == "__main__":
     run("write-ffcv")

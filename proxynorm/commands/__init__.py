@@ -46,7 +46,14 @@ def run(name: str) -> None:
         # `pip install proxynorm` brings the layer alone.
         if error.name is None or error.name.partition(".")[0] == "proxynorm":
             raise
-        sys.exit(_fail(f"{name} needs {error.name}: pip install 'proxynorm[train]'"))
+        # In a checkout, most likely the environment is not active.
+        remedy = "activate its environment, as by source .venv/bin/activate, or"
+        sys.exit(
+            _fail(
+                f"{name} needs {error.name}, which {sys.executable} has not: {remedy} "
+                "pip install 'proxynorm[train]'"
+            )
+        )
     module.entry()
 
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.cli import fail
 from proxynorm.errors import ProxynormError
-from proxynorm.train.config import CONFIGS, check_arguments, multirun_first, settings_from
+from proxynorm.train.config import CONFIGS, check_arguments, settings_from
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
@@ -38,9 +38,8 @@ def main(config: DictConfig) -> None:
 
 
 def entry() -> None:
-    sys.argv[1:] = multirun_first(sys.argv[1:])
     try:
-        check_arguments(sys.argv[1:])
+        sys.argv[1:] = check_arguments(sys.argv[1:])
     except ProxynormError as error:
         fail(error)
     main()

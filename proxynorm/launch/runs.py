@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -36,13 +35,3 @@ class Run:
     def kind(self) -> tuple[str, ...]:
         """The arguments without seed and name; runs that share them take equally long."""
         return tuple(word for word in self.arguments if not word.startswith(("seed=", "name=")))
-
-
-def quoted(text: str) -> str:
-    """Quote `text` as one value of Hydra's override grammar."""
-    if re.fullmatch(r"[A-Za-z_./][\w./+-]*", text):
-        return text
-    # In a quoted value, a backslash escapes only before a quote and at the end.
-    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
-    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
-    return f"'{escaped}'"

@@ -20,8 +20,8 @@ from proxynorm.data.ffcv.beton import manifest_path, read_beton, sums_path
 from proxynorm.data.ffcv.verification import compare_sums
 from proxynorm.errors import DataError
 from proxynorm.files import locked
-from proxynorm.launch.runs import quoted
 from proxynorm.train.config import compose_config, settings_from
+from proxynorm.train.words import quoted
 
 PARTS = ("train.beton", "val.beton")
 

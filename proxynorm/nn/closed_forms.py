@@ -121,6 +121,18 @@ def silu(a: Tensor, s: Tensor) -> Moments:
     return _self_gated(a, s, d[:4], [d[k] - d[k + 1] for k in range(5)])
 
 
+def sigmoid(a: Tensor, s: Tensor) -> Moments:
+    """φ = σ(u), through the same two, so that the error stays as small for any s."""
+    d = _sigmoid_derivatives(a, s)
+    return from_raw(d[0], d[0] - d[1], d[1], s * d[2], d[1] - d[2], s * (d[2] - d[3]))
+
+
+def tanh(a: Tensor, s: Tensor) -> Moments:
+    """φ = tanh(u) = 2σ(2u) − 1."""
+    mean, var, mean_a, mean_s, var_a, var_s = sigmoid(2 * a, 2 * s)
+    return Moments(2 * mean - 1, 4 * var, 4 * mean_a, 4 * mean_s, 8 * var_a, 8 * var_s)
+
+
 def gelu(a: Tensor, s: Tensor) -> Moments:
     """φ = u·Φ(u); E[Φ(u)²] = Φ(h) − 2·T(h, r) with Owen's T.
 

@@ -16,7 +16,8 @@ import yaml
 
 from proxynorm.cli import nearest
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import Run, quoted
+from proxynorm.launch.runs import Run
+from proxynorm.train.words import quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
 

@@ -41,17 +41,16 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
         raise CheckpointError(f"{error}{kept}") from error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's content, on the CPU.
+def read(path: Path) -> dict[str, Any]:
+    """Return a file's content, on the CPU. Raises CheckpointError if it is damaged or no mapping.
 
-    Raises CheckpointError if it is missing, damaged or not a checkpoint of this project.
+    Nothing in it is executed: tensors and plain values alone are read.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+    damaged = None
     try:
-        # torch.load does not verify the archive's checksums.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        if zipfile.is_zipfile(path):  # torch.load does not verify the archive's checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
@@ -59,7 +58,20 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no weights by name")
+    return content
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's content, on the CPU.
+
+    Raises CheckpointError if it is missing, damaged or not a checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    content = read(path)
+    if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of proxynorm (format {FORMAT})")
     return content
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -21,10 +23,17 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from proxynorm.cli import first_line, nearest
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import Settings, check
+from proxynorm.train.words import (
+    SEARCH,
+    dashed_advice,
+    keep_text,
+    key_advice,
+    search_folders,
+    search_path,
+)
 
-# configs/ is part of an installed package; in a checkout it lies beside it.
-_PACKAGE = Path(__file__).resolve().parents[1]
-CONFIGS = next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir())
+# In the repository a link to the top-level configs/; a wheel holds the files.
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def settings_from(config: DictConfig) -> Settings:
@@ -41,7 +50,8 @@ def settings_from(config: DictConfig) -> Settings:
         )
     except ConfigKeyError as error:
         key = error.full_key
-        raise ConfigError(f"no key '{key}'; {nearest_key(key, flat_keys(typed))}") from error
+        advice = key_advice(key, flat_keys(typed), groups())
+        raise ConfigError(f"no key '{key}'; {advice}") from error
     except OmegaConfBaseException as error:
         key, words = error.full_key, first_line(error)
         if "is not a ListConfig" in words:
@@ -56,24 +66,25 @@ def settings_from(config: DictConfig) -> Settings:
 
 
 def compose_config(overrides: Iterable[str], config_name: str = "train") -> DictConfig:
-    """Compose the configuration under `overrides` (Hydra's syntax).
+    """Compose the configuration under `overrides`: the arguments of train.py.
 
     Raises ConfigError with the nearest valid name.
     """
-    parsed = parse(list(overrides))
-    choices = [override for override in parsed if is_group(override)]
+    words = hydra_words(overrides)
+    parsed, options = parse(words), groups(search_folders(words))
+    is_choice = [group_of(item) in options or item.key_or_group == SEARCH for item in parsed]
+    choices = list(itertools.compress(parsed, is_choice))
     for override in choices:
-        check_choice(override)
+        check_choice(override, options)
     # Composing takes 0.2 s, and a table has hundreds of cells: compose each combination of group
     # choices once, and set the values in a copy, as Hydra does.
-    lines = tuple(override.input_line for override in choices)
-    config = copy.deepcopy(_base(config_name, lines))
+    config = copy.deepcopy(_base(config_name, tuple(item.input_line for item in choices)))
     values = [override for override in parsed if override not in choices]
     known = flat_keys(config) if values else []
     for override in values:
-        check_key(override, known)
+        check_key(override, known, options)
     if not all(is_plain(override) for override in values):
-        return _compose(config_name, [override.input_line for override in parsed])
+        return _compose(config_name, words)
     for override in values:
         try:
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -97,55 +108,79 @@ def _base(config_name: str, choices: tuple[str, ...]) -> DictConfig:
     return _compose(config_name, choices)
 
 
-def parse(overrides: list[str]) -> list[Override]:
-    """Parse key=value arguments as Hydra does. Raises ConfigError."""
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(f"{first_line(error)}; arguments have the form key=value") from error
+def hydra_words(arguments: Iterable[str], sweep: bool = False) -> list[str]:
+    """Return arguments in Hydra's grammar: --config-dir as a key, text in quotes."""
+    words = search_path(arguments)
+    return keep_text(words, groups(search_folders(words)), sweep)
+
+
+def parse(words: Iterable[str], sweep: bool = False) -> list[Override]:
+    """Parse key=value arguments as Hydra does, text as it was typed. Raises ConfigError."""
+    parser, parsed = OverridesParser.create(), []
+    for word in hydra_words(words, sweep):
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            if "=" not in word:
+                raise ConfigError(f"'{word}': arguments have the form key=value") from error
+            raise ConfigError(f"{word}: the value cannot be read; put it in quotes") from error
+        if override.is_sweep_override() and not sweep:
+            raise ConfigError(f"{word}: several values need -m, as in: python train.py -m {word}")
+        parsed.append(override)
+    return parsed
 
 
 def is_plain(override: Override) -> bool:
-    """Return whether the override only sets a key: no sweep, nothing added or deleted."""
+    """Return whether the override only sets a key: nothing added or deleted."""
     added = (
         override.is_add() or override.is_force_add() or override.key_or_group.startswith("hydra.")
     )
-    return not (added or override.is_delete() or override.is_sweep_override() or override.package)
+    return not (added or override.is_delete() or override.package)
 
 
 @cache
-def groups() -> dict[str, list[str]]:
-    """Return each configuration group with its options."""
-    folders = [folder for folder in sorted(CONFIGS.iterdir()) if folder.is_dir()]
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+def groups(folders: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """Return each configuration group with its options, those in the user's `folders` included."""
+    found: dict[str, set[str]] = {}
+    for folder in (CONFIGS, *map(Path, folders)):
+        for path in folder.glob("*/**/*.yaml"):
+            group, _, option = path.relative_to(folder).with_suffix("").as_posix().partition("/")
+            found.setdefault(group, set()).add(option)
+    return {group: sorted(found[group]) for group in sorted(found)}
 
 
-def is_group(override: Override) -> bool:
-    return override.key_or_group.split("@")[0] in groups()
+def group_of(override: Override) -> str:
+    return override.key_or_group.split("@")[0]
 
 
-def check_choice(override: Override) -> None:
+def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
     """Raise ConfigError unless the override chooses an option that exists."""
-    group, value = override.key_or_group.split("@")[0], override.value()
-    options = groups()[group]
-    if value is not None and str(value) not in options:
-        raise ConfigError(f"{group}={value}: no such {group}; {nearest(str(value), options)}")
+    group, value = group_of(override), override.value()
+    if group not in options or value is None or str(value) in options[group]:
+        return
+    others, words = [], ""
+    if group == "model":
+        import timm  # a second, which names of our own do not wait for
+
+        if timm.is_model(str(value)):
+            # As if configs/model had a file of this name, which says no more than timm.yaml.
+            ConfigStore.instance().store(str(value), {"name": str(value)}, group=group)
+            return
+        others, words = timm.list_models(), ", or any other name that timm has"
+    if group == "optim":
+        words = "; optim.name= takes any optimizer of timm's"
+    raise ConfigError(
+        f"{group}={value}: no such {group}; {nearest(str(value), options[group], others)}{words}"
+    )
 
 
-def check_key(override: Override, known: list[str]) -> None:
+def check_key(override: Override, known: Sequence[str], options: Mapping[str, list[str]]) -> None:
     """Raise ConfigError unless the override changes a known key, or adds one on purpose (+)."""
     key = override.key_or_group
     added = override.is_add() or override.is_force_add() or key.startswith("hydra.")
     if not added and key not in known:
-        raise ConfigError(f"no key '{key}'; {nearest_key(key, known)}")
-
-
-def nearest_key(key: str, known: list[str]) -> str:
-    """Return the end of an error message: the nearest key under the same parent, or at the top."""
-    parent = key.rpartition(".")[0]
-    inside = [name for name in known if name.rpartition(".")[0] == parent]
-    top = {name.split(".")[0] for name in known} | set(groups())
-    return nearest(key, inside if parent and inside else top)
+        value = override.input_line.partition("=")[2]
+        raise ConfigError(f"no key '{key}'; {key_advice(key, known, options, value)}")
 
 
 def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -165,7 +200,7 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
         [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
         else [override.input_line]
-        for override in parse(overrides)
+        for override in parse(overrides, sweep=True)
     ]
     first = [choices[0] for choices in values]
     others = [
@@ -176,25 +211,54 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
     return [first, *others]
 
 
-def multirun_first(arguments: list[str]) -> list[str]:
-    """Move -m to the front, where Hydra's parser takes it whatever comes after."""
-    return sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+def check_arguments(arguments: Sequence[str]) -> list[str]:
+    """Check the command line of train.py, and return it as Hydra is to read it.
 
+    Raises ConfigError for a mistake, before Hydra prints a traceback. In a sweep, a value that is
+    wrong alone is left to its run, which fails while the others go on.
+    """
 
-def refuse_arguments(message: str) -> NoReturn:
-    """Raise ConfigError where argparse would print a page of usage."""
-    raise ConfigError(
-        f"{message}; give key=value; the options are --help, -m (sweep) and --cfg job (print)"
-    )
+    def refuse(message: str) -> NoReturn:  # argparse would print a page of usage
+        advice = dashed_advice(arguments, flat_keys(compose_config([])), groups())
+        raise ConfigError(
+            f"{message}; {advice}; the options are --help, -m (sweep) and --cfg job (print)"
+        )
 
-
-def check_arguments(arguments: list[str]) -> None:
-    """Raise ConfigError for a mistake on the command line, before Hydra prints a traceback."""
     parser = get_args_parser()
-    parser.error = refuse_arguments
-    parsed = parser.parse_args(arguments)
+    parser.error = refuse
+    # Hydra's parser takes -m at the front, whatever comes after.
+    words = sorted(search_path(arguments), key=lambda word: word not in ("-m", "--multirun"))
+    parsed = parser.parse_args(words)
+    words = hydra_words(words, parsed.multirun)
     if parsed.help or parsed.hydra_help:
-        return
-    overrides = [item for item in parsed.overrides if not item.lstrip("+~").startswith("hydra")]
-    for point in sweep_points(overrides) if parsed.multirun else [overrides]:
-        settings_from(compose_config(point))
+        return words
+    overrides = [item for item in parsed.overrides if not is_hydras(item)]
+    if not parsed.multirun:
+        check_single(overrides)
+        return words
+    errors, points = [], sweep_points(overrides)
+    for point in points:
+        config = compose_config(point)
+        try:
+            settings_from(config)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == len(points):
+        raise errors[0]
+    return words
+
+
+def check_single(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a mistake; a list of values may be one, too."""
+    config = compose_config(overrides)
+    try:
+        settings_from(config)
+    except ConfigError as error:
+        if any("," in word and str(error).startswith(word) for word in overrides):
+            raise ConfigError(f"{error}; several values need -m") from error
+        raise
+
+
+def is_hydras(argument: str) -> bool:
+    """Return whether an argument is about Hydra itself, such as the launcher."""
+    return argument.lstrip("+~").startswith("hydra") and not argument.startswith(SEARCH)

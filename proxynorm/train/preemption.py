@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 REQUEUE = 75  # exit status of a run that a signal stopped
 
 
@@ -31,17 +32,32 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Record the signal; a second Ctrl-C quits at once."""
+        if number == signal.SIGHUP:
+            leave_dead_terminal()
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         self.received = signal.Signals(number)
 
 
+def heeded() -> list[signal.Signals]:
+    """Return the stop signals, but for SIGHUP where nohup has it ignored."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def leave_dead_terminal() -> None:
+    """Send output to /dev/null where the terminal has gone: writing to it would raise an error."""
+    for stream in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Listen for stop signals during the block, then restore the former handlers."""
     request = StopRequest()
-    former = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
+    former = {number: signal.signal(number, request.handle) for number in heeded()}
     try:
         yield request
     finally:
@@ -57,5 +73,5 @@ def leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
 
 def leave_on_signals() -> None:
     """Exit at once on a stop signal, unless a `stop_request` is open."""
-    for number in STOP_SIGNALS:
+    for number in heeded():
         signal.signal(number, leave_at_once)

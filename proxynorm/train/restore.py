@@ -17,6 +17,7 @@ from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model
 from proxynorm.train.config import settings_from
+from proxynorm.train.finetune import restore_eps
 from proxynorm.train.settings import Settings
 
 
@@ -65,6 +66,7 @@ def restore(path: Path) -> Restored:
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
     model.load_state_dict(content["ema"] or content["model"])
+    restore_eps(model, content.get("start"))
     return Restored(settings, model.eval(), content)
 
 

@@ -19,7 +19,7 @@ from proxynorm.analysis.power_monitor import PowerSettings
 from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
-from proxynorm.nn import NORMS
+from proxynorm.nn import NORMS, norm_spec
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class OptimSettings:
     alpha: float | None = None
     alpha_per_image: float | None = None
     clip_grad: float | None = None
+    lr_scale: dict[str, float] | None = None
+    layer_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,18 @@ class Settings:
     epochs: int = 5
     max_steps: int | None = None
     seed: int = 0
+    weights: str | None = None
+    freeze: list[str] | None = None
+    patience: int | None = None
     name: str | None = None
     runs_dir: str = "runs"
     resume: str = "auto"
     device: str = "auto"
     precision: str = "auto"
     memory_format: str = "auto"
-    compile: bool = False
+    compile: bool | str = "auto"
+    compile_mode: str = "default"
+    deterministic: bool = False
     recompute: bool = False
     nonfinite: str = "stop"
     nonfinite_limit: int = 10
@@ -172,9 +179,11 @@ class Settings:
 
 
 CHOICES = {
-    "resume": ("auto", "never", "must"),
+    "resume": ("auto", "never", "must", "extend"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "memory_format": ("auto", "contiguous", "channels_last"),
+    "compile": ("auto", True, False),
+    "compile_mode": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"),
     "nonfinite": ("stop", "skip"),
     "schedule.name": ("cosine", "step", "multistep", "poly", "tanh", "constant"),
     "regularization.ema_every": ("step", "epoch"),
@@ -186,8 +195,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 1",
         lambda value: value >= 1,
-        "batch micro_batch epochs max_steps log_every eval_every eval_batch norm.groups norm.nodes "
-        "checkpoint.every_steps optim.base_batch power.every_epochs power.images",
+        "batch micro_batch epochs max_steps patience log_every eval_every eval_batch norm.groups "
+        "norm.nodes checkpoint.every_steps optim.base_batch power.every_epochs power.images",
     ),
     (
         "at least 0 and finite",
@@ -206,7 +215,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
         "regularization.label_smoothing regularization.mix_probability "
-        "regularization.switch_probability regularization.random_erasing power.threshold",
+        "regularization.switch_probability regularization.random_erasing power.threshold "
+        "optim.layer_decay",
     ),
     (
         "at least 0 and below 1",
@@ -220,10 +230,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 # of its name.
 INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint")
 INCIDENTAL += ("debug.profile_steps", "debug.name", "max_steps", "log_every", "eval_batch")
-INCIDENTAL += ("data.root", "data.cache")
+INCIDENTAL += ("data.root", "data.cache", "patience", "compile_mode", "deterministic")
+
+# No part of the identity while they are null: they came later, and older runs keep their names.
+OPTIONAL = ("weights", "freeze", "optim.lr_scale", "optim.layer_decay")
 
 # Incidental too, but part of older runs' identities: always recorded as the default.
 FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}
+FIXED["compile"] = False
 
 
 def check(settings: Settings) -> Settings:
@@ -255,17 +269,21 @@ def check_values(settings: Settings) -> None:
     for key, choices in CHOICES.items():
         value = attrgetter(key)(settings)
         if value not in choices:
-            raise ConfigError(f"{key}={value}: valid: {', '.join(choices)}")
+            words = (str(choice).lower() for choice in choices)  # true, as YAML writes it
+            raise ConfigError(f"{key}={value}: valid: {', '.join(words)}")
     for words, holds, keys in RANGES:
         for key in keys.split():
             value = attrgetter(key)(settings)
             if value is not None and not holds(value):
                 raise ConfigError(f"{key}={value:g}: must be {words}")
+    for pattern, scale in (settings.optim.lr_scale or {}).items():
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"optim.lr_scale.{pattern}={scale:g}: must be above 0 and finite")
 
 
 def uses_batch_norm(settings: Settings) -> bool:
     """Return whether images share the norm's statistics, so that norm_batch matters."""
-    return settings.norm.name.partition("_")[0] == "bn"
+    return norm_spec(settings.norm.name).batch_statistics
 
 
 def check_norm_batch(settings: Settings, micro_batch: int) -> None:
@@ -285,7 +303,7 @@ def identity(settings: Settings) -> dict[str, Any]:
     def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
             name = f"{prefix}{key}"
-            if name in INCIDENTAL:
+            if name in INCIDENTAL or (name in OPTIONAL and value is None):
                 continue
             if isinstance(value, dict):
                 yield from flat(value, f"{name}.")

@@ -11,7 +11,7 @@ import pytest
 
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint, loop
-from proxynorm.train import run as run_module
+from proxynorm.train import resume as resume_module
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.loop import Trainer
 from proxynorm.train.run import train
@@ -62,7 +62,7 @@ def test_killed_run_equals_unbroken(run_small, monkeypatch, loader, step):
 
 
 @pytest.mark.parametrize("norm", ["bn", "ln_pn"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_resumes(run_small, monkeypatch, norm, number):
     options = (f"norm={norm}", "regularization.ema_decay=0.9")
     whole = run_small(*options, "name=whole")
@@ -313,7 +313,7 @@ def test_another_machine_is_told(run_small, capsys):
 def test_other_labels_and_classes_are_another_data_set(run_small, monkeypatch, other, words):
     run_small("name=a", "max_steps=5")
     original = loop.describe_data
-    for module in (loop, run_module):
+    for module in (loop, resume_module):
         monkeypatch.setattr(module, "describe_data", lambda data: {**original(data), **other})
     with pytest.raises(CheckpointError, match=f"another data set {words}"):
         run_small("name=a", "max_steps=7")

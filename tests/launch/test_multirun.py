@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from hydra_plugins.slurm_launcher import CONFIG
 from proxynorm.errors import ConfigError
 from proxynorm.launch.multirun import launch, sweep_runs
-from proxynorm.train.config import compose_config, multirun_first, settings_from
+from proxynorm.train.config import check_arguments, compose_config, settings_from
 from proxynorm.train.settings import run_name
 
 
@@ -102,5 +102,5 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
 
 
 def test_the_m_may_stand_anywhere():
-    assert multirun_first(["norm=bn,ln", "-m", "batch=2"]) == ["-m", "norm=bn,ln", "batch=2"]
-    assert multirun_first(["norm=bn", "batch=2"]) == ["norm=bn", "batch=2"]
+    assert check_arguments(["norm=bn,ln", "-m", "batch=2"]) == ["-m", "norm=bn,ln", "batch=2"]
+    assert check_arguments(["norm=bn", "batch=2"]) == ["norm=bn", "batch=2"]

@@ -3,10 +3,10 @@
 import pytest
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import quoted
 from proxynorm.nn import NORMS
 from proxynorm.paper.table import load_table, table_names, table_runs
-from proxynorm.train.config import check_choice, compose_config, is_group, parse, settings_from
+from proxynorm.train.config import check_choice, compose_config, groups, parse, settings_from
+from proxynorm.train.words import quoted
 from tests.tiny_table import TINY
 
 TABLES = (
@@ -48,8 +48,8 @@ def test_cells_are_trainable(name):
     kinds = {}
     for run in table_runs(load_table(name), "runs", chosen):
         overrides = parse(list(run.cell.overrides))
-        for override in filter(is_group, overrides):
-            check_choice(override)
+        for override in overrides:
+            check_choice(override, groups())
         kinds.setdefault(frozenset(override.key_or_group for override in overrides), run)
     for run in kinds.values():
         settings = settings_from(compose_config([*run.arguments, *data]))

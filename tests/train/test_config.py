@@ -95,7 +95,7 @@ def test_every_norm_has_a_file():
         ("name=.", "must be a plain folder name"),
         ("name=", "name=: must be a plain folder name"),
         ("logger.mode=foo", "logger.mode=foo: valid: auto, online, offline, disabled"),
-        ("logger.tags=abc", "logger.tags: must be a list, as logger.tags=[abc]"),
+        ("schedule=multistep schedule.milestones=5", "must be a list, as schedule.milestones=[5]"),
         ("schedule.name=foo", "schedule.name=foo: valid: cosine, step"),
         ("+foo=1", "no key 'foo'; valid: batch"),
         ("+data.rot=1", "no key 'data.rot'; did you mean 'data.root'?"),

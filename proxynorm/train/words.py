@@ -1,0 +1,204 @@
+"""The words of a command line: text stays text, and other programs' words lead to our keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cache
+
+from proxynorm.cli import nearest, split_list
+from proxynorm.errors import ConfigError
+from proxynorm.train.settings import Settings
+
+ARGUMENT = re.compile(r"(?P<key>[+~]*(?P<name>[\w./-]+)(@[\w.:]*)?)=(?P<value>.*)", re.DOTALL)
+FUNCTION = re.compile(
+    r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|str|int|float|bool|json_str)\("
+)
+
+SEARCH = "hydra.searchpath"  # Hydra's key of further configuration folders
+
+# What users of other programs type, by our key.
+SYNONYMS = {
+    "batch": "batch_size bs b train_batch_size per_device_train_batch_size",
+    "micro_batch": "grad_accum grad_accum_steps gradient_accumulation_steps accumulate_grad_batches"
+    " accum_iter microbatch ghost_batch",
+    "norm_batch": "virtual_batch virtual_batch_size ghost_batch_size bn_batch",
+    "epochs": "epoch num_epochs max_epochs n_epochs num_train_epochs",
+    "max_steps": "steps num_steps iterations max_iters iters",
+    "seed": "random_seed manual_seed rng_seed",
+    "name": "run_name exp_name experiment_name exp",
+    "runs_dir": "output output_dir out out_dir outdir save_dir log_dir logdir work_dir run_dir",
+    "resume": "resume_from resume_from_checkpoint continue",
+    "weights": "pretrained init checkpoint_path load_from initial_checkpoint finetune",
+    "precision": "amp fp16 bf16 half mixed_precision dtype amp_dtype",
+    "device": "cuda gpu accelerator",
+    "compile": "torchcompile torch_compile",
+    "recompute": "grad_checkpointing gradient_checkpointing activation_checkpointing checkpointing",
+    "memory_format": "channels_last",
+    "patience": "early_stopping early_stop early_stopping_patience",
+    "model": "arch architecture a network net backbone model_name encoder",
+    "norm": "norm_layer normalization norm_type bn batchnorm",
+    "norm.groups": "num_groups gn_groups",
+    "data": "dataset dataset_name ds",
+    "data.root": "data_dir data_path datadir dataset_path dataset_dir imagenet_dir train_dir path",
+    "data.image_size": "img_size imgsz size resolution input_size crop_size train_crop_size res",
+    "data.limit": "limit_train_batches num_samples subset train_size",
+    "loader.workers": "num_workers dataloader_num_workers j nw n_workers",
+    "loader.prefetch": "prefetch_factor",
+    "optim": "optimizer opt",
+    "optim.lr": "learning_rate lr0 base_learning_rate",
+    "optim.weight_decay": "wd l2 weight_decay_rate",
+    "optim.clip_grad": "grad_clip clip gradient_clip_val max_grad_norm clip_grad_norm max_norm",
+    "schedule": "scheduler sched lr_scheduler lr_schedule lr_scheduler_type",
+    "schedule.warmup_epochs": "warmup warmup_steps warmup_lr_epochs",
+    "regularization": "reg",
+    "regularization.label_smoothing": "smoothing",
+    "regularization.stochastic_depth": "drop_path drop_path_rate sd_prob drop_connect",
+    "regularization.dropout": "drop drop_rate",
+    "regularization.randaugment": "aa auto_augment autoaugment rand_augment",
+    "regularization.random_erasing": "reprob random_erase",
+    "regularization.ema_decay": "ema model_ema model_ema_decay ema_rate",
+    "logger": "wandb log log_wandb tracker report_to",
+    "logger.project": "wandb_project",
+    "logger.entity": "wandb_entity",
+    "logger.group": "wandb_group",
+    "logger.tags": "wandb_tags",
+    "checkpoint.every_steps": "save_every save_steps save_interval ckpt_every",
+    "log_every": "log_interval print_freq logging_steps log_freq",
+    "eval_every": "eval_interval val_interval check_val_every_n_epoch eval_freq",
+    "eval_batch": "eval_batch_size val_batch_size test_batch_size validation_batch_size vb",
+}
+HOME = {word: key for key, words in SYNONYMS.items() for word in words.split()}
+NOTES = dict.fromkeys(
+    ("gpus", "num_gpus", "n_gpus", "devices", "ngpus", "nproc_per_node", "world_size", "ddp"),
+    "start a process for each GPU: torchrun --standalone --nproc-per-node=GPUS train.py …",
+) | dict.fromkeys(
+    ("num_classes", "classes", "nc", "n_classes"), "the data set tells the number of classes"
+)
+
+
+@cache
+def text_keys() -> dict[str, bool]:
+    """Return the dotted keys that hold text (False) or a list of texts (True)."""
+
+    def fields(kind: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
+        for name, hint in typing.get_type_hints(kind).items():
+            options = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+            options.discard(type(None))
+            if dataclasses.is_dataclass(hint):
+                yield from fields(hint, f"{prefix}{name}.")
+            elif options in ({str}, {list[str]}, {tuple[str, ...]}):
+                yield f"{prefix}{name}", options != {str}
+
+    # A model's own arguments have no declared type, but its name is a name.
+    return {**dict(fields(Settings)), "model.name": False}
+
+
+def quoted(text: str) -> str:
+    """Quote `text` as one value of Hydra's override grammar, unless it is plainly a word."""
+    number_or_null = text.lower() in ("null", "true", "false", "nan", "inf")
+    if re.fullmatch(r"\.{0,2}/?[A-Za-z_][\w./-]*", text) and not number_or_null:
+        return text
+    # In a quoted value, a backslash escapes only before a quote and at the end.
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
+    escaped = re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
+    return f"'{escaped}'"
+
+
+def keep_text(arguments: Iterable[str], groups: Collection[str], sweep: bool = False) -> list[str]:
+    """Quote the values of text keys and group choices, which Hydra would read as numbers.
+
+    Its grammar makes 1234561 of name=123456_1, and takes no second = or # in a path. null, what is
+    quoted already and Hydra's functions stay as they are. A comma separates values for a group,
+    and in a sweep for any key; otherwise it belongs to the text.
+    """
+    return [_keep(argument, groups, sweep) for argument in arguments]
+
+
+def _keep(argument: str, groups: Collection[str], sweep: bool) -> str:
+    match = ARGUMENT.fullmatch(argument)
+    if match is None or not match["value"] or FUNCTION.match(match["value"]):
+        return argument
+    name, value, is_list = match["name"], match["value"], text_keys().get(match["name"])
+    if is_list and value != "null":
+        lists = re.split(r"(?<=]),(?=\[)", value) if sweep else [value]
+        value = ",".join(map(_list, lists))
+    elif name in groups or (is_list is not None and sweep):
+        value = value if value.startswith("[") else ",".join(map(_word, split_list(value)))
+    elif is_list is not None:
+        value = _word(value)
+    return f"{match['key']}={value}"
+
+
+def _list(text: str) -> str:
+    """Quote the items of a list; a text without brackets is a list too."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return f"[{','.join(map(_word, split_list(inner)))}]"
+
+
+def _word(text: str) -> str:
+    """Quote a text unless it is null or quoted already."""
+    in_quotes = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text if text == "null" or in_quotes else quoted(text)
+
+
+def search_path(arguments: Iterable[str]) -> list[str]:
+    """Replace --config-dir=DIR by the configuration key it stands for. Raises ConfigError.
+
+    As a key it reaches every place that composes the run, SLURM's jobs included.
+    """
+    rest, folders, words = [], [], iter(arguments)
+    for word in words:
+        option, separator, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folders.append(value if separator else next(words, ""))
+        else:
+            rest.append(word)
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ConfigError(f"--config-dir={folder}: no such folder")
+    paths = ",".join(_word(os.path.abspath(folder)) for folder in folders)
+    return [*rest, f"{SEARCH}=[{paths}]"] if folders else rest
+
+
+def search_folders(words: Iterable[str]) -> tuple[str, ...]:
+    """Return the folders, besides configs/, in which `words` let Hydra look for options."""
+    lists = [word.partition("=")[2] for word in words if word.startswith(f"{SEARCH}=")]
+    items = [item.strip("'\"") for text in lists for item in split_list(text.strip("[]"))]
+    return tuple(item.removeprefix("file://") for item in items)
+
+
+def key_advice(key: str, known: Collection[str], groups: Collection[str], value: str = "…") -> str:
+    """Return the end of an error message: the key that is meant by `key`, or the nearest ones."""
+    parent, _, word = key.replace("-", "_").lower().rpartition(".")
+    if word in NOTES:
+        return NOTES[word]
+    valid = {*known, *groups}
+    # momentum=0.9 leaves out the name of the group.
+    meant = [HOME.get(word), *(name for name in known if name.endswith(f".{word}"))]
+    meant = [name for name in dict.fromkeys(meant) if name in valid]
+    if meant and word != "name":
+        near = [name for name in meant if name.rpartition(".")[0] == parent]
+        return f"write {' or '.join(f'{name}={value}' for name in near or meant)}"
+    inside = [name for name in known if name.rpartition(".")[0] == parent]
+    return nearest(key, inside if parent and inside else {n for n in valid if "." not in n})
+
+
+def dashed_advice(arguments: Sequence[str], known: Collection[str], groups: Collection[str]) -> str:
+    """Return what to write instead of options with dashes: norm=ln_pn for --norm ln_pn."""
+    for argument, following in zip(arguments, [*arguments[1:], "-"]):
+        option, _, value = argument.partition("=")
+        name = option.strip("-").replace("-", "_").lower()
+        value = value or ("…" if following.startswith("-") else following)
+        if not option.startswith("-") or option in ("-m", "--multirun"):
+            continue
+        if name in known or name in groups:
+            return f"write {name}={value}"
+        advice = key_advice(name, known, groups, value)
+        if name in NOTES or advice.startswith("write "):
+            return advice
+    return "give key=value"

@@ -1,0 +1,151 @@
+"""The words of a command line: text stays as typed, and other programs' words find our keys."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from proxynorm.errors import ConfigError
+from proxynorm.train.config import check_arguments, compose_config, flat_keys, groups, settings_from
+from proxynorm.train.settings import run_name
+from proxynorm.train.words import HOME, SYNONYMS, keep_text, text_keys
+
+ODD = ["123456_1", "1.10", "1e3", "0x10", "1_000", "007", "yes", "True", "nan", ".5", "-1", "a,b"]
+ODD += ["it's", 'say "x"', "a b", " a", "run=3", "a#b", "~x", "50%", "a\\b", "a\\", "[x]", "{x}"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_text_stays_as_it_was_typed(text):
+    keys = ["logger.project", "data.root", "data.cache", "runs_dir"]
+    keys += ["name"] if "/" not in text else []
+    settings = settings_from(compose_config(f"{key}={text}" for key in keys))
+    values = (settings.logger.project, settings.data.root, settings.data.cache, settings.runs_dir)
+    assert {*values, run_name(settings)} == {text}
+
+
+def test_paths_with_an_equals_sign_are_paths(tmp_path):
+    settings = settings_from(compose_config(["data=folder", "data.root=/d/run=3", "runs_dir=a=b"]))
+    assert (settings.data.root, settings.runs_dir) == ("/d/run=3", "a=b")
+
+
+@pytest.mark.parametrize(
+    ("text", "tags"),
+    [
+        ("[1_0,2024_01,a]", ["1_0", "2024_01", "a"]),
+        ("a,1.10", ["a", "1.10"]),
+        ("[yes, 'a,b']", ["yes", "a,b"]),
+        ("[]", []),
+        ("1e3", ["1e3"]),
+    ],
+)
+def test_tags_are_texts(text, tags):
+    assert settings_from(compose_config([f"logger.tags={text}"])).logger.tags == tags
+
+
+def test_null_quotes_and_interpolations_keep_their_meaning(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/s")
+    words = ["name=null", "data.root='1_0'", "runs_dir=${oc.env:SCRATCH}/r"]
+    settings = settings_from(compose_config(words))
+    assert (settings.name, settings.data.root, settings.runs_dir) == (None, "1_0", "/s/r")
+
+
+def test_two_names_that_a_number_would_confuse_are_two_runs(run_small):
+    """name=123456_1 was 1234561, and the next such name was "finished" with its accuracy."""
+    folders = {run_small(f"name={name}", "epochs=1").folder.name for name in ("1_01", "10_1")}
+    assert folders == {"1_01", "10_1"}
+
+
+def test_a_sweep_s_texts_stay_apart():
+    words = keep_text(["name=1_0,b", "logger.tags=[1_0],[b]", "norm=bn,ln"], groups(), sweep=True)
+    assert words == ["name='1_0',b", "logger.tags=['1_0'],[b]", "norm=bn,ln"]
+    parsed = OverridesParser.create().parse_overrides(words)
+    assert all(item.is_sweep_override() for item in parsed)
+    assert [*parsed[0].sweep_string_iterator()] == ["'1_0'", "b"]
+
+
+def test_quoting_twice_changes_nothing():
+    words = [f"name={text}" for text in ODD] + ["logger.tags=[1_0,a]", "experiment=2024_01"]
+    once = keep_text(words, groups())
+    assert keep_text(once, groups()) == once
+
+
+def test_text_is_what_the_settings_declare_as_text():
+    keys = set(text_keys())
+    assert {"name", "runs_dir", "data.root", "logger.entity", "logger.tags", "model.name"} <= set(
+        keys
+    )
+    assert not {"batch", "optim.lr", "norm_batch", "compile", "data.mean"} & keys
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("lr=0.1", "no key 'lr'; write optim.lr=0.1"),
+        ("optim.learning_rate=0.1", "no key 'optim.learning_rate'; write optim.lr=0.1"),
+        ("learning-rate=0.1", "write optim.lr=0.1"),
+        ("wd=1e-4", "write optim.weight_decay=1e-4"),
+        ("batch_size=32", "write batch=32"),
+        ("bs=32", "write batch=32"),
+        ("arch=resnet50", "write model=resnet50"),
+        ("momentum=0.9", "write optim.momentum=0.9"),
+        ("workers=4", "write loader.workers=4"),
+        ("num_workers=4", "write loader.workers=4"),
+        ("mixup=0.2", "write regularization.mixup=0.2"),
+        ("dataset=folder", "write data=folder"),
+        ("data.img_size=64", "write data.image_size=64"),
+        ("gpus=2", "torchrun --standalone --nproc-per-node=GPUS"),
+        ("num_classes=10", "the data set tells the number of classes"),
+        ("--norm ln_pn", "write norm=ln_pn"),
+        ("--lr=0.1", "write optim.lr=0.1"),
+        ("--batch-size 32", "write batch=32"),
+        ("-b 32 norm=bn", "write batch=32"),
+        ("norm=bn --foo", "give key=value"),
+        ("model=resnet_18", "did you mean 'resnet18'?"),
+        ("optim=adamw", "optim.name= takes any optimizer of timm's"),
+        ("seed=0,1", "seed=0,1: several values need -m, as in: python train.py -m seed=0,1"),
+        ("norm=bn,ln", "norm=bn,ln: several values need -m"),
+        ("precision=fp32,bf16", "several values need -m"),
+        ("batch=1=2", "batch=1=2: the value cannot be read"),
+        ("--config-dir=/no/where norm=bn", "--config-dir=/no/where: no such folder"),
+        ("-m batch=10 micro_batch=3 seed=0,1", "batch=10 is not divisible by micro_batch=3"),
+    ],
+)
+def test_what_others_call_it_is_answered_with_our_key(words, advice):
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        check_arguments(words.split())
+
+
+def test_synonyms_lead_to_keys_and_are_none():
+    """A word leads to one key; keys that come with other features are left out until then."""
+    words = [word for words in SYNONYMS.values() for word in words.split()]
+    assert len(words) == len(set(words)) == len(HOME)
+    known = {*flat_keys(compose_config([])), *groups()}
+    assert not set(words) & known
+    assert set(SYNONYMS) - known <= {"weights", "patience"}
+
+
+def test_a_value_that_is_wrong_in_one_run_of_a_sweep_is_left_to_that_run():
+    assert check_arguments(["-m", "batch=100,8", "micro_batch=8"])[0] == "-m"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "regnety_002"])
+def test_any_name_of_timm_s_is_a_model(name):
+    direct = settings_from(compose_config([f"model={name}"]))
+    long = settings_from(compose_config(["model=timm", f"model.name={name}"]))
+    assert direct == long and name in run_name(direct)
+    assert check_arguments(["-m", f"model={name},resnet20v2"])
+
+
+def test_options_in_the_user_s_own_folder_count(tmp_path):
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm" / "mine.yaml").write_text("name: gn_pn\ngroups: 4\n")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "2024_01.yaml").write_text("# @package _global_\nbatch: 24\n")
+    for folder in (f"--config-dir={tmp_path}", f"hydra.searchpath=[{tmp_path}]"):
+        words = check_arguments([folder, "norm=mine", "experiment=2024_01"])
+        settings = settings_from(compose_config(words))
+        assert (settings.norm.groups, settings.batch) == (4, 24)
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        check_arguments(["--config-dir", str(tmp_path), "norm=mien"])
