@@ -90,6 +90,15 @@ class NormAct2d(nn.Module):
         ValueError: a wrong option, or an input of the wrong shape.
     """
 
+    # For type checkers, as torch's layers declare theirs; a parameter that is left out is None.
+    weight: nn.Parameter
+    bias: nn.Parameter
+    proxy_weight: nn.Parameter
+    proxy_bias: nn.Parameter
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
     def __init__(
         self,
         num_features: int,
