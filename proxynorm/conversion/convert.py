@@ -45,7 +45,7 @@ class ConversionRow:
     action: str
 
 
-class ConversionReport(list):
+class ConversionReport(list[ConversionRow]):
     """A list of ConversionRow that prints as an aligned table."""
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ def convert(
         _standardize(model, training, evaluation)
     if spec.proxy:
         share_moments(model)
-    model.conversion_rows = rows
+    vars(model)["conversion_rows"] = rows  # no module, no parameter: nn.Module need not look
     return model
 
 
@@ -141,7 +141,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     Raises:
         ValueError: the model was not converted.
     """
-    rows = getattr(model, "conversion_rows", None)
+    rows: ConversionReport | None = getattr(model, "conversion_rows", None)
     if rows is None:
         raise ValueError(
             f"this {type(model).__name__} was not converted: call proxynorm.convert(model) first"

@@ -6,6 +6,7 @@ import fnmatch
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -180,7 +181,7 @@ def _place(
     return Place(first.activation, first.name, tuple(first.between), is_overwritten)
 
 
-def _check_norm(norm: nn.Module) -> None:
+def _check_norm(norm: Any) -> None:
     """Raise NoPlaceError for what a new layer could not take over."""
     libraries = ("torch.", "timm.", "torchvision.", "proxynorm.")
     if not type(norm).forward.__module__.startswith(libraries):
