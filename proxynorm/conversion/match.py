@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from proxynorm.conversion.kinds import idles, is_norm, own_activation
+from proxynorm.conversion.kinds import idles, is_norm
 from proxynorm.conversion.observe import NormCall, Observation
 from proxynorm.conversion.rewrite import CannotRewriteError, Edit, Site, plan_edits
 from proxynorm.nn.freeze import hand_on_copy
@@ -33,12 +33,6 @@ class Place:
     name: str | None = None
     between: tuple[str, ...] = ()
     is_overwritten: bool = False
-
-    def activation_in(self, model: nn.Module, norm: nn.Module) -> nn.Module | None:
-        """The activation as the network itself, or any copy of it, has it."""
-        if self.name is not None:
-            return model.get_submodule(self.name)
-        return own_activation(norm) or self.activation
 
 
 @dataclass
