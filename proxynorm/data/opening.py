@@ -51,7 +51,7 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
 
 
 def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, ...]:
-    """What does not keep from training, but may not be what was meant; one line each."""
+    """Return what may not be what the user meant, one line each."""
     lines, available = [], len(train.targets) - spec.holdout
     if spec.limit is not None and spec.limit > available:
         lines.append(
@@ -63,7 +63,7 @@ def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, .
         lines.append(
             f"{', '.join(bare)}: no manifest, so classes, labels and later damage cannot be checked"
         )
-    return tuple(lines)
+    return (*lines, *train.notes, *evaluation.notes)
 
 
 def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
@@ -88,12 +88,17 @@ def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
 
 
 def share_of_cores() -> int:
-    """This process's share of the cores: those it may run on, over the processes torchrun or SLURM
-    put on this node."""
+    """Return this process's share of the node's cores, among the processes of the run on it."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "RANK" not in os.environ and "SLURM_CPUS_ON_NODE" in os.environ:  # srun, not torchrun
+        allocated = int(os.environ["SLURM_CPUS_ON_NODE"])
+        if processes > 1 and cores < allocated:
+            return cores  # SLURM has bound the task to its share (task/affinity)
+        cores = min(cores, allocated)  # not bound: every task sees the cores of all
+    return max(1, cores // processes)
 
 
 def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:

@@ -6,13 +6,17 @@ Control flow, draws, attributes and caches stay as written.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import io
 import random
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -105,6 +109,26 @@ def test_other_libraries_trace_a_converted_network() -> None:
     assert any(isinstance(module, NormAct2d) for module in model.modules())
 
 
+def test_timms_feature_graphs_are_extracted_from_a_converted_network() -> None:
+    model = convert(timm.create_model("resnet18", num_classes=5)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    (features,) = FeatureGraphNet(model, out_indices=(2,))(images)
+    assert features.shape == (1, 128, 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao announces its end
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(NormAct2d(3)), lambda: NormAct2d(3, "bn")])
+def test_a_layer_by_itself_is_traced_and_prepared_for_quantization(make) -> None:
+    layer = make().eval()
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(IMAGES), layer(IMAGES))
+    quantize = importlib.import_module("torch.ao.quantization")
+    mapping = quantize.get_default_qconfig_mapping("fbgemm")
+    prepared = importlib.import_module("torch.ao.quantization.quantize_fx").prepare_fx(
+        layer, mapping, (IMAGES,)
+    )
+    torch.testing.assert_close(prepared(IMAGES), layer(IMAGES))
+
+
 def test_every_norm_is_reported() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1),
@@ -164,17 +188,72 @@ def test_example_inputs_of_every_form(inputs: object) -> None:
         convert(Detector())
 
 
-def helper(x: torch.Tensor) -> torch.Tensor:
+def rectified(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x)
 
 
+def twice(act, x: torch.Tensor) -> torch.Tensor:
+    return 2 * act(x)
+
+
+def norm_and_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return F.relu(norm(x))
+
+
+class Helped(Block):
+    """Its activation is called by a function."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.call, self.conv2 = call, nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.helped(self.conv(x)))
+
+    def helped(self, x: torch.Tensor) -> torch.Tensor:
+        if self.call is rectified:
+            x = rectified(self.bn(x))
+        elif self.call is twice:
+            x = twice(rectified, self.bn(x))
+        else:
+            x = norm_and_relu(self.bn, x)
+        return rectified(x + 1)
+
+
+def test_an_activation_in_a_helper_function_is_taken_out_where_it_is_called() -> None:
+    original = with_random_norms(Helped(rectified))
+    model = convert(copy.deepcopy(original), "bn")
+    assert type(model.bn.act) is nn.ReLU
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(IMAGES), original.train(training)(IMAGES))
+    assert (
+        conversion_report(model)[0].action == "1 activation call of its forward joined with norms"
+    )
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    [
+        (twice, "computes something else, first in the model itself"),
+        (
+            norm_and_relu,
+            r"test_execution\.py:\d+ serves other values .*Make the activation a module",
+        ),
+    ],
+)
+def test_a_helper_that_does_more_is_refused(call, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        convert(Helped(call))
+
+
 def test_a_call_that_cannot_be_taken_out_is_refused_by_file_and_line() -> None:
-    class Helped(Block):
+    class Decorated(Block):
+        @functools.lru_cache  # noqa: B019
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return helper(self.bn(self.conv(x)))
+            return F.relu(self.bn(self.conv(x)))
 
     with pytest.raises(ValueError, match=r"test_execution\.py:\d+ .*Make the activation a module"):
-        convert(Helped())
+        convert(Decorated())
 
 
 def test_a_source_that_changed_is_noticed() -> None:
@@ -209,3 +288,13 @@ def test_batch_dependence_that_stays_is_refused() -> None:
         convert(model, "ln_pn")
     assert isinstance(model.body[1], nn.BatchNorm2d)
     assert isinstance(convert(model, "bn_pn").body[1], NormAct2d)
+
+
+def test_a_norm_that_fails_on_the_maps_it_gets_is_refused() -> None:
+    """Such as gn with a channel a group behind a global pool, in split attention."""
+    body = [nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)]
+    model = nn.Sequential(*body, nn.ReLU())
+    with pytest.raises(ValueError, match="converted, it fails in training: gn over a 1×1 map"):
+        convert(model, "gn_pn")
+    assert isinstance(model[3], nn.BatchNorm2d)
+    assert convert(model, "gn_pn", groups=2)[3].proxied
