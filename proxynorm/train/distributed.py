@@ -180,9 +180,7 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
         if first is not None and first[0] != rank:
             raise PeerError(_message(*first)) from None
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
-            raise PeerError(
-                "another process was killed, or its machine is gone"
-            ) from None
+            raise PeerError("another process was killed, or its machine is gone") from None
         raise
     finally:
         ended.set()
