@@ -28,10 +28,8 @@ from proxynorm.train.finetune import (
     Weights,
     base_rate,
     carry,
-    common_eps,
     freeze_parts,
     restore_eps,
-    source_of,
     train_mode,
 )
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
@@ -462,12 +460,11 @@ class Trainer:
     def start_from(self, weights: Weights) -> list[str]:
         """Take over weights before the first step; return what was carried, in lines."""
         model = self.state.model
-        notes = carry(model, weights, self.settings, list(self.data.info.classes))
-        self.start = {"weights": source_of(self.settings), "notes": notes, "eps": common_eps(model)}
+        self.start = carry(model, weights, self.settings, list(self.data.info.classes))
         if self.state.ema is not None:
             self.state.ema.set(model)
             restore_eps(self.state.ema.module, self.start)
-        return notes
+        return self.start["notes"]
 
     def load(self, content: dict, last_is_damaged: bool) -> None:
         """Continue from a checkpoint's content."""
