@@ -17,9 +17,9 @@ from proxynorm.train.finetune import read_weights, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
-from proxynorm.train.resume import finished, folder_of, require_checkpoint, resume
+from proxynorm.train.resume import finished, require_checkpoint, resume
 from proxynorm.train.run_folder import RunFolder, environment
-from proxynorm.train.settings import Settings, check, uses_batch_norm
+from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 
 
@@ -29,7 +29,7 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
     Returns the exit status: 0 done, 75 stopped by a signal after saving.
     """
     check(settings)
-    run = folder_of(settings)
+    run = RunFolder(folder_of(settings))
     settings.micro_batch_for(environment_ranks()[2])
     with processes(settings.device) as process, stop_request() as stop:
         data = open_data(settings.data, settings.loader)
