@@ -33,15 +33,22 @@ ON_ONE_WORKER = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "need(condition, reason): tests.helpers.need")
+    if "gpu" not in config.option.markexpr:
+        # Results are the CPU's, on a machine with a GPU too. CUDA looks here when first used.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assign the marker `quick` by the place of a test's file."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Assign markers by the place of a test's file; leave out tests/gpu unless `-m gpu` asks."""
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
+        if path.parts[0] == "gpu":
+            item.add_marker("gpu")
         slow = item.get_closest_marker("slow") or path.stem in NOT_QUICK
         if path.parts[0] in QUICK_FOLDERS and not slow:
             item.add_marker("quick")
+    if "gpu" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist asks for it

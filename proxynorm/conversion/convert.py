@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from proxynorm.conversion.kinds import is_activation, is_norm, is_other_norm
+from proxynorm.conversion.kinds import is_activation, is_norm, is_other_norm, own_activation
 from proxynorm.conversion.layer import make_layer
 from proxynorm.conversion.match import Place, Plan, make_plan
 from proxynorm.conversion.observe import Observation, Observer
@@ -22,7 +22,7 @@ from proxynorm.conversion.rewrite import apply_edits
 from proxynorm.conversion.run import Run, copy_to_run, preserved_randomness, run, runs_of
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.fast.shared import share_moments
-from proxynorm.nn.freeze import hand_on_copy
+from proxynorm.nn.freeze import hand_on_copy, replace_modules
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
 from proxynorm.nn.weights import standardize_weights
@@ -110,8 +110,8 @@ def convert(
     _check_arguments(model, keep, no_activation)
     options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
     spec = options.spec
-    _refuse_set_forwards(model)
     with preserved_randomness():
+        _refuse_set_forwards(model)
         call, training, evaluation = _observe(model, example_inputs)
         plan = make_plan(model, training, evaluation, keep, no_activation, spec.proxy)
         if verify:
@@ -119,13 +119,16 @@ def convert(
     layers = _make_layers(model, plan, options)
     if verify and not spec.batch_statistics:
         with preserved_randomness():
-            copies = {name: copy_to_run(layer) for name, layer in layers.items()}
-            check_per_sample(model, call, lambda copied: _apply(copied, plan, copies))
+            check_per_sample(
+                model,
+                call,
+                lambda copied: _apply(copied, plan, _make_layers(copied, plan, options)),
+            )
+    _separate_shared_activations(model)
     rows = _rows(model, plan, layers)
     _apply(model, plan, layers)
     if spec.weight_standardization:
-        for name in sorted(training.feeding | evaluation.feeding):
-            standardize_weights(model.get_submodule(name))
+        _standardize(model, training, evaluation)
     if spec.proxy:
         share_moments(model)
     model.conversion_rows = rows
@@ -153,9 +156,13 @@ def standardize_before_norms(model: nn.Module, example_inputs: object = None) ->
     """
     with preserved_randomness():
         _, training, evaluation = _observe(model, example_inputs)
+    _standardize(model, training, evaluation)
+    return model
+
+
+def _standardize(model: nn.Module, training: Observation, evaluation: Observation) -> None:
     for name in sorted(training.feeding | evaluation.feeding):
         standardize_weights(model.get_submodule(name))
-    return model
 
 
 def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> None:
@@ -175,27 +182,23 @@ def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> N
 
 
 def _refuse_set_forwards(model: nn.Module) -> None:
-    """Raise ValueError if a forward was set on an object.
-
-    Its copy would still run the original's modules.
-    """
+    """Raise ValueError if a forward was set on an object: its copy would run the original's."""
     found = [
         name or "the model itself"
         for name, module in model.named_modules()
         if "forward" in vars(module)
-        and (
-            is_norm(module)
-            or is_activation(module)
-            or not type(module).__module__.startswith("torch.nn.")
-        )
+        and (is_norm(module) or is_activation(module) or not _is_torchs(module))
     ]
     if found:
         raise ValueError(
             f"cannot convert this {type(model).__name__}: a forward was set on the object "
-            f"{', '.join(found)}, "
-            "which may compute something else than its class: convert before setting it, or put "
-            "it into a class"
+            f"{', '.join(found)}, which may compute something else than its class: convert before "
+            "setting it, or put it into a class"
         )
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation, Observation]:
@@ -204,25 +207,21 @@ def _observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation
     Where the network fails in one mode (a detector without targets, in training), what the other
     shows has to do.
     """
-    errors, best = [], None
+    best, error = None, None
     for call in runs_of(model, example_inputs):
-        seen, copied = {}, copy_to_run(model)
+        copied = copy_to_run(model)
         _separate_shared_activations(copied)
-        for mode in (True, False):
-            try:
-                seen[mode] = _observe_mode(copied, call, mode)
-            except Exception as error:
-                errors.append(f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
-        if len(seen) == 2:
-            return call, seen[True], seen[False]
-        if seen and best is None:
-            best = call, seen.get(True, Observation()), seen.get(False, Observation())
+        training, evaluation = (_observe_mode(copied, call, mode) for mode in (True, False))
+        if training.error is None and evaluation.error is None:
+            return call, training, evaluation
+        if training.error is None or evaluation.error is None:
+            best = best or (call, training, evaluation)
+        error = evaluation.error or training.error
     if best is None:
         tried = "random images" if example_inputs is None else "the example inputs"
         advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
         raise ValueError(
-            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: "
-            f"{errors[-1]}"
+            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: {error}"
         )
     return best
 
@@ -236,8 +235,12 @@ def _observe_mode(copied: nn.Module, call: Run, training: bool) -> Observation:
     norms = {name for name, module in copied.named_modules() if is_norm(module)}
     for seed in range(1 + _MORE_DRAWS if training else 1):
         observer = Observer(copied, seen)
-        with observer:
-            output = run(copied, call, training, seed)
+        try:
+            with observer:
+                output = run(copied, call, training, seed)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            return Observation(error=": ".join([type(error).__name__, *lines[:1]]))
         observer.finish(output)
         if norms <= set(seen.norms):
             break
@@ -251,12 +254,8 @@ def _separate_shared_activations(model: nn.Module) -> None:
     """
     found = set()
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if (
-                child is None
-                or not is_activation(child)
-                or next(child.parameters(), None) is not None
-            ):
+        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
+            if child is None or not is_activation(child) or any(True for _ in child.parameters()):
                 continue
             if child in found:
                 setattr(parent, name, copy.deepcopy(child))
@@ -265,24 +264,25 @@ def _separate_shared_activations(model: nn.Module) -> None:
 
 def _stand_ins(copied: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The original norms, each with what followed it, for a copy of the network."""
-    stand_ins = {}
+    stand_ins: dict[str, nn.Module] = {}
     for name, place in plan.places.items():
         norm = copied.get_submodule(name)
-        act = place.activation_in(copied, norm) if getattr(norm, "act", None) is None else None
-        between = [copied.get_submodule(inner) for inner in place.between]
-        stand_ins[name] = StandIn(norm, between, act)
+        steps = [norm, *(copied.get_submodule(inner) for inner in place.between)]
+        act = None if own_activation(norm) else place.activation_in(copied, norm)
+        stand_ins[name] = StandIn(*steps, *([] if act is None else [act]))
     return stand_ins
 
 
-def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str, NormAct2d]:
+def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str, nn.Module]:
     """The new layers, by the names of the norms; the model is not changed."""
-    layers, ties = {}, {}
+    layers: dict[str, nn.Module] = {}
+    ties: dict[nn.Parameter, nn.Parameter] = {}
     for name, place in plan.places.items():
         norm = model.get_submodule(name)
         activation = None if place.activation is None else place.activation_in(model, norm)
         layer = make_layer(name, norm, activation, options, ties)
-        if place.between:
-            between = [model.get_submodule(inner) for inner in place.between]
+        between = [model.get_submodule(inner) for inner in place.between]
+        if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and place.is_overwritten:
             layer.register_forward_hook(hand_on_copy)
@@ -293,43 +293,42 @@ def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str
 def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
     """Make the plan's changes in place, with the given layers for the norms."""
     _separate_shared_activations(model)
-    taken = {model.get_submodule(name) for place in plan.places.values() for name in place.between}
-    taken |= {model.get_submodule(name) for name in plan.identities}
-    replacements = {module: nn.Identity().train(module.training) for module in taken}
+    inside = [name for place in plan.places.values() for name in place.between]
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name in (*inside, *plan.identities):
+        module = model.get_submodule(name)
+        replacements[module] = nn.Identity().train(module.training)
     replacements |= {model.get_submodule(name): layer for name, layer in layers.items()}
-    for alias, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            model.set_submodule(alias, replacements[module])
+    replace_modules(model, replacements)
     for name, edits in plan.edits.items():
         apply_edits(model.get_submodule(name), edits)
 
 
-def _rows(model: nn.Module, plan: Plan, layers: dict[str, NormAct2d]) -> ConversionReport:
+def _rows(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:
     """What the plan does with each module, in the network's order; made before it is done."""
+    actions = dict(plan.left)
+    for name, edits in plan.edits.items():
+        count = sum(len(edit.ordinals) for edit in edits)
+        calls = "1 activation call" if count == 1 else f"{count} activation calls"
+        actions[name] = f"{calls} of its forward joined with norms"
+    for name, place in plan.places.items():
+        actions[name] = _describe(model.get_submodule(name), place, layers[name])
     identities = {model.get_submodule(name) for name in plan.identities}
-    rows = []
+    rows = ConversionReport()
     for name, module in model.named_modules(remove_duplicate=False):
-        kind = type(module).__name__
-        if name in plan.places:
-            rows.append(
-                ConversionRow(name, kind, _describe(module, plan.places[name], layers[name]))
-            )
-        elif name in plan.left:
-            rows.append(ConversionRow(name, kind, plan.left[name]))
-        elif name in plan.edits:
-            count = sum(len(edit.ordinals) for edit in plan.edits[name])
-            calls = "1 activation call" if count == 1 else f"{count} activation calls"
-            rows.append(ConversionRow(name, kind, f"{calls} of its forward joined with norms"))
-        elif module in identities or name in plan.identities:
+        action = actions.get(name)
+        if module in identities:
             action = "joined with its norm; the identity stands here"
-            rows.append(ConversionRow(name, kind, action))
-        elif is_other_norm(module):
-            rows.append(ConversionRow(name, kind, "left as it is: no norm over maps (N, C, H, W)"))
-    return ConversionReport(rows)
+        elif action is None and is_other_norm(module):
+            action = "left as it is: no norm over maps (N, C, H, W)"
+        if action is not None:
+            rows.append(ConversionRow(name, type(module).__name__, action))
+    return rows
 
 
-def _describe(norm: nn.Module, place: Place, layer: NormAct2d) -> str:
+def _describe(norm: nn.Module, place: Place, layer: nn.Module) -> str:
     """The action of a norm's row."""
+    assert isinstance(layer, NormAct2d)
     kind = layer.kind.upper()
     if place.activation is None:
         dropped = layer.bias is None and getattr(norm, "bias", None) is not None

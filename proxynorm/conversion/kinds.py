@@ -1,7 +1,4 @@
-"""Tell norms, activations, gates and dropout apart.
-
-Torch's and timm's by class, users' own by trial.
-"""
+"""Tell norms, activations, gates and dropout apart: norms by class, most others by trial."""
 
 from __future__ import annotations
 
@@ -10,24 +7,20 @@ import re
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from proxynorm.nn.activations import ACTIVATIONS as NAMES
 from proxynorm.nn.activations import activation_name, class_name, make_activation
 from proxynorm.nn.norm_act import NormAct2d
 
-# Elementwise activations. Sigmoids and softmaxes are left out: behind a norm they are gates.
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.Tanh, nn.Hardshrink),
-    *(nn.Softshrink, nn.Tanhshrink, nn.LogSigmoid, nn.Threshold),
-)
-_TIMM_ACTIVATIONS = re.compile("Swish|Mish|HardSwish|HardMish|GELU|GELUTanh|QuickGELU|Tanh|PReLU")
-_GATES = {"Sigmoid", "Hardsigmoid", "HardSigmoid", "Softmax", "Softmax2d"}
-_GATE_FUNCTIONS = {"sigmoid", "hardsigmoid", "softmax"}
 # F.leaky_relu and its like by the name of the module that does the same: both take the same
 # arguments in one order.
-_FUNCTIONAL = {kind.__name__.lower(): kind for kind in _ACTIVATIONS if kind is not nn.PReLU}
+_FUNCTIONAL = {
+    name.lower(): kind
+    for name, kind in vars(nn.modules.activation).items()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.PReLU
+}
+_GATE_FUNCTIONS = {"sigmoid", "hardsigmoid", "softmax"}
 _NORM_NAME = re.compile(r"Norm(Act)?(\d?d)?$")
 
 
@@ -54,28 +47,21 @@ def is_other_norm(module: nn.Module) -> bool:
     return is_leaf and not is_norm(module) and bool(_NORM_NAME.search(type(module).__name__))
 
 
-def is_activation(module: nn.Module) -> bool:
-    """Return whether the module is an elementwise activation.
+def own_activation(norm: nn.Module) -> nn.Module | None:
+    """The activation inside of a norm+act layer; None if it has none."""
+    act = getattr(norm, "act", None)
+    return None if isinstance(act, nn.Identity) else act
 
-    Torch's, timm's, or one that behaves so on trial.
-    """
-    is_timms = type(module).__module__.startswith("timm.layers.activations")
-    known = is_timms and _TIMM_ACTIVATIONS.fullmatch(type(module).__name__)
-    return isinstance(module, _ACTIVATIONS) or bool(known) or _tried(module) == "activation"
+
+def is_activation(module: nn.Module) -> bool:
+    """Return whether the module acts on each element alone, and is neither linear nor a gate."""
+    # Hardtanh(0, 1) looks like a gate; PReLU may have a slope per channel
+    return isinstance(module, (nn.PReLU, nn.Hardtanh)) or _tried(module) == "activation"
 
 
 def is_gate(module: nn.Module) -> bool:
     """Return whether the module gives numbers from 0 to 1, to multiply another value with."""
-    return type(module).__name__ in _GATES or _tried(module) == "gate"
-
-
-def is_unknown_activation(module: nn.Module) -> bool:
-    """Return whether the module is an activation of torch's that NormAct2d cannot take over, such
-    as nn.GLU.
-    """
-    is_torchs = type(module).__module__ == "torch.nn.modules.activation"
-    known = is_activation(module) or is_gate(module) or isinstance(module, nn.MultiheadAttention)
-    return is_torchs and not known
+    return not isinstance(module, nn.Hardtanh) and _tried(module) == "gate"
 
 
 def may_stand_between(module: nn.Module) -> bool:
@@ -99,16 +85,17 @@ def idles(module: nn.Module) -> bool:
     )
 
 
-def activation_of_call(name: str, args: tuple, kwargs: dict) -> nn.Module | None:
+def activation_of_call(name: str, args: tuple, kwargs: dict[str, object]) -> nn.Module | None:
     """The activation that a call of a torch function computes, as a module; None if it is none."""
     kind = _FUNCTIONAL.get(name.replace("_", ""))
     if kind is None:
         return None
     options = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
     try:
-        return kind(*args[1:], **options)
-    except TypeError:  # some other use of the name
+        module = kind(*args[1:], **options)
+    except (TypeError, ValueError):  # some other use of the name
         return None
+    return module if is_activation(module) else None
 
 
 def is_gate_function(name: str) -> bool:
@@ -139,14 +126,14 @@ def _tried(module: nn.Module) -> str | None:
 
 
 def _try(module: nn.Module) -> str | None:
-    """Run a copy of a user's module; return "activation", "gate" or None.
+    """Run a copy of a module; return "activation", "gate" or None.
 
     A module that keeps no tensors but single numbers is an activation if each output depends on its
     own input alone, wherever it stands, and is no linear function of it; a gate if it stays from 0
     to 1 as well.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    if type(module).__module__.startswith("torch.nn.") or any(t.numel() > 1 for t in tensors):
+    if isinstance(module, nn.Sequential) or any(t.numel() > 1 for t in tensors):
         return None
     x = torch.linspace(-8, 8, 120, device="cpu").view(2, 3, 4, 5)
     flipped = x.flip(0, 1, 2, 3)
@@ -168,7 +155,8 @@ def _try(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _run(module: nn.Module, x: Tensor) -> Tensor:
     """Apply a copy of the module to x in x's precision, without its hooks."""
     copied = copy.deepcopy(module).to(x.device, x.dtype)
-    return copied.forward(x.clone())
+    y: Tensor = copied.forward(x.clone())
+    return y

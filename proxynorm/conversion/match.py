@@ -1,18 +1,16 @@
-"""Decide from what runs showed what becomes of each norm and its activation.
-
-Say of all that have no place why not.
-"""
+"""Decide from what runs showed what becomes of each norm; say of all without a place why."""
 
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from proxynorm.conversion.kinds import idles, is_norm
+from proxynorm.conversion.kinds import idles, is_norm, own_activation
 from proxynorm.conversion.observe import NormCall, Observation
 from proxynorm.conversion.rewrite import CannotRewriteError, Edit, Site, plan_edits
 from proxynorm.nn.freeze import hand_on_copy
@@ -39,7 +37,7 @@ class Place:
         """The activation as the network itself, or any copy of it, has it."""
         if self.name is not None:
             return model.get_submodule(self.name)
-        return self.activation if getattr(norm, "act", None) is None else norm.act
+        return own_activation(norm) or self.activation
 
 
 @dataclass
@@ -63,6 +61,10 @@ class NoPlaceError(ValueError):
     """Says why one norm cannot be placed."""
 
 
+class NotCalledError(NoPlaceError):
+    """Says that a norm does not run."""
+
+
 def make_plan(
     model: nn.Module,
     training: Observation,
@@ -78,95 +80,98 @@ def make_plan(
             do.
     """
     norms = {name: module for name, module in model.named_modules() if is_norm(module)}
-    kept, bare = (
-        _matching("keep", keep, norms, model),
-        _matching("no_activation", no_activation, norms, model),
-    )
-    plan, refused = Plan(left=dict.fromkeys(kept, "left as it is: keep")), {}
-    calls = {name: (training.norms.get(name, []), evaluation.norms.get(name, [])) for name in norms}
-    for name, norm in norms.items():
+    kind = type(model).__name__
+    kept = _matching("keep", keep, norms, kind)
+    bare = _matching("no_activation", no_activation, norms, kind)
+    plan = Plan(left=dict.fromkeys(kept, "left as it is: keep"))
+    joined: dict[NormCall, str] = {}
+    refused: dict[str, str] = {}
+    for name in norms:
+        if name in kept:
+            continue
         try:
-            if name not in kept:
-                place = _place(model, norm, *calls[name], name in bare)
-                if isinstance(norm, nn.LayerNorm) and place.activation is None:
-                    plan.left[name] = "left as it is: a layer norm without an activation behind it"
-                else:
-                    plan.places[name] = place
+            place = _place(model, name, training, evaluation, name in bare)
+        except NotCalledError as error:
+            plan.left[name] = f"left as it is: {error}"
+            continue
         except NoPlaceError as error:
-            refused[name] = str(error)
-    joined = {
-        call: name
-        for name in plan.places
-        for call in (*calls[name][0], *calls[name][1])
-        if plan.places[name].activation is not None
-    }
+            if isinstance(norms[name], nn.LayerNorm):  # it depends on no batch: it may stay
+                plan.left[name] = f"left as it is: {error}"
+            else:
+                refused[name] = str(error)
+            continue
+        if isinstance(norms[name], nn.LayerNorm) and place.activation is None:
+            plan.left[name] = "left as it is: a layer norm without an activation behind it"
+            continue
+        plan.places[name] = place
+        if place.activation is not None:
+            joined |= dict.fromkeys(_calls(name, training, evaluation), name)
+    if idle := [name for name, why in plan.left.items() if "no call of it" in why]:
+        warnings.warn(
+            f"convert leaves {', '.join(idle)} of this {kind} as it is: no call of it was seen "
+            "when the network ran on the example inputs",
+            stacklevel=3,
+        )
     refused |= _plan_activations(model, plan, (training, evaluation), joined)
     if refused:
         raise _refusal(refused, norms)
-    _check_something_to_do(model, plan, proxy)
-    return plan
-
-
-def _check_something_to_do(model: nn.Module, plan: Plan, proxy: bool) -> None:
-    kind = type(model).__name__
     if not plan.places:
         raise ValueError(
             f"nothing to convert: this {kind} has no batch, group or instance norm, and no "
-            "channels-first "
-            "layer norm with an activation behind it"
+            "channels-first layer norm with an activation behind it"
         )
-    if proxy and all(place.activation is None for place in plan.places.values()):
+    if proxy and not joined:
         raise ValueError(
             f"PN has no place: no norm of this {kind} has an activation right behind it"
         )
+    return plan
 
 
-def _matching(
-    option: str, patterns: Iterable[str], norms: dict[str, nn.Module], model: nn.Module
-) -> list[str]:
+def _matching(option: str, patterns: Iterable[str], norms: Iterable[str], kind: str) -> set[str]:
     """Names of the norms that an option's names and patterns mean."""
-    found = {
-        p: [n for n in norms if n == p or fnmatch.fnmatchcase(n, p)] for p in sorted(set(patterns))
-    }
-    for pattern, names in found.items():
-        if not names:
-            raise ValueError(
-                f"{option} names {pattern!r}, which is no norm of this {type(model).__name__}"
-            )
-    return sorted({name for names in found.values() for name in names})
+    names: set[str] = set()
+    for pattern in patterns:
+        found = [n for n in norms if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            raise ValueError(f"{option} names {pattern!r}, which is no norm of this {kind}")
+        names.update(found)
+    return names
+
+
+def _calls(name: str, *seen: Observation) -> list[NormCall]:
+    return [call for each in seen for call in each.norms.get(name, [])]
 
 
 def _place(
-    model: nn.Module,
-    norm: nn.Module,
-    training: list[NormCall],
-    evaluation: list[NormCall],
-    is_bare: bool,
+    model: nn.Module, name: str, training: Observation, evaluation: Observation, is_bare: bool
 ) -> Place:
     """One norm's place; raises NoPlaceError."""
-    _check_norm(norm)
-    calls = [*training, *evaluation]
+    _check_norm(model.get_submodule(name))
+    calls = _calls(name, training, evaluation)
     if not calls:
-        raise NoPlaceError("no call of it was seen when the network ran on the example inputs")
-    for mode, found in (("", training), ("in evaluation mode, ", evaluation)):
-        for call in found:
-            is_excused = is_bare and "normalizes no maps" not in (call.problem or "")
-            if call.problem is not None and not is_excused:
+        why = "no call of it was seen when the network ran on the example inputs"
+        if training.error or evaluation.error:
+            mode, told = ("training", training) if training.error else ("evaluation", evaluation)
+            raise NoPlaceError(f"{why}; in {mode} it failed with {told.error}")
+        raise NotCalledError(why)
+    for mode, seen in (("", training), ("in evaluation mode, ", evaluation)):
+        for call in _calls(name, seen):
+            # no_activation excuses all but a wrong rank
+            if call.problem and not (is_bare and "normalizes no maps" not in call.problem):
                 raise NoPlaceError(mode + call.problem)
     if is_bare:
         return Place()
-    first = (training or evaluation)[0]
-    if any(_state(c.activation) != _state(first.activation) for c in calls if c in training):
-        raise NoPlaceError("it is called at places with different activations")
-    if any(c.between != first.between for c in training):
-        raise NoPlaceError("it is called at places with different dropout or pooling behind it")
-    for call in evaluation:
-        lasting = [n for n in first.between if not idles(model.get_submodule(n))]
-        between = [n for n in call.between if not idles(model.get_submodule(n))]
-        if _state(call.activation) != _state(first.activation) or between != lasting:
-            raise NoPlaceError(
-                "what stands behind it in evaluation differs from what does in training"
-            )
+    first = calls[0]
+    for call in _calls(name, training):
+        if _state(call.activation) != _state(first.activation):
+            raise NoPlaceError("it is called at places with different activations")
+        if call.between != first.between:
+            raise NoPlaceError("it is called at places with different dropout or pooling behind it")
+    lasting = [[n for n in c.between if not idles(model.get_submodule(n))] for c in calls]
+    if any(_state(c.activation) != _state(first.activation) for c in calls) or any(
+        between != lasting[0] for between in lasting
+    ):
+        raise NoPlaceError("what stands behind it in evaluation differs from what does in training")
     if first.activation is not None and _has_hooks(first.activation):
         raise NoPlaceError(
             "the activation behind it has hooks, which would be lost: remove them first"
@@ -190,34 +195,22 @@ def _check_norm(norm: nn.Module) -> None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    hooks = (
-        *module._forward_pre_hooks.values(),
-        *module._forward_hooks.values(),
-        *module._backward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-    )
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
     return any(hook is not hand_on_copy for hook in hooks)
 
 
-def _state(activation: nn.Module | None) -> tuple | None:
-    """Equal for activations that compute the same.
-
-    Parameters are the same, other attributes have the same value.
-    """
+def _state(activation: nn.Module | None) -> object:
+    """Equal for activations that compute the same: classes, attributes and parameters are alike."""
     if activation is None:
         return None
+    ignored = ("training", "inplace")
     attributes = [
-        (
-            type(m),
-            {
-                k: repr(v)
-                for k, v in vars(m).items()
-                if k[0] != "_" and k not in ("training", "inplace")
-            },
-        )
+        {k: repr(v) for k, v in vars(m).items() if k[0] != "_" and k not in ignored}
         for m in activation.modules()
     ]
-    return attributes, [id(p) for p in activation.parameters()]
+    kinds = [type(m) for m in activation.modules()]
+    return kinds, attributes, [id(p) for p in activation.parameters()]
 
 
 def _plan_activations(
@@ -227,8 +220,10 @@ def _plan_activations(
 
     Return the norms whose activation cannot be taken out, with the reason.
     """
-    modules, sites = _merged(seen, "modules"), _merged(seen, "sites")
-    shared = {n for n, calls in modules.items() if any(call not in joined for call in calls)}
+    others = {site for each in seen for site, c in each.sites.items() if not joined.keys() >= {*c}}
+    shared = {
+        name for each in seen for name, c in each.modules.items() if not joined.keys() >= {*c}
+    }
     used = {call.name for call in joined if call.name is not None}
     plan.identities = sorted(used - shared)
     by_owner: dict[str, dict[Site, set[str]]] = {}
@@ -237,31 +232,21 @@ def _plan_activations(
         site = call.site
         if site is None or call.name in used - shared:
             continue
-        if any(other not in joined for other in sites[site]):
+        if site in others:
             refused[norm] = f"the call of its activation at {site} serves other values too"
         elif site.owner is None:
-            refused[norm] = f"its activation at {site} is called in no method of a module"
+            refused[norm] = f"its activation at {site} is called in no plain method of a module"
         else:
             by_owner.setdefault(site.owner, {}).setdefault(site, set()).add(norm)
     for owner, group in by_owner.items():
         try:
             plan.edits[owner] = plan_edits(model.get_submodule(owner), group)
         except CannotRewriteError as error:
-            names = {name for found in group.values() for name in found}
             where = ", ".join(sorted({str(site) for site in group}))
-            refused |= dict.fromkeys(
-                names, f"its activation at {where} cannot be taken out: {error}"
-            )
+            why = f"its activation at {where} cannot be taken out: {error}"
+            refused |= {name: why for names in group.values() for name in names}
     advice = ". Make the activation a module of its own, such as self.act1 = nn.ReLU()"
     return {name: reason + advice for name, reason in refused.items()}
-
-
-def _merged(seen: tuple[Observation, ...], attribute: str) -> dict:
-    result: dict = {}
-    for each in seen:
-        for key, calls in getattr(each, attribute).items():
-            result.setdefault(key, []).extend(calls)
-    return result
 
 
 def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError:
@@ -270,9 +255,8 @@ def _refusal(reasons: dict[str, str], norms: dict[str, nn.Module]) -> ValueError
     for name, why in reasons.items():
         groups.setdefault(f"({type(norms[name]).__name__}): {why}", []).append(name)
     told = "; ".join(f"{', '.join(names)} {why}" for why, names in groups.items())
-    them = "it as it is" if len(reasons) == 1 else "them as they are"
+    them, it = ("it as it is", "it") if len(reasons) == 1 else ("them as they are", "them")
     return ValueError(
         f"cannot place {told}. Leave {them} with keep={list(reasons)}, or, if no activation "
-        "follows, "
-        f"convert {'it' if len(reasons) == 1 else 'them'} with no_activation={list(reasons)}"
+        f"follows, convert {it} with no_activation={list(reasons)}"
     )

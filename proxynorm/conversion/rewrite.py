@@ -14,12 +14,18 @@ import ast
 import copy
 import functools
 import hashlib
+import itertools
 import linecache
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+
+_MODULE = nn.modules.module.__file__
+_PLUMBING = {_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._tensor.__file__}
+_COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
 
 
 class CannotRewriteError(ValueError):
@@ -36,7 +42,7 @@ class Site:
         code: the code object of that method.
         line, column: where the call's text ends, as Python's syntax tree counts; column is None
             before Python 3.11.
-        callee: the name that is called, such as "relu".
+        callee: what is called, such as "relu", by which it is found where column is None.
     """
 
     owner: str | None
@@ -63,6 +69,54 @@ class Edit:
     name: str
     ordinals: tuple[int, ...]
     checksum: str
+
+
+def running_site(
+    frame: types.FrameType | None, names: Mapping[nn.Module, str], callee: str, plumbing: str
+) -> Site:
+    """The innermost call in a method of the module that is running now.
+
+    Helper functions are looked through: the call of the helper stands for what it does.
+
+    Args:
+        frame: where to begin.
+        names: the network's modules, with their names.
+        callee: what is called.
+        plumbing: a further file whose functions are no helpers.
+    """
+    innermost = None
+    while frame is not None and not (innermost and frame.f_code.co_filename == _MODULE):
+        line, column = _call_end(frame)
+        # before Python 3.12 a comprehension has a frame of its own
+        while frame.f_code.co_name in _COMPREHENSIONS and frame.f_back is not None:
+            frame = frame.f_back
+        code = frame.f_code
+        if code.co_filename not in (*_PLUMBING, plumbing):
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            is_method = (
+                isinstance(owner, nn.Module)
+                and owner in names
+                and _function_of(owner, code) is not None
+            )
+            site = Site(names[owner] if is_method else None, code, line, column, callee)
+            if is_method:
+                return site
+            innermost, callee = innermost or site, code.co_name
+        frame = frame.f_back
+    assert innermost is not None, "no call is running"
+    return innermost
+
+
+def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
+    """Line and column where the text of the running call ends.
+
+    The column is None before Python 3.11.
+    """
+    positions = getattr(frame.f_code, "co_positions", None)
+    if positions is None:
+        return frame.f_lineno, None
+    _, line, _, column = next(itertools.islice(positions(), frame.f_lasti // 2, None))
+    return line or frame.f_lineno, column
 
 
 class RewrittenModule:
@@ -131,34 +185,40 @@ def _blank(original: type[nn.Module], edits: tuple[Edit, ...]) -> nn.Module:
 def _edit(module: nn.Module, code: types.CodeType, sites: list[Site]) -> Edit:
     if isinstance(module, RewrittenModule):
         raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
-    name, function = _function_of(module, code)
+    found = _function_of(module, code)
+    if found is None:
+        raise CannotRewriteError("it is no method of a module, or is decorated")
+    name, function = found
     node = _source_node(function, sites)
     calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
     ordinals = []
     for site in sites:
-        found = [i for i, call in enumerate(calls) if _is_at(call, site)]
-        if len(found) != 1:
-            raise CannotRewriteError(
-                "the call is not found in the source, or not alone on its line"
-            )
-        ordinals.append(found[0])
+        at = [i for i, call in enumerate(calls) if _is_at(call, site)]
+        if len(at) != 1:
+            told = "is not found in the source"
+            if site.column is None:
+                told = "is not told from others on its line: Python 3.11 and later can"
+            raise CannotRewriteError(f"the call {told}")
+        ordinals.append(at[0])
     return Edit(name, tuple(sorted(set(ordinals))), _checksum(node))
 
 
-def _function_of(module: nn.Module, code: types.CodeType) -> tuple[str, types.FunctionType]:
+def _function_of(module: nn.Module, code: types.CodeType) -> tuple[str, types.FunctionType] | None:
     """Name and function, of the module or its class, that runs the code."""
     for namespace in (vars(module), *(vars(kind) for kind in type(module).__mro__)):
         for name, value in namespace.items():
             if isinstance(value, types.FunctionType) and value.__code__ is code:
                 return name, value
-    raise CannotRewriteError("it is no method of a module, or is decorated")
+    return None
 
 
 def _is_at(call: ast.Call, site: Site) -> bool:
     if site.column is not None:
         return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
-    callee = ast.unparse(call.func).rpartition(".")[2]
-    return call.lineno <= site.line <= call.end_lineno and callee == site.callee
+    # the line alone does not tell calls apart, their names may: F.leaky_relu(x), y.relu_()
+    names = [ast.unparse(call.func).rpartition(".")[2], site.callee]
+    first, second = (name.replace("_", "").lower() for name in names)
+    return call.lineno <= site.line <= (call.end_lineno or call.lineno) and first == second
 
 
 def _source_node(function: types.FunctionType, sites: Iterable[Site] = ()) -> ast.AST:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from proxynorm.conversion.dependence import tensors_in
 
 Run = Callable[[nn.Module], object]
 _SIZES = (64, 224, 299, 32, 128, 256)
@@ -132,7 +134,7 @@ def _guessed(model: nn.Module) -> Iterator[Tensor]:
 
 def same(first: object, second: object, tolerance: float = 0.0) -> bool:
     """Return whether two outputs hold the same tensors, to a fraction of each one's scale."""
-    ours, theirs = ([t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (first, second))
+    ours, theirs = tensors_in(first), tensors_in(second)
     return len(ours) == len(theirs) and all(_close(a, b, tolerance) for a, b in zip(ours, theirs))
 
 

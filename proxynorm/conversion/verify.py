@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from proxynorm.conversion.dependence import tensors_in
 from proxynorm.conversion.kinds import is_norm
 from proxynorm.conversion.run import Run, copy_to_run, run, same
 
@@ -16,16 +15,8 @@ _TOLERANCE = 1e-3  # of per-sample invariance, as a fraction of the output's sca
 Surgery = Callable[[nn.Module], None]
 
 
-class StandIn(nn.Module):
+class StandIn(nn.Sequential):
     """The original norm, and what followed it, in the place of a NormAct2d."""
-
-    def __init__(self, norm: nn.Module, between: list[nn.Module], act: nn.Module | None) -> None:
-        super().__init__()
-        self.steps = nn.Sequential(norm, *between, *([] if act is None else [act]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, C, H, W) → the same shape."""
-        return self.steps(x)
 
 
 def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
@@ -44,10 +35,8 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
         return
     raise ValueError(
         f"cannot convert this {type(model).__name__}: with its activations joined to its norms it "
-        "computes "
-        f"something else, first in {_first_difference(model, call, surgery)}. Leave the norms "
-        "around it as "
-        "they are with keep=[...]. The network is left as it was"
+        f"computes something else, first in {_first_difference(model, call, surgery)}. Leave the "
+        "norms around it as they are with keep=[...]. The network is left as it was"
     )
 
 
@@ -70,9 +59,8 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     if same(first, second) and not _is_per_sample(copied, call, True):
         raise ValueError(
             f"cannot convert this {type(model).__name__}: in training, with a norm that does not "
-            "depend on the "
-            "batch, its output for an image still depends on the others. The network is left as "
-            "it was"
+            "depend on the batch, its output for an image still depends on the others. The network "
+            "is left as it was"
         )
 
 
@@ -100,9 +88,7 @@ def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool:
         single = run(copy_to_run(model), alone, training)
     except Exception:  # the network takes no such batch
         return training
-    wholes, singles = (
-        [t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (whole, single)
-    )
+    wholes, singles = tensors_in(whole), tensors_in(single)
     if any(t.ndim == 0 or len(t) != len(first[0]) for t in wholes):
         return training
     return same([t[:1] for t in wholes], singles, _TOLERANCE)
@@ -141,17 +127,19 @@ def _record(
     model: nn.Module, call: Run, training: bool, surgery: Surgery | None
 ) -> dict[str, list[Tensor]]:
     """The outputs of all modules that are neither norms nor parts of what replaced one."""
-    copied, outputs = copy_to_run(model), {}
+    copied = copy_to_run(model)
+    outputs: dict[str, list[Tensor]] = {}
     if surgery is not None:
         surgery(copied)
+    stand_ins = [m for m in copied.modules() if isinstance(m, StandIn)]
+    replaced = {part for stand_in in stand_ins for part in stand_in.modules()}
     for name, module in copied.named_modules():
-        if is_norm(module) or isinstance(module, (StandIn, nn.Identity)) or ".steps" in name:
-            continue
-        module.register_forward_hook(
-            lambda m, args, output, name=name: outputs.setdefault(
-                name, [t.clone() for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+        if module not in replaced and not is_norm(module) and not isinstance(module, nn.Identity):
+            module.register_forward_hook(
+                lambda m, args, output, name=name: outputs.setdefault(
+                    name, [t.clone() for t in tensors_in(output)]
+                )
             )
-        )
     with suppress(Exception):  # the records up to here tell
         run(copied, call, training)
     return outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -255,24 +255,60 @@ class Data:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """Move the batch to the device and normalize its images there: (x / 255 - mean) / std.
+        """Move images and targets to the device and normalize there: (x / 255 - mean) / std.
 
-        Returns images (N, C, H, W) of dtype.
+        Returns images (N, C, H, W) of `dtype`; indices and valid stay on the host.
         """
-        images, targets, indices, valid = (part.to(device, non_blocking=True) for part in batch)
-        mean, std = self._constants(images.device)
-        images = images.float().sub_(mean).div_(std).to(dtype, memory_format=memory_format)
-        return Batch(images, targets, indices, valid)
+        images, targets, indices, valid = batch
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        scale, offset = self._constants(images.device)
+        made = torch.empty(images.shape, dtype=dtype, device=device, memory_format=memory_format)
+        # One kernel, from bytes to the type of the computation.
+        torch.addcmul(offset, images, scale, out=made)
+        return Batch(made, targets, indices, valid)
 
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and deviation on the 0..255 scale, (1, C, 1, 1).
+        """Return factor and summand of the normalization, (1, C, 1, 1).
 
-        They are kept on the device: a copy would wait for it.
+        They are kept on the device: copying them would wait for it.
         """
         if device not in self._on_device:
             mean, std = (
-                255 * torch.tensor(value, device=device).view(1, -1, 1, 1)
+                torch.tensor(value, dtype=torch.float64).view(1, -1, 1, 1)
                 for value in (self.info.mean, self.info.std)
             )
-            self._on_device[device] = mean, std
+            self._on_device[device] = tuple(
+                value.float().to(device) for value in (1 / (255 * std), -mean / std)
+            )
         return self._on_device[device]
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches with images, still bytes, and targets on the device.
+
+    A GPU copies the next batch while it computes on this one.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            # Pinning costs nothing where the reader has pinned already.
+            parts = [part.pin_memory().to(device, non_blocking=True) for part in batch[:2]]
+            copied = stream.record_event()
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = Batch(*parts, *batch[2:]), copied
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """Make the computation wait for the copy, on the device, and keep the memory until both end."""
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(copied)
+    batch.images.record_stream(current)
+    batch.targets.record_stream(current)
+    return batch

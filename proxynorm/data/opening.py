@@ -88,12 +88,17 @@ def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
 
 
 def share_of_cores() -> int:
-    """This process's share of the cores: those it may run on, over the processes torchrun or SLURM
-    put on this node."""
+    """Return this process's share of the node's cores, among the processes of the run on it."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "RANK" not in os.environ and "SLURM_CPUS_ON_NODE" in os.environ:  # srun, not torchrun
+        allocated = int(os.environ["SLURM_CPUS_ON_NODE"])
+        if processes > 1 and cores < allocated:
+            return cores  # SLURM has bound the task to its share (task/affinity)
+        cores = min(cores, allocated)  # not bound: every task sees the cores of all
+    return max(1, cores // processes)
 
 
 def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:

@@ -10,6 +10,7 @@ was.
 # No `from __future__ import annotations` here: torch.jit.script resolves annotations itself.
 import copy
 import functools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -105,12 +106,17 @@ def freeze(model: nn.Module) -> nn.Module:
         replacements |= {m: _freeze(m) for m in frozen.modules() if isinstance(m, NormAct2d)}
     if frozen in replacements:
         return replacements[frozen]
-    for alias, module in list(frozen.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            frozen.set_submodule(alias, replacements[module])
+    replace_modules(frozen, replacements)
     frozen.requires_grad_(False)
     frozen.eval()  # a user's train() may return nothing
     return frozen
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules in place, under every name that they have."""
+    for alias, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(alias, replacements[module])
 
 
 def _freeze(layer: NormAct2d) -> FrozenNormAct2d:

@@ -70,22 +70,20 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
         return DTYPES[settings.precision]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Emulated, as before Ampere, bf16 is slower than float32.
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def choose_memory_format(settings: Settings, device: torch.device) -> torch.memory_format:
     """Return the memory format; auto is the faster one for the norm.
 
     On CPU by measurement (scripts/benchmark.py step): oneDNN convolves in channels_last, but
-    Instance Norm's sums over one channel's pixels then stride over memory. On GPUs by timm's table:
-    torch's group norm leaves channels_last, Batch Norm keeps it.
+    Instance Norm's sums over one channel's pixels then stride over memory. On GPUs tensor cores
+    convolve in channels_last, and our norms, unlike torch's group norm, keep it.
     """
     name = settings.memory_format
     if name == "auto":
-        spec = norm_spec(settings.norm.name)
-        if device.type == "cpu":
-            suits = spec.kind != "in"
-        else:
-            suits = spec.batch_statistics or spec.is_none
-        name = "channels_last" if suits else "contiguous"
+        strides = device.type == "cpu" and norm_spec(settings.norm.name).kind == "in"
+        name = "contiguous" if strides else "channels_last"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format

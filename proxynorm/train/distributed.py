@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.memory import keep_freed_memory
 
 FAULT = "fault"  # key in the store
+TIMEOUT = timedelta(minutes=30)  # the longest wait for a peer that loads, compiles or saves
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0  # for a process to notice by itself that a peer is gone, as gloo does
 LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's message
@@ -48,10 +50,13 @@ class Process:
         return values
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for each flag whether it is set in any process."""
+        """Return for each flag whether it is set in any process.
+
+        Over gloo, on the host: NCCL would wait for all that the GPU has to do before.
+        """
         if self.world_size == 1:
             return flags
-        tensor = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        tensor = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tuple(bool(flag) for flag in tensor.tolist())
 
@@ -60,7 +65,7 @@ class Process:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -130,13 +135,19 @@ def processes(device_name: str) -> Iterator[Process]:
         yield Process(0, 1, device)
         return
     store = fresh_store(rank, world_size)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    try:
-        with shared_fate(store, rank):
-            yield Process(rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_gpu else None,  # connects NCCL at once, to this GPU and no other
+        timeout=TIMEOUT,
+    )
+    with shared_fate(store, rank):
+        yield Process(rank, world_size, device)
+    # Not after a fault: it would wait for operations that a lost process never joins.
+    dist.destroy_process_group()
 
 
 def fresh_store(rank: int, world_size: int) -> dist.Store:
@@ -157,7 +168,9 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
     in a collective operation, as NCCL's do.
     """
     ended = threading.Event()
-    threading.Thread(target=_end_with_peers, args=(store, rank, ended), daemon=True).start()
+    # Its own connection: a question waits behind another thread's on the same store.
+    watched = store.clone()
+    threading.Thread(target=_end_with_peers, args=(watched, rank, ended), daemon=True).start()
     try:
         yield
     except ProxynormError as error:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from proxynorm.data import Batch
+from proxynorm.data.loaders import on_device
 from proxynorm.errors import DataError
 from proxynorm.train.distributed import Process
 
@@ -31,15 +32,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sum (top-1 hits, top-5 hits, loss, count) over the valid rows of (N, K) logits.
+    """Sum (top-1 hits, top-5 hits, loss) over the valid rows of (N, K) logits.
 
-    Returns float64 (4,), so that the sums do not depend on how images are batched.
+    Returns float64 (3,), so that the sums do not depend on how images are batched.
     """
-    logits, targets = logits[valid].float(), targets[valid]
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    loss = cross_entropy(logits, targets, reduction="none").double().sum()
-    count = torch.tensor(float(len(targets)), dtype=torch.float64, device=logits.device)
-    return torch.stack([ranked[:, 0].sum().double(), ranked.sum().double(), loss, count])
+    # Masked, not selected: how many rows are valid is not known on the host without waiting.
+    logits = logits.float()
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    hits &= valid[:, None]
+    loss = cross_entropy(logits, targets, reduction="none").double().where(valid, 0.0).sum()
+    return torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss])
 
 
 @torch.inference_mode()
@@ -58,17 +60,21 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+    device, count = process.device, 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     try:
-        for batch in batches:
+        for batch in on_device(batches, device):
             each_batch()
+            count += int(batch.valid.sum())  # on the host, as `valid` is
+            valid = batch.valid.to(device, non_blocking=True)
             batch = prepare(batch)
-            with autocast(process.device, dtype):
+            with autocast(device, dtype):
                 logits = model(batch.images)
-            sums += batch_sums(logits, batch.targets, batch.valid)
+            sums += batch_sums(logits, batch.targets, valid)
     finally:
         model.train(training)
-    top1, top5, loss, count = process.sum(sums).tolist()
+    sums = torch.cat([sums, torch.full((1,), count, dtype=sums.dtype, device=device)])
+    top1, top5, loss, count = process.sum(sums).tolist()  # the only wait for the device
     if expected is not None and count != expected:
         raise DataError(f"evaluation saw {int(count)} images, the data set has {expected}")
     if not count:

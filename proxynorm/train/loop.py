@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice, repeat
 
 import torch
@@ -17,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
+from proxynorm.data.loaders import on_device
 from proxynorm.nn import recompute
 from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
+from proxynorm.train.compiling import compile_network, fixed_shapes, plan, set_switches
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
 from proxynorm.train.finetune import (
@@ -36,11 +38,22 @@ from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest, leave_at_once
 from proxynorm.train.progress import Display
+from proxynorm.train.readback import Readback, Undo, step_if
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings, identity
 from proxynorm.train.state import TrainState, create_ema, describe_data
 from proxynorm.train.timing import StepTimer, profiled
 from proxynorm.train.tracker import Tracker
+
+
+@dataclass
+class LastStep:
+    """A weight update whose figures the device is still computing; times: of its row, if due."""
+
+    figures: Readback  # loss, gradient norm, sum of the losses since the last row
+    micro_batches: list[Batch]
+    learning_rate: float
+    times: dict[str, float] | None = None
 
 
 class Trainer:
@@ -51,6 +64,7 @@ class Trainer:
     ) -> None:
         self.settings, self.process, self.data = settings, process, data
         self.run, self.stop = run, stop
+        set_switches(settings, process.device)
         self.dtype = choose_dtype(settings, process.device)
         self.memory_format = choose_memory_format(settings, process.device)
         self.micro_batch = settings.micro_batch_for(process.world_size)
@@ -64,6 +78,7 @@ class Trainer:
         self.mixing = create_mixing(settings.regularization, len(data.info.classes))
         self.state = self.fresh_state()
         self.network = self.wrap(self.state.model)
+        self.last: LastStep | None = None
         self.timer = StepTimer(process.device)
         self.saved_at = time.monotonic()
         self.last_is_damaged = False
@@ -85,25 +100,32 @@ class Trainer:
         return state
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model as the loop calls it: with recomputation, compiled, distributed."""
-        if self.settings.recompute:
+        """Return the model as the loop calls it: with recomputation or compiled, distributed."""
+        settings, device = self.settings, self.process.device
+        self.plan = plan(settings, device, self.accumulation)
+        if settings.recompute:
             recompute(model)
-        if self.settings.compile:
-            model.compile()
+        if self.plan.compiles:
+            compile_network(model, self.plan.mode, fixed_shapes(settings), self.say)
         if self.process.world_size == 1:
             return model
         return DistributedDataParallel(
             model,
-            device_ids=[self.process.device] if self.process.device.type == "cuda" else None,
+            device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,  # no second copy of the gradients
             static_graph=self.accumulation == 1,  # no_sync() changes the graph between forwards
         )
+
+    def say(self, line: str) -> None:
+        self.display.print(line)
 
     # The loop
 
     def fit(self, display: Display, tracker: Tracker | None) -> None:
         """Train to the last step. Raises Preempted after saving when asked to stop."""
         self.display, self.tracker = display, tracker
+        if self.plan.why:
+            display.print(self.plan.why)
         display.header()
         if self.state.step == 0:
             self.log_power_if_due()
@@ -123,6 +145,82 @@ class Trainer:
                 self.timer.data_arrived()
                 self.train_step(micro_batches)
                 self.after_step()
+        self.settle()
+        self.state.train_seconds += self.timer.since_step()
+
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """Make one weight update, take in the figures of the one before, then save if due.
+
+        Nothing here waits for the device but `settle`, and it for the step before: meanwhile the
+        device has this step's work. So the device itself decides whether an update is finite.
+        """
+        state = self.state
+        undo = self.undo()
+        loss = self.forward_backward(micro_batches)
+        norm = self.gradient_norm()
+        # Every process must take the same branch. Asked before `settle`, as it notices a lost
+        # process, for which the device would wait.
+        stop, save = self.process.any(bool(self.stop), self.save_is_due())
+        self.settle()
+        good = torch.isfinite(loss) & torch.isfinite(norm)
+        self.update_weights(norm, good)
+        if undo is not None:
+            undo.unless(good)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.loss_sum += torch.where(good, loss, 0.0)
+        figures = torch.stack([loss.double(), norm.double(), state.loss_sum])
+        learning_rate = base_rate(state.optimizer)
+        self.last = LastStep(Readback(figures), micro_batches, learning_rate)
+        state.step += 1
+        self.average_epoch()
+        state.scheduler.step_update(state.step)
+        state.train_seconds += self.timer.step_done()
+        if self.is_due(1) or state.step % self.settings.log_every == 0:
+            self.last.times = self.timer.row(self.settings.batch, self.last_step - state.step)
+            state.loss_sum.zero_()
+        if stop or save:
+            self.save()
+        if stop:
+            raise Preempted(f"stopped at step {state.step}")
+
+    def undo(self) -> Undo | None:
+        """Under nonfinite=skip, keep what a forward pass and the average change beside weights."""
+        if self.settings.nonfinite != "skip":
+            return None
+        tensors = [*self.state.model.buffers()]  # Batch Norm's running statistics
+        if self.state.ema is not None and self.settings.regularization.ema_every == "step":
+            tensors += self.state.ema.module.state_dict().values()
+        return Undo(tensors)
+
+    def settle(self) -> None:
+        """Take in the last step's figures: count it, skip it or stop; write its row if due."""
+        if self.last is None:
+            return
+        step, self.last = self.last, None
+        loss, norm, loss_sum = step.figures.read()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.state.loss_steps += 1
+        # An overflow under fp16 is the gradient scaler's to handle: it skips the update itself.
+        elif not (self.state.scaler.is_enabled() and math.isfinite(loss)):
+            self.handle_nonfinite(step, loss, norm)
+        if step.times is not None:
+            self.log_training(step, loss_sum, norm)
+
+    def handle_nonfinite(self, step: LastStep, loss: float, norm: float) -> None:
+        """Report an update that the device has skipped, or raise NonFiniteError."""
+        state = self.state
+        state.skipped += 1
+        if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
+            self.say(
+                f"step {state.step}: loss or gradient is not finite; "
+                f"update skipped ({state.skipped})"
+            )
+            return
+        state.step -= 1  # as the weights are: those from before it
+        images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
+        layers = self.process.gather(affected(state.model, images, self.dtype))
+        raise NonFiniteError(describe(state, loss, norm, step.learning_rate, layers))
 
     def epoch_steps(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each remaining step of the current epoch."""
@@ -131,47 +229,15 @@ class Trainer:
         place = (0, 0) if overfit else (epoch, start)
         batches = self.loader.epoch(*place, self.leave_while_waiting)
         with closing(batches):  # ends the loader's threads when the epoch is left early
-            while micro_batches := list(islice(batches, self.accumulation)):
+            arriving = on_device(batches, self.process.device)
+            while micro_batches := list(islice(arriving, self.accumulation)):
                 if overfit:
                     yield from repeat(micro_batches, self.steps_per_epoch - start)
                     return
                 yield micro_batches
 
-    def train_step(self, micro_batches: list[Batch]) -> None:
-        """Make one weight update, then log and save if due."""
-        state, settings = self.state, self.settings
-        # Batch Norm's running statistics move in the forward pass: a skipped step restores them.
-        skips = settings.nonfinite == "skip"
-        buffers = [buffer.clone() for buffer in state.model.buffers()] if skips else []
-        loss = self.forward_backward(micro_batches)
-        norm = self.gradient_norm()
-        # An overflow under fp16 is the gradient scaler's to handle: it skips the update itself.
-        finite = bool(torch.isfinite(loss)) and (
-            state.scaler.is_enabled() or bool(torch.isfinite(norm))
-        )
-        # One reduction for all flags; every process must take the same branch.
-        nonfinite, stop, save = self.process.any(not finite, bool(self.stop), self.save_is_due())
-        if nonfinite:
-            self.handle_nonfinite(micro_batches, loss, norm, buffers)
-        else:
-            self.update_weights(norm)
-            state.add_loss(loss)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        self.average_epoch()
-        learning_rate = base_rate(state.optimizer)
-        state.scheduler.step_update(state.step)
-        state.train_seconds += self.timer.step_done()
-        last = self.at_epoch_end() or state.step == self.last_step
-        if last or state.step % settings.log_every == 0:
-            self.log_training(learning_rate, norm)
-        if stop or save:
-            self.save()
-        if stop:
-            raise Preempted(f"stopped at step {state.step}")
-
     def forward_backward(self, micro_batches: list[Batch]) -> torch.Tensor:
-        """Add the gradients of the mean loss over the micro-batches; return this process's loss."""
+        """Add the gradients of the micro-batches' mean loss; return the mean over all processes."""
         total = torch.zeros((), device=self.process.device)
         self.seed_step()
         for index, batch in enumerate(micro_batches):
@@ -185,7 +251,7 @@ class Trainer:
                 loss = self.criterion(logits.float(), targets) / len(micro_batches)
                 self.state.scaler.scale(loss).backward()
             total += loss.detach()
-        return total
+        return self.process.sum(total) / self.process.world_size
 
     def seed_step(self) -> None:
         """Make dropout and stochastic depth functions of seed, step and process."""
@@ -205,7 +271,9 @@ class Trainer:
         return self.mixing(images, targets, self.settings.seed, number)
 
     def prepare(self, batch: Batch) -> Batch:
-        return self.data.prepare(batch, self.process.device, torch.float32, self.memory_format)
+        # Mixed in float32. Otherwise the first convolution's type, which autocast would make it.
+        dtype = self.dtype if self.mixing is None else torch.float32
+        return self.data.prepare(batch, self.process.device, dtype, self.memory_format)
 
     def criterion(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # Mixing smooths the labels itself.
@@ -218,12 +286,16 @@ class Trainer:
         parameters = self.state.model.parameters()
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def update_weights(self, norm: torch.Tensor) -> None:
+    def update_weights(self, norm: torch.Tensor, good: torch.Tensor) -> None:
+        """Update weights and average; the device leaves the weights alone unless `good`."""
         state, clip = self.state, self.settings.optim.clip_grad
         if clip is not None:
             nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        if state.scaler.is_enabled():
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        else:
+            step_if(state.optimizer, good)
         if state.ema is not None and self.settings.regularization.ema_every == "step":
             state.ema.update(state.model, step=state.step + 1)
 
@@ -232,29 +304,6 @@ class Trainer:
         ema, every = self.state.ema, self.settings.regularization.ema_every
         if ema is not None and every == "epoch" and self.at_epoch_end():
             ema.update(self.state.model, step=self.state.step // self.steps_per_epoch)
-
-    def handle_nonfinite(
-        self,
-        micro_batches: list[Batch],
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        buffers: list[torch.Tensor],
-    ) -> None:
-        """Skip the update on all processes and restore `buffers`, or raise NonFiniteError."""
-        state = self.state
-        state.scaler.update()  # resets the scaler after unscale_
-        state.skipped += 1
-        if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
-            self.display.print(
-                f"step {state.step + 1}: loss or gradient is not finite; "
-                f"update skipped ({state.skipped})"
-            )
-            for buffer, former in zip(state.model.buffers(), buffers, strict=True):
-                buffer.copy_(former)
-            return
-        images = [self.inputs(batch, index)[0] for index, batch in enumerate(micro_batches)]
-        layers = self.process.gather(affected(state.model, images, self.dtype))
-        raise NonFiniteError(describe(state, self.process.gather(loss.item()), layers, norm.item()))
 
     # Evaluation and logging
 
@@ -331,19 +380,18 @@ class Trainer:
             if warning := collapse_warning(rows, power.threshold):
                 self.display.print(warning)
 
-    def log_training(self, learning_rate: float, norm: torch.Tensor) -> None:
+    def log_training(self, step: LastStep, loss_sum: float, norm: float) -> None:
         """Log the mean loss since the last row, over the steps that were not skipped."""
         state = self.state
-        loss = self.process.sum(state.loss_sum).item() / self.process.world_size
         row = {
             "event": "train",
             **self.position(),
-            "loss": loss / state.loss_steps if state.loss_steps else math.nan,
-            "lr": learning_rate,
-            "gradient_norm": norm.item(),
-            **self.timer.row(self.settings.batch, self.last_step - state.step),
+            "loss": loss_sum / state.loss_steps if state.loss_steps else math.nan,
+            "lr": step.learning_rate,
+            "gradient_norm": norm,
+            **step.times,
         }
-        state.clear_loss()
+        state.loss_steps = 0
         if state.skipped:
             row["skipped"] = state.skipped
         self.last_row = {**self.last_row, **row}
@@ -393,8 +441,9 @@ class Trainer:
 
     def save(self) -> None:
         """Save the state as last.pt; keep the former last.pt, unless damaged, as previous.pt."""
-        loss_sum = self.process.sum(self.state.loss_sum.clone())
+        self.settle()
         if self.process.is_main:
+            loss_sum = self.state.loss_sum * self.process.world_size  # over all processes
             self.run.sync_metrics()  # a checkpoint must not be ahead of its rows
             content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
             previous = None if self.last_is_damaged else self.run.previous
@@ -426,7 +475,5 @@ class Trainer:
         restore_eps(self.state.model, self.start)
         restore_eps(self.state.evaluated_model, self.start)
         self.state.load_state_dict(content)
-        # The checkpoint holds the sum over all processes; the first process takes it over.
-        share = self.process.world_size / content["world_size"] if self.process.is_main else 0
-        self.state.loss_sum *= share
+        self.state.loss_sum /= content["world_size"]  # the checkpoint has the sum over processes
         self.last_is_damaged = last_is_damaged

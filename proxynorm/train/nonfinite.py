@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -64,25 +63,22 @@ def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.d
     return found[:5]
 
 
-def describe(state: TrainState, losses: list[float], layers: list[list[str]], norm: float) -> str:
-    """Describe the step in one line; losses and layers are those of every process, by rank."""
-    loss = next((loss for loss in losses if not math.isfinite(loss)), losses[0])
+def describe(
+    state: TrainState, loss: float, norm: float, learning_rate: float, layers: list[list[str]]
+) -> str:
+    """Describe the step in one line; layers: the affected ones of every process, by rank."""
     ranks: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for rank, names in enumerate(layers):
         ranks[tuple(names)].append(rank)
-    places = [
-        f"first in {', '.join(names)} of process {', '.join(map(str, found))}"
-        if len(losses) > 1
-        else f"first in {', '.join(names)}"
-        for names, found in ranks.items()
-        if names
-    ]
+    places = []
+    for names, found in ranks.items():
+        of = f" of process {', '.join(map(str, found))}" if len(layers) > 1 else ""
+        places += [f"first in {', '.join(names)}{of}"] if names else []
     where = "; ".join(places) or "in the loss or the backward pass: every activation is finite"
-    rate = state.optimizer.param_groups[0]["lr"]
     skipped = state.skipped - 1
     limit = f"; {skipped} updates were skipped before, which is the limit" if skipped > 0 else ""
     return (
-        f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:g}: "
-        f"not finite, {where}; "
+        f"step {state.step + 1}: loss {loss:g}, gradient norm {norm:g}, "
+        f"learning rate {learning_rate:g}: not finite, {where}; "
         f"the weights, and the last checkpoint if there is one, are untouched{limit}"
     )

@@ -148,7 +148,9 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     memory_format: str = "auto"
-    compile: bool = False
+    compile: bool | str = "auto"
+    compile_mode: str = "default"
+    deterministic: bool = False
     recompute: bool = False
     nonfinite: str = "stop"
     nonfinite_limit: int = 10
@@ -190,6 +192,8 @@ CHOICES = {
     "resume": ("auto", "never", "must", "extend"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "memory_format": ("auto", "contiguous", "channels_last"),
+    "compile": ("auto", True, False),
+    "compile_mode": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"),
     "nonfinite": ("stop", "skip"),
     "schedule.name": ("cosine", "step", "multistep", "poly", "tanh", "constant"),
     "regularization.ema_every": ("step", "epoch"),
@@ -236,13 +240,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 # of its name.
 INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint")
 INCIDENTAL += ("debug.profile_steps", "debug.name", "max_steps", "log_every", "eval_batch")
-INCIDENTAL += ("data.root", "data.cache", "patience")
+INCIDENTAL += ("data.root", "data.cache", "patience", "compile_mode", "deterministic")
 
 # No part of the identity while they are null: they came later, and older runs keep their names.
 OPTIONAL = ("weights", "freeze", "optim.lr_scale", "optim.layer_decay")
 
 # Incidental too, but part of older runs' identities: always recorded as the default.
 FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}
+FIXED["compile"] = False
 
 
 def check(settings: Settings) -> Settings:
@@ -274,7 +279,8 @@ def check_values(settings: Settings) -> None:
     for key, choices in CHOICES.items():
         value = attrgetter(key)(settings)
         if value not in choices:
-            raise ConfigError(f"{key}={value}: valid: {', '.join(choices)}")
+            words = (str(choice).lower() for choice in choices)  # true, as YAML writes it
+            raise ConfigError(f"{key}={value}: valid: {', '.join(words)}")
     for words, holds, keys in RANGES:
         for key in keys.split():
             value = attrgetter(key)(settings)

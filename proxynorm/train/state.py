@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from proxynorm.data import Data
+from proxynorm.train.optimizer import load_optimizer
 from proxynorm.train.settings import RegularizationSettings
 
 COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "stale")
@@ -23,8 +24,8 @@ class TrainState:
     """Model, optimizer and counters.
 
     step: weight updates made; evaluated: the step last evaluated; stale: evaluations since the one
-    with the best top-1; loss_sum, loss_steps: of this
-    process's steps since the last row of metrics.jsonl.
+    with the best top-1; loss_sum, loss_steps: over the steps since the last row of metrics.jsonl,
+    the loss being the mean over all processes.
 
     No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
@@ -50,14 +51,6 @@ class TrainState:
         """The weights to evaluate: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        self.loss_sum += loss
-        self.loss_steps += 1
-
-    def clear_loss(self) -> None:
-        self.loss_sum.zero_()
-        self.loss_steps = 0
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
@@ -73,7 +66,7 @@ class TrainState:
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(self.optimizer, content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         self.loss_sum.copy_(content["loss_sum"])
         self.last_result = content["last_result"]

@@ -29,6 +29,10 @@ class StepTimer:
         """Start the next step now: leave out an evaluation or a save."""
         self.started = time.perf_counter()
 
+    def since_step(self) -> float:
+        """Return the seconds since the last step ended, or the timer was restarted."""
+        return time.perf_counter() - self.started
+
     def data_arrived(self) -> None:
         self.waits.append(time.perf_counter() - self.started)
 

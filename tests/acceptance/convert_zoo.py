@@ -79,7 +79,7 @@ ese_vovnet19b_dw darknet17 cspdarknet53 cspresnet50 rexnet_100 gernet_s mobileon
 tresnet_m hgnet_tiny hgnetv2_b0 halonet26t lambda_resnet26t eca_botnext26ts_256 bat_resnext26ts
 mobilevit_xxs mobilevitv2_050 coat_lite_tiny efficientformer_l1 efficientformerv2_s0
 efficientvit_b0 efficientvit_m0 fastvit_t8 repvit_m0_9 nextvit_small tiny_vit_5m_224 visformer_tiny
-levit_128s convmixer_768_32 poolformer_s12 swiftformer_xs starnet_s1 shvit_s1 xception41
+levit_128s convmixer_1024_20_ks9_p14 poolformer_s12 swiftformer_xs starnet_s1 shvit_s1 xception41
 inception_v4 convnext_atto nfnet_l0 edgenext_xx_small inception_next_atto focalnet_tiny_srf
 mambaout_femto
 """.split()
@@ -93,9 +93,15 @@ TIMM_SMALLER: dict[str, dict[str, object]] = {
         _ONE_BLOCK_EACH,
     ),
     "densenet121": {"block_config": (2, 2, 2, 2)},
-    "convmixer_768_32": {"depth": 3, "dim": 64},
 }
-TIMM_OPTIONS: dict[str, dict[str, object]] = {}
+# norms over vectors, for which NormAct2d is not made
+TIMM_OPTIONS: dict[str, dict[str, object]] = {
+    "efficientvit_m0": {"keep": ["head.bn"]},
+    "shvit_s1": {"keep": ["head.bn"]},
+    "repvit_m0_9": {"keep": ["head.*"]},
+    "nextvit_small": {"keep": ["*.e_mhsa.norm"]},
+}
+_SIZES = {"halonet26t": 256, "bat_resnext26ts": 256}
 
 TORCHVISION = """
 alexnet resnet18 resnext50_32x4d densenet121 googlenet inception_v3
@@ -144,7 +150,7 @@ def _timm() -> Iterator[Case]:
         options = TIMM_OPTIONS.get(name, {})
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         is_fixed = config is not None and config.fixed_input_size
-        size = config.input_size[-1] if is_fixed else 96
+        size = config.input_size[-1] if is_fixed else _SIZES.get(name, 96)
         make = functools.partial(
             timm.create_model, name, num_classes=10, **TIMM_SMALLER.get(name, {})
         )
@@ -212,7 +218,8 @@ def _smp() -> Iterator[Case]:
     smp = importlib.import_module("segmentation_models_pytorch")
     for kind, encoder in SMP:
         make = functools.partial(getattr(smp, kind), encoder, encoder_weights=None, classes=4)
-        images = torch.randn(2, 3, 64, 64)
+        size = 256 if kind == "PAN" else 64  # PAN pools thrice behind the encoder
+        images = torch.randn(2, 3, size, size)
         yield Case("smp", f"{kind}-{encoder}", make, images, images)
 
 
@@ -249,7 +256,7 @@ def _monai() -> Iterator[Case]:
         "SEResNet50": {"spatial_dims": 2, "in_channels": 3, "num_classes": 4},
         "VNet": {"spatial_dims": 2, "in_channels": 1, "out_channels": 2},
         "HighResNet": {"spatial_dims": 2, "in_channels": 1, "out_channels": 2},
-        "AHNet": {"spatial_dims": 2, "upsample_mode": "bilinear"},
+        "AHNet": {"spatial_dims": 2, "in_channels": 3, "upsample_mode": "bilinear"},
         "ResNet": {
             "block": "basic",
             "layers": [1, 1, 1, 1],
@@ -261,7 +268,8 @@ def _monai() -> Iterator[Case]:
     for name, kwargs in table.items():
         make = functools.partial(getattr(nets, name.partition("-")[0]), **kwargs)
         channels = kwargs.get("in_channels") or kwargs.get("n_input_channels") or 1
-        images = torch.randn(2, int(channels), 64, 64)  # type: ignore[call-overload]
+        size = 128 if name == "AHNet" else 64
+        images = torch.randn(2, int(channels), size, size)  # type: ignore[call-overload]
         yield Case("monai", name, make, images, images)
 
 

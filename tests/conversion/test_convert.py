@@ -261,7 +261,6 @@ class Unused(TwoUses):
         (TwoUses, "bn", "something else as well"),
         (BehindJoin, "bn", "cat"),
         (InDisguise, "bn", "clamp"),
-        (Unused, "spare", "no call of it was seen"),
     ],
 )
 def test_refusal_names_the_module_and_changes_nothing(kind: type, name: str, reason: str) -> None:
@@ -277,6 +276,14 @@ def test_refusal_names_the_module_and_changes_nothing(kind: type, name: str, rea
     )
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(images), original(images), rtol=0, atol=0)
+
+
+def test_a_norm_that_never_runs_is_left_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="leaves spare of this Unused as it is: no call"):
+        model = convert(Unused())
+    assert isinstance(model.spare, nn.BatchNorm2d) and model.bn.proxied
+    rows = {row.module: row.action for row in conversion_report(model)}
+    assert rows["spare"].startswith("left as it is: no call of it was seen")
 
 
 def test_keep_leaves_a_norm_alone() -> None:

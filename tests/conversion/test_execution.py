@@ -6,6 +6,7 @@ Control flow, draws, attributes and caches stay as written.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import random
 
@@ -164,17 +165,72 @@ def test_example_inputs_of_every_form(inputs: object) -> None:
         convert(Detector())
 
 
-def helper(x: torch.Tensor) -> torch.Tensor:
+def rectified(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x)
 
 
+def twice(act, x: torch.Tensor) -> torch.Tensor:
+    return 2 * act(x)
+
+
+def norm_and_relu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return F.relu(norm(x))
+
+
+class Helped(Block):
+    """Its activation is called by a function."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.call, self.conv2 = call, nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.helped(self.conv(x)))
+
+    def helped(self, x: torch.Tensor) -> torch.Tensor:
+        if self.call is rectified:
+            x = rectified(self.bn(x))
+        elif self.call is twice:
+            x = twice(rectified, self.bn(x))
+        else:
+            x = norm_and_relu(self.bn, x)
+        return rectified(x + 1)
+
+
+def test_an_activation_in_a_helper_function_is_taken_out_where_it_is_called() -> None:
+    original = with_random_norms(Helped(rectified))
+    model = convert(copy.deepcopy(original), "bn")
+    assert type(model.bn.act) is nn.ReLU
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(IMAGES), original.train(training)(IMAGES))
+    assert (
+        conversion_report(model)[0].action == "1 activation call of its forward joined with norms"
+    )
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    [
+        (twice, "computes something else, first in the model itself"),
+        (
+            norm_and_relu,
+            r"test_execution\.py:\d+ serves other values .*Make the activation a module",
+        ),
+    ],
+)
+def test_a_helper_that_does_more_is_refused(call, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        convert(Helped(call))
+
+
 def test_a_call_that_cannot_be_taken_out_is_refused_by_file_and_line() -> None:
-    class Helped(Block):
+    class Decorated(Block):
+        @functools.lru_cache  # noqa: B019
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return helper(self.bn(self.conv(x)))
+            return F.relu(self.bn(self.conv(x)))
 
     with pytest.raises(ValueError, match=r"test_execution\.py:\d+ .*Make the activation a module"):
-        convert(Helped())
+        convert(Decorated())
 
 
 def test_a_source_that_changed_is_noticed() -> None:

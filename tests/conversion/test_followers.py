@@ -319,16 +319,19 @@ def test_the_residual_of_torchvisions_fused_blocks_can_be_trained() -> None:
 
 
 class Several(nn.Module):
-    """Norms that are never called, one over vectors, and one over maps."""
+    """Norms whose activation is written by hand, one over vectors, and one over maps."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.unused = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+        self.by_hand = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
         self.one = nn.BatchNorm1d(3)
         self.used = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.one(self.used(x).mean((2, 3)))
+        x = self.used(x)
+        for norm in self.by_hand:
+            x = norm(x).square()
+        return self.one(x.mean((2, 3)))
 
 
 def test_all_refusals_come_at_once_and_patterns_keep_them() -> None:
@@ -336,12 +339,12 @@ def test_all_refusals_come_at_once_and_patterns_keep_them() -> None:
     with pytest.raises(ValueError) as caught:
         convert(model)
     for part in (
-        "unused.0, unused.1, unused.2 (BatchNorm2d): no call",
+        "by_hand.0, by_hand.1, by_hand.2 (BatchNorm2d): an activation written by hand",
         "one (BatchNorm1d): it normalizes no maps",
-        "keep=['unused.0', 'unused.1', 'unused.2', 'one']",
+        "keep=['by_hand.0', 'by_hand.1', 'by_hand.2', 'one']",
     ):
         assert part in str(caught.value)
-    assert convert(model, keep=["unused.*", "one"]).used[1].proxied
+    assert convert(model, keep=["by_hand.*", "one"]).used[1].proxied
     with pytest.raises(ValueError, match=r"'other\.\*', which is no norm"):
         convert(model, keep=["other.*"])
 

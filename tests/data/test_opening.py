@@ -3,6 +3,7 @@ clear line."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.data.ffcv.beton import RAW, manifest_path, read_beton, sums_path
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
+from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import ConfigError, DataError
 from tests.data.conftest import (
@@ -412,3 +414,28 @@ def test_a_machine_where_numba_cannot_keep_its_cache_still_decodes():
         [sys.executable, "-c", NO_CACHE], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "decode_samples"
+
+
+@pytest.mark.parametrize(
+    ("cores", "environment", "share"),
+    [
+        (64, {}, 64),
+        (64, {"LOCAL_WORLD_SIZE": "4", "RANK": "0"}, 16),  # torchrun: all workers see all cores
+        (16, {"LOCAL_WORLD_SIZE": "4", "RANK": "0", "SLURM_CPUS_ON_NODE": "16"}, 4),
+        (16, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "64"}, 16),  # task/affinity
+        (64, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "64"}, 16),  # task/none
+        (128, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "64"}, 16),  # half of the node
+        (2, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "2"}, 1),
+        (16, {"SLURM_CPUS_ON_NODE": "16"}, 16),
+    ],
+)
+def test_cores_are_shared_once_among_the_processes_of_a_node(
+    monkeypatch, cores, environment, share
+):
+    """Under SLURM the affinity may be the task's own already."""
+    for name in ("LOCAL_WORLD_SIZE", "RANK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert share_of_cores() == share

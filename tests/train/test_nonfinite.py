@@ -11,7 +11,7 @@ from torch import nn
 from proxynorm.paper.search import DIVERGED
 from proxynorm.train.nonfinite import affected, describe
 
-STATE = SimpleNamespace(step=5, skipped=1, optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]))
+STATE = SimpleNamespace(step=5, skipped=1)
 
 
 def test_modules_that_compute_nothing_take_no_place():
@@ -32,13 +32,15 @@ def test_modules_that_compute_nothing_take_no_place():
 
 
 def test_processes_with_the_same_layers_are_told_together():
-    losses = [float("nan")] * 64
-    words = describe(STATE, losses, [["stem", "head"]] * 64, 1.0)
-    assert "not finite, first in stem, head of process 0, 1, 2, " in words
-    words = describe(STATE, losses[:5], [["stem"], ["stem"], ["head"], [], ["stem"]], 1.0)
-    assert "first in stem of process 0, 1, 4; first in head of process 2; the weights" in words
-    alone = describe(STATE, [1.0], [["stem"]], 1.0)
+    def words(layers: list[list[str]]) -> str:
+        return describe(STATE, float("nan"), 1.0, 0.1, layers)
+
+    many = words([["stem", "head"]] * 64)
+    assert "not finite, first in stem, head of process 0, 1, 2, " in many
+    mixed = words([["stem"], ["stem"], ["head"], [], ["stem"]])
+    assert "first in stem of process 0, 1, 4; first in head of process 2; the weights" in mixed
+    alone = words([["stem"]])
     assert "first in stem; the weights" in alone and DIVERGED.decode() in alone, (
         "a search knows a diverged run by these words"
     )
-    assert "every activation is finite" in describe(STATE, losses[:2], [[], []], 1.0)
+    assert "every activation is finite" in words([[], []])

@@ -1,0 +1,54 @@
+"""torch.compile: where it is on, and what happens where it fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from proxynorm.data import DataSpec
+from proxynorm.train.compiling import Plan, plan
+from proxynorm.train.settings import Settings
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_compiles_on_a_gpu_alone():
+    assert plan(Settings(), CUDA, 1) == Plan(True)
+    assert plan(Settings(), CPU, 1) == Plan(False)
+    assert plan(Settings(compile=True), CPU, 1) == Plan(True)
+    assert plan(Settings(compile=False), CUDA, 1) == Plan(False)
+
+
+def test_recompute_is_eager_and_says_so():
+    assert not plan(Settings(recompute=True), CUDA, 1).compiles
+    assert "runs eagerly" in plan(Settings(recompute=True), CUDA, 1).why
+    assert "runs eagerly" in plan(Settings(recompute=True, compile=True), CPU, 1).why
+    assert plan(Settings(recompute=True), CPU, 1).why is None, "nothing was asked for"
+
+
+def test_cuda_graphs_need_one_shape_and_one_forward():
+    graphs = Settings(compile_mode="reduce-overhead")
+    growing = replace(graphs, data=DataSpec("folder", start_size=96, ramp=(0, 3)))
+    assert plan(graphs, CUDA, 1) == Plan(True, "reduce-overhead")
+    for settings, accumulation in ((graphs, 2), (growing, 1)):
+        chosen = plan(settings, CUDA, accumulation)
+        assert chosen.mode == "default" and "single micro-batch" in chosen.why
+
+
+@pytest.mark.parametrize("epoch_size", ["batch=20", "micro_batch=5"])
+def test_a_failure_is_one_line_and_the_run_goes_on_eagerly(
+    run_small, monkeypatch, capsys, epoch_size
+):
+    def no_compiler(*arguments):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch._inductor, "compile", no_compiler)
+    tried = run_small("compile=true", epoch_size, "max_steps=4", "name=tried")
+    said = capsys.readouterr().out
+    line = "torch.compile failed, the run goes on eagerly: no C++ compiler\n"
+    assert said.count(line) == said.count("torch.compile") == 1
+    eager = run_small("compile=false", epoch_size, "max_steps=4", "name=eager")
+    losses = [[row["loss"] for row in run.rows] for run in (tried, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
