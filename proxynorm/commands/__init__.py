@@ -11,10 +11,11 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a network, resume a run, sweep",
     "eval": "evaluate a run or a checkpoint",
+    "predict": "write the likeliest classes of images to a CSV",
     "export": "write a run's model as safetensors, ONNX and a model card",
     "doctor": "check what is installed and what an experiment needs",
     "reproduce": "plan, launch and report the paper's tables",
-    "power": "power decomposition of random nets, a run or a table",
+    "power": "power decomposition of random nets or of a run",
     "benchmark": "measure speed and memory (in a checkout)",
     "write-ffcv": "write labelled images to a .beton file",
     "demo": "train bn, ln and ln_pn on Fashion-MNIST and compare them",

@@ -255,9 +255,9 @@ class Data:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """Move images and targets to the device and normalize there: (x / 255 - mean) / std.
+        """Move images and targets to the device; normalize there: (x / 255 - mean) / std.
 
-        Returns images (N, C, H, W) of `dtype`; indices and valid stay on the host.
+        Returns images (N, C, H, W) of dtype; indices and valid stay on the host.
         """
         images, targets, indices, valid = batch
         images = images.to(device, non_blocking=True)
@@ -271,7 +271,7 @@ class Data:
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return factor and summand of the normalization, (1, C, 1, 1).
 
-        They are kept on the device: copying them would wait for it.
+        They are kept on the device: a copy would wait for it.
         """
         if device not in self._on_device:
             mean, std = (
