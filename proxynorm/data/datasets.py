@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from proxynorm.data import fashion_mnist
 from proxynorm.data.cache import cache_folder, cached_beton
-from proxynorm.data.ffcv.beton import RAW, Samples, new_beton, read_beton
+from proxynorm.data.ffcv.beton import RAW, Samples, read_beton
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.ffcv.verification import verify
+from proxynorm.data.ffcv.writer import new_beton
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.names import code_points, look_alike
@@ -89,7 +90,7 @@ def _fashion_mnist_reader(
 
 def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
     images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-    with new_beton(path, channels=1, capacity=len(images), shape=images.shape[1:]) as writer:
+    with new_beton(path, len(images), images.shape[1:]) as writer:
         for image, label in zip(images, labels):
             writer.add(image.reshape(-1), int(label), fashion_mnist.SIDE, fashion_mnist.SIDE, RAW)
         writer.close(
