@@ -46,7 +46,7 @@ DIGEST = "sha256_of_head_sums_and_manifest"
 
 @dataclass
 class Samples:
-    """Where each of N samples lies and what it is; one array (N,) per property.
+    """The table of N samples; one array (N,) per property.
 
     mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; target: class; sums:
     checksums, empty if there are none; manifest: {} if there is none.

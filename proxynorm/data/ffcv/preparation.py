@@ -37,7 +37,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare did: the file, how many images are in it, what was left out or converted.
+    """The result of prepare: the file, how many images are in it, what was left out or converted.
 
     skipped: name -> reason; converted: kind of conversion -> number of images.
     """
