@@ -350,6 +350,7 @@ class Trainer(Recorder):
             return
         if self.process.world_size > 1:
             leave_at_once(self.stop.received, None)
+        self.settle()
         self.save()
         raise Preempted(f"stopped at step {self.state.step}, waiting for images,")
 
