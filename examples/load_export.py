@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 
 import proxynorm
 
@@ -18,8 +18,8 @@ import proxynorm
 def main(path: str, files: list[str]) -> None:
     model = proxynorm.load(path)
     # The preprocessing of evaluation: timm reads model.pretrained_cfg.
-    config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config)
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     images = torch.stack([transform(Image.open(file).convert(mode)) for file in files])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -22,20 +22,26 @@ HUB = "hf-hub:"  # timm's prefix
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
+class Trained(nn.Module):
+    """What load returns, to type checkers: a network with a description of its inputs."""
+
+    pretrained_cfg: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Exported:
     """A loaded export.
 
-    model: in evaluation mode. inputs: classes, channels, size (pixels), and mean and std per
-    channel on the 0..1 scale. metrics: the run's summary.
+    model: in evaluation mode; inputs: classes, channels, size (pixels), and mean and std per
+    channel on the 0..1 scale; metrics: the run's summary.
     """
 
-    model: nn.Module
+    model: Trained
     inputs: dict[str, Any]
     metrics: dict[str, Any]
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path) -> Trained:
     """Load a trained network, in evaluation mode.
 
     path: a run folder (its last checkpoint) or one of its checkpoints, an export folder or its
@@ -81,11 +87,12 @@ def load_export(path: str | Path) -> Exported:
     return Exported(described(model.eval(), settings, inputs), inputs, metrics)
 
 
-def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> nn.Module:
+def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> Trained:
     """Attach timm's description of the inputs, so that timm's create_transform serves the model."""
     data, channels = settings.data, inputs["channels"]
     size = data.eval_size or data.image_size
-    model.pretrained_cfg = {
+    trained = cast(Trained, model)
+    trained.pretrained_cfg = {
         "architecture": settings.model["name"],
         "input_size": (channels, size, size),
         "mean": tuple(inputs["mean"]),
@@ -95,7 +102,7 @@ def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> n
         "num_classes": len(inputs["classes"]),
         "label_names": tuple(inputs["classes"]),
     }
-    return model
+    return trained
 
 
 def download(repo_id: str) -> str:

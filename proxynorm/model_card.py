@@ -11,8 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 CARD = "README.md"
 HERE = '"."'  # the card's load line, run in the folder of the card
-RECIPE = ("model", "norm", "optim", "schedule", "regularization", "data")
-RECIPE += ("batch", "norm_batch", "epochs", "seed")
+RECIPE = "model norm optim schedule regularization data batch norm_batch epochs seed".split()
 
 
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
