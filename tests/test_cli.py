@@ -50,6 +50,10 @@ def assert_user_error(result: subprocess.CompletedProcess[str], message: str) ->
 def test_options():
     assert parse_options(Options, ["size=5", "names=[x,y]"]) == Options(5, ["x", "y"], None)
     assert parse_options(Options, ["names=x"]).names == ["x"]
+    assert parse_options(Options, ["file=1_0", "names=[1e3,'a,b',x=[1,2]]"]) == Options(
+        3, ["1e3", "a,b", "x=[1,2]"], "1_0"
+    )
+    assert parse_options(Options, ["file=null"]).file is None
     assert parse_options(Needy, ["need=1"]) == Needy("1", [])
     with pytest.raises(ConfigError, match="need= is missing"):
         parse_options(Needy, ["names=x"])

@@ -61,7 +61,7 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
 
 def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:
     """Return the sweep as a table: its axes are the keys that vary, but for the seed."""
-    points = [dict(word.split("=", 1) for word in run.arguments) for run in runs]
+    points = [dict(word.split("=", 1) for word in run.arguments if "=" in word) for run in runs]
     varying = [key for key in points[0] if len({point.get(key) for point in points}) > 1]
     axes = [key for key in varying if key != "seed"] or ["norm"]
     found: list[TableRun] = []
