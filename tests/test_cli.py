@@ -75,6 +75,16 @@ def test_train_help_is_readable():
     assert "norm=gn: Group Norm" in result.stdout and "norm=ln_pn batch=32" in result.stdout
 
 
+DOORS = ["train.py", "eval.py", *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*.py"))]
+
+
+@pytest.mark.parametrize("script", sorted(set(DOORS) - {"scripts/gpu_check.py"}))
+def test_a_forgotten_environment_is_one_line(script, tmp_path):
+    """-S -E: Python without the packages of any environment, as the system's own is."""
+    result = command("-S", "-E", str(ROOT / script), cwd=tmp_path)
+    assert_user_error(result, "activate its environment")
+
+
 SIGNAL_ON_IMPORT = """
 import os, runpy, signal, sys
 from tests.helpers import ROOT
