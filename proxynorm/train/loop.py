@@ -327,7 +327,7 @@ class Trainer:
         return patience is not None and self.state.stale >= patience
 
     def evaluate(self) -> Result:
-        data, process = self.data, self.process
+        data, process, start = self.data, self.process, time.monotonic()
         process.align_buffers(self.state.evaluated_model)
         result = evaluate(
             self.state.evaluated_model,
@@ -340,7 +340,8 @@ class Trainer:
         )
         self.state.last_result = asdict(result)
         seconds = round(self.state.train_seconds, 3)
-        row = {"event": "eval", **self.position(), **asdict(result), "seconds": seconds}
+        times = {"seconds": round(time.monotonic() - start, 3), "train_seconds": seconds}
+        row = {"event": "eval", **self.position(), **asdict(result), **times}
         self.write(row)
         self.display.epoch(row, self.last_row["loss"], self.last_row["images_per_second"], seconds)
         return result

@@ -18,7 +18,7 @@ import pytest
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_folder
-from proxynorm.train.compare import differences
+from tests.same_run import differences
 from proxynorm.train.run_folder import read_metrics
 from proxynorm.train.words import quoted
 from tests.acceptance.slurm.cluster import SETTLED

@@ -20,7 +20,7 @@ from proxynorm.launch.runs import Run
 from proxynorm.launch.sweep import plan_paths
 from proxynorm.paper.report import gather, write_report
 from proxynorm.paper.table import load_table, table_runs
-from proxynorm.train.compare import differences
+from tests.same_run import differences
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import read_metrics
