@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from proxynorm.analysis.power import power_decomposition as power_decomposition
     from proxynorm.conversion.convert import conversion_report as conversion_report
     from proxynorm.conversion.convert import convert as convert
+    from proxynorm.loading import load as load
     from proxynorm.models import create_model as create_model
     from proxynorm.models.timm_layer import NormAct2d as NormAct2d
     from proxynorm.nn import parameter_groups as parameter_groups
@@ -29,6 +30,7 @@ _HOMES = {
     "convert": "proxynorm.conversion.convert",
     "create_model": "proxynorm.models",
     "freeze": "proxynorm.nn.freeze",
+    "load": "proxynorm.loading",
     "parameter_groups": "proxynorm.nn",
     "power_decomposition": "proxynorm.analysis.power",
     "proxy_moments": "proxynorm.nn",

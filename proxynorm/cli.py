@@ -97,8 +97,8 @@ def options_help(options: type) -> str:
     """Format one aligned line per option: name=default and its help."""
     rows = []
     for field in dataclasses.fields(options):
-        has_factory = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if has_factory else field.default
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         shown = {"???": "…", "None": ""}.get(str(default), default)
         rows.append((f"{field.name}={shown}", field.metadata.get("help", "")))
     width = max(len(left) for left, _ in rows)

@@ -195,8 +195,10 @@ def check_data(settings: Settings) -> Iterator[Finding]:
         else:
             root = Path(spec.root).expanduser()
             for part in ("train", "val"):
-                folder = spec.name == "folder"
-                yield check_folder(root / part) if folder else check_beton(root / f"{part}.beton")
+                if spec.name == "folder":
+                    yield from check_folder(root / part)
+                else:
+                    yield check_beton(root / f"{part}.beton")
     except DataError as error:
         remedy = "data.root=DIR"
         if spec.name == "fashion_mnist":
@@ -212,9 +214,12 @@ def check_fashion_mnist(spec: DataSpec) -> Finding:
     return Finding(OK, "data", f"Fashion-MNIST in {folder}")
 
 
-def check_folder(folder: Path) -> Finding:
-    """One folder of class folders, SAMPLED_IMAGES of its images decoded."""
-    images = list_folder(folder).images
+def check_folder(folder: Path) -> Iterator[Finding]:
+    """One folder of class folders: what is left out, and SAMPLED_IMAGES of its images decoded."""
+    listing = list_folder(folder)
+    for note in listing.notes:
+        yield Finding(WARNING, "data", note, "move or convert what should be trained on")
+    images = listing.images
     rows, bad = permutation(0, 0, len(images))[:SAMPLED_IMAGES], []
     # The torchvision loader meets a damaged image only when training draws it.
     for row in rows:
@@ -224,9 +229,10 @@ def check_folder(folder: Path) -> Finding:
             bad.append(f"{images[row].name}: {reason}")
     text = f"{folder}: {len(images)} images, {len(rows)} of them looked at"
     if not bad:
-        return Finding(OK, "data", text)
+        yield Finding(OK, "data", text)
+        return
     remedy = "data.on_bad=skip, or repair or remove them"
-    return Finding(MISSING, "data", f"{text}, {len(bad)} damaged ({bad[0]})", remedy)
+    yield Finding(MISSING, "data", f"{text}, {len(bad)} damaged ({bad[0]})", remedy)
 
 
 def check_beton(path: Path) -> Finding:

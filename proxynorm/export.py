@@ -6,40 +6,25 @@ Each file is loaded back, and its logits are compared with the run's.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.files import write_atomic, write_json, write_text
+from proxynorm.loading import CONFIG, WEIGHTS, load_export
+from proxynorm.model_card import CARD, model_card
 from proxynorm.nn.freeze import freeze
-from proxynorm.train.build import build_model
-from proxynorm.train.config import settings_from
 from proxynorm.train.restore import Restored, checkpoint_path, restore
 
 # Keys of a run's configuration that say where and how it ran, not what the model is.
 PLACES = ("runs_dir", "name", "logger", "loader", "checkpoint", "debug", "resume", "device")
-RECIPE = ("model", "norm", "optim", "schedule", "regularization", "data")
-RECIPE += ("batch", "norm_batch", "epochs", "seed")
 ONNX_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A loaded export.
-
-    inputs: classes, channels, size (pixels), and mean and std per channel on the 0..1 scale.
-    metrics: the run's summary.
-    """
-
-    model: nn.Module
-    inputs: dict[str, Any]
-    metrics: dict[str, Any]
+load = load_export  # the name on the cards of version 0.1.0
 
 
 def export_run(
@@ -64,35 +49,23 @@ def export_run(
     content = describe(restored, run, weights)
     output.mkdir(parents=True, exist_ok=True)
     tensors = save({key: value.contiguous() for key, value in restored.model.state_dict().items()})
-    path = output / "model.safetensors"
+    path = output / WEIGHTS
     # safetensors' own save_file ignores the umask and leaves mode 0600.
     write_atomic(path, lambda stream: stream.write(tensors))
-    write_json(output / "config.json", content)
+    write_json(output / CONFIG, content)
     images = example_images(content["inputs"])
     with torch.no_grad():
         logits = restored.model(images)
-        difference = (load(output).model(images) - logits).abs().max().item()
+        difference = (load_export(output).model(images) - logits).abs().max().item()
     if difference != 0:
         raise CheckpointError(f"{path}: the logits differ from the run's by {difference:g}")
     differences = {path.name: difference}
+    path = output / "model.onnx"
+    path.unlink(missing_ok=True)  # an earlier export's would contradict the new weights
     if onnx:
-        path = output / "model.onnx"
         differences[path.name] = export_onnx(restored.model, path, images, logits)
-    write_text(output / "README.md", model_card(content, onnx, licence))
+    write_text(output / CARD, model_card(content, onnx, licence))
     return differences
-
-
-def load(folder: str | Path) -> Exported:
-    """Load an exported model, in evaluation mode, with its description. Raises CheckpointError."""
-    folder = Path(folder)
-    for path in (folder / "config.json", folder / "model.safetensors"):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; export the run with scripts/export.py")
-    content = json.loads((folder / "config.json").read_text())
-    settings, inputs = settings_from(OmegaConf.create(content["config"])), content["inputs"]
-    model = build_model(settings, len(inputs["classes"]), inputs["channels"])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return Exported(model.eval(), inputs, content["metrics"])
 
 
 def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
@@ -159,22 +132,3 @@ def export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) ->
             f"{path}: the logits under onnxruntime differ from the run's by {difference:g}"
         )
     return difference
-
-
-def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
-    """The README.md of an export, from what config.json holds."""
-    config, inputs = content["config"], content["inputs"]
-    keys = [key for key in RECIPE if key in config]
-    recipe = [f"- {key}: `{json.dumps(config[key], ensure_ascii=False)}`" for key in keys]
-    templates = [Path(__file__).with_name(name) for name in ("model_card.md", "model_card_onnx.md")]
-    card, onnx_load = (template.read_text() for template in templates)
-    return card.format(
-        **content["metrics"],
-        **inputs,
-        **{key: config[key]["name"] for key in ("model", "norm", "data")},
-        number_of_classes=len(inputs["classes"]),
-        recipe="\n".join(recipe),
-        licence=licence,
-        onnx=", `model.onnx` (inference, proxy constants folded)" if onnx else "",
-        onnx_load=onnx_load.format(**inputs) if onnx else "",
-    )

@@ -45,7 +45,7 @@ def _umask() -> int:
 
 
 def write_atomic(
-    path: Path, write: Callable[[BinaryIO], None], before_rename: Callable[[], None] | None = None
+    path: Path, write: Callable[[BinaryIO], object], before_rename: Callable[[], None] | None = None
 ) -> None:
     """Write a temporary file by `write`, fsync it and rename it to `path`.
 

@@ -46,17 +46,34 @@ def test_what_is_exported_gives_the_same_logits(tmp_path, norm):
     assert exported.inputs["classes"] == ["a", "b", "c"] and exported.metrics["top1"] == 91.5
 
 
+def run_card(folder, monkeypatch, block):
+    """Run a Python block of a card in its folder, as the card says; what it defines."""
+    monkeypatch.chdir(folder)
+    example = (folder / "README.md").read_text().split("```python\n")[block].split("```")[0]
+    (folder / "example.py").write_text(example)
+    return runpy.run_path("example.py")
+
+
+def test_the_card_s_example_runs(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert run_card(tmp_path / "out", monkeypatch, 1)["label"] in ("a", "b", "c")
+    assert "onnx" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
     make_run(tmp_path / "run", "norm=ln_pn")
     export_run(tmp_path / "run", tmp_path / "out", weights="best", licence="cc0-1.0")
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
-        "Top-1 92.00 %",
-        "10000 images of the evaluation set",
-        "one run (seed 0), the best weights, after\n7 weight updates",
+        "| 92.00 % | 99.00 % | 0.3000 | 10000 | 1 |",
+        "Evaluated on 10000 images of the evaluation set: 32 pixels a side",
+        "The best checkpoint, after 7 weight updates, of one run (seed 0)",
         "license: cc0-1.0",
-        "from proxynorm.export import load",
-        '"name": "ln_pn"',
+        "      value: 92.0",
+        "pip install 'proxynorm[train]",
+        "| norm | ln_pn: proxy_eps=0.03, ",
+        "| optim | momentum: base_lr=0.1, base_batch=128, momentum=0.9, weight_decay=0.0001 |",
     ):
         assert words in card
     assert "somewhere" not in card + (tmp_path / "out" / "config.json").read_text()
@@ -105,12 +122,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
 @need_module("onnxscript")
 def test_the_card_s_onnx_example_runs(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "FOLDER", onnx=True)
-    monkeypatch.chdir(tmp_path)
-    example = (
-        (tmp_path / "FOLDER" / "README.md").read_text().split("```python\n")[2].split("```")[0]
-    )
-    (tmp_path / "example.py").write_text(example)
-    assert runpy.run_path("example.py")["logits"].shape == (1, 3)
-    export_run(tmp_path / "run", tmp_path / "plain")
-    assert "onnx" not in (tmp_path / "plain" / "README.md").read_text()
+    export_run(tmp_path / "run", tmp_path / "out", onnx=True)
+    assert run_card(tmp_path / "out", monkeypatch, 2)["logits"].shape == (1, 3)
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out" / "model.onnx").exists()

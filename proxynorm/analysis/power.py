@@ -83,7 +83,9 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def power_decomposition(model: nn.Module, batches: Iterable[Tensor | tuple]) -> list[PowerRow]:
+def power_decomposition(
+    model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]
+) -> list[PowerRow]:
     """Compute P1 … P4 of every NormAct2d with a norm, in the order of the forward pass.
 
     Only sums are stored, however many the images. BN normalizes by the statistics of the batch, as
@@ -105,8 +107,8 @@ def power_decomposition(model: nn.Module, batches: Iterable[Tensor | tuple]) -> 
         )
     sums: dict[str, PowerSums] = {}  # ordered by first call
 
-    def collect(name: str) -> Callable[[NormAct2d, tuple], None]:
-        def hook(module: NormAct2d, inputs: tuple) -> None:
+    def collect(name: str) -> Callable[[NormAct2d, tuple[Tensor, ...]], None]:
+        def hook(module: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
             # Normalize once more: the layer's forward fuses the norm with what follows.
             y = module.normalize(inputs[0])
             sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)

@@ -33,8 +33,9 @@ def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[Power
     rows = loader.split.rows[:: max(1, len(loader.split.rows) // images)][:images]
     loader.split = replace(loader.split, rows=rows)
     prepared = (data.prepare(b, device, torch.float32, torch.contiguous_format) for b in loader)
-    # The last batch is padded with images that are not valid.
-    return power_decomposition(model, (b.images[b.valid.to(device)] for b in prepared))
+    # The last batch is padded with images that are not valid, and damaged images are not.
+    valid = (b.images[b.valid.to(device)] for b in prepared)
+    return power_decomposition(model, (images for images in valid if len(images)))
 
 
 def collapse_warning(rows: Sequence[PowerRow], threshold: float) -> str | None:

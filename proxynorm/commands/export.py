@@ -17,6 +17,8 @@ class Options:
     weights: str = option("last", "last or best")
     licence: str = option("mit", "of the weights, for the model card")
     onnx: bool = option(False, "also model.onnx, checked with onnxruntime")
+    push: str | None = option(None, "upload to this repository of the Hugging Face Hub: OWNER/NAME")
+    private: bool = option(False, "push=: make the repository private, if it is new")
 
 
 def main(options: Options) -> None:
@@ -26,6 +28,10 @@ def main(options: Options) -> None:
     found = export_run(options.run, output, options.weights, options.onnx, options.licence)
     for file, difference in found.items():
         print(f"{output}/{file}: largest difference of the logits {difference:g}")
+    if options.push:
+        from proxynorm.hub import push
+
+        print(push(output, options.push, options.private))
 
 
 def entry() -> None:

@@ -1,12 +1,13 @@
-"""Files made on the fly: one folder, one maker at a time, the others wait and reuse."""
+"""Files made on the fly: one folder, one maker at a time; the others wait and reuse."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from proxynorm.data.ffcv.beton import Samples, read_beton
@@ -14,8 +15,7 @@ from proxynorm.errors import DataError
 
 
 def cache_folder(given: str | None) -> Path:
-    """The folder for files made on the fly: the given one, $PROXYNORM_CACHE, or ~/.cache/proxynorm;
-    made if missing."""
+    """Return the given folder, $PROXYNORM_CACHE, or ~/.cache/proxynorm; made if missing."""
     default = (
         os.environ.get("PROXYNORM_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "proxynorm"
@@ -31,9 +31,13 @@ def cache_folder(given: str | None) -> Path:
 
 
 def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path], None]) -> Samples:
-    """The .beton file that make(path) writes for this signature (what it is made from), made if
-    missing or damaged."""
-    path = folder / f"{stem}-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.beton"
+    """Return the .beton file that make(path) writes; made if it is missing or damaged.
+
+    signature: all that the file depends on; another signature is another file.
+    """
+    # File names need not be UTF-8.
+    digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    path = folder / f"{stem}-{digest}.beton"
     with _lock(path.with_suffix(".lock")):
         if path.is_file():
             with suppress(DataError):
@@ -47,15 +51,20 @@ def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path],
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however the process ends."""
-    with ExitStack() as stack:
+    """Wait for the lock file and hold it; the system releases it if the process dies."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that makes {path.stem}.beton", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise DataError(
-                f"{path.parent}: cannot be written or locked ({error.strerror}); set data.cache "
-                f"to another folder"
-            ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: cannot be written or locked ({error.strerror}); set data.cache to "
+            "another folder"
+        ) from None
+    try:
         yield
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.ffcv.verification import verify
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
+from proxynorm.data.names import code_points, look_alike
 from proxynorm.data.readers import BetonReader, Failures, MemoryReader, Reader
 from proxynorm.data.sources import Listing, list_folder
 from proxynorm.data.spec import DataSpec, LoaderSpec
@@ -48,14 +49,13 @@ def _open_fashion_mnist(
     _check_fashion_mnist(spec)
     cache = cache_folder(spec.cache)
     folder = fashion_mnist.find_fashion_mnist(spec.root, cache)
-    train, evaluation = (
+    return tuple(
         _fashion_mnist_reader(folder, part, cache, backend, loader) for part in fashion_mnist.COUNTS
     )
-    return train, evaluation
 
 
 def _check_fashion_mnist(spec: DataSpec) -> None:
-    """Raise ConfigError on what images of one channel and 28 pixels do not allow."""
+    """Raise ConfigError for options that grey images of 28 pixels do not allow."""
     if spec.augmentation == "inception":
         raise ConfigError(
             "data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none"
@@ -79,15 +79,12 @@ def _fashion_mnist_reader(
         images, labels = fashion_mnist.read_fashion_mnist(folder, part)
         return MemoryReader(images[..., None], labels, fashion_mnist.CLASSES, f"{folder}/{part}")
     signature = f"{fashion_mnist.signature(folder)};{part}"
-    samples = cached_beton(
-        cache,
-        f"fashion-mnist-{part}",
-        signature,
-        lambda path: _write_fashion_mnist(path, folder, part),
-    )
-    return BetonReader(
-        samples, fashion_mnist.CLASSES, loader.workers, loader.prefetch, source=f"{folder}/{part}"
-    )
+
+    def make(path: Path) -> None:
+        _write_fashion_mnist(path, folder, part)
+
+    samples = cached_beton(cache, f"fashion-mnist-{part}", signature, make)
+    return BetonReader(samples, fashion_mnist.CLASSES, loader, source=f"{folder}/{part}")
 
 
 def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
@@ -105,76 +102,122 @@ def _open_folder(
     spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures
 ) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(
             f"{root}: no such folder; give data.root with train/CLASS/*.jpg and val/CLASS/*.jpg"
         )
-    train, evaluation = (list_folder(root / part) for part in ("train", "val"))
-    _same_classes(root, train.classes, evaluation.classes)
+    parts = {part: list_folder(root / part) for part in ("train", "val")}
+    _same_classes(root, *(listing.classes for listing in parts.values()))
+    return tuple(
+        folder_reader(spec, root / part, listing, backend, loader, failures)
+        for part, listing in parts.items()
+    )
+
+
+def folder_reader(
+    spec: DataSpec,
+    folder: Path,
+    listing: Listing,
+    backend: str,
+    loader: LoaderSpec,
+    failures: Failures,
+) -> Reader:
+    """Return the reader of a folder's images by either backend.
+
+    FFCV's converts them to a .beton file, kept in the cache while the images stay as they are.
+    """
     if backend == "torchvision":
-        folders = ((train, "train"), (evaluation, "val"))
-        return tuple(
-            FolderReader(part, str(root / name), loader.workers, loader.prefetch)
-            for part, name in folders
-        )
-    readers = []
-    for part, listing in (("train", train), ("val", evaluation)):
-        samples = _converted(spec, part, listing, loader.workers)
-        for name, reason in samples.manifest["skipped"].items():
-            failures.record(name, reason)
-        readers.append(
-            BetonReader(
-                samples, train.classes, loader.workers, loader.prefetch, source=str(root / part)
-            )
-        )
-    return readers[0], readers[1]
-
-
-def _converted(spec: DataSpec, part: str, listing: Listing, workers: int) -> Samples:
-    """The .beton file of a folder, made once and kept in the cache as long as the folder's files
-    stay as they are."""
+        return FolderReader(listing, str(folder), loader)
     options = StorageOptions()
-    stats = ((image.path, os.stat(image.path)) for image in listing.images)
-    signature = "\n".join(
-        [repr(options), *(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)]
-    )
-    return cached_beton(
+    signature = "\n".join([repr(options), *(_file_signature(i.path) for i in listing.images)])
+    samples = cached_beton(
         cache_folder(spec.cache),
-        f"folder-{part}",
+        f"folder-{folder.name}",
         signature,
-        lambda path: prepare(listing, path, options, spec.on_bad, workers),
+        lambda path: prepare(listing, path, options, spec.on_bad, loader.workers),
     )
+    for name, reason in samples.manifest["skipped"].items():
+        failures.record(name, reason)
+    return BetonReader(samples, listing.classes, loader, str(folder), listing.notes)
+
+
+def _file_signature(path: str) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError as error:  # such as a dangling link: preparation reports it
+        return f"{path}:{error.errno}"
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _open_beton(
     spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures
 ) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
-    train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
-    classes = [tuple(samples.manifest.get("classes", ())) for samples in (train, evaluation)]
+    parts = [read_beton(root / f"{part}.beton") for part in ("train", "val")]
+    classes = [tuple(samples.manifest.get("classes", ())) for samples in parts]
     if all(classes):
         _same_classes(root, *classes)
+    elif any(classes):
+        _refuse_other_order(parts, classes)
     # A file without manifest, such as FFCV's own writer makes, does not name its classes.
-    count = 1 + max(int(train.target.max()), int(evaluation.target.max()))
+    count = 1 + max(int(samples.target.max()) for samples in parts)
     names = classes[0] or classes[1] or tuple(map(str, range(count)))
     if count > len(names):
         raise DataError(
             f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the "
-            f"files again"
+            "files again"
         )
     return tuple(
-        BetonReader(part, names, loader.workers, loader.prefetch) for part in (train, evaluation)
+        BetonReader(samples, names, loader, notes=_left_out_when_written(samples))
+        for samples in parts
+    )
+
+
+def _left_out_when_written(samples: Samples) -> tuple[str, ...]:
+    """Return a line on the files that are missing from a .beton file, by its manifest."""
+    damaged = len(samples.manifest.get("skipped", ()))
+    others = samples.manifest.get("left_aside", {}).get("count", 0)
+    if not damaged + others:
+        return ()
+    return (
+        f"{samples.path}: written without {damaged} damaged images and {others} other files; its "
+        "manifest lists them",
+    )
+
+
+def _refuse_other_order(parts: list[Samples], classes: list[tuple[str, ...]]) -> None:
+    """Raise DataError if a file without manifest may number its classes unlike the other file.
+
+    Ours sorts folder names as text (0, 1, 10, 2), as torchvision does; a file that FFCV's own
+    writer made of numbers as labels counts 0, 1, 2.
+    """
+    named = classes[0] or classes[1]
+    if not all(name.isdecimal() for name in named) or sorted(named, key=int) == list(named):
+        return
+    bare, other = parts if classes[1] else parts[::-1]
+    place = next(n for n, name in enumerate(sorted(named, key=int)) if name != named[n])
+    raise DataError(
+        f"{bare.path}: has no manifest to name its classes, which {other.path.name} sorts as text "
+        f"({', '.join(named[: place + 1])}, …): its label {place} may mean another class than "
+        f"{named[place]}; write it again with scripts/write_ffcv.py"
     )
 
 
 def _same_classes(root: Path, train: tuple[str, ...], evaluation: tuple[str, ...]) -> None:
+    if train == evaluation:
+        return
     odd = sorted(set(train) ^ set(evaluation))
-    if train != evaluation:
-        where = "train" if odd and odd[0] in train else "val"
-        raise DataError(
-            f"{root}: train and val hold different classes "
-            f"({odd[0] if odd else 'in another order'}, only in {where})"
-        )
+    for name in sorted(set(train) - set(evaluation)):
+        if twin := look_alike(name, set(evaluation) - set(train)):
+            raise DataError(
+                f"{root}: a class looks the same in train and val, but its name is "
+                f"{code_points(name)} in train and {code_points(twin)} in val; rename one of them"
+            )
+    where = "train" if odd and odd[0] in train else "val"
+    raise DataError(
+        f"{root}: train and val hold different classes "
+        f"({f'{odd[0]}, only in {where}' if odd else 'in another order'})"
+    )
 
 
 DATASETS = {

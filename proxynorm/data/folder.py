@@ -1,83 +1,123 @@
-"""The torchvision backend's reader of image files: torch's DataLoader around PIL."""
+"""The torchvision backend's reader of image files: torch's DataLoader around Pillow."""
 
 from __future__ import annotations
 
 import math
 import os
-import random
 import re
+import stat
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from proxynorm.data.augment import View
 from proxynorm.data.images import BadImage, ImageRef, load_rgb
-from proxynorm.data.readers import Failures, Job, assemble, fingerprint
+from proxynorm.data.names import printable
+from proxynorm.data.randomness import seeded
+from proxynorm.data.readers import POLL_SECONDS, Failures, Job, assemble, fingerprint, nothing, wait
 from proxynorm.data.sources import Listing
-from proxynorm.data.spec import Batch
-from proxynorm.errors import ConfigError
+from proxynorm.data.spec import Batch, LoaderSpec
+from proxynorm.errors import ConfigError, DataError
+
+END = "end"
+SHARED_MEMORY = "/dev/shm"
+# A fingerprint reads extracts of so many files, two blocks of so many bytes each.
+FILES_READ, BLOCK = 10_000, 4096
 
 
 class FolderReader:
-    """Image files of the folder `source`, decoded in `workers` processes (0: in this one), one
-    micro-batch at a time in each; prefetch: see LoaderSpec."""
+    """Image files of the folder `source`, decoded in loader.workers processes (0: in this one).
+
+    A process decodes one micro-batch at a time.
+    """
 
     channels = 3
 
-    def __init__(
-        self, listing: Listing, source: str, workers: int, prefetch: int | None = None
-    ) -> None:
-        self.source = source
-        self.classes, self.targets, self.workers = listing.classes, listing.targets, workers
-        ahead = prefetch is not None and workers > 0
-        self.prefetch_factor = max(1, math.ceil(prefetch / workers)) if ahead else None
+    def __init__(self, listing: Listing, source: str, loader: LoaderSpec) -> None:
+        self.source, self.loader, self.notes = source, loader, listing.notes
+        self.classes, self.targets = listing.classes, listing.targets
         # One block of bytes, so that worker processes share it instead of copying a million
         # strings.
         self.paths = np.array([os.fsencode(image.path) for image in listing.images])
 
-    def stream(self, jobs: Iterable[Job], view: View, failures: Failures) -> Iterator[Batch]:
+    def stream(
+        self,
+        jobs: Iterable[Job],
+        view: View,
+        failures: Failures,
+        each_second: Callable[[], None] = nothing,
+    ) -> Iterator[Batch]:
+        if not self.loader.workers:
+            for job in jobs:
+                yield self.read(job, view, failures)
+            return
+        batches = self._worker_batches(jobs, view)
+
+        def take(_: float):
+            return _next_if_there(batches)
+
+        while (result := wait(take, self.loader, self.source, each_second)) is not END:
+            if isinstance(result, DataError):
+                raise result
+            yield assemble(self, *result, failures)
+
+    def _worker_batches(self, jobs: Iterable[Job], view: View) -> Iterator:
+        prefetch, workers = self.loader.prefetch, self.loader.workers
         with warnings.catch_warnings():
-            # How many processes read is the user's choice: they may wait for a disk, not for a
-            # core.
+            # The number of processes is the user's choice: they may wait for a disk, not a core.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loader = torch.utils.data.DataLoader(
+            loader = DataLoader(
                 _Decoder(self.paths, view),
                 batch_size=None,
                 sampler=jobs,
-                num_workers=self.workers,
-                prefetch_factor=self.prefetch_factor,
+                num_workers=workers,
+                prefetch_factor=None if prefetch is None else max(1, math.ceil(prefetch / workers)),
                 collate_fn=_unchanged,
                 pin_memory=torch.cuda.is_available(),
                 # Its own generator: DataLoader would otherwise draw from the one that dropout uses.
                 generator=torch.Generator(),
+                timeout=POLL_SECONDS,
             )
-            batches = iter(loader)
-        for job, images, bad in batches:
-            yield assemble(self, job, images, bad, failures)
+            return iter(loader)
+
+    def read(self, job: Job, view: View, failures: Failures) -> Batch:
+        return assemble(self, *_Decoder(self.paths, view)[job], failures)
 
     def name(self, row: int) -> str:
-        return os.fsdecode(self.paths[row])
+        return printable(bytes(self.paths[row]))
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        """Of every file's name, and of the length and two blocks of at most MOST files, evenly
-        spaced: all would take minutes."""
+        """Of all files' names, and of extracts of FILES_READ files: all would take minutes."""
         paths = self.paths[rows].tolist()
         names = b"\0".join(os.path.basename(path) for path in paths)
-        parts = b"".join(_extract(path) for path in paths[:: math.ceil(len(paths) / MOST)])
+        parts = b"".join(_extract(path) for path in paths[:: math.ceil(len(paths) / FILES_READ)])
         return fingerprint("extracts of files", np.frombuffer(names + parts, np.uint8))
 
 
-MOST, BLOCK = 10_000, 4096
+def _next_if_there(batches: Iterator):
+    """Return DataLoader's next result, END, or None if it took longer than its timeout."""
+    try:
+        return next(batches, END)
+    except RuntimeError as error:
+        # DataLoader can be asked again after its timeout.
+        if "timed out" in str(error):
+            return None
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"a loader worker ended ({reason}), most likely for lack of memory; give fewer "
+            "loader.workers, or a smaller batch or micro_batch"
+        ) from None
 
 
 def _extract(path: bytes) -> bytes:
-    """A file's length, and BLOCK bytes of its middle and of its end; of a file that is gone,
-    nothing."""
+    """Return a file's length, and BLOCK bytes of its middle and of its end; b"" if it is gone."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             places = (max(0, (length - BLOCK) // 2), max(0, length - BLOCK))
@@ -92,25 +132,36 @@ def _unchanged(result):
     return result
 
 
-class _Decoder(torch.utils.data.Dataset):
-    """Job -> (job, images uint8 (N, C, S, S), place -> reason of the bad ones); runs in the worker
-    processes."""
+class _Decoder(Dataset):
+    """Job -> (job, images uint8 (N, C, S, S), place -> reason of the bad ones), or DataError.
+
+    Runs in the worker processes.
+    """
 
     def __init__(self, paths: np.ndarray, view: View) -> None:
         self.paths, self.view = paths, view
 
-    def __getitem__(self, job: Job) -> tuple[Job, torch.Tensor, dict[int, str]]:
-        images = np.zeros((len(job.rows), job.size, job.size, 3), dtype=np.uint8)
+    def __getitem__(self, job: Job) -> tuple[Job, torch.Tensor, dict[int, str]] | DataError:
+        pixels = np.zeros((len(job.rows), job.size, job.size, 3), dtype=np.uint8)
         bad = {}
         for place in np.flatnonzero(job.rows >= 0):
             path = os.fsdecode(self.paths[job.rows[place]])
             try:
                 image = load_rgb(ImageRef(path, path))
+                pixels[place] = self._transform(image, job.keys[place : place + 1], job.size)
             except BadImage as reason:
                 bad[int(place)] = str(reason)
-            else:
-                images[place] = self._transform(image, job.keys[place : place + 1], job.size)
-        return job, torch.from_numpy(self.view.finish(images, job.keys, job.size)), bad
+            except Exception as error:
+                bad[int(place)] = f"cannot be cropped ({error})"
+        images = torch.from_numpy(self.view.finish(pixels, job.keys, job.size))
+        if get_worker_info() is None:
+            return job, images, bad
+        try:
+            # Done here, not by the queue, whose thread would drop the batch on an error: then
+            # the run would wait for it for ever.
+            return job, images.share_memory_(), bad
+        except RuntimeError as error:
+            return _no_shared_memory(error, images.numel())
 
     def _transform(self, image: Image.Image, key: np.ndarray, size: int) -> Image.Image:
         width, height = image.size
@@ -120,17 +171,29 @@ class _Decoder(torch.utils.data.Dataset):
         )
         if self.view.flips(key)[0]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.view.randaugment is not None:
-            with _seeded(int(key[0])):
-                image = rand_augment(self.view.randaugment, self.view.colour)(image)
+        if self.view.spec.randaugment is not None:
+            with seeded(int(key[0])):
+                image = rand_augment(self.view.spec.randaugment, self.view.colour)(image)
         return image
 
 
-def rand_augment(config: str, colour: tuple[int, ...]):
-    """timm's RandAugment for a configuration string such as "rand-m9-mstd0.5"; colour fills what
-    moves in.
+def _no_shared_memory(error: RuntimeError, size: int) -> DataError:
+    """Return the error for a batch of `size` bytes that shared memory does not take."""
+    try:
+        space = os.statvfs(SHARED_MEMORY)
+        room = f"{space.f_bavail * space.f_frsize / 1e6:.1f} MB are free in {SHARED_MEMORY}"
+    except OSError:
+        room = str(error).partition("\n")[0]
+    return DataError(
+        f"shared memory is full: a loader worker cannot pass on a batch of {size / 1e6:.1f} MB "
+        f"({room}); enlarge it (docker run --shm-size=8g), or give loader.workers=0 or loader=ffcv"
+    )
 
-    Raises ConfigError if timm does not take the string, or would pass over a part of it.
+
+def rand_augment(config: str, colour: tuple[int, ...]):
+    """Return timm's RandAugment for a string such as "rand-m9-mstd0.5"; colour fills gaps.
+
+    Raises ConfigError if timm does not take the string, or would ignore a part of it.
     """
     from timm.data.auto_augment import rand_augment_transform
 
@@ -142,23 +205,9 @@ def rand_augment(config: str, colour: tuple[int, ...]):
     except (AssertionError, ValueError, KeyError):
         raise ConfigError(
             f"regularization.randaugment={config}: give 'rand' and sections as in "
-            f"rand-m9-n2-mstd0.5 (timm: m, n, p, mstd, "
-            "mmax, inc with a number; t with a set's name)"
+            "rand-m9-n2-mstd0.5 (timm: m, n, p, mstd, mmax, inc with a number; t with a set's name)"
         ) from None
 
 
-# timm passes over a section without a number.
+# timm ignores a section without a number.
 SECTION = re.compile(r"t[a-z]+|[a-z]+\d.*")
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that timm's augmentations use, and put them back."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

@@ -1,10 +1,16 @@
-"""One image file: read, checked, turned into upright RGB, encoded for storage."""
+"""One image file: read, checked, turned into upright RGB, encoded for storage.
+
+Whatever is wrong with a file ends in BadImage, here and nowhere above: callers then apply the
+policy data.on_bad. A damaged file can raise any exception in a decoder, so all are caught.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import io
+import os
 import re
+import stat
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -12,19 +18,37 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from proxynorm.data.ffcv.beton import JPEG, PAGE_SIZE, RAW
 from proxynorm.data.ffcv.native import ffcv_library
 from proxynorm.errors import ConfigError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# A fixed list: Pillow's others are no photographs (icons, PDF), or start programs (EPS).
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
+    *((".avif",) if features.check("avif") else ()),  # Pillow's own since 11.3
+)
+Image.init()  # registers the plugins
+FORMATS = [
+    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000"),
+    *(("AVIF",) if features.check("avif") else ()),
+]
 SMALL = 64 * 64
 LONGEST_SIDE = 65_535
 # What the manifest calls the modes of images that are not RGB.
 MODES = {"L": "grey", "1": "one bit", "P": "palette", "LA": "alpha", "RGBA": "alpha", "PA": "alpha"}
-# Cameras pad the end of the data; more than a few bytes left over mean that the decoder lost its
-# way.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Cameras pad the end of the data. More bytes left over mean that the decoder lost its way.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
 
@@ -34,8 +58,10 @@ class BadImage(Exception):
 
 
 class ImageRef(NamedTuple):
-    """Where an image's bytes are: a file, or `size` bytes at `offset` of an archive; name is for
-    messages."""
+    """Where an image's bytes are: a file, or `size` bytes at `offset` of an archive.
+
+    name is printable, for messages.
+    """
 
     path: str
     name: str
@@ -45,11 +71,12 @@ class ImageRef(NamedTuple):
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How images are stored. max_side: longer sides are shrunk to it, pixels, None: never;
-    jpeg_quality: 1..100;
-    jpeg_probability: the share of images stored as JPEG, the others being raw (faster, larger);
-    images of at most 64x64 pixels are raw. strict: an image whose JPEG data decodes with warnings
-    is bad, too."""
+    """How images are stored. Raises ConfigError for impossible values.
+
+    max_side: longer sides are shrunk to it, pixels; None: never. jpeg_quality: 1..100.
+    jpeg_probability: the share of images stored as JPEG; the others are raw (faster, larger), as
+    are all images of at most 64x64 pixels. strict: JPEG data that decodes with warnings is bad.
+    """
 
     max_side: int | None = 500
     jpeg_quality: int = 90
@@ -66,8 +93,7 @@ class StorageOptions:
 
 
 class Stored(NamedTuple):
-    """An image as it goes into a .beton file: bytes, height and width in pixels, JPEG or RAW; what
-    was converted."""
+    """An image as it goes into a .beton file; height and width in pixels, mode JPEG or RAW."""
 
     data: bytes
     height: int
@@ -77,8 +103,11 @@ class Stored(NamedTuple):
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """The image's bytes. Raises BadImage if there are none, or fewer than the archive promises."""
+    """Return the image's bytes. Raises BadImage if there are none, or fewer than there should."""
     try:
+        # Opening a named pipe would wait for its writer for ever.
+        if not stat.S_ISREG(os.stat(ref.path).st_mode):
+            raise BadImage("is no regular file")
         with open(ref.path, "rb") as file:
             file.seek(ref.offset)
             data = file.read() if ref.size is None else file.read(ref.size)
@@ -92,58 +121,67 @@ def read_bytes(ref: ImageRef) -> bytes:
 
 
 def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
-    """The decoded image, RGB, upright by its EXIF tag; its content, not its name, decides the
-    format.
+    """Return the decoded image, RGB, upright by its EXIF tag; the content decides the format.
 
     strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises
-    BadImage.
+    BadImage, whatever is wrong.
     """
     return _decode(ref, strict)[0]
 
 
 def _decode(ref: ImageRef, strict: bool) -> tuple[Image.Image, tuple[str, ...]]:
-    """load_rgb's image, and what was converted on the way."""
+    """Return load_rgb's image, and the kinds of conversion that it took."""
     data = read_bytes(ref)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if strict and image.format in ("JPEG", "MPO"):
                 _check_jpeg(data)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image)), conversions(image, ref.name)
+            orientation = _orientation(image)
+            rgb = _to_rgb(image)
+    except BadImage:
+        raise
     except UnidentifiedImageError:
-        raise BadImage("is no image") from None
+        raise BadImage("is no image of a known format") from None
     except Image.DecompressionBombError:
         raise BadImage("has more pixels than can be decoded safely") from None
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        TypeError,
-        IndexError,
-        EOFError,
-        MemoryError,
-    ) as error:
+    except Exception as error:
         raise BadImage(f"cannot be decoded ({_first_line(error)})") from None
+    if orientation in UPRIGHT:
+        rgb = rgb.transpose(UPRIGHT[orientation])
+    return rgb, _conversions(image, ref.name, orientation)
 
 
-def conversions(image: Image.Image, name: str) -> tuple[str, ...]:
-    """In what an opened image differs from upright RGB in a file named for its format: the kinds a
-    manifest counts."""
+def _orientation(image: Image.Image) -> int | None:
+    """Return the EXIF tag of orientation: 1 (upright) if there is none, None if it is unreadable.
+
+    A damaged EXIF block says nothing about the pixels, so the image stays usable.
+    """
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _conversions(image: Image.Image, name: str, orientation: int | None) -> tuple[str, ...]:
+    """Return how an image differs from upright RGB in a file that is named for its format."""
     kinds = []
     suffix = Path(name).suffix
-    format = (
-        "JPEG" if image.format == "MPO" else image.format
-    )  # a JPEG with a second picture behind it
+    # A MPO file is a JPEG with a second picture behind it.
+    format = "JPEG" if image.format == "MPO" else image.format
     if Image.registered_extensions().get(suffix.lower()) != format:
         kinds.append(f"{format} named {suffix}")
-    if image.mode != "RGB":
-        kinds.append(
-            "16-bit grey" if image.mode.startswith("I") else MODES.get(image.mode, image.mode)
-        )
-    if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+    if image.mode.startswith("I"):
+        kinds.append("16-bit grey")
+    elif image.mode != "RGB":
+        kinds.append(MODES.get(image.mode, image.mode))
+    if orientation in UPRIGHT:
         kinds.append("EXIF rotation")
+    elif orientation is None:
+        kinds.append("unreadable EXIF")
     return tuple(kinds)
 
 
@@ -152,11 +190,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of any mode to RGB. Raises BadImage if its range is not known."""
     if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:
+            raise BadImage("holds 32-bit pixels of unknown range; convert it to 8 or 16 bits")
         # 16-bit grey: convert() would clip instead of scaling.
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        image = Image.fromarray((values / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise BadImage("holds floating-point pixels of unknown range; convert it to 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -210,8 +252,10 @@ def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
 
 
 def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
-    """Check an image and encode it for storage; draw in [0, 1) decides between JPEG and raw. Raises
-    BadImage."""
+    """Check an image and encode it; draw in [0, 1) decides between JPEG and raw.
+
+    Raises BadImage, whatever is wrong.
+    """
     image, converted = _decode(ref, options.strict)
     longest = max(image.size)
     if options.max_side is not None and longest > options.max_side:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,9 +13,12 @@ import torch
 
 from proxynorm.data.augment import View
 from proxynorm.data.randomness import evaluation_batches, micro_batches, permutation, sample_keys
-from proxynorm.data.readers import Failures, Job, Reader
+from proxynorm.data.readers import Failures, Job, Reader, nothing
 from proxynorm.data.spec import Batch, DataInfo, DataSpec
 from proxynorm.errors import ConfigError, DataError
+
+# So many damaged images in a row end the run even under on_bad=skip.
+STAND_INS_TRIED = 1000
 
 
 @dataclass(frozen=True)
@@ -26,37 +29,36 @@ class Split:
     rows: np.ndarray
 
 
+@dataclass
 class TrainLoader:
     """Training micro-batches; see Data.train_loader."""
 
-    def __init__(
-        self, split: Split, view: View, spec: DataSpec, failures: Failures, **order: int
-    ) -> None:
-        self.split, self.view, self.spec, self.failures = split, view, spec, failures
-        self.batch, self.micro_batch, self.seed = (
-            order["batch"],
-            order["micro_batch"],
-            order["seed"],
-        )
-        self.rank, self.world_size = order["rank"], order["world_size"]
-        self.crop_seed = self.seed if spec.deterministic else secrets.randbits(64)
-        self.running: list[Iterator[Batch]] = []
-        self._check()
+    split: Split
+    view: View
+    spec: DataSpec
+    damage: Failures
+    batch: int
+    micro_batch: int
+    seed: int
+    rank: int
+    world_size: int
+    running: list[Iterator[Batch]] = field(default_factory=list)
 
-    def _check(self) -> None:
-        count, step = len(self.split.rows), self.world_size * self.micro_batch
+    def __post_init__(self) -> None:
+        self.crop_seed = self.seed if self.spec.deterministic else secrets.randbits(64)
         if min(self.batch, self.micro_batch) < 1:
             raise ConfigError(
                 f"batch={self.batch} micro_batch={self.micro_batch}: both must be at least 1"
             )
-        if self.batch % step:
+        if self.batch % (self.world_size * self.micro_batch):
             raise ConfigError(
                 f"batch={self.batch} is not divisible by {self.world_size} process(es) x "
                 f"micro_batch={self.micro_batch}"
             )
         if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"batch={self.batch} exceeds the {count} training images; give a smaller batch"
+                f"batch={self.batch} exceeds the {len(self.split.rows)} training images; give a "
+                "smaller batch"
             )
 
     @property
@@ -65,34 +67,59 @@ class TrainLoader:
         return len(self.split.rows) // self.batch
 
     def image_size(self, epoch: int) -> int:
-        """Side of the training crop in this epoch, pixels; a multiple of 32 on the way
-        (ffcv-imagenet's recipe)."""
+        """Return the side of the training crop in this epoch, pixels.
+
+        It grows in multiples of 32 (ffcv-imagenet's recipe).
+        """
         spec = self.spec
         if spec.ramp is None or epoch >= spec.ramp[1]:
             return spec.image_size
         grown = np.interp(epoch, spec.ramp, (spec.start_size, spec.image_size))
         return spec.start_size if epoch <= spec.ramp[0] else round(grown / 32) * 32
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The epoch's batches of micro_batch images, from start_step on; seeking costs nothing.
+    def epoch(
+        self, epoch: int, start_step: int = 0, each_second: Callable[[], None] = nothing
+    ) -> Iterator[Batch]:
+        """Yield the epoch's batches of micro_batch images from start_step on; seeking is free.
 
-        Under on_bad="skip" a batch lacks its damaged images and is smaller by them.
+        Under on_bad="skip" a batch lacks its damaged images; if none is left, the next sound image
+        of the epoch takes their place. each_second is called while a batch is waited for.
         """
         order = self.split.rows[permutation(self.seed, epoch, len(self.split.rows))]
         jobs = (
-            Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
+            self._job(rows, epoch)
             for rows in micro_batches(
                 order, self.batch, self.micro_batch, start_step, self.rank, self.world_size
             )
         )
-        stream = self.split.reader.stream(jobs, self.view, self.failures)
+        stream = self.split.reader.stream(jobs, self.view, self.damage, each_second)
         self.running.append(stream)
         try:
             for batch in stream:
-                yield _only_valid(batch)
+                yield _only_valid(batch) or self._stand_in(order, batch, epoch)
         finally:
             stream.close()
             self.running.remove(stream)
+
+    def _job(self, rows: np.ndarray, epoch: int) -> Job:
+        return Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
+
+    def _stand_in(self, order: np.ndarray, batch: Batch, epoch: int) -> Batch:
+        """Return a batch of the sound image that follows a wholly damaged batch in the order.
+
+        An empty batch has no mean loss, and no process may leave out a backward pass. The choice
+        depends on the order alone, so a resumed run makes the same one.
+        """
+        place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
+        for row in np.roll(order, -place)[:STAND_INS_TRIED]:
+            job = self._job(np.array([row]), epoch)
+            if found := _only_valid(self.split.reader.read(job, self.view, self.damage)):
+                return found
+        reader = self.split.reader
+        raise DataError(
+            f"{reader.source}: {min(STAND_INS_TRIED, len(order))} images in a row are damaged "
+            f"(such as {next(reversed(self.damage.reasons))}); mend the images"
+        )
 
     def close(self) -> None:
         """End every epoch that was left early, with its threads and processes."""
@@ -100,42 +127,38 @@ class TrainLoader:
             stream.close()
 
 
-def _only_valid(batch: Batch) -> Batch:
+def _only_valid(batch: Batch) -> Batch | None:
     if bool(batch.valid.all()):
         return batch
-    if not bool(batch.valid.any()):
-        raise DataError(
-            "every image of a micro-batch is damaged; see the list of skipped images, and "
-            "prepare the data again"
-        )
-    return Batch(*(part[batch.valid] for part in batch))
+    return Batch(*(part[batch.valid] for part in batch)) if bool(batch.valid.any()) else None
 
 
+@dataclass
 class EvalLoader:
     """Evaluation batches with a mask; see Data.eval_loader."""
 
-    def __init__(
-        self,
-        split: Split,
-        view: View,
-        size: int,
-        failures: Failures,
-        batch_size: int,
-        rank: int,
-        world: int,
-    ):
-        if batch_size < 1:
-            raise ConfigError(f"evaluation batch size {batch_size}: give at least 1")
+    split: Split
+    view: View
+    size: int
+    damage: Failures
+    batch_size: int
+    rank: int
+    world_size: int
+    each_second: Callable[[], None] = nothing
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"evaluation batch size {self.batch_size}: give at least 1")
         # No larger than a rank's share, so that a small set is not mostly padding.
-        batch_size = min(batch_size, math.ceil(len(split.rows) / world))
-        self.split, self.view, self.size, self.failures = split, view, size, failures
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world
+        share = math.ceil(len(self.split.rows) / self.world_size)
+        self.batch_size = min(self.batch_size, share)
 
     def __len__(self) -> int:
         return math.ceil(len(self.split.rows) / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = self.split.reader.stream(self._jobs(), self.view, self.failures)
+        reader = self.split.reader
+        stream = reader.stream(self._jobs(), self.view, self.damage, self.each_second)
         try:
             yield from stream
         finally:
@@ -148,49 +171,33 @@ class EvalLoader:
             yield Job(rows, np.zeros(len(rows), dtype=np.uint64), self.size)
 
 
+@dataclass
 class Data:
     """An opened data set: what open_data returns.
 
-    info: DataInfo; backend: "ffcv" or "torchvision"; failures: the damaged images met so far, name
-    -> reason;
-    warnings: what the user should be told when it is opened, one line each.
+    backend: "ffcv" or "torchvision"; warnings: what the user should be told, one line each.
     """
 
-    def __init__(
-        self,
-        spec: DataSpec,
-        info: DataInfo,
-        backend: str,
-        train: Split,
-        evaluation: Split,
-        failures: Failures,
-        warnings: tuple[str, ...] = (),
-    ):
-        self.spec, self.info, self.backend, self.warnings = spec, info, backend, warnings
-        self.train, self.evaluation, self._failures = train, evaluation, failures
-        colour = tuple(round(255 * value) for value in info.mean)
-        self._train_view = View(
-            spec.augmentation,
-            spec.eval_ratio,
-            spec.padding,
-            spec.min_area,
-            spec.flip,
-            spec.random_erasing,
-            colour,
-            spec.randaugment,
-        )
-        self._eval_view = View(ratio=spec.eval_ratio)
+    spec: DataSpec
+    info: DataInfo
+    backend: str
+    train: Split
+    evaluation: Split
+    damage: Failures
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        colour = tuple(round(255 * value) for value in self.info.mean)
+        self._view = View(self.spec, colour)
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """What tells the images of "train" and "eval" from others, whatever their number and
-        labels: see Reader."""
+        """Digests of the images of "train" and "eval", to tell them from others: see Reader."""
         return {part: split.reader.fingerprint(split.rows) for part, split in self._splits.items()}
 
     def replaced(self, stored: dict[str, str]) -> dict[str, str]:
-        """Of "train" and "eval" those whose images are not the ones of the fingerprints `stored`,
-        with their file or folder."""
+        """Return the parts whose images are not those of `stored` fingerprints, with the source."""
         return {
             part: split.reader.source
             for part, split in self._splits.items()
@@ -198,8 +205,10 @@ class Data:
         }
 
     def comparable(self, stored: dict[str, str], part: str) -> bool:
-        """Whether the fingerprints `stored` have one of this kind: not where the images were read
-        in another way, from a folder, say, and now from a .beton file."""
+        """Return whether `stored` has a fingerprint of this kind.
+
+        It has not if the images were read in another way: from a folder, say, and now a .beton.
+        """
         kinds = (prints.get(part, "").partition(":")[0] for prints in (stored, self.fingerprints))
         return len(set(kinds)) == 1
 
@@ -210,33 +219,34 @@ class Data:
     @property
     def failures(self) -> dict[str, str]:
         """Damaged images met by this process under on_bad="skip": name -> reason."""
-        return dict(self._failures.reasons)
+        return dict(self.damage.reasons)
 
     def train_loader(
         self, batch: int, micro_batch: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> TrainLoader:
-        """Training batches: `batch` images a step over all processes, micro_batch a forward pass.
+        """Return training batches: `batch` images a step over all processes, micro_batch a forward.
 
         Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, whatever the
         number of processes. Raises ConfigError if batch is no multiple of world_size * micro_batch,
         or larger than the training set.
         """
-        order = {
-            "batch": batch,
-            "micro_batch": micro_batch,
-            "seed": seed,
-            "rank": rank,
-            "world_size": world_size,
-        }
-        return TrainLoader(self.train, self._train_view, self.spec, self._failures, **order)
+        order = (batch, micro_batch, seed, rank, world_size)
+        return TrainLoader(self.train, self._view, self.spec, self.damage, *order)
 
-    def eval_loader(self, batch_size: int, rank: int = 0, world_size: int = 1) -> EvalLoader:
-        """Evaluation batches: equally many on every rank; over all ranks each image is valid in
-        exactly one row."""
+    def eval_loader(
+        self,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        each_second: Callable[[], None] = nothing,
+    ) -> EvalLoader:
+        """Return evaluation batches, equally many on every rank.
+
+        Over all ranks each image is valid in exactly one row.
+        """
         size = self.spec.eval_size or self.spec.image_size
-        return EvalLoader(
-            self.evaluation, self._eval_view, size, self._failures, batch_size, rank, world_size
-        )
+        share = (batch_size, rank, world_size, each_second)
+        return EvalLoader(self.evaluation, self._view.for_evaluation(), size, self.damage, *share)
 
     def prepare(
         self,
@@ -245,8 +255,10 @@ class Data:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Batch:
-        """Return the batch with targets and images on the device, the images normalized there:
-        (N, C, H, W) of `dtype`, (x / 255 - mean) / std. indices and valid stay on the host."""
+        """Move images and targets to the device; normalize there: (x / 255 - mean) / std.
+
+        Returns images (N, C, H, W) of dtype; indices and valid stay on the host.
+        """
         images, targets, indices, valid = batch
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -257,8 +269,10 @@ class Data:
         return Batch(made, targets, indices, valid)
 
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factor and summand of the normalization, (1, C, 1, 1); kept on the device, as copying
-        them waits for it."""
+        """Return factor and summand of the normalization, (1, C, 1, 1).
+
+        They are kept on the device: a copy would wait for it.
+        """
         if device not in self._on_device:
             mean, std = (
                 torch.tensor(value, dtype=torch.float64).view(1, -1, 1, 1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from timm.data.mixup import Mixup, mixup_target, rand_bbox
 
-from proxynorm.data.randomness import sample_keys
+from proxynorm.data.randomness import sample_keys, seeded
 from proxynorm.errors import ConfigError
 
 # P(no CutMix) = SLOPE · λ − OFFSET, else 1 + ln(u) / DEPTH of the image stays its own (authors'
@@ -63,12 +61,8 @@ class Mixing:
         The same (seed, step) mixes alike. Of an odd number the last image is not mixed with its
         reverse. ConfigError if N is 1.
         """
-        if len(images) < 2:
-            raise ConfigError(
-                "mixup and CutMix need at least two images a micro-batch; give a larger micro_batch"
-            )
         even = len(images) // 2 * 2
-        with _seeded(seed, step):
+        with seeded(int(sample_keys(seed, step, np.zeros(1))[0])):
             _, mixed = self.mixup(images[:even], targets[:even])
             last = mixup_target(targets[even:], self.num_classes, smoothing=self.smoothing)
             soft = torch.cat([mixed, last])
@@ -96,18 +90,6 @@ def _check(mixup_alpha: float, cutmix_alpha: float, cutmix_lambda: float | None)
         raise ConfigError(
             f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null"
         )
-
-
-@contextmanager
-def _seeded(seed: int, step: int) -> Iterator[None]:
-    """Seed NumPy's global generator, from which timm draws, and put it back for whoever else uses
-    it."""
-    state = np.random.get_state()
-    np.random.seed(int(sample_keys(seed, step, np.zeros(1))[0]) % (1 << 32))
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 def own_share(nominal: float) -> float:

@@ -51,7 +51,7 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
 
 
 def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, ...]:
-    """What does not keep from training, but may not be what was meant; one line each."""
+    """Return what may not be what the user meant, one line each."""
     lines, available = [], len(train.targets) - spec.holdout
     if spec.limit is not None and spec.limit > available:
         lines.append(
@@ -63,7 +63,7 @@ def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, .
         lines.append(
             f"{', '.join(bare)}: no manifest, so classes, labels and later damage cannot be checked"
         )
-    return tuple(lines)
+    return (*lines, *train.notes, *evaluation.notes)
 
 
 def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:

@@ -8,6 +8,10 @@ platform and NumPy version.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -69,3 +73,16 @@ def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int):
     for start in range(0, count, stride):
         positions = start + rank * batch_size + np.arange(batch_size)
         yield np.where(positions < count, positions, -1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators from which timm draws, and restore them for their other users."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,5 +1,4 @@
-"""Where labelled images come from: class folders, a flat folder with a list of labels, ImageNet's
-tar files."""
+"""Labelled images from class folders, a flat folder with a list of labels, or ImageNet's tars."""
 
 from __future__ import annotations
 
@@ -8,24 +7,25 @@ import os
 import posixpath
 import tarfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from proxynorm.data.images import EXTENSIONS, ImageRef
+from proxynorm.data.names import code_points, look_alike, printable
 from proxynorm.errors import ConfigError, DataError
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+KINDS_NAMED = 6
 
 
 class Listing(NamedTuple):
-    """Labelled images, in a fixed order: class names, sorted; one reference and one target, int64
-    (N,), per image.
+    """Labelled images in a fixed order.
 
-    aside: the files among them that were left out, as their names are no images' or they lie
-    outside the class folders;
-    notes: what else the user should be told, one line each.
+    classes: names, sorted; images and targets, int64 (N,): one per image; aside: files that were
+    left out; notes: what the user should be told, one line each.
     """
 
     classes: tuple[str, ...]
@@ -36,147 +36,170 @@ class Listing(NamedTuple):
 
 
 def list_source(source: Path, labels: Path | None = None) -> Listing:
-    """The images of `source`: a folder of class folders, a flat folder or tar (with `labels`), or a
-    tar of class tars.
+    """List a folder of class folders, a tar of them, or, with `labels`, images without class.
 
-    labels: a CSV whose columns are file name and class (Kaggle's LOC_val_solution.csv is one), or
-    the folder of ImageNet's devkit. Raises DataError when something is missing, empty or
-    contradictory.
+    labels: a CSV with columns file name and class (Kaggle's LOC_val_solution.csv is one), or the
+    folder of ImageNet's devkit. Raises DataError if anything is missing, empty or contradictory.
     """
     source = Path(source)
-    if source.is_file() and tarfile.is_tarfile(source):
+    if os.path.isfile(source) and tarfile.is_tarfile(source):
         return list_tar(source, labels)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise DataError(f"{source}: no such folder or tar file")
     if not labels:
         return list_folder(source)
     images, aside = _images_in(source)
-    if not images and any(path.lower().endswith(EXTENSIONS) for path in aside):
+    if not images and any(map(_is_image, aside)):
         raise DataError(
             f"{source}: holds its images in folders; if these are the classes, drop labels={labels}"
         )
-    return list_flat(images, labels, source)._replace(aside=tuple(aside))
+    return list_flat(images, labels, source, aside)
 
 
 def list_folder(folder: Path) -> Listing:
-    """The images of folder/CLASS/*; classes in sorted order. DataError: no folder, no class, a
-    class without images."""
-    if not folder.is_dir():
+    """List folder/CLASS/*. Raises DataError without folder or classes, or for an empty class."""
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder")
-    classes, beside = _entries(folder)
-    if not classes:
+    _, folders, beside = next(_walk(folder))
+    if not folders:
         raise DataError(
             f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg "
-            f"(scripts/write_ffcv.py takes a flat folder "
-            "with labels=)"
+            "(scripts/write_ffcv.py takes a flat folder with labels=)"
         )
-    images, targets, aside = [], [], [os.path.join(folder, name) for name in beside]
-    for target, name in enumerate(classes):
+    images, names, aside = [], [], [os.path.join(folder, name) for name in beside]
+    for name in folders:
         found, others = _images_in(folder / name)
         if not found:
             raise _no_images(folder / name, others)
         images += found
-        targets += [target] * len(found)
+        names += [printable(name)] * len(found)
         aside += others
-    return Listing(tuple(classes), images, np.array(targets, dtype=np.int64), tuple(aside))
+    return _listing(folder, names, images, aside)
 
 
 def _no_images(folder: Path, others: list[str]) -> DataError:
-    """A class folder without images; others: the files that lie in it or below it."""
-    deeper = [path for path in others if path.lower().endswith(EXTENSIONS)]
-    if deeper:
-        example = (
-            f", such as {folder.parent / 'train'}" if (folder.parent / "train").is_dir() else ""
-        )
+    """Return the error for a class folder without images; others: the files in and below it."""
+    if any(map(_is_image, others)):
+        train = folder.parent / "train"
+        example = f", such as {train}" if train.is_dir() else ""
         return DataError(
             f"{folder.parent}: holds folders of folders; give one whose folders hold "
             f"images{example}"
         )
+    kinds = f" ({_kinds(others)})" if others else ""
     return DataError(
-        f"{folder}: class without images ({', '.join(EXTENSIONS)}); fill it or remove the folder"
+        f"{printable(folder)}: class without images{kinds}; images end in "
+        f"{' '.join(EXTENSIONS)}; fill it or remove the folder"
     )
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the files in a folder, each sorted, hidden ones left out."""
-    folders, files = [], []
-    for entry in os.scandir(folder):
-        if not entry.name.startswith("."):
-            (folders if entry.is_dir() else files).append(entry.name)
-    return sorted(folders), sorted(files)
+def _listing(
+    source: Path,
+    names: list[str],
+    images: list[ImageRef],
+    aside: Iterable[str],
+    classes: Iterable[str] = (),
+    notes: Iterable[str] = (),
+) -> Listing:
+    """Number the classes of the images (`names`, one each) and note what the user should know."""
+    sorted_classes = tuple(sorted({*names, *classes}))
+    number = {name: target for target, name in enumerate(sorted_classes)}
+    targets = np.array([number[name] for name in names], dtype=np.int64)
+    notes, aside = list(notes), tuple(map(printable, aside))
+    if aside:
+        total = len(aside) + len(images)
+        notes.append(f"{source}: {len(aside)} of {total} files are left out: {_kinds(aside)}")
+    for name in sorted_classes:
+        if twin := look_alike(name, sorted_classes[number[name] + 1 :]):
+            notes.append(
+                f"{source}: two classes look alike, {code_points(name)} and {code_points(twin)}"
+            )
+    return Listing(sorted_classes, images, targets, aside, tuple(notes))
+
+
+def _kinds(aside: Iterable[str]) -> str:
+    """Count files that are left out by their kind, most frequent first, in words."""
+    kinds = Counter(
+        "image(s) outside or below the class folders"
+        if _is_image(name)
+        else Path(name).suffix.lower() or "without ending"
+        for name in aside
+    )
+    named = [f"{count} {kind}" for kind, count in kinds.most_common(KINDS_NAMED)]
+    others = kinds.total() - sum(count for _, count in kinds.most_common(KINDS_NAMED))
+    return ", ".join(named + ([f"{others} of other kinds"] if others else []))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each folder from `folder` down, its folders and its files, sorted, none hidden.
+
+    Links to folders are followed at the top only. Raises DataError for an unreadable folder.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{printable(error.filename)}: cannot be listed ({error.strerror}); "
+            "make it readable, or remove it"
+        ) from None
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield place, folders, sorted(name for name in files if not name.startswith("."))
 
 
 def _images_in(folder: Path) -> tuple[list[ImageRef], list[str]]:
-    """The images of a folder, and the other files in it and all below it; hidden ones count as
-    neither."""
-    folders, names = _entries(folder)
-    paths = [os.path.join(folder, name) for name in names]
-    images = [ImageRef(path, path) for path in paths if path.lower().endswith(EXTENSIONS)]
-    others = [path for path in paths if not path.lower().endswith(EXTENSIONS)]
-    return images, others + [path for name in folders for path in _files_below(folder / name)]
+    """Return the images of a folder, and the paths of all other files in and below it."""
+    images, others = [], []
+    for place, _, names in _walk(folder):
+        for path in (os.path.join(place, name) for name in names):
+            if place == str(folder) and _is_image(path):
+                images.append(ImageRef(path, printable(path)))
+            else:
+                others.append(path)
+    return images, others
 
 
-def _files_below(folder: Path) -> list[str]:
-    """Every file in a folder and below it, hidden ones left out; links to folders are not
-    followed."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(place, name) for name in sorted(files) if not name.startswith(".")]
-    return found
-
-
-def list_flat(images: list[ImageRef], labels: Path, source: Path) -> Listing:
-    """Images without class folders, labelled by a CSV or the devkit; an image without a label is a
-    DataError."""
+def list_flat(images: list[ImageRef], labels: Path, source: Path, aside: list[str]) -> Listing:
+    """List images without class folders by a CSV or the devkit; DataError if one has no label."""
     if not images:
-        raise DataError(f"{source}: holds no images ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{source}: holds no images ({' '.join(EXTENSIONS)})")
     # A file in a tar is called TAR:NAME.
     stems = [Path(image.name.removeprefix(f"{source}:")).stem for image in images]
     table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels, set(stems))
-    names = [table.get(stem) for stem in stems]
-    if None in names:
-        raise DataError(f"{images[names.index(None)].name}: has no label in {labels}")
-    classes = tuple(sorted(set(table.values())))
-    number = {name: target for target, name in enumerate(classes)}
-    targets = np.array([number[name] for name in names], dtype=np.int64)
-    return Listing(
-        classes,
-        images,
-        targets,
-        notes=_unused_labels(table, set(stems), classes, set(names), labels),
-    )
+    for stem, image in zip(stems, images):
+        if stem not in table:
+            twin = look_alike(stem, table)
+            hint = f" (but {code_points(twin)} for {code_points(stem)})" if twin else ""
+            raise DataError(f"{image.name}: has no label in {labels}{hint}")
+    names = [table[stem] for stem in stems]
+    notes = _unused_labels(table, set(stems), set(names), labels)
+    return _listing(source, names, images, aside, table.values(), notes)
 
 
 def _unused_labels(
-    table: dict[str, str],
-    stems: set[str],
-    classes: tuple[str, ...],
-    present: set[str],
-    labels: Path,
-) -> tuple[str, ...]:
-    """A line on the labels that have no image, and on the classes that have none; such classes keep
-    their numbers."""
+    table: dict[str, str], stems: set[str], present: set[str], labels: Path
+) -> list[str]:
+    """Return a line on labels without image and classes without any, which keep their numbers."""
     unused = [stem for stem in table if stem not in stems]
     if not unused:
-        return ()
-    line = (
-        f"{len(unused)} of the {len(table)} labels in {labels} have no image (the first: "
-        f"{unused[0]})"
-    )
-    absent = [name for name in classes if name not in present]
-    if absent:
-        line += (
-            f"; {len(absent)} of the {len(classes)} classes have none and are kept (the first: "
-            f"{absent[0]})"
-        )
-    return (line,)
+        return []
+    line = f"{len(unused)} of the {len(table)} labels in {labels} have no image"
+    line += f" (the first: {unused[0]})"
+    classes = set(table.values())
+    if absent := sorted(classes - present):
+        line += f"; {len(absent)} of the {len(classes)} classes have none and are kept"
+        line += f" (the first: {absent[0]})"
+    return [line]
 
 
 def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
-    """File stem -> class, from the first two columns; of the second only the first word.
+    """Return file stem -> class from the first two columns; of the second only the first word.
 
-    A first line that names none of the images, whose `stems` are given, is a heading and left out.
+    A first line that names none of the images, whose `stems` are given, is a heading.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -199,18 +222,17 @@ def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
 
 
 def _label(path: Path, number: int, row: list[str]) -> tuple[str, str]:
-    """File stem and class from a line of a list of labels, split at its commas. Raises
-    DataError."""
+    """Return file stem and class from a line of a CSV. Raises DataError."""
     if len(row) < 2 or not row[0].strip() or not row[1].strip():
         raise DataError(
             f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a "
-            f"comma"
+            "comma"
         )
     return Path(row[0].strip()).stem, row[1].split()[0]
 
 
 def _read_devkit(folder: Path) -> dict[str, str]:
-    """File stem -> WNID, from ImageNet's devkit (its folder, or one above or below it)."""
+    """Return file stem -> WNID from ImageNet's devkit: its folder, or one above or below it."""
     data = next(folder.rglob(GROUND_TRUTH), folder / GROUND_TRUTH).parent
     try:
         from scipy.io import loadmat
@@ -225,51 +247,51 @@ def _read_devkit(folder: Path) -> dict[str, str]:
         return {
             f"ILSVRC2012_val_{n:08d}": wnid[number] for n, number in enumerate(numbers, start=1)
         }
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # scipy raises what it likes on a damaged file
         raise DataError(
             f"{folder}: is not ImageNet's devkit, with {GROUND_TRUTH} and meta.mat ({error})"
         ) from None
 
 
 class _File(NamedTuple):
-    """A file of a tar: the class folder, or the class tar, that it lies in, and where its bytes
-    are."""
+    """A file of a tar: the class folder, or class tar, it lies in, and where its bytes are."""
 
     folder: PurePosixPath
     ref: ImageRef
 
 
 def list_tar(path: Path, labels: Path | None) -> Listing:
-    """The images of an uncompressed tar, read in place: of class tars (ILSVRC2012_img_train.tar),
-    of CLASS/* files, or, with labels, of files without class. DataError if it is compressed,
-    damaged or empty, holds a file twice, or class folders in several places, such as train/CLASS
-    and val/CLASS."""
+    """List an uncompressed tar, which is read in place.
+
+    It holds class tars (ILSVRC2012_img_train.tar), CLASS/* files or, with labels, files without
+    class. Raises DataError if it is compressed, damaged or empty, or holds a file twice or class
+    folders in several places, such as train/CLASS and val/CLASS.
+    """
     try:
         files, aside = _tar_files(path)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile raises many kinds on a damaged file
         raise DataError(
             f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
-            f"compressed, else fetch it again"
+            "compressed, else fetch it again"
         ) from None
-    aside += [file.ref.name for file in files if not file.ref.name.lower().endswith(EXTENSIONS)]
-    files = [file for file in files if file.ref.name.lower().endswith(EXTENSIONS)]
+    aside += [file.ref.name for file in files if not _is_image(file.ref.name)]
+    files = sorted(
+        (file for file in files if _is_image(file.ref.name)),
+        key=lambda file: (file.folder.name, file.ref),
+    )
     name, count = next(iter(Counter(file.ref.name for file in files).most_common(1)), ("", 0))
     if count > 1:
         raise DataError(
             f"{path}: holds {name.removeprefix(f'{path}:')} {count} times; make the archive anew"
         )
     if labels is not None:
-        refs = [
-            file.ref for file in sorted(files, key=lambda file: (file.folder.name, file.ref.name))
-        ]
-        return list_flat(refs, labels, path)._replace(aside=tuple(aside))
+        return list_flat([file.ref for file in files], labels, path, aside)
     top = _place_of_classes(path, files)
     aside += [file.ref.name for file in files if not _is_class(file.folder, top)]
-    pairs = sorted((file.folder.name, file.ref) for file in files if _is_class(file.folder, top))
-    classes = tuple(sorted({name for name, _ in pairs}))
-    number = {name: target for target, name in enumerate(classes)}
-    targets = np.array([number[name] for name, _ in pairs], dtype=np.int64)
-    return Listing(classes, [ref for _, ref in pairs], targets, tuple(aside))
+    files = [file for file in files if _is_class(file.folder, top)]
+    return _listing(
+        path, [printable(file.folder.name) for file in files], [file.ref for file in files], aside
+    )
 
 
 def _is_class(folder: PurePosixPath, top: PurePosixPath) -> bool:
@@ -277,8 +299,7 @@ def _is_class(folder: PurePosixPath, top: PurePosixPath) -> bool:
 
 
 def _place_of_classes(path: Path, files: list[_File]) -> PurePosixPath:
-    """The folder in the tar whose folders are the classes. DataError if there is none, or more than
-    one.
+    """Return the folder in the tar whose folders are the classes; DataError if there is not one.
 
     As in a folder, images beside the class folders, or in folders below them, belong to no class.
     """
@@ -286,7 +307,7 @@ def _place_of_classes(path: Path, files: list[_File]) -> PurePosixPath:
     if not folders:
         raise DataError(
             f"{path}: holds no images in class folders or class tars; give labels= if its images "
-            f"have a list"
+            "have a list"
         )
     places: Counter[PurePosixPath] = Counter()
     for folder, count in folders.items():
@@ -297,14 +318,16 @@ def _place_of_classes(path: Path, files: list[_File]) -> PurePosixPath:
         if not (_is_class(folder, top) or in_a_class or top.is_relative_to(folder)):
             raise DataError(
                 f"{path}: holds class folders in several places ({top}/ and {folder.parent}/); "
-                f"make an archive of one of them"
+                "make an archive of one of them"
             )
     return top
 
 
 def _tar_files(path: Path) -> tuple[list[_File], list[str]]:
-    """The files of a tar and of the tars in it; the names of what is no file, such as links. Hidden
-    ones are neither."""
+    """Return the files of a tar and of the tars in it, and the names of what is no file (links).
+
+    Hidden ones, such as macOS's ._* files, are neither.
+    """
     files, aside = [], []
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -322,7 +345,7 @@ def _tar_files(path: Path) -> tuple[list[_File], list[str]]:
 
 
 def _inner_files(path: Path, outer: tarfile.TarInfo, folder: PurePosixPath) -> list[ImageRef]:
-    """The files of a tar within the tar, at whatever depth, hidden ones left out."""
+    """Return the files of a tar within the tar, at whatever depth, without hidden ones."""
     with open(path, "rb") as file:
         file.seek(outer.offset_data)
         # tarfile counts offsets from the start of the file it was given, at whatever position.
@@ -339,10 +362,9 @@ def _inner_files(path: Path, outer: tarfile.TarInfo, folder: PurePosixPath) -> l
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file, or a folder that it lies in, is hidden, as the ._* files are that macOS adds
-    to a tar."""
+    """Return whether a file, or a folder it lies in, is hidden."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
 def _ref(path: Path, name: str, member: tarfile.TarInfo) -> ImageRef:
-    return ImageRef(str(path), f"{path}:{name}", member.offset_data, member.size)
+    return ImageRef(str(path), f"{path}:{printable(name)}", member.offset_data, member.size)

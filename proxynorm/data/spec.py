@@ -76,17 +76,19 @@ class DataSpec:
 class LoaderSpec:
     """Which backend reads the images, and how.
 
-    workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores; 0:
-              no process beside,
-              and one thread for ffcv
+    name:     "auto", "ffcv" or "torchvision"
+    workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores;
+              0: no other process, and one thread for ffcv
     prefetch: batches made while another is in use; 0: each is made when it is asked for, by all
-    threads at once; None:
-              three for ffcv, two in each process for torchvision, which takes one in each at least
+              threads at once; None: three for ffcv, two in each process for torchvision, which
+              takes one in each at least
+    timeout:  seconds to wait for a batch before the run ends
     """
 
     name: str = "auto"
     workers: int | None = None
     prefetch: int | None = None
+    timeout: float = 600
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     _at_least("data.holdout", spec.holdout, 0)
     _at_least("loader.workers", loader.workers, 0)
     _at_least("loader.prefetch", loader.prefetch, 0)
+    _at_least("loader.timeout", loader.timeout, 1)
     for key, value in (("eval_ratio", spec.eval_ratio), ("min_area", spec.min_area)):
         if not 0 < value <= 1:
             raise ConfigError(f"data.{key}={value}: give a share above 0 and at most 1")
@@ -157,6 +160,6 @@ def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
         raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}")
 
 
-def _at_least(key: str, value: int | None, least: int) -> None:
+def _at_least(key: str, value: float | None, least: int) -> None:
     if value is not None and value < least:
-        raise ConfigError(f"{key}={value}: give a whole number of at least {least}")
+        raise ConfigError(f"{key}={value}: give at least {least}")

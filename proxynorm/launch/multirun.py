@@ -1,39 +1,136 @@
-"""Submit a Hydra multirun as an array of SLURM jobs."""
+"""A Hydra multirun: its runs one after the other on this machine, or as an array of SLURM jobs."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxynorm.cli import fail
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.launch.estimate import Estimator, describe, measured_seconds
-from proxynorm.launch.runs import Run
+from proxynorm.launch.local import POLL_SECONDS
+from proxynorm.launch.runs import TRAIN, Run
 from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.status import FAULT_LINE
 from proxynorm.launch.sweep import launch_array
 from proxynorm.train.config import compose_config, settings_from
+from proxynorm.train.preemption import REQUEUE, stop_request
 from proxynorm.train.settings import run_name
 
+# torchrun's count of restarts: the processes of a run meet under it.
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
-def sweep_runs(sweep: Sequence[Sequence[str]]) -> list[Run]:
-    """A run for each list of overrides, in the folder that train.py gives it.
 
-    Raises ConfigError if two share a folder, or one cannot be built.
+class Failure(NamedTuple):
+    """A run of a sweep that failed: its own words, exit status and last line."""
+
+    words: str
+    status: int
+    reason: str
+
+
+def sweep_runs(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]]:
+    """Return a run for each list of overrides, in train.py's folder for it, and what is no run.
+
+    Raises ConfigError if two share a folder.
     """
     found: dict[Path, Run] = {}
+    failures = []
     for overrides in sweep:
         try:
             settings = settings_from(compose_config(overrides))
         except ConfigError as error:
-            raise ConfigError(f"{' '.join(overrides)}: {error}") from error
+            failures.append(Failure(own_words(overrides, sweep), 2, str(error)))
+            continue
         folder = Path(settings.runs_dir) / run_name(settings)
         if folder in found:
             raise ConfigError(f"two runs of the sweep have the folder {folder}; leave out name=")
         found[folder] = Run(folder, tuple(overrides))
-    return list(found.values())
+    return list(found.values()), failures
+
+
+def own_words(overrides: Sequence[str], sweep: Sequence[Sequence[str]]) -> str:
+    """Return the overrides that distinguish a run from the others of its sweep."""
+    return " ".join(word for word in overrides if not all(word in other for other in sweep))
+
+
+def train_here(sweep: Sequence[Sequence[str]]) -> None:
+    """Train the sweep's runs, each in a process of its own, whatever becomes of the others.
+
+    Exits with 2 if runs failed by the user's mistakes alone, 1 if others did, 75 after a signal.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"  # each of torchrun's processes sweeps
+    say = partial(print, flush=True) if is_main else lambda *words: None
+    try:
+        runs, failures = sweep_runs(sweep)
+    except ProxynormError as error:
+        fail(error)
+    for failure in failures:
+        say(f"left out: {failure.words}: {failure.reason}")
+    for number, run in enumerate(runs, 1):
+        words = own_words(run.arguments, sweep)
+        say(f"\n[{number}/{len(runs)}] {words}")
+        status, reason = train_run(run, number)
+        if status == REQUEUE:
+            sys.exit(REQUEUE)
+        if status:
+            failures.append(Failure(words, status, reason))
+    if failures:
+        say(f"\n{len(failures)} of {len(sweep)} runs failed:")
+    for failure in failures:
+        say(f"  {failure.words}: {failure.reason}")
+    if failures:
+        sys.exit(2 if all(failure.status == 2 for failure in failures) else 1)
+
+
+def train_run(run: Run, number: int) -> tuple[int, str]:
+    """Train a run on this terminal; return its exit status and the last line of its errors.
+
+    Stop signals are passed on, and answered with status 75.
+    """
+    environment = {**os.environ, RESTARTS: f"{os.environ.get(RESTARTS, 0)}.{number}"}
+    told: list[str] = []
+    with stop_request() as stop:
+        process = subprocess.Popen(
+            [*TRAIN, *run.arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the run once, through this process
+        )
+        reader = threading.Thread(target=pass_on, args=(process.stderr, told))
+        reader.start()
+        try:
+            while process.poll() is None:
+                if stop:
+                    process.send_signal(signal.SIGTERM)
+                    process.wait()
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.kill()  # after a second Ctrl-C
+            reader.join()
+    status = REQUEUE if stop else process.returncode
+    if status < 0:
+        return status, f"killed (signal {-status}); run again"
+    return status, told[-1] if told else f"exit status {status}"
+
+
+def pass_on(stream: Any, told: list[str]) -> None:
+    """Copy a run's errors to this process's, and keep the lines that explain."""
+    for line in stream:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        if line.strip() and FAULT_LINE not in line:
+            told.append(line.strip().removeprefix("error: "))
 
 
 def submit_array(
@@ -44,11 +141,13 @@ def submit_array(
     return launch_array(runs, name, options, log, lambda due: log(describe(due, estimator())))
 
 
-def launch(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
-    """Submit the sweep's runs. options: SlurmOptions' fields."""
+def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
+    """Submit the sweep's runs to SLURM. options: SlurmOptions' fields."""
     asked = SlurmOptions(**{**options, "sbatch": tuple(options["sbatch"])})
     try:
-        runs = sweep_runs(sweep)
+        runs, failures = sweep_runs(sweep)
+        for failure in failures:
+            raise ConfigError(f"{failure.words}: {failure.reason}")
         measure = lambda: Estimator(runs, measured_seconds(runs, asked.gpus or 1))  # noqa: E731
         status = submit_array(runs, "proxynorm", asked, measure)
     except ProxynormError as error:

@@ -19,6 +19,7 @@ from proxynorm.train.preemption import REQUEUE
 
 STATES = ("done", "other", "running", "queued", "preempted", "stopped", "failed", "damaged")
 IN_USE = " is in use by "  # how train.py refuses a run folder that another process holds
+FAULT_LINE = "ended with the fault above"  # train.py's last line after a traceback
 # Exit statuses after a requested stop: saved, or stopped before training began.
 STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGINT)
 # Killed, or signalled under srun before the handlers were installed: not the run's own failure.
@@ -168,7 +169,7 @@ def own_lines(log: Path) -> list[str]:
         line
         for line in log_lines(log)
         if not EXIT_LINE.match(line)
-        and "ended with the fault above" not in line
+        and FAULT_LINE not in line
         and (not SLURM_LINE.match(line) or "oom" in line.lower())
     ]
 

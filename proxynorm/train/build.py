@@ -51,7 +51,7 @@ def seeded_model(settings: Settings, info: DataInfo) -> nn.Module:
 def create_mixing(regularization: RegularizationSettings, classes: int) -> Mixing | None:
     """Create mixup and CutMix, if configured."""
     given = regularization
-    if not (given.mixup or given.cutmix or given.cutmix_lambda is not None):
+    if not given.mixes:
         return None
     return Mixing(
         given.mixup,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from hydra.main import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from proxynorm.cli import first_line, nearest
+from proxynorm.cli import first_line, nearest, split_list
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import Settings, check
 from proxynorm.train.words import (
@@ -34,6 +35,11 @@ from proxynorm.train.words import (
 
 # In the repository a link to the top-level configs/; a wheel holds the files.
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+# ${env_list:WANDB_TAGS}: a variable of the environment as a list of texts.
+OmegaConf.register_new_resolver(
+    "env_list", lambda name: split_list(os.environ.get(name, "")), replace=True
+)
 
 
 def settings_from(config: DictConfig) -> Settings:
@@ -93,11 +99,17 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
     return config
 
 
-def _compose(config_name: str, overrides: Iterable[str]) -> DictConfig:
+def choices(arguments: Iterable[str]) -> dict[str, str]:
+    """Return the option of each group that the arguments of train.py, and their recipe, choose."""
+    config = _compose("train", hydra_words(arguments), return_hydra_config=True)
+    return dict(config.hydra.runtime.choices)
+
+
+def _compose(config_name: str, overrides: Iterable[str], **options: bool) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return compose(config_name=config_name, overrides=list(overrides))
+            return compose(config_name, list(overrides), **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
 

@@ -77,4 +77,6 @@ def evaluate(
     top1, top5, loss, count = process.sum(sums).tolist()  # the only wait for the device
     if expected is not None and count != expected:
         raise DataError(f"evaluation saw {int(count)} images, the data set has {expected}")
+    if not count:
+        raise DataError("every evaluation image is damaged; mend the images, and evaluate again")
     return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

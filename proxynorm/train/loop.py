@@ -36,7 +36,7 @@ from proxynorm.train.finetune import (
 )
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import create_optimizer, create_schedule
-from proxynorm.train.preemption import Preempted, StopRequest
+from proxynorm.train.preemption import Preempted, StopRequest, leave_at_once
 from proxynorm.train.progress import Display
 from proxynorm.train.readback import Readback, Undo, step_if
 from proxynorm.train.run_folder import RunFolder
@@ -226,7 +226,8 @@ class Trainer:
         """Yield the micro-batches of each remaining step of the current epoch."""
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
         overfit = self.settings.debug.overfit
-        batches = self.loader.epoch(0, 0) if overfit else self.loader.epoch(epoch, start)
+        place = (0, 0) if overfit else (epoch, start)
+        batches = self.loader.epoch(*place, self.leave_while_waiting)
         with closing(batches):  # ends the loader's threads when the epoch is left early
             arriving = on_device(batches, self.process.device)
             while micro_batches := list(islice(arriving, self.accumulation)):
@@ -331,7 +332,9 @@ class Trainer:
         process.align_buffers(self.state.evaluated_model)
         result = evaluate(
             self.state.evaluated_model,
-            data.eval_loader(self.settings.eval_batch, process.rank, process.world_size),
+            data.eval_loader(
+                self.settings.eval_batch, process.rank, process.world_size, self.leave_while_waiting
+            ),
             self.prepare,
             process,
             self.dtype,
@@ -352,6 +355,19 @@ class Trainer:
         if stop:
             self.save()
             raise Preempted(f"stopped while evaluating step {self.state.step}")
+
+    def leave_while_waiting(self) -> None:
+        """Heed a stop signal in the middle of a step, while images are waited for.
+
+        Several processes cannot save then, as the others may be anywhere: the run goes on from
+        the last checkpoint.
+        """
+        if not self.stop:
+            return
+        if self.process.world_size > 1:
+            leave_at_once(self.stop.received, None)
+        self.save()
+        raise Preempted(f"stopped at step {self.state.step}, waiting for images,")
 
     def log_power_if_due(self) -> None:
         """Log P1 … P4 of each norm, before training, every power.every_epochs and at the end."""

@@ -84,6 +84,11 @@ class RegularizationSettings:
     ema_decay: float | None = None
     ema_every: str = "step"
 
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or CutMix is on."""
+        return bool(self.mixup or self.cutmix or self.cutmix_lambda is not None)
+
 
 @dataclass(frozen=True)
 class CheckpointSettings:
@@ -173,6 +178,11 @@ class Settings:
             raise ConfigError(
                 f"batch={self.batch} over {world_size} process(es) is {share} images each, "
                 f"not divisible by micro_batch={micro}"
+            )
+        if micro == 1 and self.regularization.mixes:
+            raise ConfigError(
+                "mixup and CutMix mix the images of a micro-batch, and micro_batch is 1; give a "
+                "larger one, or regularization.mixup=0 and regularization.cutmix=0"
             )
         check_norm_batch(self, micro)
         return micro

@@ -57,7 +57,7 @@ def check_command(words: list[str]) -> None:
         (i for i, word in enumerate(words) if re.fullmatch(r"[\w/]+\.(py|sh|sbatch)", word)), None
     )
     if entry is None:
-        assert words[0] in ("git", "source", "pip", "ruff", "pre-commit"), words
+        assert words[0] in ("git", "source", "pip", "ruff", "mypy", "pre-commit"), words
         return
     path, arguments = words[entry], [word for word in words[entry + 1 :] if word != "…"]
     assert (ROOT / path).is_file(), path

@@ -29,5 +29,5 @@ def test_the_workflow_runs_what_ci_runs():
 def test_hooks_and_ci_check_the_same():
     hooks = {hook["id"] for hook in read(".pre-commit-config.yaml")["repos"][0]["hooks"]}
     ci = (ROOT / ".ci/run").read_text()
-    assert hooks == {"ruff-check", "ruff-format"}
-    assert "ruff check" in ci and "ruff format --check" in ci
+    assert hooks == {"ruff-check", "ruff-format", "mypy"}
+    assert "ruff check" in ci and "ruff format --check" in ci and "bin/mypy" in ci

@@ -132,7 +132,10 @@ def test_the_torchvision_loader_skips_and_counts(tmp_path, workers):
         assert sorted(batch.indices.tolist()) == [0, 1, 2, 3, 5, 6, 7, 8] and batch.valid.all()
     valid = torch.cat([batch.valid for batch in data.eval_loader(6)])
     assert valid.tolist() == [True] * 4 + [False, True]
-    assert set(data.failures.values()) == {"is empty", "is no image"} and len(data.failures) == 2
+    assert (
+        set(data.failures.values()) == {"is empty", "is no image of a known format"}
+        and len(data.failures) == 2
+    )
 
 
 @needs_ffcv

@@ -1,15 +1,20 @@
-"""hydra/launcher=slurm: a sweep's runs have the folders that train.py would give them."""
+"""Sweeps: each run in the folder that train.py gives it, here one by one or submitted to SLURM."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
 
 import pytest
 from omegaconf import OmegaConf
 
-from hydra_plugins.slurm_launcher import CONFIG
+from hydra_plugins.proxynorm_launchers import SLURM
 from proxynorm.errors import ConfigError
-from proxynorm.launch.multirun import launch, sweep_runs
+from proxynorm.launch import multirun
+from proxynorm.launch.multirun import submit, sweep_runs, train_here
 from proxynorm.train.config import check_arguments, compose_config, settings_from
 from proxynorm.train.settings import run_name
 
@@ -19,7 +24,8 @@ def test_each_point_is_a_run_with_the_words_of_its_command(tmp_path):
         [f"runs_dir={tmp_path}", "batch=32", "norm=bn"],
         [f"runs_dir={tmp_path}", "batch=32", "norm=ln"],
     )
-    runs = sweep_runs(words)
+    runs, failures = sweep_runs(words)
+    assert not failures
     assert [run.arguments for run in runs] == [tuple(point) for point in words]
     assert [run.folder for run in runs] == [
         tmp_path / run_name(settings_from(compose_config(point))) for point in words
@@ -32,11 +38,14 @@ def test_two_points_in_one_folder_are_refused(tmp_path):
         sweep_runs([["name=x", "seed=0"], ["name=x", "seed=1"]])
 
 
-def test_the_point_that_cannot_be_built_is_named():
-    with pytest.raises(ConfigError, match="^norm=ln batch=10 micro_batch=7: "):
-        sweep_runs(
-            [["norm=ln", "batch=7", "micro_batch=7"], ["norm=ln", "batch=10", "micro_batch=7"]]
-        )
+def test_the_point_that_cannot_be_built_is_named(capsys):
+    points = [["norm=ln", "batch=7", "micro_batch=7"], ["norm=ln", "batch=10", "micro_batch=7"]]
+    runs, (failure,) = sweep_runs(points)
+    assert len(runs) == 1 and failure.status == 2
+    assert (failure.words, failure.reason[:30]) == ("batch=10", "batch=10 is not divisible by m")
+    with pytest.raises(SystemExit) as ended:
+        submit(points, {"sbatch": []})
+    assert ended.value.code == 2 and "error: batch=10: batch=10 is not" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -47,7 +56,7 @@ def sweep(tmp_path, monkeypatch):
         [f"runs_dir={tmp_path}/runs", f"seed={seed}", "data.limit=1000", "epochs=1", "batch=100"]
         for seed in (0, 1)
     ]
-    measured = sweep_runs(points)[0].folder
+    measured = sweep_runs(points)[0][0].folder
     measured.mkdir(parents=True)
     (measured / "config.yaml").write_text(
         OmegaConf.to_yaml(compose_config(points[0]), resolve=True)
@@ -65,7 +74,7 @@ def sweep(tmp_path, monkeypatch):
 
     def go(points=points, **options):
         with pytest.raises(SystemExit) as ended:
-            launch(points, {"sbatch": [], **options})
+            submit(points, {"sbatch": [], **options})
         assert ended.value.code == 2
 
     return go
@@ -87,14 +96,13 @@ def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, mon
 
 
 def test_a_dry_run_submits_nothing(tmp_path, capsys):
-    options = {key: value for key, value in CONFIG.items() if key != "_target_"}
-    launch([[f"runs_dir={tmp_path}/runs"]], {**options, "dry_run": True, "time": "30"})
+    submit([[f"runs_dir={tmp_path}/runs"]], {**SLURM, "dry_run": True, "time": "30"})
     assert " sbatch " in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        launch([[f"runs_dir={tmp_path}"]], {"nodes": 2, "gpus": 3, "sbatch": []})
+        submit([[f"runs_dir={tmp_path}"]], {"nodes": 2, "gpus": 3, "sbatch": []})
     assert (
         ended.value.code == 2
         and capsys.readouterr().err == "error: gpus=3: must be a multiple of nodes=2\n"
@@ -104,3 +112,67 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
 def test_the_m_may_stand_anywhere():
     assert check_arguments(["norm=bn,ln", "-m", "batch=2"]) == ["-m", "norm=bn,ln", "batch=2"]
     assert check_arguments(["norm=bn", "batch=2"]) == ["norm=bn", "batch=2"]
+
+
+STAND_IN = """
+import os, signal, sys, time
+print("trains", *sys.argv[1:], os.environ["TORCHELASTIC_RESTART_COUNT"])
+if "batch=100" in sys.argv:
+    sys.exit("Traceback …\\nValueError: no\\nerror: the run in x ended with the fault above")
+if "batch=101" in sys.argv:
+    print("error: batch=101 is too large", file=sys.stderr)
+    sys.exit(2)
+if "batch=102" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
+if "batch=103" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """Sweeps over batch sizes with a stand-in for train.py; returns (status, output)."""
+    script = tmp_path / "train.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(multirun, "TRAIN", (sys.executable, str(script)))
+
+    def go(*batches, more=()):
+        with pytest.raises(SystemExit) as ended:
+            train_here([[f"batch={batch}", "seed=1", *more] for batch in batches])
+        return ended.value.code, "".join(capfd.readouterr())
+
+    return go
+
+
+def test_a_sweep_goes_on_after_failures_and_lists_them(here):
+    status, said = here(100, 102, 101, 8)
+    assert status == 1 and said.count("trains") == 4 and "[4/4] batch=8\n" in said
+    assert said.count("ended with the fault above") == 1  # as the run said it
+    listed = said[said.index("3 of 4 runs failed:") :].splitlines()[1:4]
+    assert listed == [
+        "  batch=100: ValueError: no",
+        "  batch=102: killed (signal 9); run again",
+        "  batch=101: batch=101 is too large",
+    ]
+
+
+def test_a_sweep_with_the_user_s_mistakes_alone_ends_with_status_2(here):
+    status, said = here(101, 8, 7, more=["micro_batch=1", "precision=fp32"])
+    assert status == 2 and "1 of 3 runs failed" in said
+    status, said = here(10, 9, more=["micro_batch=3"])
+    assert status == 2 and said.count("trains") == 1
+    assert "left out: batch=10: batch=10 is not divisible by micro_batch=3" in said
+
+
+def test_each_run_of_a_sweep_meets_under_its_own_count(here, monkeypatch):
+    """torchrun's processes meet in one store, in which an earlier run's addresses remain."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    said = here(7, 101)[1]
+    assert "batch=7 seed=1 2.1\n" in said and "batch=101 seed=1 2.2\n" in said
+
+
+def test_a_signal_ends_the_sweep_with_its_run(here):
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    status, said = here(103, 8)
+    assert status == 75 and said.count("trains") == 1

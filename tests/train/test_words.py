@@ -71,6 +71,15 @@ def test_quoting_twice_changes_nothing():
     assert keep_text(once, groups()) == once
 
 
+def test_wandb_s_variables_are_heard_but_the_command_line_beats_them(monkeypatch):
+    for name, value in (("PROJECT", "2024_01"), ("TAGS", "1_0,mine"), ("RUN_GROUP", "g")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logger = settings_from(compose_config([])).logger
+    assert (logger.project, logger.tags, logger.group) == ("2024_01", ["1_0", "mine"], "g")
+    logger = settings_from(compose_config(["logger.project=x", "logger.tags=[y]"])).logger
+    assert (logger.project, logger.tags) == ("x", ["y"])
+
+
 def test_text_is_what_the_settings_declare_as_text():
     keys = set(text_keys())
     assert {"name", "runs_dir", "data.root", "logger.entity", "logger.tags", "model.name"} <= set(

@@ -258,17 +258,14 @@ def _fit(image, box, flip, first, weights, line, out):
 
 
 @numba.njit(**_options)
-def decode_samples(
-    file, rows, mode, height, width, pointer, size, sums, boxes, flips, scratch, out, status
-):
-    """Decode, crop, resize and mirror samples `rows` (n,) of the mapped `file` into out, uint8 (n,
-    S, S, C).
+def decode_samples(stored, rows, boxes, flips, scratch, out, status):
+    """Decode, crop, resize and mirror samples `rows` (n,) into out, uint8 (n, S, S, C).
 
-    mode … sums: the columns of Samples. boxes: (n, 4) top, left, height, width. scratch: room for
-    the largest image.
-    status: (n,) GOOD, BAD_SUM or BAD_JPEG; a row that is not good is black, and so is one whose row
-    number is negative.
+    stored: the mapped file, and the columns mode … sums of Samples. boxes: (n, 4) top, left,
+    height, width. scratch: room for the largest image. status: (n,) GOOD, BAD_SUM or BAD_JPEG; a
+    row that is not good is black, and so is one whose row number is negative.
     """
+    file, mode, height, width, pointer, size, sums = stored
     first = np.empty((2, max(out.shape[1], out.shape[2])), dtype=np.int64)
     weights = np.empty((2, first.shape[1], 4), dtype=np.int32)
     widest, longest = 1, 0
@@ -287,11 +284,10 @@ def decode_samples(
             continue
         data = file[pointer[i] : pointer[i] + size[i]]
         h, w = np.int64(height[i]), np.int64(width[i])
+        bottom = boxes[k, 0] + boxes[k, 2]
         if known and _byte_sum(data) != sums[i]:
             status[k] = BAD_SUM
-        elif mode[i] == JPEG and not _decode(
-            data, h, w, boxes[k, 0] + boxes[k, 2], known, copy, scratch
-        ):
+        elif mode[i] == JPEG and not _decode(data, h, w, bottom, known, copy, scratch):
             status[k] = BAD_JPEG
         if status[k] != GOOD:
             out[k] = 0
@@ -300,14 +296,7 @@ def decode_samples(
             if flips[k]:
                 _mirror(out[k])
         elif mode[i] == JPEG:
-            _fit(
-                scratch[: 3 * h * w].reshape(h, 3 * w),
-                boxes[k],
-                flips[k],
-                first,
-                weights,
-                line,
-                out[k],
-            )
+            image = scratch[: 3 * h * w].reshape(h, 3 * w)
+            _fit(image, boxes[k], flips[k], first, weights, line, out[k])
         else:
             _fit(data.reshape(h, 3 * w), boxes[k], flips[k], first, weights, line, out[k])

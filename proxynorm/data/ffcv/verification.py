@@ -9,6 +9,7 @@ from proxynorm.data.augment import View
 from proxynorm.data.ffcv.beton import Samples, byte_sum
 from proxynorm.data.ffcv.native import ffcv_available, map_file
 from proxynorm.data.readers import BetonReader, Failures, Job
+from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import DataError
 
 ROWS_PER_JOB = 256
@@ -32,7 +33,7 @@ def find_damage(samples: Samples, workers: int = 1) -> dict[str, str]:
     compared."""
     if not ffcv_available():
         return compare_sums(samples)
-    reader = BetonReader(samples, (), workers, pin=False)
+    reader = BetonReader(samples, (), LoaderSpec(workers=workers), pin=False)
     side = SIDE if samples.channels == 3 else int(samples.height[0])
     failures = Failures("skip")
     rows = np.arange(len(samples))

@@ -137,7 +137,7 @@ def test_files_of_other_kinds_are_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "data" / "ant" / "sub").mkdir()
     for name in (
         "ant/a.jpg",
-        "ant/b.gif",
+        "ant/b.heic",
         "ant/notes",
         "ant/.hidden",
         "beside.jpg",
@@ -151,9 +151,10 @@ def test_files_of_other_kinds_are_told(tmp_path, monkeypatch, capsys):
         )
         == 0
     )
-    assert "names or not in a class folder: 1 .gif, 2 .jpg, 1 no ending;" in capsys.readouterr().err
+    told = "4 of 5 files are left out: 2 image(s) outside or below the class folders, 1 .heic, "
+    assert f"warning: {tmp_path}/data: {told}1 without ending\n" in capsys.readouterr().err
     files = json.loads((tmp_path / "x.beton.json").read_text())["left_aside"]["files"]
-    assert [Path(file).name for file in files] == ["beside.jpg", "b.gif", "notes", "deep.JPG"]
+    assert [Path(file).name for file in files] == ["beside.jpg", "b.heic", "notes", "deep.JPG"]
 
 
 def test_the_manifest_names_the_versions_it_was_made_with(written):

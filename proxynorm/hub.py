@@ -1,0 +1,49 @@
+"""Upload an export to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi, get_token
+
+import proxynorm
+from proxynorm.errors import ConfigError
+from proxynorm.loading import CONFIG, HUB, WEIGHTS, load_export
+from proxynorm.model_card import CARD, HERE
+
+FILES = (WEIGHTS, CONFIG, "model.onnx", "model.onnx.data")
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    message: str = "Add model",
+    api: HfApi | None = None,
+) -> str:
+    """Upload an export folder to the Hub's repository OWNER/NAME, made if missing; its address.
+
+    As timm's push_to_hf_hub, it keeps a README.md that the repository already has. Raises
+    CheckpointError if the folder does not load, ConfigError without a token or if the Hub refuses.
+    """
+    folder = Path(folder)
+    load_export(folder)
+    if api is None and get_token() is None:
+        raise ConfigError(f"push={repo_id}: no token; run hf auth login, or set HF_TOKEN")
+    api = api or HfApi(library_name="proxynorm", library_version=proxynorm.__version__)
+    try:
+        # The Hub adds the owner where it is left out.
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as upload:
+            for name in FILES:
+                if (folder / name).is_file():
+                    (Path(upload) / name).symlink_to((folder / name).resolve())
+            if not api.file_exists(repo_id, CARD):
+                card = (folder / CARD).read_text().replace(HERE, f'"{HUB}{repo_id}"')
+                (Path(upload) / CARD).write_text(card)
+            api.upload_folder(repo_id=repo_id, folder_path=upload, commit_message=message)
+    except (OSError, ValueError) as error:  # HfHubHTTPError and HFValidationError are such
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(f"push={repo_id}: {line}") from error
+    return f"https://huggingface.co/{repo_id}"

@@ -1,0 +1,116 @@
+"""Trained networks from what a run, an export or the Hugging Face Hub holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from proxynorm.errors import CheckpointError, ConfigError
+from proxynorm.train.build import build_model
+from proxynorm.train.config import settings_from
+from proxynorm.train.restore import checkpoint_path, restore
+from proxynorm.train.settings import Settings
+
+HUB = "hf-hub:"  # timm's prefix
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Trained(nn.Module):
+    """What load returns, to type checkers: a network with a description of its inputs."""
+
+    pretrained_cfg: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A loaded export.
+
+    model: in evaluation mode; inputs: classes, channels, size (pixels), and mean and std per
+    channel on the 0..1 scale; metrics: the run's summary.
+    """
+
+    model: Trained
+    inputs: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def load(path: str | Path) -> Trained:
+    """Load a trained network, in evaluation mode.
+
+    path: a run folder (its last checkpoint) or one of its checkpoints, an export folder or its
+    .safetensors file, or hf-hub:OWNER/NAME.
+
+    The network's `pretrained_cfg` says what it takes and gives, in timm's words: input_size, mean,
+    std, crop_pct, interpolation, num_classes, label_names. Raises CheckpointError.
+    """
+    if str(path).startswith(HUB):
+        path = download(str(path).removeprefix(HUB))
+    path = Path(path).expanduser()
+    if path.suffix == ".safetensors" or (path / CONFIG).is_file():
+        return load_export(path).model
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such run folder, export or checkpoint")
+    restored = restore(path if path.is_file() else checkpoint_path(str(path), None))
+    return described(restored.model, restored.settings, restored.content["inputs"])
+
+
+def load_export(path: str | Path) -> Exported:
+    """Load an export folder, or its .safetensors file, with its description.
+
+    Raises CheckpointError.
+    """
+    path = Path(path).expanduser()
+    weights = path if path.suffix == ".safetensors" else path / WEIGHTS
+    config = weights.with_name(CONFIG)
+    for file in (config, weights):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; export the run with scripts/export.py")
+    try:
+        content = json.loads(config.read_text())
+        settings, inputs = settings_from(OmegaConf.create(content["config"])), content["inputs"]
+        model = build_model(settings, len(inputs["classes"]), inputs["channels"])
+        metrics = content["metrics"]
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{config} is not a proxynorm export's ({error})") from error
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{weights} is damaged or of another network ({line})") from error
+    return Exported(described(model.eval(), settings, inputs), inputs, metrics)
+
+
+def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> Trained:
+    """Attach timm's description of the inputs, so that timm's create_transform serves the model."""
+    data, channels = settings.data, inputs["channels"]
+    size = data.eval_size or data.image_size
+    trained = cast(Trained, model)
+    trained.pretrained_cfg = {
+        "architecture": settings.model["name"],
+        "input_size": (channels, size, size),
+        "mean": tuple(inputs["mean"]),
+        "std": tuple(inputs["std"]),
+        "crop_pct": data.eval_ratio,
+        "interpolation": "bilinear",
+        "num_classes": len(inputs["classes"]),
+        "label_names": tuple(inputs["classes"]),
+    }
+    return trained
+
+
+def download(repo_id: str) -> str:
+    """Fetch an export from the Hugging Face Hub; its folder. Raises CheckpointError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS])
+    except (OSError, ValueError) as error:  # not there, or not reachable
+        line = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{HUB}{repo_id}: {line}") from error

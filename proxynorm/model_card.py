@@ -1,0 +1,88 @@
+"""The README.md of an export: what the network is, how good it is, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+CARD = "README.md"
+HERE = '"."'  # the card's load line, run in the folder of the card
+RECIPE = "model norm optim schedule regularization data batch norm_batch epochs seed".split()
+
+
+def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
+    """Write the card from the content of config.json. licence: of the weights, Hub's identifier."""
+    config, inputs, metrics = content["config"], content["inputs"], content["metrics"]
+    names = {key: config[key]["name"] for key in ("model", "norm", "data")}
+    templates = [Path(__file__).with_name(name) for name in ("model_card.md", "model_card_onnx.md")]
+    card, onnx_load = (template.read_text() for template in templates)
+    recipe = {key: config[key] for key in RECIPE if config.get(key) is not None}
+    shape = f"{inputs['channels']}, {inputs['size']}, {inputs['size']}"
+    return card.format(
+        **metrics,
+        **inputs,
+        **names,
+        front_matter=front_matter(names, metrics, licence),
+        number_of_classes=len(inputs["classes"]),
+        shape=shape,
+        crop=config["data"].get("eval_ratio", 1.0),
+        averaged=averaged(config),
+        recipe="\n".join(f"| {key} | {cell(value)} |" for key, value in recipe.items()),
+        requirement=requirement(),
+        folder=HERE,
+        licence=licence,
+        onnx=", `model.onnx` (inference, proxy constants folded)" if onnx else "",
+        onnx_load=onnx_load.format(shape=shape) if onnx else "",
+    )
+
+
+def front_matter(names: dict[str, str], metrics: dict[str, Any], licence: str) -> str:
+    """The metadata that the Hub shows: tags, licence, and the accuracy as an evaluation result."""
+    accuracy = EvalResult(
+        task_type="image-classification",
+        dataset_type=names["data"],
+        dataset_name=names["data"],
+        dataset_split=metrics["split"],
+        metric_type="accuracy",
+        metric_value=round(metrics["top1"], 2),
+    )
+    return ModelCardData(
+        license=licence,
+        library_name="proxynorm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "proxy-normalization", names["norm"]],
+        model_name=f"{names['model']}.{names['norm']}",
+        eval_results=[accuracy],
+    ).to_yaml()
+
+
+def cell(value: Any) -> str:
+    """A recipe's value as text: a group as its name and the keys that are not off."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    given = {key: item for key, item in value.items() if item and key != "name"}
+    words = ", ".join(f"{key}={json.dumps(item)}" for key, item in given.items())
+    return f"{value['name']}: {words}" if words else value["name"]
+
+
+def averaged(config: dict[str, Any]) -> str:
+    """Say whether the evaluated weights are a moving average."""
+    decay = config["regularization"].get("ema_decay")
+    return f"moving averages of the weights, decay {decay:g}" if decay else "the weights themselves"
+
+
+def requirement() -> str:
+    """What pip installs this version from: the repository's commit, if it came from one."""
+    # PEP 610: pip notes where a distribution came from, without credentials.
+    try:
+        text = metadata.distribution("proxynorm").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        text = None
+    origin = json.loads(text or "{}")
+    if "vcs_info" not in origin:
+        return "proxynorm[train]"
+    return f"proxynorm[train] @ git+{origin['url']}@{origin['vcs_info']['commit_id']}"
