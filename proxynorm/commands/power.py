@@ -109,7 +109,7 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
     shown = {norm: found[norm] for norm in pairs or found}
     mean_field = {norm: curve for norm, curve in expected.items() if norm in shown}
     title = f"Random nets: {', '.join(map(norm_label, shown))}, mean and range of {options.nets}"
-    plot_p1(shown, folder / "p1.png", title, mean_field=mean_field, formats=VECTOR)
+    plot_p1({title: shown}, folder / "p1.png", mean_field=mean_field, formats=VECTOR)
     write_json(folder / "summary.json", summary(options, found, expected))
 
 
