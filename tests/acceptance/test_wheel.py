@@ -86,7 +86,8 @@ def test_the_layer_needs_torch_alone(environment, tmp_path):
     assert "proxynorm.create_model needs timm: pip install 'proxynorm[train]'" in said
     train = "sys.argv = ['proxynorm', 'train']\nfrom proxynorm.commands import main\nmain()"
     said = run(environment / "python", "-c", BLOCKED + train, cwd=tmp_path, status=2)
-    assert said == "error: train needs hydra: pip install 'proxynorm[train]'\n"
+    assert said.startswith("error: train needs hydra, which ") and said.count("\n") == 1
+    assert "pip install 'proxynorm[train]'" in said
 
 
 def test_training_in_an_empty_folder(environment, tmp_path):
