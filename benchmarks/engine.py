@@ -34,6 +34,7 @@ from proxynorm.data.fashion_mnist import find_fashion_mnist, read_fashion_mnist
 from proxynorm.train.build import seeded_model
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.distributed import Process, choose_device
+from proxynorm.train.evaluate import autocast
 from proxynorm.train.loop import Trainer
 from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.preemption import StopRequest
@@ -121,8 +122,9 @@ def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
     """Forward, loss, backward, step, as anyone would write it."""
     model, optimizer = trainer.state.model, trainer.state.optimizer
     for _ in range(steps):
-        loss = cross_entropy(model(batch.images), batch.targets)
-        loss.backward()
+        with autocast(trainer.process.device, trainer.dtype):
+            logits = model(batch.images)
+        cross_entropy(logits.float(), batch.targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -182,7 +184,8 @@ def timm_loop(options: Options, trainer: Trainer, device: torch.device) -> Calla
 
     def loop() -> None:
         for images, targets in islice(batches, options.steps):
-            loss = loss_function(model(images), targets)
+            with autocast(device, trainer.dtype):
+                loss = loss_function(model(images), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

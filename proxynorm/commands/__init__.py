@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a network, resume a run, sweep",
     "eval": "evaluate a run or a checkpoint",
+    "predict": "write the likeliest classes of images to a CSV",
     "export": "write a run's model as safetensors, ONNX and a model card",
     "doctor": "check what is installed and what an experiment needs",
     "reproduce": "plan, launch and report the paper's tables",

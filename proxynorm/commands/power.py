@@ -155,7 +155,7 @@ def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]
     from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
 
     restored = restore(checkpoint_path(options.run, None, options.weights or "last"))
-    data = open_evaluation_data(restored, None, None, None, None)
+    data = open_evaluation_data(restored).data
     return measure(restored.model.to(device), data, options.images, options.batch)
 
 

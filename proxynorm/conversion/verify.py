@@ -52,13 +52,19 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
     if keeps_batch_norm or not _is_per_sample(model, call, False):
         return
+    kind = type(model).__name__
     try:
         first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
-    except ValueError:  # such as maps of 1×1 pixels, which have no variance
-        return
+    except Exception as error:
+        if isinstance(_outputs(model, call)[0], str):  # so does the original, without its targets
+            return
+        raise ValueError(
+            f"cannot convert this {kind}: converted, it fails in training: {error}. The network is "
+            "left as it was"
+        ) from error
     if same(first, second) and not _is_per_sample(copied, call, True):
         raise ValueError(
-            f"cannot convert this {type(model).__name__}: in training, with a norm that does not "
+            f"cannot convert this {kind}: in training, with a norm that does not "
             "depend on the batch, its output for an image still depends on the others. The network "
             "is left as it was"
         )

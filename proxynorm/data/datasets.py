@@ -109,29 +109,36 @@ def _open_folder(
     parts = {part: list_folder(root / part) for part in ("train", "val")}
     _same_classes(root, *(listing.classes for listing in parts.values()))
     return tuple(
-        FolderReader(listing, str(root / part), loader)
-        if backend == "torchvision"
-        else _converted_reader(spec, part, listing, loader, failures)
+        folder_reader(spec, root / part, listing, backend, loader, failures)
         for part, listing in parts.items()
     )
 
 
-def _converted_reader(
-    spec: DataSpec, part: str, listing: Listing, loader: LoaderSpec, failures: Failures
+def folder_reader(
+    spec: DataSpec,
+    folder: Path,
+    listing: Listing,
+    backend: str,
+    loader: LoaderSpec,
+    failures: Failures,
 ) -> Reader:
-    """Return the reader of a folder's .beton file, kept in the cache while its files stay as is."""
+    """Return the reader of a folder's images by either backend.
+
+    FFCV's converts them to a .beton file, kept in the cache while the images stay as they are.
+    """
+    if backend == "torchvision":
+        return FolderReader(listing, str(folder), loader)
     options = StorageOptions()
     signature = "\n".join([repr(options), *(_file_signature(i.path) for i in listing.images)])
     samples = cached_beton(
         cache_folder(spec.cache),
-        f"folder-{part}",
+        f"folder-{folder.name}",
         signature,
         lambda path: prepare(listing, path, options, spec.on_bad, loader.workers),
     )
     for name, reason in samples.manifest["skipped"].items():
         failures.record(name, reason)
-    source = str(Path(spec.root).expanduser() / part)
-    return BetonReader(samples, listing.classes, loader, source, listing.notes)
+    return BetonReader(samples, listing.classes, loader, str(folder), listing.notes)
 
 
 def _file_signature(path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, affine
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
+from proxynorm.nn.passed_over import warn_if_passed_over
 
 Moments = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -295,7 +296,9 @@ class NormAct2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
         if isinstance(x, fx.Proxy):  # a leaf for every tracer, as torch's own norms are
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            is_root = x.tracer.root is self
+            path = "itself" if is_root else x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x,), {})
         self._check(x)
         # The fast paths fold γ, β, m and v into constants per channel that ride on the norm's own
         # affine: two passes over the map fewer, and one map fewer kept for backward. Compilers and
@@ -369,6 +372,23 @@ class NormAct2d(nn.Module):
         """Memory address and version of each parameter; inference tensors have no version."""
         own = (p for p in self._parameters.values() if p is not None)
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
+
+    @property
+    def itself(self) -> NormAct2d:
+        """The layer, under the name by which a graph traced from it alone calls it."""
+        return self
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As in nn.Module; warns tools that would pass over this batch norm."""
+        if self.spec.batch_statistics:
+            warn_if_passed_over()
+        return super().named_children()
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As in nn.Module; warns tools that would pass over this batch norm."""
+        if self.spec.batch_statistics:
+            warn_if_passed_over()
+        return super().named_modules(*args, **kwargs)
 
     def extra_repr(self) -> str:
         parts = [str(self.num_features), f"norm={self.kind}", f"proxy={self.proxy}"]

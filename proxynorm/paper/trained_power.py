@@ -49,7 +49,7 @@ def trained_nets(
         raise ConfigError(f"table {runs[0].table}: no finished run under {folder}; run it first")
     for run, files in finished:
         restored = restore(checkpoint_path(str(run.folder), None, "last"))
-        data = open_evaluation_data(restored, None, None, None, None)
+        data = open_evaluation_data(restored).data
         rows = measure(restored.model.to(device), data, images, batch)
         value = float(json.loads(files["summary.json"])[metric])
         yield TrainedNet(run.name, run.cell.name, value, rows)

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
 from proxynorm.cli import first_line
-from proxynorm.data import Data, open_data
+from proxynorm.data import Data, DataSpec, LoaderSpec, open_data
+from proxynorm.data.validation import Validation, open_validation
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model
@@ -95,29 +97,62 @@ def different_classes(stored: list[str], present: list[str]) -> str:
     return f"{len(stored)} → {len(present)}, {next(pairs, 'one list is longer')}"
 
 
-def open_evaluation_data(
-    restored: Restored, root: str | None, cache: str | None, loader: str | None, workers: int | None
-) -> Data:
-    """Open the run's data set; the arguments that are not None replace the run's.
+@dataclass(frozen=True)
+class Source:
+    """Where evaluation images come from, and how they are cut; None: as in training.
 
-    Raises DataError, or CheckpointError if its classes are others.
+    classes: see open_validation.
     """
+
+    root: str | None = None
+    classes: str = "all"
+    size: int | None = None
+    ratio: float | None = None
+    cache: str | None = None
+    loader: str | None = None
+    workers: int | None = None
+
+
+def open_evaluation_data(restored: Restored, source: Source = Source()) -> Validation:
+    """Open the run's data set, or the images of source.root alone.
+
+    Raises ConfigError or DataError, and CheckpointError if the data set's classes are others.
+    """
+    data, loader = evaluation_specs(restored, source)
+    classes = restored.content["inputs"]["classes"]
+    alone = source.classes != "all" or not is_whole(data)
+    if source.root is not None and alone:
+        return open_validation(data, loader, classes, source.classes)
+    if source.classes != "all":
+        raise ConfigError(f"classes={source.classes} needs root=FOLDER of validation images")
+    opened = open_data(data, loader)
+    if classes != (present := list(opened.info.classes)):
+        raise CheckpointError(
+            "the checkpoint was trained on another data set "
+            f"(classes: {different_classes(classes, present)})"
+        )
+    return Validation(opened, np.arange(len(classes)))
+
+
+def evaluation_specs(restored: Restored, source: Source) -> tuple[DataSpec, LoaderSpec]:
+    """Return the run's data and loader settings with what `source` gives in their place."""
 
     def given(**values: Any) -> dict[str, Any]:
         return {key: value for key, value in values.items() if value is not None}
 
-    settings = restored.settings
-    data = open_data(
-        replace(settings.data, **given(root=root, cache=cache)),
-        replace(settings.loader, **given(name=loader, workers=workers)),
-    )
-    trained, present = restored.content["inputs"]["classes"], list(data.info.classes)
-    if trained != present:
-        raise CheckpointError(
-            "the checkpoint was trained on another data set "
-            f"(classes: {different_classes(trained, present)})"
-        )
-    return data
+    settings, inputs = restored.settings, restored.content["inputs"]
+    cut = given(root=source.root, eval_size=source.size, eval_ratio=source.ratio)
+    normalized = {"mean": tuple(inputs["mean"]), "std": tuple(inputs["std"])}
+    data = replace(settings.data, **cut, **given(cache=source.cache), **normalized)
+    return data, replace(settings.loader, **given(name=source.loader, workers=source.workers))
+
+
+def is_whole(data: DataSpec) -> bool:
+    """Return whether a data set is all there, as training takes it, with its training images."""
+    root, training = Path(data.root or "").expanduser(), {"folder": "train", "beton": "train.beton"}
+    if data.name in training:
+        return (root / training[data.name]).exists()
+    return not any(path.is_dir() for path in root.glob("*"))  # no class folders
 
 
 def other_images(restored: Restored, data: Data) -> list[str]:

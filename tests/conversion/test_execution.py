@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import io
 import random
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -104,6 +107,26 @@ def test_other_libraries_trace_a_converted_network() -> None:
     features = create_feature_extractor(model, ["layer2"])(images)["layer2"]
     assert features.shape == (1, 128, 8, 8)
     assert any(isinstance(module, NormAct2d) for module in model.modules())
+
+
+def test_timms_feature_graphs_are_extracted_from_a_converted_network() -> None:
+    model = convert(timm.create_model("resnet18", num_classes=5)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    (features,) = FeatureGraphNet(model, out_indices=(2,))(images)
+    assert features.shape == (1, 128, 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao announces its end
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(NormAct2d(3)), lambda: NormAct2d(3, "bn")])
+def test_a_layer_by_itself_is_traced_and_prepared_for_quantization(make) -> None:
+    layer = make().eval()
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(IMAGES), layer(IMAGES))
+    quantize = importlib.import_module("torch.ao.quantization")
+    mapping = quantize.get_default_qconfig_mapping("fbgemm")
+    prepared = importlib.import_module("torch.ao.quantization.quantize_fx").prepare_fx(
+        layer, mapping, (IMAGES,)
+    )
+    torch.testing.assert_close(prepared(IMAGES), layer(IMAGES))
 
 
 def test_every_norm_is_reported() -> None:
@@ -265,3 +288,13 @@ def test_batch_dependence_that_stays_is_refused() -> None:
         convert(model, "ln_pn")
     assert isinstance(model.body[1], nn.BatchNorm2d)
     assert isinstance(convert(model, "bn_pn").body[1], NormAct2d)
+
+
+def test_a_norm_that_fails_on_the_maps_it_gets_is_refused() -> None:
+    """Such as gn with a channel a group behind a global pool, in split attention."""
+    body = [nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)]
+    model = nn.Sequential(*body, nn.ReLU())
+    with pytest.raises(ValueError, match="converted, it fails in training: gn over a 1×1 map"):
+        convert(model, "gn_pn")
+    assert isinstance(model[3], nn.BatchNorm2d)
+    assert convert(model, "gn_pn", groups=2)[3].proxied

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import pytest
+import timm
 import torch
 from torch import nn
 from torch.optim import swa_utils
@@ -28,3 +30,25 @@ def test_batch_independent_norms_are_left_alone() -> None:
     model = nn.Sequential(NormAct2d(3, "ln_pn"))
     update_bn(model, iter(()))
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "tool, instead",
+    [
+        (lambda model: swa_utils.update_bn([torch.randn(2, 3, 8, 8)], model), r"update_bn\(model"),
+        (nn.SyncBatchNorm.convert_sync_batchnorm, 'norm_batch="global"'),
+        (timm.utils.freeze, r"call eval\(\)"),
+    ],
+)
+@pytest.mark.parametrize("norm", ["bn", "bn_pn"])
+def test_tools_that_know_batch_norm_by_class_warn(tool, instead: str, norm: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(NormAct2d(4, norm)))
+    with pytest.warns(UserWarning, match=f"leaves NormAct2d as it is: .*{instead}"):
+        tool(model)
+    assert isinstance(model[1][0], NormAct2d)
+
+
+def test_batch_independent_norms_are_passed_over_in_silence(recwarn) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct2d(4, "ln_pn"))
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not recwarn.list

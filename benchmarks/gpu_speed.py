@@ -1,28 +1,23 @@
-"""The checks of gpu_check that need torch and proxynorm.nn alone; networks need timm besides."""
+"""What gpu_check measures: a GPU's bandwidth, layers, networks, the training loop."""
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from proxynorm.nn import NormAct2d, pn_act, proxy_moments
-from proxynorm.nn.fast.fused import per_channel
-from proxynorm.train.readback import Readback, step_if
+from proxynorm.nn import NormAct2d
 
-NORMS = ("ln_pn", "gn_pn", "ln", "gn", "bn", "in", "bn_pn", "in_pn")
-ACTIVATIONS = {"relu": torch.relu, "silu": functional.silu, "gelu": functional.gelu}
-FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Added to twice the written formula's own error: the rounding of the result.
-FLOORS = {"bf16": 4e-3, "fp16": 5e-4, "fp32": 2e-6}
+MODELS, NETS = ("resnet50", "efficientnet_b0"), ("torch bn", "ln_pn", "ln", "gn_pn")
 
 
 class Skipped(Exception):
@@ -35,7 +30,7 @@ class Machine:
 
     device: torch.device
     small: bool
-    deadline: float
+    deadline: float = 0.0
     bandwidth: float = 0.0  # bytes a second of a copy, read and written
     failures: list[str] = field(default_factory=list)
 
@@ -88,93 +83,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-# The layer against float64
-
-
-def formula(layer: NormAct2d, x: Tensor) -> Tensor:
-    """The layer as the paper writes it, in float32 or float64, by torch's own norms."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if layer.kind == "bn":
-        y = functional.batch_norm(wide, None, None, training=True, eps=layer.eps)
-    else:
-        groups = {"ln": 1, "in": layer.num_features}.get(layer.kind, layer.groups)
-        y = functional.group_norm(wide, groups, eps=layer.eps)
-    phi = ACTIVATIONS[layer.act_name]
-    if layer.proxied:
-        moments = partial(proxy_moments, activation=layer.act_name)
-        z = pn_act(y, *layer.four_parameters(), phi, moments, layer.proxy_eps)
-    else:
-        z = phi(per_channel(layer.weight) * y + per_channel(layer.bias))
-    return z.to(x.dtype)
-
-
-def results(run: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, grad: Tensor) -> dict:
-    """Return the output and all gradients of one forward and backward pass."""
-    layer.zero_grad()
-    x = x.detach().requires_grad_()
-    out = run(x)
-    out.backward(grad.to(out.dtype))
-    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return {"output": out.detach(), "input": x.grad, **gradients}
-
-
-def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Return relative errors in the 2-norm."""
-    return {
-        name: float((got[name].double() - exact[name]).norm() / (exact[name].norm() + 1e-30))
-        for name in exact
-    }
-
-
-def make_case(machine: Machine, norm: str, activation: str, layout: str, dtype: str) -> tuple:
-    """Return a layer with trained-like parameters, an input and an output gradient."""
-    torch.manual_seed(0)
-    shape = (4, 16, 8, 8) if machine.small else (32, 64, 28, 28)
-    layer = NormAct2d(shape[1], norm, act_layer=activation, groups=4 if "gn" in norm else None)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, 1.0 if parameter is layer.weight else 0.0, 0.3)
-    x, grad = 2 * torch.randn(shape) + 0.5, torch.randn(shape)
-    move = {"dtype": DTYPES[dtype], "memory_format": FORMATS[layout]}
-    return layer.to(machine.device), x.to(machine.device, **move), grad.to(machine.device, **move)
-
-
-def norms(machine: Machine) -> Iterator[dict]:
-    """Compare every norm, activation, layout, type and mode with float64, within the deadline."""
-    cases = list(product(("eager", "compiled"), DTYPES, FORMATS, NORMS, ACTIVATIONS))
-    if machine.small:
-        cases = [case for case in cases if case[0] == "eager"]
-        cases.append(("compiled", "fp32", "channels_last", "ln_pn", "relu"))
-    for number, (mode, dtype, layout, norm, activation) in enumerate(cases):
-        if time.monotonic() > machine.deadline:
-            raise Skipped(f"{len(cases) - number} of {len(cases)} cases, for want of time")
-        yield norm_case(machine, mode, dtype, layout, norm, activation)
-
-
-def norm_case(machine: Machine, mode: str, dtype: str, layout: str, norm: str, act: str) -> dict:
-    layer, x, grad = make_case(machine, norm, act, layout, dtype)
-    wide = copy.deepcopy(layer).double()
-    exact = results(partial(formula, wide), wide, x.double(), grad.double())
-    written = errors(results(partial(formula, layer), layer, x, grad), exact)
-    torch._dynamo.reset()
-    run = torch.compile(layer, dynamic=False) if mode == "compiled" else layer
-    got = results(run, layer, x, grad)
-    found, name = errors(got, exact), f"{mode} {dtype} {layout} {norm} {act}"
-    worst = max(found, key=lambda key: found[key] - 2 * written[key])
-    good = found[worst] <= 2 * written[worst] + FLOORS[dtype]
-    kept = got["output"].stride() == x.stride()
-    return {
-        "mode": mode,
-        "type": dtype,
-        "layout": layout,
-        "norm": norm,
-        "activation": act,
-        "error": f"{found[worst]:.1e} ({worst})",
-        "formula's": f"{written[worst]:.1e}",
-        "exact": machine.expect(good, f"{name}: error of {worst} {found[worst]:.1e}"),
-        "strides kept": machine.expect(kept, f"{name}: strides {got['output'].stride()}"),
-    }
-
-
 def traffic(machine: Machine) -> Iterator[dict]:
     """Time large maps in bf16; as effective bytes an element, at the bandwidth of a copy."""
     if not machine.on_gpu:
@@ -201,40 +109,6 @@ def traffic(machine: Machine) -> Iterator[dict]:
         }
 
 
-# A step without the trainer
-
-
-def syncs(machine: Machine) -> Iterator[dict]:
-    """Run steps under CUDA's debug mode, in which an implicit wait for the device is an error."""
-    layers = [nn.Conv2d(3, 16, 3), NormAct2d(16, "ln_pn"), nn.Flatten(), nn.Linear(16 * 36, 10)]
-    net = nn.Sequential(*layers).to(machine.device)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, fused=True)
-    images = torch.randn(8, 3, 8, 8, device=machine.device)
-    targets = torch.zeros(8, dtype=torch.long, device=machine.device)
-    last, waited = None, "none"
-    try:
-        for step in range(6):
-            if machine.on_gpu and step == 2:
-                torch.cuda.set_sync_debug_mode("error")
-            loss = functional.cross_entropy(net(images), targets)
-            loss.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in net.parameters()])
-            if last is not None:
-                last.read()
-            step_if(optimizer, torch.isfinite(norm))
-            last = Readback(torch.stack([loss.detach(), norm]))
-            optimizer.zero_grad(set_to_none=True)
-    except RuntimeError as error:
-        waited = str(error).splitlines()[0]
-    finally:
-        if machine.on_gpu:
-            torch.cuda.set_sync_debug_mode("default")
-    yield {"step": "layers of this project, bare loop", "waits": waited}
-    machine.expect(waited == "none", f"a step waits for the device: {waited}")
-    if not machine.on_gpu:
-        raise Skipped("waits are seen on CUDA alone")
-
-
 def networks(machine: Machine) -> Iterator[dict]:
     """Time training steps in bf16: images/s, memory, kernels, share of time in kernels."""
     try:
@@ -253,9 +127,6 @@ def networks(machine: Machine) -> Iterator[dict]:
         yield {"model": model, "norm": norm, "batch": batch, "mode": mode} | time_network(
             machine, net, batch, mode
         )
-
-
-MODELS, NETS = ("resnet50", "efficientnet_b0"), ("torch bn", "ln_pn", "ln", "gn_pn")
 
 
 def torch_norms(net: nn.Module) -> nn.Module:
@@ -303,3 +174,19 @@ def time_network(machine: Machine, net: nn.Module, batch: int, mode: str) -> dic
         "kernels": len(kernels),
         "busy": f"{min(1.0, busy / taken):.0%}",
     }
+
+
+def engine(machine: Machine) -> Iterator[dict]:
+    """Compare our training with a bare loop and timm's, on synthetic images."""
+    if not machine.on_gpu:
+        raise Skipped("speed means nothing on a CPU")
+    try:
+        from benchmarks.engine import Options, compare, measure
+        from tests.gpu.training import make_images
+    except ImportError as error:
+        raise Skipped(f"needs {error.name}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder) / "data", train=2048, held_out=3, side=256)
+        options = Options(model="resnet50", norm="ln_pn", batch=128, size=224, workers=8)
+        options.source, options.rounds, options.steps = f"{folder}/data", 3, 10
+        yield from compare(measure(options, Path(folder)))

@@ -1,0 +1,108 @@
+"""Check and measure one GPU: python scripts/gpu_check.py [device=cuda] [minutes=10] [name=NAME]
+
+Correctness first, then speed. Prints Markdown; writes RESULTS/NAME.md and .json (results=, default
+results/gpu; name= defaults to the GPU's). Needs torch, and skips by name what lacks something else.
+device=cpu runs small cases, to see that it works: speed means nothing there. Exit status 1 if
+something is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_speed
+from benchmarks.gpu_speed import Machine, Skipped, device_name
+from tests.gpu import layers, training
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the runs that compare bits
+
+OPTIONS = {"device": "cuda", "minutes": "10", "name": "", "results": "results/gpu"}
+CHECKS = {
+    "Machine": gpu_speed.facts,
+    "Waits for the device in a step": layers.syncs,
+    "Training": training.training,
+    "Two GPUs": training.processes,
+    "Layers against float64": layers.norms,
+    "Bytes an element, forward and backward, (64, 256, 56, 56), bf16": gpu_speed.traffic,
+    "Training steps, bf16": gpu_speed.networks,
+    "The training loop, images/s": gpu_speed.engine,
+}
+# Shares of the time at which the long checks end, so that each has some.
+ENDS = {"Layers against float64": 0.4, "Training steps, bf16": 0.9}
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return 0
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if unknown := given.keys() - OPTIONS:
+        return fail(f"no option '{min(unknown)}'; valid: {', '.join(OPTIONS)}")
+    options = OPTIONS | given
+    try:
+        device, minutes = torch.device(options["device"]), float(options["minutes"])
+    except (RuntimeError, ValueError) as error:
+        return fail(f"device= or minutes=: {str(error).splitlines()[0]}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return fail("torch finds no CUDA device; device=cpu runs small cases without one")
+    machine = Machine(device, small=device.type == "cpu")
+    start, results = time.monotonic(), {}
+    print(f"# {device_name(device)}\n", flush=True)
+    if machine.small:
+        print("On a CPU: small cases, for correctness alone; speed means nothing here.\n")
+    text = []
+    for title, check in CHECKS.items():
+        machine.deadline = start + 60 * minutes * ENDS.get(title, 1.0)
+        rows, skipped = collect(machine, title, check(machine))
+        results[title] = {"rows": rows, "skipped": skipped}
+        text.append(f"## {title}\n\n{table(rows)}{f'Skipped: {skipped}.' if skipped else ''}\n")
+        print(text[-1], flush=True)
+    verdict = "\n".join(f"- wrong: {what}" for what in machine.failures) or "Nothing is wrong."
+    print(verdict)
+    write(options, device, {"checks": results, "failures": machine.failures}, [*text, verdict])
+    return 1 if machine.failures else 0
+
+
+def collect(machine: Machine, title: str, check: Iterator[dict]) -> tuple[list[dict], str | None]:
+    """Run a check; return its rows, and why it, or the rest of it, was skipped."""
+    rows = []
+    try:
+        for row in check:
+            rows.append(row)
+    except Skipped as reason:
+        return rows, str(reason)
+    except Exception as error:  # the others still tell something
+        machine.expect(False, f"{title}: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        traceback.print_exc()
+    return rows, None
+
+
+def table(rows: list[dict]) -> str:
+    """Format rows as a Markdown table."""
+    if not rows:
+        return ""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
+
+
+def write(options: dict, device: torch.device, content: dict, text: list[str]) -> None:
+    name = options["name"] or device_name(device).lower().replace(" ", "_")
+    folder = Path(options["results"])
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.joinpath(f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    heading = f"# {device_name(device)}\n"
+    folder.joinpath(f"{name}.md").write_text("\n".join([heading, *text]) + "\n")
+    print(f"\nwritten: {folder / name}.md and .json")
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

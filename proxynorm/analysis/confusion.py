@@ -1,0 +1,82 @@
+"""Which class is taken for which: counts, accuracy per class, tables and a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from proxynorm.analysis.plots import save_figure
+from proxynorm.data import Batch
+from proxynorm.files import write_text
+
+LABELLED = 40  # classes whose names a figure has room for
+
+
+class Counted(nn.Module):
+    """A network that yields the logits of some classes, and counts what it took for what.
+
+    columns: the logits, int64 (K,), to yield; matrix: int64 (K, K), images by class and prediction.
+    """
+
+    def __init__(self, model: nn.Module, columns: np.ndarray, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.columns = model, torch.from_numpy(columns).to(device)
+        self.matrix = torch.zeros(len(columns), len(columns), dtype=torch.int64, device=device)
+
+    def see(self, batch: Batch) -> Batch:
+        """Remember the classes of the batch that comes next."""
+        self.batch = batch
+        return batch
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, K)."""
+        logits = self.model(images)[:, self.columns]
+        valid = self.batch.valid.to(logits.device)
+        pairs = self.batch.targets[valid] * len(self.columns) + logits.argmax(1)[valid]
+        self.matrix += pairs.bincount(minlength=self.matrix.numel()).view_as(self.matrix)
+        return logits
+
+
+def write_confusion(folder: str | Path, classes: Sequence[str], matrix: np.ndarray) -> None:
+    """Write per_class.csv, confusion.csv and confusion.png; a row of `matrix` is a true class."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    total, right = matrix.sum(1), matrix.diagonal()
+    rows = [
+        (name, n, hits, f"{100 * hits / n:.2f}" if n else "")
+        for name, n, hits in zip(classes, total.tolist(), right.tolist())
+    ]
+    write_csv(folder / "per_class.csv", [("class", "images", "correct", "top1"), *rows])
+    write_csv(
+        folder / "confusion.csv",
+        [("class", *classes), *((name, *row) for name, row in zip(classes, matrix.tolist()))],
+    )
+    plot_confusion(folder / "confusion.png", classes, matrix)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def plot_confusion(path: Path, classes: Sequence[str], matrix: np.ndarray) -> None:
+    """Draw the share of each true class (row) that is taken for each class (column)."""
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(4 + 0.3 * len(classes), 12)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if len(classes) <= LABELLED:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    save_figure(figure, path)

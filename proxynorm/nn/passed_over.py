@@ -1,0 +1,36 @@
+"""Warn where a tool that knows batch norms by class passes over NormAct2d without a word."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from torch import nn
+
+# by module and function, what to do instead
+_TOOLS = {
+    ("torch.optim.swa_utils", "update_bn"): "call proxynorm.update_bn(model, loader)",
+    ("torch.nn.modules.batchnorm", "convert_sync_batchnorm"): (
+        'set norm_batch="global" in proxynorm.convert or create_model'
+    ),
+    ("timm.layers.norm_act", "freeze_batch_norm_2d"): (
+        "call eval() on these layers after each model.train(), to keep their statistics"
+    ),
+}
+
+
+def warn_if_passed_over() -> None:
+    """Warn if one of the tools is looking through the modules of a network.
+
+    They find batch norms through named_children or modules, which NormAct2d overrides to call this.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == nn.modules.module.__file__:
+        frame = frame.f_back
+    tool = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+    if tool in _TOOLS:
+        warnings.warn(
+            f"{tool[1]} knows PyTorch's own batch norms only and leaves NormAct2d as it is: "
+            f"{_TOOLS[tool]}",
+            stacklevel=2,
+        )
