@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from proxynorm import doctor
+from proxynorm import commands, doctor
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.ffcv.preparation import prepare
@@ -19,9 +18,6 @@ from proxynorm.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.errors import ConfigError
 from proxynorm.train.config import compose_config, settings_from
 from tests.data.conftest import needs_fashion_mnist, needs_ffcv, write_folder
-from tests.helpers import ROOT
-
-SCRIPT = ROOT / "scripts" / "doctor.py"
 
 
 def settings(*overrides: str):
@@ -37,7 +33,7 @@ def look(*overrides: str) -> list[Finding]:
 def run_script(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        commands.run("doctor")
     return end.value.code
 
 
