@@ -1,147 +1,142 @@
-"""Figures, drawn by matplotlib without a display, as PNG or SVG.
-
-A norm and its proxy-normalized version share a colour: dashed without PN, solid with it.
-"""
+"""Figures of training: loss and accuracy against epochs, accuracy of cells and against batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from proxynorm.analysis.power import TERMS, PowerRow
-from proxynorm.files import write_atomic
+from proxynorm.analysis.style import (
+    draw_band,
+    legend_beside,
+    new_figure,
+    norm_label,
+    norm_style,
+    save_figure,
+)
 
-Rows = Sequence[Mapping[str, Any]]
-DEPTH, SHARE = "depth (norm layers)", "share of power"
-NORM_COLORS = {"bn": "#4477aa", "ln": "#ee6677", "gn": "#228833", "in": "#aa3377"}
-DASHES = {"": "--", "pn": "-", "ws": ":"}
-POWER_COLORS = ("#ee6677", "#ccbb44", "#4477aa", "#66ccee")
-POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
-
-
-def norm_label(norm: str) -> str:
-    """A norm's name as the paper writes it, ln_pn as LN+PN; any other name as it is."""
-    return "+".join(norm.upper().split("_")) if norm_style(norm) else norm
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+Styles = Mapping[str, Mapping[str, Any]]
+LOSS_POINTS = 60  # of a curve: the loss of single batches is noise
 
 
-def norm_style(norm: str) -> dict[str, str]:
-    """A norm's colour and dashes, as keyword arguments of Axes.plot; empty for any other name."""
-    base, _, variant = norm.partition("_")
-    if base not in NORM_COLORS or variant not in DASHES:
-        return {}
-    return {"color": NORM_COLORS[base], "linestyle": DASHES[variant]}
+def plot_curves(
+    runs: Mapping[str, Sequence[Rows]],
+    path: Path,
+    styles: Styles | None = None,
+    formats: Sequence[str] = (),
+) -> None:
+    """Draw training loss and evaluated top-1 against epochs, seeds as bands.
 
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, in the format that the name of `path` ends with.
-
-    Dates, versions and random identifiers are left out, so that equal data give equal bytes.
+    runs: the rows of each seed, by label; a label that names a norm is drawn in the norm's style,
+    unless `styles` has one for it. Runs that were evaluated once have no curve of top-1.
     """
-    suffix = path.suffix.removeprefix(".")
-    metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
-    # A canvas of its own instead of pyplot, which needs a backend and keeps every figure alive.
-    FigureCanvasAgg(figure)
-    with matplotlib.rc_context({"svg.hashsalt": "proxynorm"}):
-        write_atomic(
-            path, lambda stream: figure.savefig(stream, format=suffix, dpi=120, metadata=metadata)
-        )
-
-
-def plot_curves(runs: Mapping[str, Rows], path: Path) -> None:
-    """Draw training loss and evaluated top-1 against epochs; `runs`: label → rows of metrics.jsonl.
-
-    A label that names a norm is drawn in the norm's style.
-    """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, accuracy = figure.subplots(1, 2)
-    for label, rows in runs.items():
-        style = {"label": norm_label(label), **norm_style(label)}
-        plot_event(losses, rows, "train", "loss", lw=1, **style)
-        plot_event(accuracy, rows, "eval", "top1", marker="o", ms=4, **style)
-    losses.set(xlabel="epoch", ylabel="training loss (cross-entropy)")
-    accuracy.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
-    for axes in (losses, accuracy):
-        axes.grid(alpha=0.3)
+    losses = {label: [loss_curve(rows) for rows in seeds] for label, seeds in runs.items()}
+    top1 = {label: [event_curve(rows, "eval", "top1") for rows in s] for label, s in runs.items()}
+    several = len(runs) == 1 or any(len(x) > 1 for seeds in top1.values() for x, _ in seeds)
+    figure, grid = new_figure(10 if several else 6.5, 4, columns=1 + several)
+    for label in runs:
+        style = (styles or {}).get(label) or norm_style(label)
+        draw_seeds(grid[0, 0], losses[label], label=norm_label(label), **style)
+        if several:
+            draw_seeds(grid[0, 1], top1[label], label=norm_label(label), marker="o", ms=3, **style)
+    grid[0, 0].set(xlabel="epoch", ylabel="training loss (cross-entropy, nats)")
+    show_later_loss(grid[0, 0], [curve for seeds in losses.values() for curve in seeds])
+    if several:
+        grid[0, 1].set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)))
-    elif runs:
-        accuracy.legend(fontsize=8, loc="lower right")
-    save_figure(figure, path)
+    else:
+        legend_beside(grid[0, -1])
+    save_figure(figure, path, formats)
 
 
-def plot_event(axes: Axes, rows: Rows, event: str, key: str, **style: Any) -> None:
-    """Draw a key of the rows of one event against epochs."""
-    points = [(row["epoch"], row[key]) for row in rows if row["event"] == event]
-    axes.plot([epoch for epoch, _ in points], [value for _, value in points], **style)
+def event_curve(rows: Rows, event: str, key: str) -> tuple[list[float], list[float]]:
+    """Epochs and values of a key in the rows of one event."""
+    found = [(row["epoch"], row[key]) for row in rows if row["event"] == event and key in row]
+    return [epoch for epoch, _ in found], [value for _, value in found]
 
 
-def plot_power(
-    panels: Mapping[str, Sequence[PowerRow]],
+def loss_curve(rows: Rows) -> tuple[list[float], list[float]]:
+    """Epochs and training losses, each the mean of the rows around it."""
+    epochs, losses = event_curve(rows, "train", "loss")
+    if len(epochs) <= LOSS_POINTS:
+        return epochs, losses
+    parts = (np.array_split(values, LOSS_POINTS) for values in (epochs, losses))
+    return tuple([float(part.mean()) for part in values] for values in parts)
+
+
+def draw_seeds(axes: Axes, seeds: Sequence[tuple[list, list]], **style: Any) -> None:
+    """Draw curves of equal runs as one band, up to where the shortest ends."""
+    shortest = min((x for x, _ in seeds), key=len)
+    if shortest:
+        draw_band(axes, shortest, [y[: len(shortest)] for _, y in seeds], **style)
+
+
+def show_later_loss(axes: Axes, curves: Sequence[tuple[list, list]]) -> None:
+    """Scale the axis to the losses after the first fifth, where the curves differ visibly."""
+    late = [y for x, values in curves for e, y in zip(x, values) if e >= 0.2 * x[-1]]
+    late = [value for value in late if np.isfinite(value)]
+    if late:
+        margin = 0.05 * (max(late) - min(late)) or 0.05
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+
+
+def plot_cells(
+    samples: Mapping[str, Sequence[float]],
+    references: Mapping[str, float],
+    styles: Styles,
+    label: str,
     path: Path,
-    mean_field: Mapping[str, Sequence[float]] | None = None,
+    formats: Sequence[str] = (),
 ) -> None:
-    """Draw the four terms, stacked, against depth, a panel a norm or step (the paper's Fig. 2).
-
-    mean_field: P1 that theory expects at each depth, by panel.
-    """
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.7 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    handles = {}
-    for (title, power), axes in zip(panels.items(), grid.flat, strict=False):
-        depths = [row.depth for row in power]
-        terms = [[getattr(row, term) for row in power] for term in TERMS]
-        areas = axes.stackplot(depths, *terms, colors=POWER_COLORS)
-        handles |= dict(zip(POWER_LABELS, areas, strict=True))
-        if mean_field and title in mean_field:
-            (line,) = axes.plot(depths, mean_field[title], "k--", lw=1)
-            handles["P1, mean field"] = line
-        axes.set(title=norm_label(title), xlabel=DEPTH, ylim=(0, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(SHARE)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    place = "outside lower center"
-    figure.legend(handles.values(), handles.keys(), loc=place, ncols=len(handles), fontsize=8)
-    save_figure(figure, path)
+    """A row for each cell: every run faint, mean ± one standard deviation bold, reference a bar."""
+    figure, ((axes,),) = new_figure(7, 0.8 + 0.28 * len(samples))
+    for row, (cell, values) in enumerate(samples.items()):
+        color = styles[cell]["color"]
+        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.3, ms=4)
+        spread = stdev(values) if len(values) > 1 else 0
+        filled = color if styles[cell].get("linestyle") == "-" else "white"
+        axes.errorbar(fmean(values), row, xerr=spread, fmt="o", color=color, mfc=filled, capsize=3)
+        if cell in references:
+            axes.plot(references[cell], row, "|", color="black", ms=12)
+    axes.set_yticks(range(len(samples)), [norm_label(cell) for cell in samples])
+    axes.invert_yaxis()
+    axes.set(xlabel=label)
+    save_figure(figure, path, formats)
 
 
-def plot_p1(
-    nets: Mapping[str, Sequence[Sequence[PowerRow]]],
-    paths: Sequence[Path],
-    mean_field: Mapping[str, Sequence[float]] | None = None,
+def plot_against(
+    panels: Mapping[str, Mapping[str, Mapping[float | None, Sequence[float]]]],
+    label: str,
+    path: Path,
+    formats: Sequence[str] = (),
 ) -> None:
-    """Draw P1 against depth: a line a norm, the mean over its nets, and a band, their range.
+    """Draw accuracy against a batch size, the paper's axis: a panel an axis, seeds as bands.
 
-    nets: the rows of each net, by norm; mean_field: as in plot_power.
+    panels: {axis in words: {norm: {value: runs}}}; the value None, of a norm that does not know
+    the axis, is drawn as a level.
     """
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for norm, seeds in nets.items():
-        depths = [row.depth for row in seeds[0]]
-        layers = [[row.p1 for row in layer] for layer in zip(*seeds, strict=True)]
-        means = [sum(layer) / len(layer) for layer in layers]
-        (line,) = axes.plot(depths, means, lw=2, label=norm_label(norm), **norm_style(norm))
-        lowest, highest = [min(layer) for layer in layers], [max(layer) for layer in layers]
-        axes.fill_between(depths, lowest, highest, color=line.get_color(), alpha=0.25, lw=0)
-    for norm, values in (mean_field or {}).items():
-        label = f"{norm_label(norm)}, mean-field theory"
-        axes.plot(range(1, len(values) + 1), values, "k", lw=1, dashes=(1, 1.5), label=label)
-    names, count = ", ".join(map(norm_label, nets)), len(next(iter(nets.values())))
-    axes.set_title(f"P1 in random nets: {names} (mean and range of {count} nets)")
-    axes.set(xlabel=DEPTH, ylabel=f"P1, constant channels ({SHARE})", ylim=(-0.02, 1.02))
-    axes.margins(x=0.01)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
-    for path in paths:
-        save_figure(figure, path)
+    figure, grid = new_figure(5 * len(panels) + 1, 4, columns=len(panels), sharey=True)
+    for axes, (words, norms) in zip(grid[0], panels.items(), strict=True):
+        ticks = sorted({x for values in norms.values() for x in values if x is not None})
+        for norm, values in norms.items():
+            style = {**norm_style(norm), "label": norm_label(norm)}
+            if known := sorted(x for x in values if x is not None):
+                count = min(len(values[x]) for x in known)
+                draw_band(
+                    axes, known, list(zip(*(values[x][:count] for x in known))), marker="o", **style
+                )
+            else:
+                level = values[None]
+                draw_band(axes, [ticks[0], ticks[-1]], [[value] * 2 for value in level], **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set(xlabel=words)
+    grid[0, 0].set_ylabel(label)
+    legend_beside(grid[0, -1])
+    save_figure(figure, path, formats)

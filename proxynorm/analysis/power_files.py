@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from proxynorm.analysis.power import TERMS, PowerRow
+from proxynorm.analysis.tables import csv_table
 from proxynorm.files import write_text
 
 
@@ -38,11 +37,9 @@ def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
 
 def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:
     """Write a line a panel and norm: `panel` (name of the first column), name, depth, p1 … p4."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([panel, "name", "depth", *TERMS])
-    for title, rows in panels.items():
-        for row in rows:
-            terms = [f"{getattr(row, term):.6f}" for term in TERMS]
-            writer.writerow([title, row.name, row.depth, *terms])
-    write_text(path, stream.getvalue())
+    lines = [
+        [title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)]
+        for title, rows in panels.items()
+        for row in rows
+    ]
+    write_text(path, csv_table([panel, "name", "depth", *TERMS], lines))

@@ -1,7 +1,10 @@
-"""Aligned text tables and Markdown tables from the same cells."""
+"""The same cells as an aligned text table, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 
 Cells = Sequence[Sequence[str]]
@@ -25,3 +28,23 @@ def markdown_table(header: Sequence[str], rows: Cells) -> str:
     """The same as a Markdown table, numbers to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def latex_table(header: Sequence[str], rows: Cells) -> str:
+    r"""The same as a LaTeX tabular in the style of booktabs (\usepackage{booktabs})."""
+    lines = [" & ".join(map(_latex, row)) + r" \\" for row in [header, *rows]]
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    columns = "l" + "r" * (len(header) - 1)
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"])
+
+
+def _latex(text: str) -> str:
+    escaped = re.sub(r"([_%&#$])", r"\\\1", text)
+    return escaped.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--")
+
+
+def csv_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same as CSV; None is an empty field."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    return stream.getvalue()

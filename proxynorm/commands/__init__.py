@@ -15,7 +15,7 @@ COMMANDS = {
     "export": "write a run's model as safetensors, ONNX and a model card",
     "doctor": "check what is installed and what an experiment needs",
     "reproduce": "plan, launch and report the paper's tables",
-    "power": "power decomposition of random nets, a run or a table",
+    "power": "power decomposition of random nets or of a run",
     "benchmark": "measure speed and memory (in a checkout)",
     "write-ffcv": "write labelled images to a .beton file",
     "demo": "train bn, ln and ln_pn on Fashion-MNIST and compare them",

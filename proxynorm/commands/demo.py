@@ -1,100 +1,84 @@
-"""Train bn, ln and ln_pn on Fashion-MNIST; compare them in a table, a report and a figure."""
+"""Show the method in minutes: P1 in random nets, then bn, ln and ln_pn trained on Fashion-MNIST.
+
+Each norm has the learning rate and weight decay that the committed search chose for it
+(results/mini_search). Ends in a table, figures, what to run next, and a verdict in one sentence.
+"""
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from proxynorm.analysis.plots import plot_curves
-from proxynorm.analysis.tables import markdown_table, text_table
+from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option, script
-from proxynorm.files import write_json, write_text
-from proxynorm.launch.runs import TRAIN
-from proxynorm.train.run_folder import read_metrics
+from proxynorm.commands import power
+from proxynorm.launch.local import run_locally
+from proxynorm.paper.findings import Findings, comparison_grid, gather, verdicts
+from proxynorm.paper.recipe import refuse_other_recipes
+from proxynorm.paper.records import collect
+from proxynorm.paper.report import write_report
+from proxynorm.paper.table import load_table, read_chosen, table_runs
+from proxynorm.paper.tracking import log_report
 
-HEADER = ("norm", "top-1 %", "loss", "images/s", "seconds")
-REPORT = """# Demo: {norms} on Fashion-MNIST
-
-{table}
-
-One run each, {limit} training images, {epochs} epochs, batch {batch}; top-1 and loss on the test
-set after the last epoch; images/s and seconds of training, evaluation and start-up left out.
-Machine: {processor}, {cores} cores, torch {torch}.
-
-![training loss and top-1](curves.png)
-
-```
-{commands}
-```
+NEXT = """
+What next
+  python train.py norm=gn_pn batch=32                        another norm
+  python scripts/power.py run={run}      P1 … P4 of a trained net
+  python scripts/reproduce.py plan table=mini_norms          nine norms, by the paper's protocol
 """
 
 
 @dataclass
 class Options:
-    norms: list[str] = option(["bn", "ln", "ln_pn"], "the norms to compare")
-    limit: int = option(20000, "training images")
-    epochs: int = option(4, "epochs")
-    batch: int = option(128, "images per weight update")
-    seed: int = option(0, "seed of weights and data order")
-    runs_dir: str = option("runs/demo", "where the runs and the report go")
-    record: bool = option(False, "copy the figures into results/demo, which the README quotes")
+    seeds: int | None = option(None, "runs a norm; none given: the table's")
+    jobs: int = option(0, "runs at a time, a thread each; 0: as many as there are CPU cores")
+    root: str = option("runs", "folder of the run folders: ROOT/demo")
+    results: str = option("results", "folder of what the search has chosen")
+    record: bool = option(False, "keep runs and report in RESULTS/demo, which docs/ quotes")
+    wandb: str = option("auto", "W&B: online, offline, disabled; auto: online with a key")
+    train: list[str] = option([], "further overrides for every run, as train=[epochs=1]")
 
 
-def command(norm: str, options: Options) -> list[str]:
-    """The training command of one row."""
-    arguments = [f"{key}={getattr(options, key)}" for key in ("batch", "epochs", "seed")]
-    arguments += [f"data.limit={options.limit}", f"runs_dir={options.runs_dir}"]
-    return ["python", "train.py", f"norm={norm}", *arguments, f"name={norm}"]
-
-
-def train(norm: str, options: Options) -> Path:
-    """Train one norm, or find it trained; its run folder. Exits if the training fails."""
-    arguments = command(norm, options)
-    print(f"\n$ {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([*TRAIN, *arguments[2:]]).returncode
-    if status:
-        sys.exit(status)
-    return Path(options.runs_dir) / norm
-
-
-def row(folder: Path) -> list[str]:
-    """A run's row of the table."""
-    summary = json.loads((folder / "summary.json").read_text())
-    seconds = summary["train_seconds"]
-    speed = summary["steps"] * summary["batch"] / seconds
-    figures = [f"{summary['top1']:.2f}", f"{summary['loss']:.4f}", f"{speed:.0f}", f"{seconds:.0f}"]
-    return [summary["norm"], *figures]
-
-
-def main(options: Options) -> None:
-    folders = [train(norm, options) for norm in options.norms]
-    rows, target = [row(folder) for folder in folders], Path(options.runs_dir)
-    curves = {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders}
-    plot_curves(curves, target / "curves.png")
-    environment = json.loads((folders[-1] / "environment.json").read_text())
-    machine = {key: environment[key] for key in ("processor", "cores")}
-    chosen = asdict(options)
-    report = REPORT.format(
-        **machine,
-        **{**chosen, "norms": ", ".join(options.norms)},
-        torch=environment["packages"]["torch"],
-        table=markdown_table(HEADER, rows),
-        commands="\n".join(shlex.join(command(norm, options)) for norm in options.norms),
+def draw_random_nets(folder: Path) -> None:
+    """P1 against depth in small random nets, with and without PN: seconds."""
+    shape = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
+    print("Random nets, no training: the share of power in channel-wise constants", flush=True)
+    power.main(
+        power.Options(output=str(folder), norms=["bn", "ln", "ln_pn"], device="cpu", **shape)
     )
-    write_text(target / "report.md", report)
-    print(f"\n{text_table(HEADER, rows)}\n\n{target / 'report.md'}")
+
+
+def cells_text(findings: Findings) -> str:
+    """The cells as a text table."""
+    rows = [
+        [cell, f"{mean:.2f}", "" if std is None else f"± {std:.2f}", str(n), f"{difference:+.2f}"]
+        for cell, _, mean, std, n, difference in comparison_grid(findings)[1:]
+    ]
+    return text_table(["norm", "top-1 %", "std", "n", "minus bn"], rows)
+
+
+def main(options: Options) -> int:
+    table = load_table("demo", options.seeds)
+    runs = table_runs(table, options.root, read_chosen(table, options.results), options.train)
+    refuse_other_recipes(runs, options.results)
+    folder = Path(options.root) / table.name
+    draw_random_nets(folder / "random_nets")
+    jobs = options.jobs or min(os.cpu_count() or 1, len(runs))
+    print(f"\nTraining {len(runs)} networks, {jobs} at a time, about a minute each", flush=True)
+    if status := run_locally(runs, jobs):
+        return status
     if options.record:
-        kept = Path("results/demo")
-        kept.mkdir(parents=True, exist_ok=True)
-        shown = {key: chosen[key] for key in chosen if key not in ("runs_dir", "record")}
-        content = {"options": shown, "environment": environment, "header": HEADER, "rows": rows}
-        write_json(kept / "demo.json", content)
-        shutil.copyfile(target / "curves.png", kept / "curves.png")
+        for run in runs:
+            collect(run, options.results)
+    findings = gather(table, runs, options.results)
+    target = Path(options.results) / table.name if options.record else folder / "report"
+    write_report(findings, target, force=True)
+    log_report(findings, options.wandb, target / "report.md", folder)
+    print(f"\n{cells_text(findings)}\n\n{target}/report.md, curves.png, cells.png")
+    print(NEXT.format(run=runs[-1].folder))
+    print(*verdicts(findings), sep="\n")
+    return 0
 
 
 def entry() -> None:

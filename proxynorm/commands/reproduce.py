@@ -7,8 +7,9 @@ Commands
   status   the state of each run
   choose   after a finished search: write results/TABLE/chosen.json, which tuned tables read
   collect  keep finished runs (config, environment, metrics, summary) in results/TABLE/runs
-  report   write results/TABLE/report.md and figures; with cells= or seeds= into
-           results/TABLE/selection
+  report   write results/TABLE: report.md, figures (PNG, PDF), table.tex, cells.csv, and a
+           comparison run on W&B; with cells= or seeds= into results/TABLE/selection
+  upload   put finished runs that are not on W&B there, from their folders or results/TABLE/runs
   claims   write results/claims.md: each claim of the poster, its evidence, its status (no table=)
   docs     render the tables of results in README.md and docs/*.md anew (no table=)
 
@@ -39,7 +40,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass
 class Options:
     command: str = option(
-        "???", "plan, run, launch, status, choose, collect, report, claims, docs; the first word"
+        "???",
+        "plan, run, launch, status, choose, collect, report, upload, claims, docs; first word",
     )
     table: str = option("", "the table's name, or a YAML file; required")
     root: str = option("runs", "folder of the tables' run folders")
@@ -69,7 +71,7 @@ class Options:
     dry_run: bool = option(False, "slurm: print the sbatch command and its runs, submit nothing")
     force: bool = option(False, "replace a report of more runs")
     wandb: str = option(
-        "auto", "report on W&B: online, offline, disabled; auto: online with a key, else offline"
+        "auto", "report, upload: online, offline, disabled; auto: online with a key, else offline"
     )
     train: list[str] = option([], "further overrides for every run, as train=[device=cuda]")
 
@@ -193,7 +195,8 @@ def collect(options: Options, table: Table) -> int:
 
 
 def report(options: Options, table: Table) -> int:
-    from proxynorm.paper.report import gather, write_report
+    from proxynorm.paper.findings import gather, verdicts
+    from proxynorm.paper.report import write_report
     from proxynorm.paper.tracking import log_report
 
     part = {"seeds": options.seeds, "cells": options.cells}
@@ -203,16 +206,25 @@ def report(options: Options, table: Table) -> int:
     folder = Path(options.results) / table.name / ("selection" if any(part.values()) else "")
     path = folder / "report.md"
     write_report(findings, folder, options.force)
-    log_report(findings, options.wandb, path, Path(options.root) / table.name, "proxynorm")
-    print(path)
+    log_report(findings, options.wandb, path, Path(options.root) / table.name)
+    print(*verdicts(findings), path, sep="\n")
+    return 0
+
+
+def upload(options: Options, table: Table) -> int:
+    from proxynorm.paper.tracking import upload as put
+
+    folder = Path(options.root) / table.name / "upload"
+    names = put(selected_runs(options, table), Path(options.results), options.wandb, folder)
+    print(f"{len(names)} runs uploaded ({options.wandb}); W&B's files: {folder}")
     return 0
 
 
 def claims(options: Options) -> int:
     from proxynorm.files import write_text
     from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
+    from proxynorm.paper.findings import gather
     from proxynorm.paper.recipe import refuse_other_recipes
-    from proxynorm.paper.report import gather
 
     outcomes = {}
     for name in dict.fromkeys(name for claim in load_claims() for name in claim.tables):
@@ -244,6 +256,7 @@ COMMANDS = {
     "choose": choose,
     "collect": collect,
     "report": report,
+    "upload": upload,
 }
 WITHOUT_TABLE = {"claims": claims, "docs": docs}
 

@@ -6,7 +6,7 @@ import traceback
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from proxynorm.cli import fail
+from proxynorm.cli import fail, guard
 from proxynorm.errors import ProxynormError
 from proxynorm.train.config import CONFIGS, check_arguments, settings_from
 
@@ -39,7 +39,11 @@ def main(config: DictConfig) -> None:
 
 def entry() -> None:
     try:
-        sys.argv[1:] = check_arguments(sys.argv[1:])
+        sys.argv[1:] = words = check_arguments(sys.argv[1:])
+        if {"-h", "--help"} & set(words):
+            from proxynorm.train.help import help_text
+
+            guard(lambda: print(help_text([word for word in words if "=" in word])))
     except ProxynormError as error:
         fail(error)
     main()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from proxynorm.errors import DataError
 from proxynorm.files import write_text
-from proxynorm.paper.report import as_markdown, gather, wide_table
+from proxynorm.paper.findings import gather
+from proxynorm.paper.report import as_markdown, wide_table
 from proxynorm.paper.table import load_table, reported_runs, table_names
 
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -104,14 +104,19 @@ def outcome(
     if min(first.n, second.n) < 2:
         words = single_verdict(difference, spread)
         return Outcome(comparison, first, second, difference, None, None, words)
-    if first.std == second.std == 0:  # Welch's t is undefined
-        interval, p = (difference, difference), float(difference == 0)
-    else:
-        test = stats.ttest_ind(first.values, second.values, equal_var=False)
-        low, high = test.confidence_interval(0.95)
-        interval, p = (float(low), float(high)), float(test.pvalue)
+    interval, p = welch(first, second)
     words = verdict(comparison.expect, interval, margin)
     return Outcome(comparison, first, second, difference, interval, p, words)
+
+
+def welch(first: Sample, second: Sample) -> tuple[tuple[float, float], float]:
+    """The 95 % interval of the difference and the two-sided p of Welch's t-test."""
+    if first.std == second.std == 0:  # Welch's t is undefined
+        difference = first.mean - second.mean
+        return (difference, difference), float(difference == 0)
+    test = stats.ttest_ind(first.values, second.values, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return (float(low), float(high)), float(test.pvalue)
 
 
 def single_verdict(difference: float, spread: float | None) -> str:
@@ -139,3 +144,49 @@ def verdict(expect: str, interval: tuple[float, float], margin: float) -> str:
 def p_value(p: float) -> str:
     """Format a p value."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def closing(bn: Sample, plain: Sample, proxied: Sample, norm: str) -> str:
+    """How much of the gap between BN and `norm` PN closes, in one sentence.
+
+    Differences that Welch's test does not tell from 0 (p > 0.05) are said to be within the spread
+    of the seeds; single runs are named as such.
+    """
+    gap, closed = bn.mean - plain.mean, proxied.mean - plain.mean
+    counts = sorted({sample.n for sample in (bn, plain, proxied)})
+    seeds = "one seed each, spread unknown" if counts == [1] else f"n = {_span(counts)}"
+    if gap <= 0:
+        words = (
+            f"{norm} is not behind BN here ({-gap:+.2f} points): there is no gap for PN to close"
+        )
+    elif not told_apart(bn, plain):
+        words = f"The {gap:.2f} points between {norm} and BN are within the spread of the seeds"
+        words += f"; PN adds {closed:+.2f}"
+    elif not told_apart(proxied, plain):
+        words = (
+            f"PN does not close the {gap:.2f} points between {norm} and BN: it adds {closed:+.2f}"
+        )
+        words += ", within the spread of the seeds"
+    elif closed < 0:
+        words = f"PN widens the {gap:.2f} points between {norm} and BN by {-closed:.2f}"
+    else:
+        part = f"{closed:.2f} of the" if closed < gap else "all of the"
+        words = f"PN closes {part} {gap:.2f} points between {norm} and BN"
+        words += _remainder(bn, proxied, norm)
+    return f"{words} ({seeds})."
+
+
+def told_apart(first: Sample, second: Sample) -> bool:
+    """Whether the difference of the means is beyond the seeds' spread; unknown counts as yes."""
+    return min(first.n, second.n) < 2 or welch(first, second)[1] <= 0.05
+
+
+def _remainder(bn: Sample, proxied: Sample, norm: str) -> str:
+    ahead = proxied.mean - bn.mean
+    if not told_apart(proxied, bn):
+        return f"; {norm}+PN and BN then differ by {ahead:+.2f}, within the spread of the seeds"
+    return f"; {norm}+PN is {abs(ahead):.2f} {'ahead of' if ahead > 0 else 'behind'} BN"
+
+
+def _span(counts: Sequence[int]) -> str:
+    return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))

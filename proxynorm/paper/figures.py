@@ -1,71 +1,58 @@
-"""Figures of a table's report. A norm and its PN variant share a colour: dashed and solid."""
+"""The figures of a table's report, as PNG and PDF."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
-from matplotlib.figure import Figure
+from proxynorm.analysis.plots import plot_against, plot_cells, plot_curves
+from proxynorm.analysis.power_plots import plot_p1, plot_p1_against_metric, plot_p1_by_epoch
+from proxynorm.analysis.style import cell_styles
+from proxynorm.paper.findings import Findings, against_batch, last_powers, mean_p1, p1_by_epoch
 
-from proxynorm.analysis.plots import save_figure
-
-Curves = Mapping[str, Sequence[tuple[float, float]]]
-
-
-def cell_styles(norms: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Colour, line style and opacity of each cell, from its norm by cell name.
-
-    Cells of one norm differ in opacity.
-    """
-    bases = list(dict.fromkeys(norm.removesuffix("_pn") for norm in norms.values()))
-    styles, seen = {}, dict.fromkeys(norms.values(), 0)
-    for cell, norm in norms.items():
-        count = sum(other == norm for other in norms.values())
-        styles[cell] = {
-            "color": f"C{bases.index(norm.removesuffix('_pn')) % 10}",
-            "ls": "-" if norm.endswith("_pn") else "--",
-            "alpha": 1 - 0.7 * seen[norm] / max(1, count - 1),
-        }
-        seen[norm] += 1
-    return styles
+MOST_CURVES = 20
+PDF = ("pdf",)
 
 
-def plot_cells(
-    samples: Mapping[str, Sequence[float]],
-    references: Mapping[str, float],
-    styles: Mapping[str, Mapping[str, Any]],
-    label: str,
-    path: Path,
-) -> None:
-    """A row for each cell: every run faint, mean ± one standard deviation bold, reference a bar."""
-    figure = Figure(figsize=(7, 0.8 + 0.28 * len(samples)), layout="constrained")
-    axes = figure.subplots()
-    for row, (cell, values) in enumerate(samples.items()):
-        color = styles[cell]["color"]
-        axes.plot(values, [row] * len(values), "o", color=color, alpha=0.3, ms=4)
-        spread = stdev(values) if len(values) > 1 else 0
-        filled = color if styles[cell]["ls"] == "-" else "white"
-        axes.errorbar(fmean(values), row, xerr=spread, fmt="o", color=color, mfc=filled, capsize=3)
-        if cell in references:
-            axes.plot(references[cell], row, "|", color="black", ms=12)
-    axes.set_yticks(range(len(samples)), list(samples))
-    axes.invert_yaxis()
-    axes.set(xlabel=label)
-    axes.grid(alpha=0.3, axis="x")
-    save_figure(figure, path)
+def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
+    """Draw what the runs allow into `folder`; {PNG file: caption}."""
+    cells, table = findings.measured(), findings.table
+    if not cells:
+        return {}
+    label = f"{'top-1' if table.metric == 'top1' else table.metric} (%) on {table.split}"
+    styles = cell_styles({cell.name: str(cell.labels.get("norm", "")) for cell in cells})
+    samples = {cell.name: findings.samples[cell.name].values for cell in cells}
+    references = {item.cell: item.value for item in table.references}
+    plot_cells(samples, references, styles, label, folder / "cells.png", PDF)
+    found = {"cells.png": f"{label}: every run faint, mean ± one standard deviation bold"}
+    if len(cells) <= MOST_CURVES:
+        runs = {cell.name: [record.rows for record in findings.of_cell(cell)] for cell in cells}
+        plot_curves(runs, folder / "curves.png", styles, PDF)
+        found["curves.png"] = "training, mean over seeds and their range"
+    if panels := against_batch(findings):
+        plot_against(panels, label, folder / "batch.png", PDF)
+        found["batch.png"] = f"{label} against batch size, mean over seeds and their range"
+    return found | draw_powers(findings, folder, styles, label)
 
 
-def plot_curves(
-    curves: Curves, styles: Mapping[str, Mapping[str, Any]], xlabel: str, ylabel: str, path: Path
-) -> None:
-    """A line for each cell."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for cell, points in curves.items():
-        axes.plot(*zip(*points, strict=True), lw=1.3, label=cell, **styles[cell])
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
+def draw_powers(findings: Findings, folder: Path, styles: dict, label: str) -> dict[str, str]:
+    """Draw the powers that the runs logged; {PNG file: caption}."""
+    last = last_powers(findings)
+    if not 0 < len(last) <= MOST_CURVES:
+        return {}
+    nets = {cell: [rows for _, rows in runs] for cell, runs in last.items()}
+    title = "P1 of the trained networks"
+    plot_p1(nets, folder / "power.png", title, styles, formats=PDF)
+    points = {
+        cell: [(mean_p1(rows), record.summary[findings.table.metric]) for record, rows in runs]
+        for cell, runs in last.items()
+    }
+    plot_p1_against_metric(points, styles, label, folder / "power_top1.png", PDF)
+    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in findings.measured()}
+    plot_p1_by_epoch(
+        {c: found for c, found in epochs.items() if found}, folder / "power_epochs.png", PDF
+    )
+    return {
+        "power.png": "P1 after training by depth, mean over seeds and their range",
+        "power_top1.png": "accuracy against P1 after training, a point a run",
+        "power_epochs.png": "P1 by depth while training, mean over seeds, a line an epoch",
+    }

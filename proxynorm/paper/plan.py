@@ -31,7 +31,7 @@ def plan(
         f"{table.name}: {table.title}",
         f"{len(runs) // table.seeds} cells × {table.seeds} seeds = {len(runs)} runs; {done} done",
         f"{describe(left, estimate)}; {duration(seconds / jobs)} with jobs={jobs}",
-        *filter(None, [protocol(table)]),
+        *filter(None, [protocol(table, results)]),
         *(now.error for now in statuses if now.state == "damaged"),
         *(
             f"{run.name}: another recipe, {now.note}"

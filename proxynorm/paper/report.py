@@ -5,29 +5,26 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from proxynorm.analysis.tables import markdown_table
+from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.launch.status import run_status
-from proxynorm.paper.compare import (
-    Outcome,
-    Sample,
-    cell_samples,
-    cell_status,
-    compare,
-    p_value,
-    seed_spread,
+from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread
+from proxynorm.paper.figures import draw_figures
+from proxynorm.paper.findings import (
+    Findings,
+    comparison_grid,
+    last_powers,
+    loss_ratio,
+    mean_p1,
+    p1_correlation,
+    verdicts,
 )
-from proxynorm.paper.figures import Curves, cell_styles, plot_cells, plot_curves
-from proxynorm.paper.records import FAILURE, Record, as_record, kept_files
-from proxynorm.paper.search import protocol
-from proxynorm.paper.table import Cell, Table, TableRun
+from proxynorm.paper.records import Record
+from proxynorm.paper.table import Cell
 
 LABELS = {
     "P": "poster",
@@ -36,48 +33,16 @@ LABELS = {
     "D": "digitised from a figure",
     "E": "not the paper's, a yardstick",
 }
-MOST_CURVES = 20
+FLAT = 0.01  # distance of a loss ratio from 1
+POWER_NOTE = (
+    "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
+    "means over seeds. correlation: of a run's mean P1 with its accuracy, over the seeds of a cell."
+)
 Grid = list[list[str]]  # the header, then the rows
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Everything a report is written from. words: further words of its commands, as seeds=2."""
-
-    table: Table
-    cells: list[Cell]
-    records: list[Record]
-    samples: dict[str, Sample]
-    outcomes: list[Outcome]
-    running: Counter
-    failed: Counter
-    words: tuple[str, ...] = ()
-
-    def of_cell(self, cell: Cell) -> list[Record]:
-        return [record for record in self.records if record.cell == cell.name]
-
-
-def gather(
-    table: Table, runs: Sequence[TableRun], results: str | Path, words: Sequence[str] = ()
-) -> Findings:
-    """Read what the runs left, in their folders or in `results`. words: as in Findings."""
-    records, running, failed = [], Counter(), Counter()
-    for run in runs:
-        files = kept_files(run, results)
-        if files is None:
-            running[run.cell.name] += run_status(run).state == "running"
-        elif FAILURE in files:
-            failed[run.cell.name] += 1
-        else:
-            records.append(as_record(run, files))
-    samples = cell_samples(table, records)
-    cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
-    outcomes = compare(table, samples)
-    return Findings(table, cells, records, samples, outcomes, running, failed, tuple(words))
-
-
 def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
-    """Write report.md and the figures into `folder`.
+    """Write report.md, the figures, table.tex and cells.csv into `folder`.
 
     Raises ConfigError, unless `force`, if the report there has more runs.
     """
@@ -87,17 +52,24 @@ def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
         raise ConfigError(f"{path} has {former[1]} runs, this one {count}; force=true replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     text = report(findings, draw_figures(findings, folder))
+    header, *rows = wide_table(findings)
+    write_text(folder / "table.tex", latex_table(header, rows) + "\n")
+    header, *rows = comparison_grid(findings)
+    write_text(folder / "cells.csv", csv_table(header, rows))
     write_text(path, text)
 
 
 def report(findings: Findings, figures: Mapping[str, str]) -> str:
     """The report as Markdown. figures: {file: caption}."""
     table = findings.table
-    parts = [f"# {table.title}", table.about.strip(), protocol(table)]
+    parts = [f"# {table.title}", table.about.strip(), findings.protocol]
+    parts += [f"**{sentence}**" for sentence in verdicts(findings)]
     if table.columns:
         parts += ["## Table", as_markdown(wide_table(findings))]
     parts += ["## Cells", as_markdown(cell_table(findings)), explanation(findings)]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
+    if last_powers(findings):
+        parts += ["## Power after training", as_markdown(power_table(findings)), POWER_NOTE]
     if findings.outcomes:
         comparisons = as_markdown(comparison_table(findings.outcomes))
         parts += ["## Comparisons", comparisons, comparison_notes(findings)]
@@ -151,20 +123,15 @@ def cell_table(findings: Findings) -> Grid:
     return grid
 
 
-def loss_ratio(record: Record) -> float | None:
-    """Mean training loss of the run's last tenth over that of the tenth before; near 1 is flat."""
-    curve, steps = points(record, "train", "step", "loss"), record.summary["steps"]
-    last = [loss for step, loss in curve if step > 0.9 * steps]
-    before = [loss for step, loss in curve if 0.8 * steps < step <= 0.9 * steps]
-    return fmean(last) / fmean(before) if last and before else None
-
-
 def explanation(findings: Findings) -> str:
     """A note on the numbers of the cell table."""
     table = findings.table
+    ratios = [r for record in findings.records if (r := loss_ratio(record)) is not None]
+    flat = sum(abs(ratio - 1) <= FLAT for ratio in ratios)
     text = (
         f"{table.metric} in percent on {table.split}, mean ± standard deviation over n seeds (of "
-        f"{table.seeds}). Loss ratio: mean training loss of the last tenth over the tenth before."
+        f"{table.seeds}). Loss ratio: mean training loss of the last tenth over the tenth before; "
+        f"it is within {100 * FLAT:g} % of 1, and the loss flat, in {flat} of {len(ratios)} runs."
     )
     if table.references:
         labels = sorted({reference.label for reference in table.references})
@@ -175,51 +142,21 @@ def explanation(findings: Findings) -> str:
     return text
 
 
-def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
-    """Draw the cells, the curves of loss and metric, and P1 by depth; {file: caption}."""
-    samples = {name: sample.values for name, sample in findings.samples.items() if sample.n}
-    if not samples:
-        return {}
-    table, label = findings.table, f"{findings.table.metric} (%)"
-    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in findings.cells}
-    styles = cell_styles({name: norm for name, norm in norms.items() if name in samples})
-    references = {item.cell: item.value for item in table.references}
-    plot_cells(samples, references, styles, f"{label} on {table.split}", folder / "cells.png")
-    found = {"cells.png": f"{label}: every run faint, mean ± one standard deviation bold"}
-    charts = {
-        "loss": (partial(points, event="train", x="epoch", y="loss"), "epoch", "training loss"),
-        "curves": (partial(points, event="eval", x="epoch", y=table.metric), "epoch", label),
-        "power": (last_power, "norm layer", "P1 after training, share of the power"),
-    }
-    for name, (curve, x, y) in charts.items():
-        curves = mean_curves(findings, curve)
-        if 0 < len(curves) <= MOST_CURVES:
-            plot_curves(curves, styles, x, y, folder / f"{name}.png")
-            found[f"{name}.png"] = f"{y}, mean over seeds"
-    return found
-
-
-def points(record: Record, event: str, x: str, y: str) -> list[tuple[float, float]]:
-    rows = [row for row in record.rows if row["event"] == event]
-    return [(row[x], row[y]) for row in rows if row.get(y) is not None]
-
-
-def last_power(record: Record) -> list[tuple[float, float]]:
-    """(place, P1) of the norms at the last power row of a run; empty if it logged none."""
-    rows = [row for row in record.rows if row["event"] == "power"]
-    values = [value for key, value in rows[-1].items() if key.startswith("p1/")] if rows else []
-    return [(float(place), value) for place, value in enumerate(values, 1)]
-
-
-def mean_curves(findings: Findings, curve: Callable[[Record], list[tuple[float, float]]]) -> Curves:
-    """For each cell the mean of `curve` over its runs, at the x that all have."""
-    curves = {}
-    for cell in findings.cells:
-        runs = [found for record in findings.of_cell(cell) if (found := dict(curve(record)))]
-        shared = sorted(set.intersection(*map(set, runs))) if runs else []
-        if len(shared) > 1:
-            curves[cell.name] = [(x, fmean(run[x] for run in runs)) for x in shared]
-    return curves
+def power_table(findings: Findings) -> Grid:
+    """A row for each cell that logged powers: P1 after training, and if accuracy follows it."""
+    metric = findings.table.metric
+    grid = [["cell", f"{metric} %", "P1, mean", "P1, largest", "P1, last norm", "correlation", "n"]]
+    for cell, runs in last_powers(findings).items():
+        nets = [rows for _, rows in runs]
+        largest, last = (
+            f"{fmean(figure(rows) for rows in nets):.3f}"
+            for figure in (lambda rows: max(row.p1 for row in rows), lambda rows: rows[-1].p1)
+        )
+        r = p1_correlation([(mean_p1(rows), record.summary[metric]) for record, rows in runs])
+        mean = f"{fmean(map(mean_p1, nets)):.3f}"
+        shown = "" if r is None else f"{r:+.2f}"
+        grid.append([cell, str(findings.samples[cell]), mean, largest, last, shown, str(len(runs))])
+    return grid
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> Grid:

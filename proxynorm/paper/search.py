@@ -21,8 +21,9 @@ Point = tuple[float, ...]
 def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[str, Any]:
     """Choose, for each value of the search's axis `by`, the point with the best mean metric.
 
-    Returns {"table", "metric", "chosen": {place: {axis: value}}, "tried": {place: {"value value":
-    mean metric}}, "at_edge": {place: axes whose chosen value is the smallest or largest tried}}.
+    Returns {"table", "metric", "seeds", "chosen": {place: {axis: value}}, "tried": {place:
+    {"value value": mean metric}}, "at_edge": {place: axes whose chosen value is the smallest or
+    largest tried}}.
     Raises ConfigError for a table that is no search, and while runs are missing.
     """
     if table.search is None:
@@ -33,6 +34,7 @@ def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[
     return {
         "table": table.name,
         "metric": f"{table.metric} on {table.split}",
+        "seeds": table.seeds,
         "chosen": {place: dict(zip(axes, point, strict=True)) for place, point in best.items()},
         "tried": {
             place: {" ".join(map(str, point)): shown(score) for point, score in points.items()}
@@ -84,8 +86,11 @@ def mean_metric(
     return means
 
 
-def protocol(table: Table) -> str:
-    """State the grid, seeds and runs that each place got in the table's search; "" without one."""
+def protocol(table: Table, results: str | Path) -> str:
+    """State the grid, seeds and runs that each place got in the table's search; "" without one.
+
+    And how many of the search's seeds what it has chosen in `results` rests on, if not on all.
+    """
     search = load_table(table.tuned.table) if table.tuned else table
     if search.search is None:
         return ""
@@ -96,11 +101,16 @@ def protocol(table: Table) -> str:
     words = f"{search.seeds} seed{'s' if search.seeds > 1 else ''}"
     (usual, _), *others = Counter(map(frozenset, grids.values())).most_common()
     count = f"{len(usual)} points of {' × '.join(axes)}, {words}: {search.seeds * len(usual)} runs"
+    path = Path(results) / search.name / "chosen.json"
+    used = json.loads(path.read_text()).get("seeds") if table.tuned and path.is_file() else None
+    so_far = "" if used in (None, search.seeds) else f" Chosen so far with {used} of {words}."
     if not others:
-        return f"Search {search.name}: every {by} got the same {count}."
+        return f"Search {search.name}: every {by} got the same {count}.{so_far}"
     extra = [
         f"{place} ({search.seeds * len(grid)} runs)"
         for place, grid in grids.items()
         if grid != usual
     ]
-    return f"Search {search.name}: each {by} got {count}; another grid for {', '.join(extra)}."
+    return (
+        f"Search {search.name}: each {by} got {count}; another grid for {', '.join(extra)}.{so_far}"
+    )

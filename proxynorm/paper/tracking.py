@@ -1,64 +1,143 @@
-"""Log a table's report to W&B, as a run in the group of the table's runs."""
+"""W&B beside the runs: a comparison run for a table, a demo or a sweep; kept runs uploaded."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
 
 from proxynorm.cli import first_line
-from proxynorm.paper.report import Findings, Grid, cell_table, comparison_table
-from proxynorm.train.tracker import choose_mode
+from proxynorm.files import write_text
+from proxynorm.paper.compare import Outcome
+from proxynorm.paper.findings import Findings, comparison_grid, verdicts
+from proxynorm.paper.records import FAILURE, as_record, kept_files
+from proxynorm.paper.report import cell_table, comparison_table
+from proxynorm.paper.table import TableRun
+from proxynorm.train.config import settings_from
+from proxynorm.train.tracker import Tracker, choose_mode, start_run
 
 
-def log_report(findings: Findings, mode: str, report: Path, folder: Path, project: str) -> None:
-    """Log cells, comparisons, differences and the figures beside `report`, with files in `folder`.
+def log_comparison(
+    name: str,
+    mode: str,
+    folder: Path,
+    tables: Mapping[str, Sequence[Sequence[Any]]],
+    figures: Sequence[Path],
+    config: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None,
+    **project: Any,
+) -> None:
+    """Log a comparison of runs as a run of its own, in their group `name`.
+
+    Args:
+        mode: of the logger: auto, online, offline, disabled.
+        folder: where W&B's files go.
+        tables: by name, each a header and its rows, of text and numbers.
+        figures: PNG files.
+        config: what was compared; summary: its figures by name.
+        project: project= and entity= of W&B.
 
     Warns where W&B fails. Raises ConfigError for an unknown mode.
     """
     mode = choose_mode(mode)
-    if mode == "disabled":
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"project": "proxynorm", **project, "config": dict(config or {})}
+    tags = ["comparison", f"group={name}"]
+    run = start_run(
+        mode, f"{name}-comparison", folder, tags, group=name, job_type="comparison", **options
+    )
+    if run is None:
         return
-    name = findings.table.name
     try:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
-        with wandb.init(
-            mode=mode,
-            project=project,
-            group=name,
-            job_type="report",
-            name=f"{name}-report",
-            dir=folder,
-            tags=["report", f"table={name}"],
-            settings=wandb.Settings(silent=True, console="off"),
-        ) as run:
-            grids = {"cells": cell_table(findings)}
-            grids["comparisons"] = comparison_table(findings.outcomes)
-            content = {key: as_wandb_table(wandb, grid) for key, grid in grids.items()}
-            for path in sorted(report.parent.glob("*.png")):
+        with run:
+            content: dict[str, Any] = {
+                key: wandb.Table(columns=list(header), data=[list(row) for row in rows])
+                for key, (header, *rows) in tables.items()
+            }
+            for path in figures:
                 content[f"figure/{path.stem}"] = wandb.Image(str(path))
             run.log(content)
-            run.summary.update(deltas(findings))
+            run.summary.update(dict(summary or {}))
     except Exception as error:  # W&B must not cost a report, whatever it raises
         reason = f"{type(error).__name__}: {first_line(error)}"
-        print(f"warning: the report is not on W&B: {reason}", file=sys.stderr)
+        print(f"warning: {name}-comparison is not on W&B: {reason}", file=sys.stderr)
 
 
-def as_wandb_table(wandb, grid: Grid):
-    header, *rows = grid
-    return wandb.Table(columns=header, data=rows)
+def log_report(findings: Findings, mode: str, report: Path, folder: Path) -> None:
+    """Log a table's report: cells, comparisons, verdict and the figures beside `report`."""
+    table = findings.table
+    tables: dict[str, Any] = {"comparison": comparison_grid(findings)}
+    tables["cells"] = cell_table(findings)
+    if findings.outcomes:
+        tables["claims"] = comparison_table(findings.outcomes)
+    config = {
+        "table": table.name,
+        "metric": f"{table.metric} on {table.split}",
+        "seeds": table.seeds,
+        "protocol": findings.protocol,
+        "runs": len(findings.records),
+        "cells": {cell.name: list(cell.overrides) for cell in findings.cells},
+    }
+    summary = {"verdict": " ".join(verdicts(findings)), **deltas(findings)}
+    figures = sorted(report.parent.glob("*.png"))
+    log_comparison(table.name, mode, folder, tables, figures, config, summary)
 
 
 def deltas(findings: Findings) -> dict[str, float]:
     """Means, differences from references, differences and p of comparisons, as flat keys."""
-    samples = {name: sample for name, sample in findings.samples.items() if sample.n}
+    samples = {cell.name: findings.samples[cell.name] for cell in findings.measured()}
     flat = {f"mean/{name}": sample.mean for name, sample in samples.items()}
     for reference in findings.table.references:
         if reference.cell in samples:
             flat[f"delta/{reference.cell}"] = samples[reference.cell].mean - reference.value
     for outcome in findings.outcomes:
-        pair = f"{outcome.comparison.first}-{outcome.comparison.second}"
-        values = {f"difference/{pair}": outcome.difference, f"p/{pair}": outcome.p}
-        flat |= {key: value for key, value in values.items() if value is not None}
+        flat |= outcome_figures(outcome)
     return flat
+
+
+def outcome_figures(outcome: Outcome) -> dict[str, float]:
+    pair = f"{outcome.comparison.first}-{outcome.comparison.second}"
+    values = {f"difference/{pair}": outcome.difference, f"p/{pair}": outcome.p}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> list[str]:
+    """Put finished runs into W&B from their folders or archives, each once; their names.
+
+    Each becomes the run that training would have mirrored, in the group of its table. W&B's files
+    go to folder/NAME. Runs that training mirrored itself are left out. Raises DataError for damaged
+    files, ConfigError for an unknown mode.
+    """
+    names = []
+    for run in runs:
+        place, mirrored = folder / run.name, (run.folder / "wandb_id.txt").exists()
+        files = None if mirrored or (place / "uploaded").exists() else kept_files(run, results)
+        if files is not None and FAILURE not in files:
+            place.mkdir(parents=True, exist_ok=True)
+            names += [run.name] if upload_run(run, files, mode, place) else []
+    return names
+
+
+def upload_run(run: TableRun, files: Mapping[str, bytes], mode: str, place: Path) -> bool:
+    """Replay a run's rows into W&B; whether W&B took them."""
+    config = yaml.safe_load(files["config.yaml"])
+    settings = settings_from(OmegaConf.create(config))
+    own = [tag for tag in settings.logger.tags if not tag.startswith(("table=", "cell="))]
+    tags = (*own, f"table={run.table}", f"cell={run.cell.name}")
+    logger = replace(settings.logger, mode=mode, group=run.table, tags=tags)
+    tracker = Tracker(replace(settings, logger=logger), place, run.name, config, resumed=True)
+    if tracker.run is None:
+        return False
+    record = as_record(run, dict(files))
+    for row in record.rows:
+        tracker.log(row)
+    tracker.finish(record.summary)
+    write_text(place / "uploaded", f"{mode}\n")
+    return True

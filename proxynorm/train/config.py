@@ -99,11 +99,17 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
     return config
 
 
-def _compose(config_name: str, overrides: Iterable[str]) -> DictConfig:
+def choices(arguments: Iterable[str]) -> dict[str, str]:
+    """Return the option of each group that the arguments of train.py, and their recipe, choose."""
+    config = _compose("train", hydra_words(arguments), return_hydra_config=True)
+    return dict(config.hydra.runtime.choices)
+
+
+def _compose(config_name: str, overrides: Iterable[str], **options: bool) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return compose(config_name=config_name, overrides=list(overrides))
+            return compose(config_name, list(overrides), **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
 

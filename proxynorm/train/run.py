@@ -164,6 +164,6 @@ def overview(trainer: Trainer, run: RunFolder) -> str:
 def draw_curves(run: RunFolder) -> None:
     """Draw the curves, or warn: the next start of the finished run tries again."""
     try:
-        plot_curves({run.path.name: run.read_rows()}, run.curves)
+        plot_curves({run.path.name: [run.read_rows()]}, run.curves)
     except (DataError, FileError) as error:
         print(f"warning: the curves are not drawn: {error}", file=sys.stderr)

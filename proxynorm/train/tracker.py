@@ -6,10 +6,12 @@ import netrc
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from proxynorm.analysis.power_files import from_metrics
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
 from proxynorm.train.settings import CHOICES, Settings
@@ -36,51 +38,86 @@ def choose_mode(mode: str) -> str:
     return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
 
 
+def start_run(mode: str, name: str, folder: Path, tags: Sequence[str], **options: Any) -> Any:
+    """Start a W&B run that writes below `folder` and prints nothing. options: of wandb.init.
+
+    Returns None where it is disabled, and, with a warning, where W&B fails, whatever it raises.
+    """
+    if mode == "disabled":
+        return None
+    try:
+        import wandb  # takes a second, and is optional
+
+        return wandb.init(
+            mode=mode,
+            name=name,
+            dir=folder,
+            tags=[tag[:64] for tag in dict.fromkeys(tags)],  # W&B refuses longer ones
+            settings=wandb.Settings(silent=True, console="off"),
+            **options,
+        )
+    except Exception as error:
+        reason = shorten(f"{type(error).__name__}: {error}", 240)
+        print(f"warning: {name} is not on W&B: {reason}", file=sys.stderr)
+        return None
+
+
 class Tracker:
     """One W&B run for one run folder, however often it is resumed."""
 
     def __init__(
         self, settings: Settings, folder: Path, name: str, config: dict[str, Any], resumed: bool
     ) -> None:
-        self.run = None
-        mode = choose_mode(settings.logger.mode)
-        if mode == "disabled":
-            return
-        import wandb  # takes a second, and is optional
-
         logger, identifier = settings.logger, folder / "wandb_id.txt"
-        if not (resumed and identifier.exists()):
+        self.norm, mode = settings.norm.name, choose_mode(logger.mode)
+        if mode != "disabled" and not (resumed and identifier.exists()):
             write_text(identifier, secrets.token_hex(4))
-        norm, model = settings.norm.name, str(settings.model["name"])
-        numbers = [f"batch={settings.batch}", f"regularization={settings.regularization.name}"]
-        tags = [norm, model, *numbers, *logger.tags]
-        try:
-            self.run = wandb.init(
-                mode=mode,
-                project=logger.project,
-                entity=logger.entity,
-                group=logger.group,
-                name=name,
-                id=identifier.read_text(),
-                resume="allow",
-                dir=folder,
-                config=config,
-                tags=[tag[:64] for tag in tags],  # W&B refuses longer ones
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+        shown = {"norm": self.norm, "model": settings.model["name"], "batch": settings.batch}
+        shown["regularization"] = settings.regularization.name
+        self.run = start_run(
+            mode,
+            name,
+            folder,
+            [*(f"{key}={value}" for key, value in shown.items()), *logger.tags],
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group,
+            job_type="train",
+            id=identifier.read_text() if mode != "disabled" else None,
+            resume="allow",
+            config=config,
+        )
+        if self.run is not None:
             self.run.define_metric("*", step_metric="step")
-        except Exception as error:
-            self.run = None
-            print(f"warning: W&B is off for this run: {shorten(str(error), 240)}", file=sys.stderr)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row, with figures named event/key."""
-        if self.run is not None:
-            others = {k: v for k, v in row.items() if k not in ("event", "step")}
-            figures = {f"{row['event']}/{key}": value for key, value in others.items()}
-            self.run.log({"step": row["step"], **figures})
+        """Mirror one row, with figures named event/key; powers as an image and two numbers."""
+        if self.run is None:
+            return
+        figures = {k: v for k, v in row.items() if k not in ("event", "step")}
+        if row["event"] == "power":
+            figures = {"epoch": row["epoch"], **power_summary(row, self.norm)}
+        named = {f"{row['event']}/{key}": value for key, value in figures.items()}
+        self.run.log({"step": row["step"], **named})
 
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
         if self.run is not None:
             self.run.summary.update(summary)
             self.run.finish(exit_code=exit_code)
+
+
+def power_summary(row: dict[str, Any], norm: str) -> dict[str, Any]:
+    """P1 … P4 against depth as an image, and the mean and largest P1.
+
+    A panel for every term of every norm would bury the rest.
+    """
+    import wandb
+
+    from proxynorm.analysis.power_plots import power_figure
+    from proxynorm.analysis.style import as_image, norm_label
+
+    rows = from_metrics(row)
+    figure = power_figure({f"{norm_label(norm)}, epoch {row['epoch']:g}": rows})
+    p1 = [norm_row.p1 for norm_row in rows]
+    image = wandb.Image(as_image(figure))
+    return {"decomposition": image, "p1_mean": sum(p1) / len(p1), "p1_max": max(p1)}

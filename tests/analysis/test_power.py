@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from proxynorm import NormAct2d, create_model, power_decomposition
-from proxynorm.analysis.plots import norm_label, norm_style, plot_p1, plot_power
 from proxynorm.analysis.power import PowerRow
 from proxynorm.analysis.power_files import from_metrics, mean_rows, to_metrics, write_csv
 from proxynorm.analysis.power_monitor import collapse_warning, measure
+from proxynorm.analysis.power_plots import plot_p1, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
+from proxynorm.analysis.style import norm_label, norm_style, save_figure
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.errors import ConfigError
-from proxynorm.paper.trained_power import TrainedNet, summarize
 
 
 def images(count=12, seed=0, size=32):
@@ -168,10 +168,12 @@ def test_metrics_and_csv_keep_the_rows(tmp_path):
 def test_figures_are_the_same_bytes_again(tmp_path):
     rows = [PowerRow("a", depth, 0.1 * depth, 0.1, 0.5, 0.2) for depth in (1, 2, 3)]
     for name in ("one", "two"):
-        plot_power({"ln": rows, "bn": rows}, tmp_path / f"{name}.png", {"ln": [0.1, 0.2, 0.3]})
+        figure = power_figure({"ln": rows, "bn": rows}, {"ln": [0.1, 0.2, 0.3]})
+        save_figure(figure, tmp_path / f"{name}.png", ["pdf"])
         nets = {"ln": [rows, rows], "ln_pn": [rows, rows]}
-        plot_p1(nets, [tmp_path / f"{name}.svg"], {"ln": [0.1, 0.2, 0.3]})
-    for suffix in ("png", "svg"):
+        field = {"ln": [0.1, 0.2, 0.3]}
+        plot_p1(nets, tmp_path / f"{name}.svg", "P1", mean_field=field)
+    for suffix in ("png", "pdf", "svg"):
         one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
         assert one == two
     assert xml.dom.minidom.parseString(one).documentElement.tagName == "svg"
@@ -182,13 +184,15 @@ def test_a_norm_and_its_proxy_normalized_version_share_a_colour():
     assert plain["color"] == proxied["color"] != other["color"]
     assert (plain["linestyle"], proxied["linestyle"]) == ("--", "-")
     assert [norm_label(norm) for norm in ("ln_pn", "gn_ws", "bn")] == ["LN+PN", "GN+WS", "BN"]
+    assert norm_label("ln_pn-depth44") == "LN+PN, depth44"
     assert norm_label("my-run_pn") == "my-run_pn" and norm_style("my-run_pn") == {}
 
 
 @pytest.mark.parametrize("panels", [4, 5])
 def test_what_no_panel_fills_stays_empty(tmp_path, panels):
     rows = [PowerRow("a", depth, 0.1 * depth, 0.1, 0.5, 0.2) for depth in (1, 2, 3)]
-    plot_power({f"epoch {number}": rows for number in range(panels)}, tmp_path / "power.png")
+    figure = power_figure({f"epoch {number}": rows for number in range(panels)})
+    save_figure(figure, tmp_path / "power.png")
     picture = matplotlib.image.imread(tmp_path / "power.png")[..., :3]
     height, width, _ = picture.shape
     lower = picture[height // 2 : int(0.85 * height)]
@@ -229,7 +233,8 @@ def test_the_command_writes_csv_plot_and_summary(tmp_path, script):
     )
     assert script.main(options) is None
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"power.csv", "power.png", "summary.json", "p1.png", "p1.svg"}
+    figures = {f"{name}.{kind}" for name in ("p1", "power") for kind in ("png", "pdf", "svg")}
+    assert written == {"power.csv", "summary.json"} | figures
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["largest_distance_of_ln_from_mean_field"]["each net"]) == 2
 
@@ -244,70 +249,8 @@ def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
     lines = [
         {"event": "power", "step": step, "epoch": step / 4, **to_metrics(rows)} for step in (0, 4)
     ]
+    (tmp_path / "config.yaml").write_text("norm: {name: ln_pn}\n")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) is None
     found = list(csv.DictReader(open(tmp_path / "power" / "power.csv")))
     assert [row["step"] for row in found] == ["epoch 0", "epoch 0", "epoch 1", "epoch 1"]
-
-
-def trained(name, metric, p1):
-    rows = [
-        PowerRow("norm1", 1, p1, 0.1, 0.8 - p1, 0.1),
-        PowerRow("norm2", 2, p1 + 0.1, 0.1, 0.7 - p1, 0.1),
-    ]
-    return TrainedNet(name, name.partition("-")[0], metric, rows)
-
-
-def test_trained_nets_are_summed_up_by_cell():
-    nets = [trained("ln-s0", 90.0, 0.1), trained("ln-s1", 88.0, 0.3), trained("ln-s2", 89.0, 0.2)]
-    nets += [trained("gn-s0", 91.0, 0.0)]
-    found = summarize(nets)
-    assert found["runs"]["ln-s1"] == {
-        "n": 1,
-        "metric": 88.0,
-        "p1": 0.35,
-        "p2": 0.1,
-        "p3": 0.45,
-        "p4": 0.1,
-    }
-    assert found["cells"]["ln"] == {
-        "n": 3,
-        "metric": 89.0,
-        "p1": 0.25,
-        "p2": 0.1,
-        "p3": 0.55,
-        "p4": 0.1,
-        "correlation": -1.0,
-    }
-    assert found["cells"]["gn"]["correlation"] is None
-
-
-@pytest.mark.parametrize(
-    "metrics, powers", [((90.0, 91.0, 92.0), (-0.05,) * 3), ((90.0, 90.0, 90.0), (0.1, 0.2, 0.3))]
-)
-def test_where_one_of_the_two_is_constant_there_is_no_correlation(metrics, powers):
-    nets = [trained(f"bn-s{seed}", *pair) for seed, pair in enumerate(zip(metrics, powers))]
-    assert summarize(nets)["cells"]["bn"]["correlation"] is None
-
-
-def test_the_command_measures_the_trained_nets_of_a_table(tmp_path, script, run_small):
-    runs, results = tmp_path / "runs", tmp_path / "power"
-    table = tmp_path / "small.yaml"
-    table.write_text(
-        "title: small\nabout: two norms\n"
-        "train: [data=fashion_mnist, model=resnet20v2, model.width=4, model.depth=8]\n"
-        "cells: [{norm: [bn, ln]}]\nrows: [norm]\nseeds: 1\nminutes: 1\nhardware: any\n"
-    )
-    options = script.Options(
-        str(results), table=str(table), root=str(runs), results=str(tmp_path), images=16
-    )
-    with pytest.raises(ConfigError, match="no finished run"):
-        script.main(options)
-    (runs / "small").mkdir(parents=True)
-    run_small("norm=ln", "name=ln-s0").folder.rename(runs / "small" / "ln-s0")
-    assert script.main(options) is None
-    summary = json.loads((results / "summary.json").read_text())
-    assert list(summary["runs"]) == ["ln-s0"] and 0 < summary["cells"]["ln"]["p1"] < 1
-    assert {row["run"] for row in csv.DictReader(open(results / "power.csv"))} == {"ln-s0"}
-    with pytest.raises(ConfigError, match="exclude each other"):
-        script.main(script.Options(str(results), table=str(table), run=str(runs)))

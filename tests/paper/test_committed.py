@@ -3,7 +3,8 @@
 import filecmp
 
 from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
-from proxynorm.paper.report import gather, write_report
+from proxynorm.paper.findings import gather
+from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, reported_runs, table_names
 from tests.helpers import ROOT
 

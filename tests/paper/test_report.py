@@ -1,7 +1,6 @@
 """From finished runs to the report: statistics, verdicts, bytes."""
 
 import filecmp
-import json
 import shlex
 import shutil
 
@@ -12,12 +11,12 @@ from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
-from proxynorm.paper.figures import cell_styles
+from proxynorm.paper.findings import gather, loss_ratio
 from proxynorm.paper.records import Record, archive_path, collect, kept_files, read_archive
-from proxynorm.paper.report import gather, loss_ratio, write_report
+from proxynorm.paper.report import write_report
 from proxynorm.paper.search import choose, protocol
 from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
-from proxynorm.paper.tracking import deltas, log_report
+from tests.helpers import ROOT
 from tests.tiny_table import write_run
 
 
@@ -135,7 +134,9 @@ def test_the_report_is_the_same_bytes_from_folders_and_from_archives(tiny, finis
     assert [collect(run, results) for run in finished] == [False] * 4
     shutil.rmtree(tmp_path / "runs")
     write_report(gather(tiny, finished, results), second)
-    assert files(first) == ["cells.png", "loss.png", "power.png", "report.md"]
+    figures = ("cells", "curves", "power", "power_epochs", "power_top1")
+    drawn = [f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png")]
+    assert files(first) == sorted([*drawn, "cells.csv", "report.md", "table.tex"])
     match, mismatch, errors = filecmp.cmpfiles(first, second, files(first), shallow=False)
     assert sorted(match) == files(second) and not mismatch + errors
 
@@ -169,7 +170,7 @@ def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
     assert "single seed, beyond the seed spread" in text
     assert "3 runs, 0.03 hours" in text and "commit 0123456789ab" in text
     assert str(tmp_path) not in text.replace(tiny.file, "tiny.yaml")
-    for name in ("cells.png", "loss.png", "power.png"):
+    for name in ("cells.png", "curves.png", "power.png"):
         assert f"]({name})" in text and (tmp_path / "report" / name).is_file()
 
 
@@ -189,22 +190,6 @@ def test_the_commands_of_a_file_s_table_name_the_file(tiny, tmp_path, monkeypatc
         parse_options(Options, [argument, "command=report"]).table for _, argument in words
     } == {name}
     assert load_table("mini_norms").argument == "table=mini_norms"
-
-
-@pytest.mark.parametrize("fault", [RuntimeError("no\ngood"), TypeError("x"), OSError("disk")])
-def test_whatever_fails_in_wandb_leaves_the_report(
-    tiny, finished, tmp_path, monkeypatch, capsys, fault
-):
-    def init(**options):
-        raise fault
-
-    monkeypatch.setattr("wandb.init", init)
-    log_report(gather(tiny, finished, tmp_path), "offline", tmp_path, tmp_path / "logged", "pn")
-    said = capsys.readouterr().err
-    assert (
-        said.startswith(f"warning: the report is not on W&B: {type(fault).__name__}: ")
-        and said.count("\n") == 1
-    )
 
 
 def test_a_selection_leaves_the_whole_report_and_prints_its_own_commands(tiny, finished, tmp_path):
@@ -248,24 +233,6 @@ def test_a_damaged_archive_is_named(tiny, finished, tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="bn-s0.tar.xz is damaged"):
         kept_files(run, tmp_path)
-
-
-def test_the_report_is_logged_to_wandb_without_a_network(tiny, finished, tmp_path):
-    findings = gather(tiny, finished, tmp_path)
-    write_report(findings, tmp_path / "report")
-    log_report(findings, "offline", tmp_path / "report/report.md", tmp_path / "logged", "proxynorm")
-    (run,) = (tmp_path / "logged" / "wandb").glob("offline-run-*")
-    assert list(run.glob("*.wandb"))
-    tables = [
-        json.loads(path.read_text())
-        for path in sorted((run / "files" / "media" / "table").rglob("*.json"))
-    ]
-    assert [table["columns"][0] for table in tables] == ["cell", "claim"]
-    assert [row[0] for row in tables[0]["data"]] == ["bn", "ln_pn"]
-    assert len(list((run / "files" / "media" / "images").rglob("*.png"))) == 3
-    assert deltas(findings)["difference/ln_pn-bn"] == pytest.approx(0.9)
-    with pytest.raises(ConfigError, match="logger.mode"):
-        log_report(findings, "ofline", tmp_path, tmp_path, "proxynorm")
 
 
 def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
@@ -319,15 +286,10 @@ def test_the_loss_ratio_is_that_of_the_last_two_tenths():
 
 
 def test_the_protocol_tells_whether_every_norm_got_the_same_search():
-    equal, tuned = protocol(load_table("mini_search")), protocol(load_table("former_norms"))
+    equal = protocol(load_table("mini_search"), ROOT / "results")
+    tuned = protocol(load_table("former_norms"), ROOT / "results")
     assert equal == (
         "Search mini_search: every norm got the same 6 points of "
         "optim.base_lr × optim.weight_decay, 2 seeds: 12 runs."
     )
     assert tuned.endswith("another grid for ln_pn (7 runs), ln_ws (7 runs).")
-
-
-def test_a_norm_and_its_pn_variant_share_a_colour():
-    styles = cell_styles({"bn": "bn", "ln": "ln", "ln_pn": "ln_pn"})
-    assert styles["ln"]["color"] == styles["ln_pn"]["color"] != styles["bn"]["color"]
-    assert (styles["ln"]["ls"], styles["ln_pn"]["ls"]) == ("--", "-")

@@ -17,7 +17,9 @@ def test_whatever_it_raises_training_goes_on_without(fault, monkeypatch, tmp_pat
 
     monkeypatch.setattr(wandb, "init", init)
     tracker = Tracker(Settings(model={"name": "resnet20v2"}), tmp_path, "name", {}, resumed=False)
-    assert capsys.readouterr().err == "warning: W&B is off for this run: first line second line\n"
+    assert capsys.readouterr().err == (
+        f"warning: name is not on W&B: {fault.__name__}: first line second line\n"
+    )
     tracker.log({"event": "train", "step": 1, "loss": 2.0})
     tracker.finish({})
 
@@ -34,7 +36,7 @@ def test_a_bogus_mode_in_the_environment_is_one_line(monkeypatch, tmp_path, capf
     assert tracker.run is None
     shown = capfd.readouterr().err
     assert (
-        shown.startswith("warning: W&B is off for this run: ")
+        shown.startswith("warning: name is not on W&B: ")
         and "'online'" in shown
         and shown.count("\n") == 1
     )

@@ -18,7 +18,8 @@ from proxynorm.commands.reproduce import Options, main
 from proxynorm.launch.finished import finished_files
 from proxynorm.launch.runs import Run
 from proxynorm.launch.sweep import plan_paths
-from proxynorm.paper.report import gather, write_report
+from proxynorm.paper.findings import gather
+from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
 from proxynorm.train.compare import differences
 from proxynorm.train.config import compose_config, settings_from

@@ -1,0 +1,129 @@
+"""Figures of the power decomposition: the paper's Fig. 2, and P1 alone by depth and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from proxynorm.analysis.power import TERMS, PowerRow
+from proxynorm.analysis.style import (
+    draw_band,
+    legend_beside,
+    new_figure,
+    norm_label,
+    norm_style,
+    save_figure,
+)
+
+DEPTH, SHARE = "depth (norm layers)", "share of power"
+P1_AXIS = f"P1, constant channels ({SHARE})"
+POWER_COLORS = ("#ee6677", "#ccbb44", "#4477aa", "#66ccee")
+POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
+
+
+def power_figure(
+    panels: Mapping[str, Sequence[PowerRow]],
+    mean_field: Mapping[str, Sequence[float]] | None = None,
+) -> Figure:
+    """The four terms, stacked, against depth, a panel a norm or step (the paper's Fig. 2).
+
+    mean_field: P1 that theory expects at each depth, by panel.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = max(4.2 * columns, 6.5), 2.7 * rows + 0.5
+    figure, grid = new_figure(*size, rows, columns, sharey=True)
+    handles = {}
+    for (title, power), axes in zip(panels.items(), grid.flat, strict=False):
+        depths = [row.depth for row in power]
+        terms = [[getattr(row, term) for row in power] for term in TERMS]
+        areas = axes.stackplot(depths, *terms, colors=POWER_COLORS)
+        handles |= dict(zip(POWER_LABELS, areas, strict=True))
+        if mean_field and title in mean_field:
+            (line,) = axes.plot(depths, mean_field[title], "k--", lw=1)
+            handles["P1, mean-field theory"] = line
+        axes.set(title=norm_label(title), xlabel=DEPTH, ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(SHARE)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    place = "outside lower center"
+    figure.legend(handles.values(), handles.keys(), loc=place, ncols=len(handles), fontsize=8)
+    return figure
+
+
+def plot_p1(
+    nets: Mapping[str, Sequence[Sequence[PowerRow]]],
+    path: Path,
+    title: str,
+    styles: Mapping[str, Mapping] | None = None,
+    mean_field: Mapping[str, Sequence[float]] | None = None,
+    formats: Sequence[str] = (),
+) -> None:
+    """Draw P1 against depth: a line a norm or cell, the mean over its nets, and their range.
+
+    nets: the rows of each net, by norm; mean_field: as in power_figure.
+    """
+    figure, ((axes,),) = new_figure(7.5, 3.8)
+    for norm, seeds in nets.items():
+        depths = [row.depth for row in seeds[0]]
+        style = (styles or {}).get(norm) or norm_style(norm)
+        values = [[row.p1 for row in rows] for rows in seeds]
+        draw_band(axes, depths, values, label=norm_label(norm), **style)
+    for norm, values in (mean_field or {}).items():
+        label = f"{norm_label(norm)},\nmean-field theory"
+        axes.plot(range(1, len(values) + 1), values, "k", lw=1, dashes=(1, 1.5), label=label)
+    axes.set(xlabel=DEPTH, ylabel=P1_AXIS, title=title)
+    axes.set_ylim(-0.02, 1.02 if mean_field else None)
+    axes.margins(x=0.01)
+    legend_beside(axes)
+    save_figure(figure, path, formats)
+
+
+def plot_p1_by_epoch(
+    cells: Mapping[str, Mapping[float, Sequence[float]]], path: Path, formats: Sequence[str] = ()
+) -> None:
+    """Draw P1 against depth while networks train: a panel a cell, a line an epoch.
+
+    cells: {cell: {epoch: P1 of each norm}}.
+    """
+    columns = min(len(cells), 4)
+    rows = -(-len(cells) // columns)
+    size = max(3.2 * columns, 5), 2.5 * rows + 0.3
+    figure, grid = new_figure(*size, rows, columns, sharey=True)
+    last = max(epoch for epochs in cells.values() for epoch in epochs) or 1
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, last), "viridis_r")
+    for (cell, epochs), axes in zip(cells.items(), grid.flat, strict=False):
+        for epoch, values in epochs.items():
+            axes.plot(range(1, len(values) + 1), values, color=scale.to_rgba(epoch), lw=1.3)
+        axes.set(title=norm_label(cell), xlabel=DEPTH)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(f"P1 ({SHARE})")
+    for axes in grid.flat[len(cells) :]:
+        axes.set_visible(False)
+    figure.colorbar(scale, ax=grid, label="epoch")
+    save_figure(figure, path, formats)
+
+
+def plot_p1_against_metric(
+    cells: Mapping[str, Sequence[tuple[float, float]]],
+    styles: Mapping[str, Mapping],
+    label: str,
+    path: Path,
+    formats: Sequence[str] = (),
+) -> None:
+    """A point for each network: mean P1 across, metric up. cells: {cell: [(P1, metric)]}."""
+    figure, ((axes,),) = new_figure(6.8, 4)
+    for cell, points in cells.items():
+        style = {**styles[cell], "linestyle": ""}
+        face = style["color"] if styles[cell].get("linestyle") == "-" else "white"
+        axes.plot(*zip(*points, strict=True), "o", mfc=face, label=norm_label(cell), **style)
+    axes.set(xlabel=f"P1 after training, mean over the norms ({SHARE})", ylabel=label)
+    legend_beside(axes)
+    save_figure(figure, path, formats)

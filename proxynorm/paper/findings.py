@@ -1,0 +1,159 @@
+"""What the runs of a table left: cells, samples, comparisons, curves, powers, verdicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import correlation, fmean
+from typing import Any
+
+from proxynorm.analysis.power import PowerRow
+from proxynorm.analysis.power_files import from_metrics
+from proxynorm.analysis.style import norm_label
+from proxynorm.launch.status import run_status
+from proxynorm.paper.compare import Outcome, Sample, cell_samples, closing, compare
+from proxynorm.paper.records import FAILURE, Record, as_record, kept_files
+from proxynorm.paper.search import protocol
+from proxynorm.paper.table import Cell, Table, TableRun
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a report is written from. words: further words of its commands, as seeds=2."""
+
+    table: Table
+    cells: list[Cell]
+    records: list[Record]
+    samples: dict[str, Sample]
+    outcomes: list[Outcome]
+    running: Counter
+    failed: Counter
+    protocol: str
+    words: tuple[str, ...] = ()
+
+    def of_cell(self, cell: Cell) -> list[Record]:
+        return [record for record in self.records if record.cell == cell.name]
+
+    def measured(self) -> list[Cell]:
+        """The cells with a finished run."""
+        return [cell for cell in self.cells if self.samples[cell.name].n]
+
+    def twin(self, cell: Cell, norm: str) -> Sample | None:
+        """The sample of the cell that differs in its norm alone, if it has been run."""
+        labels = {**cell.labels, "norm": norm}
+        for other in self.measured():
+            if other.labels == labels:
+                return self.samples[other.name]
+        return None
+
+
+def gather(
+    table: Table, runs: Sequence[TableRun], results: str | Path, words: Sequence[str] = ()
+) -> Findings:
+    """Read what the runs left, in their folders or in `results`. words: as in Findings."""
+    records, running, failed = [], Counter(), Counter()
+    for run in runs:
+        files = kept_files(run, results)
+        if files is None:
+            running[run.cell.name] += run_status(run).state == "running"
+        elif FAILURE in files:
+            failed[run.cell.name] += 1
+        else:
+            records.append(as_record(run, files))
+    samples = cell_samples(table, records)
+    cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
+    outcomes, told = compare(table, samples), protocol(table, results)
+    return Findings(table, cells, records, samples, outcomes, running, failed, told, tuple(words))
+
+
+def verdicts(findings: Findings) -> list[str]:
+    """For LN and GN, run with and without PN beside BN: how much of the gap to BN PN closes.
+
+    Not for IN, of which the paper claims no such thing, nor for single points of a search.
+    """
+    if findings.table.search is not None:
+        return []
+    sentences = []
+    for cell in findings.measured():
+        norm = str(cell.labels.get("norm"))
+        bn, proxied = findings.twin(cell, "bn"), findings.twin(cell, f"{norm}_pn")
+        if norm not in ("ln", "gn") or bn is None or proxied is None:
+            continue
+        others = [f"{axis.rpartition('.')[2]} {v}" for axis, v in cell.labels.items() if v != norm]
+        sentence = closing(bn, findings.samples[cell.name], proxied, norm_label(norm))
+        sentences.append(": ".join([", ".join(others), sentence] if others else [sentence]))
+    return sentences
+
+
+def comparison_grid(findings: Findings) -> list[list[Any]]:
+    """A row for each cell, in numbers, with its difference to the cell of Batch Norm."""
+    rows: list[list[Any]] = [["cell", "norm", findings.table.metric, "std", "n", "minus bn"]]
+    for cell in findings.measured():
+        sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
+        difference = None if bn is None else sample.mean - bn.mean
+        norm = str(cell.labels.get("norm", ""))
+        rows.append([cell.name, norm, sample.mean, sample.std, sample.n, difference])
+    return rows
+
+
+def against_batch(findings: Findings) -> dict[str, dict[str, dict[float | None, Sequence[float]]]]:
+    """{axis: {norm: {value: runs}}} of the axes of the table that are batch sizes."""
+    words = {"norm_batch": "images that share Batch Norm's statistics", "batch": "batch (images)"}
+    panels = {}
+    for axis, text in words.items():
+        norms: dict[str, dict[float | None, Sequence[float]]] = {}
+        for cell in findings.measured():
+            others = cell.labels.keys() - {"norm", axis}
+            if "norm" in cell.labels and not others:
+                values = norms.setdefault(cell.labels["norm"], {})
+                values[cell.labels.get(axis)] = findings.samples[cell.name].values
+        if sum(value is not None for values in norms.values() for value in values) > 1:
+            panels[text] = norms
+    return panels
+
+
+def loss_ratio(record: Record) -> float | None:
+    """Mean training loss of the run's last tenth over that of the tenth before; near 1 is flat."""
+    steps = record.summary["steps"]
+    curve = [(row["step"], row["loss"]) for row in record.rows if row["event"] == "train"]
+    last = [loss for step, loss in curve if step > 0.9 * steps]
+    before = [loss for step, loss in curve if 0.8 * steps < step <= 0.9 * steps]
+    return fmean(last) / fmean(before) if last and before else None
+
+
+def powers(record: Record) -> dict[float, list[PowerRow]]:
+    """The power decompositions that a run logged, by epoch."""
+    return {row["epoch"]: from_metrics(row) for row in record.rows if row["event"] == "power"}
+
+
+def last_powers(findings: Findings) -> dict[str, list[tuple[Record, list[PowerRow]]]]:
+    """The last decomposition of each run, by cell, of the cells that logged any."""
+    found: dict[str, list[tuple[Record, list[PowerRow]]]] = {}
+    for record in findings.records:
+        if logged := powers(record):
+            found.setdefault(record.cell, []).append((record, logged[max(logged)]))
+    return found
+
+
+def mean_p1(rows: Sequence[PowerRow]) -> float:
+    return fmean(row.p1 for row in rows)
+
+
+def p1_by_epoch(records: Sequence[Record]) -> Mapping[float, list[float]]:
+    """P1 of each norm at each epoch that all runs of a cell logged, the mean over the runs."""
+    logged = [powers(record) for record in records]
+    epochs = sorted(set.intersection(*map(set, logged))) if logged else []
+    return {
+        epoch: [fmean(row.p1 for row in rows) for rows in zip(*(run[epoch] for run in logged))]
+        for epoch in epochs
+    }
+
+
+def p1_correlation(points: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's correlation of P1 with the metric; None for few runs or constants, as BN's P1."""
+    p1, values = zip(*points, strict=True)
+    if len(points) < 3 or max(p1) < 1e-4 or len(set(p1)) == 1 or len(set(values)) == 1:
+        return None
+    return correlation(p1, values)

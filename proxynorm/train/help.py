@@ -1,0 +1,128 @@
+"""The text of `train.py --help`: groups, experiments, every key with its comment in configs/."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from proxynorm.train.config import CONFIGS, choices, compose_config, groups
+from proxynorm.train.words import search_folders
+
+WIDTH, COLUMN = 80, 27
+USAGE = """Train a network with any norm, with or without the proxy-normalized activation.
+
+python train.py [group=option …] [key=value …]
+
+  -m                       sweep: train every combination of a,b,… and compare
+  --cfg job                print the configuration and train nothing
+  --config-dir=DIR         take options of groups from DIR/GROUP/*.yaml, too
+  --help                   this text; beside group=option, the keys of that one
+
+  python train.py norm=ln_pn batch=32
+  python train.py data=folder data.root=DIR model=resnet50 norm=gn_pn
+  python train.py -m norm=bn,ln,ln_pn seed=0,1,2
+  torchrun --nproc-per-node=8 train.py experiment=NAME data.root=DIR
+
+Groups: group=option, the chosen one in brackets
+"""
+
+
+def help_text(arguments: Sequence[str]) -> str:
+    """Return the help for a command line: the options it chooses, and their keys."""
+    values = OmegaConf.to_container(compose_config(arguments), resolve=True)
+    chosen, options = choices(arguments), groups(search_folders(arguments))
+    parts = [USAGE]
+    for group in options.keys() - {"experiment"}:
+        names = [f"({name})" if name == chosen[group] else name for name in options[group]]
+        others = ["or any name that timm has"] if group == "model" else []
+        parts.append(entry(group, " ".join([*fold(names), *others])))
+    parts[1:] = sorted(parts[1:])
+    parts.append("\nExperiments: experiment=NAME, a recipe that other keys may still change\n")
+    parts += experiments(options["experiment"])
+    parts.append("\nKeys: key=value, here with the values in use\n")
+    top = {key: value for key, value in values.items() if key not in options}
+    parts += keys(top, "", comments([CONFIGS / "train.yaml"]))
+    for group in options:
+        own = CONFIGS / group / f"{chosen[group]}.yaml"
+        if isinstance(values.get(group), dict):
+            parts.append(f"\n{textwrap.fill(f'{group}={chosen[group]}: {title(own)}', WIDTH)}\n")
+            files = [own, CONFIGS / f"{group}_options.yaml", *sorted(own.parent.glob("*.yaml"))]
+            parts += keys(values[group], f"{group}.", comments(files))
+    return "".join(parts)
+
+
+def keys(values: dict[str, Any], prefix: str, explained: dict[str, str]) -> Iterator[str]:
+    """Yield an entry for each key. A group's own name is its title already."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.", explained)
+        elif key != "name" or not prefix:
+            plain = {None: "null", True: "true", False: "false", "???": "…"}
+            shown = plain.get(value, value) if isinstance(value, bool | str | None) else value
+            yield entry(f"{prefix}{key}={shown}", explained.get(key, ""))
+
+
+def entry(left: str, text: str) -> str:
+    """Format a word with its explanation beside it, or below it if the word is long."""
+    indent = " " * COLUMN
+    beside = len(left) < COLUMN - 3 or not text
+    first = f"  {left:<{COLUMN - 2}}" if beside else indent
+    body = textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=indent)
+    return f"{body or first.rstrip()}\n" if beside else f"  {left}\n{body}\n"
+
+
+def comments(files: Iterable[Path]) -> dict[str, str]:
+    """Return the comment of each key in YAML files; the first file that explains it counts."""
+    found: dict[str, str] = {}
+    for path in filter(Path.is_file, files):
+        for key, comment in re.findall(r"^ *(\w+):.*?\s# (.*)$", path.read_text(), re.MULTILINE):
+            found.setdefault(key, comment)
+    return found
+
+
+def title(path: Path) -> str:
+    """Return the first line of a YAML file, which says what it is."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line[2:] for line in lines if line.startswith("# ") and "@" not in line), "")
+
+
+def experiments(names: Sequence[str]) -> list[str]:
+    """Return a line for each family of experiments."""
+    families: dict[str, list[str]] = {}
+    for name, family in zip(names, fold(names, once=False), strict=True):
+        families.setdefault(family, []).append(title(CONFIGS / "experiment" / f"{name}.yaml"))
+    width = max(map(len, families))
+    short = {name: common(titles).partition(":")[0] for name, titles in families.items()}
+    return [f"  {name:<{width}}  {text}\n" for name, text in short.items()]
+
+
+def fold(names: Sequence[str], once: bool = True) -> list[str]:
+    """Write names that differ in one number as one: b{0..5}, as a shell does."""
+    families: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        for match in re.finditer(r"\d+", name):
+            ends = name[: match.start()], name[match.end() :]
+            families.setdefault(ends, []).append(int(match[0]))
+    folded = {name: name for name in names}
+    for (before, after), found in families.items():
+        if len(found) > 2:
+            numbers = sorted(found)
+            dense = numbers[-1] - numbers[0] == len(numbers) - 1
+            inner = f"{numbers[0]}..{numbers[-1]}" if dense else ",".join(map(str, numbers))
+            for number in numbers:
+                folded[f"{before}{number}{after}"] = f"{before}{{{inner}}}{after}"
+    return list(dict.fromkeys(folded.values()) if once else folded.values())
+
+
+def common(titles: Sequence[str]) -> str:
+    """Return the first title, with the range of the words in which the others differ."""
+    words = []
+    for column in zip(*(title.split() for title in titles), strict=False):
+        rest = column[-1].removeprefix(re.match(r"\D*", column[0])[0])
+        words.append(column[0] if len(set(column)) == 1 else f"{column[0].rstrip(',')}…{rest}")
+    return " ".join(words)

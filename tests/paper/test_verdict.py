@@ -1,0 +1,40 @@
+"""The sentence that says how much of the gap to BN PN closes, from the numbers alone."""
+
+import pytest
+
+from proxynorm.paper.compare import Sample, closing
+
+
+def sentence(bn, plain, proxied):
+    return closing(Sample(bn), Sample(plain), Sample(proxied), "LN")
+
+
+LN = (88.0, 88.1, 87.9)
+BN = (91.0, 91.1, 90.9)
+
+
+@pytest.mark.parametrize(
+    "bn, plain, proxied, words",
+    [
+        (BN, LN, (90.0, 90.1, 89.9), "PN closes 2.00 of the 3.00 points between LN and BN; "
+         "LN+PN is 1.00 behind BN (n = 3)."),
+        (BN, LN, (90.9, 91.0, 90.8), "PN closes 2.90 of the 3.00 points between LN and BN; "
+         "LN+PN and BN then differ by -0.10, within the spread of the seeds (n = 3)."),
+        (BN, LN, (92.0, 92.1, 91.9), "PN closes all of the 3.00 points between LN and BN; "
+         "LN+PN is 1.00 ahead of BN (n = 3)."),
+        (BN, LN, (87.0, 87.1, 86.9), "PN widens the 3.00 points between LN and BN by 1.00 "
+         "(n = 3)."),
+        (BN, LN, (88.1, 88.3, 87.8), "PN does not close the 3.00 points between LN and BN: "
+         "it adds +0.07, within the spread of the seeds (n = 3)."),
+        (BN, (90.0, 92.0, 90.5), LN, "The 0.17 points between LN and BN are within the spread of "
+         "the seeds; PN adds -2.83 (n = 3)."),
+        (LN, BN, BN, "LN is not behind BN here (+3.00 points): there is no gap for PN to close "
+         "(n = 3)."),
+        ((91.0,), (88.0,), (90.0,), "PN closes 2.00 of the 3.00 points between LN and BN; "
+         "LN+PN is 1.00 behind BN (one seed each, spread unknown)."),
+        (BN, LN[:2], (90.0, 90.1), "PN closes 2.00 of the 2.95 points between LN and BN; "
+         "LN+PN is 0.95 behind BN (n = 2–3)."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_computed_from_the_samples(bn, plain, proxied, words):
+    assert sentence(bn, plain, proxied) == words
