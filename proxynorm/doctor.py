@@ -195,7 +195,7 @@ def unopened(spec: DataSpec, error: ProxynormError) -> Finding:
 
 
 def check_data(data: Data | None) -> Iterator[Finding]:
-    """What was opened, and a sample of its images decoded as training decodes them."""
+    """Decode a sample of the images as training does, and say what was found."""
     if data is None:
         text = "Fashion-MNIST is not installed; the first run downloads it"
         yield Finding(WARNING, "data", text, fashion_mnist.PACKAGE)

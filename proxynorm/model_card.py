@@ -76,7 +76,7 @@ def averaged(config: dict[str, Any]) -> str:
 
 
 def requirement() -> str:
-    """What pip installs this version from: the repository's commit, if it came from one."""
+    """Name this version for pip: the repository's commit, if it was installed from one."""
     # PEP 610: pip notes where a distribution came from, without credentials.
     try:
         text = metadata.distribution("proxynorm").read_text("direct_url.json")
