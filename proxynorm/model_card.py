@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 CARD = "README.md"
 HERE = '"."'  # the card's load line, run in the folder of the card
-RECIPE = "model norm optim schedule regularization data batch norm_batch epochs seed".split()
+RECIPE = "model norm weights freeze optim schedule regularization data batch norm_batch".split()
+RECIPE += ["epochs", "max_steps", "seed"]
 
 
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
