@@ -430,6 +430,7 @@ class Trainer:
         """Return what a checkpoint records about the run: its identity and its data."""
         return {
             "identity": identity(self.settings),
+            "settings": asdict(self.settings),  # so that the file is enough without its folder
             "world_size": self.process.world_size,
             "steps_per_epoch": self.steps_per_epoch,
             "inputs": describe_data(self.data),
