@@ -23,7 +23,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Trained(nn.Module):
-    """What load returns, to type checkers: a network with a description of its inputs."""
+    """A network with a description of its inputs: the type of load's result to type checkers."""
 
     pretrained_cfg: dict[str, Any]
 

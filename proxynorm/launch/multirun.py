@@ -22,7 +22,7 @@ from proxynorm.launch.status import FAULT_LINE
 from proxynorm.launch.sweep import launch_array
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
-from proxynorm.train.settings import run_name
+from proxynorm.train.settings import folder_of
 
 # torchrun's count of restarts: the processes of a run meet under it.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -48,11 +48,10 @@ def sweep_runs(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
     failures = []
     for overrides in sweep:
         try:
-            settings = settings_from(compose_config(overrides))
+            folder = folder_of(settings_from(compose_config(overrides)))
         except ConfigError as error:
             failures.append(Failure(own_words(overrides, sweep), 2, str(error)))
             continue
-        folder = Path(settings.runs_dir) / run_name(settings)
         if folder in found:
             raise ConfigError(f"two runs of the sweep have the folder {folder}; leave out name=")
         found[folder] = Run(folder, tuple(overrides))
