@@ -208,3 +208,11 @@ def test_a_finding_is_one_line():
         str(Finding(MISSING, "ffcv", "not there", "pip install"))
         == "missing  ffcv      not there; fix: pip install"
     )
+
+
+@needs_fashion_mnist
+def test_an_experiment_of_the_user_s_own_is_examined(monkeypatch, tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nbatch: 24\n")
+    run_script(monkeypatch, f"--config-dir={tmp_path}", "experiment=mine")
+    assert "ok       data" in capsys.readouterr().out

@@ -135,7 +135,7 @@ def parse(words: Iterable[str], sweep: bool = False) -> list[Override]:
         try:
             override = parser.parse_override(word)
         except HydraException as error:
-            if "=" not in word:
+            if "=" not in word or word.startswith("-"):
                 raise ConfigError(f"'{word}': arguments have the form key=value") from error
             raise ConfigError(f"{word}: the value cannot be read; put it in quotes") from error
         if override.is_sweep_override() and not sweep:
