@@ -58,7 +58,8 @@ def check_script(path: str, arguments: list[str]) -> None:
 def check_command(words: list[str]) -> None:
     """Raises ConfigError, or fails, where a command of the pages would not start."""
     words = [word.replace("DIR", "somewhere") for word in words]
-    if "proxynorm" in words and words[0] != "git":  # the console script, or python -m: the same code as a script
+    # The console script, or python -m proxynorm: the same code as a script.
+    if "proxynorm" in words and words[0] != "git":
         place = words.index("proxynorm")
         assert words[place + 1] in COMMANDS, words
         stem = words[place + 1].replace("-", "_")
