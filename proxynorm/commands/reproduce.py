@@ -242,6 +242,8 @@ def claims(options: Options) -> int:
 def docs(options: Options) -> int:
     from proxynorm.paper.blocks import render_blocks
 
+    if not (ROOT / "README.md").is_file():
+        raise ConfigError("docs renders the pages of the repository: git clone it and run there")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if render_blocks(path, Path(options.results)):
             print(path)
