@@ -103,9 +103,10 @@ def published_weights(settings: Settings, classes: int, channels: int) -> Weight
     except ConfigError:
         raise
     except Exception as error:
+        reason = "no network" if hub.HF_HUB_OFFLINE else first_line(error)
         raise ConfigError(
-            f"weights={PUBLISHED}: cannot fetch the weights of {name} ({first_line(error)}); "
-            "without a network, copy them here and give weights=FILE"
+            f"weights={PUBLISHED}: cannot fetch the weights of {name}: {reason}; copy them here "
+            "and give weights=FILE"
         ) from error
     config = getattr(model, "pretrained_cfg", {})
     tensors = model.state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 
 from proxynorm.data import Data
 from proxynorm.train import checkpoint
@@ -87,6 +88,7 @@ class Recorder:
         """Return what a checkpoint records about the run: its identity and its data."""
         return {
             "identity": identity(self.settings),
+            "settings": asdict(self.settings),  # so that the file is enough without its folder
             "world_size": self.process.world_size,
             "steps_per_epoch": self.steps_per_epoch,
             "inputs": describe_data(self.data),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,14 +87,13 @@ def test_axes_are_what_varies_but_for_the_seed(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path):
-    """Two norms; a batch larger than the data fails, and the others are trained and compared."""
+    """A batch larger than the data fails, and the other is trained and compared."""
     small = [word for word in SMALL if word.partition("=")[0] not in ("batch", "epochs")]
-    words = [*small, "epochs=1", "norm=bn,ln_pn", "batch=500,20", f"runs_dir={tmp_path}/a=b"]
+    words = [*small, "epochs=1", "batch=500,20", f"runs_dir={tmp_path}/a=b"]
     done = subprocess.run(
         [sys.executable, "train.py", "-m", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines if line[2:3] == ["1"]] == ["bn-batch20", "ln_pn-batch20"]
-    assert "2 of 4 runs failed:\n- norm=bn batch=500: batch=500 exceeds the 200" in done.stdout
+    assert re.search(r"^batch20 +[\d.]+ +1$", done.stdout, re.MULTILINE)
+    assert "1 of 2 runs failed:\n- batch=500: batch=500 exceeds the 200" in done.stdout
     assert (tmp_path / "a=b" / "comparison.md").exists()
