@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from proxynorm.conversion.kinds import is_activation, is_norm, is_other_norm, own_activation
-from proxynorm.conversion.layer import make_layer
+from proxynorm.conversion.layer import Ties, make_layer
 from proxynorm.conversion.match import Place, Plan, make_plan
 from proxynorm.conversion.observe import Observation, Observer
 from proxynorm.conversion.rewrite import apply_edits
@@ -45,7 +45,7 @@ class ConversionRow:
     action: str
 
 
-class ConversionReport(list):
+class ConversionReport(list[ConversionRow]):
     """A list of ConversionRow that prints as an aligned table."""
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ def convert(
         _standardize(model, training, evaluation)
     if spec.proxy:
         share_moments(model)
-    model.conversion_rows = rows
+    vars(model)["conversion_rows"] = rows  # no module, no parameter: nn.Module need not look
     return model
 
 
@@ -141,7 +141,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     Raises:
         ValueError: the model was not converted.
     """
-    rows = getattr(model, "conversion_rows", None)
+    rows: ConversionReport | None = getattr(model, "conversion_rows", None)
     if rows is None:
         raise ValueError(
             f"this {type(model).__name__} was not converted: call proxynorm.convert(model) first"
@@ -266,28 +266,38 @@ def _stand_ins(copied: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The original norms, each with what followed it, for a copy of the network."""
     stand_ins: dict[str, nn.Module] = {}
     for name, place in plan.places.items():
-        norm = copied.get_submodule(name)
-        steps = [norm, *(copied.get_submodule(inner) for inner in place.between)]
-        act = None if own_activation(norm) else place.activation_in(copied, norm)
-        stand_ins[name] = StandIn(*steps, *([] if act is None else [act]))
+        norm, activation, between = _parts(copied, name, place)
+        act = [] if activation is None or own_activation(norm) else [activation]
+        stand_ins[name] = StandIn(norm, *between, *act)
     return stand_ins
 
 
 def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str, nn.Module]:
     """The new layers, by the names of the norms; the model is not changed."""
     layers: dict[str, nn.Module] = {}
-    ties: dict[nn.Parameter, nn.Parameter] = {}
+    ties: Ties = {}
     for name, place in plan.places.items():
-        norm = model.get_submodule(name)
-        activation = None if place.activation is None else place.activation_in(model, norm)
+        norm, activation, between = _parts(model, name, place)
         layer = make_layer(name, norm, activation, options, ties)
-        between = [model.get_submodule(inner) for inner in place.between]
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and place.is_overwritten:
             layer.register_forward_hook(hand_on_copy)
         layers[name] = layer
     return layers
+
+
+def _parts(
+    model: nn.Module, name: str, place: Place
+) -> tuple[nn.Module, nn.Module | None, list[nn.Module]]:
+    """A norm, its activation, and the modules between them, of this copy of the network."""
+    norm = model.get_submodule(name)
+    activation = place.activation
+    if place.name is not None:
+        activation = model.get_submodule(place.name)
+    elif activation is not None:
+        activation = own_activation(norm) or activation
+    return norm, activation, [model.get_submodule(inner) for inner in place.between]
 
 
 def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:

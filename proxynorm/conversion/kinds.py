@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ def idles(module: nn.Module) -> bool:
     )
 
 
-def activation_of_call(name: str, args: tuple, kwargs: dict[str, object]) -> nn.Module | None:
+def activation_of_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, object]
+) -> nn.Module | None:
     """The activation that a call of a torch function computes, as a module; None if it is none."""
     kind = _FUNCTIONAL.get(name.replace("_", ""))
     if kind is None:

@@ -6,11 +6,12 @@ import fnmatch
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from proxynorm.conversion.kinds import idles, is_norm, own_activation
+from proxynorm.conversion.kinds import idles, is_norm
 from proxynorm.conversion.observe import NormCall, Observation
 from proxynorm.conversion.rewrite import CannotRewriteError, Edit, Site, plan_edits
 from proxynorm.nn.freeze import hand_on_copy
@@ -32,12 +33,6 @@ class Place:
     name: str | None = None
     between: tuple[str, ...] = ()
     is_overwritten: bool = False
-
-    def activation_in(self, model: nn.Module, norm: nn.Module) -> nn.Module | None:
-        """The activation as the network itself, or any copy of it, has it."""
-        if self.name is not None:
-            return model.get_submodule(self.name)
-        return own_activation(norm) or self.activation
 
 
 @dataclass
@@ -180,7 +175,7 @@ def _place(
     return Place(first.activation, first.name, tuple(first.between), is_overwritten)
 
 
-def _check_norm(norm: nn.Module) -> None:
+def _check_norm(norm: Any) -> None:
     """Raise NoPlaceError for what a new layer could not take over."""
     libraries = ("torch.", "timm.", "torchvision.", "proxynorm.")
     if not type(norm).forward.__module__.startswith(libraries):

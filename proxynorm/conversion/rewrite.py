@@ -19,6 +19,7 @@ import linecache
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -92,16 +93,12 @@ def running_site(
             frame = frame.f_back
         code = frame.f_code
         if code.co_filename not in (*_PLUMBING, plumbing):
-            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            is_method = (
-                isinstance(owner, nn.Module)
-                and owner in names
-                and _function_of(owner, code) is not None
-            )
-            site = Site(names[owner] if is_method else None, code, line, column, callee)
-            if is_method:
-                return site
-            innermost, callee = innermost or site, code.co_name
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            owner = names.get(first) if isinstance(first, nn.Module) else None
+            if owner is not None and first is not None and _function_of(first, code) is not None:
+                return Site(owner, code, line, column, callee)
+            innermost = innermost or Site(None, code, line, column, callee)
+            callee = code.co_name
         frame = frame.f_back
     assert innermost is not None, "no call is running"
     return innermost
@@ -128,11 +125,8 @@ class RewrittenModule:
     _original: type[nn.Module]
     _edits: tuple[Edit, ...]
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _blank, (self._original, self._edits), self.__getstate__()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _blank, (self._original, self._edits), self.__dict__
 
 
 def plan_edits(module: nn.Module, sites: Iterable[Site]) -> list[Edit]:
@@ -163,7 +157,7 @@ def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
 
 
 @functools.cache
-def _rewritten_class(original: type[nn.Module], edits: tuple[Edit, ...]) -> type[nn.Module]:
+def _rewritten_class(original: Any, edits: tuple[Edit, ...]) -> type[nn.Module]:
     namespace: dict[str, object] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -176,7 +170,7 @@ def _rewritten_class(original: type[nn.Module], edits: tuple[Edit, ...]) -> type
     return type(original.__name__, (RewrittenModule, original), namespace)
 
 
-def _blank(original: type[nn.Module], edits: tuple[Edit, ...]) -> nn.Module:
+def _blank(original: Any, edits: tuple[Edit, ...]) -> nn.Module:
     """An object of the rewritten class without state, for copying and unpickling."""
     rewritten = _rewritten_class(original, edits)
     return rewritten.__new__(rewritten)

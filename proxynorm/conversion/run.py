@@ -49,10 +49,11 @@ def copy_to_run(model: nn.Module) -> nn.Module:
             *module._parameters.values(),
             *module._buffers.values(),
         ):
-            if isinstance(value, torch.Generator):
-                memo[id(value)] = value.clone_state()
-            elif isinstance(value, Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
-                memo[id(value)] = _with_values(value)
+            if isinstance(value, Tensor) and _has_no_values(value):
+                # positive, as running variances must be
+                random_one = torch.rand(value.shape).to(value.dtype)
+                is_parameter = isinstance(value, nn.Parameter)
+                memo[id(value)] = nn.Parameter(random_one) if is_parameter else random_one
             elif isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
                 memo[id(value)] = value.detach().clone()
     try:
@@ -60,20 +61,12 @@ def copy_to_run(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise ValueError(
             f"cannot convert this {type(model).__name__}: convert tries its changes on a copy "
-            "first, and "
-            f"copy.deepcopy fails with {type(error).__name__}: {error}"
+            f"first, and copy.deepcopy fails with {type(error).__name__}: {error}"
         ) from error
 
 
-def _with_values(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    # running variances must be positive
-    random_one = (
-        torch.rand(tensor.shape) + 0.5 if tensor.ndim < 2 else torch.randn(tensor.shape) * 0.1
-    )
-    random_one = random_one.to(tensor.dtype)
-    return nn.Parameter(random_one) if isinstance(tensor, nn.Parameter) else random_one
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
@@ -128,8 +121,7 @@ def _guessed(model: nn.Module) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, channels, *[size] * dims, generator=generator)
         # copies of networks without values are on the CPU
-        has_values = not (like.is_meta or isinstance(like, FakeTensor))
-        yield images.to(like.device if has_values else "cpu", like.dtype)
+        yield images.to("cpu" if _has_no_values(like) else like.device, like.dtype)
 
 
 def same(first: object, second: object, tolerance: float = 0.0) -> bool:
@@ -141,9 +133,6 @@ def same(first: object, second: object, tolerance: float = 0.0) -> bool:
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if not tolerance or not a.is_floating_point() or not a.numel():
-        return torch.equal(
-            a.nan_to_num() if a.is_floating_point() else a,
-            b.nan_to_num() if b.is_floating_point() else b,
-        )
-    return bool((a - b).abs().max() <= tolerance * a.abs().max())
+    has_scale = a.is_floating_point() and a.numel() > 0
+    scale = float(a.nan_to_num().abs().max()) if has_scale else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)

@@ -41,63 +41,53 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
 
 
 def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
-    """Raise ValueError if a converted copy, in training, mixes images that the original does not
-    mix in evaluation.
+    """Raise ValueError if a converted copy, in training, fails, or mixes images that the original
+    does not mix in evaluation.
 
     Networks that take no single tensor, that draw random numbers in training, or that keep a batch
     norm tell nothing.
     """
     copied = copy_to_run(model)
     surgery(copied)
-    keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
-    if keeps_batch_norm or not _is_per_sample(model, call, False):
-        return
-    kind = type(model).__name__
+    told = f"cannot convert this {type(model).__name__}: "
     try:
         first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
     except Exception as error:
         if isinstance(_outputs(model, call)[0], str):  # so does the original, without its targets
             return
         raise ValueError(
-            f"cannot convert this {kind}: converted, it fails in training: {error}. The network is "
-            "left as it was"
+            f"{told}converted, it fails in training: {error}. The network is left as it was"
         ) from error
-    if same(first, second) and not _is_per_sample(copied, call, True):
+    keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
+    if keeps_batch_norm or not same(first, second):
+        return
+    if _is_per_sample(copied, call, True) is False and _is_per_sample(model, call, False):
         raise ValueError(
-            f"cannot convert this {kind}: in training, with a norm that does not "
-            "depend on the batch, its output for an image still depends on the others. The network "
-            "is left as it was"
+            f"{told}in training, with a norm that does not depend on the batch, its output for an "
+            "image still depends on the others. The network is left as it was"
         )
 
 
-def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool:
-    """Whether the first image alone has the output that it has in its batch.
-
-    Where this cannot be told, no difference is claimed: False for the original, in evaluation, and
-    True for its converted copy, in training.
-    """
-    first: list[Tensor] = []
+def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool | None:
+    """Whether the first image alone has the output that it has in its batch; None if untold."""
+    batches: list[Tensor] = []
 
     def alone(copied: nn.Module) -> object:
-        def slice_images(module: nn.Module, args: tuple) -> tuple:
-            first.append(args[0])
+        def slice_images(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            batches.append(args[0])
             return (args[0][:1],)
 
-        handle = copied.register_forward_pre_hook(slice_images)
-        try:
-            return call(copied)
-        finally:
-            handle.remove()
+        copied.register_forward_pre_hook(slice_images)
+        return call(copied)
 
     try:
-        whole = run(copy_to_run(model), call, training)
-        single = run(copy_to_run(model), alone, training)
+        whole, single = (run(copy_to_run(model), each, training) for each in (call, alone))
     except Exception:  # the network takes no such batch
-        return training
-    wholes, singles = tensors_in(whole), tensors_in(single)
-    if any(t.ndim == 0 or len(t) != len(first[0]) for t in wholes):
-        return training
-    return same([t[:1] for t in wholes], singles, _TOLERANCE)
+        return None
+    wholes = tensors_in(whole)
+    if any(t.ndim == 0 or len(t) != len(batches[0]) for t in wholes):
+        return None
+    return same([t[:1] for t in wholes], tensors_in(single), _TOLERANCE)
 
 
 def _outputs(model: nn.Module, call: Run, surgery: Surgery | None = None) -> list[object]:

@@ -1,8 +1,8 @@
 """Order, crops and flips as functions of (seed, epoch, index), so that a resume replays nothing.
 
 The counter-based generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014): the n-th number of stream `key` is mix(key + n * GOLDEN). It is the same on every
-platform and NumPy version.
+generators", OOPSLA 2014): the n-th number of stream `key` is mix(key + n * GOLDEN). It is the same
+on every platform and NumPy version.
 """
 
 from __future__ import annotations

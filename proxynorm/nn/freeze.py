@@ -136,25 +136,20 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"nothing to freeze: this {kind} has no NormAct2d; see proxynorm.convert")
     for name, module in model.named_modules():
         told = f"cannot freeze {name or kind}"
-        if (
-            isinstance(module, NormAct2d)
-            and module.spec.batch_statistics
-            and module.running_mean is None
-        ):
-            raise ValueError(
-                f"{told}: it has no running statistics (track_running_stats=False), so its output "
-                "depends on the batch in evaluation too"
-            )
-        if isinstance(module, NormAct2d) and "forward" in vars(module):
-            raise ValueError(f"{told}: a forward was set on this object, which would be lost")
+        if isinstance(module, NormAct2d):
+            if module.spec.batch_statistics and module.running_mean is None:
+                raise ValueError(
+                    f"{told}: it has no running statistics (track_running_stats=False), so its "
+                    "output depends on the batch in evaluation too"
+                )
+            if "forward" in vars(module):
+                raise ValueError(f"{told}: a forward was set on this object, which would be lost")
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 raise ValueError(
                     f"{told}: a hook computes its {attribute} anew at each call. Make it a plain "
-                    "one "
-                    "(torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) or "
-                    "use "
-                    "torch.nn.utils.parametrizations"
+                    "one (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) "
+                    "or use torch.nn.utils.parametrizations"
                 )
 
 

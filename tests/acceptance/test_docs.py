@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_check
 from proxynorm.cli import parse_options
 from proxynorm.paper.table import load_table
 from proxynorm.train.config import check_arguments
@@ -39,6 +40,9 @@ def check_script(path: str, arguments: list[str]) -> None:
     """Raises ConfigError where a script does not take these arguments."""
     if path == "scripts/doctor.py":
         return check_arguments(arguments)
+    if path == "scripts/gpu_check.py":  # parses them itself, without omegaconf
+        assert {argument.partition("=")[0] for argument in arguments} <= set(gpu_check.OPTIONS)
+        return None
     module = import_module(f"proxynorm.commands.{Path(path).stem}")
     if path == "scripts/benchmark.py":
         module = import_module(f"benchmarks.{arguments.pop(0)}")
