@@ -288,8 +288,10 @@ _SPECS = {
     **_NORMALIZATIONS,
     **{f"{kind}_pn": replace(spec, proxy=True) for kind, spec in _NORMALIZATIONS.items()},
     **{
-        f"{kind}_ws": replace(_NORMALIZATIONS[kind], weight_standardization=True)
-        for kind in ("ln", "gn")
+        f"{kind}_ws{suffix}": replace(spec, weight_standardization=True, proxy=bool(suffix))
+        for kind, spec in _NORMALIZATIONS.items()
+        if kind in ("ln", "gn")
+        for suffix in ("", "_pn")
     },
     "none": NormSpec("none", affine),
 }

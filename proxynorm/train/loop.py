@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -313,7 +314,7 @@ class Trainer(Recorder):
         return patience is not None and self.state.stale >= patience
 
     def evaluate(self) -> Result:
-        data, process = self.data, self.process
+        data, process, start = self.data, self.process, time.monotonic()
         process.align_buffers(self.state.evaluated_model)
         result = evaluate(
             self.state.evaluated_model,
@@ -328,7 +329,8 @@ class Trainer(Recorder):
         )
         self.state.last_result = asdict(result)
         seconds = round(self.state.train_seconds, 3)
-        row = {"event": "eval", **self.position(), **asdict(result), "seconds": seconds}
+        times = {"seconds": round(time.monotonic() - start, 3), "train_seconds": seconds}
+        row = {"event": "eval", **self.position(), **asdict(result), **times}
         self.write(row)
         self.display.epoch(row, self.last_row["loss"], self.last_row["images_per_second"], seconds)
         return result

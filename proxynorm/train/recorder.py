@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 
 from proxynorm.data import Data
 from proxynorm.train import checkpoint
 from proxynorm.train.distributed import Process
-from proxynorm.train.finetune import Weights, carry, common_eps, restore_eps, source_of
+from proxynorm.train.finetune import Weights, carry, restore_eps
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings, identity
@@ -87,6 +88,7 @@ class Recorder:
         """Return what a checkpoint records about the run: its identity and its data."""
         return {
             "identity": identity(self.settings),
+            "settings": asdict(self.settings),  # so that the file is enough without its folder
             "world_size": self.process.world_size,
             "steps_per_epoch": self.steps_per_epoch,
             "inputs": describe_data(self.data),
@@ -117,12 +119,11 @@ class Recorder:
     def start_from(self, weights: Weights) -> list[str]:
         """Take over weights before the first step; return what was carried, in lines."""
         model = self.state.model
-        notes = carry(model, weights, self.settings, list(self.data.info.classes))
-        self.start = {"weights": source_of(self.settings), "notes": notes, "eps": common_eps(model)}
+        self.start = carry(model, weights, self.settings, list(self.data.info.classes))
         if self.state.ema is not None:
             self.state.ema.set(model)
             restore_eps(self.state.ema.module, self.start)
-        return notes
+        return self.start["notes"]
 
     def load(self, content: dict, last_is_damaged: bool) -> None:
         """Continue from a checkpoint's content."""

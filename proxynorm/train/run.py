@@ -17,9 +17,9 @@ from proxynorm.train.finetune import read_weights, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
-from proxynorm.train.resume import finished, folder_of, require_checkpoint, resume
+from proxynorm.train.resume import finished, require_checkpoint, resume
 from proxynorm.train.run_folder import RunFolder, environment
-from proxynorm.train.settings import Settings, check, uses_batch_norm
+from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 
 
@@ -41,7 +41,7 @@ def train_on(
     data: Data, settings: Settings, config: dict[str, Any], process: Process, stop: StopRequest
 ) -> int:
     """Train on an opened data set, unless the run is finished; return the exit status."""
-    run = folder_of(settings)
+    run = RunFolder(folder_of(settings))
     done = process.share(finished(run, settings, data) if process.is_main else None)
     if done:
         if process.is_main:

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import gpu_check
 from proxynorm.cli import parse_options
+from proxynorm.commands import COMMANDS
 from proxynorm.paper.table import load_table
 from proxynorm.train.config import check_arguments
 from tests.acceptance.docs_blocks import PAGES, anchors, blocks, commands, links
@@ -57,6 +58,13 @@ def check_script(path: str, arguments: list[str]) -> None:
 def check_command(words: list[str]) -> None:
     """Raises ConfigError, or fails, where a command of the pages would not start."""
     words = [word.replace("DIR", "somewhere") for word in words]
+    # The console script, or python -m proxynorm: the same code as a script.
+    if "proxynorm" in words and words[0] != "git":
+        place = words.index("proxynorm")
+        assert words[place + 1] in COMMANDS, words
+        stem = words[place + 1].replace("-", "_")
+        folder = "" if stem in ("train", "eval") else "scripts/"
+        words[place : place + 2] = [f"{folder}{stem}.py"]
     entry = next(
         (i for i, word in enumerate(words) if re.fullmatch(r"[\w/]+\.(py|sh|sbatch)", word)), None
     )

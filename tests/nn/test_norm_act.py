@@ -127,7 +127,7 @@ def formula(act: NormAct2d, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("norm", [norm for norm in NORMS if not norm.endswith("_ws")])
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if "_ws" not in norm])
 def test_formula_and_fast_path_agree(norm, dtype, memory_format):
     """For every activation: outputs, and gradients by the input."""
     for activation in ACTIVATIONS:
@@ -434,7 +434,7 @@ def test_a_full_name_decides_about_proxy():
     assert NormAct2d(8, "ln").proxy and not NormAct2d(8, "ln", proxy=False).proxy
     assert NormAct2d(8, "ln_pn", proxy=False).proxy and not NormAct2d(8, "none").proxy
     for norm in NORMS:
-        if not norm.endswith("_ws"):  # of convolutions, see the refusals
+        if "_ws" not in norm:  # of convolutions, see the refusals
             NormAct2d(8, norm)(torch.randn(2, 8, 4, 4))
 
 
@@ -510,7 +510,7 @@ def test_any_memory_format_of_the_gradient(norm, activation, images):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
-@pytest.mark.parametrize("norm", [norm for norm in NORMS if not norm.endswith("_ws")])
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if "_ws" not in norm])
 def test_shapes_on_the_meta_device(norm, activation, momentum):
     act = NormAct2d(
         12, norm, norm_spec(norm).proxy, act_layer=activation, momentum=momentum, device="meta"

@@ -53,3 +53,19 @@ def test_a_failure_is_one_line_and_the_run_goes_on_eagerly(
     eager = run_small("compile=false", epoch_size, "max_steps=4", "name=eager")
     losses = [[row["loss"] for row in run.rows] for run in (tried, eager)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_inductor_makes_is_what_runs(run_small, monkeypatch, capsys):
+    """Training and evaluation, with the graphs as they were captured in the place of kernels."""
+    graphs = []
+
+    def captured(graph, inputs, options):
+        graphs.append(options)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", captured)
+    made = run_small("compile=true", "max_steps=3", "name=made")
+    assert len(graphs) >= 2 and "torch.compile" not in capsys.readouterr().out
+    eager = run_small("compile=false", "max_steps=3", "name=eager")
+    losses = [[row["loss"] for row in run.rows] for run in (made, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -8,7 +8,6 @@ import errno
 import io
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 
 import proxynorm
+from proxynorm import commands
 from proxynorm.data.ffcv.beton import JPEG, RAW, read_beton
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.ffcv.writer import new_beton
@@ -384,7 +384,7 @@ def run_script(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *arguments])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        commands.run("write-ffcv")
     except SystemExit as end:
         return end.code
     finally:
