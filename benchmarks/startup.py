@@ -6,7 +6,6 @@ python scripts/benchmark.py startup rounds=5 json=FILE
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from benchmarks import common
 from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option
 from proxynorm.errors import ProxynormError
-from proxynorm.train.config import CONFIGS
+from proxynorm.launch.runs import TRAIN
 
 
 @dataclass
@@ -29,9 +28,9 @@ class Options(common.Options):
 def first_update(overrides: list[str], folder: Path) -> float:
     """Seconds until metrics.jsonl has its first row. Raises ProxynormError if the run fails."""
     fixed = ["max_steps=1", "log_every=1", f"runs_dir={folder}", "name=start"]
-    command = [sys.executable, "train.py", *overrides, *fixed]
+    command = [*TRAIN, *overrides, *fixed]
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=CONFIGS.parent, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (folder / "start" / "metrics.jsonl").exists():
         if process.poll() is not None:
             raise ProxynormError(
@@ -52,11 +51,7 @@ def main(options: Options) -> None:
         with tempfile.TemporaryDirectory() as folder:
             times.append(first_update(options.overrides, Path(folder)))
     first, *counted = times
-    row = {
-        "first": first,
-        "minimum": min(counted),
-        "median": median(counted),
-        "maximum": max(counted),
-    }
+    row = {"first": first, "minimum": min(counted)}
+    row |= {"median": median(counted), "maximum": max(counted)}
     print(text_table(tuple(row), [[f"{value:.1f} s" for value in row.values()]]))
     common.write_figures(options, {"seconds": row})

@@ -6,8 +6,11 @@ array. Hydra imports this file whenever train.py starts, so slow imports wait un
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -22,35 +25,62 @@ SLURM["sbatch"] = []
 
 
 class LocalLauncher(Launcher):
-    """Train the sweep's runs, each in a process of its own, and compare them."""
+    """Train the sweep's runs, each in a process of its own, then compare them."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
 
     def setup(self, *, config: DictConfig, **context: Any) -> None:
-        """Keep the folders of --config-dir, which Hydra leaves out of a run's own overrides."""
         from proxynorm.train.words import SEARCH
 
-        given = config.hydra.overrides.hydra
-        self.folders = [word for word in given if word.startswith(SEARCH)]
+        given = config.hydra.overrides
+        # Hydra leaves the folders of --config-dir out of a run's own overrides.
+        self.shared = [word for word in given.hydra if word.startswith(SEARCH)]
+        keys = [word.partition("=")[0] for word in given.task if "," in word]
+        self.name = "-".join(["sweep", *(key for key in keys if key != "seed")])
+        if config.logger.group is None:
+            self.shared.append(f"logger.group={self.name}")
+        self.command = shlex.join(["python", "train.py", "-m", *given.task])
+        self.folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
-        self.start([[*overrides, *self.folders] for overrides in job_overrides])
+        from proxynorm.cli import fail
+        from proxynorm.errors import ProxynormError
+
+        try:
+            status = self.run([[*overrides, *self.shared] for overrides in job_overrides])
+        except ProxynormError as error:
+            fail(error)
+        if status:
+            sys.exit(status)
         return []
 
-    def start(self, sweep: list[list[str]]) -> None:
-        from proxynorm.launch.multirun import train_here
+    def run(self, sweep: list[list[str]]) -> int:
+        """Train and compare; 2 if runs failed by the user's mistakes alone, 1 if others did."""
+        from proxynorm.launch.multirun import is_main, say, train_here
+        from proxynorm.paper.sweep import answer
 
-        train_here(sweep)
+        runs, failures = train_here(sweep)
+        failed = "\n".join(f"- {failure}" for failure in failures)
+        if runs and is_main():
+            say(f"\n{answer(runs, self.folder, self.name, self.command, failed)}")
+        if failures:
+            say(f"\n{len(failures)} of {len(sweep)} runs failed:\n{failed}")
+        return 1 if any(failure.status != 2 for failure in failures) else 2 * bool(failures)
 
 
 class SlurmLauncher(LocalLauncher):
-    """Submit the sweep's runs that are neither finished nor queued, without waiting for them."""
+    """Submit the runs that are neither finished nor queued; compare them once all are finished."""
 
-    def start(self, sweep: list[list[str]]) -> None:
-        from proxynorm.launch.multirun import submit
+    def run(self, sweep: list[list[str]]) -> int:
+        from proxynorm.launch.multirun import say, submit
+        from proxynorm.launch.status import run_status
+        from proxynorm.paper.sweep import answer
 
-        submit(sweep, self.options)
+        runs, status = submit(sweep, self.options)
+        if all(run_status(run).state == "done" for run in runs):
+            say(answer(runs, self.folder, self.name, self.command))
+        return status
 
 
 for name, launcher, options in (("local", LocalLauncher, {}), ("slurm", SlurmLauncher, SLURM)):

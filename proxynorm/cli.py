@@ -53,8 +53,8 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def split_list(text: str) -> list[str]:
-    """Split at commas, but not inside of an item in quotes."""
-    found = re.findall(r"""\s*('(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|[^,]+)""", text)
+    """Split at commas, but not at those in quotes or brackets."""
+    found = re.findall(r"""\s*('(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|(?:\[[^\]]*]|[^,])+)""", text)
     return [item.strip() for item in found if item.strip()]
 
 

@@ -7,8 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,24 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from packaging.requirements import Requirement
-from PIL import Image
 
-from proxynorm.data import DataSpec, LoaderSpec, fashion_mnist, open_data
+from proxynorm.data import Data, DataSpec, LoaderSpec, fashion_mnist, open_data
 from proxynorm.data.cache import cache_folder
-from proxynorm.data.ffcv.beton import Samples, read_beton
+from proxynorm.data.datasets import DATASETS
 from proxynorm.data.ffcv.native import INSTALL, ffcv_library
-from proxynorm.data.ffcv.preparation import prepare
-from proxynorm.data.ffcv.verification import find_damage
-from proxynorm.data.images import BadImage, StorageOptions, load_rgb
+from proxynorm.data.loaders import Split
 from proxynorm.data.randomness import permutation
-from proxynorm.data.sources import list_folder
-from proxynorm.errors import ConfigError, DataError, ProxynormError
+from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.build import build_model
 from proxynorm.train.settings import Settings
 from proxynorm.train.tracker import choose_mode
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
-TRIAL_IMAGES, TRIAL_CLASSES, SAMPLED_IMAGES = 64, 4, 512
+SAMPLED_IMAGES = 256
 # Copies of the weights that an optimizer holds; RMSProp has two: square and momentum.
 OPTIMIZER_COPIES = {"momentum": 1, "sgd": 1}
 IMAGENET_BYTES = 65.5e9  # as JPEG-90, longest side 500
@@ -60,53 +54,50 @@ class Finding:
 def examine(
     settings: Settings, hardware: str | None = None, experiment: str | None = None
 ) -> Iterator[Finding]:
-    """All findings for an experiment; hardware: what the head of its file asks for."""
-    checks = {
-        "python": check_python(),
-        "cuda": check_cuda(settings, hardware),
-        "ffcv": check_ffcv(settings),
-        "data": check_data(settings),
-        "amount": check_amount(settings, experiment),
-        "disk": check_disk(settings),
-        "memory": check_memory(settings),
-        "wandb": check_wandb(settings),
-        "slurm": check_slurm(),
-    }
-    for name, findings in checks.items():
-        try:
-            yield from findings
-        except ProxynormError as error:
-            yield Finding(MISSING, name, str(error), "python train.py --help")
+    """Find what is there and what is missing; hardware: what the head of the experiment asks for.
+
+    The data set is opened once, by the functions that training uses.
+    """
+    yield from check_python()
+    yield from check_cuda(settings, hardware)
+    yield from check_ffcv(settings)
+    try:
+        data = open_for_a_look(settings.data)
+        yield from check_data(data)
+        yield from check_amount(settings, experiment, sizes(data))
+    except ProxynormError as error:
+        data = None
+        yield unopened(settings.data, error)
+    yield from check_disk(settings, data)
+    yield from check_memory(settings)
+    yield from check_wandb(settings)
+    yield from check_slurm()
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter and the packages that this one requires."""
+    """The interpreter and the packages that training requires."""
     yield Finding(OK, "python", f"{platform.python_version()} on {platform.platform()}")
-    install = "pip install -e ."
+    install = "pip install 'proxynorm[train]', or -e '.[train]' in a checkout"
     try:
         required = [Requirement(line) for line in metadata.requires("proxynorm") or []]
     except metadata.PackageNotFoundError:
         yield Finding(WARNING, "packages", "proxynorm runs from a folder, not installed", install)
         return
-    required = [r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
     found, bad = [], []
     for item in required:
-        version = installed_version(item.name)
+        if item.marker is not None and not item.marker.evaluate({"extra": "train"}):
+            continue
+        try:
+            version = metadata.version(item.name)
+            good = item.specifier.contains(version, prereleases=True)
+        except metadata.PackageNotFoundError:
+            version, good = "missing", False
         found.append(f"{item.name} {version}")
-        if version is None or not item.specifier.contains(version, prereleases=True):
-            bad.append(f"{item} (found {version or 'none'})")
+        bad += [] if good else [f"{item.name}{item.specifier} (found: {version})"]
     if bad:
         yield Finding(MISSING, "packages", ", ".join(bad), install)
     else:
         yield Finding(OK, "packages", ", ".join(found))
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed package, None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
@@ -142,148 +133,85 @@ def unusable_gpu() -> tuple[str, str]:
 
 
 def check_ffcv(settings: Settings) -> Iterator[Finding]:
-    """FFCV's library, and TRIAL_IMAGES images written and read back."""
+    """FFCV's library."""
     needed = settings.data.name == "beton" or settings.loader.name == "ffcv"
-    status = MISSING if needed else WARNING
     try:
         ffcv_library()
-        seconds = round_trip()
+        yield Finding(OK, "ffcv", metadata.version("ffcv"))
     except ConfigError as error:
         reason = str(error).partition(": ")[2].partition(";")[0]
         text = reason if needed else f"{reason}; the torchvision loader serves"
-        yield Finding(status, "ffcv", text, INSTALL.partition(": ")[2])
-    except Exception as error:  # a broken library can raise anything
-        text = f"{TRIAL_IMAGES} images do not survive a round trip: {error}"
-        yield Finding(status, "ffcv", text, "pip install --force-reinstall --no-deps ffcv")
-    else:
-        text = f"{TRIAL_IMAGES} images written, read and compared in {seconds:.1f} s"
-        yield Finding(OK, "ffcv", f"{metadata.version('ffcv')}: {text}")
+        yield Finding(MISSING if needed else WARNING, "ffcv", text, INSTALL.partition(": ")[2])
 
 
-def round_trip() -> float:
-    """Write and read a small set with FFCV; seconds. Raises DataError if anything changed."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="proxynorm-doctor-") as name:
-        folder = Path(name)
-        colours = np.random.default_rng(0).integers(0, 256, (TRIAL_IMAGES, 3))
-        for number, colour in enumerate(colours):
-            path = folder / "images" / str(number % TRIAL_CLASSES) / f"{number:02d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (100, 80), tuple(colour.tolist())).save(path, quality=95)
-        listing = list_folder(folder / "images")
-        for part in ("train", "val"):
-            prepare(listing, folder / f"{part}.beton", StorageOptions())
-        expected = colours[[int(Path(image.path).stem) for image in listing.images]]
-        spec = DataSpec("beton", root=name, augmentation="none")
-        (batch,) = open_data(spec, LoaderSpec("ffcv", 1)).eval_loader(TRIAL_IMAGES)
-        seen = batch.images.float().mean(dim=(2, 3)).numpy()
-    labels_agree = np.array_equal(batch.targets.numpy(), listing.targets)
-    if not labels_agree or np.abs(seen - expected).max() >= 6:  # JPEG shifts colours a little
-        raise DataError("an image or a label came back changed")
-    return time.perf_counter() - start
+def open_for_a_look(spec: DataSpec) -> Data | None:
+    """Open the data set as training does; None if the first run will download it.
+
+    A folder is only listed, not converted for FFCV, and a damaged image does not end the look.
+    """
+    installed = spec.root is not None or fashion_mnist.DEBIAN_FOLDER.is_dir()
+    if spec.name == "fashion_mnist" and not installed:
+        return None
+    loader = LoaderSpec("ffcv", 1) if spec.name == "beton" else LoaderSpec("torchvision", 0)
+    return open_data(dataclasses.replace(spec, on_bad="skip"), loader)
 
 
-def check_data(settings: Settings) -> Iterator[Finding]:
-    """The data set that the experiment reads."""
-    spec = settings.data
-    try:
-        if spec.name == "fashion_mnist":
-            yield check_fashion_mnist(spec)
-        elif spec.root is None:
-            made = ", made with scripts/write_ffcv.py" if spec.name == "beton" else ""
-            yield Finding(MISSING, "data", "data.root is not given", f"data.root=DIR{made}")
-        else:
-            root = Path(spec.root).expanduser()
-            for part in ("train", "val"):
-                if spec.name == "folder":
-                    yield from check_folder(root / part)
-                else:
-                    yield check_beton(root / f"{part}.beton")
-    except DataError as error:
-        remedy = "data.root=DIR"
-        if spec.name == "fashion_mnist":
-            remedy = f"data.root=null and {fashion_mnist.PACKAGE}"
-        yield Finding(MISSING, "data", str(error), remedy)
+def unopened(spec: DataSpec, error: ProxynormError) -> Finding:
+    """The finding for a data set that cannot be opened."""
+    if spec.root is None and DATASETS[spec.name].needs_root:
+        made = ", made with scripts/write_ffcv.py" if spec.name == "beton" else ""
+        return Finding(MISSING, "data", "data.root is not given", f"data.root=DIR{made}")
+    remedy = "data.root=DIR"
+    if spec.name == "fashion_mnist":
+        remedy = f"data.root=null and {fashion_mnist.PACKAGE}"
+    elif spec.name == "beton":
+        remedy = f"{WRITE.format(Path(spec.root or 'DIR') / 'PART.beton')} overwrite=true"
+    return Finding(MISSING, "data", str(error), remedy)
 
 
-def check_fashion_mnist(spec: DataSpec) -> Finding:
-    if spec.root is None and not fashion_mnist.DEBIAN_FOLDER.is_dir():
+def check_data(data: Data | None) -> Iterator[Finding]:
+    """Decode a sample of the images as training does, and say what was found."""
+    if data is None:
         text = "Fashion-MNIST is not installed; the first run downloads it"
-        return Finding(WARNING, "data", text, fashion_mnist.PACKAGE)
-    folder = fashion_mnist.find_fashion_mnist(spec.root, cache_folder(spec.cache))
-    return Finding(OK, "data", f"Fashion-MNIST in {folder}")
-
-
-def check_folder(folder: Path) -> Iterator[Finding]:
-    """One folder of class folders: what is left out, and SAMPLED_IMAGES of its images decoded."""
-    listing = list_folder(folder)
-    for note in listing.notes:
-        yield Finding(WARNING, "data", note, "move or convert what should be trained on")
-    images = listing.images
-    rows, bad = permutation(0, 0, len(images))[:SAMPLED_IMAGES], []
-    # The torchvision loader meets a damaged image only when training draws it.
-    for row in rows:
-        try:
-            load_rgb(images[row], strict=True)
-        except BadImage as reason:
-            bad.append(f"{images[row].name}: {reason}")
-    text = f"{folder}: {len(images)} images, {len(rows)} of them looked at"
-    if not bad:
-        yield Finding(OK, "data", text)
+        yield Finding(WARNING, "data", text, fashion_mnist.PACKAGE)
         return
-    remedy = "data.on_bad=skip, or repair or remove them"
-    yield Finding(MISSING, "data", f"{text}, {len(bad)} damaged ({bad[0]})", remedy)
+    for line in data.warnings:
+        yield Finding(WARNING, "data", line, "write the files again, or change the key")
+    for split in (data.train, data.evaluation):
+        order = permutation(0, 0, len(split.rows))[:SAMPLED_IMAGES]
+        sample = Split(split.reader, np.sort(split.rows[order]))
+        before = len(data.failures)
+        for _ in dataclasses.replace(data, evaluation=sample).eval_loader(64):
+            pass
+        text = f"{split.reader.source}: {len(split.rows)} images, {len(order)} of them looked at"
+        if bad := list(data.failures.items())[before:]:
+            text += f", {len(bad)} damaged ({': '.join(bad[0])})"
+            yield Finding(MISSING, "data", text, "data.on_bad=skip, or repair or remove them")
+        else:
+            yield Finding(OK, "data", text)
 
 
-def check_beton(path: Path) -> Finding:
-    """One .beton file: its manifest, and SAMPLED_IMAGES of its images, checksums and decoding."""
-    write = WRITE.format(path)
-    rewrite = f"{write} overwrite=true"
-    if not path.is_file():
-        return Finding(MISSING, "data", f"{path}: no such file", write)
-    try:
-        samples = read_beton(path)
-        rows = np.sort(permutation(0, 0, len(samples))[:SAMPLED_IMAGES])
-        damage = find_damage(subset(samples, rows))
-    except (DataError, ConfigError) as error:
-        return Finding(MISSING, "data", str(error), rewrite)
-    if damage:
-        text = f"{path}: {len(damage)} of {len(rows)} images looked at are damaged"
-        return Finding(MISSING, "data", text, rewrite)
-    size = f"{len(samples)} images, {path.stat().st_size / 1e9:.2f} GB"
-    text = f"{path}: {size}, {len(rows)} of them looked at"
-    if not samples.manifest:
-        text += "; no manifest, so classes and later damage cannot be checked"
-        return Finding(WARNING, "data", text, rewrite)
-    return Finding(OK, "data", f"{text}, as its manifest says")
+def sizes(data: Data | None) -> tuple[int, int, int]:
+    """Classes, training and evaluation images."""
+    if data is None:
+        return len(fashion_mnist.CLASSES), *fashion_mnist.COUNTS.values()
+    return len(data.info.classes), data.info.train_count, data.info.eval_count
 
 
-def subset(samples: Samples, rows: np.ndarray) -> Samples:
-    """Some rows of a table of samples."""
-    columns = {field.name: getattr(samples, field.name) for field in dataclasses.fields(samples)}
-    for name, value in columns.items():
-        if isinstance(value, np.ndarray) and len(value):
-            columns[name] = value[rows]
-    return Samples(**columns)
-
-
-def check_amount(settings: Settings, experiment: str | None) -> Iterator[Finding]:
+def check_amount(
+    settings: Settings, experiment: str | None, found: tuple[int, int, int]
+) -> Iterator[Finding]:
     """Enough data for one batch, and ImageNet for ImageNet's recipes."""
-    try:
-        sizes = data_sizes(settings.data)
-    except (DataError, TypeError):  # check_data reports it
-        return
-    usable = min(sizes[1], settings.data.limit or sizes[1])
-    if settings.batch > usable:
-        text = f"batch={settings.batch} exceeds the {usable} training images"
-        yield Finding(MISSING, "data", text, f"batch={usable}")
+    if settings.batch > found[1]:
+        text = f"batch={settings.batch} exceeds the {found[1]} training images"
+        yield Finding(MISSING, "data", text, f"batch={found[1]}")
     if not (experiment or "").startswith("imagenet_"):
         return
-    close = all(abs(size - n) <= TOLERANCE * n for size, n in zip(sizes[1:], IMAGENET[1:]))
-    if sizes[0] == IMAGENET[0] and close:
+    close = all(abs(size - n) <= TOLERANCE * n for size, n in zip(found[1:], IMAGENET[1:]))
+    if (found[0] == IMAGENET[0] and close) or settings.data.limit or settings.data.holdout:
         return
-    found = zip(sizes, ("classes", "training images", "evaluation images"), IMAGENET)
-    off = ", ".join(f"{size:,} {what} instead of {n:,}" for size, what, n in found if size != n)
+    parts = zip(found, ("classes", "training images", "evaluation images"), IMAGENET)
+    off = ", ".join(f"{size:,} {what} instead of {n:,}" for size, what, n in parts if size != n)
     root = f" data.root={settings.data.root}" if settings.data.root else ""
     own = f"python train.py data={settings.data.name}{root} model={settings.model['name']}"
     text = f"experiment={experiment} is ImageNet's recipe, and this is not ImageNet: {off}"
@@ -291,37 +219,22 @@ def check_amount(settings: Settings, experiment: str | None) -> Iterator[Finding
     yield Finding(WARNING, "data", text, remedy)
 
 
-def data_sizes(spec: DataSpec) -> tuple[int, int, int]:
-    """Classes, training and evaluation images. Raises DataError, or TypeError without data.root."""
-    if spec.name == "fashion_mnist":
-        return len(fashion_mnist.CLASSES), *fashion_mnist.COUNTS.values()
-    root = Path(spec.root).expanduser()
-    if spec.name == "folder":
-        train, evaluation = (list_folder(root / part) for part in ("train", "val"))
-        return len(train.classes), len(train.images), len(evaluation.images)
-    train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
-    classes = len(train.manifest.get("classes", ())) or int(train.target.max()) + 1
-    return classes, len(train), len(evaluation)
-
-
-def check_disk(settings: Settings) -> Iterator[Finding]:
+def check_disk(settings: Settings, data: Data | None) -> Iterator[Finding]:
     """Room for the checkpoints and for .beton files."""
-    data = settings.data
-    classes, channels = (10, 1) if data.name == "fashion_mnist" else (1000, 3)
+    spec = settings.data
+    classes, channels = (len(data.info.classes), data.info.channels) if data else (1000, 3)
     model = build_model(settings, classes, channels)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = 1 + OPTIMIZER_COPIES.get(settings.optim.name, 2)
     copies += settings.regularization.ema_decay is not None
     # last.pt, previous.pt and the one being written hold everything, best.pt the weights.
     yield room(Path(settings.runs_dir), (3 * copies + 1) * weights, "checkpoints")
-    if data.root is None:
-        return
-    root = Path(data.root).expanduser()
-    if data.name == "folder" and root.is_dir():
+    root = Path(spec.root or "").expanduser()
+    if spec.name == "folder" and data:
         source = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
         purpose = "the .beton files made of data.root"
-        yield room(cache_folder(data.cache), source, purpose, "data.cache")
-    if data.name == "beton" and not (root / "train.beton").is_file():
+        yield room(cache_folder(spec.cache), source, purpose, "data.cache")
+    if spec.name == "beton" and spec.root and not (root / "train.beton").is_file():
         yield room(root, IMAGENET_BYTES, "the .beton files of ImageNet", "data.root")
 
 
@@ -347,14 +260,11 @@ def check_memory(settings: Settings) -> Iterator[Finding]:
     if settings.data.name == "beton":
         file = Path(settings.data.root or "DIR").expanduser() / "train.beton"
         size = file.stat().st_size if file.is_file() else IMAGENET_BYTES
-        text += f"; the training file of {size / 1e9:.1f} GB"
+        fits = "fits" if size <= available else "does not fit, every epoch reads the disk"
+        text += f"; the training file of {size / 1e9:.1f} GB {fits}"
         if size > available:
-            text += " does not fit, every epoch reads the disk"
-            remedy = (
-                f"{WRITE.format(file)} overwrite=true max_side=400, or data.root=FAST LOCAL DISK"
-            )
-        else:
-            text += " fits"
+            write = f"{WRITE.format(file)} overwrite=true max_side=400"
+            remedy = f"{write}, or data.root=FAST LOCAL DISK"
     yield Finding(WARNING if remedy else OK, "memory", text, remedy)
 
 
@@ -387,13 +297,10 @@ def check_slurm() -> Iterator[Finding]:
         return
     command = ["sinfo", "--noheader", "--format=%P %D %G"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        works, output = answer.returncode == 0, answer.stdout or answer.stderr
-    except (OSError, subprocess.TimeoutExpired) as error:
-        works, output = False, str(error)
-    text = "; ".join(output.split("\n")).strip("; ") or "no partitions"
-    if works:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        text = "; ".join(done.stdout.splitlines()) or "none"
         yield Finding(OK, "slurm", f"partition, nodes, GPUs: {text}")
-    else:
-        text = f"installed, but its controller does not answer: {text}"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
+        text = f"installed, but its controller does not answer: {reason}"
         yield Finding(WARNING, "slurm", text, "systemctl start slurmctld slurmd")

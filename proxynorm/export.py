@@ -75,6 +75,8 @@ def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     if (eps := (restored.content.get("start") or {}).get("eps")) is not None:
         config["norm"]["eps"] = eps  # came with the weights that the run began with
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "cache")}
+    if config.get("weights"):  # what the run started from, without the folders of this machine
+        config["weights"] = Path(config["weights"]).name
     summary = json.loads((run / "summary.json").read_text())
     measured = ("top1", "top5", "loss", "count")
     metrics = {key: summary[key] for key in (*measured, "epochs", "steps", "seed")}

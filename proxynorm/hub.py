@@ -43,7 +43,6 @@ def push(
                 card = (folder / CARD).read_text().replace(HERE, f'"{HUB}{repo_id}"')
                 (Path(upload) / CARD).write_text(card)
             api.upload_folder(repo_id=repo_id, folder_path=upload, commit_message=message)
-    except (OSError, ValueError) as error:  # HfHubHTTPError and HFValidationError are such
-        line = " ".join(str(error).split())[:200]
-        raise ConfigError(f"push={repo_id}: {line}") from error
+    except Exception as error:  # the client's errors are those of its HTTP library, which changes
+        raise ConfigError(f"push={repo_id}: {' '.join(str(error).split())[:200]}") from error
     return f"https://huggingface.co/{repo_id}"

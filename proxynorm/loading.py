@@ -23,7 +23,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Trained(nn.Module):
-    """What load returns, to type checkers: a network with a description of its inputs."""
+    """A network with a description of its inputs: the type of load's result to type checkers."""
 
     pretrained_cfg: dict[str, Any]
 
@@ -82,8 +82,8 @@ def load_export(path: str | Path) -> Exported:
     try:
         model.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{weights} is damaged or of another network ({line})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{weights} is damaged or of another network: {reason}") from error
     return Exported(described(model.eval(), settings, inputs), inputs, metrics)
 
 
@@ -112,5 +112,4 @@ def download(repo_id: str) -> str:
     try:
         return snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS])
     except (OSError, ValueError) as error:  # not there, or not reachable
-        line = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{HUB}{repo_id}: {line}") from error
+        raise CheckpointError(f"{HUB}{repo_id}: {' '.join(str(error).split())[:200]}") from error

@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 CARD = "README.md"
 HERE = '"."'  # the card's load line, run in the folder of the card
-RECIPE = "model norm optim schedule regularization data batch norm_batch epochs seed".split()
+RECIPE = "model norm weights freeze optim schedule regularization data batch norm_batch".split()
+RECIPE += ["epochs", "max_steps", "seed"]
 
 
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
@@ -76,7 +77,7 @@ def averaged(config: dict[str, Any]) -> str:
 
 
 def requirement() -> str:
-    """What pip installs this version from: the repository's commit, if it came from one."""
+    """Name this version for pip: the repository's commit, if it was installed from one."""
     # PEP 610: pip notes where a distribution came from, without credentials.
     try:
         text = metadata.distribution("proxynorm").read_text("direct_url.json")

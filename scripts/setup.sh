@@ -67,7 +67,7 @@ make_environment() {
         fi
     fi
     say "installing proxynorm and what it needs (a few minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,export]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
     if has_ffcv_libraries; then
         say "building FFCV"
         if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[ffcv]'; then

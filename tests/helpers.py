@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from proxynorm.train.compare import differences
+from tests.same_run import differences
 
 ROOT = Path(__file__).resolve().parents[1]
 

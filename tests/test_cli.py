@@ -50,6 +50,10 @@ def assert_user_error(result: subprocess.CompletedProcess[str], message: str) ->
 def test_options():
     assert parse_options(Options, ["size=5", "names=[x,y]"]) == Options(5, ["x", "y"], None)
     assert parse_options(Options, ["names=x"]).names == ["x"]
+    assert parse_options(Options, ["file=1_0", "names=[1e3,'a,b',x=[1,2]]"]) == Options(
+        3, ["1e3", "a,b", "x=[1,2]"], "1_0"
+    )
+    assert parse_options(Options, ["file=null"]).file is None
     assert parse_options(Needy, ["need=1"]) == Needy("1", [])
     with pytest.raises(ConfigError, match="need= is missing"):
         parse_options(Needy, ["names=x"])
@@ -69,6 +73,16 @@ def test_train_help_is_readable():
     result = command("train.py", "norm=gn", "--help")
     assert result.returncode == 0
     assert "norm=gn: Group Norm" in result.stdout and "norm=ln_pn batch=32" in result.stdout
+
+
+DOORS = ["train.py", "eval.py", *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*.py"))]
+
+
+@pytest.mark.parametrize("script", sorted(set(DOORS) - {"scripts/gpu_check.py"}))
+def test_a_forgotten_environment_is_one_line(script, tmp_path):
+    """-S -E: Python without the packages of any environment, as the system's own is."""
+    result = command("-S", "-E", str(ROOT / script), cwd=tmp_path)
+    assert_user_error(result, "activate its environment")
 
 
 SIGNAL_ON_IMPORT = """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from proxynorm import doctor
+from proxynorm import commands, doctor
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.ffcv.preparation import prepare
@@ -19,19 +18,22 @@ from proxynorm.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.errors import ConfigError
 from proxynorm.train.config import compose_config, settings_from
 from tests.data.conftest import needs_fashion_mnist, needs_ffcv, write_folder
-from tests.helpers import ROOT
-
-SCRIPT = ROOT / "scripts" / "doctor.py"
 
 
 def settings(*overrides: str):
     return settings_from(compose_config(overrides))
 
 
+def look(*overrides: str) -> list[Finding]:
+    """What examine finds of the data."""
+    found = doctor.examine(settings(*overrides))
+    return [finding for finding in found if finding.subject == "data"]
+
+
 def run_script(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        commands.run("doctor")
     return end.value.code
 
 
@@ -67,14 +69,9 @@ def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, ca
     out = capsys.readouterr().out
     assert "data.root is not given; fix: data.root=DIR, made with scripts/write_ffcv.py" in out
     assert "the experiment asks for 8 GPUs" in out
-    missing = list(
-        doctor.check_data(settings("experiment=imagenet_resnet50", f"data.root={tmp_path}"))
-    )
-    assert [finding.status for finding in missing] == [MISSING] * 2
-    assert (
-        missing[0].remedy
-        == f"python scripts/write_ffcv.py source=DIR output={tmp_path / 'train.beton'}"
-    )
+    (missing,) = look("experiment=imagenet_resnet50", f"data.root={tmp_path}")
+    assert missing.status == MISSING and "train.beton: no such file" in missing.text
+    assert missing.remedy.startswith("python scripts/write_ffcv.py source=DIR output=")
 
 
 @needs_ffcv
@@ -105,39 +102,29 @@ def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, cuda, hidden, r
     assert finding.status == WARNING and finding.remedy.startswith(remedy)
 
 
-@needs_ffcv
-def test_data_that_is_not_the_experiments_is_said(small_betons):
+def test_data_that_is_not_the_experiments_is_said():
     """Twelve images of three classes are neither ImageNet nor enough for a batch of 1024."""
-    keys = "experiment=imagenet_resnet50", f"data.root={small_betons}"
-    short, other = doctor.check_amount(settings(*keys), "imagenet_resnet50")
+    asked = settings("experiment=imagenet_resnet50", "data.root=x")
+    short, other = doctor.check_amount(asked, "imagenet_resnet50", (3, 12, 6))
     assert short.status == MISSING and short.remedy == "batch=12"
-    assert (
-        other.status == WARNING
-        and "3 classes instead of 1,000, 12 training images instead of" in other.text
-    )
-    assert (
-        list(
-            doctor.check_amount(
-                settings("data=beton", f"data.root={small_betons}", "batch=12"), None
-            )
-        )
-        == []
-    )
+    assert other.status == WARNING
+    assert "3 classes instead of 1,000, 12 training images instead of" in other.text
+    assert list(doctor.check_amount(settings("batch=12"), None, (3, 12, 6))) == []
 
 
-def test_imagenet_with_a_few_images_left_out_is_imagenet(monkeypatch):
+def test_imagenet_with_a_few_images_left_out_is_imagenet():
     asked = settings("experiment=imagenet_resnet50", "data.root=x")
     for train, findings in ((1_281_167, 0), (1_281_000, 0), (1_000_000, 1)):
-        monkeypatch.setattr(doctor, "data_sizes", lambda spec, train=train: (1000, train, 50_000))
-        assert len(list(doctor.check_amount(asked, "imagenet_resnet50"))) == findings
+        found = doctor.check_amount(asked, "imagenet_resnet50", (1000, train, 50_000))
+        assert len(list(found)) == findings
 
 
 def test_damaged_images_in_a_folder_are_found(tmp_path):
     root = write_folder(tmp_path / "photos", 4, 2)
-    asked = settings("data=folder", f"data.root={root}")
-    assert [finding.status for finding in doctor.check_data(asked)] == [OK, OK]
+    asked = ("data=folder", f"data.root={root}", "batch=4", "model.depth=8")
+    assert [finding.status for finding in look(*asked)] == [OK, OK]
     (root / "val" / "bee" / "000.jpg").write_bytes(b"")
-    train, evaluation = doctor.check_data(asked)
+    train, evaluation = look(*asked)
     assert train.status == OK and evaluation.status == MISSING
     assert "1 damaged" in evaluation.text and "bee/000.jpg: is empty" in evaluation.text
 
@@ -149,26 +136,23 @@ def test_a_wrong_argument_is_one_line(monkeypatch, capsys):
 
 @needs_ffcv
 def test_data_files_are_held_against_their_manifest(small_betons):
-    tmp_path = small_betons
-    asked = settings("data=beton", f"data.root={tmp_path}")
-    assert [finding.status for finding in doctor.check_data(asked)] == [OK, OK]
-    path = tmp_path / "train.beton"
+    asked = ("data=beton", f"data.root={small_betons}", "batch=4", "model.depth=8")
+    assert [finding.status for finding in look(*asked)] == [OK, OK]
+    (small_betons / "val.beton.json").rename(small_betons / "kept.json")
+    (small_betons / "val.beton.sums.npy").unlink()
+    warning, *found = look(*asked)
+    assert warning.status == WARNING and "no manifest" in warning.text
+    assert [finding.status for finding in found] == [OK, OK]
+    path = small_betons / "train.beton"
     data, samples = bytearray(path.read_bytes()), read_beton(path)
     data[int(samples.pointer[3]) + 200] ^= 1
     path.write_bytes(data)
-    finding = next(doctor.check_data(asked))
-    assert finding.status == MISSING and "1 of 12 images looked at are damaged" in finding.text
+    _, train, _ = look(*asked)
+    assert train.status == MISSING and "12 of them looked at, 1 damaged" in train.text
     path.write_bytes(data[:-5])
-    finding = next(doctor.check_data(asked))
-    assert (
-        finding.status == MISSING
-        and "truncated" in finding.text
-        and "overwrite=true" in finding.remedy
-    )
-    (tmp_path / "val.beton.json").unlink()
-    assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, MISSING]
-    (tmp_path / "val.beton.sums.npy").unlink()
-    assert [finding.status for finding in doctor.check_data(asked)] == [MISSING, WARNING]
+    (finding,) = look(*asked)
+    assert finding.status == MISSING and "truncated" in finding.text
+    assert "overwrite=true" in finding.remedy
 
 
 @needs_ffcv
@@ -179,17 +163,7 @@ def test_a_damaged_manifest_does_not_end_the_doctor(monkeypatch, capsys, small_b
     lines = capsys.readouterr().out.splitlines()
     (told,) = (line for line in lines if line.startswith(MISSING))
     assert "train.beton: its manifest is damaged" in told and "overwrite=true" in told
-    assert any("val.beton: 6 images" in line for line in lines) and lines[-1].split()[1] == "slurm"
-
-
-@needs_ffcv
-def test_a_file_with_other_labels_than_its_manifests_is_found(small_betons):
-    listing = list_folder(small_betons / "photos" / "train")
-    other = listing._replace(targets=listing.targets[::-1])
-    prepare(other, small_betons / "other" / "train.beton", StorageOptions())
-    (small_betons / "other" / "train.beton").rename(small_betons / "train.beton")
-    finding = next(doctor.check_data(settings("data=beton", f"data.root={small_betons}")))
-    assert finding.status == MISSING and "not those that were written together" in finding.text
+    assert lines[-1].split()[1] == "slurm"
 
 
 def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):
@@ -208,24 +182,6 @@ def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):
     )
 
 
-@needs_ffcv
-def test_a_decoder_that_returns_another_image_is_found(monkeypatch):
-    real = doctor.open_data
-
-    def shuffled(*arguments):
-        data = real(*arguments)
-        data.evaluation.reader.samples.pointer[:] = data.evaluation.reader.samples.pointer[
-            ::-1
-        ].copy()
-        data.evaluation.reader.samples.size[:] = data.evaluation.reader.samples.size[::-1].copy()
-        data.evaluation.reader.samples.sums = data.evaluation.reader.samples.sums[:0]
-        return data
-
-    monkeypatch.setattr(doctor, "open_data", shuffled)
-    (finding,) = doctor.check_ffcv(settings("loader=ffcv"))
-    assert finding.status == MISSING and "came back changed" in finding.text
-
-
 def test_a_full_disk_and_a_small_memory_are_said(monkeypatch, tmp_path):
     needed = doctor.room(tmp_path / "not" / "yet", 1e30, "checkpoints")
     assert needed.status == MISSING and "runs_dir=" in needed.remedy
@@ -234,20 +190,15 @@ def test_a_full_disk_and_a_small_memory_are_said(monkeypatch, tmp_path):
         settings("experiment=imagenet_resnet50", f"data.root={tmp_path}")
     )
     assert finding.status == WARNING and "does not fit" in finding.text
-    statuses = [
-        f.status
-        for f in doctor.check_disk(
-            settings("data=folder", f"data.root={tmp_path}", "model.width=8")
-        )
-    ]
-    assert statuses == [OK, OK]
+    asked = settings("data=folder", f"data.root={tmp_path}", "model.width=8")
+    assert [finding.status for finding in doctor.check_disk(asked, None)] == [OK]
 
 
 def test_missing_fashion_mnist_is_a_warning_with_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "none")
-    (finding,) = doctor.check_data(settings())
+    (finding,) = look()
     assert finding.status == WARNING and finding.remedy == "apt-get install dataset-fashion-mnist"
-    (finding,) = doctor.check_data(settings(f"data.root={tmp_path}"))
+    (finding,) = look(f"data.root={tmp_path}")
     assert finding.status == MISSING
 
 
@@ -257,3 +208,11 @@ def test_a_finding_is_one_line():
         str(Finding(MISSING, "ffcv", "not there", "pip install"))
         == "missing  ffcv      not there; fix: pip install"
     )
+
+
+@needs_fashion_mnist
+def test_an_experiment_of_the_user_s_own_is_examined(monkeypatch, tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nbatch: 24\n")
+    run_script(monkeypatch, f"--config-dir={tmp_path}", "experiment=mine")
+    assert "ok       data" in capsys.readouterr().out

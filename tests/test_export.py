@@ -62,7 +62,7 @@ def test_the_card_s_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
-    make_run(tmp_path / "run", "norm=ln_pn")
+    make_run(tmp_path / "run", "norm=ln_pn", "weights=/secret/place/start.pt")
     export_run(tmp_path / "run", tmp_path / "out", weights="best", licence="cc0-1.0")
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
@@ -72,11 +72,13 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
         "license: cc0-1.0",
         "      value: 92.0",
         "pip install 'proxynorm[train]",
+        '| weights | "start.pt" |',
         "| norm | ln_pn: proxy_eps=0.03, ",
         "| optim | momentum: base_lr=0.1, base_batch=128, momentum=0.9, weight_decay=0.0001 |",
     ):
         assert words in card
-    assert "somewhere" not in card + (tmp_path / "out" / "config.json").read_text()
+    written = card + (tmp_path / "out" / "config.json").read_text()
+    assert "somewhere" not in written and "secret" not in written
 
 
 @need_module("onnxscript")

@@ -70,7 +70,7 @@ def test_what_cannot_be_pushed(export, monkeypatch):
         push(export, "me/net")
 
     def refuse(*_, **__):
-        raise OSError("403 Forbidden:\nyou do not own me/net")
+        raise RuntimeError("403 Forbidden:\nyou do not own me/net")
 
     with pytest.raises(ConfigError, match="403 Forbidden: you do not own me/net"):
         push(export, "me/net", api=SimpleNamespace(create_repo=refuse))

@@ -11,11 +11,11 @@ from matplotlib.ticker import MaxNLocator
 
 from proxynorm.analysis.power import TERMS, PowerRow
 from proxynorm.analysis.style import (
+    cell_styles,
     draw_band,
     legend_beside,
     new_figure,
     norm_label,
-    norm_style,
     save_figure,
 )
 
@@ -59,30 +59,35 @@ def power_figure(
 
 
 def plot_p1(
-    nets: Mapping[str, Sequence[Sequence[PowerRow]]],
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[PowerRow]]]],
     path: Path,
-    title: str,
-    styles: Mapping[str, Mapping] | None = None,
+    norms: Mapping[str, str] | None = None,
     mean_field: Mapping[str, Sequence[float]] | None = None,
     formats: Sequence[str] = (),
 ) -> None:
     """Draw P1 against depth: a line a norm or cell, the mean over its nets, and their range.
 
-    nets: the rows of each net, by norm; mean_field: as in power_figure.
+    panels: {title: {label: the rows of each net}}; norms: the norm of each label, where it is not
+    the label itself; mean_field: as in power_figure.
     """
-    figure, ((axes,),) = new_figure(7.5, 3.8)
-    for norm, seeds in nets.items():
-        depths = [row.depth for row in seeds[0]]
-        style = (styles or {}).get(norm) or norm_style(norm)
-        values = [[row.p1 for row in rows] for rows in seeds]
-        draw_band(axes, depths, values, label=norm_label(norm), **style)
-    for norm, values in (mean_field or {}).items():
-        label = f"{norm_label(norm)},\nmean-field theory"
-        axes.plot(range(1, len(values) + 1), values, "k", lw=1, dashes=(1, 1.5), label=label)
-    axes.set(xlabel=DEPTH, ylabel=P1_AXIS, title=title)
-    axes.set_ylim(-0.02, 1.02 if mean_field else None)
-    axes.margins(x=0.01)
-    legend_beside(axes)
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, grid = new_figure(7.5 * columns, 3.8 * rows, rows, columns, sharey=True)
+    for axes, (title, nets) in zip(grid.flat, panels.items()):
+        styles = cell_styles({label: (norms or {}).get(label, label) for label in nets})
+        for label, seeds in nets.items():
+            depths = [row.depth for row in seeds[0]]
+            values = [[row.p1 for row in net] for net in seeds]
+            draw_band(axes, depths, values, label=norm_label(label), **styles[label])
+        for norm, values in (mean_field or {}).items():
+            label, depths = f"{norm_label(norm)},\nmean-field theory", range(1, len(values) + 1)
+            axes.plot(depths, values, "k", lw=1, dashes=(1, 1.5), label=label)
+        axes.set(xlabel=DEPTH, ylabel=P1_AXIS, title=title)
+        axes.set_ylim(-0.02, 1.02 if mean_field else None)
+        axes.margins(x=0.01)
+        legend_beside(axes)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
     save_figure(figure, path, formats)
 
 

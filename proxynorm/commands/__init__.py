@@ -28,7 +28,7 @@ def main() -> None:
     if name in COMMANDS:
         sys.argv[:2] = [f"proxynorm {name}"]
         return run(name)
-    rows = [f"  {key:<11}{text}" for key, text in COMMANDS.items()]
+    rows = [f"  {key:<12}{text}" for key, text in COMMANDS.items()]
     usage = ["usage: proxynorm COMMAND [key=value …]", "", *rows, "", "Each takes --help."]
     if name in ("-h", "--help"):
         return print(*usage, sep="\n")
@@ -48,13 +48,8 @@ def run(name: str) -> None:
         if error.name is None or error.name.partition(".")[0] == "proxynorm":
             raise
         # In a checkout, most likely the environment is not active.
-        remedy = "activate its environment, as by source .venv/bin/activate, or"
-        sys.exit(
-            _fail(
-                f"{name} needs {error.name}, which {sys.executable} has not: {remedy} "
-                "pip install 'proxynorm[train]'"
-            )
-        )
+        remedy = "source .venv/bin/activate, or pip install 'proxynorm[train]'"
+        sys.exit(_fail(f"{name} needs {error.name}, which {sys.executable} lacks: {remedy}"))
     module.entry()
 
 

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "step": "time of training and inference steps of every norm, bytes kept, share of the moments",
     "passes": "where LN+PN's time goes: the operators of a step, beside those with torch's LN",
     "memory": "bytes kept for the backward pass by every norm, beside torch's batch norm",
+    "traffic": "bytes of feature map that a compiled step moves on a GPU, on any machine",
     "loader": "images a second of our loaders, FFCV's, torchvision's and timm's on the same JPEGs",
     "engine": "our training loop against a bare one, its loader alone, and timm's parts",
     "startup": "seconds from the command to the first weight update, with a warm cache",

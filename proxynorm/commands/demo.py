@@ -22,11 +22,12 @@ from proxynorm.paper.table import load_table, read_chosen, table_runs
 from proxynorm.paper.tracking import log_report
 
 NEXT = """
-What next
-  python train.py norm=gn_pn batch=32                        another norm
-  python scripts/power.py run={run}      P1 … P4 of a trained net
-  python scripts/reproduce.py plan table=mini_norms          nine norms, by the paper's protocol
+What next:
+  python train.py norm=gn_pn batch=32                  # another norm
+  python scripts/reproduce.py plan table=mini_norms    # nine norms, with more seeds and epochs
+  python scripts/power.py run={run} weights=last       # P1 … P4 of a trained network
 """
+RANDOM_NETS = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
 
 
 @dataclass
@@ -42,11 +43,9 @@ class Options:
 
 def draw_random_nets(folder: Path) -> None:
     """P1 against depth in small random nets, with and without PN: seconds."""
-    shape = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
     print("Random nets, no training: the share of power in channel-wise constants", flush=True)
-    power.main(
-        power.Options(output=str(folder), norms=["bn", "ln", "ln_pn"], device="cpu", **shape)
-    )
+    norms = ["bn", "ln", "ln_pn"]
+    power.main(power.Options(output=str(folder), norms=norms, device="cpu", **RANDOM_NETS))
 
 
 def cells_text(findings: Findings) -> str:

@@ -18,8 +18,9 @@ from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
 
 
 def hardware_of(experiment: str) -> str | None:
-    """The hardware that the head of the experiment's file asks for."""
-    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    """The hardware that the head of one of our experiments' files asks for."""
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    lines = path.read_text().splitlines() if path.is_file() else []
     mark = "# hardware: "
     return next((line.removeprefix(mark) for line in lines if line.startswith(mark)), None)
 

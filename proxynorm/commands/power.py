@@ -56,12 +56,10 @@ class Options:
 
 def check(options: Options) -> None:
     """Raise ConfigError for an option of the other kind, or a value that cannot be measured."""
-    other, default = "random nets" if options.run else "run=", Options()
-    for item in fields(options):
-        # The help text of an option of one kind begins with it.
-        given = getattr(options, item.name) != getattr(default, item.name)
+    other, here = ("random nets", "with run=") if options.run else ("run=", "of random nets")
+    for item in fields(options):  # the help text of an option of one kind begins with it
+        given = getattr(options, item.name) != getattr(Options(), item.name)
         if given and item.metadata["help"].startswith(f"{other}: "):
-            here = "with run=" if options.run else "of random nets"
             raise ConfigError(f"{item.name}= says nothing {here}: leave it out")
     for name in ("images", "batch", "width", "depth", "size", "nets"):
         if getattr(options, name) < 1:
@@ -74,12 +72,9 @@ def check(options: Options) -> None:
     if options.groups is not None and (options.groups < 1 or options.width % options.groups):
         raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
     known = set(NORMS) - {"none"}
-    for norm in options.norms:
-        if norm not in known:
-            raise ConfigError(
-                f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind; "
-                f"{nearest(norm, known)}"
-            )
+    for norm in set(options.norms) - known:
+        named = f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind"
+        raise ConfigError(f"{named}; {nearest(norm, known)}")
 
 
 def decompose_random_nets(options: Options, device: torch.device) -> dict[str, list]:
@@ -109,7 +104,7 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
     shown = {norm: found[norm] for norm in pairs or found}
     mean_field = {norm: curve for norm, curve in expected.items() if norm in shown}
     title = f"Random nets: {', '.join(map(norm_label, shown))}, mean and range of {options.nets}"
-    plot_p1(shown, folder / "p1.png", title, mean_field=mean_field, formats=VECTOR)
+    plot_p1({title: shown}, folder / "p1.png", mean_field=mean_field, formats=VECTOR)
     write_json(folder / "summary.json", summary(options, found, expected))
 
 

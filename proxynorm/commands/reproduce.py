@@ -242,6 +242,8 @@ def claims(options: Options) -> int:
 def docs(options: Options) -> int:
     from proxynorm.paper.blocks import render_blocks
 
+    if not (ROOT / "README.md").is_file():
+        raise ConfigError("docs renders the pages of the repository: git clone it and run there")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if render_blocks(path, Path(options.results)):
             print(path)
@@ -270,11 +272,10 @@ def main(options: Options) -> int:
     return COMMANDS[options.command](options, load_table(options.table, options.seeds))
 
 
-def prepare(arguments: list[str]) -> list[str]:
-    """Name the first word, and quote time=, which YAML would read to the base of 60."""
-    words = [f"time={json.dumps(w[5:])}" if w.startswith("time=") else w for w in arguments]
+def prepare(words: list[str]) -> list[str]:
+    """Name the first word."""
     if words and "=" not in words[0] and not words[0].startswith("-"):
-        words[0] = f"command={words[0]}"
+        return [f"command={words[0]}", *words[1:]]
     return words
 
 

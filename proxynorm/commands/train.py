@@ -16,7 +16,7 @@ def main(config: DictConfig) -> None:
     from proxynorm.train.distributed import PeerError, environment_ranks
     from proxynorm.train.nonfinite import NonFiniteError
     from proxynorm.train.run import train
-    from proxynorm.train.settings import run_name
+    from proxynorm.train.settings import folder_of
 
     settings = settings_from(config)
     try:
@@ -30,8 +30,9 @@ def main(config: DictConfig) -> None:
         fail(error)
     except Exception:
         traceback.print_exc()
-        folder = f"{settings.runs_dir}/{run_name(settings)}"
-        print(f"error: the run in {folder} ended with the fault above", file=sys.stderr)
+        print(
+            f"error: the run in {folder_of(settings)} ended with the fault above", file=sys.stderr
+        )
         sys.exit(1)
     if status:
         sys.exit(status)

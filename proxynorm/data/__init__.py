@@ -1,5 +1,4 @@
-"""Data sets behind one interface and two backends, FFCV and torchvision, with the same
-semantics."""
+"""Data sets behind one interface, read by FFCV or torchvision with the same results."""
 
 from proxynorm.data.loaders import Data, EvalLoader, TrainLoader
 from proxynorm.data.opening import open_data

@@ -104,7 +104,7 @@ def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.n
 
 @dataclass(frozen=True)
 class View:
-    """How a stored image becomes a training image: by `spec`. Side `size` is given call by call.
+    """Turns stored images into training images by `spec`; the side `size` is given call by call.
 
     colour: the fill of erased boxes, uint8 per channel.
     """

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from proxynorm.data import fashion_mnist
 from proxynorm.data.cache import cache_folder, cached_beton
-from proxynorm.data.ffcv.beton import RAW, Samples, new_beton, read_beton
+from proxynorm.data.ffcv.beton import RAW, Samples, read_beton
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.ffcv.verification import verify
+from proxynorm.data.ffcv.writer import new_beton
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.names import code_points, look_alike
@@ -89,7 +90,7 @@ def _fashion_mnist_reader(
 
 def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
     images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-    with new_beton(path, channels=1, capacity=len(images), shape=images.shape[1:]) as writer:
+    with new_beton(path, len(images), images.shape[1:]) as writer:
         for image, label in zip(images, labels):
             writer.add(image.reshape(-1), int(label), fashion_mnist.SIDE, fashion_mnist.SIDE, RAW)
         writer.close(
@@ -158,7 +159,8 @@ def _open_beton(
     if all(classes):
         _same_classes(root, *classes)
     elif any(classes):
-        _refuse_other_order(parts, classes)
+        bare = parts[0] if classes[1] else parts[1]
+        refuse_other_order(bare.path, classes[0] or classes[1], "the other file")
     # A file without manifest, such as FFCV's own writer makes, does not name its classes.
     count = 1 + max(int(samples.target.max()) for samples in parts)
     names = classes[0] or classes[1] or tuple(map(str, range(count)))
@@ -185,19 +187,17 @@ def _left_out_when_written(samples: Samples) -> tuple[str, ...]:
     )
 
 
-def _refuse_other_order(parts: list[Samples], classes: list[tuple[str, ...]]) -> None:
-    """Raise DataError if a file without manifest may number its classes unlike the other file.
+def refuse_other_order(bare: Path, named: tuple[str, ...], other: str) -> None:
+    """Raise DataError if a file without manifest may number its classes unlike `named`, other's.
 
-    Ours sorts folder names as text (0, 1, 10, 2), as torchvision does; a file that FFCV's own
-    writer made of numbers as labels counts 0, 1, 2.
+    Names of folders are sorted as text (0, 1, 10, 2), by torchvision as by us; a file that FFCV's
+    own writer made of numbers as labels counts 0, 1, 2. Nothing tells which one it is.
     """
-    named = classes[0] or classes[1]
     if not all(name.isdecimal() for name in named) or sorted(named, key=int) == list(named):
         return
-    bare, other = parts if classes[1] else parts[::-1]
     place = next(n for n, name in enumerate(sorted(named, key=int)) if name != named[n])
     raise DataError(
-        f"{bare.path}: has no manifest to name its classes, which {other.path.name} sorts as text "
+        f"{bare}: has no manifest to name its classes, which {other} sorts as text "
         f"({', '.join(named[: place + 1])}, …): its label {place} may mean another class than "
         f"{named[place]}; write it again with scripts/write_ffcv.py"
     )

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (arXiv 1708.07747): where its files are looked for, and how they are read."""
+"""Fashion-MNIST (arXiv 1708.07747): finds and reads its files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ import numpy as np
 from proxynorm.errors import DataError
 
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 # Over all pixels of the 60,000 training images, 28x28, on the 0..1 scale (population standard
 # deviation).
@@ -32,8 +24,7 @@ PACKAGE = "apt-get install dataset-fashion-mnist"
 
 
 def find_fashion_mnist(root: str | None, cache: Path) -> Path:
-    """The folder of the four IDX files: root, else the Debian package's, else a download into
-    cache.
+    """Return the folder of the four IDX files: root, else Debian's, else a download into cache.
 
     Raises DataError if root lacks a file, or if nothing is installed and nothing can be downloaded.
     """
@@ -80,8 +71,10 @@ def _download(cache: Path) -> Path:
 
 
 def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 28, 28) and labels int64 (N,) of part "train" or "t10k". Raises DataError on
-    a damaged file."""
+    """Read images uint8 (N, 28, 28) and labels int64 (N,) of part "train" or "t10k".
+
+    Raises DataError for a damaged file.
+    """
     images = _read_idx(_file(folder, part, "images-idx3"), (COUNTS[part], SIDE, SIDE))
     labels = _read_idx(_file(folder, part, "labels-idx1"), (COUNTS[part],))
     if labels.max() >= len(CLASSES):
@@ -93,7 +86,7 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An IDX file of unsigned bytes: big-endian magic 0x0800 + rank, the sides, the bytes."""
+    """Read an IDX file of unsigned bytes: big-endian magic 0x0800 + rank, the sides, the bytes."""
     try:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -109,6 +102,6 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def signature(folder: Path) -> str:
-    """What tells this copy of the files from another: path, sizes and times."""
+    """Return paths, sizes and times, which tell this copy of the files from another."""
     files = sorted(folder.glob("*-ubyte*"))
     return ";".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)

@@ -58,7 +58,7 @@ class BadImage(Exception):
 
 
 class ImageRef(NamedTuple):
-    """Where an image's bytes are: a file, or `size` bytes at `offset` of an archive.
+    """A reference to an image's bytes: a file, or `size` bytes at `offset` of an archive.
 
     name is printable, for messages.
     """
@@ -71,7 +71,7 @@ class ImageRef(NamedTuple):
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How images are stored. Raises ConfigError for impossible values.
+    """Options of storage. Raises ConfigError for impossible values.
 
     max_side: longer sides are shrunk to it, pixels; None: never. jpeg_quality: 1..100.
     jpeg_probability: the share of images stored as JPEG; the others are raw (faster, larger), as
@@ -206,7 +206,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @cache
 def _turbojpeg() -> ctypes.CDLL | None:
-    """libturbojpeg, which FFCV's library brings along; None without FFCV."""
+    """Return libturbojpeg, which FFCV's library brings along; None without FFCV."""
     try:
         library = ffcv_library()
     except ConfigError:
@@ -218,13 +218,14 @@ def _turbojpeg() -> ctypes.CDLL | None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Decode at an eighth of the size, which reads every coefficient, and refuse what libjpeg only
-    warns of."""
+    """Raise BadImage for what libjpeg only warns of.
+
+    Decoding at an eighth of the size is fast and reads every coefficient.
+    """
     library = _turbojpeg()
     if library is None:
         return
-    # Each image its own decompressor: one that met a damaged header goes on in the middle of it
-    # with the next image.
+    # One decompressor an image: after a damaged header it would go on within it at the next image.
     handle = ctypes.c_void_p(library.tjInitDecompress())
     try:
         _decode_eighth(library, handle, data)

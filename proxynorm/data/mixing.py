@@ -17,14 +17,12 @@ SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
 
 
 class Mixing:
-    """Mixes a micro-batch with its own reverse, with one weight for all of it, and softens the
-    targets to match.
+    """Mixes a micro-batch with its own reverse, with one weight for all of it, and its targets too.
 
     mixup_alpha, cutmix_alpha: the Beta distributions' parameters, 0: off; prob: probability that a
     micro-batch is mixed; switch_prob: probability of CutMix where both are on; smoothing: label
-    smoothing;
-    cutmix_lambda: λ of the authors' CutMix, which comes on top of mixup, in place of cutmix_alpha;
-    None: off. Raises ConfigError.
+    smoothing; cutmix_lambda: λ of the authors' CutMix, which comes on top of mixup, in place of
+    cutmix_alpha; None: off. Raises ConfigError.
     """
 
     def __init__(
@@ -37,10 +35,15 @@ class Mixing:
         num_classes: int,
         cutmix_lambda: float | None = None,
     ) -> None:
-        _check(mixup_alpha, cutmix_alpha, cutmix_lambda)
-        for name, value in (("prob", prob), ("switch_prob", switch_prob), ("smoothing", smoothing)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"mixing: {name}={value}: give a number from 0 to 1")
+        if cutmix_lambda is not None and cutmix_alpha:
+            raise ConfigError(
+                f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; "
+                "give one"
+            )
+        if cutmix_lambda is not None and not OFFSET / SLOPE <= cutmix_lambda < 1:
+            raise ConfigError(
+                f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null"
+            )
         self.num_classes, self.smoothing, self.cutmix_lambda = num_classes, smoothing, cutmix_lambda
         self.mixup = Mixup(
             mixup_alpha=mixup_alpha,
@@ -55,11 +58,10 @@ class Mixing:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, seed: int, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floating-point images (N, C, H, W), changed in place, targets int64 (N,) -> images,
-        targets (N, classes).
+        """Mix floating-point images (N, C, H, W), in place, and targets, int64 (N,).
 
-        The same (seed, step) mixes alike. Of an odd number the last image is not mixed with its
-        reverse. ConfigError if N is 1.
+        Returns the images and targets (N, classes). The same (seed, step) mixes alike. Of an odd
+        number the last image, of a single one the only image, stays as it is.
         """
         even = len(images) // 2 * 2
         with seeded(int(sample_keys(seed, step, np.zeros(1))[0])):
@@ -71,30 +73,8 @@ class Mixing:
         return images, soft
 
 
-def _check(mixup_alpha: float, cutmix_alpha: float, cutmix_lambda: float | None) -> None:
-    if min(mixup_alpha, cutmix_alpha) < 0 or (
-        max(mixup_alpha, cutmix_alpha) == 0 and cutmix_lambda is None
-    ):
-        raise ConfigError(
-            f"mixup_alpha={mixup_alpha} cutmix_alpha={cutmix_alpha}: none may be negative, one "
-            f"must be above 0"
-        )
-    if cutmix_lambda is None:
-        return
-    if cutmix_alpha:
-        raise ConfigError(
-            f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; "
-            f"give one"
-        )
-    if not OFFSET / SLOPE <= cutmix_lambda < 1:
-        raise ConfigError(
-            f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null"
-        )
-
-
 def own_share(nominal: float) -> float:
-    """How much of each image stays its own, in (0, 1], drawn as the authors' code does for their λ,
-    `nominal`.
+    """Draw how much of each image stays its own, in (0, 1], as the authors do for λ = `nominal`.
 
     1 (no CutMix) with probability 1.55 λ − 0.96, else 1 + ln(u) / 4 with u uniform on (e⁻⁴, 1).
     """
@@ -105,17 +85,14 @@ def own_share(nominal: float) -> float:
 
 
 def paste(images: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
-    """Paste one box, all but `share` of the area, from the image two places before into each image,
-    in place.
+    """Paste a box of all but `share` of the area into each image, in place, from another image.
 
-    images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the area of the box
-    as it came out. Two places, as in the authors' code, so that it is not the image that mixup has
-    taken.
+    images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the box's area.
     """
-    # A margin of half the box keeps it inside, as the authors' is, so that its area is what was
-    # drawn.
+    # A margin of half the box keeps it inside, as in the authors' code: its area is what was drawn.
     top, bottom, left, right = rand_bbox(images.shape, share, margin=0.5)
     area = (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+    # Two places before, as in the authors' code: mixup has taken another image.
     distance = 2 if len(images) > 2 else 1
     box = images[:, :, top:bottom, left:right]
     box.copy_(box.roll(distance, dims=0))

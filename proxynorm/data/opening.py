@@ -20,8 +20,7 @@ from proxynorm.errors import ConfigError
 def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     """Open a data set with the backend that `loader` names.
 
-    Raises ConfigError on a value that cannot be meant and DataError on data that is missing or
-    damaged, one line each.
+    Raises ConfigError for an impossible value and DataError for missing or damaged data.
     """
     loader = loader or LoaderSpec()
     one_of("data.name", spec.name, DATASETS)
@@ -67,8 +66,7 @@ def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, .
 
 
 def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
-    """Which of "ffcv" and "torchvision" serves the request. ConfigError if the one asked for
-    cannot."""
+    """Return the backend, "ffcv" or "torchvision". ConfigError if the one asked for cannot."""
     if loader.name == "torchvision":
         if spec.name == "beton":
             raise ConfigError(
@@ -102,8 +100,10 @@ def share_of_cores() -> int:
 
 
 def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:
-    """The rows to train and to evaluate on: limit from the front of a seeded shuffle, holdout from
-    its end."""
+    """Return the rows to train and to evaluate on.
+
+    limit takes the front of a seeded shuffle, holdout its end.
+    """
     count = len(train.targets)
     if spec.holdout >= count:
         raise ConfigError(

@@ -1,9 +1,8 @@
-"""Order, crops and flips as functions of (seed, epoch, index): a counter-based generator, so
-nothing is replayed.
+"""Order, crops and flips as functions of (seed, epoch, index), so that a resume replays nothing.
 
-The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014): the n-th number of stream `key` is mix(key + n * GOLDEN). It is the same on every
-platform and NumPy version.
+The counter-based generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014): the n-th number of stream `key` is mix(key + n * GOLDEN). It is the same
+on every platform and NumPy version.
 """
 
 from __future__ import annotations
@@ -19,30 +18,30 @@ _MASK = (1 << 64) - 1
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer: uint64 of any shape -> uint64, a bijection with well scattered
-    bits."""
+    """Scatter the bits of uint64 of any shape by SplitMix64's finalizer, a bijection."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def sample_keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """The stream of each sample: uint64 (N,), from the seed, the epoch and the samples' indices
-    (N,)."""
+    """Return each sample's stream, uint64 (N,), by seed, epoch and the samples' indices (N,)."""
     base = np.array([seed & _MASK], dtype=np.uint64)
     base = mix(mix(base + GOLDEN) + np.array([epoch], dtype=np.uint64) * GOLDEN)
     return mix(base + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
 def uniform(keys: np.ndarray, counter: np.ndarray | int) -> np.ndarray:
-    """The counter-th number of each stream, float64 in [0, 1); keys and counter broadcast."""
+    """Return the counter-th number of each stream, float64 in [0, 1); both broadcast."""
     counter = np.atleast_1d(np.asarray(counter, dtype=np.uint64)) + np.uint64(1)
     return (mix(keys + counter * GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of 0..count-1, int64, for (seed, epoch): the samples sorted by a hash of their
-    index."""
+    """Return a permutation of 0..count-1, int64, for (seed, epoch).
+
+    The samples are sorted by a hash of their index.
+    """
     # The offset keeps the order's numbers apart from those of the crops.
     return np.argsort(sample_keys(seed ^ 0x6F72646572, epoch, np.arange(count)), kind="stable")
 
@@ -50,8 +49,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 def micro_batches(
     order: np.ndarray, batch: int, micro_batch: int, start_step: int, rank: int, world_size: int
 ):
-    """Yield rank's micro-batches, (micro_batch,) slices of order, from start_step to the last full
-    batch.
+    """Yield rank's micro-batches, (micro_batch,) slices of order, up to the last full batch.
 
     Step t takes order[t*batch:(t+1)*batch]; a rank takes its contiguous share of it; so the samples
     of a step are the same for every world size.
@@ -64,10 +62,9 @@ def micro_batches(
 
 
 def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int):
-    """Yield rank's batches (batch_size,) of positions 0..count-1, each position once over all
-    ranks, -1 where padded.
+    """Yield rank's batches (batch_size,) of positions 0..count-1, -1 where padded.
 
-    Every rank yields the same number of batches.
+    Every rank yields as many batches, and each position comes once over all ranks.
     """
     stride = batch_size * world_size
     for start in range(0, count, stride):

@@ -1,4 +1,4 @@
-"""What the data path is asked for, and what it answers: plain, frozen records."""
+"""The records of the data path: what is asked for, and what is returned."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from proxynorm.errors import ConfigError
 AUGMENTATIONS = ("pad_crop", "inception", "none")
 BACKENDS = ("auto", "ffcv", "torchvision")
 BAD_POLICIES = ("raise", "skip")
+LEAST = {
+    **dict.fromkeys(("data.image_size", "data.eval_size", "data.start_size", "data.limit"), 1),
+    **dict.fromkeys(("data.padding", "data.holdout", "loader.workers", "loader.prefetch"), 0),
+    "loader.timeout": 1,
+}
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Which images, at which size, with which augmentation. Sides are in pixels, fractions in 0..1.
+    """A request for images: data set, size, augmentation. Sides in pixels, fractions in 0..1.
 
     name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton"
-                   (root/train.beton,
-                   root/val.beton)
+                   (root/train.beton, root/val.beton)
     root:          folder of the data; Fashion-MNIST is looked for elsewhere when it is None
     image_size:    side of the training crop
     eval_size:     side of the evaluation crop; None: image_size
@@ -38,14 +42,12 @@ class DataSpec:
     holdout:       keep N training images (the end of that shuffle) out of training and evaluate on
                    them
     deterministic: crops and flips depend on (seed, epoch, index) alone; False: also on the run
-    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip"): of a
-                   folder, FFCV's
-                   backend finds it when it converts the folder at the first start, torchvision's
-                   when it draws it; of a .beton file, when it is drawn
+    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip");
+                   FFCV's backend finds it when it converts the folder, torchvision's when it draws
+                   it, both find later damage to a .beton file when they draw it
     cache:         folder of files made on the fly; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
     randaugment:   timm's configuration string, such as "rand-m9-mstd0.5" (torchvision backend)
-    random_erasing: probability that a box of 2 % to a third of the image is replaced by the mean
-    colour
+    random_erasing: probability that a box of 2 % to a third of the image gets the mean colour
     mean, std:     per channel, on the 0..1 scale; None: those of the data set, or ImageNet's
     """
 
@@ -74,7 +76,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """Which backend reads the images, and how.
+    """The backend that reads the images, and its options.
 
     name:     "auto", "ffcv" or "torchvision"
     workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores;
@@ -93,8 +95,7 @@ class LoaderSpec:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What was opened. mean and std are per channel on the 0..1 scale; counts are over all
-    processes."""
+    """An opened data set: mean, std per channel on the 0..1 scale; counts over all processes."""
 
     name: str
     classes: tuple[str, ...]
@@ -106,10 +107,12 @@ class DataInfo:
 
 
 class Batch(NamedTuple):
-    """images: uint8 (N, C, H, W) on the host, or what Data.prepare made of them; targets, indices:
-    int64 (N,);
-    valid: bool (N,), False on rows that only fill up the last evaluation batch (index -1, target
-    0)."""
+    """Images and their targets.
+
+    images: uint8 (N, C, H, W) on the host, or what Data.prepare made of them; targets, indices:
+    int64 (N,); valid: bool (N,), False for damaged images, and for rows that only fill up the last
+    evaluation batch (index -1, target 0).
+    """
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -118,22 +121,18 @@ class Batch(NamedTuple):
 
 
 def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
-    """Raise ConfigError, one line, on the first value that cannot be meant."""
+    """Raise ConfigError for the first impossible value."""
     one_of("data.augmentation", spec.augmentation, AUGMENTATIONS)
     one_of("data.on_bad", spec.on_bad, BAD_POLICIES)
     one_of("loader.name", loader.name, BACKENDS)
-    _at_least("data.image_size", spec.image_size, 1)
-    _at_least("data.eval_size", spec.eval_size, 1)
-    _at_least("data.start_size", spec.start_size, 1)
-    _at_least("data.padding", spec.padding, 0)
-    _at_least("data.limit", spec.limit, 1)
-    _at_least("data.holdout", spec.holdout, 0)
-    _at_least("loader.workers", loader.workers, 0)
-    _at_least("loader.prefetch", loader.prefetch, 0)
-    _at_least("loader.timeout", loader.timeout, 1)
-    for key, value in (("eval_ratio", spec.eval_ratio), ("min_area", spec.min_area)):
-        if not 0 < value <= 1:
-            raise ConfigError(f"data.{key}={value}: give a share above 0 and at most 1")
+    for key, least in LEAST.items():
+        group, _, name = key.partition(".")
+        value = getattr(spec if group == "data" else loader, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{key}={value}: give at least {least}")
+    for key in ("eval_ratio", "min_area"):
+        if not 0 < getattr(spec, key) <= 1:
+            raise ConfigError(f"data.{key}={getattr(spec, key)}: give a share above 0, at most 1")
     if not 0 <= spec.random_erasing <= 1:
         raise ConfigError(
             f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1"
@@ -158,8 +157,3 @@ def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
     """Raise ConfigError if the value of `key` is none of the allowed ones."""
     if value not in allowed:
         raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}")
-
-
-def _at_least(key: str, value: float | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{key}={value}: give at least {least}")

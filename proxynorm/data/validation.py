@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from proxynorm.cli import nearest
-from proxynorm.data.datasets import folder_reader
+from proxynorm.data.datasets import folder_reader, refuse_other_order
 from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.images import EXTENSIONS, ImageRef
 from proxynorm.data.loaders import Data, Split
@@ -48,6 +48,8 @@ def open_validation(
     loader = replace(loader, workers=share_of_cores() if loader.workers is None else loader.workers)
     failures = Failures(spec.on_bad)
     reader = open_reader(spec, root, loader, failures)
+    if classes != "index" and isinstance(reader, BetonReader) and not reader.samples.manifest:
+        refuse_other_order(reader.samples.path, tuple(trained), "the trained network")
     numbers = class_numbers(root, reader.classes, list(trained), classes)
     columns = np.arange(len(trained))
     if classes == "subset":

@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from proxynorm.cli import fail
-from proxynorm.errors import ConfigError, ProxynormError
+from proxynorm.errors import ConfigError
 from proxynorm.launch.estimate import Estimator, describe, measured_seconds
 from proxynorm.launch.local import POLL_SECONDS
 from proxynorm.launch.runs import TRAIN, Run
@@ -23,7 +22,7 @@ from proxynorm.launch.status import FAULT_LINE
 from proxynorm.launch.sweep import launch_array
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
-from proxynorm.train.settings import run_name
+from proxynorm.train.settings import folder_of
 
 # torchrun's count of restarts: the processes of a run meet under it.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -36,6 +35,9 @@ class Failure(NamedTuple):
     status: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.words}: {self.reason}"
+
 
 def sweep_runs(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]]:
     """Return a run for each list of overrides, in train.py's folder for it, and what is no run.
@@ -46,11 +48,10 @@ def sweep_runs(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
     failures = []
     for overrides in sweep:
         try:
-            settings = settings_from(compose_config(overrides))
+            folder = folder_of(settings_from(compose_config(overrides)))
         except ConfigError as error:
             failures.append(Failure(own_words(overrides, sweep), 2, str(error)))
             continue
-        folder = Path(settings.runs_dir) / run_name(settings)
         if folder in found:
             raise ConfigError(f"two runs of the sweep have the folder {folder}; leave out name=")
         found[folder] = Run(folder, tuple(overrides))
@@ -62,19 +63,14 @@ def own_words(overrides: Sequence[str], sweep: Sequence[Sequence[str]]) -> str:
     return " ".join(word for word in overrides if not all(word in other for other in sweep))
 
 
-def train_here(sweep: Sequence[Sequence[str]]) -> None:
+def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]]:
     """Train the sweep's runs, each in a process of its own, whatever becomes of the others.
 
-    Exits with 2 if runs failed by the user's mistakes alone, 1 if others did, 75 after a signal.
+    Returns the runs and what failed. Exits with status 75 after a signal.
     """
-    is_main = os.environ.get("RANK", "0") == "0"  # each of torchrun's processes sweeps
-    say = partial(print, flush=True) if is_main else lambda *words: None
-    try:
-        runs, failures = sweep_runs(sweep)
-    except ProxynormError as error:
-        fail(error)
+    runs, failures = sweep_runs(sweep)
     for failure in failures:
-        say(f"left out: {failure.words}: {failure.reason}")
+        say(f"left out: {failure}")
     for number, run in enumerate(runs, 1):
         words = own_words(run.arguments, sweep)
         say(f"\n[{number}/{len(runs)}] {words}")
@@ -83,12 +79,17 @@ def train_here(sweep: Sequence[Sequence[str]]) -> None:
             sys.exit(REQUEUE)
         if status:
             failures.append(Failure(words, status, reason))
-    if failures:
-        say(f"\n{len(failures)} of {len(sweep)} runs failed:")
-    for failure in failures:
-        say(f"  {failure.words}: {failure.reason}")
-    if failures:
-        sys.exit(2 if all(failure.status == 2 for failure in failures) else 1)
+    return runs, failures
+
+
+def is_main() -> bool:
+    """Return whether this process speaks: torchrun starts several, which all sweep."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
 
 
 def train_run(run: Run, number: int) -> tuple[int, str]:
@@ -141,16 +142,14 @@ def submit_array(
     return launch_array(runs, name, options, log, lambda due: log(describe(due, estimator())))
 
 
-def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> None:
-    """Submit the sweep's runs to SLURM. options: SlurmOptions' fields."""
+def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> tuple[list[Run], int]:
+    """Submit the sweep's runs to SLURM; return them and the exit status.
+
+    options: SlurmOptions' fields. Raises ConfigError for a run that cannot be built.
+    """
     asked = SlurmOptions(**{**options, "sbatch": tuple(options["sbatch"])})
-    try:
-        runs, failures = sweep_runs(sweep)
-        for failure in failures:
-            raise ConfigError(f"{failure.words}: {failure.reason}")
-        measure = lambda: Estimator(runs, measured_seconds(runs, asked.gpus or 1))  # noqa: E731
-        status = submit_array(runs, "proxynorm", asked, measure)
-    except ProxynormError as error:
-        fail(error)
-    if status:
-        sys.exit(status)
+    runs, failures = sweep_runs(sweep)
+    for failure in failures:
+        raise ConfigError(str(failure))
+    measure = lambda: Estimator(runs, measured_seconds(runs, asked.gpus or 1))  # noqa: E731
+    return runs, submit_array(runs, "proxynorm", asked, measure)

@@ -10,18 +10,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from proxynorm.errors import ProxynormError
 from proxynorm.files import write_json
 from proxynorm.train.config import compose_config, settings_from
-from proxynorm.train.settings import run_name
+from proxynorm.train.settings import folder_of
 
 
 def main(arguments: Sequence[str]) -> int:
     limit, *overrides = arguments
     settings = settings_from(compose_config(overrides))
-    folder = Path(settings.runs_dir) / run_name(settings)
+    folder = folder_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
     paths, job = [folder / "requeues.json", folder / "summary.json"], os.environ["SLURM_JOB_ID"]
     former, summary = (json.loads(p.read_text()) if p.is_file() else {} for p in paths)

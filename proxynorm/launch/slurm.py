@@ -73,7 +73,9 @@ def ask(words: Sequence[str], variables: dict[str, str] | None = None) -> str:
 
 
 def array_command(plan: Path, count: int, name: str, logs: Path, options: SlurmOptions) -> Command:
-    """The sbatch command for the `count` runs of a plan file."""
+    """The sbatch command for the `count` runs of a plan file. Raises ConfigError in a wheel."""
+    if not TRAIN_SCRIPT.is_file():
+        raise ConfigError("SLURM jobs start from slurm/train.sbatch: git clone, and launch there")
     limit = f"%{options.limit}" if options.limit else ""
     variables = {"PROXYNORM_ROOT": str(ROOT)} | ({"STAGE": options.stage} if options.stage else {})
     words = ["sbatch", "--parsable", f"--array=0-{count - 1}{limit}", f"--job-name={name}"]

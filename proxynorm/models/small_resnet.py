@@ -51,6 +51,20 @@ class PreActBlock(nn.Module):
         return self.drop_path(branch) + shortcut
 
 
+class StandardizePixels(nn.BatchNorm1d):
+    """Standardizes each pixel over the batch, in evaluation by running statistics.
+
+    ε is larger than Batch Norm's own, since some pixels hardly ever vary.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__(channels * side * side, eps=1e-2, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, side, side) → the same shape."""
+        return super().forward(x.flatten(1)).view_as(x)
+
+
 class SmallResNetV2(nn.Module):
     """3×3 stem, three stages of blocks (width, 2·width, 4·width), norm+act, pool, classifier.
 
@@ -59,6 +73,8 @@ class SmallResNetV2(nn.Module):
         depth: 6n + 2 with n blocks a stage (20, 32, 44, 56, 80, 110 …).
         width: channels of the first stage.
         stem_stride: stride of the stem; 2 quarters the work, for CPUs.
+        standardize_pixels: side of the images whose pixels are standardized before the stem, each
+            over the batch; None: they are taken as they are.
         num_classes: length of the logits.
         in_chans: channels of the images.
         drop_rate: dropout before the classifier.
@@ -78,6 +94,7 @@ class SmallResNetV2(nn.Module):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        standardize_pixels: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("depth", depth), ("width", width)):
@@ -89,6 +106,9 @@ class SmallResNetV2(nn.Module):
         self.num_classes = num_classes
         self.num_features = 4 * width
         blocks = (depth - 2) // 6
+        self.pixels = (
+            StandardizePixels(in_chans, standardize_pixels) if standardize_pixels else nn.Identity()
+        )
         self.stem = nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False)
         rates = calculate_drop_path_rates(drop_path_rate, [blocks] * 3, stagewise=True)
         channels = [width, width, 2 * width, 4 * width]
@@ -116,7 +136,7 @@ class SmallResNetV2(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) → the last map, normalized and activated."""
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(self.stages(self.stem(self.pixels(x))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) → logits (N, num_classes)."""

@@ -1,6 +1,7 @@
 """Proxy Normalization for PyTorch: norms, moments of the proxy, the norm+activation layer."""
 
 from proxynorm.nn.activations import ACTIVATIONS
+from proxynorm.nn.fast.precision import inductor_options
 from proxynorm.nn.fast.recompute import recompute
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.moments import proxy_moments
@@ -17,6 +18,7 @@ __all__ = [
     "NormSpec",
     "batch_normalize",
     "group_normalize",
+    "inductor_options",
     "norm_spec",
     "parameter_groups",
     "pn_act",

@@ -54,6 +54,11 @@ def from_raw(
     )
 
 
+def vector(values: Sequence[float], like: Tensor) -> Tensor:
+    """The values on like's device; torch.tensor would copy them there, and wait for a GPU."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
 def standardized(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Φ(a/s) and the normal density at a/s; finite, with their derivatives, down to s = 0."""
     # beyond 38 both are 0 or 1 in float64, and only their derivatives could still overflow
@@ -172,9 +177,7 @@ def _self_gated(a: Tensor, s: Tensor, gate: list[Tensor], squared_gate: list[Ten
 
 def _owens_t(h: Tensor, r: Tensor) -> Tensor:
     """Owen's T(h, r) for 0 < r ≤ 1, its defining integral by Gauss–Legendre."""
-    nodes, weights = (
-        torch.tensor(v, dtype=h.dtype, device=h.device).view(-1, *[1] * h.ndim) for v in _LEGENDRE
-    )
+    nodes, weights = (vector(v, h).view(-1, *[1] * h.ndim) for v in _LEGENDRE)
     x2 = (r * nodes).square() + 1
     return (torch.exp(-0.5 * h.square() * x2) / x2 * weights).sum(0) * r / (2 * math.pi)
 
@@ -185,7 +188,7 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
     With dh/da = c, h·c = c²a.
     """
     shape, a, s = a.shape, a.flatten(), s.flatten()
-    scale, share = (torch.tensor(v, dtype=a.dtype, device=a.device) for v in (_LAMBDA, _P))
+    scale, share = vector(_LAMBDA, a), vector(_P, a)
     c2 = (scale.square().reciprocal()[:, None] + s * s).reciprocal()
     c, a2 = c2.sqrt(), a * a
     d = torch.exp(c2 * (-0.5 * a2)) * c

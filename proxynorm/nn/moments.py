@@ -170,19 +170,14 @@ def _activate(module: nn.Module, u: Tensor) -> Tensor:
 
 def grid_nodes(nodes: int, like: Tensor) -> Tensor:
     """The Gaussian mid-point quantiles √2·erfinv(2(k + ½)/n − 1), computed in float64."""
-    middle = (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes
+    middle = torch.arange(nodes, dtype=working_dtype(like), device=like.device)
+    middle = (middle + 0.5) / nodes
     return (math.sqrt(2) * torch.erfinv(2 * middle - 1)).to(like)
 
 
 def grid(module: nn.Module, a: Tensor, s: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
     """The paper's integration in a and s: uniform weights on Gaussian mid-point quantiles."""
-    return _weighted(
-        module,
-        a,
-        s,
-        grid_nodes(nodes, a),
-        torch.full((nodes,), 1 / nodes, dtype=torch.float64).to(a),
-    )
+    return _weighted(module, a, s, grid_nodes(nodes, a), a.new_full((nodes,), 1 / nodes))
 
 
 def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -307,6 +307,12 @@ class NormAct2d(nn.Module):
             return traceable(self, x) if is_transformed() else fused(self, x)
         if self.proxied or self.spec.is_none:
             return self.activate(self.normalize(x))
+        if is_transformed():
+            # one cast, at the end: rounding before φ would cost a compiler a map of its own
+            with without_autocast(x.device):
+                wide = x.to(torch.promote_types(x.dtype, torch.float32))
+                u = self.drop(self.norm_affine(wide, self.weight, self.bias))
+                return activate(self.act, u).to(x.dtype)
         u = self.drop(self.norm_affine(x, self.weight, self.bias))
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
 

@@ -36,13 +36,13 @@ def group_normalize(
     groups = 1 is LN, groups = C is IN.
     """
     with without_autocast(x.device):
+        if is_transformed():
+            return _in_plain_operations(x, 1, groups, eps, weight, bias)[0]
         if not prefers_cells(x):
             return F.group_norm(x, groups, weight, bias, eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
         bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
-        if is_transformed():
-            return F.group_norm(x.to(wide), groups, weight, bias, eps).to(x.dtype)
         return CellGroupNorm.apply(x, weight, bias, groups, eps)
 
 
@@ -70,10 +70,41 @@ def batch_normalize(
             return _batch_norm(x, running, weight, bias, False, 0.0, eps)
         if isinstance(norm_batch, int) and norm_batch < len(x):
             return _normalize_chunks(x, running, momentum, eps, norm_batch, weight, bias)
+        if is_transformed() and norm_batch != "global" and len(x) > 0:
+            y, mean, var = _chunk_norm(x, len(x), eps, weight, bias)
+            _update_running(running, mean[0], var[0], momentum)
+            return y
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if norm_batch == "global" and distributed:
             return _normalize_globally(x, running, momentum, eps, weight, bias)
         return _batch_norm(x, running, weight, bias, True, momentum, eps)
+
+
+def _in_plain_operations(
+    x: Tensor, images: int, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm over `images` images and C / groups channels at a time, for compilers.
+
+    Returns y, and mean and population variance, each (N / images, groups). Everything that meets
+    the map has one value per cell (image and channel), so that the compiler needs two passes
+    forward (statistics, output) and two backward (sums over each cell, gradient).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Mean and variance of the cells, then of their groups: exact where the mean is large against
+    # the deviation, as E[x²] − E[x]² is not.
+    cell_var, cell_mean = torch.var_mean(wide, dim=(2, 3), correction=0)
+    grouped = (x.shape[0] // images, images, groups, x.shape[1] // groups)
+    cell_var, cell_mean = cell_var.view(grouped), cell_mean.view(grouped)
+    mean = cell_mean.mean((1, 3), keepdim=True)
+    var = (cell_var + (cell_mean - mean).square()).mean((1, 3), keepdim=True)
+    # u = x·A + B reads fewer tensors than (x − mean)·A + β; with more, the compiler would store it
+    a, mean_of_cell = (
+        t.expand(grouped).reshape(x.shape[:2]) for t in (torch.rsqrt(var + eps), mean)
+    )
+    a = a if weight is None else a * weight
+    b = -mean_of_cell * a if bias is None else bias - mean_of_cell * a
+    y = wide * a[..., None, None] + b[..., None, None]
+    return y.to(x.dtype), mean.flatten(1), var.flatten(1)
 
 
 def affine(
@@ -114,16 +145,48 @@ def _normalize_chunks(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
+    whole = len(x) // size * size
+    parts = [(x[:whole], size), (x[whole:], len(x) - whole)] if whole < len(x) else [(x, size)]
+    y, mean, var = zip(*(_chunk_norm(part, images, eps, weight, bias) for part, images in parts))
+    _update_running(running, torch.cat(mean).mean(0), torch.cat(var).mean(0), momentum)
+    return torch.cat(y) if len(y) > 1 else y[0]
+
+
+def _chunk_norm(
+    x: Tensor, images: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BN of every `images` images apart; also mean and unbiased variance, each (chunks, C)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, var = x.new_zeros(2, -(-len(x) // size), x.shape[1], dtype=wide)
     weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
-    # momentum 1 leaves a chunk's own mean and unbiased variance in its "running" statistics
-    chunks = [
-        F.batch_norm(chunk, m, v, weight, bias, True, 1.0, eps)
-        for chunk, m, v in zip(x.split(size), mean, var)
-    ]
-    _update_running(running, mean.mean(0), var.mean(0), momentum)
-    return torch.cat(chunks)
+    chunks, channels = len(x) // images, x.shape[1]
+    if is_transformed():
+        y, mean, var = _in_plain_operations(x, images, channels, eps, weight, bias)
+        count = x.numel() // (chunks * channels)
+        return y, mean.detach(), var.detach() * (count / max(count - 1, 1))
+    # One batch norm of chunks · C channels, instead of one for every chunk.
+    # Momentum 1 leaves the mean and unbiased variance in its "running" statistics.
+    mean, var = x.new_zeros(2, chunks * channels, dtype=wide)
+    weight, bias = (t if t is None else t.repeat(chunks) for t in (weight, bias))
+    y = F.batch_norm(_side_by_side(x, chunks), mean, var, weight, bias, True, 1.0, eps)
+    return _one_behind_another(y, chunks, x), mean.view(chunks, -1), var.view(chunks, -1)
+
+
+def _side_by_side(x: Tensor, chunks: int) -> Tensor:
+    """(chunks · n, C, H, W) → (n, chunks · C, H, W), in the same memory format."""
+    if x.is_contiguous():
+        return x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
+    last = x.permute(0, 2, 3, 1).unflatten(0, (chunks, -1))
+    y = last.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _one_behind_another(y: Tensor, chunks: int, like: Tensor) -> Tensor:
+    """The inverse of _side_by_side, in like's memory format."""
+    if like.is_contiguous():
+        return y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
+    last = y.permute(0, 2, 3, 1).unflatten(3, (chunks, -1))
+    x = last.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _normalize_globally(
@@ -225,8 +288,10 @@ _SPECS = {
     **_NORMALIZATIONS,
     **{f"{kind}_pn": replace(spec, proxy=True) for kind, spec in _NORMALIZATIONS.items()},
     **{
-        f"{kind}_ws": replace(_NORMALIZATIONS[kind], weight_standardization=True)
-        for kind in ("ln", "gn")
+        f"{kind}_ws{suffix}": replace(spec, weight_standardization=True, proxy=bool(suffix))
+        for kind, spec in _NORMALIZATIONS.items()
+        if kind in ("ln", "gn")
+        for suffix in ("", "_pn")
     },
     "none": NormSpec("none", affine),
 }

@@ -42,6 +42,8 @@ def result_table(name: str, results: Path) -> str:
     table = load_table(name)
     runs = reported_runs(table, results / "no run folders", results)
     findings = gather(table, runs, results)
+    if not findings.records:
+        return "No run is kept yet."
     counts = sorted({sample.n for sample in findings.samples.values()})
     seeds = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     note = f"{table.metric} (%) on {table.split}, mean ± standard deviation, {seeds} seeds a cell."

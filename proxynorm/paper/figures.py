@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from proxynorm.analysis.plots import plot_against, plot_cells, plot_curves
 from proxynorm.analysis.power_plots import plot_p1, plot_p1_against_metric, plot_p1_by_epoch
 from proxynorm.analysis.style import cell_styles
 from proxynorm.paper.findings import Findings, against_batch, last_powers, mean_p1, p1_by_epoch
+from proxynorm.paper.table import Cell
 
 MOST_CURVES = 20
 PDF = ("pdf",)
@@ -34,14 +36,32 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     return found | draw_powers(findings, folder, styles, label)
 
 
+def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """The cells of a panel for each set of axes, with the plain cells of the same norms."""
+    axes = {cell.name: cell.labels.keys() - {"norm"} for cell in cells}
+    panels = {}
+    for chosen in sorted({frozenset(found) for found in axes.values()}, key=sorted):
+        words = ", ".join(sorted(axis.rpartition(".")[2] for axis in chosen))
+        norms = [cell.labels.get("norm") for cell in cells if axes[cell.name] == chosen]
+        panels[f"trained networks, by {words or 'norm'}"] = [
+            cell.name
+            for cell in cells
+            if axes[cell.name] in (chosen, set()) and cell.labels.get("norm") in norms
+        ]
+    return panels
+
+
 def draw_powers(findings: Findings, folder: Path, styles: dict, label: str) -> dict[str, str]:
     """Draw the powers that the runs logged; {PNG file: caption}."""
     last = last_powers(findings)
     if not 0 < len(last) <= MOST_CURVES:
         return {}
-    nets = {cell: [rows for _, rows in runs] for cell, runs in last.items()}
-    title = "P1 of the trained networks"
-    plot_p1(nets, folder / "power.png", title, styles, formats=PDF)
+    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in findings.cells}
+    panels = {
+        title: {name: [rows for _, rows in last[name]] for name in names}
+        for title, names in by_axis([c for c in findings.cells if c.name in last]).items()
+    }
+    plot_p1(panels, folder / "power.png", norms, formats=PDF)
     points = {
         cell: [(mean_p1(rows), record.summary[findings.table.metric]) for record, rows in runs]
         for cell, runs in last.items()

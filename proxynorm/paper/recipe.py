@@ -30,15 +30,10 @@ class Mismatch(NamedTuple):
 
 def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
     """Raises ConfigError naming the finished runs of another recipe, and the remedy."""
-    others = other_recipes(runs, results)
-    if not others:
-        return
-    first, places = others[0], ", ".join(str(other.place) for other in others)
-    finished = [run for run in runs if finished_config(run, results)[1] is not None]
-    # train= makes the table theirs only if all finished runs differ in the same way.
-    alike = len(others) == len(finished) and len({other[2:] for other in others}) == 1
-    remedy = f", or give train=[{first.key}={first.trained}]" if alike else ""
-    raise ConfigError(f"{first.run.name} was {first}; remove {places}{remedy}")
+    if others := other_recipes(runs, results):
+        first, places = others[0], ", ".join(str(other.place) for other in others)
+        remedy = f"remove {places}, or state their recipe, as train=[{first.key}={first.trained}]"
+        raise ConfigError(f"{first.run.name} was {first}; {remedy}")
 
 
 def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatch]:
@@ -52,9 +47,8 @@ def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatc
         if run.cell.name not in stated:  # composing is slow; a cell's seeds share it
             stated[run.cell.name] = recipe(run.arguments)
         now, was = {**stated[run.cell.name], "seed": run.seed}, stored_recipe(config, place)
-        differing = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
-        if differing:
-            key = differing[0]
+        differing = (k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
+        if key := next(differing, None):
             others.append(Mismatch(run, place, key, was.get(key), now.get(key)))
     return others
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,28 +12,23 @@ from proxynorm.cli import first_line
 from proxynorm.train.settings import Settings
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a network runs: compiled or not, torch.compile's mode, and a line that says why."""
+def compile_mode(
+    settings: Settings, device: torch.device, accumulation: int
+) -> tuple[str | None, str | None]:
+    """Return torch.compile's mode, None to run eagerly, and a line where it is not what was asked.
 
-    compiles: bool
-    mode: str = "default"
-    why: str | None = None
-
-
-def plan(settings: Settings, device: torch.device, accumulation: int) -> Plan:
-    """Decide how to run. compile=auto compiles on CUDA, where it saves passes over feature maps."""
-    wanted, mode = settings.compile, settings.compile_mode
+    compile=auto compiles on CUDA, where it saves passes over feature maps.
+    """
+    on_gpu, mode = device.type == "cuda", settings.compile_mode
+    if not (on_gpu if settings.compile == "auto" else settings.compile):
+        return None, None
     if settings.recompute:
-        why = "recompute=true: the network runs eagerly, not compiled"
-        return Plan(False, why=why if wanted is True or device.type == "cuda" else None)
-    if not (device.type == "cuda" if wanted == "auto" else wanted):
-        return Plan(False)
+        return None, "recompute=true: the network runs eagerly, not compiled"
     if mode == "reduce-overhead" and (accumulation > 1 or not fixed_shapes(settings)):
         # A CUDA graph replays on fixed addresses: no second forward before the update, one shape.
         why = "needs a single micro-batch per update and images of one size; default is used"
-        return Plan(True, "default", f"compile_mode=reduce-overhead {why}")
-    return Plan(True, mode)
+        return "default", f"compile_mode=reduce-overhead {why}"
+    return mode, None
 
 
 def set_switches(settings: Settings, device: torch.device) -> None:
@@ -58,9 +52,7 @@ def fixed_shapes(settings: Settings) -> bool:
     return settings.data.ramp is None and settings.data.on_bad == "raise"
 
 
-def compile_network(
-    model: nn.Module, mode: str, fixed: bool, say: Callable[[str], None]
-) -> nn.Module:
+def compile_network(model: nn.Module, mode: str, fixed: bool, say: Callable[[str], None]) -> None:
     """Compile `model` in place; if inductor fails, say why in one line and run eagerly.
 
     fixed: compile each shape by itself, faster kernels than one for all shapes.
@@ -79,4 +71,3 @@ def compile_network(
     # The backward pass, too, is compiled before anything runs, so that its failure is seen here.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     model.compile(backend=inductor_or_eager, dynamic=False if fixed else None)
-    return model

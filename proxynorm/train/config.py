@@ -33,8 +33,10 @@ from proxynorm.train.words import (
     search_path,
 )
 
-# In the repository a link to the top-level configs/; a wheel holds the files.
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PLACES = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
+CONFIGS = next(folder for folder in _PLACES if (folder / "train.yaml").is_file())
 
 # ${env_list:WANDB_TAGS}: a variable of the environment as a list of texts.
 OmegaConf.register_new_resolver(
@@ -133,7 +135,7 @@ def parse(words: Iterable[str], sweep: bool = False) -> list[Override]:
         try:
             override = parser.parse_override(word)
         except HydraException as error:
-            if "=" not in word:
+            if "=" not in word or word.startswith("-"):
                 raise ConfigError(f"'{word}': arguments have the form key=value") from error
             raise ConfigError(f"{word}: the value cannot be read; put it in quotes") from error
         if override.is_sweep_override() and not sweep:

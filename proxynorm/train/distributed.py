@@ -162,10 +162,9 @@ def fresh_store(rank: int, world_size: int) -> dist.Store:
 
 @contextmanager
 def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
-    """Run the block; if one process fails, end all of them with its message.
+    """Run the block; if one process fails, end all with its message (PeerError).
 
-    Raises PeerError instead of the error of a lost connection. A thread ends a process that hangs
-    in a collective operation, as NCCL's do.
+    A thread ends a process that hangs in a collective operation, as NCCL's do.
     """
     ended = threading.Event()
     # Its own connection: a question waits behind another thread's on the same store.
@@ -181,10 +180,7 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
         if first is not None and first[0] != rank:
             raise PeerError(_message(*first)) from None
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
-            raise PeerError(
-                "lost the connection to another process of the run: it was killed, "
-                "or its machine is gone"
-            ) from None
+            raise PeerError("another process was killed, or its machine is gone") from None
         raise
     finally:
         ended.set()

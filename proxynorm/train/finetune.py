@@ -31,6 +31,12 @@ LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_ov
 # Where weights lie in a file: ours, timm's, and the common wrappers; averaged ones first.
 WRAPPERS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model")
 ONLINE_SECONDS = 5.0
+NORM_PARTS = {  # of a norm's tensors, in words
+    "weight": "scale",
+    "bias": "shift",
+    "running_mean": "running statistics",
+    "proxy_weight": "the proxy's parameters",
+}
 LAYER_PARAMETERS = 12  # in a layer of a network that does not tell its layers; timm's number
 
 
@@ -97,9 +103,10 @@ def published_weights(settings: Settings, classes: int, channels: int) -> Weight
     except ConfigError:
         raise
     except Exception as error:
+        reason = "no network" if hub.HF_HUB_OFFLINE else first_line(error)
         raise ConfigError(
-            f"weights={PUBLISHED}: cannot fetch the weights of {name} ({first_line(error)}); "
-            "without a network, copy them here and give weights=FILE"
+            f"weights={PUBLISHED}: cannot fetch the weights of {name}: {reason}; copy them here "
+            "and give weights=FILE"
         ) from error
     config = getattr(model, "pretrained_cfg", {})
     tensors = model.state_dict()
@@ -120,84 +127,67 @@ def set_offline_if_unreachable() -> None:
         hub.HF_HUB_OFFLINE = True
 
 
-def carry(model: nn.Module, weights: Weights, settings: Settings, classes: list[str]) -> list[str]:
-    """Copy into `model` what fits; return what was carried and what was not, in lines.
+def carry(
+    model: nn.Module, weights: Weights, settings: Settings, classes: list[str]
+) -> dict[str, Any]:
+    """Copy into `model` what fits; return the record of it for checkpoints.
 
-    The classifier and the norms may differ. Raises ConfigError if anything else does.
+    The record: weights (their name), eps (the norms', if it came with them), notes (lines on what
+    was carried and what was not). Raises ConfigError if more than classifier and norms differ.
     """
-    target = model.state_dict()
+    target, head = model.state_dict(), classifier_names(model)
     given = {plain_name(key): value for key, value in weights.tensors.items()}
     norms = {name for name, module in model.named_modules() if isinstance(module, NormAct2d)}
-    head = classifier_names(model)
-    same_classes = weights.classes in (None, classes)
-    carried, absent, notes = {}, [], []
+    if weights.classes not in (None, classes):
+        given = {key: value for key, value in given.items() if not under(key, head)}
+    carried, notes = {}, []
     for key, own in target.items():
         found = given.get(plain_name(key))
-        if found is not None and is_stem(found, own):
-            notes.append(f"first convolution adapted from 3 to {own.shape[1]} channel(s)")
+        if found is not None and own.ndim == 4 and own.shape[1] != 3 == found.shape[1]:
             found = adapt_input_conv(own.shape[1], found)
-        if under(key, head) and not same_classes:
-            found = None
+            notes.append(f"first convolution adapted from 3 to {own.shape[1]} channel(s)")
         if found is not None and found.shape == own.shape:
             carried[key] = found
-        elif not under(key, norms | head):
-            absent.append(f"{key}: {shape(found)} → {shape(own)}")
     name = source_of(settings)
-    if absent:
+    differing = [key for key in target if key not in carried and not under(key, norms | head)]
+    if differing:
         raise ConfigError(
-            f"weights={name}: another network: {len(absent)} of {len(target)} tensors differ "
-            f"(first: {absent[0]}); only the classifier and the norms may"
+            f"weights={name}: another network: {len(differing)} of {len(target)} tensors differ "
+            f"(first: {differing[0]}); only the classifier and the norms may"
         )
     model.load_state_dict({**target, **carried})
-    if settings.norm.eps is None and weights.eps is not None:
-        set_eps(model, weights.eps)
-    unused = [key for key in given if key not in {plain_name(key) for key in carried}]
-    unused = [key for key in unused if not under(key, norms | head)]
+    used = {plain_name(key) for key in carried}
+    unused = [key for key in given if key not in used and not under(key, norms | head)]
     if unused:
         notes.append(f"{len(unused)} tensors of the file have no place here (first: {unused[0]})")
-    new_head = not any(under(key, head) for key in carried)
-    notes.append(f"new classifier for {len(classes)} classes" if new_head else "classifier kept")
+    kept = any(under(key, head) for key in carried)
+    notes.append("classifier kept" if kept else f"new classifier for {len(classes)} classes")
     lines = [f"started from {name}: {len(carried)} of {len(target)} tensors; {'; '.join(notes)}"]
-    if note := norm_note(target, carried, given, norms):
-        lines.append(f"norm {weights.norm or 'of the file'} → {settings.norm.name}: {note}")
-    return lines
+    if words := norm_changes(target, given, used, norms):
+        lines.append(f"norm {weights.norm or 'of the file'} → {settings.norm.name}: {words}")
+    record = {"weights": name, "notes": lines}
+    record["eps"] = weights.eps if settings.norm.eps is None else None
+    restore_eps(model, record)
+    return record
 
 
-def norm_note(target: dict, carried: dict, given: dict, norms: set[str]) -> str:
-    """Return what of the norms was not carried; empty if all was."""
+def norm_changes(
+    target: Iterable[str], given: Iterable[str], used: set[str], norms: set[str]
+) -> str:
+    """Return what of the norms starts anew and what was left out, in words."""
 
-    def kinds(keys: Iterable[str]) -> set[str]:
-        return {key.rpartition(".")[2] for key in keys if under(key, norms)}
+    def words(keys: Iterable[str]) -> str:
+        others = {plain_name(key) for key in keys if under(key, norms)} - used
+        found = {key.rpartition(".")[2] for key in others}
+        return ", ".join(word for key, word in NORM_PARTS.items() if key in found)
 
-    new = kinds(set(target) - set(carried))
-    lost = kinds(set(given) - set(carried))
-    parts = []
-    if new or lost:
-        parts.append("scale and shift carried" if kinds(carried) else "nothing carried")
-    if "running_mean" in lost:
-        parts.append("running statistics left out")
-    if "running_mean" in new:
-        parts.append("running statistics start anew")
-    if "proxy_weight" in new:
-        parts.append("the proxy's parameters start anew")
-    if "proxy_weight" in lost:
-        parts.append("the proxy's parameters left out")
-    return ", ".join(parts)
+    parts = (("starts anew", words(target)), ("left out", words(given)))
+    return "; ".join(f"{text}: {found}" for text, found in parts if found)
 
 
 def plain_name(key: str) -> str:
     """Return a tensor's name without weight standardization's wrapping."""
     return key.replace(".parametrizations.weight.original", ".weight")
-
-
-def shape(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else "×".join(map(str, tensor.shape)) or "scalar"
-
-
-def is_stem(found: Tensor, own: Tensor) -> bool:
-    """Return whether the tensors are convolutions of images of 3 and of other channels."""
-    alike = found.ndim == own.ndim == 4 and found.shape[0] == own.shape[0]
-    return alike and found.shape[2:] == own.shape[2:] and found.shape[1] == 3 != own.shape[1]
 
 
 def under(key: str, names: set[str]) -> bool:
@@ -228,16 +218,12 @@ def common_eps(model: nn.Module) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
-def set_eps(model: nn.Module, eps: float) -> None:
-    for module in model.modules():
-        if isinstance(module, NormAct2d):
-            module.eps = eps
-
-
-def restore_eps(model: nn.Module, start: dict[str, Any] | None) -> None:
-    """Give the norms the ε that came with the weights; start: a checkpoint's record of them."""
-    if start is not None and start["eps"] is not None:
-        set_eps(model, start["eps"])
+def restore_eps(model: nn.Module, record: dict[str, Any] | None) -> None:
+    """Give the norms the ε of the weights that the run began with; record: see `carry`."""
+    if record is not None and record["eps"] is not None:
+        for module in model.modules():
+            if isinstance(module, NormAct2d):
+                module.eps = record["eps"]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -323,6 +309,6 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 
 
 def base_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of parameters whose factor is 1."""
-    group = optimizer.param_groups[0]
+    """Return the learning rate of a factor of 1, by the group of the largest factor."""
+    group = max(optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))
     return group["lr"] / group.get("lr_scale", 1.0)

@@ -19,29 +19,20 @@ from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.loaders import on_device
 from proxynorm.nn import recompute
-from proxynorm.train import checkpoint
 from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
-from proxynorm.train.compiling import compile_network, fixed_shapes, plan, set_switches
+from proxynorm.train.compiling import compile_mode, compile_network, fixed_shapes, set_switches
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
-from proxynorm.train.finetune import (
-    Weights,
-    base_rate,
-    carry,
-    common_eps,
-    freeze_parts,
-    restore_eps,
-    source_of,
-    train_mode,
-)
+from proxynorm.train.finetune import base_rate, freeze_parts, train_mode
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest, leave_at_once
 from proxynorm.train.progress import Display
 from proxynorm.train.readback import Readback, Undo, step_if
+from proxynorm.train.recorder import Recorder
 from proxynorm.train.run_folder import RunFolder
-from proxynorm.train.settings import Settings, identity
-from proxynorm.train.state import TrainState, create_ema, describe_data
+from proxynorm.train.settings import Settings
+from proxynorm.train.state import TrainState, create_ema
 from proxynorm.train.timing import StepTimer, profiled
 from proxynorm.train.tracker import Tracker
 
@@ -56,12 +47,13 @@ class LastStep:
     times: dict[str, float] | None = None
 
 
-class Trainer:
+class Trainer(Recorder):
     """One run: `fit` trains from `state.step` to the last step."""
 
     def __init__(
         self, settings: Settings, process: Process, data: Data, run: RunFolder, stop: StopRequest
     ) -> None:
+        super().__init__()
         self.settings, self.process, self.data = settings, process, data
         self.run, self.stop = run, stop
         set_switches(settings, process.device)
@@ -80,11 +72,6 @@ class Trainer:
         self.network = self.wrap(self.state.model)
         self.last: LastStep | None = None
         self.timer = StepTimer(process.device)
-        self.saved_at = time.monotonic()
-        self.last_is_damaged = False
-        self.start: dict | None = None  # the weights that the run began with, for its checkpoints
-        self.extended: list[dict] = []  # the starts under resume=extend
-        self.last_row = {"loss": math.nan, "images_per_second": math.nan}
 
     def fresh_state(self) -> TrainState:
         settings, device = self.settings, self.process.device
@@ -102,11 +89,13 @@ class Trainer:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model as the loop calls it: with recomputation or compiled, distributed."""
         settings, device = self.settings, self.process.device
-        self.plan = plan(settings, device, self.accumulation)
+        mode, self.notice = compile_mode(settings, device, self.accumulation)
         if settings.recompute:
             recompute(model)
-        if self.plan.compiles:
-            compile_network(model, self.plan.mode, fixed_shapes(settings), self.say)
+        if mode is not None:
+            # The display is there when the first forward pass compiles.
+            say = lambda line: self.display.print(line)  # noqa: E731
+            compile_network(model, mode, fixed_shapes(settings), say)
         if self.process.world_size == 1:
             return model
         return DistributedDataParallel(
@@ -116,16 +105,13 @@ class Trainer:
             static_graph=self.accumulation == 1,  # no_sync() changes the graph between forwards
         )
 
-    def say(self, line: str) -> None:
-        self.display.print(line)
-
     # The loop
 
     def fit(self, display: Display, tracker: Tracker | None) -> None:
         """Train to the last step. Raises Preempted after saving when asked to stop."""
         self.display, self.tracker = display, tracker
-        if self.plan.why:
-            display.print(self.plan.why)
+        if self.notice:
+            display.print(self.notice)
         display.header()
         if self.state.step == 0:
             self.log_power_if_due()
@@ -205,14 +191,14 @@ class Trainer:
         elif not (self.state.scaler.is_enabled() and math.isfinite(loss)):
             self.handle_nonfinite(step, loss, norm)
         if step.times is not None:
-            self.log_training(step, loss_sum, norm)
+            self.log_training(loss_sum, norm, step.learning_rate, step.times)
 
     def handle_nonfinite(self, step: LastStep, loss: float, norm: float) -> None:
         """Report an update that the device has skipped, or raise NonFiniteError."""
         state = self.state
         state.skipped += 1
         if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
-            self.say(
+            self.display.print(
                 f"step {state.step}: loss or gradient is not finite; "
                 f"update skipped ({state.skipped})"
             )
@@ -328,7 +314,7 @@ class Trainer:
         return patience is not None and self.state.stale >= patience
 
     def evaluate(self) -> Result:
-        data, process = self.data, self.process
+        data, process, start = self.data, self.process, time.monotonic()
         process.align_buffers(self.state.evaluated_model)
         result = evaluate(
             self.state.evaluated_model,
@@ -343,7 +329,8 @@ class Trainer:
         )
         self.state.last_result = asdict(result)
         seconds = round(self.state.train_seconds, 3)
-        row = {"event": "eval", **self.position(), **asdict(result), "seconds": seconds}
+        times = {"seconds": round(time.monotonic() - start, 3), "train_seconds": seconds}
+        row = {"event": "eval", **self.position(), **asdict(result), **times}
         self.write(row)
         self.display.epoch(row, self.last_row["loss"], self.last_row["images_per_second"], seconds)
         return result
@@ -365,6 +352,7 @@ class Trainer:
             return
         if self.process.world_size > 1:
             leave_at_once(self.stop.received, None)
+        self.settle()
         self.save()
         raise Preempted(f"stopped at step {self.state.step}, waiting for images,")
 
@@ -380,34 +368,6 @@ class Trainer:
             if warning := collapse_warning(rows, power.threshold):
                 self.display.print(warning)
 
-    def log_training(self, step: LastStep, loss_sum: float, norm: float) -> None:
-        """Log the mean loss since the last row, over the steps that were not skipped."""
-        state = self.state
-        row = {
-            "event": "train",
-            **self.position(),
-            "loss": loss_sum / state.loss_steps if state.loss_steps else math.nan,
-            "lr": step.learning_rate,
-            "gradient_norm": norm,
-            **step.times,
-        }
-        state.loss_steps = 0
-        if state.skipped:
-            row["skipped"] = state.skipped
-        self.last_row = {**self.last_row, **row}
-        self.write(row)
-        self.display.update(row)
-
-    def write(self, row: dict) -> None:
-        if self.process.is_main:
-            self.run.append(row)
-            self.tracker.log(row)
-
-    def position(self) -> dict[str, float]:
-        step = self.state.step
-        epoch = round(step / self.steps_per_epoch, 4)
-        return {"step": step, "epoch": epoch, "images": step * self.settings.batch}
-
     def at_epoch_end(self) -> bool:
         return self.state.step % self.steps_per_epoch == 0
 
@@ -415,65 +375,3 @@ class Trainer:
         """Return whether this is the end of an every_epochs-th epoch, or the last step."""
         step = self.state.step
         return step % (every_epochs * self.steps_per_epoch) == 0 or step == self.last_step
-
-    # Saving
-
-    def save_is_due(self) -> bool:
-        """Return whether checkpoint.every_steps or every_minutes asks for a save at this step."""
-        steps, minutes = (
-            self.settings.checkpoint.every_steps,
-            self.settings.checkpoint.every_minutes,
-        )
-        by_step = steps is not None and (self.state.step + 1) % steps == 0
-        by_time = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        return by_step or by_time
-
-    def header(self) -> dict:
-        """Return what a checkpoint records about the run: its identity and its data."""
-        return {
-            "identity": identity(self.settings),
-            "world_size": self.process.world_size,
-            "steps_per_epoch": self.steps_per_epoch,
-            "inputs": describe_data(self.data),
-            "start": self.start,
-            "extended": self.extended,
-        }
-
-    def save(self) -> None:
-        """Save the state as last.pt; keep the former last.pt, unless damaged, as previous.pt."""
-        self.settle()
-        if self.process.is_main:
-            loss_sum = self.state.loss_sum * self.process.world_size  # over all processes
-            self.run.sync_metrics()  # a checkpoint must not be ahead of its rows
-            content = {**self.header(), **self.state.state_dict(), "loss_sum": loss_sum}
-            previous = None if self.last_is_damaged else self.run.previous
-            checkpoint.save(self.run.last, content, previous)
-            self.run.mark_saved()
-        self.last_is_damaged = False
-        self.saved_at = time.monotonic()
-        self.timer.restart()
-
-    def save_best(self) -> None:
-        if self.process.is_main:
-            weights = {"model": self.state.evaluated_model.state_dict(), "ema": None}
-            content = {**self.header(), **weights, "step": self.state.step}
-            checkpoint.save(self.run.best, {**content, **self.state.last_result})
-
-    def start_from(self, weights: Weights) -> list[str]:
-        """Take over weights before the first step; return what was carried, in lines."""
-        model = self.state.model
-        notes = carry(model, weights, self.settings, list(self.data.info.classes))
-        self.start = {"weights": source_of(self.settings), "notes": notes, "eps": common_eps(model)}
-        if self.state.ema is not None:
-            self.state.ema.set(model)
-            restore_eps(self.state.ema.module, self.start)
-        return notes
-
-    def load(self, content: dict, last_is_damaged: bool) -> None:
-        """Continue from a checkpoint's content."""
-        self.start, self.extended = content.get("start"), content.get("extended") or []
-        restore_eps(self.state.model, self.start)
-        restore_eps(self.state.evaluated_model, self.start)
-        self.state.load_state_dict(content)
-        self.state.loss_sum /= content["world_size"]  # the checkpoint has the sum over processes
-        self.last_is_damaged = last_is_damaged

@@ -67,7 +67,8 @@ def stop_request() -> Iterator[StopRequest]:
 
 def leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """Exit with status 75: there is nothing to save yet."""
-    os.write(2, f"stopped by {signal.Signals(number).name}; run again to go on\n".encode())
+    with suppress(OSError):  # the terminal may be what has gone
+        os.write(2, f"stopped by {signal.Signals(number).name}; run again to go on\n".encode())
     os._exit(REQUEUE)  # an exception might be swallowed by the import that it interrupts
 
 

@@ -59,12 +59,15 @@ def restore(path: Path) -> Restored:
             raise
         raise CheckpointError(f"{error}; the one before it: checkpoint={previous}") from error
     config = path.resolve().parents[1] / "config.yaml"
-    if not config.is_file():
+    if config.is_file() and path.resolve().parent.name == "checkpoints":
+        settings = stored_settings(config)
+    elif "settings" in content:
+        settings = settings_from(OmegaConf.create(content["settings"]))
+    else:  # of version 0.1
         raise CheckpointError(
             f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): "
             "its configuration is missing"
         )
-    settings = stored_settings(config)
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
     model.load_state_dict(content["ema"] or content["model"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +12,11 @@ from proxynorm.train import checkpoint
 from proxynorm.train.progress import Display
 from proxynorm.train.restore import different_classes, stored_settings
 from proxynorm.train.run_folder import RunFolder, bits
-from proxynorm.train.settings import Settings, identity, run_name
+from proxynorm.train.settings import Settings, identity
 from proxynorm.train.state import describe_data
 
 if TYPE_CHECKING:
     from proxynorm.train.loop import Trainer
-
-
-def folder_of(settings: Settings) -> RunFolder:
-    """Return the run's folder; under resume=extend that of the run of fewer epochs.
-
-    A derived name depends on the epochs. Raises ConfigError if none, or several, could be meant.
-    """
-    parent, name = Path(settings.runs_dir), run_name(settings)
-    if settings.resume == "extend" and settings.name is None:
-        shorter = (
-            run_name(replace(settings, epochs=epochs)) for epochs in range(1, settings.epochs)
-        )
-        found = [name for name in shorter if (parent / name / "checkpoints").is_dir()]
-        if len(found) != 1:
-            raise ConfigError(
-                f"resume=extend: {parent} holds {' and '.join(found) or 'no such run'} of fewer "
-                "epochs than epochs="
-                f"{settings.epochs}; choose the run by name="
-            )
-        name = found[0]
-    return RunFolder(parent / name)
 
 
 def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:

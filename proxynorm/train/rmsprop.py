@@ -34,13 +34,11 @@ class RMSpropTF(Optimizer):
 
     def step(self, closure: None = None) -> None:
         """Make one update; where found_inf is one, leave weights and state as they are."""
-        keep = None
-        if self.found_inf is not None:
-            keep = 1.0 - self.found_inf
-            if keep.device.type == "cpu":  # the host knows already: no need to compute with it
-                if not keep:
-                    return
-                keep = None
+        keep = None if self.found_inf is None else 1.0 - self.found_inf
+        if keep is not None and keep.device.type == "cpu":  # the host knows: nothing to compute
+            if not keep:
+                return
+            keep = None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:

@@ -17,9 +17,9 @@ from proxynorm.train.finetune import read_weights, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
 from proxynorm.train.progress import Display
-from proxynorm.train.resume import finished, folder_of, require_checkpoint, resume
+from proxynorm.train.resume import finished, require_checkpoint, resume
 from proxynorm.train.run_folder import RunFolder, environment
-from proxynorm.train.settings import Settings, check, uses_batch_norm
+from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 
 
@@ -29,26 +29,35 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
     Returns the exit status: 0 done, 75 stopped by a signal after saving.
     """
     check(settings)
-    run = folder_of(settings)
     settings.micro_batch_for(environment_ranks()[2])
-    with processes(settings.device) as process, stop_request() as stop:
+    with processes(settings.device) as process:
+        # Outside of stop_request: a signal ends the conversion of a folder at once.
         data = open_data(settings.data, settings.loader)
-        done = process.share(finished(run, settings, data) if process.is_main else None)
-        if done:
-            if process.is_main:
-                accuracy = f"top-1 {done['top1']:.2f} % after {done['steps']} steps"
-                print(f"{run.path} is finished: {accuracy}")
-                if not run.curves.exists():
-                    draw_curves(run)
-            return 0
-        require_checkpoint(settings, run)
+        with stop_request() as stop:
+            return train_on(data, settings, config, process, stop)
+
+
+def train_on(
+    data: Data, settings: Settings, config: dict[str, Any], process: Process, stop: StopRequest
+) -> int:
+    """Train on an opened data set, unless the run is finished; return the exit status."""
+    run = RunFolder(folder_of(settings))
+    done = process.share(finished(run, settings, data) if process.is_main else None)
+    if done:
         if process.is_main:
-            run.acquire()
-        try:
-            process.barrier()  # the others read the folder only once it is locked
-            return train_in(run, settings, config, process, data, stop)
-        finally:
-            run.release()
+            accuracy = f"top-1 {done['top1']:.2f} % after {done['steps']} steps"
+            print(f"{run.path} is finished: {accuracy}")
+            if not run.curves.exists():
+                draw_curves(run)
+        return 0
+    require_checkpoint(settings, run)
+    if process.is_main:
+        run.acquire()
+    try:
+        process.barrier()  # the others read the folder only once it is locked
+        return train_in(run, settings, config, process, data, stop)
+    finally:
+        run.release()
 
 
 def train_in(

@@ -176,8 +176,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def git_state() -> dict[str, Any]:
     """Return the source tree's commit and whether it was dirty; empty outside a checkout."""
 
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: git would find a repository around site-packages
+        return {}
+
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parents[2]), *arguments]
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

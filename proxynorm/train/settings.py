@@ -225,9 +225,9 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
         "regularization.label_smoothing regularization.mix_probability "
-        "regularization.switch_probability regularization.random_erasing power.threshold "
-        "optim.layer_decay",
+        "regularization.switch_probability regularization.random_erasing power.threshold",
     ),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "optim.layer_decay"),
     (
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
@@ -332,3 +332,22 @@ def run_name(settings: Settings) -> str:
     model = str(settings.model["name"]).replace("/", "_")
     main = f"{settings.data.name}-{model}-{settings.norm.name}-b{settings.batch}-s{settings.seed}"
     return f"{main}-{digest}"
+
+
+def folder_of(settings: Settings) -> Path:
+    """Return the run's folder; under resume=extend that of the run of fewer epochs.
+
+    A derived name depends on the epochs. Raises ConfigError if none, or several, could be meant.
+    """
+    parent, name = Path(settings.runs_dir), run_name(settings)
+    if settings.resume == "extend" and settings.name is None:
+        shorter = (dataclasses.replace(settings, epochs=n) for n in range(1, settings.epochs))
+        names = [run_name(run) for run in shorter]
+        found = [name for name in names if (parent / name / "checkpoints").is_dir()]
+        if len(found) != 1:
+            raise ConfigError(
+                f"resume=extend: {parent} holds {' and '.join(found) or 'no such run'} of fewer "
+                f"epochs than epochs={settings.epochs}; choose the run by name="
+            )
+        name = found[0]
+    return parent / name

@@ -9,6 +9,9 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
+
+import yaml
 
 from proxynorm.cli import nearest, split_list
 from proxynorm.errors import ConfigError
@@ -21,63 +24,11 @@ FUNCTION = re.compile(
 
 SEARCH = "hydra.searchpath"  # Hydra's key of further configuration folders
 
-# What users of other programs type, by our key.
-SYNONYMS = {
-    "batch": "batch_size bs b train_batch_size per_device_train_batch_size",
-    "micro_batch": "grad_accum grad_accum_steps gradient_accumulation_steps accumulate_grad_batches"
-    " accum_iter microbatch ghost_batch",
-    "norm_batch": "virtual_batch virtual_batch_size ghost_batch_size bn_batch",
-    "epochs": "epoch num_epochs max_epochs n_epochs num_train_epochs",
-    "max_steps": "steps num_steps iterations max_iters iters",
-    "seed": "random_seed manual_seed rng_seed",
-    "name": "run_name exp_name experiment_name exp",
-    "runs_dir": "output output_dir out out_dir outdir save_dir log_dir logdir work_dir run_dir",
-    "resume": "resume_from resume_from_checkpoint continue",
-    "weights": "pretrained init checkpoint_path load_from initial_checkpoint finetune",
-    "precision": "amp fp16 bf16 half mixed_precision dtype amp_dtype",
-    "device": "cuda gpu accelerator",
-    "compile": "torchcompile torch_compile",
-    "recompute": "grad_checkpointing gradient_checkpointing activation_checkpointing checkpointing",
-    "memory_format": "channels_last",
-    "patience": "early_stopping early_stop early_stopping_patience",
-    "model": "arch architecture a network net backbone model_name encoder",
-    "norm": "norm_layer normalization norm_type bn batchnorm",
-    "norm.groups": "num_groups gn_groups",
-    "data": "dataset dataset_name ds",
-    "data.root": "data_dir data_path datadir dataset_path dataset_dir imagenet_dir train_dir path",
-    "data.image_size": "img_size imgsz size resolution input_size crop_size train_crop_size res",
-    "data.limit": "limit_train_batches num_samples subset train_size",
-    "loader.workers": "num_workers dataloader_num_workers j nw n_workers",
-    "loader.prefetch": "prefetch_factor",
-    "optim": "optimizer opt",
-    "optim.lr": "learning_rate lr0 base_learning_rate",
-    "optim.weight_decay": "wd l2 weight_decay_rate",
-    "optim.clip_grad": "grad_clip clip gradient_clip_val max_grad_norm clip_grad_norm max_norm",
-    "schedule": "scheduler sched lr_scheduler lr_schedule lr_scheduler_type",
-    "schedule.warmup_epochs": "warmup warmup_steps warmup_lr_epochs",
-    "regularization": "reg",
-    "regularization.label_smoothing": "smoothing",
-    "regularization.stochastic_depth": "drop_path drop_path_rate sd_prob drop_connect",
-    "regularization.dropout": "drop drop_rate",
-    "regularization.randaugment": "aa auto_augment autoaugment rand_augment",
-    "regularization.random_erasing": "reprob random_erase",
-    "regularization.ema_decay": "ema model_ema model_ema_decay ema_rate",
-    "logger": "wandb log log_wandb tracker report_to",
-    "logger.project": "wandb_project",
-    "logger.entity": "wandb_entity",
-    "logger.group": "wandb_group",
-    "logger.tags": "wandb_tags",
-    "checkpoint.every_steps": "save_every save_steps save_interval ckpt_every",
-    "log_every": "log_interval print_freq logging_steps log_freq",
-    "eval_every": "eval_interval val_interval check_val_every_n_epoch eval_freq",
-    "eval_batch": "eval_batch_size val_batch_size test_batch_size validation_batch_size vb",
-}
-HOME = {word: key for key, words in SYNONYMS.items() for word in words.split()}
-NOTES = dict.fromkeys(
-    ("gpus", "num_gpus", "n_gpus", "devices", "ngpus", "nproc_per_node", "world_size", "ddp"),
-    "start a process for each GPU: torchrun --standalone --nproc-per-node=GPUS train.py …",
-) | dict.fromkeys(
-    ("num_classes", "classes", "nc", "n_classes"), "the data set tells the number of classes"
+# Words of other programs, by the key that they mean here, or by the answer to them.
+SYNONYMS = yaml.safe_load(Path(__file__).with_name("synonyms.yaml").read_text())
+HOME, NOTES = (
+    {word: target for target, words in SYNONYMS[part].items() for word in words.split()}
+    for part in ("keys", "answers")
 )
 
 
@@ -175,9 +126,11 @@ def search_folders(words: Iterable[str]) -> tuple[str, ...]:
 def key_advice(key: str, known: Collection[str], groups: Collection[str], value: str = "…") -> str:
     """Return the end of an error message: the key that is meant by `key`, or the nearest ones."""
     parent, _, word = key.replace("-", "_").lower().rpartition(".")
-    if word in NOTES:
-        return NOTES[word]
     valid = {*known, *groups}
+    if word in NOTES or key in valid:
+        return NOTES.get(word, f"write {key}={value}")
+    if word in HOME and value.lower() in ("true", "false"):
+        value = "…"  # amp=true is precision, but not precision=true
     # momentum=0.9 leaves out the name of the group.
     meant = [HOME.get(word), *(name for name in known if name.endswith(f".{word}"))]
     meant = [name for name in dict.fromkeys(meant) if name in valid]
@@ -192,13 +145,8 @@ def dashed_advice(arguments: Sequence[str], known: Collection[str], groups: Coll
     """Return what to write instead of options with dashes: norm=ln_pn for --norm ln_pn."""
     for argument, following in zip(arguments, [*arguments[1:], "-"]):
         option, _, value = argument.partition("=")
-        name = option.strip("-").replace("-", "_").lower()
-        value = value or ("…" if following.startswith("-") else following)
-        if not option.startswith("-") or option in ("-m", "--multirun"):
-            continue
-        if name in known or name in groups:
-            return f"write {name}={value}"
-        advice = key_advice(name, known, groups, value)
-        if name in NOTES or advice.startswith("write "):
-            return advice
+        if option.startswith("-") and option not in ("-m", "--multirun"):
+            value = value or ("…" if following.startswith("-") else following)
+            advice = key_advice(option.strip("-"), known, groups, value)
+            return "give key=value" if "valid: " in advice else advice
     return "give key=value"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_check
 from proxynorm.cli import parse_options
+from proxynorm.commands import COMMANDS
 from proxynorm.paper.table import load_table
 from proxynorm.train.config import check_arguments
 from tests.acceptance.docs_blocks import PAGES, anchors, blocks, commands, links
@@ -39,6 +41,9 @@ def check_script(path: str, arguments: list[str]) -> None:
     """Raises ConfigError where a script does not take these arguments."""
     if path == "scripts/doctor.py":
         return check_arguments(arguments)
+    if path == "scripts/gpu_check.py":  # parses them itself, without omegaconf
+        assert {argument.partition("=")[0] for argument in arguments} <= set(gpu_check.OPTIONS)
+        return None
     module = import_module(f"proxynorm.commands.{Path(path).stem}")
     if path == "scripts/benchmark.py":
         module = import_module(f"benchmarks.{arguments.pop(0)}")
@@ -53,6 +58,13 @@ def check_script(path: str, arguments: list[str]) -> None:
 def check_command(words: list[str]) -> None:
     """Raises ConfigError, or fails, where a command of the pages would not start."""
     words = [word.replace("DIR", "somewhere") for word in words]
+    # The console script, or python -m proxynorm: the same code as a script.
+    if "proxynorm" in words and words[0] != "git":
+        place = words.index("proxynorm")
+        assert words[place + 1] in COMMANDS, words
+        stem = words[place + 1].replace("-", "_")
+        folder = "" if stem in ("train", "eval") else "scripts/"
+        words[place : place + 2] = [f"{folder}{stem}.py"]
     entry = next(
         (i for i, word in enumerate(words) if re.fullmatch(r"[\w/]+\.(py|sh|sbatch)", word)), None
     )

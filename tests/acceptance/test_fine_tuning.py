@@ -84,6 +84,9 @@ def test_fine_tuning_is_ahead_of_training_from_scratch(halves):
 def test_the_first_run_is_not_needed_again(halves, capsys):
     folder, tuned, _ = halves
     assert evaluate(capsys, run=str(folder / "tuned"))["top1"] == tuned["top1"]
+    # nor is the rest of the run's own folder
+    alone = shutil.copy(folder / "tuned/checkpoints/last.pt", folder / "tuned.pt")
+    assert evaluate(capsys, checkpoint=str(alone))["top1"] == tuned["top1"]
     options = ("seed=1", f"weights={folder / 'base'}")
     status, longer = run(folder, "tuned", folder / "second", *options, "resume=extend", "epochs=9")
     assert status == 0 and longer["steps"] == 27

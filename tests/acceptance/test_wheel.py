@@ -86,7 +86,8 @@ def test_the_layer_needs_torch_alone(environment, tmp_path):
     assert "proxynorm.create_model needs timm: pip install 'proxynorm[train]'" in said
     train = "sys.argv = ['proxynorm', 'train']\nfrom proxynorm.commands import main\nmain()"
     said = run(environment / "python", "-c", BLOCKED + train, cwd=tmp_path, status=2)
-    assert said == "error: train needs hydra: pip install 'proxynorm[train]'\n"
+    assert said.startswith("error: train needs hydra, which ") and said.count("\n") == 1
+    assert "pip install 'proxynorm[train]'" in said
 
 
 def test_training_in_an_empty_folder(environment, tmp_path):
@@ -103,5 +104,7 @@ def test_what_needs_the_repository_says_so(environment, tmp_path):
     assert said == "error: benchmarks are in the repository: git clone it and run there\n"
     plan = run(environment / "proxynorm", "reproduce", "plan", "table=imagenet_norms", cwd=tmp_path)
     assert "ln_pn" in plan
+    said = run(environment / "proxynorm", "reproduce", "docs", cwd=tmp_path, status=2)
+    assert said.startswith("error: docs renders the pages of the repository")
     listed = run(environment / "proxynorm", cwd=tmp_path)
     assert "write-ffcv" in listed

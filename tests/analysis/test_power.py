@@ -172,7 +172,7 @@ def test_figures_are_the_same_bytes_again(tmp_path):
         save_figure(figure, tmp_path / f"{name}.png", ["pdf"])
         nets = {"ln": [rows, rows], "ln_pn": [rows, rows]}
         field = {"ln": [0.1, 0.2, 0.3]}
-        plot_p1(nets, tmp_path / f"{name}.svg", "P1", mean_field=field)
+        plot_p1({"P1": nets}, tmp_path / f"{name}.svg", mean_field=field)
     for suffix in ("png", "pdf", "svg"):
         one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
         assert one == two

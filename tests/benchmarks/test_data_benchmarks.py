@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +15,14 @@ from PIL import Image
 from benchmarks import damage, loader, storage
 from benchmarks.contenders import CONTENDERS, Work
 from benchmarks.photographs import SIZE, STAMPS, find_photographs, make_photographs, photographs
+from proxynorm import commands
 from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.images import StorageOptions
 from proxynorm.errors import DataError
 from tests.data.conftest import needs_ffcv, photograph
-from tests.helpers import ROOT, need
+from tests.helpers import need
 
 needs_linux = need(Path("/proc/self/smaps_rollup").exists(), "Linux only")
-SCRIPT = ROOT / "scripts" / "benchmark.py"
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def source(tmp_path):
 def run_script(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        commands.run("benchmark")
     return end.value.code
 
 

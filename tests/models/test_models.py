@@ -300,3 +300,11 @@ def test_wrong_requests_are_one_clear_line(arguments: tuple, parts: list[str]) -
     with pytest.raises(ConfigError) as caught:
         create_model(*arguments[:3], **kwargs)
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+
+
+def test_pixels_are_standardized_over_the_batch_before_the_stem():
+    model = create_model("resnet20v2", "ln_pn", 5, depth=8, in_chans=1, standardize_pixels=8)
+    images = 3 + 2 * torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, var = (moment(0) for moment in (model.pixels(images).mean, model.pixels(images).var))
+    assert mean.abs().max() < 1e-5 and (var - 1).abs().max() < 0.05
+    assert model.eval()(images).shape == (64, 5)

@@ -20,6 +20,8 @@ def test_all_names():
         "in_pn",
         "ln_ws",
         "gn_ws",
+        "ln_ws_pn",
+        "gn_ws_pn",
         "none",
     }
     parts = {
@@ -28,6 +30,7 @@ def test_all_names():
     }
     assert parts["gn_pn"] == ("gn", True, False)
     assert parts["ln_ws"] == ("ln", False, True)
+    assert parts["ln_ws_pn"] == ("ln", True, True)
     assert parts["none"] == ("none", False, False)
 
 

@@ -26,6 +26,7 @@ TABLES = (
     "mini_regularization_lr",
     "mini_search",
     "mini_short_lr",
+    "study",
 )
 
 

@@ -8,33 +8,34 @@ import pytest
 import torch
 
 from proxynorm.data import DataSpec
-from proxynorm.train.compiling import Plan, plan
+from proxynorm.train.compiling import compile_mode
 from proxynorm.train.settings import Settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ASKED = Settings(recompute=True, compile=True)
 
 
 def test_auto_compiles_on_a_gpu_alone():
-    assert plan(Settings(), CUDA, 1) == Plan(True)
-    assert plan(Settings(), CPU, 1) == Plan(False)
-    assert plan(Settings(compile=True), CPU, 1) == Plan(True)
-    assert plan(Settings(compile=False), CUDA, 1) == Plan(False)
+    assert compile_mode(Settings(), CUDA, 1) == ("default", None)
+    assert compile_mode(Settings(), CPU, 1) == (None, None)
+    assert compile_mode(Settings(compile=True), CPU, 1) == ("default", None)
+    assert compile_mode(Settings(compile=False), CUDA, 1) == (None, None)
 
 
 def test_recompute_is_eager_and_says_so():
-    assert not plan(Settings(recompute=True), CUDA, 1).compiles
-    assert "runs eagerly" in plan(Settings(recompute=True), CUDA, 1).why
-    assert "runs eagerly" in plan(Settings(recompute=True, compile=True), CPU, 1).why
-    assert plan(Settings(recompute=True), CPU, 1).why is None, "nothing was asked for"
+    for settings, device in ((Settings(recompute=True), CUDA), (ASKED, CPU)):
+        mode, line = compile_mode(settings, device, 1)
+        assert mode is None and "runs eagerly" in line
+    assert compile_mode(Settings(recompute=True), CPU, 1) == (None, None), "nothing was asked for"
 
 
 def test_cuda_graphs_need_one_shape_and_one_forward():
     graphs = Settings(compile_mode="reduce-overhead")
     growing = replace(graphs, data=DataSpec("folder", start_size=96, ramp=(0, 3)))
-    assert plan(graphs, CUDA, 1) == Plan(True, "reduce-overhead")
+    assert compile_mode(graphs, CUDA, 1) == ("reduce-overhead", None)
     for settings, accumulation in ((graphs, 2), (growing, 1)):
-        chosen = plan(settings, CUDA, accumulation)
-        assert chosen.mode == "default" and "single micro-batch" in chosen.why
+        mode, line = compile_mode(settings, CUDA, accumulation)
+        assert mode == "default" and "single micro-batch" in line
 
 
 @pytest.mark.parametrize("epoch_size", ["batch=20", "micro_batch=5"])
@@ -51,4 +52,20 @@ def test_a_failure_is_one_line_and_the_run_goes_on_eagerly(
     assert said.count(line) == said.count("torch.compile") == 1
     eager = run_small("compile=false", epoch_size, "max_steps=4", "name=eager")
     losses = [[row["loss"] for row in run.rows] for run in (tried, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_inductor_makes_is_what_runs(run_small, monkeypatch, capsys):
+    """Training and evaluation, with the graphs as they were captured in the place of kernels."""
+    graphs = []
+
+    def captured(graph, inputs, options):
+        graphs.append(options)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", captured)
+    made = run_small("compile=true", "max_steps=3", "name=made")
+    assert len(graphs) >= 2 and "torch.compile" not in capsys.readouterr().out
+    eager = run_small("compile=false", "max_steps=3", "name=eager")
+    losses = [[row["loss"] for row in run.rows] for run in (made, eager)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -17,6 +17,7 @@ from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_folder
+from proxynorm.errors import ConfigError, DataError
 from tests.data.conftest import needs_ffcv, remove_companions, write_folder
 from tests.helpers import ROOT
 
@@ -133,3 +134,33 @@ def test_what_is_trained_on_is_never_another_image(damaged):
         )
     assert set(seen[1]) - set(seen[0]) == set(BAD)
     assert all(torch.equal(image, seen[1][index]) for index, image in seen[0].items())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("norm=ln_pn", "micro_batch=1"),
+        ("regularization.mixup=0.5", "batch=2", "max_steps=18", "epochs=1"),
+    ],
+)
+def test_a_micro_batch_with_one_image_left_or_none_does_not_end_the_run(run_small, damaged, more):
+    run = run_small(*overrides(damaged, "data.on_bad=skip", *more))
+    assert run.status == 0
+    assert json.loads((run.folder / "summary.json").read_text())["completed"]
+
+
+def test_mixing_micro_batches_of_one_is_refused(run_small, damaged):
+    more = ("data.on_bad=skip", "regularization.mixup=0.5", "micro_batch=1")
+    with pytest.raises(ConfigError, match="micro_batch is 1; give a larger one"):
+        run_small(*overrides(damaged, *more))
+
+
+def test_only_damaged_evaluation_images_end_in_one_line(run_small, damaged, tmp_path):
+    folder = shutil.copytree(damaged, tmp_path / "all")
+    samples = read_beton(folder / "val.beton")
+    with open(samples.path, "r+b") as file:
+        for pointer in samples.pointer:
+            file.seek(int(pointer) + 300)
+            file.write(b"\xff\xd9" * 20)
+    with pytest.raises(DataError, match="every evaluation image is damaged"):
+        run_small(*overrides(folder, "data.on_bad=skip", "epochs=1"))

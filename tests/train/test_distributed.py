@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from proxynorm.train import checkpoint
-from proxynorm.train.compare import differences
 from proxynorm.train.run_folder import read_metrics
 from tests.helpers import ROOT, SMALL, assert_same_run
+from tests.same_run import differences
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -18,7 +18,6 @@ from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.finetune import (
     Weights,
     classifier_names,
-    common_eps,
     freeze_parts,
     layers_of,
     read_weights,
@@ -43,7 +42,7 @@ def carried(norm: str, source: str, classes: int = 10, **settings):
     new = create_model("resnet20v2", norm, classes, **arguments)
     given = Settings(model={"name": "resnet20v2"}, norm=NormSettings(norm), weights="FILE")
     weights = Weights(old.state_dict(), norm=source, **settings)
-    return old, new, finetune.carry(new, weights, given, [str(i) for i in range(classes)])
+    return old, new, finetune.carry(new, weights, given, list(map(str, range(classes))))["notes"]
 
 
 def test_all_is_carried_into_the_same_network():
@@ -59,10 +58,9 @@ def test_all_is_carried_into_the_same_network():
         (
             "bn",
             "ln_pn",
-            "norm bn → ln_pn: scale and shift carried, running statistics left out, "
-            "the proxy's parameters start anew",
+            "norm bn → ln_pn: starts anew: the proxy's parameters; left out: running statistics",
         ),
-        ("ln_pn", "bn", "scale and shift carried, running statistics start anew, the proxy's"),
+        ("ln_pn", "bn", "starts anew: running statistics; left out: the proxy's parameters"),
         ("ln", "ln_ws", None),
         ("ln_ws", "gn", None),
     ],
@@ -88,7 +86,7 @@ def test_as_many_but_other_classes_get_a_new_classifier_too():
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
     weights = Weights(old.state_dict(), classes=["cat", "dog"])
-    notes = finetune.carry(new, weights, settings, ["bus", "car"])
+    notes = finetune.carry(new, weights, settings, ["bus", "car"])["notes"]
     assert "new classifier for 2 classes" in notes[0]
     assert not torch.equal(old.fc.weight, new.fc.weight)
 
@@ -105,7 +103,7 @@ def test_colour_weights_are_adapted_to_grey_images():
     old = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8, in_chans=1)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
-    notes = finetune.carry(new, Weights(old.state_dict()), settings, ["a", "b"])
+    notes = finetune.carry(new, Weights(old.state_dict()), settings, ["a", "b"])["notes"]
     assert "first convolution adapted from 3 to 1 channel(s)" in notes[0]
     assert torch.allclose(new.stem.weight, old.stem.weight.sum(1, keepdim=True))
 
@@ -213,7 +211,7 @@ def test_published_weights_are_carried_with_their_eps(monkeypatch, tmp_path, cap
     assert checkpoint.load(folder / "checkpoints/last.pt")["start"]["eps"] == 1e-5
     assert "new classifier for 10 classes" in capsys.readouterr().out
     monkeypatch.setattr(timm, "create_model", original)
-    assert common_eps(restore(folder / "checkpoints/last.pt").model) == 1e-5
+    assert restore(folder / "checkpoints/last.pt").model.bn1.eps == 1e-5
 
 
 @pytest.mark.parametrize("norm", ["bn", "ln_pn", "gn_ws", "bn_pn"])

@@ -1,5 +1,7 @@
-"""The decoding loop of the FFCV backend, compiled by numba. native.decoder imports it, after naming
-its symbols."""
+"""The decoding loop of the FFCV backend, compiled by numba.
+
+native.decoder imports it, once it has registered the symbols of FFCV's library.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,7 @@ _u32, _i64, _pointer = types.uint32, types.int64, types.uintp
 _imdecode = types.ExternalFunction(
     "proxynorm_ffcv_imdecode",
     types.int32(
-        _pointer,
-        types.uint64,
-        _u32,
-        _u32,
-        _pointer,
-        _u32,
-        _u32,
-        _u32,
-        _u32,
-        _u32,
-        _u32,
-        types.boolean,
-        types.boolean,
+        *(_pointer, types.uint64, _u32, _u32, _pointer), *[_u32] * 6, types.boolean, types.boolean
     ),
 )
 _resize = types.ExternalFunction("proxynorm_ffcv_resize", types.void(*([_i64] * 11)))
@@ -38,8 +28,7 @@ THREE = np.uint64(3)
 # Rows of a block of a JPEG whose chroma is stored at half the height.
 BLOCK_ROWS = 16
 # Markers of a JPEG's header: a frame coded from top to bottom in one go; frames coded otherwise;
-# the first scan. Others
-# that have no segment: those below FIRST_SEGMENT, restarts, the image's start and end.
+# the first scan. These have no segment: those below FIRST_SEGMENT, restarts, start and end.
 SEQUENTIAL, LAST_FRAME, NOT_FRAMES, SCAN = (0xC0, 0xC1), 0xCF, (0xC4, 0xC8, 0xCC), 0xDA
 FIRST_SEGMENT, FIRST_ALONE, LAST_ALONE = 0xC0, 0xD0, 0xD9
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
@@ -66,18 +55,15 @@ def _byte_sum(data):
 
 @numba.njit(**_options)
 def _height_place(data, height, width):
-    """Where the header of a JPEG gives its height, if its rows are coded from top to bottom in a
-    single scan; 0 for any other, for a header that says another size, and for one that has more
-    than segments."""
+    """Return where a JPEG's header gives its height, if a single scan codes its rows in order.
+
+    0 for any other JPEG, for a header that says another size, and for one of more than segments.
+    """
     place, components, at = 0, 0, 2
     while at + 9 < data.size and data[at] == 0xFF:
         marker, length = data[at + 1], _word(data, at + 2)
-        if (
-            marker < FIRST_SEGMENT
-            or marker == 0xFF
-            or FIRST_ALONE <= marker <= LAST_ALONE
-            or length < 2
-        ):
+        alone = marker < FIRST_SEGMENT or FIRST_ALONE <= marker <= LAST_ALONE
+        if alone or marker == 0xFF or length < 2:
             return 0
         if marker in SEQUENTIAL:
             if place != 0 or _word(data, at + 5) != height or _word(data, at + 7) != width:
@@ -93,14 +79,13 @@ def _height_place(data, height, width):
 
 @numba.njit(**_options)
 def _word(data, at):
-    """The number of two bytes, the higher first."""
+    """Return the number in two bytes, the higher first."""
     return 256 * np.int64(data[at]) + np.int64(data[at + 1])
 
 
 @numba.njit(**_options)
 def _cut(data, height, width, rows, copy):
-    """Copy a JPEG's bytes, its header changed to end after `rows` rows, all that is decoded then;
-    False if it cannot."""
+    """Copy a JPEG with a header that ends it after `rows` rows; return False if it cannot."""
     place = _height_place(data, height, width)
     if place == 0:
         return False
@@ -111,12 +96,11 @@ def _cut(data, height, width, rows, copy):
 
 @numba.njit(**_options)
 def _decode(data, height, width, bottom, known, copy, pixels):
-    """Decode the JPEG's rows down to `bottom`, or more, into pixels (3 H W,); return whether it
-    could be decoded.
+    """Decode the JPEG's rows down to `bottom`, or more, into pixels (3 H W,).
 
-    known: these very bytes have been decoded before. Then the blocks below are left out, but for
-    two rows, as those above take a share of their chroma; the decoder's complaint about what is
-    left over says nothing of the image.
+    Returns whether it could be decoded. known: the checksum matches, so these bytes decoded when
+    they were written. Then decoding stops below the crop: two rows below, as those above take a
+    share of their chroma. The decoder complains about the bytes left over, which is no damage.
     """
     rows = min(height, BLOCK_ROWS * ((bottom + 2 + BLOCK_ROWS - 1) // BLOCK_ROWS))
     cut = known and rows < height and _cut(data, height, width, rows, copy)
@@ -142,8 +126,10 @@ def _mirror(image):
 
 @numba.njit(**_options)
 def _area_weights(length, size, taps, first, weights):
-    """The shares of `length` pixels in each of `size` <= length: n takes weights[n, :taps] 2^-BITS
-    of first[n] on."""
+    """Compute the shares of `length` pixels in each of `size` <= length.
+
+    Pixel n takes weights[n, :taps] / 2^BITS of those from first[n] on.
+    """
     scale = length / size
     one = np.int32(1 << BITS)
     for n in range(size):
@@ -162,14 +148,13 @@ def _area_weights(length, size, taps, first, weights):
 
 @numba.njit(**_options)
 def _taps(length, size):
-    """From how many of `length` pixels one of `size` takes: three serve up to a factor of two."""
+    """Return how many of `length` pixels make one of `size`: three, up to a factor of two."""
     return 3 if length <= 2 * size else 4
 
 
 @numba.njit(**_options)
 def _down(image, y, begin, end, weights, taps, line):
-    """The weighted sum of `taps` rows of image (H, 3 W) from y on, columns begin to end, into
-    line."""
+    """Sum `taps` rows of image (H, 3 W) from y on, weighted, columns begin to end, into line."""
     a, b, c, d = weights[0], weights[1], weights[2], weights[3]
     s, t, u = image[y, begin:end], image[y + 1, begin:end], image[y + 2, begin:end]
     if taps == 3:
@@ -185,8 +170,7 @@ def _down(image, y, begin, end, weights, taps, line):
 
 @numba.njit(**_options)
 def _across(line, first, weights, taps, flip, out):
-    """The weighted sums of `taps` pixels of line (3 W) into a row of the output (S', 3), mirrored
-    if flip."""
+    """Sum `taps` pixels of line (3 W) each, weighted, into a row (S', 3), mirrored if flip."""
     half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
     columns = out.shape[0]
     for column in range(columns):
@@ -204,8 +188,7 @@ def _across(line, first, weights, taps, flip, out):
 
 @numba.njit(**_options)
 def _shrink(image, box, flip, first, weights, line, out):
-    """The mean over areas, as OpenCV's INTER_AREA to within one step of 255, in integers, twice as
-    fast.
+    """Average over areas as OpenCV's INTER_AREA does, to within 1 of 255, but twice as fast.
 
     image (H, 3 W); box: top, left, height, width, at least out's sides and at most MOST_SHRUNK
     times them; out: (rows, columns, 3). Room for the shares, with S the longer side of out: first
@@ -223,8 +206,7 @@ def _shrink(image, box, flip, first, weights, line, out):
 
 @numba.njit(**_options)
 def _shrinkable(box, out):
-    """Whether _shrink serves: a smaller or equal output, by no more than its four pixels a side can
-    cover."""
+    """Return whether _shrink serves: its four pixels a side cover what makes one."""
     height, width = box[2], box[3]
     rows, columns = out.shape[0], out.shape[1]
     fits = rows <= height <= MOST_SHRUNK * rows and columns <= width <= MOST_SHRUNK * columns
@@ -240,19 +222,8 @@ def _fit(image, box, flip, first, weights, line, out):
     top, left, height, width = box
     h, w = image.shape[0], image.shape[1] // 3
     end, right = top + height, left + width
-    _resize(
-        0,
-        image.ctypes.data,
-        h,
-        w,
-        top,
-        end,
-        left,
-        right,
-        out.ctypes.data,
-        out.shape[0],
-        out.shape[1],
-    )
+    rows, columns = out.shape[0], out.shape[1]
+    _resize(0, image.ctypes.data, h, w, top, end, left, right, out.ctypes.data, rows, columns)
     if flip:
         _mirror(out)
 

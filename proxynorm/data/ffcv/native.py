@@ -1,9 +1,8 @@
-"""FFCV's compiled decoder, called from one cached, GIL-free loop: what FFCV's Loader does, with
-every status looked at.
+"""Loads FFCV's compiled decoder, and the loop around it that checks every status.
 
-Importing the ffcv package costs seconds and sets torch's thread count to one, and its pipelines are
-compiled anew in each process; its shared library is loaded directly here, and the loop is compiled
-once and kept on disk by numba.
+Importing the ffcv package takes seconds and sets torch's thread count to one, and its pipelines are
+compiled anew in each process. So its shared library is loaded directly here, and numba compiles the
+loop once and keeps it on disk.
 """
 
 from __future__ import annotations
@@ -34,21 +33,17 @@ INSTALL = (
 
 @cache
 def ffcv_library() -> ctypes.CDLL:
-    """FFCV's shared library. Raises ConfigError if FFCV is not installed or its libraries are
-    missing."""
+    """Load FFCV's shared library. Raises ConfigError if it, or a library it needs, is missing."""
     spec = importlib.util.find_spec("ffcv")
-    found = [
-        file
-        for folder in (spec.submodule_search_locations if spec else ())
-        for file in Path(folder).glob("_libffcv*")
-    ]
+    folders = spec.submodule_search_locations if spec else ()
+    found = [file for folder in folders for file in Path(folder).glob("_libffcv*")]
     if not found:
         raise ConfigError(f"loader.name=ffcv: FFCV is not installed; {INSTALL}")
     try:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         raise ConfigError(f"loader.name=ffcv: FFCV does not load ({error}); {INSTALL}") from None
-    # Our threads share the images out; OpenCV's own pool would only compete with them.
+    # Our threads share out the images; OpenCV's own pool would only compete with them.
     set_threads = getattr(library, "_ZN2cv13setNumThreadsEi", None)
     if set_threads is not None:
         set_threads(1)
@@ -56,8 +51,7 @@ def ffcv_library() -> ctypes.CDLL:
 
 
 def library_versions() -> dict[str, str]:
-    """FFCV's version and those of the libraries it was linked with, as far as they tell; {} without
-    FFCV."""
+    """Return the versions of FFCV and, where known, of its libraries; {} without FFCV."""
     try:
         library = ffcv_library()
     except ConfigError:
@@ -71,16 +65,14 @@ def library_versions() -> dict[str, str]:
         versions["opencv"] = ".".join(str(part()) for part in parts)
     # libturbojpeg cannot be asked; the number of its file tells 2.x (0.2) from 3.x (0.3).
     mapped = Path("/proc/self/maps")
-    file = re.search(
-        r"libturbojpeg\S*$", mapped.read_text() if mapped.exists() else "", re.MULTILINE
-    )
-    if file:
+    text = mapped.read_text() if mapped.exists() else ""
+    if file := re.search(r"libturbojpeg\S*$", text, re.MULTILINE):
         versions["turbojpeg"] = file[0]
     return versions
 
 
 def ffcv_available() -> bool:
-    """Whether .beton files can be read here: FFCV's library loads and numba is installed."""
+    """Return whether .beton files can be read here: FFCV's library loads, numba is installed."""
     try:
         ffcv_library()
     except ConfigError:
@@ -90,8 +82,7 @@ def ffcv_available() -> bool:
 
 @cache
 def decoder():
-    """The compiled loop: see decode_samples. Cached on disk, so a second process loads it instead
-    of compiling."""
+    """Return the compiled loop, kernel.decode_samples; a second process loads it from the disk."""
     from llvmlite import binding
 
     library = ffcv_library()
@@ -101,8 +92,7 @@ def decoder():
     try:
         from proxynorm.data.ffcv.kernel import decode_samples
     except RuntimeError:
-        # Neither the package's folder nor the home can be written: numba wants another for what it
-        # compiled.
+        # Neither the package's folder nor the home can be written: numba's cache goes elsewhere.
         import numba
 
         numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"proxynorm-numba-{os.getuid()}")
@@ -111,5 +101,5 @@ def decoder():
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The file's bytes, mapped read-only: uint8 (length,)."""
+    """Map the file's bytes read-only: uint8 (length,)."""
     return np.memmap(path, dtype=np.uint8, mode="r")

@@ -1,5 +1,4 @@
-"""Labelled images into a .beton file: each image decoded and checked first, the file verified
-before it is named."""
+"""Turns labelled images into a .beton file: each is decoded and checked, the file verified."""
 
 from __future__ import annotations
 
@@ -9,11 +8,11 @@ import platform
 import signal
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import numpy as np
 from PIL import features
 
 import proxynorm
-from proxynorm.data.ffcv.beton import new_beton
 from proxynorm.data.ffcv.native import library_versions
 from proxynorm.data.ffcv.verification import verify
+from proxynorm.data.ffcv.writer import new_beton
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, store
 from proxynorm.data.randomness import sample_keys, uniform
 from proxynorm.data.sources import Listing
@@ -38,13 +37,15 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What prepare did: the file, the number of images in it, what was left out, name -> reason,
-    and what was converted, kind (images.conversions) -> number of images."""
+    """The result of prepare: the file, how many images are in it, what was left out or converted.
+
+    skipped: name -> reason; converted: kind of conversion -> number of images.
+    """
 
     path: Path
     count: int
     skipped: dict[str, str]
-    converted: dict[str, int] = field(default_factory=dict)
+    converted: dict[str, int]
 
 
 def prepare(
@@ -55,8 +56,7 @@ def prepare(
     workers: int = 1,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Prepared:
-    """Write `listing` to `output`, with its manifest and sums beside it; the bytes do not depend on
-    `workers`.
+    """Write `listing` to `output`, with manifest and checksums; `workers` do not change the bytes.
 
     on_bad: "raise" ends in a DataError that names the first bad image, "skip" leaves bad images
     out. progress is told how many images are done. An interrupted run leaves nothing named
@@ -65,47 +65,32 @@ def prepare(
     skipped: dict[str, str] = {}
     converted: dict[str, list[str]] = defaultdict(list)
     kept = []
-    with new_beton(output, channels=3, capacity=len(listing.images)) as writer:
+    with new_beton(output, len(listing.images)) as writer:
         for number, result in enumerate(_stored(listing, options, workers)):
+            name, target = listing.images[number].name, int(listing.targets[number])
             if isinstance(result, Stored):
-                target = int(listing.targets[number])
-                writer.add(
-                    np.frombuffer(result.data, np.uint8),
-                    target,
-                    result.height,
-                    result.width,
-                    result.mode,
-                )
+                data = np.frombuffer(result.data, np.uint8)
+                writer.add(data, target, result.height, result.width, result.mode)
                 kept.append(target)
                 for kind in result.converted:
-                    converted[kind].append(listing.images[number].name)
+                    converted[kind].append(name)
             elif on_bad == "raise":
                 raise DataError(
-                    f"{listing.images[number].name}: {result}; mend or remove it, or set "
-                    f"on_bad=skip (in training: "
+                    f"{name}: {result}; mend or remove it, or set on_bad=skip (in training: "
                     "data.on_bad=skip)"
                 )
             else:
-                skipped[listing.images[number].name] = result
+                skipped[name] = result
             progress(number + 1)
-        _check_classes(listing, kept, output)
+        if empty := set(listing.targets.tolist()) - set(kept):
+            raise DataError(
+                f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or "
+                "remove the class"
+            )
         manifest = _manifest(listing, kept, options, skipped, converted)
         writer.close(manifest, lambda samples: verify(samples, workers))
-    return Prepared(
-        Path(output),
-        len(kept),
-        skipped,
-        {kind: len(names) for kind, names in sorted(converted.items())},
-    )
-
-
-def _check_classes(listing: Listing, kept: list[int], output: Path) -> None:
-    empty = set(listing.targets.tolist()) - set(kept)
-    if empty:
-        raise DataError(
-            f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or "
-            f"remove the class"
-        )
+    counts = {kind: len(names) for kind, names in sorted(converted.items())}
+    return Prepared(Path(output), len(kept), skipped, counts)
 
 
 def _manifest(
@@ -115,6 +100,9 @@ def _manifest(
     skipped: dict[str, str],
     converted: dict[str, list[str]],
 ) -> dict:
+    def counted(names: Sequence[str]) -> dict:
+        return {"count": len(names), "files": list(names[:FILES_NAMED])}
+
     counts = Counter(kept)
     return {
         "classes": list(listing.classes),
@@ -122,18 +110,14 @@ def _manifest(
         "count_per_class": {name: counts[target] for target, name in enumerate(listing.classes)},
         "options": asdict(options),
         "skipped": skipped,
-        "converted": {
-            kind: {"count": len(names), "files": names[:FILES_NAMED]}
-            for kind, names in sorted(converted.items())
-        },
-        "left_aside": {"count": len(listing.aside), "files": list(listing.aside[:FILES_NAMED])},
+        "converted": {kind: counted(names) for kind, names in sorted(converted.items())},
+        "left_aside": counted(listing.aside),
         "versions": _versions(),
     }
 
 
 def _versions() -> dict[str, str | None]:
-    """What the images went through: Pillow and its libjpeg-turbo decode and encode, FFCV and its
-    libraries verify."""
+    """Return the versions of what decodes, encodes and verifies images."""
     return {
         "proxynorm": proxynorm.__version__,
         "python": platform.python_version(),
@@ -145,12 +129,12 @@ def _versions() -> dict[str, str | None]:
 
 
 def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator[Stored | str]:
-    """Each image as it will be stored, or the reason why not, in the order of the listing."""
+    """Yield each image as it will be stored, or the reason why not, in the order of the listing."""
     draws = uniform(sample_keys(0, 0, np.arange(len(listing.images))), 0)
-    tasks = [
+    tasks = (
         (listing.images[start : start + IMAGES_PER_TASK], draws[start : start + IMAGES_PER_TASK])
         for start in range(0, len(draws), IMAGES_PER_TASK)
-    ]
+    )
     if workers <= 1:
         for refs, numbers in tasks:
             yield from _store_all(refs, options, numbers)
@@ -159,9 +143,8 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
     pending: deque = deque()
     try:
         for refs, numbers in tasks:
-            with (
-                _signals_held()
-            ):  # the first one forks the workers, which an exception would leave without a master
+            # The first submit forks the workers; an exception then would leave them running.
+            with _signals_held():
                 pending.append(pool.submit(_store_all, refs, options, numbers))
             if len(pending) > TASKS_AHEAD_PER_WORKER * workers:
                 yield from pending.popleft().result()
@@ -177,8 +160,7 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait meanwhile. By handlers: a mask would leave them to the other
-    threads."""
+    """Delay SIGINT and SIGTERM. By handlers: other threads would get what this one masks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -197,9 +179,9 @@ def _signals_held() -> Iterator[None]:
 
 
 def _obey_parent() -> None:
-    """Have this worker leave Ctrl-C to its parent, and end when that is killed.
+    """Leave Ctrl-C to the parent process, and end when that is killed.
 
-    It would otherwise wait for work for ever, and hold the file's lock.
+    This worker would otherwise wait for work for ever, and hold the file's lock.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -222,3 +204,5 @@ def _store_one(ref: ImageRef, options: StorageOptions, draw: float) -> Stored | 
         return store(ref, options, draw)
     except BadImage as reason:
         return str(reason)
+    except Exception as error:  # such as MemoryError while it is made smaller
+        return f"cannot be stored ({type(error).__name__})"

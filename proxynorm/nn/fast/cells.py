@@ -47,13 +47,12 @@ class CellGroupNorm(torch.autograd.Function):
 
 def _statistics(x: Tensor, groups: int, eps: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and 1/sqrt(var + eps), each (N, groups), without a wide copy of x."""
-    grouped = x.unflatten(1, (groups, -1))
-    mean = grouped.mean((2, 3, 4), dtype=wide)
-    power = (
-        torch.linalg.vector_norm(grouped, dim=(2, 3, 4), dtype=wide).square()
-        / grouped[0, 0].numel()
-    )
-    return mean, torch.rsqrt((power - mean * mean).clamp_min(0) + eps)
+    grouped, dims = x.unflatten(1, (groups, -1)), (2, 3, 4)
+    mean = grouped.mean(dims, dtype=wide)
+    # out= lets the kernel read half precision and accumulate in float32. It centres the values
+    # first: E[x²] − E[x]² would lose the variance of values that are far from 0.
+    var = torch.var(grouped.detach(), dims, correction=0, out=torch.empty_like(mean))
+    return mean, torch.rsqrt(var + eps)
 
 
 def _cell_backward(

@@ -238,6 +238,8 @@ def gained_(z: Tensor, gain: Tensor | None, offset: Tensor) -> Tensor:
 
 def _activate_(u: Tensor, head: Head) -> Tensor:
     """φ(u), in place."""
+    if head.name == "relu":
+        return torch.relu_(u)
     if head.name == "silu":
         return aten.silu_(u)
     if head.name in ("gelu", "gelu_tanh"):
@@ -247,6 +249,8 @@ def _activate_(u: Tensor, head: Head) -> Tensor:
 
 def activation_backward(grad: Tensor, u: Tensor, head: Head) -> Tensor:
     """grad·φ'(u), in memory of its own or in u's."""
+    if head.name == "relu":
+        return aten.threshold_backward.grad_input(grad, u, 0, grad_input=u)
     if head.name == "silu":
         return aten.silu_backward.grad_input(grad, u, grad_input=u)
     if head.name in ("gelu", "gelu_tanh"):

@@ -16,7 +16,6 @@ from proxynorm.nn.fast.fused import (
     Head,
     floored_relu_,
     gained_activation_,
-    per_channel,
 )
 from proxynorm.nn.fast.one_step import GroupNormAct, Step, takes_one_step
 from proxynorm.nn.fast.precision import without_autocast
@@ -35,13 +34,11 @@ def traceable(layer: NormAct2d, x: Tensor) -> Tensor:
         scale, shift, *head = (
             t.to(wide) for t in (constants if layer.proxy_scale else constants[:-1])
         )
-        # The norm takes the affine: its bare output is a view, which inductor fails to keep
-        # where sizes are symbolic.
         z = layer.act(layer.norm_affine(x.to(wide), scale, shift))
-        gain, offset = (
-            (per_channel(t) for t in head) if len(head) == 2 else (None, per_channel(*head))
-        )
-        return ((z if gain is None else z * gain) + offset).to(x.dtype)
+        # One value per image and channel: the gradients of gain and offset are then sums over the
+        # same cells as the norm's, which a compiler takes in one pass.
+        *gain, offset = (t.expand(x.shape[:2])[..., None, None] for t in head)
+        return ((z * gain[0] if gain else z) + offset).to(x.dtype)
 
 
 def fused(layer: NormAct2d, x: Tensor) -> Tensor:
@@ -58,26 +55,22 @@ def fused(layer: NormAct2d, x: Tensor) -> Tensor:
     norm = layer.bound_norm()
     with without_autocast(x.device):
         if head.name == "relu":
-            scale, shift, floor = folded
-            shift = shift + floor.detach()
-            recipe = _recipe(norm, floored_relu_, x, scale, shift, floor)
-            return FlooredReLU.apply(layer.norm_affine(x, scale, shift, norm), floor, recipe)
-        scale, shift, gain, offset = folded
-        gain = gain if layer.proxy_scale else None  # a gain of 1 would cost passes over the map
+            scale, shift, offset = folded
+            gain = None
+            # Half precision rounds values just above the floor onto it, which the mask of the
+            # backward pass would miss: there the general Function rebuilds u, near 0 and exact.
+            if x.dtype == offset.dtype:
+                shift = shift + offset.detach()
+                recipe = _recipe(norm, floored_relu_, x, scale, shift, offset)
+                return FlooredReLU.apply(layer.norm_affine(x, scale, shift, norm), offset, recipe)
+        else:
+            scale, shift, gain, offset = folded
+            gain = gain if layer.proxy_scale else None  # a gain of 1 would cost passes over the map
         recipe = _recipe(
             norm, partial(gained_activation_, head=head), x, scale, shift, gain, offset
         )
-        return GainedActivation.apply(
-            layer.norm_affine(x, scale, shift, norm),
-            gain,
-            offset,
-            x,
-            scale,
-            shift,
-            head,
-            norm,
-            recipe,
-        )
+        u = layer.norm_affine(x, scale, shift, norm)
+        return GainedActivation.apply(u, gain, offset, x, scale, shift, head, norm, recipe)
 
 
 def _recipe(

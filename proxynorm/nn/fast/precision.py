@@ -22,3 +22,13 @@ def is_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def inductor_options() -> dict[str, object]:
+    """Options for torch.compile(model, options=…) with which a norm's backward is two passes.
+
+    By default inductor stores an intermediate that several reductions read, here the gradient of
+    the norm's output, in float32. Computing it again in each costs no memory traffic: its inputs
+    are read there anyway.
+    """
+    return {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}

@@ -18,13 +18,13 @@ import pytest
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_folder
-from proxynorm.train.compare import differences
 from proxynorm.train.run_folder import read_metrics
 from proxynorm.train.words import quoted
 from tests.acceptance.slurm.cluster import SETTLED
 from tests.acceptance.slurm.conftest import needs_slurm
 from tests.data.conftest import needs_ffcv, write_folder
 from tests.helpers import ROOT, SMALL
+from tests.same_run import differences
 
 INTERRUPTIONS, JOBS = int(os.environ.get("SLURM_INTERRUPTIONS", "10")), 5
 MIDDLE = ("data.limit=2000", "epochs=3", "eval_every=3")  # 300 updates

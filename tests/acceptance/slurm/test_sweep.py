@@ -21,12 +21,12 @@ from proxynorm.launch.sweep import plan_paths
 from proxynorm.paper.findings import gather
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
-from proxynorm.train.compare import differences
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.run import train
 from proxynorm.train.run_folder import read_metrics
 from tests.acceptance.slurm.conftest import ROOT, needs_slurm
 from tests.helpers import SMALL
+from tests.same_run import differences
 from tests.tiny_table import reproduce
 
 pytestmark = [pytest.mark.slow, needs_slurm]

@@ -8,7 +8,6 @@ import errno
 import io
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,8 +19,10 @@ import pytest
 from PIL import Image
 
 import proxynorm
-from proxynorm.data.ffcv.beton import JPEG, RAW, new_beton, read_beton
+from proxynorm import commands
+from proxynorm.data.ffcv.beton import JPEG, RAW, read_beton
 from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import new_beton
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
 from proxynorm.data.sources import list_folder
 from proxynorm.errors import ConfigError, DataError
@@ -335,7 +336,7 @@ def test_two_interrupts_in_a_row_end_a_run(tmp_path):
 def test_one_writer_at_a_time(photos, tmp_path):
     """The second says so and leaves the first alone."""
     listing = list_folder(photos / "train")
-    with new_beton(tmp_path / "x.beton", 3, 1) as writer:
+    with new_beton(tmp_path / "x.beton", 1) as writer:
         with pytest.raises(DataError, match="x.beton: another process is writing it"):
             prepare(listing, tmp_path / "x.beton", StorageOptions())
         image = np.zeros(300, dtype=np.uint8)
@@ -358,7 +359,7 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_one_line(
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("proxynorm.data.ffcv.beton.os.fsync", full)
+    monkeypatch.setattr("proxynorm.data.ffcv.writer.os.fsync", full)
     with pytest.raises(DataError, match="No space left.*make room"):
         prepare(listing, tmp_path / "x.beton", StorageOptions())
     assert not list(tmp_path.iterdir())
@@ -372,7 +373,7 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_the_old_file(photos, tmp_pat
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("proxynorm.data.ffcv.beton.np.save", full)
+    monkeypatch.setattr("proxynorm.data.ffcv.writer.np.save", full)
     with pytest.raises(DataError, match="No space left"):
         prepare(listing, path, StorageOptions(jpeg_quality=50))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -383,7 +384,7 @@ def run_script(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *arguments])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        commands.run("write-ffcv")
     except SystemExit as end:
         return end.code
     finally:

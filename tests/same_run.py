@@ -24,8 +24,9 @@ def differences(first: Path, second: Path) -> list[str]:
     for name in ("last.pt", "best.pt"):
         a, b = (flatten(checkpoint.load(run / "checkpoints" / name)) for run in (first, second))
         for key in sorted(a.keys() | b.keys()):
-            timing = key.split(".")[-1] in TIMINGS
-            if not timing and not (key in a and key in b and same(a[key], b[key])):
+            # The identity has those settings that matter; others, as the name, may differ.
+            passed_over = key.split(".")[-1] in TIMINGS or key.startswith("settings.")
+            if not passed_over and not (key in a and key in b and same(a[key], b[key])):
                 found.append(f"{name}: {key}")
     rows = [
         [

@@ -1,0 +1,292 @@
+"""Bytes of feature map that a compiled training step moves on a GPU, on any machine.
+
+  python scripts/benchmark.py traffic model=layer act=[relu,silu] norm=[ln,ln_pn] json=FILE
+  python scripts/benchmark.py traffic model=resnet50 norm=['torch bn',ln_pn] json=FILE
+
+torch.compile's graphs of the forward and the backward pass are lowered by inductor for a GPU that
+is only pretended (sm_90, as an H100) and never launched. Each generated kernel counts the bytes of
+the buffers that it reads and writes, each once. Convolutions, matrix products and pooling libraries
+are left out: they are the same for every norm. Maps are bfloat16, parameters of norms float32.
+
+model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
+map. Other models are whole networks, in MB per image. "torch bn" is torch's batch norm; it is also
+counted without compilation: operators read their inputs and write their outputs, and batch norm
+reads its inputs a second time, since its statistics or sums come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch._dynamo.device_interface as device_interface
+import torch._inductor.scheduler as scheduler
+import torch.utils._triton
+import triton
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.compile_fx import _recursive_post_grad_passes, partition_fn
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import common, variants
+from benchmarks.variants import FORMATS, TORCH_BN, Variant
+from proxynorm.analysis.tables import text_table
+from proxynorm.cli import option
+from proxynorm.errors import ConfigError
+from proxynorm.nn import ACTIVATIONS, NormAct2d, inductor_options
+
+GPU = torch.device("cuda:0")
+LAYER = "layer"
+# What inductor asks about the device, with the values of an H100.
+PROPERTIES = SimpleNamespace(
+    name="H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    warp_size=32,
+    gcnArchName="",
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    max_threads_per_block=1024,
+    L2_cache_size=50 << 20,
+    clock_rate=1,
+    memory_bus_width=5120,
+    uuid="",
+)
+
+
+@dataclass
+class Options(common.ModelOptions):
+    model: str = option(LAYER, "layer, or a model of proxynorm.create_model")
+    norm: list[str] = option([TORCH_BN, "ln", "ln_pn"], "norms; torch bn: torch's own")
+    act: list[str] = option(["relu"], "activations of model=layer")
+    format: list[str] = option(["channels_last"], "memory formats: nchw, channels_last")
+    batch: int = option(32, "images a step")
+    size: int | None = option(None, "side of the images, pixels; None: 56 for layer, else 224")
+    channels: int = option(256, "channels of model=layer")
+
+
+class Traffic(NamedTuple):
+    """Bytes and kernels of a pass."""
+
+    bytes: int
+    kernels: int
+
+
+def main(options: Options) -> None:
+    check(options)
+    rows = []
+    acts = options.act if options.model == LAYER else ["own"]
+    for norm, act, memory_format in product(options.norm, acts, options.format):
+        rows += measure(options, norm, act, FORMATS[memory_format])
+        print(f"counted: {norm}, {act}, {memory_format}", flush=True)
+    unit = "bytes an element" if options.model == LAYER else "MB an image"
+    cells = [[v if isinstance(v, (str, int)) else f"{v:.2f}" for v in r.values()] for r in rows]
+    print(unit, text_table(list(rows[0]), [list(map(str, row)) for row in cells]), sep="\n")
+    common.write_figures(options, {"unit": unit, "rows": rows})
+
+
+def check(options: Options) -> None:
+    """Raise ConfigError for a value that is not among the choices, or below 1."""
+    variants.check_norms(options.norm)
+    for name, known in (("act", ACTIVATIONS), ("format", tuple(FORMATS))):
+        if not getattr(options, name) or not set(getattr(options, name)) <= set(known):
+            raise ConfigError(f"{name}={getattr(options, name)}: choose of {', '.join(known)}")
+    common.require_positive(options, "batch", "size", "channels")
+
+
+def measure(options: Options, norm: str, act: str, memory_format: torch.memory_format) -> list:
+    """A row for the compiled step, and one for torch bn's eager step."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors without memory: nothing is computed
+    side = options.size or (56 if options.model == LAYER else 224)
+    if options.model == LAYER:
+        net, channels = _layer(norm, act, options.channels), options.channels
+        unit = options.batch * channels * side * side
+    else:
+        net, channels = variants.build(Variant(norm, "nchw"), options.model, torch.device("cpu")), 3
+        unit = options.batch * 10**6
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(torch.bfloat16, memory_format=memory_format)
+    state = net.state_dict(keep_vars=True)
+    with mode:
+        shape = (options.batch, channels, side, side)
+        images = torch.empty(shape, dtype=torch.bfloat16).to(memory_format=memory_format)
+        # a layer's input has a gradient; a network's images have none
+        arguments = [images.requires_grad_(options.model == LAYER)]
+        arguments += [mode.from_tensor(tensor) for tensor in state.values()]
+
+        def step(images: Tensor, *tensors: Tensor) -> Tensor:
+            return torch.func.functional_call(net, dict(zip(state, tensors)), (images,))
+
+        passes = {"compiled": compiled(step, arguments, inductor_options())}
+        if norm == TORCH_BN:
+            passes["eager"] = eager(step, arguments)
+    names = {"norm": norm, "act": act, "format": _name(memory_format)}
+    return [
+        {
+            **names,
+            "mode": kind,
+            "forward": forward.bytes / unit,
+            "backward": backward.bytes / unit,
+            "total": (forward.bytes + backward.bytes) / unit,
+            "kernels": forward.kernels + backward.kernels,
+        }
+        for kind, (forward, backward) in passes.items()
+    ]
+
+
+def _layer(norm: str, act: str, channels: int) -> nn.Module:
+    """The norm and activation between two 1×1 convolutions, in training mode."""
+    if norm == TORCH_BN:
+        activation = NormAct2d(1, act_layer=act).act
+        middle = nn.Sequential(nn.BatchNorm2d(channels), activation)
+    else:
+        middle = NormAct2d(channels, norm, proxy=False, act_layer=act)
+    convolutions = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
+    return nn.Sequential(next(convolutions), middle, next(convolutions))
+
+
+def _name(memory_format: torch.memory_format) -> str:
+    return next(name for name, value in FORMATS.items() if value is memory_format)
+
+
+def compiled(step: Callable[..., Tensor], arguments: list[Tensor], options: dict[str, Any]) -> list:
+    """Traffic of the forward and the backward pass, as inductor compiles them."""
+    graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+
+    def keep(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        graphs.append((graph, inputs))
+        return graph
+
+    # the flag tells the layers to take their plain operations, as under torch.compile
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", True), config.patch(options):
+        run = aot_function(
+            step, keep, keep, partition_fn=partition_fn, decompositions=select_decomp_table()
+        )
+        out = run(*arguments)
+        out.backward(torch.ones_like(out))
+        with pretended_gpu():
+            return [lower(*graphs[i], is_backward=i == 1) for i in range(2)]
+
+
+def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Traffic:
+    """Generate the graph's code for the pretended GPU and count."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def move(value: Any) -> Any:
+        return GPU if isinstance(value, torch.device) else value
+
+    for node in graph.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, move)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, move)
+    graph.recompile()
+    with mode:
+        inputs = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU)
+            if isinstance(t, Tensor)
+            else t
+            for t in inputs
+        ]
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
+    with tracing(TracingContext(mode)), V.set_fake_mode(mode):
+        _recursive_post_grad_passes(graph, is_inference=False)
+        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
+        lowered = GraphLowering(graph, example_inputs=inputs, is_backward=is_backward)
+        with (
+            V.set_graph_handler(lowered),
+            V.set_extern_kernel_nodes([]),
+            V.set_debug_handler(DebugContext()),
+        ):
+            lowered.run(*inputs)
+            lowered.codegen()
+            left_out = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
+            kernels = [n for n in lowered.scheduler.nodes if not isinstance(n, left_out)]
+            return Traffic(sum(n.get_read_write_buffers_sizes() for n in kernels), len(kernels))
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Let torch and Triton see an H100 that generates code and cannot run it."""
+
+    def convolution_format(x: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+        formats = (suggest_memory_format(x), suggest_memory_format(weight))
+        return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+    def properties(*_: object) -> SimpleNamespace:
+        return PROPERTIES
+
+    driver = mock.Mock()
+    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    driver.get_current_device.return_value = 0
+    interface, worker = device_interface.CudaInterface, device_interface.CudaInterface.Worker
+    patches = [
+        *((owner, "is_available", lambda: True) for owner in (torch.cuda, interface)),
+        *((owner, "current_device", lambda: 0) for owner in (torch.cuda, interface, worker)),
+        *((o, "get_device_properties", properties) for o in (torch.cuda, interface, worker)),
+        *((owner, "has_triton", lambda *_: True) for owner in (scheduler, torch.utils._triton)),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "_lazy_init", lambda: None),
+        (interface, "get_compute_capability", lambda *_: 90),
+        (torch._C, "_conv_determine_backend_memory_format", convolution_format),
+        (triton.runtime.driver, "_active", driver),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in patches:
+            value = staticmethod(value) if isinstance(owner, type) else value
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+class Operators(TorchDispatchMode):
+    """Counts the bytes of the operators that run: their inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.kernels = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        outputs = [t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor)]
+        left_out = any(word in func.__name__ for word in ("convolution", "mm.", "empty", "detach"))
+        if outputs and not func.is_view and not left_out:
+            inputs = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            reads = 2 if "batch_norm" in func.__name__ else 1
+            self.bytes += reads * sum(inputs) + sum(outputs)
+            self.kernels += 1
+        return out
+
+
+def eager(step: Callable[..., Tensor], arguments: list[Tensor]) -> list:
+    """Traffic of the forward and the backward pass, operator by operator."""
+    with Operators() as forward:
+        out = step(*arguments)
+    gradient = torch.ones_like(out)
+    with Operators() as backward:
+        out.backward(gradient)
+    return [Traffic(counted.bytes, counted.kernels) for counted in (forward, backward)]

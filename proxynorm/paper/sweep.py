@@ -1,0 +1,102 @@
+"""The answer of a sweep: its runs in one table with figures, Batch Norm the one to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proxynorm.analysis.tables import text_table
+from proxynorm.files import write_text
+from proxynorm.launch.runs import Run
+from proxynorm.paper.compare import welch
+from proxynorm.paper.figures import draw_figures
+from proxynorm.paper.findings import Findings, comparison_grid, gather, verdicts
+from proxynorm.paper.report import as_markdown, provenance
+from proxynorm.paper.table import Cell, Table, TableRun, cell_name
+from proxynorm.paper.tracking import log_comparison
+from proxynorm.train.config import compose_config, settings_from
+
+NOTE = (
+    "top1: top-1 accuracy in percent on the evaluation images after the last epoch, mean ± "
+    "standard deviation over n seeds. minus bn: the difference to the cell that differs in its "
+    "norm alone, with the 95 % interval of Welch's t-test where both have several seeds."
+)
+
+
+def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: str = "") -> str:
+    """Compare a sweep's finished runs; write comparison.md and figures into `folder`.
+
+    name: of the group on W&B; failed: what failed, a line each. Returns the table and the file's
+    path, as text; "" if no run has finished. Raises DataError for the damaged files of a run.
+    """
+    table, table_runs = as_table(runs, name)
+    findings = gather(table, table_runs, folder / "results")
+    if not findings.measured():
+        return ""
+    path = folder / "comparison.md"
+    set_aside(path, command)
+    figures = draw_figures(findings, folder)
+    grid = cells(findings)
+    parts = [f"# {command}", *(f"**{text}**" for text in verdicts(findings)), as_markdown(grid)]
+    parts += [NOTE, failed and f"Failed:\n\n{failed}"]
+    parts += [f"![{caption}]({file})" for file, caption in figures.items()]
+    parts += ["Runs: " + ", ".join(run.name for run in runs), provenance(findings.records)]
+    write_text(path, "\n\n".join(filter(None, parts)) + "\n")
+    logger = settings_from(compose_config(runs[0].arguments)).logger
+    log_comparison(
+        name,
+        logger.mode,
+        folder,
+        {"comparison": comparison_grid(findings)},
+        [folder / file for file in figures],
+        {"command": command},
+        project=logger.project,
+        entity=logger.entity,
+    )
+    return f"{text_table(grid[0], grid[1:])}\n\n" + "\n".join([*verdicts(findings), str(path)])
+
+
+def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:
+    """Return the sweep as a table: its axes are the keys that vary, but for the seed."""
+    points = [dict(word.split("=", 1) for word in run.arguments if "=" in word) for run in runs]
+    varying = [key for key in points[0] if len({point.get(key) for point in points}) > 1]
+    axes = [key for key in varying if key != "seed"] or ["norm"]
+    found: list[TableRun] = []
+    for run, point in zip(runs, points, strict=True):
+        settings = settings_from(compose_config(run.arguments))
+        labels = {key: yaml.safe_load(point.get(key, settings.norm.name)) for key in axes}
+        cell = Cell(cell_name(labels), labels, run.arguments)
+        found.append(TableRun(run.folder, run.arguments, name, cell, settings.seed))
+    blocks = [{key: [value] for key, value in run.cell.labels.items()} for run in found]
+    seeds = max(sum(run.cell.name == other.cell.name for run in found) for other in found)
+    table = Table(name, name, "", [], blocks, axes, seeds, 0.0, "", split="the evaluation images")
+    return table, found
+
+
+def cells(findings: Findings) -> list[list[str]]:
+    """Return the header and a row for each cell, with its difference to that of Batch Norm."""
+    rows: list[list[Any]] = [["", "top1 %", "n", "minus bn", "95 % interval"]]
+    for cell in findings.measured():
+        sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
+        other = bn is not None and cell.labels.get("norm") != "bn"
+        row = [cell.name, str(sample), str(sample.n)]
+        row.append(f"{sample.mean - bn.mean:+.2f}" if other else "")
+        several = other and min(sample.n, bn.n) > 1
+        row.append("{:+.2f} … {:+.2f}".format(*welch(sample, bn)[0]) if several else "")
+        rows.append(row)
+    used = [index for index in range(5) if index < 3 or any(row[index] for row in rows[1:])]
+    return [[row[index] for index in used] for row in rows]
+
+
+def set_aside(path: Path, command: str) -> None:
+    """Move the comparison of another sweep in the same folder into a folder of its own."""
+    if not path.exists() or path.read_text().startswith(f"# {command}\n"):
+        return
+    number = 1 + len(list(path.parent.glob("comparison-*")))
+    former = path.parent / f"comparison-{number}"
+    former.mkdir()
+    for file in (path, *path.parent.glob("*.png"), *path.parent.glob("*.pdf")):
+        file.rename(former / file.name)

@@ -1,0 +1,53 @@
+"""Bytes that a compiled step moves on a GPU, by the code that inductor makes for one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import traffic
+from proxynorm.errors import ConfigError
+
+LAYER = traffic.Options(batch=8, channels=64)  # fewer elements; the bytes of each are the same
+
+
+def total(norm: str, act: str) -> float:
+    """Bytes an element, forward and backward, in bfloat16 and channels_last."""
+    return traffic.measure(LAYER, norm, act, torch.channels_last)[0]["total"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "bound"),
+    [("ln_pn", "relu", 19), ("ln_pn", "silu", 20), ("gn_pn", "relu", 20), ("ln", "relu", 20)],
+)
+def test_a_compiled_layer_is_two_passes_forward_and_two_backward(norm, act, bound):
+    """16 bytes: 2 + 4 forward (statistics; read and write), 4 + 6 backward (sums; gradient)."""
+    assert 16 <= total(norm, act) <= bound
+
+
+def test_a_compiled_network_with_ln_pn_moves_no_more_than_one_with_batch_norm(tmp_path):
+    file = tmp_path / "traffic.json"
+    options = traffic.Options(
+        "resnet20v2", norm=[traffic.TORCH_BN, "ln_pn"], batch=8, size=32, json=str(file)
+    )
+    traffic.main(options)
+    rows = {(row["norm"], row["mode"]): row for row in json.loads(file.read_text())["rows"]}
+    ours = rows["ln_pn", "compiled"]["total"]
+    assert ours <= 1.02 * rows[traffic.TORCH_BN, "compiled"]["total"]
+    assert ours <= 0.8 * rows[traffic.TORCH_BN, "eager"]["total"]
+
+
+def test_the_eager_count_is_that_of_pytorchs_kernels():
+    """BN and ReLU: 2 + 4 and 4 forward, 6 and 8 + 2 backward."""
+    compiled, eager = traffic.measure(LAYER, traffic.TORCH_BN, "relu", torch.channels_last)
+    assert eager["total"] == pytest.approx(26, abs=0.5) and compiled["total"] < 23
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"norm": ["ln_pm"]}, {"act": ["rleu"]}, {"format": ["nhwc"]}, {"batch": 0}]
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        traffic.main(traffic.Options(**wrong))
