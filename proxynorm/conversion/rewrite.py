@@ -153,7 +153,8 @@ def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
         else:
             of_class.append(edit)
     if of_class:
-        module.__class__ = _rewritten_class(type(module), tuple(of_class))
+        original: Any = type(module)
+        module.__class__ = _rewritten_class(original, tuple(of_class))
 
 
 @functools.cache
