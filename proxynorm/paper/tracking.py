@@ -109,16 +109,18 @@ def outcome_figures(outcome: Outcome) -> dict[str, float]:
 
 
 def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> list[str]:
-    """Put finished runs into W&B from their folders or archives, each once; their names.
+    """Put finished runs into W&B from their folders or archives, once a mode; their names.
 
     Each becomes the run that training would have mirrored, in the group of its table. W&B's files
     go to folder/NAME. Runs that training mirrored itself are left out. Raises DataError for damaged
     files, ConfigError for an unknown mode.
     """
-    names = []
+    names, mode = [], choose_mode(mode)
     for run in runs:
         place, mirrored = folder / run.name, (run.folder / "wandb_id.txt").exists()
-        files = None if mirrored or (place / "uploaded").exists() else kept_files(run, results)
+        marker = place / "uploaded"
+        put = mirrored or (marker.exists() and marker.read_text() == f"{mode}\n")
+        files = None if put else kept_files(run, results)
         if files is not None and FAILURE not in files:
             place.mkdir(parents=True, exist_ok=True)
             names += [run.name] if upload_run(run, files, mode, place) else []
