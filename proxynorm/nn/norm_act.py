@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,14 +17,14 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.folding import Constants, Rule, fold, fold_reference
+from proxynorm.nn.fast.folding import Constants, Rule, SharedConstants, fold, fold_reference
 from proxynorm.nn.fast.fused import FoldedConstants, per_channel
 from proxynorm.nn.fast.paths import fused, traceable
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, affine
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
-from proxynorm.nn.passed_over import warn_if_passed_over
+from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
 Moments = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -60,14 +60,6 @@ class _DefaultName(str):
 
 
 _RELU = _DefaultName("relu")
-
-
-class SharedConstants(NamedTuple):
-    """A layer's constants, with the rule and the parameter versions that they were made from."""
-
-    constants: Constants
-    rule: Rule
-    versions: list[tuple[int, int]]
 
 
 class NormAct2d(nn.Module):
@@ -124,7 +116,7 @@ class NormAct2d(nn.Module):
     ) -> None:
         super().__init__()
         if act_layer is _RELU and apply_act:
-            _refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
+            refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
         if num_features < 1:
             raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
         spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
@@ -407,16 +399,3 @@ class NormAct2d(nn.Module):
         parts += [f"norm_batch={self.norm_batch}"] if self.norm_batch is not None else []
         parts += [f"eps={self.eps}", f"apply_act={self.apply_act}"]
         return ", ".join(parts)
-
-
-def _refuse_plain_norm(caller: str) -> None:
-    """Refuse models of timm and torchvision that take a norm without activation as norm_layer=.
-
-    timm tells norm+act layers their activation. A caller of theirs that leaves act_layer out would
-    get a second activation, without any error.
-    """
-    if caller.startswith(("timm.", "torchvision.")):
-        raise ValueError(
-            f"{caller} has an activation of its own behind norm_layer=, and NormAct2d would add "
-            "another: build the model with batch norm, then call proxynorm.convert"
-        )
