@@ -55,25 +55,9 @@ from proxynorm.nn import ACTIVATIONS, NormAct2d, inductor_options
 GPU = torch.device("cuda:0")
 LAYER = "layer"
 # What inductor asks about the device, with the values of an H100.
-PROPERTIES = SimpleNamespace(
-    name="H100",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    total_memory=80 << 30,
-    max_threads_per_multi_processor=2048,
-    regs_per_multiprocessor=65536,
-    warp_size=32,
-    gcnArchName="",
-    shared_memory_per_block=49152,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
-    max_threads_per_block=1024,
-    L2_cache_size=50 << 20,
-    clock_rate=1,
-    memory_bus_width=5120,
-    uuid="",
-)
+PROPERTIES = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32)
+PROPERTIES.max_threads_per_multi_processor, PROPERTIES.max_threads_per_block = 2048, 1024
+PROPERTIES.regs_per_multiprocessor, PROPERTIES.shared_memory_per_block_optin = 65536, 232448
 
 
 @dataclass
@@ -96,14 +80,14 @@ class Traffic(NamedTuple):
 
 def main(options: Options) -> None:
     check(options)
-    rows = []
+    rows: list[dict[str, Any]] = []
     acts = options.act if options.model == LAYER else ["own"]
     for norm, act, memory_format in product(options.norm, acts, options.format):
-        rows += measure(options, norm, act, FORMATS[memory_format])
+        rows += measure(options, norm, act, memory_format)
         print(f"counted: {norm}, {act}, {memory_format}", flush=True)
     unit = "bytes an element" if options.model == LAYER else "MB an image"
-    cells = [[v if isinstance(v, (str, int)) else f"{v:.2f}" for v in r.values()] for r in rows]
-    print(unit, text_table(list(rows[0]), [list(map(str, row)) for row in cells]), sep="\n")
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    print(unit, text_table(list(rows[0]), cells), sep="\n")
     common.write_figures(options, {"unit": unit, "rows": rows})
 
 
@@ -116,40 +100,35 @@ def check(options: Options) -> None:
     common.require_positive(options, "batch", "size", "channels")
 
 
-def measure(options: Options, norm: str, act: str, memory_format: torch.memory_format) -> list:
-    """A row for the compiled step, and one for torch bn's eager step."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors without memory: nothing is computed
-    side = options.size or (56 if options.model == LAYER else 224)
-    if options.model == LAYER:
-        net, channels = _layer(norm, act, options.channels), options.channels
-        unit = options.batch * channels * side * side
+def measure(options: Options, norm: str, act: str, memory_format: str) -> list[dict[str, Any]]:
+    """A row for the compiled step; before it, one for torch bn's eager step."""
+    is_layer = options.model == LAYER
+    side, channels = options.size or (56 if is_layer else 224), options.channels if is_layer else 3
+    unit = options.batch * (channels * side * side if is_layer else 10**6)
+    if is_layer:
+        net = _layer(norm, act, channels)
     else:
-        net, channels = variants.build(Variant(norm, "nchw"), options.model, torch.device("cpu")), 3
-        unit = options.batch * 10**6
+        net = variants.build(Variant(norm, "nchw"), options.model, torch.device("cpu"))
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(torch.bfloat16, memory_format=memory_format)
+            module.to(torch.bfloat16, memory_format=FORMATS[memory_format])
     state = net.state_dict(keep_vars=True)
-    with mode:
-        shape = (options.batch, channels, side, side)
-        images = torch.empty(shape, dtype=torch.bfloat16).to(memory_format=memory_format)
+
+    def step(images: Tensor, *tensors: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(state, tensors)), (images,))
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # shapes alone: nothing is computed
+        images = torch.empty(options.batch, channels, side, side, dtype=torch.bfloat16)
+        images = images.to(memory_format=FORMATS[memory_format])
         # a layer's input has a gradient; a network's images have none
-        arguments = [images.requires_grad_(options.model == LAYER)]
-        arguments += [mode.from_tensor(tensor) for tensor in state.values()]
-
-        def step(images: Tensor, *tensors: Tensor) -> Tensor:
-            return torch.func.functional_call(net, dict(zip(state, tensors)), (images,))
-
-        passes = {"compiled": compiled(step, arguments, inductor_options())}
-        if norm == TORCH_BN:
-            passes["eager"] = eager(step, arguments)
-    names = {"norm": norm, "act": act, "format": _name(memory_format)}
+        arguments = [images.requires_grad_(is_layer), *map(mode.from_tensor, state.values())]
+        # eager first: it finds no gradients, to which it would have to add
+        passes = {"eager": eager(step, arguments)} if norm == TORCH_BN else {}
+        passes["compiled"] = compiled(step, arguments, inductor_options())
     return [
         {
-            **names,
-            "mode": kind,
-            "forward": forward.bytes / unit,
-            "backward": backward.bytes / unit,
+            **{"norm": norm, "act": act, "format": memory_format, "mode": kind},
+            **{"forward": forward.bytes / unit, "backward": backward.bytes / unit},
             "total": (forward.bytes + backward.bytes) / unit,
             "kernels": forward.kernels + backward.kernels,
         }
@@ -159,17 +138,11 @@ def measure(options: Options, norm: str, act: str, memory_format: torch.memory_f
 
 def _layer(norm: str, act: str, channels: int) -> nn.Module:
     """The norm and activation between two 1×1 convolutions, in training mode."""
+    middle: nn.Module = NormAct2d(channels, norm.removeprefix("torch "), False, act)
     if norm == TORCH_BN:
-        activation = NormAct2d(1, act_layer=act).act
-        middle = nn.Sequential(nn.BatchNorm2d(channels), activation)
-    else:
-        middle = NormAct2d(channels, norm, proxy=False, act_layer=act)
-    convolutions = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
-    return nn.Sequential(next(convolutions), middle, next(convolutions))
-
-
-def _name(memory_format: torch.memory_format) -> str:
-    return next(name for name, value in FORMATS.items() if value is memory_format)
+        middle = nn.Sequential(nn.BatchNorm2d(channels), middle.act)
+    first, last = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
+    return nn.Sequential(first, middle, last)
 
 
 def compiled(step: Callable[..., Tensor], arguments: list[Tensor], options: dict[str, Any]) -> list:
@@ -204,21 +177,15 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
     graph.recompile()
     with mode:
         inputs = [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU)
-            if isinstance(t, Tensor)
-            else t
-            for t in inputs
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU) for t in inputs
         ]
     FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
     with tracing(TracingContext(mode)), V.set_fake_mode(mode):
         _recursive_post_grad_passes(graph, is_inference=False)
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
         lowered = GraphLowering(graph, example_inputs=inputs, is_backward=is_backward)
-        with (
-            V.set_graph_handler(lowered),
-            V.set_extern_kernel_nodes([]),
-            V.set_debug_handler(DebugContext()),
-        ):
+        handlers = V.set_graph_handler(lowered), V.set_debug_handler(DebugContext())
+        with handlers[0], handlers[1], V.set_extern_kernel_nodes([]):
             lowered.run(*inputs)
             lowered.codegen()
             left_out = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
@@ -268,9 +235,7 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.bytes = self.kernels = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         outputs = [t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor)]
         left_out = any(word in func.__name__ for word in ("convolution", "mm.", "empty", "detach"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import timm
 from torch import nn
@@ -73,6 +74,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 
 MODELS: tuple[str, ...] = tuple(_ARCHITECTURES)
+_NORM_OPTIONS = [field.name for field in fields(NormOptions) if field.name != "norm"]
 
 
 def create_model(
@@ -81,40 +83,29 @@ def create_model(
     num_classes: int = 1000,
     *,
     in_chans: int = 3,
-    groups: int | None = NormOptions.groups,
-    norm_batch: int | str | None = NormOptions.norm_batch,
-    eps: float | None = NormOptions.eps,
-    proxy_eps: float = NormOptions.proxy_eps,
-    moments: str = NormOptions.moments,
-    nodes: int = NormOptions.nodes,
     se: str | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     pretrained: bool = False,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> nn.Module:
-    """A model by name, with any norm of proxynorm.nn.NORMS in place of batch norm.
+    """Build a model by name, with any norm of proxynorm.nn.NORMS in place of batch norm.
 
     Args:
         name: one of MODELS, or any timm model ("timm/NAME", or NAME where it is not in MODELS).
         norm: one of proxynorm.nn.NORMS.
         num_classes: length of the logits.
         in_chans: channels of the images.
-        groups: groups of gn; None: 4 in resnet20v2 and EfficientNet, else the largest divisor of C
-            up to 32.
-        norm_batch: images that share bn's statistics; None: the micro-batch.
-        eps: the norm's ε; None: 1e-3 in EfficientNet (the authors' value), 1e-5 in the others;
-            timm's own for timm models and for pretrained weights.
-        proxy_eps: PN's ε, added to the variance.
-        moments: how PN's moments are integrated: auto, exact or grid (the paper's).
-        nodes: nodes of the grid.
         se: EfficientNet with PN: "centred" (default; the authors' placement: SE pools the centred,
             unscaled map, the gate applies PN's scale, and the last map before pooling is only
             centred) or "plain" (the paper's formula everywhere). Without PN the two are the same.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
         pretrained: timm's pretrained weights, where there are any.
-        kwargs: the model's own arguments; resnet20v2: depth, width, stem_stride.
+        kwargs: the options of NormOptions (groups, norm_batch, eps, proxy_eps, moments, nodes), and
+            the model's own arguments; resnet20v2: depth, width, stem_stride. groups=None is 4 in
+            resnet20v2 and EfficientNet. eps=None is 1e-3 in EfficientNet (the authors' value), 1e-5
+            in our other models, timm's own for timm models and for pretrained weights.
 
     Returns:
         The model; `default_size` is the side of its training images in pixels.
@@ -124,37 +115,22 @@ def create_model(
             cannot be placed.
     """
     architecture = _architecture(name)
-    common = {
-        "num_classes": num_classes,
-        "in_chans": in_chans,
-        "drop_rate": drop_rate,
-        "drop_path_rate": drop_path_rate,
-    }
+    options = {key: kwargs.pop(key) for key in _NORM_OPTIONS if key in kwargs}
+    arguments = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
+    arguments |= {"drop_path_rate": drop_path_rate, **kwargs}
     try:
-        options = NormOptions(
-            norm,
-            architecture.groups if groups is None else groups,
-            # pretrained weights keep the ε that they were trained with
-            architecture.eps if eps is None and not pretrained else eps,
-            proxy_eps,
-            norm_batch,
-            moments,
-            nodes,
-        )
-        _check_squeeze_excite(architecture, se)
-        _check_arguments({**common, **kwargs})
-        if pretrained and not architecture.pretrained:
-            raise ValueError(
-                "pretrained=True: no weights of this model are published; use pretrained=False and "
-                "train it"
-            )
-        model = _build(architecture, options, {**common, **kwargs}, pretrained)
+        # pretrained weights keep the ε that they were trained with
+        own = {"groups": architecture.groups, "eps": None if pretrained else architecture.eps}
+        own |= {key: value for key, value in options.items() if key not in own or value is not None}
+        chosen = NormOptions(norm, **own)
+        _check_arguments(architecture, arguments, se, pretrained)
+        model = _build(architecture, chosen, arguments, pretrained)
         if not architecture.takes_norm_layer:
             # tests compare our own list's networks with their originals
-            convert(model, **vars(options), verify=name not in _ARCHITECTURES)
+            convert(model, **vars(chosen), verify=name not in _ARCHITECTURES)
     except ValueError as error:
         raise ConfigError(f"model {name} with norm {norm}: {error}") from error
-    if architecture.has_se and options.spec.proxy and se != "plain":
+    if architecture.has_se and chosen.spec.proxy and se != "plain":
         centre_squeeze_excite(model)
     model.default_size = architecture.size
     return model
@@ -185,21 +161,24 @@ def _build(
     return model
 
 
-def _check_arguments(arguments: dict) -> None:
-    """Raise ValueError for wrong numbers of classes or channels, and for wrong drop rates."""
+def _check_arguments(
+    architecture: Architecture, arguments: dict[str, Any], se: str | None, pretrained: bool
+) -> None:
+    """Raise ValueError for wrong values, and for options that the architecture has not."""
     check_whole("num_classes", arguments["num_classes"], 0)
     check_whole("in_chans", arguments["in_chans"], 1)
     for name, value in arguments.items():
         if name.endswith("_rate") and "drop" in name and value is not None:
             check_rate(name, value)
-
-
-def _check_squeeze_excite(architecture: Architecture, se: str | None) -> None:
-    """Raise ValueError for a wrong `se`, and where there is none to place."""
     if se not in (None, "centred", "plain"):
         raise ValueError(f"se={se!r} is neither 'centred' nor 'plain'")
     if se is not None and not architecture.has_se:
         raise ValueError("se is for EfficientNet only")
+    if pretrained and not architecture.pretrained:
+        raise ValueError(
+            "pretrained=True: no weights of this model are published; use pretrained=False and "
+            "train it"
+        )
 
 
 def _architecture(name: str) -> Architecture:

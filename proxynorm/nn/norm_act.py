@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,14 +17,14 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.folding import Constants, Rule, fold, fold_reference
+from proxynorm.nn.fast.folding import Constants, Rule, SharedConstants, fold, fold_reference
 from proxynorm.nn.fast.fused import FoldedConstants, per_channel
 from proxynorm.nn.fast.paths import fused, traceable
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, affine
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
-from proxynorm.nn.passed_over import warn_if_passed_over
+from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
 Moments = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -62,14 +62,6 @@ class _DefaultName(str):
 _RELU = _DefaultName("relu")
 
 
-class SharedConstants(NamedTuple):
-    """A layer's constants, with the rule and the parameter versions that they were made from."""
-
-    constants: Constants
-    rule: Rule
-    versions: list[tuple[int, int]]
-
-
 class NormAct2d(nn.Module):
     """A norm, then Act(y) = φ(γy + β) or PN-Act(y) (see pn_act); a timm norm_act layer.
 
@@ -90,14 +82,14 @@ class NormAct2d(nn.Module):
         ValueError: a wrong option, or an input of the wrong shape.
     """
 
-    # For type checkers, as torch's layers declare theirs; a parameter that is left out is None.
+    # For type checkers, as torch's layers declare theirs; what is left out is None.
     weight: nn.Parameter
     bias: nn.Parameter
     proxy_weight: nn.Parameter
     proxy_bias: nn.Parameter
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -124,7 +116,7 @@ class NormAct2d(nn.Module):
     ) -> None:
         super().__init__()
         if act_layer is _RELU and apply_act:
-            _refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
+            refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
         if num_features < 1:
             raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
         spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
@@ -275,7 +267,12 @@ class NormAct2d(nn.Module):
         if not self.spec.batch_statistics:
             return partial(self.spec.normalize, groups=self.groups, eps=self.eps)
         mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
-        if mean is not None and torch.is_grad_enabled() and not is_transformed():
+        if (
+            mean is not None
+            and var is not None
+            and torch.is_grad_enabled()
+            and not is_transformed()
+        ):
             mean, var = mean.clone(), var.clone()
         return partial(
             self.spec.normalize,
@@ -402,16 +399,3 @@ class NormAct2d(nn.Module):
         parts += [f"norm_batch={self.norm_batch}"] if self.norm_batch is not None else []
         parts += [f"eps={self.eps}", f"apply_act={self.apply_act}"]
         return ", ".join(parts)
-
-
-def _refuse_plain_norm(caller: str) -> None:
-    """Refuse models of timm and torchvision that take a norm without activation as norm_layer=.
-
-    timm tells norm+act layers their activation. A caller of theirs that leaves act_layer out would
-    get a second activation, without any error.
-    """
-    if caller.startswith(("timm.", "torchvision.")):
-        raise ValueError(
-            f"{caller} has an activation of its own behind norm_layer=, and NormAct2d would add "
-            "another: build the model with batch norm, then call proxynorm.convert"
-        )

@@ -1,4 +1,4 @@
-"""Warn where a tool that knows batch norms by class passes over NormAct2d without a word."""
+"""Callers that do not know NormAct2d: tools that pass over it, models that add an activation."""
 
 from __future__ import annotations
 
@@ -33,4 +33,17 @@ def warn_if_passed_over() -> None:
             f"{tool[1]} knows PyTorch's own batch norms only and leaves NormAct2d as it is: "
             f"{_TOOLS[tool]}",
             stacklevel=2,
+        )
+
+
+def refuse_plain_norm(caller: str) -> None:
+    """Refuse models of timm and torchvision that take a norm without activation as norm_layer=.
+
+    timm tells norm+act layers their activation. A caller of theirs that leaves act_layer out would
+    get a second activation, without any error.
+    """
+    if caller.startswith(("timm.", "torchvision.")):
+        raise ValueError(
+            f"{caller} has an activation of its own behind norm_layer=, and NormAct2d would add "
+            "another: build the model with batch norm, then call proxynorm.convert"
         )

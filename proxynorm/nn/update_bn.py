@@ -6,14 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from proxynorm.nn.norm_act import NormAct2d
 
 
 @torch.no_grad()
 def update_bn(
-    model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None
+    model: nn.Module,
+    loader: Iterable[Tensor | list[Tensor] | tuple[Tensor, ...]],
+    device: torch.device | str | None = None,
 ) -> None:
     """Set the running statistics of all batch norms to their averages over a loader's batches.
 

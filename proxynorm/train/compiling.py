@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from proxynorm.cli import first_line
+from proxynorm.nn import inductor_options
 from proxynorm.train.settings import Settings
 
 
@@ -57,7 +58,7 @@ def compile_network(model: nn.Module, mode: str, fixed: bool, say: Callable[[str
 
     fixed: compile each shape by itself, faster kernels than one for all shapes.
     """
-    options = torch._inductor.list_mode_options(mode)
+    options = {**inductor_options(), **torch._inductor.list_mode_options(mode)}
 
     def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         try:

@@ -36,6 +36,14 @@ class Constants(NamedTuple):
     jacobian: Tensor
 
 
+class SharedConstants(NamedTuple):
+    """A layer's constants, with the rule and the parameter versions that they were made from."""
+
+    constants: Constants
+    rule: Rule
+    versions: list[tuple[int, int]]
+
+
 @torch.no_grad()
 def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Constants:
     """The constants for γ, β, γ̃, β̃, each (C,), in float32 (float64 for float64 parameters).
