@@ -56,8 +56,9 @@ def plot_curves(
 
 
 def event_curve(rows: Rows, event: str, key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of a key in the rows of one event."""
-    found = [(row["epoch"], row[key]) for row in rows if row["event"] == event and key in row]
+    """Epochs and values of a key in the rows of one event; a value that was not finite is null."""
+    rows = [row for row in rows if row["event"] == event and row.get(key) is not None]
+    found = [(row["epoch"], row[key]) for row in rows]
     return [epoch for epoch, _ in found], [value for _, value in found]
 
 

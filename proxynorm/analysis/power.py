@@ -72,7 +72,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     model.eval()
     # Without running statistics Batch Norm falls back on the batch's.
     for norm in norms:
-        norm.running_mean = norm.running_var = None
+        norm.running_mean = norm.running_var = None  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -74,11 +74,8 @@ def convert(
     Batch, group, instance and frozen batch norms are replaced wherever they stand, channels-first
     layer norms only where an activation follows. A norm without an activation gets no PN; with PN
     on it keeps its scale and drops its shift (the authors' rule). Weights, γ, β and running
-    statistics are carried over, and the keys of all other weights stay. A module of your own counts
-    as an activation if it keeps no weights but single numbers and acts on each element alone. One
-    that is written out in a forward (x * torch.sigmoid(x)) is refused. The new γ and β are new
-    parameters: make the optimizer afterwards. Batch norms converted with norm_batch="global"
-    compute statistics over all processes, as SyncBatchNorm does.
+    statistics are carried over, and the keys of all other weights stay. An activation written out
+    in a forward (x * torch.sigmoid(x)) is refused. γ and β are new: make the optimizer afterwards.
 
     Args:
         model: a network for maps (N, C, H, W); copies of it are run.
@@ -86,17 +83,10 @@ def convert(
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a function
             that calls the model it is given (a detector's needs targets in training). None: random
             images of several sizes are tried.
-        keep: qualified names of norms to leave as they are, or patterns of such names
-            ("stages.0.*").
+        keep: names of norms to leave as they are, or patterns of such names ("stages.0.*").
         no_activation: the same for norms to convert as followed by no activation, whatever follows.
-        groups: groups of gn; None: the largest divisor of C up to 32.
-        norm_batch: images that share bn's statistics; an integer, None or "global".
-        eps: the norm's ε; None keeps each module's own.
-        proxy_eps: PN's ε, added to the variance.
-        moments: how PN's moments are integrated: auto, exact or grid (the paper's).
-        nodes: nodes of the grid.
-        verify: compare outputs before anything is changed. create_model skips it for networks that
-            tests cover.
+        groups, norm_batch, eps, proxy_eps, moments, nodes: see proxynorm.nn.options.NormOptions.
+        verify: compare outputs before anything is changed; create_model skips what tests cover.
 
     Returns:
         The same model. proxynorm.conversion_report(model) tells what was done.
@@ -109,30 +99,30 @@ def convert(
     """
     _check_arguments(model, keep, no_activation)
     options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
-    spec = options.spec
     with preserved_randomness():
-        _refuse_set_forwards(model)
         call, training, evaluation = _observe(model, example_inputs)
-        plan = make_plan(model, training, evaluation, keep, no_activation, spec.proxy)
+        plan = make_plan(model, training, evaluation, keep, no_activation, options.spec.proxy)
         if verify:
-            check_same(model, call, lambda copied: _apply(copied, plan, _stand_ins(copied, plan)))
+            _verify(model, call, plan, options)
     layers = _make_layers(model, plan, options)
-    if verify and not spec.batch_statistics:
-        with preserved_randomness():
-            check_per_sample(
-                model,
-                call,
-                lambda copied: _apply(copied, plan, _make_layers(copied, plan, options)),
-            )
     _separate_shared_activations(model)
     rows = _rows(model, plan, layers)
     _apply(model, plan, layers)
-    if spec.weight_standardization:
+    if options.spec.weight_standardization:
         _standardize(model, training, evaluation)
-    if spec.proxy:
+    if options.spec.proxy:
         share_moments(model)
     vars(model)["conversion_rows"] = rows  # no module, no parameter: nn.Module need not look
     return model
+
+
+def _verify(model: nn.Module, call: Run, plan: Plan, options: NormOptions) -> None:
+    """Raise ValueError unless copies show that the plan may be carried out."""
+    check_same(model, call, lambda copied: _apply(copied, plan, _stand_ins(copied, plan)))
+    if not options.spec.batch_statistics:
+        check_per_sample(
+            model, call, lambda copied: _apply(copied, plan, _make_layers(copied, plan, options))
+        )
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
@@ -207,6 +197,7 @@ def _observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation
     Where the network fails in one mode (a detector without targets, in training), what the other
     shows has to do.
     """
+    _refuse_set_forwards(model)
     best, error = None, None
     for call in runs_of(model, example_inputs):
         copied = copy_to_run(model)
@@ -316,7 +307,7 @@ def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
 
 def _rows(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:
     """What the plan does with each module, in the network's order; made before it is done."""
-    actions = dict(plan.left)
+    actions = {name: f"left as it is: {why}" for name, why in plan.left.items()}
     for name, edits in plan.edits.items():
         count = sum(len(edit.ordinals) for edit in edits)
         calls = "1 activation call" if count == 1 else f"{count} activation calls"

@@ -66,7 +66,7 @@ def _own(activation: nn.Module) -> nn.Module:
     has_parameters = any(True for _ in activation.parameters())
     own = recognized(activation if has_parameters else copy.deepcopy(activation))
     if hasattr(own, "inplace"):
-        own.inplace = False
+        own.inplace = False  # type: ignore[assignment]  # no tensor, no module
     return own
 
 

@@ -16,6 +16,8 @@ from proxynorm.conversion.observe import NormCall, Observation
 from proxynorm.conversion.rewrite import CannotRewriteError, Edit, Site, plan_edits
 from proxynorm.nn.freeze import hand_on_copy
 
+NOT_CALLED = "no call of it was seen when the network ran on the example inputs"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -78,48 +80,47 @@ def make_plan(
     kind = type(model).__name__
     kept = _matching("keep", keep, norms, kind)
     bare = _matching("no_activation", no_activation, norms, kind)
-    plan = Plan(left=dict.fromkeys(kept, "left as it is: keep"))
+    plan = Plan(left=dict.fromkeys(kept, "keep"))
     joined: dict[NormCall, str] = {}
     refused: dict[str, str] = {}
-    for name in norms:
-        if name in kept:
-            continue
+    for name in (n for n in norms if n not in kept):
+        is_layer_norm = isinstance(norms[name], nn.LayerNorm)
         try:
             place = _place(model, name, training, evaluation, name in bare)
-        except NotCalledError as error:
-            plan.left[name] = f"left as it is: {error}"
-            continue
+            if is_layer_norm and place.activation is None:
+                raise NoPlaceError("a layer norm without an activation behind it")
         except NoPlaceError as error:
-            if isinstance(norms[name], nn.LayerNorm):  # it depends on no batch: it may stay
-                plan.left[name] = f"left as it is: {error}"
-            else:
-                refused[name] = str(error)
-            continue
-        if isinstance(norms[name], nn.LayerNorm) and place.activation is None:
-            plan.left[name] = "left as it is: a layer norm without an activation behind it"
+            # a layer norm depends on no batch, and a norm that does not run on nothing
+            may_stay = is_layer_norm or isinstance(error, NotCalledError)
+            (plan.left if may_stay else refused)[name] = str(error)
             continue
         plan.places[name] = place
         if place.activation is not None:
             joined |= dict.fromkeys(_calls(name, training, evaluation), name)
-    if idle := [name for name, why in plan.left.items() if "no call of it" in why]:
-        warnings.warn(
-            f"convert leaves {', '.join(idle)} of this {kind} as it is: no call of it was seen "
-            "when the network ran on the example inputs",
-            stacklevel=3,
-        )
     refused |= _plan_activations(model, plan, (training, evaluation), joined)
     if refused:
         raise _refusal(refused, norms)
+    _check_something_to_do(kind, plan, proxy)
+    return plan
+
+
+def _check_something_to_do(kind: str, plan: Plan, proxy: bool) -> None:
+    """Raise ValueError if not; warn of norms that were left because they never ran."""
     if not plan.places:
+        skipped = [name for name, why in plan.left.items() if why in ("keep", NOT_CALLED)]
+        others = f" other than {', '.join(skipped)}" if skipped else ""
         raise ValueError(
-            f"nothing to convert: this {kind} has no batch, group or instance norm, and no "
+            f"nothing to convert: this {kind} has no batch, group or instance norm{others}, and no "
             "channels-first layer norm with an activation behind it"
         )
-    if proxy and not joined:
+    if proxy and all(place.activation is None for place in plan.places.values()):
         raise ValueError(
             f"PN has no place: no norm of this {kind} has an activation right behind it"
         )
-    return plan
+    if idle := [name for name, why in plan.left.items() if why == NOT_CALLED]:
+        warnings.warn(
+            f"convert leaves {', '.join(idle)} of this {kind} as it is: {NOT_CALLED}", stacklevel=4
+        )
 
 
 def _matching(option: str, patterns: Iterable[str], norms: Iterable[str], kind: str) -> set[str]:
@@ -144,11 +145,10 @@ def _place(
     _check_norm(model.get_submodule(name))
     calls = _calls(name, training, evaluation)
     if not calls:
-        why = "no call of it was seen when the network ran on the example inputs"
-        if training.error or evaluation.error:
-            mode, told = ("training", training) if training.error else ("evaluation", evaluation)
-            raise NoPlaceError(f"{why}; in {mode} it failed with {told.error}")
-        raise NotCalledError(why)
+        for mode, seen in (("training", training), ("evaluation", evaluation)):
+            if seen.error:
+                raise NoPlaceError(f"{NOT_CALLED}; in {mode} it failed with {seen.error}")
+        raise NotCalledError(NOT_CALLED)
     for mode, seen in (("", training), ("in evaluation mode, ", evaluation)):
         for call in _calls(name, seen):
             # no_activation excuses all but a wrong rank

@@ -153,7 +153,7 @@ def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
         else:
             of_class.append(edit)
     if of_class:
-        module.__class__ = _rewritten_class(type(module), tuple(of_class))
+        module.__class__ = _rewritten_class(type(module), tuple(of_class))  # type: ignore[arg-type]
 
 
 @functools.cache

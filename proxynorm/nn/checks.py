@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeGuard
 
 
 def unknown_name(subject: str, name: object, legal: Sequence[str]) -> str:
@@ -37,5 +38,5 @@ def check_epsilon(name: str, value: object) -> None:
         )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

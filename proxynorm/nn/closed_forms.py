@@ -299,7 +299,8 @@ def elu(a: Tensor, s: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
 
 def celu(a: Tensor, s: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     """u above 0, α(exp(u/α) − 1) below."""
-    return _exponential_tail(a, s, module.alpha, 1 / module.alpha, 1.0)
+    alpha = getattr(module, "alpha", 1.0)
+    return _exponential_tail(a, s, alpha, 1 / alpha, 1.0)
 
 
 def selu(a: Tensor, s: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,9 @@ def working_dtype(like: Tensor) -> torch.dtype:
 _Form = Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, ...]]
 _WITH_SLOPES: dict[str, Callable[[Tensor, Tensor, nn.Module], Moments]] = {
     "relu": lambda a, s, module: closed_forms.leaky_relu(a, s),
-    "leaky_relu": lambda a, s, module: closed_forms.leaky_relu(a, s, module.negative_slope),
+    "leaky_relu": lambda a, s, module: closed_forms.leaky_relu(
+        a, s, getattr(module, "negative_slope", 0.01)
+    ),
     "identity": lambda a, s, module: closed_forms.leaky_relu(a, s, 1.0),
     "silu": lambda a, s, module: closed_forms.silu(a, s),
     "gelu": lambda a, s, module: closed_forms.gelu(a, s),
@@ -139,7 +141,10 @@ _CLOSED: dict[str, _Form] = {
 def _exact(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance by the closed form for this activation, or else by quadrature."""
     form = _CLOSED.get(activation_name(module))
-    return form(a, s, module)[:2] if form is not None else quadrature(module, a, s)
+    if form is None:
+        return quadrature(module, a, s)
+    mean, var, *_ = form(a, s, module)
+    return mean, var
 
 
 def _grid_moments(

@@ -82,14 +82,14 @@ class NormAct2d(nn.Module):
         ValueError: a wrong option, or an input of the wrong shape.
     """
 
-    # For type checkers, as torch's layers declare theirs; a parameter that is left out is None.
+    # For type checkers, as torch's layers declare theirs; what is left out is None.
     weight: nn.Parameter
     bias: nn.Parameter
     proxy_weight: nn.Parameter
     proxy_bias: nn.Parameter
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -267,7 +267,12 @@ class NormAct2d(nn.Module):
         if not self.spec.batch_statistics:
             return partial(self.spec.normalize, groups=self.groups, eps=self.eps)
         mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
-        if mean is not None and torch.is_grad_enabled() and not is_transformed():
+        if (
+            mean is not None
+            and var is not None
+            and torch.is_grad_enabled()
+            and not is_transformed()
+        ):
             mean, var = mean.clone(), var.clone()
         return partial(
             self.spec.normalize,

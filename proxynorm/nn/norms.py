@@ -127,10 +127,10 @@ def _batch_norm(
     """F.batch_norm with running statistics of any precision."""
     # F.batch_norm wants them in the affine's precision (x's, or float32)
     dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
-    cast = [s if s is None else s.to(dtype) for s in running]
-    y = F.batch_norm(x, *cast, weight, bias, training, momentum, eps)
+    mean, var = (s if s is None else s.to(dtype) for s in running)
+    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     if training:
-        for statistic, moved in zip(running, cast):
+        for statistic, moved in zip(running, (mean, var)):
             if statistic is not None and moved is not None and moved is not statistic:
                 statistic.copy_(moved)
     return y

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from proxynorm.nn.norm_act import NormAct2d
 
 
 @torch.no_grad()
-def update_bn(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> None:
+def update_bn(
+    model: nn.Module,
+    loader: Iterable[Tensor | list[Tensor] | tuple[Tensor, ...]],
+    device: torch.device | str | None = None,
+) -> None:
     """Set the running statistics of all batch norms to their averages over a loader's batches.
 
     The equivalent of torch.optim.swa_utils.update_bn, which knows torch's own batch norms only and
@@ -22,7 +27,7 @@ def update_bn(model: nn.Module, loader: Iterable, device: torch.device | str | N
         loader: gives batches of images, or lists and tuples that begin with them.
         device: where to move the images; None leaves them where they are.
     """
-    norms = [m for m in model.modules() if _is_tracked_batch_norm(m)]
+    norms: list[Any] = [m for m in model.modules() if _is_tracked_batch_norm(m)]
     if not norms:
         return
     modes = {module: module.training for module in model.modules()}

@@ -89,7 +89,7 @@ def waits(run: Runs) -> tuple[str, bool]:
 
 
 def resumption(run: Runs) -> tuple[str, bool]:
-    from proxynorm.train.compare import differences
+    from tests.same_run import differences
 
     run("whole", "checkpoint.every_steps=2")
     run("cut", "checkpoint.every_steps=2", "max_steps=6")

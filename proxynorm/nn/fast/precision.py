@@ -18,7 +18,7 @@ def is_transformed() -> bool:
     """Tell whether torch.compile, export, tracing, torch.func or forward-mode AD is at work."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

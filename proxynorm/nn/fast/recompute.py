@@ -141,7 +141,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _enter(model: nn.Module, inputs: tuple) -> None:
+def _enter(model: nn.Module, inputs: tuple[object, ...]) -> None:
     while _is_inside(model):  # a keyboard interrupt left the forward before, without _leave
         _leave_one()
     hooks = None
@@ -151,7 +151,7 @@ def _enter(model: nn.Module, inputs: tuple) -> None:
     _RUN.entered.append((model, hooks))
 
 
-def _leave(model: nn.Module, inputs: tuple, output: object) -> None:
+def _leave(model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
     while _is_inside(model):
         _leave_one()
 

@@ -44,7 +44,7 @@ class SharedMoments:
         self.evaluated: dict[Hashable, tuple[Tensor, Constants]] = {}
         self.served: list[NormAct2d] = []
 
-    def distribute(self, model: nn.Module, inputs: tuple) -> None:
+    def distribute(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
         """Before the forward: gives every layer its constants."""
         if is_transformed():
             return
@@ -87,7 +87,7 @@ class SharedMoments:
                 self.evaluated[family] = before
         return before[1]
 
-    def withdraw(self, model: nn.Module, inputs: tuple, output: object) -> None:
+    def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         """After the forward, a failed one too: leaves no layer with constants."""
         if is_transformed():
             return
