@@ -119,8 +119,9 @@ def create_model(
     arguments = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
     arguments |= {"drop_path_rate": drop_path_rate, **kwargs}
     try:
+        own: dict[str, Any] = {"groups": architecture.groups}
         # pretrained weights keep the ε that they were trained with
-        own = {"groups": architecture.groups, "eps": None if pretrained else architecture.eps}
+        own["eps"] = None if pretrained else architecture.eps
         own |= {key: value for key, value in options.items() if key not in own or value is not None}
         chosen = NormOptions(norm, **own)
         _check_arguments(architecture, arguments, se, pretrained)
