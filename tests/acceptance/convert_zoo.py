@@ -444,10 +444,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Networks that convert and freeze were tried with",
         "",
         "Made by `python tests/acceptance/convert_zoo.py`. Each network was converted with "
-        f"{' and '.join(NORMS)}, compared with the original by convert, trained for a step, saved "
-        "with torch.save and as a state_dict, deep-copied and frozen. The ONNX export, with the first "
-        "norm, runs after all others: where it says so, it was not tried yet. Frozen differs by the given fraction of the output's scale, in float32; "
-        "where that is more than 1e-5, by less than 1e-9 in float64.",
+        f"{' and '.join(NORMS)}, trained for a step and frozen; with {NORMS[0]} also compared with "
+        "the original, saved with torch.save and as a state_dict, deep-copied and, after all "
+        "others, exported to ONNX (where this is not tried yet, the table says so). Frozen differs "
+        "by the given fraction of the output's scale, in float32; where that is more than 1e-5, by "
+        "less than 1e-9 in float64.",
         "",
         f"{len(by_result['ok'])} networks converted, {len(by_result['refused'])} refused, "
         f"{len(by_result['failed'])} failed.",
