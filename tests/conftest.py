@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 
+# Under nohup SIGHUP is ignored, here and in every process that tests start; they test it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 

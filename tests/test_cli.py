@@ -82,7 +82,7 @@ DOORS = ["train.py", "eval.py", *(f"scripts/{path.name}" for path in ROOT.glob("
 def test_a_forgotten_environment_is_one_line(script, tmp_path):
     """-S -E: Python without the packages of any environment, as the system's own is."""
     result = command("-S", "-E", str(ROOT / script), cwd=tmp_path)
-    assert_user_error(result, "activate its environment")
+    assert_user_error(result, "source .venv/bin/activate")
 
 
 SIGNAL_ON_IMPORT = """

@@ -232,8 +232,8 @@ def recorded_weights(monkeypatch) -> list[torch.Tensor]:
     weights = []
     update = Trainer.update_weights
 
-    def recording(self, norm):
-        update(self, norm)
+    def recording(self, norm, good):
+        update(self, norm, good)
         weights.append(self.state.model.fc.weight.detach().clone())
 
     monkeypatch.setattr(Trainer, "update_weights", recording)
