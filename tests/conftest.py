@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-# Under nohup SIGHUP is ignored, here and in every process that tests start; they test it.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
@@ -36,6 +34,8 @@ ON_ONE_WORKER = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "need(condition, reason): tests.helpers.need")
+    # Under nohup SIGHUP is ignored, here and in every process that tests start; they test it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if "gpu" not in config.option.markexpr:
         # Results are the CPU's, on a machine with a GPU too. CUDA looks here when first used.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -228,7 +228,7 @@ def test_ffcv_reads_our_files_as_we_do(betons):
 
 def test_no_image_crosses_a_page(photos, tmp_path, monkeypatch):
     """FFCV's page cache (os_cache=False) needs that, and whole pages."""
-    monkeypatch.setattr("proxynorm.data.ffcv.beton.PAGE_SIZE", 1 << 15)
+    monkeypatch.setattr("proxynorm.data.ffcv.writer.PAGE_SIZE", 1 << 15)
     monkeypatch.setattr("proxynorm.data.images.PAGE_SIZE", 1 << 15)
     prepare(
         list_folder(photos / "train"), tmp_path / "x.beton", StorageOptions(jpeg_probability=0.5)
