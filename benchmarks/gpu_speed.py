@@ -1,4 +1,4 @@
-"""What gpu_check measures: a GPU's bandwidth, layers, networks, the training loop."""
+"""Measure for gpu_check: a GPU's bandwidth, layers, networks, the training loop."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
 
 
 def summary(options: Options, found: dict[str, list], expected: dict[str, list]) -> dict:
-    """What was measured, and how far LN is from the mean field."""
+    """Summarize the measurement, and how far LN is from the mean field."""
     keys = ("width", "depth", "nets", "images", "size", "beta_std", "gamma_std", "padding")
     means = {norm: mean_rows(nets) for norm, nets in found.items()}
     last = {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()}

@@ -32,7 +32,7 @@ _MORE_DRAWS = 8  # further runs in training where random branches hid a norm
 
 @dataclass(frozen=True)
 class ConversionRow:
-    """What convert did with one module.
+    """The action that convert took on one module.
 
     Attributes:
         module: its qualified name.
@@ -218,7 +218,7 @@ def _observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation
 
 
 def _observe_mode(copied: nn.Module, call: Run, training: bool) -> Observation:
-    """What runs of a copy show.
+    """Run a copy and return what was observed.
 
     In training, with as many draws as random branches need to show every norm.
     """
@@ -306,7 +306,7 @@ def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
 
 
 def _rows(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:
-    """What the plan does with each module, in the network's order; made before it is done."""
+    """List what the plan does with each module, in the network's order; made before it is done."""
     actions = {name: f"left as it is: {why}" for name, why in plan.left.items()}
     for name, edits in plan.edits.items():
         count = sum(len(edit.ordinals) for edit in edits)

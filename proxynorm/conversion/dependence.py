@@ -86,7 +86,7 @@ def dependence(
 
 
 def _on_one_line(zero: Tensor, one: Tensor, minus: Tensor, large: Tensor) -> bool:
-    """Whether f(0), f(y), f(−y) and f(100y) are those of an affine f, to rounding."""
+    """Return whether f(0), f(y), f(−y) and f(100y) are those of an affine f, to rounding."""
     step, eps = one - zero, torch.finfo(one.dtype).eps
     # y may be a small part of f, as behind a layer scale of 1e-5: then f's own rounding counts
     bound = (eps**0.5 * step.abs().max()).maximum(16 * eps * one.abs().max()).clamp_min(1e-30)

@@ -71,7 +71,7 @@ def _own(activation: nn.Module) -> nn.Module:
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    """Whether all values are zero; False where there are none to see (meta and fake tensors)."""
+    """Return whether all values are zero; False for meta and fake tensors, which have none."""
     try:
         return not bool(tensor.any())
     except RuntimeError:

@@ -68,7 +68,7 @@ class NormCall:
 
 @dataclass
 class Observation:
-    """What runs of a network in one mode showed.
+    """The observations of a network in one mode.
 
     Attributes:
         norms: every call of each norm, by the norm's name.

@@ -69,7 +69,7 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
 
 
 def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool | None:
-    """Whether the first image alone has the output that it has in its batch; None if untold."""
+    """Return whether the first image alone gives its output in the batch; None if untold."""
     batches: list[Tensor] = []
 
     def alone(copied: nn.Module) -> object:

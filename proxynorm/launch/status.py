@@ -120,7 +120,7 @@ def read_config(folder: Path) -> tuple[float, int | None]:
 
 
 def is_failure(status: int, error: str) -> bool:
-    """Whether a run with this exit status and last line failed by itself.
+    """Return whether a run with this exit status and last line failed by itself.
 
     Not failures: a requested stop, a kill for any reason but lack of memory, and a refusal
     because another process trains the run.
@@ -131,7 +131,7 @@ def is_failure(status: int, error: str) -> bool:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether the process that a run folder's lock file names is alive."""
+    """Return whether the process that a run folder's lock file names is alive."""
     holder = lock_holder(lock)
     if holder is None:
         return False

@@ -76,7 +76,7 @@ class Jobs:
         return now
 
     def left_lock(self, run: Run) -> bool:
-        """Whether a task that has left the queue left the run's lock behind on another host."""
+        """Return whether a task that left the queue left its lock behind on another host."""
         holder = lock_holder(run.folder / ".lock")
         return run.name in self.tasks and holder is not None and holder[0] != socket.gethostname()
 
@@ -127,7 +127,7 @@ def launch_array(
 
 
 def is_due(run: Run, now: Status, retry_failed: bool, log: Log) -> bool:
-    """Whether the run is to be submitted; logs why not."""
+    """Return whether the run is to be submitted; logs why not."""
     if now.state in ("missing", "stopped") or (now.state == "failed" and retry_failed):
         return True
     where = f"{now.state} as job {now.job}" if now.job else "running elsewhere"

@@ -177,7 +177,7 @@ def closing(bn: Sample, plain: Sample, proxied: Sample, norm: str) -> str:
 
 
 def told_apart(first: Sample, second: Sample) -> bool:
-    """Whether the difference of the means is beyond the seeds' spread; unknown counts as yes."""
+    """Return whether the means differ by more than the seeds' spread; if unknown, True."""
     return min(first.n, second.n) < 2 or welch(first, second)[1] <= 0.05
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a table left: cells, samples, comparisons, curves, powers, verdicts."""
+"""The results of a table's runs: cells, samples, comparisons, curves, powers, verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a table would take: its runs, their status, their time."""
+"""The cost of a table: its runs, their status, their time."""
 
 from __future__ import annotations
 

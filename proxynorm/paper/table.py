@@ -255,7 +255,7 @@ def reported_runs(table: Table, root: str | Path, results: str | Path) -> list[T
 
 
 def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
-    """What the table's search has chosen; None for a table without one.
+    """Return what the table's search has chosen; None for a table without one.
 
     Raises ConfigError if the search has not chosen yet.
     """

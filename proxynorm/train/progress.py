@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress line, and a table with a row per evaluation."""
+"""The terminal's output: a progress line, and a table with a row per evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: rows of metrics and checkpoints."""
+"""The files a run writes: rows of metrics and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run folder holds this run, how far it got, and whether it may go on."""
+"""Check that a run folder holds this run, how far it got, and that it may go on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is, as plain typed values.
+"""The settings of a training run, as plain typed values.
 
 proxynorm.train.config turns Hydra's configuration into these.
 """
@@ -86,7 +86,7 @@ class RegularizationSettings:
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or CutMix is on."""
+        """Return whether mixup or CutMix is on."""
         return bool(self.mixup or self.cutmix or self.cutmix_lambda is not None)
 
 

@@ -29,7 +29,7 @@ def test_a_compiled_layer_is_two_passes_forward_and_two_backward(norm, act, boun
 def test_a_compiled_network_with_ln_pn_moves_no_more_than_one_with_batch_norm(tmp_path):
     file = tmp_path / "traffic.json"
     options = traffic.Options(
-        "resnet20v2", norm=[traffic.TORCH_BN, "ln_pn"], batch=8, size=32, json=str(file)
+        model="resnet20v2", norm=[traffic.TORCH_BN, "ln_pn"], batch=8, size=32, json=str(file)
     )
     traffic.main(options)
     rows = {(row["norm"], row["mode"]): row for row in json.loads(file.read_text())["rows"]}

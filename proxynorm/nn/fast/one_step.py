@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 class Step(NamedTuple):
-    """What a layer does: φ, how its moments are made and used, the norm's groups and ε."""
+    """A layer's computation: φ, how its moments are made and used, the norm's groups and ε."""
 
     head: Head
     rule: Rule
