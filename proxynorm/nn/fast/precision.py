@@ -29,6 +29,11 @@ def inductor_options() -> dict[str, object]:
 
     By default inductor stores an intermediate that several reductions read, here the gradient of
     the norm's output, in float32. Computing it again in each costs no memory traffic: its inputs
-    are read there anyway.
+    are read there anyway. Reductions of fewer than 8 values, as those over the channels of a small
+    group, are written out by default, and then each of their sums reads the maps by itself.
     """
-    return {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+    return {
+        "realize_reads_threshold": 16,
+        "realize_opcount_threshold": 200,
+        "unroll_reductions_threshold": 1,
+    }
