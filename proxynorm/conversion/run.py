@@ -50,8 +50,7 @@ def copy_to_run(model: nn.Module) -> nn.Module:
             *module._buffers.values(),
         ):
             if isinstance(value, Tensor) and _has_no_values(value):
-                # positive, as running variances must be
-                random_one = torch.rand(value.shape).to(value.dtype)
+                random_one = _random(value.shape).to(value.dtype)
                 is_parameter = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(random_one) if is_parameter else random_one
             elif isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
@@ -63,6 +62,15 @@ def copy_to_run(model: nn.Module) -> nn.Module:
             f"cannot convert this {type(model).__name__}: convert tries its changes on a copy "
             f"first, and copy.deepcopy fails with {type(error).__name__}: {error}"
         ) from error
+
+
+def _random(shape: torch.Size) -> Tensor:
+    """Return values with which a deep network neither overflows nor vanishes.
+
+    All are positive, as running variances must be; a weight's row sums to about 1.
+    """
+    values = (1 + torch.rand(shape)) / 1.5
+    return values / max(values[0].numel(), 1) if len(shape) > 1 and len(values) else values
 
 
 def _has_no_values(tensor: Tensor) -> bool:
