@@ -63,7 +63,7 @@ def examine(
     yield from check_ffcv(settings)
     try:
         data = open_for_a_look(settings.data)
-        yield from check_data(data)
+        yield from check_data(data, settings.data.on_bad)
         yield from check_amount(settings, experiment, sizes(data))
     except ProxynormError as error:
         data = None
@@ -169,14 +169,18 @@ def unopened(spec: DataSpec, error: ProxynormError) -> Finding:
     return Finding(MISSING, "data", str(error), remedy)
 
 
-def check_data(data: Data | None) -> Iterator[Finding]:
-    """Decode a sample of the images as training does, and say what was found."""
+def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:
+    """Decode a sample of the images as training does, and say what was found.
+
+    on_bad: the run's, as the look itself leaves damaged images out.
+    """
     if data is None:
         text = "Fashion-MNIST is not installed; the first run downloads it"
         yield Finding(WARNING, "data", text, fashion_mnist.PACKAGE)
         return
     for line in data.warnings:
-        yield Finding(WARNING, "data", line, "write the files again, or change the key")
+        remedy = "mend the folder, write the .beton files again, or change the key"
+        yield Finding(WARNING, "data", line, remedy)
     for split in (data.train, data.evaluation):
         order = permutation(0, 0, len(split.rows))[:SAMPLED_IMAGES]
         sample = Split(split.reader, np.sort(split.rows[order]))
@@ -186,7 +190,11 @@ def check_data(data: Data | None) -> Iterator[Finding]:
         text = f"{split.reader.source}: {len(split.rows)} images, {len(order)} of them looked at"
         if bad := list(data.failures.items())[before:]:
             text += f", {len(bad)} damaged ({': '.join(bad[0])})"
-            yield Finding(MISSING, "data", text, "data.on_bad=skip, or repair or remove them")
+            if on_bad == "skip" and len(bad) < len(order):
+                yield Finding(WARNING, "data", text, "repair them, or train without them")
+            else:
+                skip = "" if on_bad == "skip" else "data.on_bad=skip, or "
+                yield Finding(MISSING, "data", text, f"{skip}repair or remove them")
         else:
             yield Finding(OK, "data", text)
 

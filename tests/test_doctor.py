@@ -127,6 +127,12 @@ def test_damaged_images_in_a_folder_are_found(tmp_path):
     train, evaluation = look(*asked)
     assert train.status == OK and evaluation.status == MISSING
     assert "1 damaged" in evaluation.text and "bee/000.jpg: is empty" in evaluation.text
+    assert "data.on_bad=skip" in evaluation.remedy
+    _, evaluation = look(*asked, "data.on_bad=skip")  # the run leaves it out
+    assert evaluation.status == WARNING and "on_bad" not in evaluation.remedy
+    for path in (root / "val").glob("*/*.jpg"):
+        path.write_bytes(b"")
+    assert look(*asked, "data.on_bad=skip")[1].status == MISSING
 
 
 def test_a_wrong_argument_is_one_line(monkeypatch, capsys):

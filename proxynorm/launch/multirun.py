@@ -48,12 +48,14 @@ def sweep_runs(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
     failures = []
     for overrides in sweep:
         try:
-            folder = folder_of(settings_from(compose_config(overrides)))
+            settings = settings_from(compose_config(overrides))
+            folder = folder_of(settings)
         except ConfigError as error:
             failures.append(Failure(own_words(overrides, sweep), 2, str(error)))
             continue
         if folder in found:
-            raise ConfigError(f"two runs of the sweep have the folder {folder}; leave out name=")
+            advice = "leave out name=" if settings.name else "sweep them apart, by runs_dir="
+            raise ConfigError(f"two runs of the sweep have the folder {folder}; {advice}")
         found[folder] = Run(folder, tuple(overrides))
     return list(found.values()), failures
 

@@ -176,10 +176,7 @@ def _check_arguments(
     if se is not None and not architecture.has_se:
         raise ValueError("se is for EfficientNet only")
     if pretrained and not architecture.pretrained:
-        raise ValueError(
-            "pretrained=True: no weights of this model are published; use pretrained=False and "
-            "train it"
-        )
+        raise ValueError("pretrained=True: no weights of this model are published; train it")
 
 
 def _architecture(name: str) -> Architecture:

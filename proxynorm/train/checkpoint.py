@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,9 @@ from proxynorm.errors import CheckpointError, FileError
 from proxynorm.files import write_atomic
 
 FORMAT = 1
+NOT_PLAIN = (
+    "it is no file of torch.save, or holds objects besides tensors (save model.state_dict())"
+)
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
@@ -53,9 +57,10 @@ def read(path: Path) -> dict[str, Any]:
                 damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint: {first_line(error)}"
-        ) from error
+        # torch's own words would advise to execute what is in the file.
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        reason = NOT_PLAIN if unpickling else first_line(error)
+        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
     if not isinstance(content, dict):

@@ -100,8 +100,8 @@ def published_weights(settings: Settings, classes: int, channels: int) -> Weight
     set_offline_if_unreachable()
     try:
         model = create_model(name, "bn", classes, in_chans=channels, pretrained=True, **arguments)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"weights={PUBLISHED}: {error}") from error
     except Exception as error:
         reason = "no network" if hub.HF_HUB_OFFLINE else first_line(error)
         raise ConfigError(
@@ -165,6 +165,8 @@ def carry(
     lines = [f"started from {name}: {len(carried)} of {len(target)} tensors; {'; '.join(notes)}"]
     if words := norm_changes(target, given, used, norms):
         lines.append(f"norm {weights.norm or 'of the file'} → {settings.norm.name}: {words}")
+    elif weights.norm not in (None, settings.norm.name):
+        lines.append(f"norm {weights.norm} → {settings.norm.name}: all its tensors kept")
     record = {"weights": name, "notes": lines}
     record["eps"] = weights.eps if settings.norm.eps is None else None
     restore_eps(model, record)

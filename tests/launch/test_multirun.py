@@ -33,6 +33,8 @@ def test_each_point_is_a_run_with_the_words_of_its_command(tmp_path):
 def test_two_points_in_one_folder_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="two runs of the sweep have the folder"):
         sweep_runs([["name=x", "seed=0"], ["name=x", "seed=1"]])
+    with pytest.raises(ConfigError, match="sweep them apart, by runs_dir="):
+        sweep_runs([["data=folder", "data.root=/a"], ["data=folder", "data.root=/b"]])
 
 
 def test_the_point_that_cannot_be_built_is_named():

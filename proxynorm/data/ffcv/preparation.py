@@ -83,9 +83,10 @@ def prepare(
                 skipped[name] = result
             progress(number + 1)
         if empty := set(listing.targets.tolist()) - set(kept):
+            first = listing.images[listing.targets.tolist().index(min(empty))].name
             raise DataError(
-                f"{output}: every image of class {listing.classes[min(empty)]} is bad; mend it or "
-                "remove the class"
+                f"every image of class {listing.classes[min(empty)]} is bad (the first, {first}: "
+                f"{skipped[first]}); mend them or remove the class"
             )
         manifest = _manifest(listing, kept, options, skipped, converted)
         writer.close(manifest, lambda samples: verify(samples, workers))

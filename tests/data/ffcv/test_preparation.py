@@ -172,6 +172,15 @@ def test_raise_names_the_first_damaged_image_and_leaves_no_file(planted, tmp_pat
     assert not list(tmp_path.glob("*beton*")) and not list(tmp_path.glob(".*"))
 
 
+@needs_ffcv
+def test_a_class_without_a_good_image_is_named_with_its_files(tmp_path):
+    source = write_folder(tmp_path / "data", 2, 1) / "train"
+    for path in (source / "bee").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="class bee is bad .*bee/000.jpg: is empty"):
+        prepare(list_folder(source), tmp_path / "x.beton", StorageOptions(), "skip")
+
+
 def test_unusual_images_keep_their_content(tmp_path):
     image = photograph(7)
     for name, expected in (
