@@ -31,12 +31,16 @@ class LocalLauncher(Launcher):
         self.options = options
 
     def setup(self, *, config: DictConfig, **context: Any) -> None:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
         from proxynorm.train.words import SEARCH
 
         given = config.hydra.overrides
         # Hydra leaves the folders of --config-dir out of a run's own overrides.
         self.shared = [word for word in given.hydra if word.startswith(SEARCH)]
-        keys = [word.partition("=")[0] for word in given.task if "," in word]
+        # A comma alone is no sweep: logger.tags=[a,b]. Nor does seed=range(3) have any.
+        words = OverridesParser.create().parse_overrides(given.task)
+        keys = [word.key_or_group for word in words if word.is_sweep_override()]
         self.name = "-".join(["sweep", *(key for key in keys if key != "seed")])
         if config.logger.group is None:
             self.shared.append(f"logger.group={self.name}")

@@ -45,10 +45,22 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def as_installed(text: str) -> str:
+    """Name the scripts in a text as the user calls them: `proxynorm NAME` where it was so started.
+
+    An installed package has no scripts/.
+    """
+    if not sys.argv[0].startswith("proxynorm "):
+        return text
+    text = re.sub(r"(torchrun .*?)\btrain\.py", r"\1-m proxynorm train", text)
+    text = re.sub(r"(?:python )?scripts/write_ffcv\.py", "proxynorm write-ffcv", text)
+    return re.sub(r"(?:python )?(?:scripts/(\w+)|\b(train|eval))\.py", r"proxynorm \1\2", text)
+
+
 def fail(error: BaseException) -> NoReturn:
     """Print one line on standard error and exit with status 2."""
     # One write: other processes may print at the same time.
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.stderr.write(f"error: {as_installed(' '.join(str(error).split()))}\n")
     sys.exit(2)
 
 
@@ -140,5 +152,5 @@ def script(options: type, action: Callable[[Any], int | None], description: str)
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         text = f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}"
-        guard(lambda: print(text))
+        guard(lambda: print(as_installed(text)))
     guard(lambda: action(parse_options(options, arguments)))

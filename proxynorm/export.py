@@ -6,6 +6,7 @@ Each file is loaded back, and its logits are compared with the run's.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def export_run(
     the run has no such checkpoint or summary, or if what was written does not give the same logits;
     ConfigError where a library is missing.
     """
+    if onnx:
+        check_onnx()  # before anything is written
     run, output = Path(run), Path(output)
     restored = restore(checkpoint_path(str(run), None, weights))
     if not (run / "summary.json").is_file():
@@ -100,19 +103,21 @@ def example_images(inputs: dict[str, Any], count: int = 4) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
+def check_onnx() -> None:
+    """Raises ConfigError where onnx, onnxruntime or onnxscript is missing."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        if find_spec(package) is None:
+            raise ConfigError(f"onnx=true needs {package}: pip install 'proxynorm[export]'")
+
+
 def export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) -> float:
     """Write the frozen model (proxy constants folded) as ONNX with any batch size.
 
-    Returns the largest difference from `logits` under onnxruntime. Raises ConfigError where onnx,
-    onnxscript or onnxruntime is missing, CheckpointError if the logits differ.
+    Returns the largest difference from `logits` under onnxruntime. Raises CheckpointError if the
+    logits differ.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        install = "pip install 'proxynorm[export]'"
-        raise ConfigError(f"onnx=true needs {error.name}: {install}") from error
+    import onnxruntime
+
     program = torch.onnx.export(
         freeze(model),
         (images,),

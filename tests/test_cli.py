@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxynorm.cli import guard, option, options_help, parse_options
+from proxynorm.cli import as_installed, guard, option, options_help, parse_options
 from proxynorm.errors import ConfigError
 from tests.helpers import ROOT
 
@@ -67,6 +67,14 @@ def test_options():
         with pytest.raises(ConfigError, match=message) as error:
             parse_options(Options, arguments)
         assert "\n" not in str(error.value)
+
+
+def test_an_installed_command_names_itself_in_its_texts(monkeypatch):
+    text = "python train.py -m x; torchrun --n=8 train.py y; make it with scripts/write_ffcv.py"
+    assert as_installed(text) == text
+    monkeypatch.setattr(sys, "argv", ["proxynorm train"])
+    said = "proxynorm train -m x; torchrun --n=8 -m proxynorm train y; make it with proxynorm "
+    assert as_installed(text) == said + "write-ffcv"
 
 
 def test_train_help_is_readable():

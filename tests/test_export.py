@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from proxynorm.errors import CheckpointError
+from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.export import export_run, load
 from proxynorm.files import write_json, write_text
 from proxynorm.train import checkpoint
@@ -89,6 +89,13 @@ def test_onnx_agrees_with_the_run(tmp_path):
         differences["model.onnx"] < 1e-4
         and "model.onnx" in (tmp_path / "out" / "README.md").read_text()
     )
+
+
+def test_without_onnx_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("proxynorm.export.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs onnx: pip install 'proxynorm\[export\]'"):
+        export_run(tmp_path / "run", tmp_path / "out", onnx=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_a_summary_is_not_exported(tmp_path):

@@ -106,7 +106,7 @@ def plot_cells(
         if cell in references:
             axes.plot(references[cell], row, "|", color="black", ms=12)
     axes.set_yticks(range(len(samples)), [norm_label(cell) for cell in samples])
-    axes.invert_yaxis()
+    axes.set_ylim(len(samples) - 0.5, -0.5)  # the first on top
     axes.set(xlabel=label)
     save_figure(figure, path, formats)
 

@@ -68,9 +68,10 @@ def new_figure(
 
 
 def draw_band(axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], **style: Any):
-    """Draw the mean over seeds as a line, and their range as a band."""
+    """Draw the mean over seeds as a line, a single point as a dot, and their range as a band."""
     values = np.asarray(seeds, dtype=float)
-    (line,) = axes.plot(x, values.mean(0), **{"lw": 1.5, **style})
+    marker = {"marker": "o", "ms": 3} if len(x) == 1 else {}
+    (line,) = axes.plot(x, values.mean(0), **{"lw": 1.5, **marker, **style})
     shade = {"color": line.get_color(), "alpha": 0.2 * (line.get_alpha() or 1), "lw": 0}
     axes.fill_between(x, values.min(0), values.max(0), **shade)
 

@@ -14,7 +14,8 @@ Commands
   docs     render the tables of results in README.md and docs/*.md anew (no table=)
 
 Upload offline W&B runs with: wandb sync runs/TABLE/wandb/offline-run-* and
-wandb sync runs/TABLE/*/wandb/offline-run-*"""
+wandb sync runs/TABLE/*/wandb/offline-run-*, and what upload made offline with
+wandb sync runs/TABLE/upload/*/wandb/offline-run-*"""
 
 from __future__ import annotations
 

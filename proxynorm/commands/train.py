@@ -6,7 +6,7 @@ import traceback
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from proxynorm.cli import fail, guard
+from proxynorm.cli import as_installed, fail, guard
 from proxynorm.errors import ProxynormError
 from proxynorm.train.config import CONFIGS, check_arguments, settings_from
 
@@ -44,7 +44,7 @@ def entry() -> None:
         if {"-h", "--help"} & set(words):
             from proxynorm.train.help import help_text
 
-            guard(lambda: print(help_text([word for word in words if "=" in word])))
+            guard(lambda: print(as_installed(help_text([word for word in words if "=" in word]))))
     except ProxynormError as error:
         fail(error)
     main()

@@ -83,8 +83,10 @@ def as_markdown(grid: Grid) -> str:
 
 
 def wide_table(findings: Findings) -> Grid:
-    """Mean ± standard deviation, row axes down, column axes across."""
+    """Mean ± standard deviation: column axes across, the others down, also those not in rows."""
     table = findings.table
+    axes = dict.fromkeys(axis for cell in findings.cells for axis in cell.labels)
+    down = [*table.rows, *(axis for axis in axes if axis not in {*table.rows, *table.columns})]
 
     def label(cell: Cell, axes: Sequence[str]) -> str:
         values = [(axis, cell.labels[axis]) for axis in axes if cell.labels.get(axis) is not None]
@@ -92,10 +94,10 @@ def wide_table(findings: Findings) -> Grid:
             v if isinstance(v, str) else f"{a.rpartition('.')[2]} {v}" for a, v in values
         )
 
-    rows = list(dict.fromkeys(label(cell, table.rows) for cell in findings.cells))
+    rows = list(dict.fromkeys(label(cell, down) for cell in findings.cells))
     columns = list(dict.fromkeys(label(cell, table.columns) for cell in findings.cells))
     shown = {
-        (label(cell, table.rows), label(cell, table.columns)): str(findings.samples[cell.name])
+        (label(cell, down), label(cell, table.columns)): str(findings.samples[cell.name])
         for cell in findings.cells
     }
     unnamed = "any" if table.columns else f"{table.metric} %"

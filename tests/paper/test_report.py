@@ -3,6 +3,7 @@
 import filecmp
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 from mpmath import betainc
@@ -13,7 +14,7 @@ from proxynorm.errors import ConfigError, DataError
 from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
 from proxynorm.paper.findings import gather, loss_ratio
 from proxynorm.paper.records import Record, archive_path, collect, kept_files, read_archive
-from proxynorm.paper.report import write_report
+from proxynorm.paper.report import wide_table, write_report
 from proxynorm.paper.search import choose, protocol
 from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
 from tests.helpers import ROOT
@@ -172,6 +173,16 @@ def test_the_report_says_what_was_measured(tiny, finished, tmp_path):
     assert str(tmp_path) not in text.replace(tiny.file, "tiny.yaml")
     for name in ("cells.png", "curves.png", "power.png"):
         assert f"]({name})" in text and (tmp_path / "report" / name).is_file()
+
+
+def test_the_wide_table_has_a_place_for_each_cell(tiny, tmp_path):
+    """Also where the cells differ in an axis that the table names nowhere."""
+    tiny = replace(tiny, cells=[{"norm": ["bn"], "batch": [32, 64]}], rows=["norm"], comparisons=[])
+    runs = table_runs(tiny, tmp_path / "runs")
+    for run, top1 in zip(runs, (90.0, 91.0)):
+        write_run(run, top1)
+    rows = wide_table(gather(tiny, runs, tmp_path))
+    assert rows == [["", "top1 %"], ["bn, batch 32", "90.00"], ["bn, batch 64", "91.00"]]
 
 
 @pytest.mark.parametrize("name", ["tiny.yaml", "it's a tiny.yaml"])

@@ -8,7 +8,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
 
+from hydra_plugins.proxynorm_launchers import LocalLauncher
 from proxynorm.launch.multirun import sweep_runs
 from proxynorm.paper.sweep import answer, as_table
 from tests.helpers import ROOT, SMALL
@@ -70,6 +72,14 @@ def test_another_sweep_in_the_folder_loses_nothing(runs, tmp_path):
     former = tmp_path / "comparison-1"
     assert (former / "comparison.md").read_text().startswith("# first\n")
     assert (former / "curves.png").exists() and not (tmp_path / "comparison-2").exists()
+
+
+def test_the_group_is_named_after_what_is_swept(tmp_path):
+    task = ["norm=bn,ln", "logger.tags=[a,b]", "data.root='x,y'", "batch=range(8,32,8)", "seed=0,1"]
+    given = {"overrides": {"hydra": [], "task": task}, "sweep": {"dir": str(tmp_path)}}
+    launcher = LocalLauncher()
+    launcher.setup(config=OmegaConf.create({"hydra": given, "logger": {"group": None}}))
+    assert launcher.name == "sweep-norm-batch"
 
 
 def test_axes_are_what_varies_but_for_the_seed(tmp_path):
