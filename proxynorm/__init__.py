@@ -54,7 +54,7 @@ def __getattr__(name: str) -> object:
             raise
         if name == "NormAct2d":  # its home tells timm about the class; without timm, nn's serves
             return importlib.import_module("proxynorm.nn").NormAct2d
-        message = f"proxynorm.{name} needs {package}: pip install 'proxynorm[train]'"
+        message = f"proxynorm.{name} needs {package}: install proxynorm's extra [train]"
         raise ModuleNotFoundError(message, name=error.name) from None
 
 

@@ -77,7 +77,7 @@ def examine(
 def check_python() -> Iterator[Finding]:
     """The interpreter and the packages that training requires."""
     yield Finding(OK, "python", f"{platform.python_version()} on {platform.platform()}")
-    install = "pip install 'proxynorm[train]', or -e '.[train]' in a checkout"
+    install = "install proxynorm's extra [train]; in a checkout: pip install -e '.[train]'"
     try:
         required = [Requirement(line) for line in metadata.requires("proxynorm") or []]
     except metadata.PackageNotFoundError:

@@ -107,7 +107,7 @@ def check_onnx() -> None:
     """Raises ConfigError where onnx, onnxruntime or onnxscript is missing."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if find_spec(package) is None:
-            raise ConfigError(f"onnx=true needs {package}: pip install 'proxynorm[export]'")
+            raise ConfigError(f"onnx=true needs {package}: install proxynorm's extra [export]")
 
 
 def export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) -> float:

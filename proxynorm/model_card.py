@@ -85,5 +85,6 @@ def requirement() -> str:
         text = None
     origin = json.loads(text or "{}")
     if "vcs_info" not in origin:
-        return "proxynorm[train]"
+        # The package index has the name for another project, so a repository must be given.
+        return "proxynorm[train] @ git+URL"
     return f"proxynorm[train] @ git+{origin['url']}@{origin['vcs_info']['commit_id']}"

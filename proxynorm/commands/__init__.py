@@ -44,11 +44,11 @@ def run(name: str) -> None:
     try:
         module = import_module(f"proxynorm.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
-        # `pip install proxynorm` brings the layer alone.
+        # Without its extras, proxynorm is the layer alone.
         if error.name is None or error.name.partition(".")[0] == "proxynorm":
             raise
         # In a checkout, most likely the environment is not active.
-        remedy = "source .venv/bin/activate, or pip install 'proxynorm[train]'"
+        remedy = "source .venv/bin/activate, or install proxynorm's extra [train]"
         sys.exit(_fail(f"{name} needs {error.name}, which {sys.executable} lacks: {remedy}"))
     module.entry()
 
