@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import torch
 
 from proxynorm.train.timing import StepTimer, profiled
+from tests.helpers import ROOT
+
+TRACE = """
+import sys
+from pathlib import Path
+import torch
+from proxynorm.train.timing import profiled
+
+with profiled(2, Path(sys.argv[1])) as after_step:
+    for _ in range(5):
+        torch.ones(3).sum()
+        after_step()
+"""
 
 
-def test_a_trace_is_written_and_named(tmp_path, capfd):
-    with profiled(2, tmp_path) as after_step:
-        for _ in range(5):
-            torch.ones(3).sum()
-            after_step()
+def test_a_trace_is_written_and_named(tmp_path):
+    """In a process of its own: Kineto asks for its log level once, at the first profiler."""
+    command = [sys.executable, "-c", TRACE, str(tmp_path)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     path = tmp_path / "trace.json"
     assert any(
         event.get("name") == "aten::sum" for event in json.loads(path.read_text())["traceEvents"]
     )
-    shown = capfd.readouterr()
-    assert shown.out == f"trace in {path}: open it in https://ui.perfetto.dev\n"
-    assert "USDT" not in shown.err and "ERROR" not in shown.err
+    assert shown.stdout == f"trace in {path}: open it in https://ui.perfetto.dev\n"
+    assert "USDT" not in shown.stderr and "ERROR" not in shown.stderr
 
 
 def test_without_steps_nothing_is_traced(tmp_path):
