@@ -300,7 +300,7 @@ def test_the_protocol_tells_whether_every_norm_got_the_same_search():
     equal = protocol(load_table("mini_search"), ROOT / "results")
     tuned = protocol(load_table("former_norms"), ROOT / "results")
     assert equal == (
-        "Search mini_search: every norm got the same 6 points of "
-        "optim.base_lr × optim.weight_decay, 2 seeds: 12 runs."
+        "Search mini_search: every norm got the same 8 points of "
+        "optim.base_lr × optim.weight_decay, 2 seeds: 16 runs."
     )
     assert tuned.endswith("another grid for ln_pn (7 runs), ln_ws (7 runs).")
