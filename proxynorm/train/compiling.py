@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from proxynorm.cli import first_line
-from proxynorm.nn import inductor_options
+from proxynorm.nn import inductor_options, recompute
 from proxynorm.train.settings import Settings
 
 
@@ -51,6 +51,23 @@ def set_switches(settings: Settings, device: torch.device) -> None:
 def fixed_shapes(settings: Settings) -> bool:
     """Return whether all training batches have one shape: no growing images, none left out."""
     return settings.data.ramp is None and settings.data.on_bad == "raise"
+
+
+def choose_execution(
+    model: nn.Module,
+    settings: Settings,
+    device: torch.device,
+    accumulation: int,
+    say: Callable[[str], None],
+) -> None:
+    """Let `model` compute with recomputation or compiled, in place; say what is not as asked."""
+    mode, notice = compile_mode(settings, device, accumulation)
+    if notice:
+        say(notice)
+    if settings.recompute:
+        recompute(model)
+    if mode is not None:
+        compile_network(model, mode, fixed_shapes(settings), say)
 
 
 def compile_network(model: nn.Module, mode: str, fixed: bool, say: Callable[[str], None]) -> None:

@@ -82,6 +82,17 @@ class Process:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def parallel(self, model: torch.nn.Module, static_graph: bool) -> torch.nn.Module:
+        """Return `model` with gradients averaged over the processes; static_graph: see torch's."""
+        if self.world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            static_graph=static_graph,
+        )
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -10,8 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from proxynorm.train.config import CONFIGS, choices, compose_config, groups
-from proxynorm.train.words import search_folders
+from proxynorm.train.config import CONFIGS, choices, compose_config, groups, parse, search_folders
 
 WIDTH, COLUMN = 80, 27
 USAGE = """Train a network with any norm, with or without the proxy-normalized activation.
@@ -35,7 +34,7 @@ Groups: group=option, the chosen one in brackets
 def help_text(arguments: Sequence[str]) -> str:
     """Return the help for a command line: the options it chooses, and their keys."""
     values = OmegaConf.to_container(compose_config(arguments), resolve=True)
-    chosen, options = choices(arguments), groups(search_folders(arguments))
+    chosen, options = choices(arguments), groups(search_folders(parse(arguments)))
     parts = [USAGE]
     for group in options.keys() - {"experiment"}:
         names = [f"({name})" if name == chosen[group] else name for name in options[group]]

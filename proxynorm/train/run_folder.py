@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from proxynorm.errors import CheckpointError, ConfigError, DataError
-from proxynorm.files import finite, write_json, write_text, writing
+from proxynorm.files import finite, write_text, writing
 
 # The packages and the machine's properties that floating-point results may depend on.
 NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")
@@ -90,16 +90,6 @@ class RunFolder:
             for item in folder.glob(".*.tmp"):
                 item.unlink()
 
-    def write_environment(self, environment: dict[str, Any], saved: bool) -> None:
-        """Write environment.json; saved: whether a checkpoint was ever saved here."""
-        write_json(self.environment, {**environment, "saved": saved})
-
-    def mark_saved(self) -> None:
-        """Record at the first save that there is a checkpoint."""
-        stored = self.read_environment()
-        if stored is not None and not stored.get("saved"):
-            self.write_environment(stored, saved=True)
-
     def read_environment(self) -> dict[str, Any] | None:
         """Read environment.json; None if it is missing or damaged."""
         try:
@@ -154,10 +144,6 @@ class RunFolder:
         if self.metrics.exists():
             with writing(self.metrics), open(self.metrics, "rb") as stream:
                 os.fsync(stream.fileno())
-
-    def lost_checkpoint(self) -> bool:
-        """Return whether the folder held a checkpoint once, by its other files."""
-        return self.summary.exists() or bool((self.read_environment() or {}).get("saved"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

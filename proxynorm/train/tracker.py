@@ -14,9 +14,7 @@ from typing import Any
 from proxynorm.analysis.power_files import from_metrics
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.train.settings import CHOICES, Settings
-
-MODES = CHOICES["logger.mode"]
+from proxynorm.train.settings import Settings, wrong_choice
 
 
 def has_key() -> bool:
@@ -31,8 +29,8 @@ def has_key() -> bool:
 
 def choose_mode(mode: str) -> str:
     """Resolve auto: WANDB_MODE if set, else online with a key, offline without."""
-    if mode not in MODES:
-        raise ConfigError(f"logger.mode={mode}: valid: {', '.join(MODES)}")
+    if hint := wrong_choice("logger.mode", mode):
+        raise ConfigError(f"logger.mode={mode}: {hint}")
     if mode != "auto":
         return mode
     return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
@@ -78,7 +76,7 @@ class Tracker:
             mode,
             name,
             folder,
-            [*(f"{key}={value}" for key, value in shown.items()), *logger.tags],
+            [*(f"{key}={value}" for key, value in shown.items()), *(logger.tags or [])],
             project=logger.project,
             entity=logger.entity,
             group=logger.group,

@@ -62,9 +62,10 @@ def test_a_row_without_rates_is_shown_without_them(capsys):
         "lr 0.1",
         "gradient 1",
     ]
-    Display(9, 1).epoch(
-        {"epoch": 1, "step": 1, "loss": 2.0, "top1": 1.0, "top5": 2.0}, 2.5, float("nan"), 3.0
-    )
+    display = Display(9, 1)
+    display.update({"epoch": 1, "step": 1, "loss": 2.5})
+    evaluated = {"loss": 2.0, "top1": 1.0, "top5": 2.0, "train_seconds": 3.0}
+    display.epoch({"epoch": 1, "step": 1, **evaluated})
     assert capsys.readouterr().out.split() == ["1/1", "1", "2.5000", "2.0000", "1.00", "2.00", "3"]
 
 

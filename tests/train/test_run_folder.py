@@ -124,21 +124,12 @@ def test_a_summary_without_its_keys_is_damaged(run_small, text):
     assert run_small("name=a", "max_steps=2").status == 0 and (run.folder / "summary.json").exists()
 
 
-def test_a_run_killed_in_its_first_epoch_is_not_cleared_either(run_small, monkeypatch, tmp_path):
-    """There was a checkpoint, but no evaluation yet; before the first save a run begins anew."""
-    for step in (2, 8):
-        at_step(monkeypatch, step, kill)
-        with pytest.raises(Killed):
-            run_small("name=a", "checkpoint.every_steps=3")
-        assert (tmp_path / "a" / "checkpoints" / "last.pt").exists() == (step == 8)
-    for path in (tmp_path / "a" / "checkpoints").iterdir():
-        path.unlink()
-    with pytest.raises(CheckpointError, match="neither last.pt nor previous.pt"):
-        run_small("name=a")
+def test_a_run_killed_before_its_first_save_begins_anew(run_small, monkeypatch, tmp_path):
     at_step(monkeypatch, 2, kill)
     with pytest.raises(Killed):
-        run_small("name=a", "resume=never")
-    assert run_small("name=a", "max_steps=3").status == 0
+        run_small("name=a")
+    assert (tmp_path / "a" / "metrics.jsonl").exists()
+    assert [row["step"] for row in run_small("name=a", "max_steps=3").rows] == [1, 2, 3, 3]
 
 
 def test_other_versions_are_told(run_small, capsys, monkeypatch):

@@ -8,14 +8,14 @@ import sys
 
 import torch
 
-from proxynorm.train.timing import StepTimer, profiled
+from proxynorm.train.progress import StepTimer, profiled
 from tests.helpers import ROOT
 
 TRACE = """
 import sys
 from pathlib import Path
 import torch
-from proxynorm.train.timing import profiled
+from proxynorm.train.progress import profiled
 
 with profiled(2, Path(sys.argv[1])) as after_step:
     for _ in range(5):
