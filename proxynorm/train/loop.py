@@ -19,9 +19,7 @@ from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.loaders import on_device
-from proxynorm.train import checkpoint
-from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
-from proxynorm.train.compiling import choose_execution, set_switches
+from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
 from proxynorm.train.finetune import freeze_parts, train_mode
@@ -30,10 +28,9 @@ from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedu
 from proxynorm.train.preemption import Preempted, StopRequest, leave_at_once
 from proxynorm.train.progress import Display, StepTimer, profiled
 from proxynorm.train.readback import Readback, Undo, step_if
-from proxynorm.train.resume import record
+from proxynorm.train.resume import TrainState, record
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings
-from proxynorm.train.state import TrainState
 from proxynorm.train.tracker import Tracker
 
 
@@ -58,9 +55,9 @@ class Trainer:
     ) -> None:
         self.settings, self.process, self.data = settings, process, data
         self.run, self.stop = run, stop
-        set_switches(settings, process.device)
-        self.dtype = choose_dtype(settings, process.device)
-        self.memory_format = choose_memory_format(settings, process.device)
+        build.set_switches(settings, process.device)
+        self.dtype = build.choose_dtype(settings, process.device)
+        self.memory_format = build.choose_memory_format(settings, process.device)
         self.micro_batch = settings.micro_batch_for(process.world_size)
         self.accumulation = settings.batch // (process.world_size * self.micro_batch)
         self.loader = data.train_loader(
@@ -69,11 +66,11 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
-        self.mixing = create_mixing(settings.regularization, len(data.info.classes))
+        self.mixing = build.create_mixing(settings.regularization, len(data.info.classes))
         self.state = self.fresh_state()
         self.display = Display(self.last_step, settings.epochs, visible=process.is_main)
         self.tracker: Tracker | None = None  # of the first process, from `fit` on
-        choose_execution(
+        build.choose_execution(
             self.state.model, settings, process.device, self.accumulation, self.display.print
         )
         # no_sync() changes the graph between the forwards of an update.
@@ -85,7 +82,9 @@ class Trainer:
     def fresh_state(self) -> TrainState:
         """Return the state before the first step: weights and optimizer as the seed makes them."""
         settings, device = self.settings, self.process.device
-        model = seeded_model(settings, self.data.info).to(device, memory_format=self.memory_format)
+        model = build.seeded_model(settings, self.data.info).to(
+            device, memory_format=self.memory_format
+        )
         self.frozen = freeze_parts(model, settings.freeze)
         optimizer = create_optimizer(model, settings)
         scheduler = create_schedule(optimizer, settings, self.steps_per_epoch)
@@ -118,20 +117,6 @@ class Trainer:
                 self.settle()
                 self.state.train_seconds += self.timer.since_step()
                 self.evaluate_if_due()
-
-    def epoch_steps(self) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each remaining step of the current epoch."""
-        epoch, start = divmod(self.state.step, self.steps_per_epoch)
-        overfit = self.settings.debug.overfit
-        place = (0, 0) if overfit else (epoch, start)
-        batches = self.loader.epoch(*place, self.leave_while_waiting)
-        with closing(batches):  # ends the loader's threads when the epoch is left early
-            arriving = on_device(batches, self.process.device)
-            while micro_batches := list(islice(arriving, self.accumulation)):
-                if overfit:
-                    yield from repeat(micro_batches, self.steps_per_epoch - start)
-                    return
-                yield micro_batches
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Make one weight update, take in the figures of the one before, then save if due.
@@ -237,6 +222,20 @@ class Trainer:
         if ema is not None and by_epoch and step % self.steps_per_epoch == 0:
             ema.update(self.state.model, step=step // self.steps_per_epoch)
 
+    def epoch_steps(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each remaining step of the current epoch."""
+        epoch, start = divmod(self.state.step, self.steps_per_epoch)
+        overfit = self.settings.debug.overfit
+        place = (0, 0) if overfit else (epoch, start)
+        batches = self.loader.epoch(*place, self.leave_while_waiting)
+        with closing(batches):  # ends the loader's threads when the epoch is left early
+            arriving = on_device(batches, self.process.device)
+            while micro_batches := list(islice(arriving, self.accumulation)):
+                if overfit:
+                    yield from repeat(micro_batches, self.steps_per_epoch - start)
+                    return
+                yield micro_batches
+
     # Updates that are not finite
 
     def undo(self) -> Undo | None:
@@ -281,7 +280,8 @@ class Trainer:
         state.step -= 1  # as the weights are: those from before it
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
         layers = self.process.gather(affected(state.model, images, self.dtype))
-        raise NonFiniteError(describe(state, loss, norm, step.learning_rate, layers))
+        figures = (loss, norm, step.learning_rate)
+        raise NonFiniteError(describe(state.step + 1, state.skipped - 1, *figures, layers))
 
     # Evaluation
 

@@ -17,7 +17,7 @@ from proxynorm.train.finetune import carry, read_weights, restore_eps, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
 from proxynorm.train.resume import finished, require_checkpoint, resume
-from proxynorm.train.run_folder import RunFolder, environment
+from proxynorm.train.run_folder import RunFolder, environment, read_metrics
 from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 
@@ -170,6 +170,6 @@ def overview(trainer: Trainer) -> str:
 def draw_curves(run: RunFolder) -> None:
     """Draw the curves, or warn: the next start of the finished run tries again."""
     try:
-        plot_curves({run.path.name: [run.read_rows()]}, run.curves)
+        plot_curves({run.path.name: [read_metrics(run.metrics)]}, run.curves)
     except (DataError, FileError) as error:
         print(f"warning: the curves are not drawn: {error}", file=sys.stderr)

@@ -63,7 +63,7 @@ class OptimSettings:
     base_batch: int = number(128, "at least 1")
     momentum: float = number(0.9, "at least 0 and below 1")
     weight_decay: float = number(1e-4, "at least 0 and finite")
-    decay_per_image: float | None = None
+    decay_per_image: float | None = None  # no longer in use: part of older runs' names
     eps: float | None = number(None, "at least 0 and finite")
     alpha: float | None = number(None, "at least 0 and below 1")
     alpha_per_image: float | None = number(None, "at least 0 and finite")

@@ -114,7 +114,10 @@ def test_text_is_what_the_settings_declare_as_text():
         ("--lr=0.1", "write optim.lr=0.1"),
         ("--batch-size 32", "write batch=32"),
         ("-b 32 norm=bn", "write batch=32"),
-        ("--resume x.pt", "write resume=…, valid: auto, never, must, extend; a run goes on from its"),
+        (
+            "--resume x.pt",
+            "write resume=…, valid: auto, never, must, extend; a run goes on from its",
+        ),
         ("resume_from=x.pt", "weights=FILE starts from a file"),
         ("--resume must", "write resume=must"),
         ("--precision 16", "write precision=…, valid: auto, fp32, bf16, fp16"),
