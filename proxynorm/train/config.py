@@ -67,7 +67,7 @@ def settings_from(config: DictConfig) -> Settings:
     return check(dataclasses.replace(settings, data=data))
 
 
-def compose_config(overrides: Iterable[str], config_name: str = "train") -> DictConfig:
+def compose_config(overrides: Iterable[str]) -> DictConfig:
     """Compose the configuration under `overrides`: the arguments of train.py.
 
     Raises ConfigError with the nearest valid name.
@@ -80,7 +80,7 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
         (values if sets_value(override, options) else others).append(override)
     # Composing takes 0.2 s, and a table has hundreds of cells: compose each combination of group
     # choices once, and set the values in a copy, as Hydra does.
-    config = copy.deepcopy(_compose(config_name, tuple(item.input_line for item in others)))
+    config = copy.deepcopy(_compose(*(item.input_line for item in others)))
     known = flat_keys(config) if values else []
     for override in values:
         key, text = override.key_or_group, override.input_line.partition("=")[2]
@@ -95,17 +95,17 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
 
 def choices(arguments: Iterable[str]) -> dict[str, str]:
     """Return the option of each group that the arguments of train.py, and their recipe, choose."""
-    config = _compose("train", tuple(hydra_words(arguments)), return_hydra_config=True)
+    config = _compose(*hydra_words(arguments), return_hydra_config=True)
     return dict(config.hydra.runtime.choices)
 
 
 @cache
-def _compose(config_name: str, words: tuple[str, ...], **options: bool) -> DictConfig:
+def _compose(*words: str, **options: bool) -> DictConfig:
     """Return Hydra's configuration under words of its grammar; callers copy it."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return compose(config_name, list(words), **options)
+            return compose("train", list(words), **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
 

@@ -185,7 +185,7 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
             first = json.loads(store.compare_set(FAULT, "", fault))  # another's stays
         if not is_users and first is not None and first[0] != rank:
             raise PeerError(_message(*first)) from None
-        if not is_users and LOST.search(str(error)):
+        if isinstance(error, RuntimeError) and LOST.search(str(error)):
             raise PeerError("another process was killed, or its machine is gone") from None
         raise
     finally:

@@ -157,10 +157,10 @@ def carry(
     notes.append("classifier kept" if kept else f"new classifier for {len(classes)} classes")
     lines = [f"started from {name}: {len(carried)} of {len(target)} tensors; {'; '.join(notes)}"]
     changes = (("starts anew", kinds(anew, norms)), ("left out", kinds(unused, norms)))
-    if words := "; ".join(f"{what}: {found}" for what, found in changes if found):
+    words = "; ".join(f"{what}: {found}" for what, found in changes if found)
+    if words or weights.norm not in (None, norm.name):
+        words = words or "all its tensors kept"
         lines.append(f"norm {weights.norm or 'of the file'} → {norm.name}: {words}")
-    elif weights.norm not in (None, norm.name):
-        lines.append(f"norm {weights.norm} → {norm.name}: all its tensors kept")
     start = {"weights": name, "notes": lines, "eps": weights.eps if norm.eps is None else None}
     restore_eps(model, start)
     return start

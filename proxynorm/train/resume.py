@@ -180,7 +180,7 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
         say(f"extended from {before} to {epochs} epochs: from step {step} on their schedule holds")
     if trainer.process.is_main:
         if faults:
-            run.last.unlink()  # damaged: it must not become previous.pt
+            run.last.unlink(missing_ok=True)  # damaged: it must not become previous.pt
         if longer:
             run.summary.unlink(missing_ok=True)  # it says that the run is finished
         run.rewind(step, trainer.state.evaluated)
