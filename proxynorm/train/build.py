@@ -52,9 +52,15 @@ def create_mixing(given: RegularizationSettings, classes: int) -> Mixing | None:
     """Create mixup and CutMix, if configured."""
     if not given.mixes:
         return None
-    probabilities = (given.mix_probability, given.switch_probability)
-    targets = (given.label_smoothing, classes)
-    return Mixing(given.mixup, given.cutmix, *probabilities, *targets, given.cutmix_lambda)
+    return Mixing(
+        given.mixup,
+        given.cutmix,
+        given.mix_probability,
+        given.switch_probability,
+        given.label_smoothing,
+        classes,
+        given.cutmix_lambda,
+    )
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:

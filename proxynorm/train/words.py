@@ -140,7 +140,7 @@ def written(key: str, word: str, value: str, groups: Mapping[str, list[str]]) ->
         return f"{key}=…, {wrong_choice(key, value)}"
     if key in groups and key != "model" and value != "…" and value not in groups[key]:
         return f"{key}=…, {nearest(value, groups[key])}"
-    if word in HOME and value.lower() in ("true", "false"):
+    if key not in CHOICES and word in HOME and value.lower() in ("true", "false"):
         value = "…"  # pretrained=true is weights, but not weights=true
     return f"{key}={value}"
 

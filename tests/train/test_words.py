@@ -122,6 +122,7 @@ def test_text_is_what_the_settings_declare_as_text():
         ("--resume must", "write resume=must"),
         ("--precision 16", "write precision=…, valid: auto, fp32, bf16, fp16"),
         ("--dtype fp16", "write precision=fp16"),
+        ("torch_compile=true", "write compile=true"),
         ("--norm batch", "write norm=…, valid: bn, bn_pn"),
         ("--arch resnet18", "write model=resnet18"),
         ("norm=bn --foo", "give key=value"),
