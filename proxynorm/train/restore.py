@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from torch import nn
-from yaml import YAMLError
 
 from proxynorm.cli import first_line
 from proxynorm.data import Data, DataSpec, LoaderSpec, open_data
@@ -69,21 +67,13 @@ def restore(path: Path) -> Restored:
 def stored_settings(path: Path) -> Settings:
     """Read a run's config.yaml. Raises CheckpointError if it is missing or damaged."""
     try:
-        config = OmegaConf.create(path.read_text())
-        if not isinstance(config, DictConfig):
-            raise ConfigError("it is a list")
-        settings = settings_from(config)
-    except OSError as error:
+        settings = settings_from(OmegaConf.create(path.read_text()))
+        settings.model["name"]  # an empty file lacks it
+    except Exception as error:  # whatever damage makes YAML, OmegaConf or a check raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
-            f"cannot read the run's configuration, {path}: {error.strerror}; put it back"
+            f"{path}, the run's configuration, cannot be read ({reason}); put the run's own back"
         ) from error
-    except (ConfigError, YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged, or of another version ({first_line(error)}); "
-            "put the run's own back"
-        ) from error
-    if "name" not in settings.model:
-        raise CheckpointError(f"{path} names no model; put the run's own back")
     return settings
 
 

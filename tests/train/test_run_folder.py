@@ -83,15 +83,15 @@ def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "cannot read the run's configuration, .*: No such file"),
-        ("a: [", "damaged"),
-        ("- 1", "it is a list"),
-        ("", "names no model"),
+        (None, "No such file"),
+        ("a: [", "flow node"),
+        ("- 1", ""),
+        ("", "'name'"),
         ("foo: 1", "no key 'foo'"),
-        ("\0", "damaged"),
-        ("5", "damaged"),
-        ("model: null", "damaged"),
-        ("model: 3", "damaged"),
+        ("\0", "special characters"),
+        ("5", ""),
+        ("model: null", ""),
+        ("model: 3", ""),
     ],
 )
 def test_a_damaged_configuration_is_named(run_small, text, words):
@@ -101,13 +101,9 @@ def test_a_damaged_configuration_is_named(run_small, text, words):
     config.unlink() if text is None else config.write_text(text)
     assert restore(last).settings == run.settings
     last.unlink()
-    with pytest.raises(CheckpointError, match=words) as told:
+    with pytest.raises(CheckpointError, match=rf"config\.yaml.*cannot be read .*{words}") as told:
         run_small("name=a", "max_steps=2")
-    assert (
-        "\n" not in str(told.value)
-        and "config.yaml" in str(told.value)
-        and "put " in str(told.value)
-    )
+    assert "\n" not in str(told.value) and "put the run's own back" in str(told.value)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '{"completed": true}'])
