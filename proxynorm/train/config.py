@@ -199,13 +199,11 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
         else [override.input_line]
         for override in parse(overrides, sweep=True)
     ]
-    first = [choices[0] for choices in values]
-    others = [
-        [*first[:index], value, *first[index + 1 :]]
-        for index, choices in enumerate(values)
-        for value in choices[1:]
-    ]
-    return [first, *others]
+    first = [tried[0] for tried in values]
+    points = [first]
+    for index, tried in enumerate(values):
+        points += [[*first[:index], value, *first[index + 1 :]] for value in tried[1:]]
+    return points
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
