@@ -27,7 +27,7 @@ from proxynorm.errors import ConfigError, ProxynormError
 def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
     """Return the end of an error message: the nearest of `choices` and `others`, all `choices`."""
     choices = sorted(choices)
-    close = get_close_matches(name, [*choices, *others], n=1, cutoff=0.5)
+    close = get_close_matches(name.lower(), [*choices, *others], n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}valid: {', '.join(choices)}"
 

@@ -53,7 +53,7 @@ def test_timm_makes_the_transform(run):
         ("export/model.safetensors", "damaged", "export", "model.safetensors is damaged"),
         ("export/config.json", "damaged", "export", "not a proxynorm export"),
         ("export/config.json", "{}", "export", "not a proxynorm export"),
-        ("config.yaml", None, "checkpoints/last.pt", "not in a run folder"),
+        ("config.yaml", None, "checkpoints/last.pt", "the run's configuration, cannot be read"),
         ("config.yaml", None, "nowhere", "no such run folder, export or checkpoint"),
     ],
 )

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from proxynorm.analysis.power import PowerRow, power_decomposition
 from proxynorm.data import Data
-
-
-@dataclass(frozen=True)
-class PowerSettings:
-    """When to decompose the power, and when to warn.
-
-    every_epochs: epochs between two decompositions, None: never; images: how many of the
-    evaluation set; threshold: warn of a channel collapse where P1 exceeds it.
-    """
-
-    every_epochs: int | None = None
-    images: int = 256
-    threshold: float = 0.9
 
 
 def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[PowerRow]:

@@ -131,7 +131,7 @@ def upload_run(run: TableRun, files: Mapping[str, bytes], mode: str, place: Path
     """Replay a run's rows into W&B; whether W&B took them."""
     config = yaml.safe_load(files["config.yaml"])
     settings = settings_from(OmegaConf.create(config))
-    own = [tag for tag in settings.logger.tags if not tag.startswith(("table=", "cell="))]
+    own = [tag for tag in settings.logger.tags or () if not tag.startswith(("table=", "cell="))]
     tags = (*own, f"table={run.table}", f"cell={run.cell.name}")
     logger = replace(settings.logger, mode=mode, group=run.table, tags=tags)
     tracker = Tracker(replace(settings, logger=logger), place, run.name, config, resumed=True)

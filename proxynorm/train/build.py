@@ -1,14 +1,18 @@
-"""From settings to the objects of a run: model, precision, memory format."""
+"""From settings to a network, and to how it is computed: precision, memory format, compilation."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from proxynorm.cli import first_line
 from proxynorm.data import DataInfo
 from proxynorm.data.mixing import Mixing
 from proxynorm.models import create_model
-from proxynorm.nn import norm_spec
+from proxynorm.nn import inductor_options, norm_spec, recompute
 from proxynorm.train.finetune import LOADING
 from proxynorm.train.settings import RegularizationSettings, Settings
 
@@ -18,15 +22,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def build_model(settings: Settings, num_classes: int, channels: int) -> nn.Module:
     """Create the configured network, with random weights. Raises ConfigError."""
     arguments = {key: value for key, value in settings.model.items() if key not in LOADING}
-    norm, eps = settings.norm, settings.norm.eps
-    if (
-        eps is None
-        and settings.model.get("pretrained")
-        and "efficientnet" in settings.model["name"]
-    ):
+    name, norm, eps = arguments.pop("name"), settings.norm, settings.norm.eps
+    if eps is None and settings.model.get("pretrained") and "efficientnet" in name:
         eps = 1e-5  # timm's, not the paper's: runs of version 0.1 do not record it
     return create_model(
-        arguments.pop("name"),
+        name,
         norm=norm.name,
         num_classes=num_classes,
         in_chans=channels,
@@ -48,9 +48,8 @@ def seeded_model(settings: Settings, info: DataInfo) -> nn.Module:
     return build_model(settings, len(info.classes), info.channels)
 
 
-def create_mixing(regularization: RegularizationSettings, classes: int) -> Mixing | None:
+def create_mixing(given: RegularizationSettings, classes: int) -> Mixing | None:
     """Create mixup and CutMix, if configured."""
-    given = regularization
     if not given.mixes:
         return None
     return Mixing(
@@ -87,3 +86,78 @@ def choose_memory_format(settings: Settings, device: torch.device) -> torch.memo
         strides = device.type == "cpu" and norm_spec(settings.norm.name).kind == "in"
         name = "contiguous" if strides else "channels_last"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format
+
+
+def set_switches(settings: Settings, device: torch.device) -> None:
+    """Choose CUDA's kernels: the fastest, or those that give the same bits each time."""
+    if device.type != "cuda":
+        return  # a CPU sums in one order
+    same_bits = settings.deterministic
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.backends.cudnn.allow_tf32 = True
+    # Trying all kernels pays where the shapes come again; each new one costs a second.
+    torch.backends.cudnn.benchmark = fixed_shapes(settings) and not same_bits
+    if same_bits:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS's first call
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        # torch names each operation that has no such kernel, in a warning.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def fixed_shapes(settings: Settings) -> bool:
+    """Return whether all training batches have one shape: no growing images, none left out."""
+    return settings.data.ramp is None and settings.data.on_bad == "raise"
+
+
+def compile_mode(
+    settings: Settings, device: torch.device, accumulation: int
+) -> tuple[str | None, str | None]:
+    """Return torch.compile's mode, None to run eagerly, and a line where it is not what was asked.
+
+    compile=auto compiles on CUDA, where it saves passes over feature maps.
+    """
+    on_gpu, mode = device.type == "cuda", settings.compile_mode
+    if not (on_gpu if settings.compile == "auto" else settings.compile):
+        return None, None
+    if settings.recompute:
+        return None, "recompute=true: the network runs eagerly, not compiled"
+    if mode == "reduce-overhead" and (accumulation > 1 or not fixed_shapes(settings)):
+        # A CUDA graph replays on fixed addresses: no second forward before the update, one shape.
+        why = "needs a single micro-batch per update and images of one size; default is used"
+        return "default", f"compile_mode=reduce-overhead {why}"
+    return mode, None
+
+
+def choose_execution(
+    model: nn.Module,
+    settings: Settings,
+    device: torch.device,
+    accumulation: int,
+    say: Callable[[str], None],
+) -> None:
+    """Let `model` compute with recomputation or compiled, in place.
+
+    What is not as asked is said in a line. If inductor fails, the run goes on eagerly.
+    """
+    mode, notice = compile_mode(settings, device, accumulation)
+    if notice:
+        say(notice)
+    if settings.recompute:
+        recompute(model)
+    if mode is None:
+        return
+    options = {**inductor_options(), **torch._inductor.list_mode_options(mode)}
+
+    def inductor_or_eager(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        try:
+            return torch._inductor.compile(graph, inputs, options)
+        except Exception as error:
+            if model._compiled_call_impl is not None:
+                say(f"torch.compile failed, the run goes on eagerly: {first_line(error)}")
+            model._compiled_call_impl = None  # this call ends in the graph as it was captured
+            return graph
+
+    # The backward pass, too, is compiled before anything runs, so that its failure is seen here.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    # Kernels for a shape by itself are faster than those for all shapes.
+    model.compile(backend=inductor_or_eager, dynamic=False if fixed_shapes(settings) else None)

@@ -50,19 +50,17 @@ def read(path: Path) -> dict[str, Any]:
 
     Nothing in it is executed: tensors and plain values alone are read.
     """
-    damaged = None
     try:
         if zipfile.is_zipfile(path):  # torch.load does not verify the archive's checksums
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+                if damaged := archive.testzip():
+                    raise ValueError(f"damaged, by the checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own words would advise to execute what is in the file.
         unpickling = isinstance(error, pickle.UnpicklingError)
         reason = NOT_PLAIN if unpickling else first_line(error)
         raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
-    if damaged:
-        raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no weights by name")
     return content
@@ -85,14 +83,11 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Return a run's newest readable checkpoint (None if there is none), and warnings."""
     faults: list[str] = []
     for path in (folder / "last.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            content = load(path)
-        except CheckpointError as error:
-            faults.append(str(error))
-            continue
-        return content, [*faults, f"falling back to {path}"] if faults else []
+        if path.exists():
+            try:
+                return load(path), [*faults, f"falling back to {path}"] if faults else []
+            except CheckpointError as error:
+                faults.append(str(error))
     if faults:
         raise CheckpointError(
             f"no readable checkpoint: {'; '.join(faults)}; resume=never starts anew"

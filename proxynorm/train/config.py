@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -24,14 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from proxynorm.cli import first_line, nearest, split_list
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import Settings, check
-from proxynorm.train.words import (
-    SEARCH,
-    dashed_advice,
-    keep_text,
-    key_advice,
-    search_folders,
-    search_path,
-)
+from proxynorm.train.words import SEARCH, dashed_advice, keep_text, key_advice, search_path
 
 # A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -53,9 +45,11 @@ def settings_from(config: DictConfig) -> Settings:
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ConfigError(f"{', '.join(missing)} must be given, as {missing[0]}=…")
-        settings = OmegaConf.to_object(
-            OmegaConf.merge(typed, OmegaConf.to_container(config, resolve=True))
-        )
+        values = OmegaConf.to_container(config, resolve=True)
+        if isinstance(scales := OmegaConf.select(config, "optim.lr_scale"), DictConfig):
+            # YAML makes a number of a part's name such as 1.
+            values["optim"]["lr_scale"] = {str(key): value for key, value in scales.items()}
+        settings = OmegaConf.to_object(OmegaConf.merge(typed, values))
     except ConfigKeyError as error:
         key = error.full_key
         advice = key_advice(key, flat_keys(typed), groups())
@@ -73,29 +67,27 @@ def settings_from(config: DictConfig) -> Settings:
     return check(dataclasses.replace(settings, data=data))
 
 
-def compose_config(overrides: Iterable[str], config_name: str = "train") -> DictConfig:
+def compose_config(overrides: Iterable[str]) -> DictConfig:
     """Compose the configuration under `overrides`: the arguments of train.py.
 
     Raises ConfigError with the nearest valid name.
     """
-    words = hydra_words(overrides)
-    parsed, options = parse(words), groups(search_folders(words))
-    is_choice = [group_of(item) in options or item.key_or_group == SEARCH for item in parsed]
-    choices = list(itertools.compress(parsed, is_choice))
-    for override in choices:
-        check_choice(override, options)
+    parsed = parse(overrides)
+    options, others, values = groups(search_folders(parsed)), [], []
+    for override in parsed:
+        if group_of(override) in options:
+            check_choice(override, options)
+        (values if sets_value(override, options) else others).append(override)
     # Composing takes 0.2 s, and a table has hundreds of cells: compose each combination of group
     # choices once, and set the values in a copy, as Hydra does.
-    config = copy.deepcopy(_base(config_name, tuple(item.input_line for item in choices)))
-    values = [override for override in parsed if override not in choices]
+    config = copy.deepcopy(_compose(*(item.input_line for item in others)))
     known = flat_keys(config) if values else []
     for override in values:
-        check_key(override, known, options)
-    if not all(is_plain(override) for override in values):
-        return _compose(config_name, words)
-    for override in values:
+        key, text = override.key_or_group, override.input_line.partition("=")[2]
+        if key not in known:
+            raise ConfigError(f"no key '{key}'; {key_advice(key, known, options, text)}")
         try:
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            OmegaConf.update(config, key, override.value(), merge=True)
         except OmegaConfBaseException as error:
             raise ConfigError(f"Error merging override {override.input_line}") from error
     return config
@@ -103,35 +95,30 @@ def compose_config(overrides: Iterable[str], config_name: str = "train") -> Dict
 
 def choices(arguments: Iterable[str]) -> dict[str, str]:
     """Return the option of each group that the arguments of train.py, and their recipe, choose."""
-    config = _compose("train", hydra_words(arguments), return_hydra_config=True)
+    config = _compose(*hydra_words(arguments), return_hydra_config=True)
     return dict(config.hydra.runtime.choices)
 
 
-def _compose(config_name: str, overrides: Iterable[str], **options: bool) -> DictConfig:
+@cache
+def _compose(*words: str, **options: bool) -> DictConfig:
+    """Return Hydra's configuration under words of its grammar; callers copy it."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return compose(config_name, list(overrides), **options)
+            return compose("train", list(words), **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
 
 
-@cache
-def _base(config_name: str, choices: tuple[str, ...]) -> DictConfig:
-    """Return the configuration of these group choices alone; callers copy it."""
-    return _compose(config_name, choices)
-
-
 def hydra_words(arguments: Iterable[str], sweep: bool = False) -> list[str]:
     """Return arguments in Hydra's grammar: --config-dir as a key, text in quotes."""
-    words = search_path(arguments)
-    return keep_text(words, groups(search_folders(words)), sweep)
+    return keep_text(search_path(arguments), groups(), sweep)
 
 
-def parse(words: Iterable[str], sweep: bool = False) -> list[Override]:
+def parse(arguments: Iterable[str], sweep: bool = False) -> list[Override]:
     """Parse key=value arguments as Hydra does, text as it was typed. Raises ConfigError."""
     parser, parsed = OverridesParser.create(), []
-    for word in hydra_words(words, sweep):
+    for word in hydra_words(arguments, sweep):
         try:
             override = parser.parse_override(word)
         except HydraException as error:
@@ -144,12 +131,17 @@ def parse(words: Iterable[str], sweep: bool = False) -> list[Override]:
     return parsed
 
 
-def is_plain(override: Override) -> bool:
-    """Return whether the override only sets a key: nothing added or deleted."""
-    added = (
-        override.is_add() or override.is_force_add() or override.key_or_group.startswith("hydra.")
-    )
-    return not (added or override.is_delete() or override.package)
+def search_folders(parsed: Iterable[Override]) -> tuple[str, ...]:
+    """Return the folders, besides configs/, in which the overrides let Hydra look for options."""
+    lists = (override.value() for override in parsed if override.key_or_group == SEARCH)
+    return tuple(str(item).removeprefix("file://") for items in lists for item in items)
+
+
+def sets_value(override: Override, options: Mapping[str, list[str]]) -> bool:
+    """Return whether the override sets a key: nothing is chosen, added, deleted or Hydra's own."""
+    added = override.is_add() or override.is_force_add() or override.is_delete()
+    key = override.key_or_group
+    return not (added or override.package or group_of(override) in options or is_hydras(key))
 
 
 @cache
@@ -188,15 +180,6 @@ def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
     )
 
 
-def check_key(override: Override, known: Sequence[str], options: Mapping[str, list[str]]) -> None:
-    """Raise ConfigError unless the override changes a known key, or adds one on purpose (+)."""
-    key = override.key_or_group
-    added = override.is_add() or override.is_force_add() or key.startswith("hydra.")
-    if not added and key not in known:
-        value = override.input_line.partition("=")[2]
-        raise ConfigError(f"no key '{key}'; {key_advice(key, known, options, value)}")
-
-
 def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
     """Return all keys, dotted, of the nodes and of the leaves."""
     keys = []
@@ -216,13 +199,11 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
         else [override.input_line]
         for override in parse(overrides, sweep=True)
     ]
-    first = [choices[0] for choices in values]
-    others = [
-        [*first[:index], value, *first[index + 1 :]]
-        for index, choices in enumerate(values)
-        for value in choices[1:]
-    ]
-    return [first, *others]
+    first = [tried[0] for tried in values]
+    points = [first]
+    for index, tried in enumerate(values):
+        points += [[*first[:index], value, *first[index + 1 :]] for value in tried[1:]]
+    return points
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
@@ -246,11 +227,8 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     words = hydra_words(words, parsed.multirun)
     if parsed.help or parsed.hydra_help:
         return words
-    overrides = [item for item in parsed.overrides if not is_hydras(item)]
-    if not parsed.multirun:
-        check_single(overrides)
-        return words
-    errors, points = [], sweep_points(overrides)
+    overrides = [item for item in parsed.overrides if not is_hydras(item) or SEARCH in item]
+    errors, points = [], sweep_points(overrides) if parsed.multirun else [overrides]
     for point in points:
         config = compose_config(point)
         try:
@@ -262,17 +240,6 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def check_single(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for a mistake; a list of values may be one, too."""
-    config = compose_config(overrides)
-    try:
-        settings_from(config)
-    except ConfigError as error:
-        if any("," in word and str(error).startswith(word) for word in overrides):
-            raise ConfigError(f"{error}; several values need -m") from error
-        raise
-
-
 def is_hydras(argument: str) -> bool:
     """Return whether an argument is about Hydra itself, such as the launcher."""
-    return argument.lstrip("+~").startswith("hydra") and not argument.startswith(SEARCH)
+    return argument.lstrip("+~").startswith("hydra")

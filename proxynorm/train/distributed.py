@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -82,6 +82,17 @@ class Process:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def parallel(self, model: torch.nn.Module, static_graph: bool) -> torch.nn.Module:
+        """Return `model` with gradients averaged over the processes; static_graph: see torch's."""
+        if self.world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            static_graph=static_graph,
+        )
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -134,8 +145,11 @@ def processes(device_name: str) -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, device)
         return
-    store = fresh_store(rank, world_size)
-    on_gpu = device.type == "cuda"
+    # torchrun's agent keeps one store for all restarts: without a prefix for each, a restarted
+    # worker finds the addresses of dead ones.
+    store, *_ = next(dist.rendezvous("env://", rank, world_size))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, on_gpu = dist.PrefixStore(f"restart-{restarts}", store), device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
@@ -150,16 +164,6 @@ def processes(device_name: str) -> Iterator[Process]:
     dist.destroy_process_group()
 
 
-def fresh_store(rank: int, world_size: int) -> dist.Store:
-    """Return the rendezvous store under a prefix per restart by torchrun.
-
-    torchrun's agent keeps one store for all restarts: without the prefix a restarted worker finds
-    the addresses of dead ones.
-    """
-    store, *_ = next(dist.rendezvous("env://", rank, world_size))
-    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
 @contextmanager
 def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
     """Run the block; if one process fails, end all with its message (PeerError).
@@ -172,26 +176,20 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
     threading.Thread(target=_end_with_peers, args=(watched, rank, ended), daemon=True).start()
     try:
         yield
-    except ProxynormError as error:
-        _first_fault(store, rank, first_line(error))
-        raise
     except Exception as error:
-        first = _first_fault(store, rank, f"{type(error).__name__}: {first_line(error)}")
-        if first is not None and first[0] != rank:
+        is_users = isinstance(error, ProxynormError)
+        kind = "" if is_users else f"{type(error).__name__}: "
+        fault = json.dumps([rank, kind + first_line(error)])
+        first = None
+        with suppress(RuntimeError):  # the store is gone
+            first = json.loads(store.compare_set(FAULT, "", fault))  # another's stays
+        if not is_users and first is not None and first[0] != rank:
             raise PeerError(_message(*first)) from None
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
             raise PeerError("another process was killed, or its machine is gone") from None
         raise
     finally:
         ended.set()
-
-
-def _first_fault(store: dist.Store, rank: int, message: str) -> tuple[int, str] | None:
-    """Store a fault unless there is one; return the first, or None if the store is gone."""
-    try:
-        return tuple(json.loads(store.compare_set(FAULT, "", json.dumps([rank, message]))))
-    except RuntimeError:
-        return None
 
 
 def _end_with_peers(store: dist.Store, rank: int, ended: threading.Event) -> None:

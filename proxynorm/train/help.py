@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from proxynorm.train.config import CONFIGS, choices, compose_config, groups
-from proxynorm.train.words import search_folders
+from proxynorm.train.config import CONFIGS, choices, compose_config, groups, parse, search_folders
 
 WIDTH, COLUMN = 80, 27
 USAGE = """Train a network with any norm, with or without the proxy-normalized activation.
@@ -35,13 +35,12 @@ Groups: group=option, the chosen one in brackets
 def help_text(arguments: Sequence[str]) -> str:
     """Return the help for a command line: the options it chooses, and their keys."""
     values = OmegaConf.to_container(compose_config(arguments), resolve=True)
-    chosen, options = choices(arguments), groups(search_folders(arguments))
+    chosen, options = choices(arguments), groups(search_folders(parse(arguments)))
     parts = [USAGE]
-    for group in options.keys() - {"experiment"}:
+    for group in sorted(options.keys() - {"experiment"}):
         names = [f"({name})" if name == chosen[group] else name for name in options[group]]
         others = ["or any name that timm has"] if group == "model" else []
-        parts.append(entry(group, " ".join([*fold(names), *others])))
-    parts[1:] = sorted(parts[1:])
+        parts.append(entry(group, " ".join([*dict.fromkeys(fold(names)), *others])))
     parts.append("\nExperiments: experiment=NAME, a recipe that other keys may still change\n")
     parts += experiments(options["experiment"])
     parts.append("\nKeys: key=value, here with the values in use\n")
@@ -62,8 +61,9 @@ def keys(values: dict[str, Any], prefix: str, explained: dict[str, str]) -> Iter
         if isinstance(value, dict):
             yield from keys(value, f"{prefix}{key}.", explained)
         elif key != "name" or not prefix:
-            plain = {None: "null", True: "true", False: "false", "???": "…"}
-            shown = plain.get(value, value) if isinstance(value, bool | str | None) else value
+            shown = "…" if value == "???" else value
+            if value is None or isinstance(value, bool):
+                shown = json.dumps(value)  # null, true, false, as in YAML
             yield entry(f"{prefix}{key}={shown}", explained.get(key, ""))
 
 
@@ -94,15 +94,15 @@ def title(path: Path) -> str:
 def experiments(names: Sequence[str]) -> list[str]:
     """Return a line for each family of experiments."""
     families: dict[str, list[str]] = {}
-    for name, family in zip(names, fold(names, once=False), strict=True):
+    for name, family in zip(names, fold(names), strict=True):
         families.setdefault(family, []).append(title(CONFIGS / "experiment" / f"{name}.yaml"))
     width = max(map(len, families))
     short = {name: common(titles).partition(":")[0] for name, titles in families.items()}
     return [f"  {name:<{width}}  {text}\n" for name, text in short.items()]
 
 
-def fold(names: Sequence[str], once: bool = True) -> list[str]:
-    """Write names that differ in one number as one: b{0..5}, as a shell does."""
+def fold(names: Sequence[str]) -> list[str]:
+    """Return each name as its family: three or more that differ in one number are b{0..5}."""
     families: dict[tuple[str, str], list[int]] = {}
     for name in names:
         for match in re.finditer(r"\d+", name):
@@ -114,9 +114,8 @@ def fold(names: Sequence[str], once: bool = True) -> list[str]:
             numbers = sorted(found)
             dense = numbers[-1] - numbers[0] == len(numbers) - 1
             inner = f"{numbers[0]}..{numbers[-1]}" if dense else ",".join(map(str, numbers))
-            for number in numbers:
-                folded[f"{before}{number}{after}"] = f"{before}{{{inner}}}{after}"
-    return list(dict.fromkeys(folded.values()) if once else folded.values())
+            folded |= {f"{before}{n}{after}": f"{before}{{{inner}}}{after}" for n in numbers}
+    return list(folded.values())
 
 
 def common(titles: Sequence[str]) -> str:

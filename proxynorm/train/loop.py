@@ -8,32 +8,29 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice, repeat
+from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 from proxynorm.analysis.power_files import to_metrics
 from proxynorm.analysis.power_monitor import collapse_warning, measure
 from proxynorm.data import Batch, Data
 from proxynorm.data.loaders import on_device
-from proxynorm.nn import recompute
-from proxynorm.train.build import choose_dtype, choose_memory_format, create_mixing, seeded_model
-from proxynorm.train.compiling import compile_mode, compile_network, fixed_shapes, set_switches
+from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
-from proxynorm.train.finetune import base_rate, freeze_parts, train_mode
+from proxynorm.train.finetune import freeze_parts, train_mode
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
-from proxynorm.train.optimizer import create_optimizer, create_schedule
+from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedule
 from proxynorm.train.preemption import Preempted, StopRequest, leave_at_once
-from proxynorm.train.progress import Display
+from proxynorm.train.progress import Display, StepTimer, profiled
 from proxynorm.train.readback import Readback, Undo, step_if
-from proxynorm.train.recorder import Recorder
+from proxynorm.train.resume import TrainState, record
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings
-from proxynorm.train.state import TrainState, create_ema
-from proxynorm.train.timing import StepTimer, profiled
 from proxynorm.train.tracker import Tracker
 
 
@@ -47,18 +44,20 @@ class LastStep:
     times: dict[str, float] | None = None
 
 
-class Trainer(Recorder):
-    """One run: `fit` trains from `state.step` to the last step."""
+class Trainer:
+    """One run: `fit` trains from `state.step` to the last step.
+
+    Every process has one; the files are written by the first.
+    """
 
     def __init__(
         self, settings: Settings, process: Process, data: Data, run: RunFolder, stop: StopRequest
     ) -> None:
-        super().__init__()
         self.settings, self.process, self.data = settings, process, data
         self.run, self.stop = run, stop
-        set_switches(settings, process.device)
-        self.dtype = choose_dtype(settings, process.device)
-        self.memory_format = choose_memory_format(settings, process.device)
+        build.set_switches(settings, process.device)
+        self.dtype = build.choose_dtype(settings, process.device)
+        self.memory_format = build.choose_memory_format(settings, process.device)
         self.micro_batch = settings.micro_batch_for(process.world_size)
         self.accumulation = settings.batch // (process.world_size * self.micro_batch)
         self.loader = data.train_loader(
@@ -67,72 +66,57 @@ class Trainer(Recorder):
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
-        self.mixing = create_mixing(settings.regularization, len(data.info.classes))
+        self.mixing = build.create_mixing(settings.regularization, len(data.info.classes))
         self.state = self.fresh_state()
-        self.network = self.wrap(self.state.model)
+        self.display = Display(self.last_step, settings.epochs, visible=process.is_main)
+        self.tracker: Tracker | None = None  # of the first process, from `fit` on
+        build.choose_execution(
+            self.state.model, settings, process.device, self.accumulation, self.display.print
+        )
+        # no_sync() changes the graph between the forwards of an update.
+        self.network = process.parallel(self.state.model, static_graph=self.accumulation == 1)
         self.last: LastStep | None = None
         self.timer = StepTimer(process.device)
+        self.saved_at = time.monotonic()
 
     def fresh_state(self) -> TrainState:
+        """Return the state before the first step: weights and optimizer as the seed makes them."""
         settings, device = self.settings, self.process.device
-        model = seeded_model(settings, self.data.info).to(device, memory_format=self.memory_format)
+        model = build.seeded_model(settings, self.data.info).to(
+            device, memory_format=self.memory_format
+        )
         self.frozen = freeze_parts(model, settings.freeze)
         optimizer = create_optimizer(model, settings)
         scheduler = create_schedule(optimizer, settings, self.steps_per_epoch)
         scheduler.step_update(0)
         scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        ema = create_ema(model, settings.regularization)
-        state = TrainState(model, optimizer, scheduler, scaler, ema)
-        state.loss_sum = state.loss_sum.to(device)
-        return state
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model as the loop calls it: with recomputation or compiled, distributed."""
-        settings, device = self.settings, self.process.device
-        mode, self.notice = compile_mode(settings, device, self.accumulation)
-        if settings.recompute:
-            recompute(model)
-        if mode is not None:
-            # The display is there when the first forward pass compiles.
-            say = lambda line: self.display.print(line)  # noqa: E731
-            compile_network(model, mode, fixed_shapes(settings), say)
-        if self.process.world_size == 1:
-            return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-            static_graph=self.accumulation == 1,  # no_sync() changes the graph between forwards
-        )
+        decay, every = settings.regularization.ema_decay, settings.regularization.ema_every
+        ema = ModelEmaV3(model, decay, use_warmup=every == "step") if decay is not None else None
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        return TrainState(model, optimizer, scheduler, scaler, ema, loss_sum)
 
     # The loop
 
-    def fit(self, display: Display, tracker: Tracker | None) -> None:
+    def fit(self, tracker: Tracker | None) -> None:
         """Train to the last step. Raises Preempted after saving when asked to stop."""
-        self.display, self.tracker = display, tracker
-        if self.notice:
-            display.print(self.notice)
-        display.header()
+        self.tracker = tracker
+        self.display.start()
         if self.state.step == 0:
             self.log_power_if_due()
         self.evaluate_if_due()  # a run that was stopped while evaluating evaluates first
         steps = self.settings.debug.profile_steps if self.process.is_main else 0
-        with profiled(steps, self.run.path) as self.after_step:
+        with profiled(steps, self.run.path) as after_step:
             while self.state.step < self.last_step and not self.out_of_patience():
-                self.train_epoch()
+                train_mode(self.network, self.frozen)
+                self.timer.restart()
+                with closing(self.epoch_steps()) as batches:
+                    for micro_batches in islice(batches, self.last_step - self.state.step):
+                        self.timer.data_arrived()
+                        self.train_step(micro_batches)
+                        after_step()
+                self.settle()
+                self.state.train_seconds += self.timer.since_step()
                 self.evaluate_if_due()
-
-    def train_epoch(self) -> None:
-        """Train from the current step to the end of its epoch, or to the last step."""
-        train_mode(self.network, self.frozen)
-        self.timer.restart()
-        with closing(self.epoch_steps()) as steps:
-            for micro_batches in islice(steps, self.last_step - self.state.step):
-                self.timer.data_arrived()
-                self.train_step(micro_batches)
-                self.after_step()
-        self.settle()
-        self.state.train_seconds += self.timer.since_step()
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Make one weight update, take in the figures of the one before, then save if due.
@@ -155,8 +139,7 @@ class Trainer(Recorder):
         state.optimizer.zero_grad(set_to_none=True)
         state.loss_sum += torch.where(good, loss, 0.0)
         figures = torch.stack([loss.double(), norm.double(), state.loss_sum])
-        learning_rate = base_rate(state.optimizer)
-        self.last = LastStep(Readback(figures), micro_batches, learning_rate)
+        self.last = LastStep(Readback(figures), micro_batches, base_rate(state.optimizer))
         state.step += 1
         self.average_epoch()
         state.scheduler.step_update(state.step)
@@ -168,59 +151,6 @@ class Trainer(Recorder):
             self.save()
         if stop:
             raise Preempted(f"stopped at step {state.step}")
-
-    def undo(self) -> Undo | None:
-        """Under nonfinite=skip, keep what a forward pass and the average change beside weights."""
-        if self.settings.nonfinite != "skip":
-            return None
-        tensors = [*self.state.model.buffers()]  # Batch Norm's running statistics
-        if self.state.ema is not None and self.settings.regularization.ema_every == "step":
-            tensors += self.state.ema.module.state_dict().values()
-        return Undo(tensors)
-
-    def settle(self) -> None:
-        """Take in the last step's figures: count it, skip it or stop; write its row if due."""
-        if self.last is None:
-            return
-        step, self.last = self.last, None
-        loss, norm, loss_sum = step.figures.read()
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            self.state.loss_steps += 1
-        # An overflow under fp16 is the gradient scaler's to handle: it skips the update itself.
-        elif not (self.state.scaler.is_enabled() and math.isfinite(loss)):
-            self.handle_nonfinite(step, loss, norm)
-        if step.times is not None:
-            self.log_training(loss_sum, norm, step.learning_rate, step.times)
-
-    def handle_nonfinite(self, step: LastStep, loss: float, norm: float) -> None:
-        """Report an update that the device has skipped, or raise NonFiniteError."""
-        state = self.state
-        state.skipped += 1
-        if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
-            self.display.print(
-                f"step {state.step}: loss or gradient is not finite; "
-                f"update skipped ({state.skipped})"
-            )
-            return
-        state.step -= 1  # as the weights are: those from before it
-        images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
-        layers = self.process.gather(affected(state.model, images, self.dtype))
-        raise NonFiniteError(describe(state, loss, norm, step.learning_rate, layers))
-
-    def epoch_steps(self) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each remaining step of the current epoch."""
-        epoch, start = divmod(self.state.step, self.steps_per_epoch)
-        overfit = self.settings.debug.overfit
-        place = (0, 0) if overfit else (epoch, start)
-        batches = self.loader.epoch(*place, self.leave_while_waiting)
-        with closing(batches):  # ends the loader's threads when the epoch is left early
-            arriving = on_device(batches, self.process.device)
-            while micro_batches := list(islice(arriving, self.accumulation)):
-                if overfit:
-                    yield from repeat(micro_batches, self.steps_per_epoch - start)
-                    return
-                yield micro_batches
 
     def forward_backward(self, micro_batches: list[Batch]) -> torch.Tensor:
         """Add the gradients of the micro-batches' mean loss; return the mean over all processes."""
@@ -287,11 +217,73 @@ class Trainer(Recorder):
 
     def average_epoch(self) -> None:
         """Update the authors' average over epochs, which starts at the first epoch's weights."""
-        ema, every = self.state.ema, self.settings.regularization.ema_every
-        if ema is not None and every == "epoch" and self.at_epoch_end():
-            ema.update(self.state.model, step=self.state.step // self.steps_per_epoch)
+        ema, step = self.state.ema, self.state.step
+        by_epoch = self.settings.regularization.ema_every == "epoch"
+        if ema is not None and by_epoch and step % self.steps_per_epoch == 0:
+            ema.update(self.state.model, step=step // self.steps_per_epoch)
 
-    # Evaluation and logging
+    def epoch_steps(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each remaining step of the current epoch."""
+        epoch, start = divmod(self.state.step, self.steps_per_epoch)
+        overfit = self.settings.debug.overfit
+        place = (0, 0) if overfit else (epoch, start)
+        batches = self.loader.epoch(*place, self.leave_while_waiting)
+        with closing(batches):  # ends the loader's threads when the epoch is left early
+            arriving = on_device(batches, self.process.device)
+            while micro_batches := list(islice(arriving, self.accumulation)):
+                if overfit:
+                    yield from repeat(micro_batches, self.steps_per_epoch - start)
+                    return
+                yield micro_batches
+
+    # Updates that are not finite
+
+    def undo(self) -> Undo | None:
+        """Under nonfinite=skip, keep what a forward pass and the average change beside weights."""
+        if self.settings.nonfinite != "skip":
+            return None
+        tensors = [*self.state.model.buffers()]  # Batch Norm's running statistics
+        if self.state.ema is not None and self.settings.regularization.ema_every == "step":
+            tensors += self.state.ema.module.state_dict().values()
+        return Undo(tensors)
+
+    def settle(self) -> None:
+        """Take in the last step's figures: count it, skip it or stop; write its row if due."""
+        if self.last is None:
+            return
+        step, self.last = self.last, None
+        loss, norm, loss_sum = step.figures.read()
+        state, finite = self.state, math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            state.loss_steps += 1
+        # An overflow under fp16 is the gradient scaler's to handle: it skips the update itself.
+        elif not (state.scaler.is_enabled() and math.isfinite(loss)):
+            self.handle_nonfinite(step, loss, norm)
+        if step.times is None:
+            return
+        mean = loss_sum / state.loss_steps if state.loss_steps else math.nan
+        state.loss_steps = 0
+        figures = {"loss": mean, "lr": step.learning_rate, "gradient_norm": norm, **step.times}
+        skipped = {"skipped": state.skipped} if state.skipped else {}
+        self.display.update(self.write("train", **figures, **skipped))
+
+    def handle_nonfinite(self, step: LastStep, loss: float, norm: float) -> None:
+        """Report an update that the device has skipped, or raise NonFiniteError."""
+        state = self.state
+        state.skipped += 1
+        if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
+            self.display.print(
+                f"step {state.step}: loss or gradient is not finite; "
+                f"update skipped ({state.skipped})"
+            )
+            return
+        state.step -= 1  # as the weights are: those from before it
+        images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
+        layers = self.process.gather(affected(state.model, images, self.dtype))
+        figures = (loss, norm, step.learning_rate)
+        raise NonFiniteError(describe(state.step + 1, state.skipped - 1, *figures, layers))
+
+    # Evaluation
 
     def evaluate_if_due(self) -> None:
         """At epoch ends (every eval_every-th) and at the last step: evaluate, log, save."""
@@ -308,6 +300,11 @@ class Trainer(Recorder):
         self.log_power_if_due()
         self.save()
 
+    def is_due(self, every_epochs: int) -> bool:
+        """Return whether this is the end of an every_epochs-th epoch, or the last step."""
+        step = self.state.step
+        return step % (every_epochs * self.steps_per_epoch) == 0 or step == self.last_step
+
     def out_of_patience(self) -> bool:
         """Return whether `patience` evaluations in a row brought no better top-1."""
         patience = self.settings.patience
@@ -315,12 +312,11 @@ class Trainer(Recorder):
 
     def evaluate(self) -> Result:
         data, process, start = self.data, self.process, time.monotonic()
-        process.align_buffers(self.state.evaluated_model)
+        batch, model = self.settings.eval_batch, self.state.evaluated_model
+        process.align_buffers(model)
         result = evaluate(
-            self.state.evaluated_model,
-            data.eval_loader(
-                self.settings.eval_batch, process.rank, process.world_size, self.leave_while_waiting
-            ),
+            model,
+            data.eval_loader(batch, process.rank, process.world_size, self.leave_while_waiting),
             self.prepare,
             process,
             self.dtype,
@@ -328,11 +324,9 @@ class Trainer(Recorder):
             each_batch=self.leave_if_stopped,
         )
         self.state.last_result = asdict(result)
-        seconds = round(self.state.train_seconds, 3)
-        times = {"seconds": round(time.monotonic() - start, 3), "train_seconds": seconds}
-        row = {"event": "eval", **self.position(), **asdict(result), **times}
-        self.write(row)
-        self.display.epoch(row, self.last_row["loss"], self.last_row["images_per_second"], seconds)
+        times = {"seconds": time.monotonic() - start, "train_seconds": self.state.train_seconds}
+        times = {key: round(seconds, 3) for key, seconds in times.items()}
+        self.display.epoch(self.write("eval", **asdict(result), **times))
         return result
 
     def leave_if_stopped(self) -> None:
@@ -352,7 +346,6 @@ class Trainer(Recorder):
             return
         if self.process.world_size > 1:
             leave_at_once(self.stop.received, None)
-        self.settle()
         self.save()
         raise Preempted(f"stopped at step {self.state.step}, waiting for images,")
 
@@ -364,14 +357,42 @@ class Trainer(Recorder):
         if self.is_due(power.every_epochs):
             model = self.state.evaluated_model
             rows = measure(model, self.data, power.images, self.settings.eval_batch)
-            self.write({"event": "power", **self.position(), **to_metrics(rows)})
+            self.write("power", **to_metrics(rows))
             if warning := collapse_warning(rows, power.threshold):
                 self.display.print(warning)
 
-    def at_epoch_end(self) -> bool:
-        return self.state.step % self.steps_per_epoch == 0
+    # Files
 
-    def is_due(self, every_epochs: int) -> bool:
-        """Return whether this is the end of an every_epochs-th epoch, or the last step."""
+    def write(self, event: str, **figures: Any) -> dict[str, Any]:
+        """Add a row to metrics.jsonl and to W&B; return it."""
         step = self.state.step
-        return step % (every_epochs * self.steps_per_epoch) == 0 or step == self.last_step
+        epoch, images = round(step / self.steps_per_epoch, 4), step * self.settings.batch
+        row = {"event": event, "step": step, "epoch": epoch, "images": images, **figures}
+        if self.process.is_main:
+            self.run.append(row)
+            self.tracker.log(row)
+        return row
+
+    def save_is_due(self) -> bool:
+        """Return whether checkpoint.every_steps or every_minutes asks for a save at this step."""
+        given = self.settings.checkpoint
+        by_step = given.every_steps is not None and (self.state.step + 1) % given.every_steps == 0
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return by_step or (given.every_minutes is not None and minutes > given.every_minutes)
+
+    def save(self) -> None:
+        """Save the state as last.pt, and keep the former last.pt as previous.pt."""
+        self.settle()
+        if self.process.is_main:
+            self.run.sync_metrics()  # a checkpoint must not be ahead of its rows
+            content = {**record(self), **self.state.state_dict(self.process.world_size)}
+            checkpoint.save(self.run.last, content, self.run.previous)
+        self.saved_at = time.monotonic()
+        self.timer.restart()
+
+    def save_best(self) -> None:
+        """Save the evaluated weights with their result as best.pt."""
+        if self.process.is_main:
+            weights = {"model": self.state.evaluated_model.state_dict(), "ema": None}
+            content = {**record(self), **weights, "step": self.state.step}
+            checkpoint.save(self.run.best, {**content, **self.state.last_result})

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from proxynorm.errors import ConfigError
 from proxynorm.nn import parameter_groups
-from proxynorm.train.finetune import scale_rates
-from proxynorm.train.rmsprop import RMSpropTF
-from proxynorm.train.settings import Settings
+from proxynorm.train.finetune import check_pattern, classifier_names, matches, under
+from proxynorm.train.settings import OptimSettings, Settings
+
+LAYER_PARAMETERS = 12  # in a layer of a network that does not tell its layers; timm's number
 
 
-def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     """Create the optimizer over the model's decay groups. Raises ConfigError."""
     optim = settings.optim
     arguments = {"momentum": optim.momentum}
@@ -46,7 +50,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimi
     return optimizer
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, content: dict[str, Any]) -> None:
     """Load a state_dict. Which kernels compute the step stays this optimizer's own choice."""
     own = [
         {key: group[key] for key in ("fused", "foreach") if key in group}
@@ -57,9 +61,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict[str, Any]) ->
         group.update(kernels)
 
 
-def create_schedule(
-    optimizer: torch.optim.Optimizer, settings: Settings, steps_per_epoch: int
-) -> Scheduler:
+def create_schedule(optimizer: Optimizer, settings: Settings, steps_per_epoch: int) -> Scheduler:
     """Create the schedule, a function of the number of updates alone: set it by `step_update`."""
     schedule = settings.schedule
     scheduler, _ = create_scheduler_v2(
@@ -76,3 +78,114 @@ def create_schedule(
         updates_per_epoch=steps_per_epoch,
     )
     return scheduler
+
+
+def scale_rates(
+    model: nn.Module, groups: list[dict[str, Any]], optim: OptimSettings
+) -> list[dict[str, Any]]:
+    """Split optimizer groups by the factor on each parameter's rate, timm's key lr_scale.
+
+    A parameter under several patterns takes the product. Raises ConfigError.
+    """
+    if not optim.lr_scale and optim.layer_decay is None:
+        return groups
+    names = dict(model.named_parameters())
+    layers = layers_of(model)
+    decay, top = optim.layer_decay or 1.0, max(layers.values())
+    scales = {id(names[name]): decay ** (top - layer) for name, layer in layers.items()}
+    for pattern, scale in (optim.lr_scale or {}).items():
+        check_pattern(model, "optim.lr_scale", pattern)
+        for name, parameter in names.items():
+            if matches(name, pattern):
+                scales[id(parameter)] *= scale
+    split = []
+    for group in groups:
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(scales[id(parameter)], []).append(parameter)
+        split += [{**group, "params": part, "lr_scale": scale} for scale, part in parts.items()]
+    return split
+
+
+def layers_of(model: nn.Module) -> dict[str, int]:
+    """Return each parameter's layer, from the stem up, as timm counts them for layer decay."""
+    if hasattr(model, "group_matcher"):
+        return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    head, names = classifier_names(model), [name for name, _ in model.named_parameters()]
+    trunk = [name for name in names if not under(name, head)]
+    top = len(trunk) // LAYER_PARAMETERS + 1
+    return dict.fromkeys(names, top) | {n: i // LAYER_PARAMETERS for i, n in enumerate(trunk)}
+
+
+def base_rate(optimizer: Optimizer) -> float:
+    """Return the learning rate of a factor of 1, by the group of the largest factor."""
+    group = max(optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))
+    return group["lr"] / group.get("lr_scale", 1.0)
+
+
+class RMSpropTF(Optimizer):
+    """timm's RMSpropTF, the EfficientNet recipe's optimizer, over all tensors at once.
+
+    It can skip a step on the device.
+
+    s ← s + (1 − α)(g² − s);  b ← μb + lr · g / sqrt(s + ε);  p ← p − b, where the gradient g
+    includes the weight decay (L2), s starts at one and b at zero. State keys are those of timm's.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler, and step_if, set found_inf instead of waiting
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None  # unused: the loop unscales gradients before it clips them
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        alpha: float = 0.9,
+        eps: float = 1e-10,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        options = {"alpha": alpha, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, {"lr": lr, **options})
+
+    def step(self, closure: None = None) -> None:
+        """Make one update; where found_inf is one, leave weights and state as they are."""
+        keep = None if self.found_inf is None else 1.0 - self.found_inf
+        if keep is not None and keep.device.type == "cpu":  # the host knows: nothing to compute
+            if not keep:
+                return
+            keep = None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(group, params, keep)
+
+    @torch.no_grad()
+    def _update(self, group: dict, params: list[Tensor], keep: Tensor | None) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["square_avg"] = torch.ones_like(p)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        squares = [self.state[p]["square_avg"] for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        rate, rest, momentum = group["lr"], 1.0 - group["alpha"], group["momentum"]
+        if keep is not None:
+            # Zero times NaN is NaN, but not for its bits: as integers, bad gradients become zero.
+            # With gradient, rates and the change of b gone, every sum below adds an exact zero.
+            torch._foreach_mul_([g.view(torch.int32) for g in grads], keep.int())
+            rate, rest, momentum = rate * keep, rest * keep, 1.0 - (1.0 - momentum) * keep
+        if group["weight_decay"]:
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        change = torch._foreach_mul(grads, grads)
+        torch._foreach_sub_(change, squares)
+        torch._foreach_mul_(change, rest)
+        torch._foreach_add_(squares, change)
+        root = torch._foreach_add(squares, group["eps"])
+        torch._foreach_sqrt_(root)
+        torch._foreach_mul_(buffers, momentum)
+        update = torch._foreach_div(grads, root)
+        torch._foreach_mul_(update, rate)
+        torch._foreach_add_(buffers, update)
+        update = buffers if keep is None else torch._foreach_mul(buffers, keep)
+        torch._foreach_sub_(params, update)

@@ -1,11 +1,17 @@
-"""The terminal's output: a progress line, and a table with a row per evaluation."""
+"""What a run shows: times of its steps, a progress line, a table with a row per evaluation."""
 
 from __future__ import annotations
 
-import math
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
 
+import torch
 from rich.console import Console
 
 PLAIN_SECONDS = 10.0
@@ -30,28 +36,33 @@ class Display:
         self.total_steps, self.epochs, self.visible = total_steps, epochs, visible
         self.console = Console(highlight=False, soft_wrap=True)
         self.last_line = time.monotonic()
-        self.status = None
-        if visible and self.console.is_terminal:
-            self.status = self.console.status("starting")
+        self.status = self.console.status("starting")
+        self.training: dict[str, Any] = {}  # the last figures of training
+
+    def start(self) -> None:
+        """Print the table's header and start the moving line."""
+        self.print(ROW.format(*COLUMNS))
+        if self.visible and self.console.is_terminal:
             self.status.start()
+
+    def close(self) -> None:
+        self.status.stop()
 
     def print(self, text: str) -> None:
         if self.visible:
             self.console.print(text, markup=False)
             self.console.file.flush()
 
-    def header(self) -> None:
-        self.print(ROW.format(*COLUMNS))
-
-    def update(self, row: dict) -> None:
+    def update(self, row: dict[str, Any]) -> None:
         """Show a training row; without a terminal at most every ten seconds."""
-        if self.status:
+        self.training |= row
+        if self.console.is_terminal:
             self.status.update(self.line(row))
-        elif self.visible and time.monotonic() - self.last_line >= PLAIN_SECONDS:
+        elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             self.print(f"  step {row['step']}/{self.total_steps}  {'  '.join(figures(row))}")
 
-    def line(self, row: dict) -> str:
+    def line(self, row: dict[str, Any]) -> str:
         """Format epoch and step, and as many figures as the terminal is wide."""
         line = f"epoch {row['epoch']:.2f}  {row['step']}/{self.total_steps}"
         for part in figures(row):
@@ -60,27 +71,97 @@ class Display:
             line += f"  {part}"
         return line
 
-    def epoch(self, row: dict, train_loss: float, images_per_second: float, seconds: float) -> None:
-        """Print an evaluation's row; NaN training figures (just resumed) are left blank."""
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Print an evaluation's row, with the last figures of training unless just resumed."""
+        loss, rate = (self.training.get(key) for key in ("loss", "images_per_second"))
         values = (
             f"{row['epoch']:g}/{self.epochs}",
             row["step"],
-            "" if math.isnan(train_loss) else f"{train_loss:.4f}",
+            "" if loss is None else f"{loss:.4f}",
             f"{row['loss']:.4f}",
             f"{row['top1']:.2f}",
             f"{row['top5']:.2f}",
-            "" if math.isnan(images_per_second) else f"{images_per_second:.0f}",
-            f"{seconds:.0f}",
+            "" if rate is None else f"{rate:.0f}",
+            f"{row['train_seconds']:.0f}",
         )
         self.print(ROW.format(*values))
 
-    def close(self) -> None:
-        if self.status:
-            self.status.stop()
-            self.status = None
 
-
-def figures(row: dict) -> list[str]:
+def figures(row: dict[str, Any]) -> list[str]:
     """Format a training row's figures; the first row has no times."""
     left = timedelta(seconds=round(row.get("eta_seconds", 0)))
     return [part.format(**row, eta=left) for key, part in FIGURES.items() if key in row]
+
+
+class StepTimer:
+    """Times of the steps since the last row."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.warm = False  # the first step compiles and allocates: no row counts it
+        self.waits: list[float] = []
+        self.steps: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the next step now: leave out an evaluation or a save."""
+        self.started = time.perf_counter()
+
+    def since_step(self) -> float:
+        """Return the seconds since the last step ended, or the timer was restarted."""
+        return time.perf_counter() - self.started
+
+    def data_arrived(self) -> None:
+        self.waits.append(self.since_step())
+
+    def step_done(self) -> float:
+        """End the step; return its seconds, including the wait for data."""
+        self.steps.append(self.since_step())
+        self.restart()
+        return self.steps[-1]
+
+    def row(self, batch: int, steps_left: int) -> dict[str, float]:
+        """Return images/s, the share of time spent waiting for data, step-time percentiles (ms),
+        training time left (s, without evaluations) and peak GPU memory (GiB), and reset.
+
+        The times are left out if there was only the first step.
+        """
+        first = 0 if self.warm else 1
+        steps, waits, row = self.steps[first:], self.waits[first:], {}
+        self.steps, self.waits, self.warm = [], [], True
+        if steps:
+            total = sum(steps)
+            times = quantiles(steps, n=20, method="inclusive") if len(steps) > 1 else steps * 19
+            row = {
+                "images_per_second": round(batch * len(steps) / total, 1),
+                "data_wait": round(sum(waits) / total, 4),
+                "step_ms_p50": round(1e3 * times[9], 3),
+                "step_ms_p95": round(1e3 * times[18], 3),
+                "eta_seconds": round(steps_left * total / len(steps), 3),
+            }
+        if self.device.type == "cuda":
+            row["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        return row
+
+
+@contextmanager
+def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
+    """Write a torch.profiler trace of `steps` steps to folder/trace.json.
+
+    Yields a function to call after each step. The first step is left out, the second is warm-up.
+    With steps=0, does nothing.
+    """
+    if not steps:
+        yield lambda: None
+        return
+    path = folder / "trace.json"
+
+    def write(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(path))
+        print(f"trace in {path}: open it in https://ui.perfetto.dev", flush=True)
+
+    # Otherwise Kineto logs its own steps, and a missing GPU as an error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
+        yield profiler.step

@@ -45,20 +45,9 @@ class Undo:
     """Keeps tensors as they are now, to put them back where a step turns out not to be finite."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            self.tensors.setdefault(tensor.dtype, []).append(tensor)
-        # One flat copy per type: a few kernels however many tensors there are.
-        self.kept = {dtype: _flat(group) for dtype, group in self.tensors.items()}
+        self.pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def unless(self, good: Tensor) -> None:
         """Put the tensors back unless `good`, a bool () that stays on the device."""
-        for dtype, group in self.tensors.items():
-            chosen = torch.where(good, _flat(group), self.kept[dtype])
-            parts = chosen.split([tensor.numel() for tensor in group])
-            for tensor, part in zip(group, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        for tensor, kept in self.pairs:
+            tensor.copy_(torch.where(good, tensor, kept))

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from torch import nn
-from yaml import YAMLError
 
 from proxynorm.cli import first_line
 from proxynorm.data import Data, DataSpec, LoaderSpec, open_data
@@ -43,10 +41,7 @@ def checkpoint_path(run: str | None, file: str | None, weights: str = "last") ->
         raise ConfigError(f"weights={weights}: valid: last, best")
     if run is not None and not Path(run).is_dir():
         raise CheckpointError(f"no run folder {run}")
-    path = Path(file) if file is not None else Path(run) / "checkpoints" / f"{weights}.pt"
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    return path
+    return Path(file) if file is not None else Path(run) / "checkpoints" / f"{weights}.pt"
 
 
 def restore(path: Path) -> Restored:
@@ -58,16 +53,10 @@ def restore(path: Path) -> Restored:
         if path.name != "last.pt" or not previous.is_file():
             raise
         raise CheckpointError(f"{error}; the one before it: checkpoint={previous}") from error
-    config = path.resolve().parents[1] / "config.yaml"
-    if config.is_file() and path.resolve().parent.name == "checkpoints":
-        settings = stored_settings(config)
-    elif "settings" in content:
+    if "settings" in content:
         settings = settings_from(OmegaConf.create(content["settings"]))
     else:  # of version 0.1
-        raise CheckpointError(
-            f"{path} is not in a run folder (RUN/checkpoints/, beside RUN/config.yaml): "
-            "its configuration is missing"
-        )
+        settings = stored_settings(path.resolve().parents[1] / "config.yaml")
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
     model.load_state_dict(content["ema"] or content["model"])
@@ -78,19 +67,13 @@ def restore(path: Path) -> Restored:
 def stored_settings(path: Path) -> Settings:
     """Read a run's config.yaml. Raises CheckpointError if it is missing or damaged."""
     try:
-        config = OmegaConf.create(path.read_text())
-        if not isinstance(config, DictConfig):
-            raise ConfigError("it is a list")
-        settings = settings_from(config)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; put it back") from error
-    except (ConfigError, YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
+        settings = settings_from(OmegaConf.create(path.read_text()))
+        settings.model["name"]  # an empty file lacks it
+    except Exception as error:  # whatever damage makes YAML, OmegaConf or a check raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
-            f"{path} is damaged, or of another version ({first_line(error)}); "
-            "put the run's own back"
+            f"{path}, the run's configuration, cannot be read ({reason}); put the run's own back"
         ) from error
-    if "name" not in settings.model:
-        raise CheckpointError(f"{path} names no model; put the run's own back")
     return settings
 
 
@@ -123,11 +106,10 @@ def open_evaluation_data(restored: Restored, source: Source = Source()) -> Valid
     """
     data, loader = evaluation_specs(restored, source)
     classes = restored.content["inputs"]["classes"]
-    alone = source.classes != "all" or not is_whole(data)
-    if source.root is not None and alone:
-        return open_validation(data, loader, classes, source.classes)
-    if source.classes != "all":
+    if source.root is None and source.classes != "all":
         raise ConfigError(f"classes={source.classes} needs root=FOLDER of validation images")
+    if source.root is not None and (source.classes != "all" or not is_whole(data)):
+        return open_validation(data, loader, classes, source.classes)
     opened = open_data(data, loader)
     if classes != (present := list(opened.info.classes)):
         raise CheckpointError(
@@ -139,15 +121,14 @@ def open_evaluation_data(restored: Restored, source: Source = Source()) -> Valid
 
 def evaluation_specs(restored: Restored, source: Source) -> tuple[DataSpec, LoaderSpec]:
     """Return the run's data and loader settings with what `source` gives in their place."""
-
-    def given(**values: Any) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if value is not None}
-
     settings, inputs = restored.settings, restored.content["inputs"]
-    cut = given(root=source.root, eval_size=source.size, eval_ratio=source.ratio)
-    normalized = {"mean": tuple(inputs["mean"]), "std": tuple(inputs["std"])}
-    data = replace(settings.data, **cut, **given(cache=source.cache), **normalized)
-    return data, replace(settings.loader, **given(name=source.loader, workers=source.workers))
+    data = {"root": source.root, "eval_size": source.size, "eval_ratio": source.ratio}
+    data |= {"cache": source.cache, "mean": tuple(inputs["mean"]), "std": tuple(inputs["std"])}
+    loader = {"name": source.loader, "workers": source.workers}
+    return (
+        replace(settings.data, **{k: v for k, v in data.items() if v is not None}),
+        replace(settings.loader, **{k: v for k, v in loader.items() if v is not None}),
+    )
 
 
 def is_whole(data: DataSpec) -> bool:

@@ -1,22 +1,127 @@
-"""Check that a run folder holds this run, how far it got, and that it may go on."""
+"""What a run carries over an interruption, and whether it may go on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
 
 from proxynorm.data import Data
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
-from proxynorm.train.progress import Display
+from proxynorm.train.finetune import restore_eps
+from proxynorm.train.optimizer import load_optimizer
 from proxynorm.train.restore import different_classes, stored_settings
 from proxynorm.train.run_folder import RunFolder, bits
 from proxynorm.train.settings import Settings, identity
-from proxynorm.train.state import describe_data
 
 if TYPE_CHECKING:
     from proxynorm.train.loop import Trainer
+
+ANEW = "choose another name=, or resume=never"
+COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "stale")
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer and counters.
+
+    step: weight updates made; evaluated: the step last evaluated; stale: evaluations since the one
+    with the best top-1; loss_sum, loss_steps: over the steps since the last row of metrics.jsonl,
+    the loss being the mean over all processes; start: what `finetune.carry` said of the weights
+    that the run began with; extended: its starts under resume=extend.
+
+    No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    loss_sum: torch.Tensor  # on the device: reading it at each step would wait for the GPU
+    step: int = 0
+    evaluated: int = 0
+    best_top1: float | None = None
+    train_seconds: float = 0.0
+    skipped: int = 0
+    stale: int = 0
+    loss_steps: int = 0
+    last_result: dict[str, float] = field(default_factory=dict)
+    start: dict[str, Any] | None = None
+    extended: list[dict[str, int]] = field(default_factory=list)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights to evaluate: the moving average if there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def state_dict(self, world_size: int) -> dict[str, Any]:
+        """Return the tensors and counters for a checkpoint, which has losses summed over ranks."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sum": self.loss_sum * world_size,
+            "last_result": self.last_result,
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+        }
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Continue from a checkpoint's content; older ones lack some of it."""
+        self.start, self.extended = content.get("start"), content.get("extended") or []
+        self.model.load_state_dict(content["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(content["ema"])
+        for model in (self.model, self.evaluated_model):
+            restore_eps(model, self.start)
+        load_optimizer(self.optimizer, content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.loss_sum.copy_(content["loss_sum"] / content["world_size"])
+        self.last_result = content["last_result"]
+        for name in COUNTERS:
+            setattr(self, name, content["counters"].get(name, getattr(self, name)))
+        self.scheduler.step_update(self.step)
+
+
+def record(trainer: Trainer) -> dict[str, Any]:
+    """Return what a checkpoint says of its run beside the state."""
+    return {
+        "identity": identity(trainer.settings),
+        "settings": asdict(trainer.settings),  # so that the file is enough without its folder
+        "world_size": trainer.process.world_size,
+        "inputs": describe_data(trainer.data),
+        "start": trainer.state.start,
+        "extended": trainer.state.extended,
+    }
+
+
+def describe_data(data: Data) -> dict[str, Any]:
+    """Return the data's classes, counts, normalization and digests.
+
+    labels: a digest of the training labels, in order; images: see Data.fingerprints.
+    """
+    info, train = data.info, data.train
+    labels = np.asarray(train.reader.targets[train.rows], dtype="<i8").tobytes()
+    return {
+        "classes": list(info.classes),
+        "channels": info.channels,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "train_count": info.train_count,
+        "eval_count": info.eval_count,
+        "labels": hashlib.sha256(labels).hexdigest()[:16],
+        "images": data.fingerprints,
+    }
 
 
 def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:
@@ -37,49 +142,51 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
         content = {"identity": stored, "inputs": describe_data(data)}
     if extends(content, settings):
         return None
-    check_identity(content, settings, run.path)
-    check_data(content, data, run.path)
+    check_same_run(content, settings, data, run.path)
     return summary
 
 
-def resume(
-    trainer: Trainer, run: RunFolder, settings: Settings, display: Display, now: dict[str, Any]
-) -> bool:
+def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
     """Load the newest readable checkpoint and rewind the metrics to it; False if there is none.
 
     now: the environment. Raises CheckpointError if the run cannot continue, ConfigError if it is
     past max_steps.
     """
+    run, settings, say = trainer.run, trainer.settings, trainer.display.print
     if settings.resume == "never":
         return False
-    content, messages = checkpoint.load_latest(run.checkpoints)
-    for message in messages:
-        display.print(message)
+    content, faults = checkpoint.load_latest(run.checkpoints)
+    for fault in faults:
+        say(fault)
     if content is None:
-        require_checkpoint(settings, run)
-        if run.lost_checkpoint():
+        if run.summary.exists():
             raise CheckpointError(
                 f"{run.path} holds a run, but neither last.pt nor previous.pt: "
                 "restore one of them, or use resume=never to clear the folder and start anew"
             )
         return False
-    check_identity(content, settings, run.path)
-    check_data(content, trainer.data, run.path)
+    check_same_run(content, settings, trainer.data, run.path)
     if (step := content["counters"]["step"]) > trainer.last_step:
         raise ConfigError(
             f"{run.path} is at step {step}, past max_steps={settings.max_steps}: "
             "raise it, or leave it out"
         )
-    trainer.load(content, last_is_damaged=bool(messages))
-    if extends(content, settings):
-        display.print(extend(trainer, content))
+    trainer.state.load_state_dict(content)
+    trainer.settings = replace(settings, weights=content["identity"].get("weights"))
+    if longer := extends(content, settings):
+        before, epochs = content["identity"]["epochs"], settings.epochs
+        trainer.state.extended.append({"step": step, "from_epochs": before, "epochs": epochs})
+        trainer.state.stale = 0
+        say(f"extended from {before} to {epochs} epochs: from step {step} on their schedule holds")
     if trainer.process.is_main:
-        run.rewind(trainer.state.step, trainer.state.evaluated)
-        if extends(content, settings):
+        if faults:
+            run.last.unlink(missing_ok=True)  # damaged: it must not become previous.pt
+        if longer:
             run.summary.unlink(missing_ok=True)  # it says that the run is finished
-        for line in resume_warnings(trainer, content, run, now):
-            display.print(line)
-    display.print(f"resumed at step {trainer.state.step} of {trainer.last_step}")
+        run.rewind(step, trainer.state.evaluated)
+        for line in resume_warnings(trainer, content, now):
+            say(line)
+    say(f"resumed at step {step} of {trainer.last_step}")
     return True
 
 
@@ -94,20 +201,9 @@ def extends(content: dict[str, Any], settings: Settings) -> bool:
     return settings.resume == "extend" and content["identity"]["epochs"] < settings.epochs
 
 
-def extend(trainer: Trainer, content: dict[str, Any]) -> str:
-    """Record that the run goes on to more epochs; return a line that says so."""
-    before, now, step = content["identity"]["epochs"], trainer.settings.epochs, trainer.state.step
-    trainer.extended.append({"step": step, "from_epochs": before, "epochs": now})
-    trainer.state.stale = 0
-    return f"extended from {before} to {now} epochs: from step {step} on their schedule holds"
-
-
-def resume_warnings(
-    trainer: Trainer, content: dict[str, Any], run: RunFolder, now: dict[str, Any]
-) -> list[str]:
+def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the reasons why the resumed run may differ from the unbroken one."""
-    lines = []
-    world_size = trainer.process.world_size
+    lines, run, world_size = [], trainer.run, trainer.process.world_size
     if content["world_size"] != world_size:
         lines.append(f"resuming with {world_size} process(es), was {content['world_size']}")
     if not trainer.data.comparable(content["inputs"].get("images", {}), "train"):
@@ -124,55 +220,45 @@ def resume_warnings(
     elif changed := differences(bits(before), bits(now)):
         lines.append(
             "resuming on another machine or version: the same images and steps, "
-            f"not the same bits ({'; '.join(changed)})"
+            f"not the same bits ({changed})"
         )
     return lines
 
 
-def shown(value: Any) -> str:
-    """Format a value as it is written in a configuration: null, true, a word."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
+    """Return the keys in which two dictionaries differ, as 'key: stored → current; …'."""
+
+    def shown(value: Any) -> str:  # as in a configuration: null, true, a word
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    pairs = {key: (stored.get(key), current.get(key)) for key in {**stored, **current}}
+    changed = {key: pair for key, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+    return "; ".join(f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items())
 
 
-def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Return the keys in which two dictionaries differ, as 'key: stored → current'."""
-    return [
-        f"{key}: {shown(stored.get(key))} → {shown(current.get(key))}"
-        for key in sorted(stored.keys() | current.keys())
-        if stored.get(key) != current.get(key)
-    ]
-
-
-def check_identity(content: dict[str, Any], settings: Settings, path: Path) -> None:
-    """Raise CheckpointError if the stored run has other settings."""
+def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path: Path) -> None:
+    """Raise CheckpointError if a checkpoint is of other settings, or was trained on other data."""
     stored, now = content["identity"], identity(settings)
+    if settings.weights is None and "weights" in stored:  # where it started needs no repeating
+        now["weights"] = stored["weights"]
     if extends(content, settings):
         now["epochs"] = stored["epochs"]
     if changed := differences(stored, now):
         longer = stored == {**now, "epochs": stored["epochs"]} and stored["epochs"] < now["epochs"]
         go_on = ", or resume=extend to go on to more epochs" if longer else ""
-        raise CheckpointError(
-            f"{path} holds another run ({'; '.join(changed)}); "
-            f"choose another name=, or resume=never{go_on}"
-        )
-
-
-def check_data(content: dict[str, Any], data: Data, path: Path) -> None:
-    """Raise CheckpointError if the run was trained on other classes, labels, counts or images."""
+        raise CheckpointError(f"{path} holds another run ({changed}); {ANEW}{go_on}")
     stored, present = content["inputs"], describe_data(data)
     for key in ("classes", "train_count", "eval_count", "mean", "std", "labels"):
         was, now = stored.get(key, present[key]), present[key]
-        if was == now:
-            continue
-        words = {"classes": different_classes, "labels": lambda *_: "not the same"}
-        change = words[key](was, now) if key in words else f"{was} → {now}"
-        raise CheckpointError(
-            f"{path} was trained on another data set ({key}: {change}); "
-            "choose another name=, or resume=never"
-        )
+        if was != now:
+            change = "not the same" if key == "labels" else f"{was} → {now}"
+            change = different_classes(was, now) if key == "classes" else change
+            raise CheckpointError(
+                f"{path} was trained on another data set ({key}: {change}); {ANEW}"
+            )
     if replaced := data.replaced(stored.get("images", {})):
         sources = " and ".join(dict.fromkeys(replaced.values()))
         raise CheckpointError(
             f"{path} was trained on other images than those now in {sources}; "
-            "restore the former images, or choose another name=, or resume=never"
+            f"restore the former images, or {ANEW}"
         )

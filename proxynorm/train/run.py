@@ -13,12 +13,11 @@ from proxynorm.data import Data, open_data
 from proxynorm.errors import DataError, FileError
 from proxynorm.files import write_json, write_text
 from proxynorm.train.distributed import Process, environment_ranks, processes
-from proxynorm.train.finetune import read_weights, source_of
+from proxynorm.train.finetune import carry, read_weights, restore_eps, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
-from proxynorm.train.progress import Display
 from proxynorm.train.resume import finished, require_checkpoint, resume
-from proxynorm.train.run_folder import RunFolder, environment
+from proxynorm.train.run_folder import RunFolder, environment, read_metrics
 from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
 from proxynorm.train.tracker import Tracker
 
@@ -32,32 +31,24 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
     settings.micro_batch_for(environment_ranks()[2])
     with processes(settings.device) as process:
         # Outside of stop_request: a signal ends the conversion of a folder at once.
-        data = open_data(settings.data, settings.loader)
+        data, run = open_data(settings.data, settings.loader), RunFolder(folder_of(settings))
         with stop_request() as stop:
-            return train_on(data, settings, config, process, stop)
-
-
-def train_on(
-    data: Data, settings: Settings, config: dict[str, Any], process: Process, stop: StopRequest
-) -> int:
-    """Train on an opened data set, unless the run is finished; return the exit status."""
-    run = RunFolder(folder_of(settings))
-    done = process.share(finished(run, settings, data) if process.is_main else None)
-    if done:
-        if process.is_main:
-            accuracy = f"top-1 {done['top1']:.2f} % after {done['steps']} steps"
-            print(f"{run.path} is finished: {accuracy}")
-            if not run.curves.exists():
-                draw_curves(run)
-        return 0
-    require_checkpoint(settings, run)
-    if process.is_main:
-        run.acquire()
-    try:
-        process.barrier()  # the others read the folder only once it is locked
-        return train_in(run, settings, config, process, data, stop)
-    finally:
-        run.release()
+            done = process.share(finished(run, settings, data) if process.is_main else None)
+            if done:
+                if process.is_main:
+                    accuracy = f"top-1 {done['top1']:.2f} % after {done['steps']} steps"
+                    print(f"{run.path} is finished: {accuracy}")
+                    if not run.curves.exists():
+                        draw_curves(run)
+                return 0
+            require_checkpoint(settings, run)
+            if process.is_main:
+                run.acquire()
+            try:
+                process.barrier()  # the others read the folder only once it is locked
+                return train_in(run, settings, config, process, data, stop)
+            finally:
+                run.release()
 
 
 def train_in(
@@ -70,42 +61,43 @@ def train_in(
 ) -> int:
     """Train inside the locked run folder; return the exit status."""
     trainer = Trainer(settings, process, data, run, stop)
-    display = Display(trainer.last_step, settings.epochs, visible=process.is_main)
+    say = trainer.display.print
     machine = {"device": str(process.device), "world_size": process.world_size}
     now = {**environment(), **machine} if process.is_main else {}
-    resumed = resume(trainer, run, settings, display, now)
+    resumed = resume(trainer, now)
     notes = [] if resumed else start_from_weights(trainer)
     process.barrier()  # all have read the checkpoint before the folder is cleared
     tracker = None
     if process.is_main:
         run.remove_leftovers() if resumed else run.clear()
+        config = {**config, "weights": trainer.settings.weights}
         write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-        run.write_environment(now, saved=resumed)
+        write_json(run.environment, now)
         tracker = Tracker(settings, run.path, run.path.name, config, resumed)
-    for line in (overview(trainer, run), *notes, *(f"warning: {line}" for line in data.warnings)):
-        display.print(line)
-    status = 0
+    for line in (overview(trainer), *notes, *(f"warning: {line}" for line in data.warnings)):
+        say(line)
+    state, status = trainer.state, 0
     try:
-        trainer.fit(display, tracker)
+        trainer.fit(tracker)
     except Preempted as reason:
         signal = stop.received.name if stop.received else "a signal to another process"
-        display.print(f"{reason} by {signal}; saved; run again to go on")
+        say(f"{reason} by {signal}; saved; run again to go on")
         status = REQUEUE
     else:
-        if trainer.out_of_patience() and trainer.state.step < trainer.last_step:
-            display.print(
-                f"stopped early, at step {trainer.state.step} of {trainer.last_step}: "
-                f"{trainer.state.stale} evaluations without a better top-1 than "
-                f"{trainer.state.best_top1:.2f} %; the learning rate had not reached its end"
+        if trainer.out_of_patience() and state.step < trainer.last_step:
+            say(
+                f"stopped early, at step {state.step} of {trainer.last_step}: {state.stale} "
+                f"evaluation{'s' if state.stale > 1 else ''} without a better top-1 than "
+                f"{state.best_top1:.2f} %; the learning rate had not reached its end"
             )
     finally:
-        display.close()
+        trainer.display.close()
         trainer.loader.close()
     damaged = {image: why for part in process.gather(data.failures) for image, why in part.items()}
     if process.is_main:
         for image, why in list(damaged.items())[:10]:
-            display.print(f"left out: {image}: {why}")
-        summary = summarize(trainer, run.path.name, len(damaged))
+            say(f"left out: {image}: {why}")
+        summary = summarize(trainer, len(damaged))
         write_json(run.summary, summary)
         tracker.finish(summary, exit_code=status)
         draw_curves(run)
@@ -114,22 +106,28 @@ def train_in(
 
 def start_from_weights(trainer: Trainer) -> list[str]:
     """Give a new run the weights that it starts from, if any; return what was carried."""
-    if (source := source_of(trainer.settings)) is None:
+    settings, state, process = trainer.settings, trainer.state, trainer.process
+    if (source := source_of(settings)) is None:
         return []
-    info, process = trainer.data.info, trainer.process
+    info = trainer.data.info
     for turn in (True, False):  # the first process downloads; the others find the file in the cache
         if process.is_main is turn:
-            weights = read_weights(source, trainer.settings, len(info.classes), info.channels)
+            weights = read_weights(source, settings, len(info.classes), info.channels)
         process.barrier()
-    return trainer.start_from(weights)
+    state.start = carry(state.model, weights, settings, list(info.classes))
+    if state.ema is not None:
+        state.ema.set(state.model)
+        restore_eps(state.ema.module, state.start)
+    return state.start["notes"]
 
 
-def summarize(trainer: Trainer, name: str, damaged_images: int) -> dict[str, Any]:
+def summarize(trainer: Trainer, damaged_images: int) -> dict[str, Any]:
     """Return the content of summary.json."""
     settings, state = trainer.settings, trainer.state
     norm_batch = (settings.norm_batch or trainer.micro_batch) if uses_batch_norm(settings) else None
+    ended = state.step == trainer.last_step or trainer.out_of_patience()
     return {
-        "name": name,
+        "name": trainer.run.path.name,
         "model": settings.model["name"],
         "norm": settings.norm.name,
         "batch": settings.batch,
@@ -146,21 +144,20 @@ def summarize(trainer: Trainer, name: str, damaged_images: int) -> dict[str, Any
         "train_seconds": round(state.train_seconds, 3),
         "skipped_updates": state.skipped,
         "damaged_images": damaged_images,
-        "completed": state.evaluated == state.step
-        and (state.step == trainer.last_step or trainer.out_of_patience()),
+        "completed": ended and state.evaluated == state.step,
         "stale": state.stale,
-        **({"weights": trainer.start["weights"]} if trainer.start else {}),
-        **({"extended": trainer.extended} if trainer.extended else {}),
+        **({"weights": state.start["weights"]} if state.start else {}),
+        **({"extended": state.extended} if state.extended else {}),
     }
 
 
-def overview(trainer: Trainer, run: RunFolder) -> str:
+def overview(trainer: Trainer) -> str:
     """Describe the run in two lines."""
     settings, data = trainer.settings, trainer.data
     parameters = sum(p.numel() for p in trainer.state.model.parameters())
     layout = "channels_last" if trainer.memory_format == torch.channels_last else "contiguous"
     return (
-        f"{run.path}\n"
+        f"{trainer.run.path}\n"
         f"{settings.model['name']} {settings.norm.name}, {parameters / 1e6:.2f} M parameters; "
         f"{data.info.train_count} + {data.info.eval_count} images by {data.backend}; "
         f"batch {settings.batch} = "
@@ -173,6 +170,6 @@ def overview(trainer: Trainer, run: RunFolder) -> str:
 def draw_curves(run: RunFolder) -> None:
     """Draw the curves, or warn: the next start of the finished run tries again."""
     try:
-        plot_curves({run.path.name: [run.read_rows()]}, run.curves)
+        plot_curves({run.path.name: [read_metrics(run.metrics)]}, run.curves)
     except (DataError, FileError) as error:
         print(f"warning: the curves are not drawn: {error}", file=sys.stderr)

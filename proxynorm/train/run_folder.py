@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from proxynorm.errors import CheckpointError, ConfigError, DataError
-from proxynorm.files import finite, write_json, write_text, writing
+from proxynorm.files import finite, write_text, writing
 
 # The packages and the machine's properties that floating-point results may depend on.
 NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")
@@ -48,27 +48,26 @@ class RunFolder:
 
         Raises ConfigError if another process trains there, or if it cannot be written.
         """
+        lock = self.path / ".lock"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            stream = open(self.path / ".lock", "ab+", buffering=0)
+            self._lock = open(lock, "ab+", buffering=0)
         except OSError as error:
             raise ConfigError(
                 f"cannot write the run folder {self.path}: {error.strerror}; "
                 "choose another runs_dir="
             ) from None
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            stream.seek(0)
-            holder = stream.read().decode().strip() or "another process"
-            stream.close()
+            holder = lock.read_text().strip() or "another process"
+            self.release()
             raise ConfigError(
                 f"{self.path} is in use by {holder}; wait for it, or choose another name="
             ) from None
-        self._lock = stream
-        with writing(self.path / ".lock"):
-            stream.truncate(0)
-            stream.write(f"{socket.gethostname()} pid {os.getpid()}".encode())
+        with writing(lock):
+            self._lock.truncate(0)
+            self._lock.write(f"{socket.gethostname()} pid {os.getpid()}".encode())
 
     def release(self) -> None:
         if self._lock is not None:
@@ -77,28 +76,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete a former run's files, and nothing else in the folder."""
-        checkpoints = (self.last, self.previous, self.best)
-        records = (self.metrics, self.environment, self.summary, self.curves)
-        for path in (*checkpoints, *records):
+        files = (self.last, self.previous, self.best, self.metrics, self.environment)
+        for path in (*files, self.summary, self.curves):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
         self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
         """Delete the temporary files of a killed writer."""
-        for folder in (self.path, self.checkpoints):
-            for item in folder.glob(".*.tmp"):
-                item.unlink()
-
-    def write_environment(self, environment: dict[str, Any], saved: bool) -> None:
-        """Write environment.json; saved: whether a checkpoint was ever saved here."""
-        write_json(self.environment, {**environment, "saved": saved})
-
-    def mark_saved(self) -> None:
-        """Record at the first save that there is a checkpoint."""
-        stored = self.read_environment()
-        if stored is not None and not stored.get("saved"):
-            self.write_environment(stored, saved=True)
+        for item in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            item.unlink()
 
     def read_environment(self) -> dict[str, Any] | None:
         """Read environment.json; None if it is missing or damaged."""
@@ -120,10 +107,6 @@ class RunFolder:
             )
         return summary
 
-    def read_rows(self) -> list[dict[str, Any]]:
-        """Read the complete rows of metrics.jsonl. Raises DataError if one is damaged."""
-        return read_metrics(self.metrics)
-
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the rows after weight update `step`, and an evaluation at it that is repeated."""
 
@@ -131,7 +114,7 @@ class RunFolder:
             at_step = row["step"] == step and (row["event"] == "train" or evaluated == step)
             return row["step"] < step or at_step
 
-        rows = [row for row in self.read_rows() if stays(row)]
+        rows = [row for row in read_metrics(self.metrics) if stays(row)]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
@@ -155,10 +138,6 @@ class RunFolder:
             with writing(self.metrics), open(self.metrics, "rb") as stream:
                 os.fsync(stream.fileno())
 
-    def lost_checkpoint(self) -> bool:
-        """Return whether the folder held a checkpoint once, by its other files."""
-        return self.summary.exists() or bool((self.read_environment() or {}).get("saved"))
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics.jsonl, without an incomplete last line. Raises DataError if it is damaged."""
@@ -173,9 +152,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ) from None
 
 
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and source commit."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": sys.version.split()[0],
+        "packages": versions,
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "git": git_state(),
+    }
+
+
+def bits(environment: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of an environment that floating-point results may depend on."""
+    machine = {key: environment.get(key) for key in MACHINE}
+    return machine | {key: environment["packages"].get(key) for key in NUMERIC}
+
+
 def git_state() -> dict[str, Any]:
     """Return the source tree's commit and whether it was dirty; empty outside a checkout."""
-
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: git would find a repository around site-packages
         return {}
@@ -193,41 +196,8 @@ def git_state() -> dict[str, Any]:
 
 def processor_name() -> str:
     """Return the processor's model as the system names it."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of those PACKAGES that are installed."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def bits(environment: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of an environment that floating-point results may depend on."""
-    machine = {key: environment.get(key) for key in MACHINE}
-    return machine | {key: environment["packages"].get(key) for key in NUMERIC}
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and source commit."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "python": sys.version.split()[0],
-        "packages": package_versions(),
-        "system": platform.platform(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "git": git_state(),
-    }

@@ -1,4 +1,4 @@
-"""The settings of a training run, as plain typed values.
+"""The settings of a training run, as plain typed values with what each may be.
 
 proxynorm.train.config turns Hydra's configuration into these.
 """
@@ -15,11 +15,30 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from proxynorm.analysis.power_monitor import PowerSettings
 from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS, norm_spec
+
+# What a number may be, in words, by its test. null is left to the type.
+RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0 and finite": lambda value: 0 <= value < math.inf,
+    "above 0 and finite": lambda value: 0 < value < math.inf,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+}
+
+
+def number(default: Any, words: str) -> Any:
+    """Declare a setting with one of RANGES."""
+    return field(default=default, metadata={"range": words})
+
+
+def choice(default: Any, *others: Any) -> Any:
+    """Declare a setting that has one of these values."""
+    return field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclass(frozen=True)
@@ -27,11 +46,11 @@ class NormSettings:
     """The norm by name (proxynorm.nn.NORMS) and its options; None is the model's default."""
 
     name: str = "ln_pn"
-    groups: int | None = None
-    eps: float | None = None
-    proxy_eps: float = 0.03
+    groups: int | None = number(None, "at least 1")
+    eps: float | None = number(None, "at least 0 and finite")
+    proxy_eps: float = number(0.03, "at least 0 and finite")
     moments: str = "auto"
-    nodes: int = 256
+    nodes: int = number(256, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -39,30 +58,30 @@ class OptimSettings:
     """The optimizer (a timm name), and lr = base_lr · batch / base_batch unless lr is given."""
 
     name: str = "momentum"
-    lr: float | None = None
-    base_lr: float = 0.1
-    base_batch: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    decay_per_image: float | None = None
-    eps: float | None = None
-    alpha: float | None = None
-    alpha_per_image: float | None = None
-    clip_grad: float | None = None
+    lr: float | None = number(None, "above 0 and finite")
+    base_lr: float = number(0.1, "above 0 and finite")
+    base_batch: int = number(128, "at least 1")
+    momentum: float = number(0.9, "at least 0 and below 1")
+    weight_decay: float = number(1e-4, "at least 0 and finite")
+    decay_per_image: float | None = None  # no longer in use: part of older runs' names
+    eps: float | None = number(None, "at least 0 and finite")
+    alpha: float | None = number(None, "at least 0 and below 1")
+    alpha_per_image: float | None = number(None, "at least 0 and finite")
+    clip_grad: float | None = number(None, "above 0 and finite")
     lr_scale: dict[str, float] | None = None
-    layer_decay: float | None = None
+    layer_decay: float | None = number(None, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
     """A timm schedule by name, advanced at each update; lengths in epochs."""
 
-    name: str = "cosine"
-    warmup_epochs: float = 0.0
-    warmup_lr: float = 0.0
-    min_lr: float = 0.0
-    decay_epochs: float | None = None
-    decay_rate: float = 0.1
+    name: str = choice("cosine", "step", "multistep", "poly", "tanh", "constant")
+    warmup_epochs: float = number(0.0, "at least 0 and finite")
+    warmup_lr: float = number(0.0, "at least 0 and finite")
+    min_lr: float = number(0.0, "at least 0 and finite")
+    decay_epochs: float | None = number(None, "above 0 and finite")
+    decay_rate: float = number(0.1, "at least 0 and finite")
     milestones: list[float] | None = None
 
 
@@ -71,18 +90,18 @@ class RegularizationSettings:
     """Every regularizer, each a key of its own; zero or None is off."""
 
     name: str = "baseline"
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    label_smoothing: float = number(0.0, "from 0 to 1")
+    mixup: float = number(0.0, "at least 0 and finite")
+    cutmix: float = number(0.0, "at least 0 and finite")
     cutmix_lambda: float | None = None
-    mix_probability: float = 1.0
-    switch_probability: float = 0.5
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0
+    mix_probability: float = number(1.0, "from 0 to 1")
+    switch_probability: float = number(0.5, "from 0 to 1")
+    dropout: float = number(0.0, "at least 0 and below 1")
+    stochastic_depth: float = number(0.0, "at least 0 and below 1")
     randaugment: str | None = None
-    random_erasing: float = 0.0
-    ema_decay: float | None = None
-    ema_every: str = "step"
+    random_erasing: float = number(0.0, "from 0 to 1")
+    ema_decay: float | None = number(None, "at least 0 and below 1")
+    ema_every: str = choice("step", "epoch")
 
     @property
     def mixes(self) -> bool:
@@ -94,19 +113,19 @@ class RegularizationSettings:
 class CheckpointSettings:
     """When to save besides at epoch ends and on signals."""
 
-    every_steps: int | None = None
-    every_minutes: float | None = None
+    every_steps: int | None = number(None, "at least 1")
+    every_minutes: float | None = number(None, "above 0 and finite")
 
 
 @dataclass(frozen=True)
 class LoggerSettings:
     """Weights & Biases; mode auto is online with a key and offline without."""
 
-    mode: str = "auto"
+    mode: str = choice("auto", "online", "offline", "disabled")
     project: str = "proxynorm"
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,20 @@ class DebugSettings:
 
     name: str = "none"
     overfit: bool = False
-    profile_steps: int = 0
+    profile_steps: int = number(0, "at least 0 and finite")
+
+
+@dataclass(frozen=True)
+class PowerSettings:
+    """When to decompose the power, and when to warn.
+
+    every_epochs: epochs between two decompositions, None: never; images: how many of the
+    evaluation set; threshold: warn of a channel collapse where P1 exceeds it.
+    """
+
+    every_epochs: int | None = number(None, "at least 1")
+    images: int = number(256, "at least 1")
+    threshold: float = number(0.9, "from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -133,30 +165,30 @@ class Settings:
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     debug: DebugSettings = field(default_factory=DebugSettings)
     power: PowerSettings = field(default_factory=PowerSettings)
-    batch: int = 128
-    micro_batch: int | None = None
+    batch: int = number(128, "at least 1")
+    micro_batch: int | None = number(None, "at least 1")
     norm_batch: int | str | None = None
-    epochs: int = 5
-    max_steps: int | None = None
-    seed: int = 0
+    epochs: int = number(5, "at least 1")
+    max_steps: int | None = number(None, "at least 1")
+    seed: int = number(0, "at least 0 and finite")
     weights: str | None = None
     freeze: list[str] | None = None
-    patience: int | None = None
+    patience: int | None = number(None, "at least 1")
     name: str | None = None
     runs_dir: str = "runs"
-    resume: str = "auto"
+    resume: str = choice("auto", "never", "must", "extend")
     device: str = "auto"
-    precision: str = "auto"
-    memory_format: str = "auto"
-    compile: bool | str = "auto"
-    compile_mode: str = "default"
+    precision: str = choice("auto", "fp32", "bf16", "fp16")
+    memory_format: str = choice("auto", "contiguous", "channels_last")
+    compile: bool | str = choice("auto", True, False)
+    compile_mode: str = choice("default", "reduce-overhead", "max-autotune-no-cudagraphs")
     deterministic: bool = False
     recompute: bool = False
-    nonfinite: str = "stop"
-    nonfinite_limit: int = 10
-    log_every: int = 20
-    eval_every: int = 1
-    eval_batch: int = 250
+    nonfinite: str = choice("stop", "skip")
+    nonfinite_limit: int = number(10, "at least 0 and finite")
+    log_every: int = number(20, "at least 1")
+    eval_every: int = number(1, "at least 1")
+    eval_batch: int = number(250, "at least 1")
 
     @property
     def learning_rate(self) -> float:
@@ -172,69 +204,37 @@ class Settings:
         """
         if self.batch % world_size:
             raise ConfigError(f"batch={self.batch} is not divisible by the {world_size} processes")
-        share = self.batch // world_size
+        share, norm_batch = self.batch // world_size, self.norm_batch
         micro = self.micro_batch or share
         if share % micro:
-            raise ConfigError(
-                f"batch={self.batch} over {world_size} process(es) is {share} images each, "
-                f"not divisible by micro_batch={micro}"
-            )
+            each = f"of {world_size} processes with {share} images " if world_size > 1 else ""
+            raise ConfigError(f"batch={self.batch} {each}is not divisible by micro_batch={micro}")
         if micro == 1 and self.regularization.mixes:
             raise ConfigError(
                 "mixup and CutMix mix the images of a micro-batch, and micro_batch is 1; give a "
                 "larger one, or regularization.mixup=0 and regularization.cutmix=0"
             )
-        check_norm_batch(self, micro)
+        if uses_batch_norm(self) and isinstance(norm_batch, int) and micro % norm_batch:
+            raise ConfigError(
+                f"norm_batch={norm_batch} does not divide the {micro} images of a process's "
+                "forward (micro_batch); choose a divisor of it, or another batch, micro_batch or "
+                "number of processes"
+            )
         return micro
 
 
-CHOICES = {
-    "resume": ("auto", "never", "must", "extend"),
-    "precision": ("auto", "fp32", "bf16", "fp16"),
-    "memory_format": ("auto", "contiguous", "channels_last"),
-    "compile": ("auto", True, False),
-    "compile_mode": ("default", "reduce-overhead", "max-autotune-no-cudagraphs"),
-    "nonfinite": ("stop", "skip"),
-    "schedule.name": ("cosine", "step", "multistep", "poly", "tanh", "constant"),
-    "regularization.ema_every": ("step", "epoch"),
-    "logger.mode": ("auto", "online", "offline", "disabled"),
-}
+def _limits(kind: type, name: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys whose settings declare `name`, and what they declare."""
+    for declared in dataclasses.fields(kind):
+        key = f"{prefix}{declared.name}"
+        if dataclasses.is_dataclass(declared.default_factory):
+            yield from _limits(declared.default_factory, name, f"{key}.")
+        elif name in declared.metadata:
+            yield key, declared.metadata[name]
 
-# The range in words, its test, and the keys it holds for. null is left to the type.
-RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        "batch micro_batch epochs max_steps patience log_every eval_every eval_batch norm.groups "
-        "norm.nodes checkpoint.every_steps optim.base_batch power.every_epochs power.images",
-    ),
-    (
-        "at least 0 and finite",
-        lambda value: 0 <= value < math.inf,
-        "seed nonfinite_limit debug.profile_steps norm.eps norm.proxy_eps "
-        "optim.weight_decay optim.eps optim.alpha_per_image regularization.mixup "
-        "regularization.cutmix schedule.warmup_epochs schedule.warmup_lr schedule.min_lr "
-        "schedule.decay_rate",
-    ),
-    (
-        "above 0 and finite",
-        lambda value: 0 < value < math.inf,
-        "optim.lr optim.base_lr optim.clip_grad schedule.decay_epochs checkpoint.every_minutes",
-    ),
-    (
-        "from 0 to 1",
-        lambda value: 0 <= value <= 1,
-        "regularization.label_smoothing regularization.mix_probability "
-        "regularization.switch_probability regularization.random_erasing power.threshold",
-    ),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, "optim.layer_decay"),
-    (
-        "at least 0 and below 1",
-        lambda value: 0 <= value < 1,
-        "optim.momentum optim.alpha regularization.dropout regularization.stochastic_depth "
-        "regularization.ema_decay",
-    ),
-)
+
+CHOICES: dict[str, tuple[Any, ...]] = dict(_limits(Settings, "choices"))
+RANGE_OF: dict[str, str] = dict(_limits(Settings, "range"))
 
 # Keys that do not change what is trained: they may change when a run is resumed, and are no part
 # of its name.
@@ -252,8 +252,16 @@ FIXED["compile"] = False
 
 def check(settings: Settings) -> Settings:
     """Return `settings` if its values make sense together; raise ConfigError otherwise."""
-    check_values(settings)
     name, norm_batch, warmup = settings.name, settings.norm_batch, settings.schedule.warmup_epochs
+    for key in CHOICES:
+        if hint := wrong_choice(key, value := attrgetter(key)(settings)):
+            raise ConfigError(f"{key}={value}: {hint}")
+    numbers = [(key, attrgetter(key)(settings), words) for key, words in RANGE_OF.items()]
+    for pattern, scale in (settings.optim.lr_scale or {}).items():
+        numbers.append((f"optim.lr_scale.{pattern}", scale, "above 0 and finite"))
+    for key, value, words in numbers:
+        if value is not None and not RANGES[words](value):
+            raise ConfigError(f"{key}={value:g}: must be {words}")
     if norm_batch not in (None, "global") and (isinstance(norm_batch, str) or norm_batch < 1):
         raise ConfigError(
             f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
@@ -264,47 +272,26 @@ def check(settings: Settings) -> Settings:
         raise ConfigError(
             f"schedule.warmup_epochs={warmup:g} is longer than the {settings.epochs} epochs"
         )
-    if settings.batch % (settings.micro_batch or 1):
-        raise ConfigError(
-            f"batch={settings.batch} is not divisible by micro_batch={settings.micro_batch}"
-        )
-    check_norm_batch(settings, settings.micro_batch or settings.batch)
+    settings.micro_batch_for(1)
     if name is not None and (name in ("", "..") or name != Path(name).name):
         raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= is its parent")
     return settings
 
 
-def check_values(settings: Settings) -> None:
-    """Raise ConfigError if a value is outside CHOICES or RANGES."""
-    for key, choices in CHOICES.items():
-        value = attrgetter(key)(settings)
-        if value not in choices:
-            words = (str(choice).lower() for choice in choices)  # true, as YAML writes it
-            raise ConfigError(f"{key}={value}: valid: {', '.join(words)}")
-    for words, holds, keys in RANGES:
-        for key in keys.split():
-            value = attrgetter(key)(settings)
-            if value is not None and not holds(value):
-                raise ConfigError(f"{key}={value:g}: must be {words}")
-    for pattern, scale in (settings.optim.lr_scale or {}).items():
-        if not 0 < scale < math.inf:
-            raise ConfigError(f"optim.lr_scale.{pattern}={scale:g}: must be above 0 and finite")
+def wrong_choice(key: str, value: Any) -> str | None:
+    """Return what is valid for one of CHOICES instead of `value`, None if that is."""
+    if value in CHOICES[key]:
+        return None
+    words = ", ".join(str(choice).lower() for choice in CHOICES[key])  # true, as YAML writes it
+    if "," in str(value):
+        return f"valid: {words}; several values need -m"
+    file = "; a run goes on from its own folder (name=), weights=FILE starts from a file"
+    return f"valid: {words}{file if key == 'resume' else ''}"
 
 
 def uses_batch_norm(settings: Settings) -> bool:
     """Return whether images share the norm's statistics, so that norm_batch matters."""
     return norm_spec(settings.norm.name).batch_statistics
-
-
-def check_norm_batch(settings: Settings, micro_batch: int) -> None:
-    """Raise ConfigError unless norm_batch divides Batch Norm's micro-batches."""
-    norm_batch = settings.norm_batch
-    if uses_batch_norm(settings) and isinstance(norm_batch, int) and micro_batch % norm_batch:
-        raise ConfigError(
-            f"norm_batch={norm_batch} does not divide the {micro_batch} images of a process's "
-            "forward (micro_batch); choose a divisor of it, or another batch, micro_batch or "
-            "number of processes"
-        )
 
 
 def identity(settings: Settings) -> dict[str, Any]:

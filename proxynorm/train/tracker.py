@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,28 +15,21 @@ from typing import Any
 from proxynorm.analysis.power_files import from_metrics
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.train.settings import CHOICES, Settings
-
-MODES = CHOICES["logger.mode"]
-
-
-def has_key() -> bool:
-    """Return whether there is a W&B key in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+from proxynorm.train.settings import Settings, wrong_choice
 
 
 def choose_mode(mode: str) -> str:
     """Resolve auto: WANDB_MODE if set, else online with a key, offline without."""
-    if mode not in MODES:
-        raise ConfigError(f"logger.mode={mode}: valid: {', '.join(MODES)}")
-    if mode != "auto":
+    if hint := wrong_choice("logger.mode", mode):
+        raise ConfigError(f"logger.mode={mode}: {hint}")
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "")
+    if mode:
         return mode
-    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+    key: Any = os.environ.get("WANDB_API_KEY")
+    with suppress(OSError, netrc.NetrcParseError):
+        key = key or netrc.netrc().authenticators("api.wandb.ai")
+    return "online" if key else "offline"
 
 
 def start_run(mode: str, name: str, folder: Path, tags: Sequence[str], **options: Any) -> Any:
@@ -72,13 +66,13 @@ class Tracker:
         self.norm, mode = settings.norm.name, choose_mode(logger.mode)
         if mode != "disabled" and not (resumed and identifier.exists()):
             write_text(identifier, secrets.token_hex(4))
-        shown = {"norm": self.norm, "model": settings.model["name"], "batch": settings.batch}
-        shown["regularization"] = settings.regularization.name
+        given = {"norm": self.norm, "model": settings.model["name"], "batch": settings.batch}
+        given["regularization"] = settings.regularization.name
         self.run = start_run(
             mode,
             name,
             folder,
-            [*(f"{key}={value}" for key, value in shown.items()), *logger.tags],
+            [*(f"{key}={value}" for key, value in given.items()), *(logger.tags or [])],
             project=logger.project,
             entity=logger.entity,
             group=logger.group,

@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import yaml
 
 from proxynorm.cli import nearest, split_list
 from proxynorm.errors import ConfigError
-from proxynorm.train.settings import Settings
+from proxynorm.train.settings import CHOICES, Settings, wrong_choice
 
 ARGUMENT = re.compile(r"(?P<key>[+~]*(?P<name>[\w./-]+)(@[\w.:]*)?)=(?P<value>.*)", re.DOTALL)
 FUNCTION = re.compile(
@@ -116,37 +116,44 @@ def search_path(arguments: Iterable[str]) -> list[str]:
     return [*rest, f"{SEARCH}=[{paths}]"] if folders else rest
 
 
-def search_folders(words: Iterable[str]) -> tuple[str, ...]:
-    """Return the folders, besides configs/, in which `words` let Hydra look for options."""
-    lists = [word.partition("=")[2] for word in words if word.startswith(f"{SEARCH}=")]
-    items = [item.strip("'\"") for text in lists for item in split_list(text.strip("[]"))]
-    return tuple(item.removeprefix("file://") for item in items)
-
-
-def key_advice(key: str, known: Collection[str], groups: Collection[str], value: str = "…") -> str:
+def key_advice(
+    key: str, known: Collection[str], groups: Mapping[str, list[str]], value: str = "…"
+) -> str:
     """Return the end of an error message: the key that is meant by `key`, or the nearest ones."""
     parent, _, word = key.replace("-", "_").lower().rpartition(".")
     valid = {*known, *groups}
-    if word in NOTES or key in valid:
-        return NOTES.get(word, f"write {key}={value}")
-    if word in HOME and value.lower() in ("true", "false"):
-        value = "…"  # amp=true is precision, but not precision=true
+    if word in NOTES:
+        return NOTES[word]
     # momentum=0.9 leaves out the name of the group.
     meant = [HOME.get(word), *(name for name in known if name.endswith(f".{word}"))]
-    meant = [name for name in dict.fromkeys(meant) if name in valid]
-    if meant and word != "name":
-        near = [name for name in meant if name.rpartition(".")[0] == parent]
-        return f"write {' or '.join(f'{name}={value}' for name in near or meant)}"
+    meant = [key] if key in valid else [name for name in dict.fromkeys(meant) if name in valid]
+    if meant and (word != "name" or key in valid):
+        near = [name for name in meant if name.rpartition(".")[0] == parent] or meant
+        return f"write {' or '.join(written(name, word, value, groups) for name in near)}"
     inside = [name for name in known if name.rpartition(".")[0] == parent]
     return nearest(key, inside if parent and inside else {n for n in valid if "." not in n})
 
 
-def dashed_advice(arguments: Sequence[str], known: Collection[str], groups: Collection[str]) -> str:
+def written(key: str, word: str, value: str, groups: Mapping[str, list[str]]) -> str:
+    """Return key=value, or what the key takes if that value is none of its own."""
+    if key in CHOICES and value not in map(str.lower, map(str, CHOICES[key])):
+        return f"{key}=…, {wrong_choice(key, value)}"
+    if key in groups and key != "model" and value != "…" and value not in groups[key]:
+        return f"{key}=…, {nearest(value, groups[key])}"
+    if key not in CHOICES and word in HOME and value.lower() in ("true", "false"):
+        value = "…"  # pretrained=true is weights, but not weights=true
+    return f"{key}={value}"
+
+
+def dashed_advice(
+    arguments: Sequence[str], known: Collection[str], groups: Mapping[str, list[str]]
+) -> str:
     """Return what to write instead of options with dashes: norm=ln_pn for --norm ln_pn."""
     for argument, following in zip(arguments, [*arguments[1:], "-"]):
         option, _, value = argument.partition("=")
         if option.startswith("-") and option not in ("-m", "--multirun"):
             value = value or ("…" if following.startswith("-") else following)
             advice = key_advice(option.strip("-"), known, groups, value)
-            return "give key=value" if "valid: " in advice else advice
+            is_unknown = advice.startswith(("did you mean", "valid: "))
+            return "give key=value" if is_unknown else advice
     return "give key=value"

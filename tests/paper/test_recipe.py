@@ -100,9 +100,9 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
 
 def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypatch, tmp_path):
     """The check of runs composes every cell, to what Hydra makes of the same words."""
-    compose, calls = config._compose, []
-    monkeypatch.setattr(config, "_compose", lambda *words: calls.append(words) or compose(*words))
-    config._base.cache_clear()
+    compose, calls = config.compose, []
+    monkeypatch.setattr(config, "compose", lambda *words: calls.append(words) or compose(*words))
+    config._compose.cache_clear()
     cells = [
         run
         for run in table_runs(load_table("mini_norms_lr"), tmp_path / "it's here")
@@ -112,5 +112,5 @@ def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypat
     assert len(cells) == 56 and len(calls) == 9  # the norms
     for run in cells[::20]:
         assert OmegaConf.to_yaml(composed[run.name]) == OmegaConf.to_yaml(
-            compose("train", list(run.arguments))
+            config._compose(*run.arguments)
         )

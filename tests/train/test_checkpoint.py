@@ -10,7 +10,7 @@ import torch
 
 from proxynorm.errors import CheckpointError, FileError
 from proxynorm.train import checkpoint
-from proxynorm.train.run_folder import RunFolder
+from proxynorm.train.run_folder import RunFolder, read_metrics
 from tests.helpers import file_size_limit
 
 
@@ -99,4 +99,4 @@ def test_a_row_that_is_cut_short_by_a_full_disk_is_taken_back(tmp_path):
     ):
         run.append({"step": 2})
     run.append({"step": 3})
-    assert [row["step"] for row in run.read_rows()] == [1, 3]
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 3]

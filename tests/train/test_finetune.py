@@ -15,14 +15,8 @@ from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.nn import parameter_groups
 from proxynorm.train import checkpoint, finetune
 from proxynorm.train.config import compose_config, settings_from
-from proxynorm.train.finetune import (
-    Weights,
-    classifier_names,
-    freeze_parts,
-    layers_of,
-    read_weights,
-    scale_rates,
-)
+from proxynorm.train.finetune import Weights, classifier_names, freeze_parts, read_weights
+from proxynorm.train.optimizer import layers_of, scale_rates
 from proxynorm.train.restore import restore
 from proxynorm.train.run import train
 from proxynorm.train.settings import NormSettings, OptimSettings, Settings
@@ -58,9 +52,14 @@ def test_all_is_carried_into_the_same_network():
         (
             "bn",
             "ln_pn",
-            "norm bn → ln_pn: starts anew: the proxy's parameters; left out: running statistics",
+            "norm bn → ln_pn: starts anew: proxy_bias, proxy_weight; left out: "
+            "num_batches_tracked, running_mean, running_var",
         ),
-        ("ln_pn", "bn", "starts anew: running statistics; left out: the proxy's parameters"),
+        (
+            "ln_pn",
+            "bn",
+            "starts anew: num_batches_tracked, running_mean, running_var; left out: proxy_bias, ",
+        ),
         ("ln_pn", "gn_pn", "norm ln_pn → gn_pn: all its tensors kept"),
         ("ln", "ln_ws", None),
         ("ln_ws", "gn", None),
@@ -125,9 +124,16 @@ def test_a_run_goes_on_from_weights_that_are_gone(run_small, monkeypatch, capsys
     assert run_small("name=cut", *options).status == 0
     assert restore(cut.folder / "checkpoints/best.pt").settings.weights == str(first.folder)
     assert json.loads((cut.folder / "summary.json").read_text())["weights"] == str(first.folder)
+    longer = run_small("name=cut", *options[1:], "epochs=3", "resume=extend")  # without weights=
+    assert longer.last["counters"]["step"] == 30
+    assert longer.last["identity"]["weights"] == str(first.folder)
+    assert OmegaConf.load(cut.folder / "config.yaml").weights == str(first.folder)
+    assert run_small("name=cut", *options, "epochs=3").status == 0
+    with pytest.raises(CheckpointError, match=r"another run \(weights: .*first → other\)"):
+        run_small("name=cut", *options[1:], "epochs=3", "weights=other")
     with pytest.raises(CheckpointError, match="weights=.*: no file .*first; valid: a run folder"):
         run_small("name=cut", *options, "resume=never")
-    assert run_small("name=cut", *options).rows == cut.rows  # it was not cleared
+    assert run_small("name=cut", *options, "epochs=3").rows == longer.rows  # it was not cleared
 
 
 def test_the_first_step_starts_from_the_weights(run_small):

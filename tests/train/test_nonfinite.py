@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from timm.layers import DropPath
 from torch import nn
 
 from proxynorm.paper.search import DIVERGED
 from proxynorm.train.nonfinite import affected, describe
-
-STATE = SimpleNamespace(step=5, skipped=1)
 
 
 def test_modules_that_compute_nothing_take_no_place():
@@ -33,7 +29,7 @@ def test_modules_that_compute_nothing_take_no_place():
 
 def test_processes_with_the_same_layers_are_told_together():
     def words(layers: list[list[str]]) -> str:
-        return describe(STATE, float("nan"), 1.0, 0.1, layers)
+        return describe(6, 0, float("nan"), 1.0, 0.1, layers)
 
     many = words([["stem", "head"]] * 64)
     assert "not finite, first in stem, head of process 0, 1, 2, " in many

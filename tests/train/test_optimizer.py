@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from proxynorm.train.config import compose_config, settings_from
-from proxynorm.train.optimizer import create_optimizer, load_optimizer
+from proxynorm.train.optimizer import RMSpropTF, create_optimizer, load_optimizer
 from proxynorm.train.readback import step_if
-from proxynorm.train.rmsprop import RMSpropTF
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 

@@ -1,15 +1,20 @@
-"""The moving line: the step counter first, then the figures that fit."""
+"""The moving line: the step counter first, then the figures that fit. Step times; a trace."""
 
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
 
 import pytest
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from proxynorm.train import progress
-from proxynorm.train.progress import Display, figures
+from proxynorm.train.progress import Display, StepTimer, figures, profiled
+from tests.helpers import ROOT
 
 ROW = {
     "step": 12345,
@@ -62,9 +67,10 @@ def test_a_row_without_rates_is_shown_without_them(capsys):
         "lr 0.1",
         "gradient 1",
     ]
-    Display(9, 1).epoch(
-        {"epoch": 1, "step": 1, "loss": 2.0, "top1": 1.0, "top5": 2.0}, 2.5, float("nan"), 3.0
-    )
+    display = Display(9, 1)
+    display.update({"epoch": 1, "step": 1, "loss": 2.5})
+    evaluated = {"loss": 2.0, "top1": 1.0, "top5": 2.0, "train_seconds": 3.0}
+    display.epoch({"epoch": 1, "step": 1, **evaluated})
     assert capsys.readouterr().out.split() == ["1/1", "1", "2.5000", "2.0000", "1.00", "2.00", "3"]
 
 
@@ -74,3 +80,48 @@ def test_figures_leave_out_what_is_not_known():
         for part in figures({key: ROW[key] for key in ROW if key != "gpu_memory_gib"})
         if "GPU" in part
     ]
+
+
+TRACE = """
+import sys
+from pathlib import Path
+import torch
+from proxynorm.train.progress import profiled
+
+with profiled(2, Path(sys.argv[1])) as after_step:
+    for _ in range(5):
+        torch.ones(3).sum()
+        after_step()
+"""
+
+
+def test_a_trace_is_written_and_named(tmp_path):
+    """In a process of its own: Kineto asks for its log level once, at the first profiler."""
+    command = [sys.executable, "-c", TRACE, str(tmp_path)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    path = tmp_path / "trace.json"
+    assert any(
+        event.get("name") == "aten::sum" for event in json.loads(path.read_text())["traceEvents"]
+    )
+    assert shown.stdout == f"trace in {path}: open it in https://ui.perfetto.dev\n"
+    assert "USDT" not in shown.stderr and "ERROR" not in shown.stderr
+
+
+def test_without_steps_nothing_is_traced(tmp_path):
+    with profiled(0, tmp_path) as after_step:
+        after_step()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_step_of_a_start_is_in_no_rate():
+    """It compiles and allocates. A row of it alone has no rates."""
+    timer = StepTimer(torch.device("cpu"))
+    timer.steps, timer.waits = [12.0], [11.0]
+    assert timer.row(20, 9) == {}
+    timer.steps, timer.waits = [0.5, 0.5, 0.5, 2.0], [0.0] * 4
+    row = timer.row(20, 10)
+    assert row["images_per_second"] == 22.9 and row["eta_seconds"] == 8.75
+    assert row["step_ms_p50"] == 500 and row["step_ms_p95"] <= 2000
+    timer = StepTimer(torch.device("cpu"))
+    timer.steps, timer.waits = [12.0, 0.5, 0.5], [11.0, 0.0, 0.0]
+    assert timer.row(20, 10)["images_per_second"] == 40

@@ -116,6 +116,11 @@ def test_a_run_without_a_better_accuracy_stops_early(run_small, falling, monkeyp
     assert summary(longer)["steps"] == 40
 
 
+def test_one_evaluation_is_said_as_one(run_small, falling, capsys):
+    run_small("epochs=3", "patience=1")
+    assert ": 1 evaluation without a better top-1" in capsys.readouterr().out
+
+
 def test_a_better_accuracy_starts_the_count_anew(run_small, capsys):
     run = run_small("epochs=3", "patience=3")
     assert summary(run)["steps"] == 30

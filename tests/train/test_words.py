@@ -114,6 +114,17 @@ def test_text_is_what_the_settings_declare_as_text():
         ("--lr=0.1", "write optim.lr=0.1"),
         ("--batch-size 32", "write batch=32"),
         ("-b 32 norm=bn", "write batch=32"),
+        (
+            "--resume x.pt",
+            "write resume=…, valid: auto, never, must, extend; a run goes on from its",
+        ),
+        ("resume_from=x.pt", "weights=FILE starts from a file"),
+        ("--resume must", "write resume=must"),
+        ("--precision 16", "write precision=…, valid: auto, fp32, bf16, fp16"),
+        ("--dtype fp16", "write precision=fp16"),
+        ("torch_compile=true", "write compile=true"),
+        ("--norm batch", "write norm=…, valid: bn, bn_pn"),
+        ("--arch resnet18", "write model=resnet18"),
         ("norm=bn --foo", "give key=value"),
         ("model=resnet_18", "did you mean 'resnet18'?"),
         ("optim=adamw", "optim.name= takes any optimizer of timm's"),
@@ -141,6 +152,11 @@ def test_synonyms_lead_to_keys_and_are_none():
 
 def test_a_value_that_is_wrong_in_one_run_of_a_sweep_is_left_to_that_run():
     assert check_arguments(["-m", "batch=100,8", "micro_batch=8"])[0] == "-m"
+
+
+def test_a_part_whose_name_is_a_number_has_its_rate_and_no_tags_are_none():
+    settings = settings_from(compose_config(["optim.lr_scale={1:0.1}", "logger.tags=null"]))
+    assert settings.optim.lr_scale == {"1": 0.1} and settings.logger.tags is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "regnety_002"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from proxynorm.data import DataSpec
-from proxynorm.train.compiling import compile_mode
+from proxynorm.train.build import compile_mode
 from proxynorm.train.settings import Settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
