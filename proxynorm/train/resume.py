@@ -164,6 +164,8 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
                 f"{run.path} holds a run, but neither last.pt nor previous.pt: "
                 "restore one of them, or use resume=never to clear the folder and start anew"
             )
+        if run.metrics.exists():
+            say(f"{run.path} has no checkpoint: the run starts anew")
         return False
     check_same_run(content, settings, trainer.data, run.path)
     if (step := content["counters"]["step"]) > trainer.last_step:

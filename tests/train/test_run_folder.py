@@ -116,12 +116,13 @@ def test_a_summary_without_its_keys_is_damaged(run_small, text):
     assert run_small("name=a", "max_steps=2").status == 0 and (run.folder / "summary.json").exists()
 
 
-def test_a_run_killed_before_its_first_save_begins_anew(run_small, monkeypatch, tmp_path):
+def test_a_run_killed_before_its_first_save_begins_anew(run_small, monkeypatch, tmp_path, capsys):
     at_step(monkeypatch, 2, kill)
     with pytest.raises(Killed):
         run_small("name=a")
     assert (tmp_path / "a" / "metrics.jsonl").exists()
     assert [row["step"] for row in run_small("name=a", "max_steps=3").rows] == [1, 2, 3, 3]
+    assert "has no checkpoint: the run starts anew" in capsys.readouterr().out
 
 
 def test_other_versions_are_told(run_small, capsys, monkeypatch):
