@@ -24,9 +24,8 @@ from benchmarks import common
 from benchmarks.loader import SOURCE
 from benchmarks.photographs import photographs
 from proxynorm.cli import option
-from proxynorm.data.ffcv.beton import read_beton
+from proxynorm.data.ffcv.beton import changed_images, read_beton
 from proxynorm.data.ffcv.preparation import prepare
-from proxynorm.data.ffcv.verification import find_damage
 from proxynorm.data.images import StorageOptions, load_rgb
 from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import list_folder
@@ -135,7 +134,7 @@ def judge(planted: dict[str, str], folder: Path, workers: int) -> dict:
     damaged = {path for path, kind in planted.items() if kind in DAMAGED}
     rows = np.random.default_rng(1).permutation(done.count)[: max(1, done.count // 100)]
     flip_bits(done.path, rows)
-    found = set(find_damage(read_beton(done.path), workers))
+    found = set(changed_images(read_beton(done.path)))
     changed = {f"{done.path}: image {row}" for row in rows}
     wrong = set(done.skipped) - damaged
     return {

@@ -27,7 +27,7 @@ from benchmarks.photographs import photographs
 from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.ffcv.native import ffcv_library, map_file
+from proxynorm.data.ffcv.native import ffcv_library
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
@@ -90,7 +90,7 @@ def lay_out(
     """Make folder/train.beton and folder/train/CLASS/*, and val alike; returns the images' mean
     bytes."""
     beton = prepare(listing, folder / "train.beton", storage, "raise", workers).path
-    samples, data = read_beton(beton), map_file(beton)
+    samples, data = read_beton(beton), np.memmap(beton, dtype=np.uint8, mode="r")
     sizes = []
     for row, image in enumerate(listing.images):
         source = Path(image.path).resolve()

@@ -41,7 +41,7 @@ def main(options: Options) -> int:
 
     restored = restore(checkpoint_path(options.run, options.checkpoint, options.weights))
     source = Source(size=options.size, ratio=options.ratio, workers=options.workers)
-    data, names, others = open_images(*evaluation_specs(restored, source), Path(options.images))
+    data, names = open_images(*evaluation_specs(restored, source), Path(options.images))
     classes = restored.content["inputs"]["classes"]
     best = dict(predictions(options, restored, data))
     text = io.StringIO()
@@ -55,12 +55,13 @@ def main(options: Options) -> int:
         error = data.failures.get(name, "")
         table.writerow([name, *(ranked or [""] * len(columns)), error])
     write_text(Path(options.output), text.getvalue())
+    for line in data.warnings:
+        print(f"warning: {line}", file=sys.stderr)
     for name, reason in data.failures.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if not best:
         raise DataError(f"{options.images}: none of {len(names)} images could be read")
-    aside = f"; {others} other files left out" if others else ""
-    print(f"{options.output}: {len(best)} of {len(names)} images{aside}")
+    print(f"{options.output}: {len(best)} of {len(names)} images")
     return 0
 
 

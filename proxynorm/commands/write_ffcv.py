@@ -97,11 +97,10 @@ def _write(listing: Listing, output: Path, *how: object) -> Prepared:
 
 
 def _report(done: Prepared) -> None:
+    for note in done.notes:
+        print(f"warning: {note}", file=sys.stderr)
     for name, reason in done.skipped.items():
         print(f"skipped {name}: {reason}")
-    if done.converted:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in done.converted.items())
-        print(f"converted: {kinds}")
     print(f"{done.count} images written and verified, {len(done.skipped)} skipped: {done.path}")
 
 

@@ -6,29 +6,28 @@ A new data set is an opener and an entry in DATASETS here, and a file configs/da
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from proxynorm.data import fashion_mnist
 from proxynorm.data.cache import cache_folder, cached_beton
-from proxynorm.data.ffcv.beton import RAW, Samples, read_beton
-from proxynorm.data.ffcv.preparation import prepare
-from proxynorm.data.ffcv.verification import verify
-from proxynorm.data.ffcv.writer import new_beton
+from proxynorm.data.ffcv.beton import Samples, read_beton
+from proxynorm.data.ffcv.preparation import prepare, without_images
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
+from proxynorm.data.loaders import Failures
 from proxynorm.data.names import code_points, look_alike
-from proxynorm.data.readers import BetonReader, Failures, MemoryReader, Reader
+from proxynorm.data.readers import BetonReader, Reader
 from proxynorm.data.sources import Listing, list_folder
 from proxynorm.data.spec import DataSpec, LoaderSpec
-from proxynorm.errors import ConfigError, DataError
+from proxynorm.errors import DataError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Called with the spec, the backend ("ffcv" or "torchvision"), the loader and the failures;
-# returns the readers of the training and of the evaluation images.
-Opener = Callable[[DataSpec, str, LoaderSpec, Failures], tuple[Reader, Reader]]
+# Called with the spec, the loader, whose name ("ffcv" or "torchvision") and workers are decided,
+# and the failures; returns the readers of the training and of the evaluation images.
+Opener = Callable[[DataSpec, LoaderSpec, Failures], tuple[Reader, Reader]]
 
 
 class DataSet(NamedTuple):
@@ -44,90 +43,28 @@ class DataSet(NamedTuple):
     needs_root: bool = True
 
 
-def _open_fashion_mnist(
-    spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures
-) -> tuple[Reader, Reader]:
-    _check_fashion_mnist(spec)
-    cache = cache_folder(spec.cache)
-    folder = fashion_mnist.find_fashion_mnist(spec.root, cache)
-    return tuple(
-        _fashion_mnist_reader(folder, part, cache, backend, loader) for part in fashion_mnist.COUNTS
-    )
-
-
-def _check_fashion_mnist(spec: DataSpec) -> None:
-    """Raise ConfigError for options that grey images of 28 pixels do not allow."""
-    if spec.augmentation == "inception":
-        raise ConfigError(
-            "data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none"
-        )
-    if spec.randaugment is not None:
-        raise ConfigError(
-            "randaugment is for photographs in colour (data=folder); Fashion-MNIST has none"
-        )
-    sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
-    if min(sides) < fashion_mnist.SIDE:
-        raise ConfigError(
-            f"Fashion-MNIST's images are {fashion_mnist.SIDE} pixels wide and are padded, not "
-            f"shrunk: give data.image_size and data.eval_size of at least {fashion_mnist.SIDE}"
-        )
-
-
-def _fashion_mnist_reader(
-    folder: Path, part: str, cache: Path, backend: str, loader: LoaderSpec
-) -> Reader:
-    if backend == "torchvision":
-        images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-        return MemoryReader(images[..., None], labels, fashion_mnist.CLASSES, f"{folder}/{part}")
-    signature = f"{fashion_mnist.signature(folder)};{part}"
-
-    def make(path: Path) -> None:
-        _write_fashion_mnist(path, folder, part)
-
-    samples = cached_beton(cache, f"fashion-mnist-{part}", signature, make)
-    return BetonReader(samples, fashion_mnist.CLASSES, loader, source=f"{folder}/{part}")
-
-
-def _write_fashion_mnist(path: Path, folder: Path, part: str) -> None:
-    images, labels = fashion_mnist.read_fashion_mnist(folder, part)
-    with new_beton(path, len(images), images.shape[1:]) as writer:
-        for image, label in zip(images, labels):
-            writer.add(image.reshape(-1), int(label), fashion_mnist.SIDE, fashion_mnist.SIDE, RAW)
-        writer.close(
-            {"classes": list(fashion_mnist.CLASSES), "count": len(images), "source": str(folder)},
-            verify,
-        )
-
-
-def _open_folder(
-    spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures
-) -> tuple[Reader, Reader]:
+def _open_folder(spec: DataSpec, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
     if not os.path.isdir(root):
         raise DataError(
             f"{root}: no such folder; give data.root with train/CLASS/*.jpg and val/CLASS/*.jpg"
         )
-    parts = {part: list_folder(root / part) for part in ("train", "val")}
-    _same_classes(root, *(listing.classes for listing in parts.values()))
-    return tuple(
-        folder_reader(spec, root / part, listing, backend, loader, failures)
-        for part, listing in parts.items()
+    train, evaluation = (list_folder(root / part) for part in ("train", "val"))
+    _same_classes(root, train.classes, evaluation.classes)
+    return (
+        folder_reader(spec, root / "train", train, loader, failures),
+        folder_reader(spec, root / "val", evaluation, loader, failures),
     )
 
 
 def folder_reader(
-    spec: DataSpec,
-    folder: Path,
-    listing: Listing,
-    backend: str,
-    loader: LoaderSpec,
-    failures: Failures,
+    spec: DataSpec, folder: Path, listing: Listing, loader: LoaderSpec, failures: Failures
 ) -> Reader:
-    """Return the reader of a folder's images by either backend.
+    """Return the reader of a folder's images by the backend `loader` names.
 
     FFCV's converts them to a .beton file, kept in the cache while the images stay as they are.
     """
-    if backend == "torchvision":
+    if loader.name == "torchvision":
         return FolderReader(listing, str(folder), loader)
     options = StorageOptions()
     signature = "\n".join([repr(options), *(_file_signature(i.path) for i in listing.images)])
@@ -139,7 +76,8 @@ def folder_reader(
     )
     for name, reason in samples.manifest["skipped"].items():
         failures.record(name, reason)
-    return BetonReader(samples, listing.classes, loader, str(folder), listing.notes)
+    notes = (*listing.notes, *_empty_classes(folder, samples))
+    return BetonReader(samples, listing.classes, loader, str(folder), notes)
 
 
 def _file_signature(path: str) -> str:
@@ -150,56 +88,65 @@ def _file_signature(path: str) -> str:
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _open_beton(
-    spec: DataSpec, backend: str, loader: LoaderSpec, failures: Failures
-) -> tuple[Reader, Reader]:
+def _open_beton(spec: DataSpec, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
     root = Path(spec.root).expanduser()
-    parts = [read_beton(root / f"{part}.beton") for part in ("train", "val")]
-    classes = [tuple(samples.manifest.get("classes", ())) for samples in parts]
-    if all(classes):
-        _same_classes(root, *classes)
-    elif any(classes):
-        bare = parts[0] if classes[1] else parts[1]
-        refuse_other_order(bare.path, classes[0] or classes[1], "the other file")
-    # A file without manifest, such as FFCV's own writer makes, does not name its classes.
-    count = 1 + max(int(samples.target.max()) for samples in parts)
-    names = classes[0] or classes[1] or tuple(map(str, range(count)))
+    train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
+    train_names, names = train.classes, evaluation.classes
+    if train_names and names:
+        _same_classes(root, train_names, names)
+    elif names := train_names or names:
+        bare = evaluation if train_names else train
+        refuse_other_order(str(bare.path), names, "the other file")
+    count = 1 + int(max(train.target.max(), evaluation.target.max()))
+    names = names or numbered(count)
     if count > len(names):
         raise DataError(
             f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the "
             "files again"
         )
-    return tuple(
-        BetonReader(samples, names, loader, notes=_left_out_when_written(samples))
-        for samples in parts
-    )
+    return beton_reader(train, names, loader), beton_reader(evaluation, names, loader)
 
 
-def _left_out_when_written(samples: Samples) -> tuple[str, ...]:
-    """Return a line on the files that are missing from a .beton file, by its manifest."""
+def beton_reader(samples: Samples, classes: tuple[str, ...], loader: LoaderSpec) -> BetonReader:
+    """Return the reader of a .beton file; its notes tell what was left out when it was written."""
+    notes = _empty_classes(samples.path, samples)
     damaged = len(samples.manifest.get("skipped", ()))
     others = samples.manifest.get("left_aside", {}).get("count", 0)
-    if not damaged + others:
-        return ()
-    return (
-        f"{samples.path}: written without {damaged} damaged images and {others} other files; its "
-        "manifest lists them",
-    )
+    if damaged + others:
+        told = (
+            f"{samples.path}: written without {damaged} damaged images and {others} other files; "
+            "its manifest lists them"
+        )
+        notes = (told, *notes)
+    return BetonReader(samples, classes, loader, notes=notes)
 
 
-def refuse_other_order(bare: Path, named: tuple[str, ...], other: str) -> None:
-    """Raise DataError if a file without manifest may number its classes unlike `named`, other's.
+def _empty_classes(source: Path, samples: Samples) -> tuple[str, ...]:
+    counts = samples.manifest.get("count_per_class", {})
+    return without_images(source, [name for name, count in counts.items() if not count])
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """Return the names of classes that have none: a file of FFCV's own writer names no classes."""
+    return tuple(map(str, range(count)))
+
+
+def refuse_other_order(bare: str, named: Sequence[str], other: str) -> None:
+    """Raise DataError if data without class names may number the classes unlike `named`, other's.
 
     Names of folders are sorted as text (0, 1, 10, 2), by torchvision as by us; a file that FFCV's
     own writer made of numbers as labels counts 0, 1, 2. Nothing tells which one it is.
     """
-    if not all(name.isdecimal() for name in named) or sorted(named, key=int) == list(named):
+    if not all(name.isdecimal() for name in named):
         return
-    place = next(n for n, name in enumerate(sorted(named, key=int)) if name != named[n])
+    by_number = sorted(named, key=int)
+    label = next((n for n, name in enumerate(sorted(named)) if name != by_number[n]), None)
+    if label is None:
+        return
     raise DataError(
         f"{bare}: has no manifest to name its classes, which {other} sorts as text "
-        f"({', '.join(named[: place + 1])}, …): its label {place} may mean another class than "
-        f"{named[place]}; write it again with scripts/write_ffcv.py"
+        f"({', '.join(sorted(named)[: label + 1])}, …): its label {label} may mean another class "
+        f"than {sorted(named)[label]}; write it again with scripts/write_ffcv.py"
     )
 
 
@@ -222,7 +169,7 @@ def _same_classes(root: Path, train: tuple[str, ...], evaluation: tuple[str, ...
 
 DATASETS = {
     "fashion_mnist": DataSet(
-        _open_fashion_mnist, fashion_mnist.MEAN, fashion_mnist.STD, needs_root=False
+        fashion_mnist.open_fashion_mnist, fashion_mnist.MEAN, fashion_mnist.STD, needs_root=False
     ),
     "folder": DataSet(_open_folder),
     "beton": DataSet(_open_beton),

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (arXiv 1708.07747): finds and reads its files."""
+"""Fashion-MNIST (arXiv 1708.07747): finds its files and holds its images in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from proxynorm.errors import DataError
+from proxynorm.data.cache import cache_folder
+from proxynorm.data.loaders import Failures
+from proxynorm.data.readers import MemoryReader
+from proxynorm.data.spec import DataSpec, LoaderSpec
+from proxynorm.errors import ConfigError, DataError
 
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -21,6 +25,34 @@ SIDE = 28
 COUNTS = {"train": 60_000, "t10k": 10_000}
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = "apt-get install dataset-fashion-mnist"
+
+
+def open_fashion_mnist(
+    spec: DataSpec, loader: LoaderSpec, failures: Failures
+) -> tuple[MemoryReader, MemoryReader]:
+    """Return the readers of both parts. Raises ConfigError for what grey images do not allow."""
+    if spec.augmentation == "inception":
+        raise ConfigError(
+            "data.augmentation=inception is for photographs; Fashion-MNIST takes pad_crop or none"
+        )
+    if spec.randaugment is not None:
+        raise ConfigError(
+            "randaugment is for photographs in colour (data=folder); Fashion-MNIST has none"
+        )
+    sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
+    if min(sides) < SIDE:
+        raise ConfigError(
+            f"Fashion-MNIST's images are {SIDE} pixels wide and are padded, not shrunk: give "
+            f"data.image_size and data.eval_size of at least {SIDE}"
+        )
+    folder = find_fashion_mnist(spec.root, cache_folder(spec.cache))
+    train, evaluation = (_open_part(folder, part) for part in COUNTS)
+    return train, evaluation
+
+
+def _open_part(folder: Path, part: str) -> MemoryReader:
+    images, labels = read_fashion_mnist(folder, part)
+    return MemoryReader(images[..., None], labels, CLASSES, f"{folder}/{part}")
 
 
 def find_fashion_mnist(root: str | None, cache: Path) -> Path:
@@ -99,9 +131,3 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             f"fetch it again"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=len(expected)).reshape(shape)
-
-
-def signature(folder: Path) -> str:
-    """Return paths, sizes and times, which tell this copy of the files from another."""
-    files = sorted(folder.glob("*-ubyte*"))
-    return ";".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)

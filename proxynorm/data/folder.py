@@ -18,9 +18,9 @@ from proxynorm.data.augment import View
 from proxynorm.data.images import BadImage, ImageRef, load_rgb
 from proxynorm.data.names import printable
 from proxynorm.data.randomness import seeded
-from proxynorm.data.readers import POLL_SECONDS, Failures, Job, assemble, fingerprint, nothing, wait
+from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, fingerprint, nothing, wait
 from proxynorm.data.sources import Listing
-from proxynorm.data.spec import Batch, LoaderSpec
+from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import ConfigError, DataError
 
 END = "end"
@@ -29,43 +29,38 @@ SHARED_MEMORY = "/dev/shm"
 FILES_READ, BLOCK = 10_000, 4096
 
 
-class FolderReader:
+class FolderReader(Reader):
     """Image files of the folder `source`, decoded in loader.workers processes (0: in this one).
 
     A process decodes one micro-batch at a time.
     """
 
-    channels = 3
+    backend = "torchvision"
 
     def __init__(self, listing: Listing, source: str, loader: LoaderSpec) -> None:
-        self.source, self.loader, self.notes = source, loader, listing.notes
-        self.classes, self.targets = listing.classes, listing.targets
+        super().__init__(source, listing.classes, listing.targets)
+        self.loader, self.notes = loader, listing.notes
         # One block of bytes, so that worker processes share it instead of copying a million
         # strings.
         self.paths = np.array([os.fsencode(image.path) for image in listing.images])
 
     def stream(
-        self,
-        jobs: Iterable[Job],
-        view: View,
-        failures: Failures,
-        each_second: Callable[[], None] = nothing,
-    ) -> Iterator[Batch]:
+        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = nothing
+    ) -> Iterator[Decoded]:
         if not self.loader.workers:
-            for job in jobs:
-                yield self.read(job, view, failures)
+            yield from super().stream(jobs, view)
             return
         batches = self._worker_batches(jobs, view)
 
-        def take(_: float):
+        def take(seconds: float) -> Decoded | DataError | str | None:
             return _next_if_there(batches)
 
         while (result := wait(take, self.loader, self.source, each_second)) is not END:
             if isinstance(result, DataError):
                 raise result
-            yield assemble(self, *result, failures)
+            yield result
 
-    def _worker_batches(self, jobs: Iterable[Job], view: View) -> Iterator:
+    def _worker_batches(self, jobs: Iterable[Job], view: View) -> Iterator[Decoded | DataError]:
         prefetch, workers = self.loader.prefetch, self.loader.workers
         with warnings.catch_warnings():
             # The number of processes is the user's choice: they may wait for a disk, not a core.
@@ -84,8 +79,8 @@ class FolderReader:
             )
             return iter(loader)
 
-    def read(self, job: Job, view: View, failures: Failures) -> Batch:
-        return assemble(self, *_Decoder(self.paths, view)[job], failures)
+    def decode(self, job: Job, view: View) -> Decoded:
+        return _Decoder(self.paths, view)[job]
 
     def name(self, row: int) -> str:
         return printable(bytes(self.paths[row]))
@@ -96,21 +91,6 @@ class FolderReader:
         names = b"\0".join(os.path.basename(path) for path in paths)
         parts = b"".join(_extract(path) for path in paths[:: math.ceil(len(paths) / FILES_READ)])
         return fingerprint("extracts of files", np.frombuffer(names + parts, np.uint8))
-
-
-def _next_if_there(batches: Iterator):
-    """Return DataLoader's next result, END, or None if it took longer than its timeout."""
-    try:
-        return next(batches, END)
-    except RuntimeError as error:
-        # DataLoader can be asked again after its timeout.
-        if "timed out" in str(error):
-            return None
-        reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"a loader worker ended ({reason}), most likely for lack of memory; give fewer "
-            "loader.workers, or a smaller batch or micro_batch"
-        ) from None
 
 
 def _extract(path: bytes) -> bytes:
@@ -128,53 +108,66 @@ def _extract(path: bytes) -> bytes:
         return b""
 
 
+def _next_if_there(results: Iterator[Decoded | DataError]) -> Decoded | DataError | str | None:
+    """Return DataLoader's next result, END, or None if it took longer than its timeout."""
+    try:
+        return next(results, END)
+    except RuntimeError as error:
+        # DataLoader can be asked again after its timeout.
+        if "timed out" in str(error):
+            return None
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"a loader worker ended ({reason}), most likely for lack of memory; give fewer "
+            "loader.workers, or a smaller batch or micro_batch"
+        ) from None
+
+
 def _unchanged(result):
     return result
 
 
 class _Decoder(Dataset):
-    """Job -> (job, images uint8 (N, C, S, S), place -> reason of the bad ones), or DataError.
-
-    Runs in the worker processes.
-    """
+    """Job -> its images, or DataError if a worker process cannot pass them on."""
 
     def __init__(self, paths: np.ndarray, view: View) -> None:
         self.paths, self.view = paths, view
 
-    def __getitem__(self, job: Job) -> tuple[Job, torch.Tensor, dict[int, str]] | DataError:
+    def __getitem__(self, job: Job) -> Decoded | DataError:
         pixels = np.zeros((len(job.rows), job.size, job.size, 3), dtype=np.uint8)
         bad = {}
         for place in np.flatnonzero(job.rows >= 0):
             path = os.fsdecode(self.paths[job.rows[place]])
             try:
                 image = load_rgb(ImageRef(path, path))
-                pixels[place] = self._transform(image, job.keys[place : place + 1], job.size)
+                pixels[place] = _crop(image, self.view, job.keys[place : place + 1], job.size)
             except BadImage as reason:
                 bad[int(place)] = str(reason)
             except Exception as error:
                 bad[int(place)] = f"cannot be cropped ({error})"
         images = torch.from_numpy(self.view.finish(pixels, job.keys, job.size))
-        if get_worker_info() is None:
-            return job, images, bad
-        try:
-            # Done here, not by the queue, whose thread would drop the batch on an error: then
-            # the run would wait for it for ever.
-            return job, images.share_memory_(), bad
-        except RuntimeError as error:
-            return _no_shared_memory(error, images.numel())
+        if get_worker_info() is not None:
+            try:
+                # Done here, not by the queue, whose thread would drop the batch on an error: then
+                # the run would wait for it for ever.
+                images.share_memory_()
+            except RuntimeError as error:
+                return _no_shared_memory(error, images.numel())
+        return Decoded(job, images, bad)
 
-    def _transform(self, image: Image.Image, key: np.ndarray, size: int) -> Image.Image:
-        width, height = image.size
-        top, left, h, w = self.view.boxes(key, np.array([height]), np.array([width]))[0].tolist()
-        image = image.resize(
-            (size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)
-        )
-        if self.view.flips(key)[0]:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.view.spec.randaugment is not None:
-            with seeded(int(key[0])):
-                image = rand_augment(self.view.spec.randaugment, self.view.colour)(image)
-        return image
+
+def _crop(image: Image.Image, view: View, key: np.ndarray, size: int) -> Image.Image:
+    """Crop, resize, mirror and augment an image by its random stream `key`, uint64 (1,)."""
+    width, height = image.size
+    top, left, h, w = view.boxes(key, np.array([height]), np.array([width]))[0].tolist()
+    box = (left, top, left + w, top + h)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if view.flips(key)[0]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if view.spec.randaugment is not None:
+        with seeded(int(key[0])):
+            image = rand_augment(view.spec.randaugment, view.colour)(image)
+    return image
 
 
 def _no_shared_memory(error: RuntimeError, size: int) -> DataError:

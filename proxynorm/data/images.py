@@ -14,7 +14,6 @@ import stat
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +36,6 @@ FORMATS = [
 ]
 SMALL = 64 * 64
 LONGEST_SIDE = 65_535
-# What the manifest calls the modes of images that are not RGB.
-MODES = {"L": "grey", "1": "one bit", "P": "palette", "LA": "alpha", "RGBA": "alpha", "PA": "alpha"}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,6 +48,8 @@ UPRIGHT = {
 # Cameras pad the end of the data. More bytes left over mean that the decoder lost its way.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
+# libturbojpeg's numbers: pixel formats, and the colour spaces (CMYK, YCCK) of four channels.
+TJ_RGB, TJ_CMYK, TJ_CMYK_COLOURSPACES = 0, 11, (3, 4)
 
 
 class BadImage(Exception):
@@ -99,7 +98,6 @@ class Stored(NamedTuple):
     height: int
     width: int
     mode: int
-    converted: tuple[str, ...] = ()
 
 
 def read_bytes(ref: ImageRef) -> bytes:
@@ -126,20 +124,15 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
     strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises
     BadImage, whatever is wrong.
     """
-    return _decode(ref, strict)[0]
-
-
-def _decode(ref: ImageRef, strict: bool) -> tuple[Image.Image, tuple[str, ...]]:
-    """Return load_rgb's image, and the kinds of conversion that it took."""
     data = read_bytes(ref)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if strict and image.format in ("JPEG", "MPO"):
+            if strict and image.format in ("JPEG", "MPO"):  # MPO: with a second picture behind it
                 _check_jpeg(data)
             image.load()
-            orientation = _orientation(image)
+            turn = _turn(image)
             rgb = _to_rgb(image)
     except BadImage:
         raise
@@ -149,40 +142,18 @@ def _decode(ref: ImageRef, strict: bool) -> tuple[Image.Image, tuple[str, ...]]:
         raise BadImage("has more pixels than can be decoded safely") from None
     except Exception as error:
         raise BadImage(f"cannot be decoded ({_first_line(error)})") from None
-    if orientation in UPRIGHT:
-        rgb = rgb.transpose(UPRIGHT[orientation])
-    return rgb, _conversions(image, ref.name, orientation)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """Return the EXIF tag of orientation: 1 (upright) if there is none, None if it is unreadable.
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what makes the image upright, by its EXIF tag of orientation.
 
-    A damaged EXIF block says nothing about the pixels, so the image stays usable.
+    None also for a damaged EXIF block: it says nothing about the pixels, so the image is usable.
     """
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
         return None
-    return value if isinstance(value, int) else None
-
-
-def _conversions(image: Image.Image, name: str, orientation: int | None) -> tuple[str, ...]:
-    """Return how an image differs from upright RGB in a file that is named for its format."""
-    kinds = []
-    suffix = Path(name).suffix
-    # A MPO file is a JPEG with a second picture behind it.
-    format = "JPEG" if image.format == "MPO" else image.format
-    if Image.registered_extensions().get(suffix.lower()) != format:
-        kinds.append(f"{format} named {suffix}")
-    if image.mode.startswith("I"):
-        kinds.append("16-bit grey")
-    elif image.mode != "RGB":
-        kinds.append(MODES.get(image.mode, image.mode))
-    if orientation in UPRIGHT:
-        kinds.append("EXIF rotation")
-    elif orientation is None:
-        kinds.append("unreadable EXIF")
-    return tuple(kinds)
 
 
 def _first_line(error: BaseException) -> str:
@@ -228,24 +199,19 @@ def _check_jpeg(data: bytes) -> None:
     # One decompressor an image: after a damaged header it would go on within it at the next image.
     handle = ctypes.c_void_p(library.tjInitDecompress())
     try:
-        _decode_eighth(library, handle, data)
+        length, out = ctypes.c_ulong(len(data)), [ctypes.c_int() for _ in range(4)]
+        if library.tjDecompressHeader3(handle, data, length, *map(ctypes.byref, out)) != 0:
+            raise BadImage(f"has a damaged JPEG header ({_tj_error(library, handle)})")
+        width, height = (-(-side.value // 8) for side in out[:2])
+        kind = TJ_CMYK if out[3].value in TJ_CMYK_COLOURSPACES else TJ_RGB
+        pixels = ctypes.create_string_buffer(width * height * 4)
+        if library.tjDecompress2(handle, data, length, pixels, width, 0, height, kind, 0) != 0:
+            message = _tj_error(library, handle)
+            stray = STRAY_BYTES.fullmatch(message)
+            if stray is None or int(stray[1]) > STRAY_BYTES_ALLOWED:
+                raise BadImage(f"has damaged JPEG data ({message})")
     finally:
         library.tjDestroy(handle)
-
-
-def _decode_eighth(library: ctypes.CDLL, handle: ctypes.c_void_p, data: bytes) -> None:
-    length, out = ctypes.c_ulong(len(data)), [ctypes.c_int() for _ in range(4)]
-    if library.tjDecompressHeader3(handle, data, length, *map(ctypes.byref, out)) != 0:
-        raise BadImage(f"has a damaged JPEG header ({_tj_error(library, handle)})")
-    width, height = (-(-side.value // 8) for side in out[:2])
-    colourspace, (rgb, cmyk) = out[3].value, (0, 11)
-    pixel_format = cmyk if colourspace in (3, 4) else rgb
-    pixels = ctypes.create_string_buffer(width * height * 4)
-    if library.tjDecompress2(handle, data, length, pixels, width, 0, height, pixel_format, 0) != 0:
-        message = _tj_error(library, handle)
-        stray = STRAY_BYTES.fullmatch(message)
-        if stray is None or int(stray[1]) > STRAY_BYTES_ALLOWED:
-            raise BadImage(f"has damaged JPEG data ({message})")
 
 
 def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
@@ -257,7 +223,7 @@ def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
 
     Raises BadImage, whatever is wrong.
     """
-    image, converted = _decode(ref, options.strict)
+    image = load_rgb(ref, options.strict)
     longest = max(image.size)
     if options.max_side is not None and longest > options.max_side:
         size = tuple(max(1, round(side * options.max_side / longest)) for side in image.size)
@@ -267,11 +233,11 @@ def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
         raise BadImage(f"is longer than {LONGEST_SIDE} pixels; use max_side")
     raw_size = 3 * width * height
     if raw_size <= PAGE_SIZE and (width * height <= SMALL or draw >= options.jpeg_probability):
-        return Stored(image.tobytes(), height, width, RAW, converted)
+        return Stored(image.tobytes(), height, width, RAW)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=options.jpeg_quality)
     if buffer.tell() > PAGE_SIZE:
         raise BadImage(
             f"takes {buffer.tell()} bytes as JPEG, more than a page of {PAGE_SIZE}; use max_side"
         )
-    return Stored(buffer.getvalue(), height, width, JPEG, converted)
+    return Stored(buffer.getvalue(), height, width, JPEG)

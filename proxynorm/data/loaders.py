@@ -13,12 +13,29 @@ import torch
 
 from proxynorm.data.augment import View
 from proxynorm.data.randomness import evaluation_batches, micro_batches, permutation, sample_keys
-from proxynorm.data.readers import Failures, Job, Reader, nothing
+from proxynorm.data.readers import Decoded, Job, Reader, nothing
 from proxynorm.data.spec import Batch, DataInfo, DataSpec
 from proxynorm.errors import ConfigError, DataError
 
 # So many damaged images in a row end the run even under on_bad=skip.
 STAND_INS_TRIED = 1000
+
+
+class Failures:
+    """Damaged images: under "raise" one stops the run, under "skip" each is left out and listed."""
+
+    def __init__(self, on_bad: str) -> None:
+        self.on_bad = on_bad
+        self.reasons: dict[str, str] = {}
+
+    def record(self, name: str, reason: str) -> None:
+        """Note a damaged image. Raises DataError under the policy "raise"."""
+        if self.on_bad == "raise":
+            raise DataError(
+                f"{name}: {reason}; mend it (a .beton file: write it again), or set "
+                "data.on_bad=skip"
+            )
+        self.reasons[name] = reason
 
 
 @dataclass(frozen=True)
@@ -28,23 +45,31 @@ class Split:
     reader: Reader
     rows: np.ndarray
 
+    def batch(self, decoded: Decoded, failures: Failures) -> Batch:
+        """Return a job's batch; a damaged image is invalid, never replaced by another's pixels."""
+        job, images, bad = decoded
+        for place, reason in bad.items():
+            failures.record(self.reader.name(int(job.rows[place])), reason)
+        valid = job.rows >= 0
+        valid[list(bad)] = False
+        targets = np.where(valid, self.reader.targets[job.rows], 0)
+        return Batch(images, *map(torch.from_numpy, (targets, job.rows, valid)))
+
 
 @dataclass
 class TrainLoader:
     """Training micro-batches; see Data.train_loader."""
 
-    split: Split
-    view: View
-    spec: DataSpec
-    damage: Failures
+    data: Data
     batch: int
     micro_batch: int
     seed: int
     rank: int
     world_size: int
-    running: list[Iterator[Batch]] = field(default_factory=list)
+    running: list[Iterator[Decoded]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.spec, self.rows = self.data.spec, self.data.train.rows
         self.crop_seed = self.seed if self.spec.deterministic else secrets.randbits(64)
         if min(self.batch, self.micro_batch) < 1:
             raise ConfigError(
@@ -57,14 +82,14 @@ class TrainLoader:
             )
         if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"batch={self.batch} exceeds the {len(self.split.rows)} training images; give a "
+                f"batch={self.batch} exceeds the {len(self.rows)} training images; give a "
                 "smaller batch"
             )
 
     @property
     def steps_per_epoch(self) -> int:
         """Weight updates in an epoch; the images of a last, partial batch are left out."""
-        return len(self.split.rows) // self.batch
+        return len(self.rows) // self.batch
 
     def image_size(self, epoch: int) -> int:
         """Return the side of the training crop in this epoch, pixels.
@@ -85,17 +110,16 @@ class TrainLoader:
         Under on_bad="skip" a batch lacks its damaged images; if none is left, the next sound image
         of the epoch takes their place. each_second is called while a batch is waited for.
         """
-        order = self.split.rows[permutation(self.seed, epoch, len(self.split.rows))]
-        jobs = (
-            self._job(rows, epoch)
-            for rows in micro_batches(
-                order, self.batch, self.micro_batch, start_step, self.rank, self.world_size
-            )
+        data, order = self.data, self.rows[permutation(self.seed, epoch, len(self.rows))]
+        share = micro_batches(
+            order, self.batch, self.micro_batch, start_step, self.rank, self.world_size
         )
-        stream = self.split.reader.stream(jobs, self.view, self.damage, each_second)
+        jobs = (self._job(rows, epoch) for rows in share)
+        stream = data.train.reader.stream(jobs, data.view, each_second)
         self.running.append(stream)
         try:
-            for batch in stream:
+            for decoded in stream:
+                batch = data.train.batch(decoded, data.damage)
                 yield _only_valid(batch) or self._stand_in(order, batch, epoch)
         finally:
             stream.close()
@@ -110,15 +134,15 @@ class TrainLoader:
         An empty batch has no mean loss, and no process may leave out a backward pass. The choice
         depends on the order alone, so a resumed run makes the same one.
         """
+        data, reader = self.data, self.data.train.reader
         place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
         for row in np.roll(order, -place)[:STAND_INS_TRIED]:
-            job = self._job(np.array([row]), epoch)
-            if found := _only_valid(self.split.reader.read(job, self.view, self.damage)):
+            decoded = reader.decode(self._job(np.array([row]), epoch), data.view)
+            if found := _only_valid(data.train.batch(decoded, data.damage)):
                 return found
-        reader = self.split.reader
         raise DataError(
             f"{reader.source}: {min(STAND_INS_TRIED, len(order))} images in a row are damaged "
-            f"(such as {next(reversed(self.damage.reasons))}); mend the images"
+            f"(such as {next(reversed(data.damage.reasons))}); mend the images"
         )
 
     def close(self) -> None:
@@ -137,16 +161,14 @@ def _only_valid(batch: Batch) -> Batch | None:
 class EvalLoader:
     """Evaluation batches with a mask; see Data.eval_loader."""
 
-    split: Split
-    view: View
-    size: int
-    damage: Failures
+    data: Data
     batch_size: int
     rank: int
     world_size: int
     each_second: Callable[[], None] = nothing
 
     def __post_init__(self) -> None:
+        self.split = self.data.evaluation
         if self.batch_size < 1:
             raise ConfigError(f"evaluation batch size {self.batch_size}: give at least 1")
         # No larger than a rank's share, so that a small set is not mostly padding.
@@ -157,30 +179,32 @@ class EvalLoader:
         return math.ceil(len(self.split.rows) / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        reader = self.split.reader
-        stream = reader.stream(self._jobs(), self.view, self.damage, self.each_second)
+        data, split = self.data, self.split
+        stream = split.reader.stream(self._jobs(), data.view.for_evaluation(), self.each_second)
         try:
-            yield from stream
+            for decoded in stream:
+                yield split.batch(decoded, data.damage)
         finally:
             stream.close()
 
     def _jobs(self) -> Iterator[Job]:
-        count = len(self.split.rows)
-        for positions in evaluation_batches(count, self.batch_size, self.rank, self.world_size):
-            rows = np.where(positions >= 0, self.split.rows[positions], -1)
-            yield Job(rows, np.zeros(len(rows), dtype=np.uint64), self.size)
+        rows, spec = self.split.rows, self.data.spec
+        share = evaluation_batches(len(rows), self.batch_size, self.rank, self.world_size)
+        for positions in share:
+            taken = np.where(positions >= 0, rows[positions], -1)
+            keys = np.zeros(len(taken), dtype=np.uint64)
+            yield Job(taken, keys, spec.eval_size or spec.image_size)
 
 
 @dataclass
 class Data:
     """An opened data set: what open_data returns.
 
-    backend: "ffcv" or "torchvision"; warnings: what the user should be told, one line each.
+    warnings: what the user should be told, one line each.
     """
 
     spec: DataSpec
     info: DataInfo
-    backend: str
     train: Split
     evaluation: Split
     damage: Failures
@@ -188,8 +212,13 @@ class Data:
 
     def __post_init__(self) -> None:
         colour = tuple(round(255 * value) for value in self.info.mean)
-        self._view = View(self.spec, colour)
+        self.view = View(self.spec, colour)
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def backend(self) -> str:
+        """What reads the images: "ffcv", "torchvision" or "memory"."""
+        return self.train.reader.backend
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -230,8 +259,7 @@ class Data:
         number of processes. Raises ConfigError if batch is no multiple of world_size * micro_batch,
         or larger than the training set.
         """
-        order = (batch, micro_batch, seed, rank, world_size)
-        return TrainLoader(self.train, self._view, self.spec, self.damage, *order)
+        return TrainLoader(self, batch, micro_batch, seed, rank, world_size)
 
     def eval_loader(
         self,
@@ -244,9 +272,7 @@ class Data:
 
         Over all ranks each image is valid in exactly one row.
         """
-        size = self.spec.eval_size or self.spec.image_size
-        share = (batch_size, rank, world_size, each_second)
-        return EvalLoader(self.evaluation, self._view.for_evaluation(), size, self.damage, *share)
+        return EvalLoader(self, batch_size, rank, world_size, each_second)
 
     def prepare(
         self,

@@ -10,9 +10,9 @@ import numpy as np
 from proxynorm.data.datasets import DATASETS
 from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
 from proxynorm.data.folder import rand_augment
-from proxynorm.data.loaders import Data, Split
+from proxynorm.data.loaders import Data, Failures, Split
 from proxynorm.data.randomness import permutation
-from proxynorm.data.readers import BetonReader, Failures, Reader
+from proxynorm.data.readers import BetonReader, Reader
 from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, check_specs, one_of
 from proxynorm.errors import ConfigError
 
@@ -22,67 +22,65 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
 
     Raises ConfigError for an impossible value and DataError for missing or damaged data.
     """
-    loader = loader or LoaderSpec()
     one_of("data.name", spec.name, DATASETS)
-    if DATASETS[spec.name].needs_root and spec.root is None:
+    data_set = DATASETS[spec.name]
+    if data_set.needs_root and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
+    failures = Failures(spec.on_bad)
+    train, evaluation = data_set.open(spec, decided(spec, loader or LoaderSpec()), failures)
+    mean, std = tuple(spec.mean or data_set.mean), tuple(spec.std or data_set.std)
+    if not len(mean) == len(std) == train.channels or min(std) <= 0:
+        raise ConfigError(
+            f"data.mean={list(mean)} data.std={list(std)}: give {train.channels} value(s) each, "
+            "std above 0"
+        )
+    splits = _splits(spec, train, evaluation)
+    counts = (len(split.rows) for split in splits)
+    info = DataInfo(spec.name, train.classes, train.channels, *counts, mean, std)
+    notes, available = warnings(train, evaluation), len(train.targets) - spec.holdout
+    if spec.limit is not None and spec.limit > available:
+        told = f"exceeds the {available} training images, which are all taken"
+        notes = (f"data.limit={spec.limit} {told}", *notes)
+    return Data(spec, info, *splits, failures, notes)
+
+
+def decided(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
+    """Check both, and return the loader with its backend and its number of workers decided.
+
+    Raises ConfigError.
+    """
     check_specs(spec, loader)
-    backend = choose_backend(spec, loader)
-    if loader.workers is None:
-        loader = replace(loader, workers=share_of_cores())
     if spec.randaugment is not None:
         rand_augment(spec.randaugment, (0, 0, 0))  # a mistake in it shows here, not in a worker
-    failures = Failures(spec.on_bad)
-    train, evaluation = DATASETS[spec.name].open(spec, backend, loader, failures)
-    train_split, eval_split = _splits(spec, train, evaluation)
-    warnings = _warnings(spec, train, evaluation)
-    mean, std = _normalization(spec, train.channels)
-    info = DataInfo(
-        spec.name,
-        train.classes,
-        train.channels,
-        len(train_split.rows),
-        len(eval_split.rows),
-        mean,
-        std,
-    )
-    return Data(spec, info, backend, train_split, eval_split, failures, warnings)
+    workers = share_of_cores() if loader.workers is None else loader.workers
+    return replace(loader, name=_choose_backend(spec, loader.name), workers=workers)
 
 
-def _warnings(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[str, ...]:
-    """Return what may not be what the user meant, one line each."""
-    lines, available = [], len(train.targets) - spec.holdout
-    if spec.limit is not None and spec.limit > available:
-        lines.append(
-            f"data.limit={spec.limit} exceeds the {available} training images, which are all taken"
+def _choose_backend(spec: DataSpec, asked: str) -> str:
+    if spec.name == "beton" and asked == "torchvision":
+        raise ConfigError(
+            "loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or "
+            "data.name=folder"
         )
-    readers = (reader for reader in (train, evaluation) if isinstance(reader, BetonReader))
-    bare = [str(reader.samples.path) for reader in readers if not reader.samples.manifest]
-    if bare:
-        lines.append(
-            f"{', '.join(bare)}: no manifest, so classes, labels and later damage cannot be checked"
+    if spec.name != "beton" and asked != "ffcv":
+        fits = asked == "auto" and spec.randaugment is None and ffcv_available()
+        return "ffcv" if fits else "torchvision"
+    ffcv_library()
+    if spec.randaugment is not None:
+        raise ConfigError(
+            "regularization.randaugment works on image folders alone: give data=folder "
+            "loader=torchvision"
         )
-    return (*lines, *train.notes, *evaluation.notes)
+    return "ffcv"
 
 
-def choose_backend(spec: DataSpec, loader: LoaderSpec) -> str:
-    """Return the backend, "ffcv" or "torchvision". ConfigError if the one asked for cannot."""
-    if loader.name == "torchvision":
-        if spec.name == "beton":
-            raise ConfigError(
-                "loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or "
-                "data.name=folder"
-            )
-        return "torchvision"
-    if loader.name == "ffcv" or spec.name == "beton":
-        ffcv_library()
-        if spec.randaugment is not None:
-            raise ConfigError(
-                "regularization.randaugment works on image folders alone: give data=folder "
-                "loader=torchvision"
-            )
-        return "ffcv"
-    return "ffcv" if spec.randaugment is None and ffcv_available() else "torchvision"
+def warnings(*readers: Reader) -> tuple[str, ...]:
+    """Return what the user should be told of the readers' images, one line each."""
+    betons = [reader.samples for reader in readers if isinstance(reader, BetonReader)]
+    bare = ", ".join(str(samples.path) for samples in betons if not samples.manifest)
+    told = f"{bare}: no manifest, so classes, labels and later damage cannot be checked"
+    notes = tuple(note for reader in readers for note in reader.notes)
+    return (told, *notes) if bare else notes
 
 
 def share_of_cores() -> int:
@@ -112,18 +110,6 @@ def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, S
     shuffled = permutation(spec.limit_seed, 0, count)
     rest = count - spec.holdout
     rows = np.sort(shuffled[: min(spec.limit or rest, rest)])
-    held_out = Split(train, np.sort(shuffled[rest:]))
-    return Split(train, rows), held_out if spec.holdout else Split(
-        evaluation, np.arange(len(evaluation.targets))
-    )
-
-
-def _normalization(spec: DataSpec, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    usual = DATASETS[spec.name]
-    mean, std = tuple(spec.mean or usual.mean), tuple(spec.std or usual.std)
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise ConfigError(
-            f"data.mean={list(mean)} data.std={list(std)}: give {channels} value(s) each, std "
-            f"above 0"
-        )
-    return mean, std
+    if spec.holdout:
+        return Split(train, rows), Split(train, np.sort(shuffled[rest:]))
+    return Split(train, rows), Split(evaluation, np.arange(len(evaluation.targets)))

@@ -19,6 +19,7 @@ from proxynorm.errors import ConfigError, DataError
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 KINDS_NAMED = 6
+TOP = PurePosixPath(".")
 
 
 class Listing(NamedTuple):
@@ -35,6 +36,25 @@ class Listing(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+class _File(NamedTuple):
+    """A file of a source, and the folder (relative to the source) or class tar that it lies in.
+
+    is_file: it is no link in a tar.
+    """
+
+    folder: PurePosixPath
+    ref: ImageRef
+    is_file: bool = True
+
+    @property
+    def is_image(self) -> bool:
+        return self.is_file and _is_image(self.ref.name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
 def list_source(source: Path, labels: Path | None = None) -> Listing:
     """List a folder of class folders, a tar of them, or, with `labels`, images without class.
 
@@ -48,8 +68,10 @@ def list_source(source: Path, labels: Path | None = None) -> Listing:
         raise DataError(f"{source}: no such folder or tar file")
     if not labels:
         return list_folder(source)
-    images, aside = _images_in(source)
-    if not images and any(map(_is_image, aside)):
+    files = _folder_files(source)
+    images = [file.ref for file in files if file.is_image and file.folder == TOP]
+    aside = [file.ref.name for file in files if not (file.is_image and file.folder == TOP)]
+    if not images and any(file.is_image for file in files):
         raise DataError(
             f"{source}: holds its images in folders; if these are the classes, drop labels={labels}"
         )
@@ -60,37 +82,58 @@ def list_folder(folder: Path) -> Listing:
     """List folder/CLASS/*. Raises DataError without folder or classes, or for an empty class."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder")
-    _, folders, beside = next(_walk(folder))
-    if not folders:
+    files = _folder_files(folder)
+    classes = {PurePosixPath(name) for name in next(_walk(folder))[1]}
+    if not classes:
         raise DataError(
             f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg "
             "(scripts/write_ffcv.py takes a flat folder with labels=)"
         )
-    images, names, aside = [], [], [os.path.join(folder, name) for name in beside]
-    for name in folders:
-        found, others = _images_in(folder / name)
-        if not found:
-            raise _no_images(folder / name, others)
-        images += found
-        names += [printable(name)] * len(found)
-        aside += others
-    return _listing(folder, names, images, aside)
+    if empty := classes - {file.folder for file in files if file.is_image}:
+        raise _no_images(folder, min(empty), files)
+    return _by_class(folder, files, classes)
 
 
-def _no_images(folder: Path, others: list[str]) -> DataError:
-    """Return the error for a class folder without images; others: the files in and below it."""
-    if any(map(_is_image, others)):
-        train = folder.parent / "train"
-        example = f", such as {train}" if train.is_dir() else ""
+def list_images(source: Path) -> Listing:
+    """List the images in and below a folder, or one file, without classes.
+
+    Raises DataError if there are none.
+    """
+    if source.is_file():
+        images, aside = [_file_ref(str(source))], []
+    elif source.is_dir():
+        files = _folder_files(source)
+        images = [file.ref for file in files if file.is_image]
+        aside = [file.ref.name for file in files if not file.is_image]
+    else:
+        raise DataError(f"{source}: no such folder or file")
+    if not images:
+        kinds = f" but {_kinds(aside)}" if aside else ""
+        raise DataError(f"{source}: holds no images{kinds}; images end in {' '.join(EXTENSIONS)}")
+    return _listing(source, [""] * len(images), images, aside)
+
+
+def _no_images(source: Path, name: PurePosixPath, files: list[_File]) -> DataError:
+    """Return the error for a class folder without images."""
+    below = [file for file in files if name in (file.folder, *file.folder.parents)]
+    if any(file.is_image for file in below):
+        example = f", such as {source}/train" if (source / "train").is_dir() else ""
         return DataError(
-            f"{folder.parent}: holds folders of folders; give one whose folders hold "
-            f"images{example}"
+            f"{source}: holds folders of folders; give one whose folders hold images{example}"
         )
-    kinds = f" ({_kinds(others)})" if others else ""
+    kinds = f" ({_kinds(file.ref.name for file in below)})" if below else ""
     return DataError(
-        f"{printable(folder)}: class without images{kinds}; images end in "
+        f"{printable(source / name)}: class without images{kinds}; images end in "
         f"{' '.join(EXTENSIONS)}; fill it or remove the folder"
     )
+
+
+def _by_class(source: Path, files: list[_File], classes: set[PurePosixPath]) -> Listing:
+    """List the images directly in their class folders."""
+    chosen = [file for file in files if file.is_image and file.folder in classes]
+    aside = [file.ref.name for file in files if not (file.is_image and file.folder in classes)]
+    names = [printable(file.folder.name) for file in chosen]
+    return _listing(source, names, [file.ref for file in chosen], aside)
 
 
 def _listing(
@@ -130,10 +173,6 @@ def _kinds(aside: Iterable[str]) -> str:
     return ", ".join(named + ([f"{others} of other kinds"] if others else []))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield each folder from `folder` down, its folders and its files, sorted, none hidden.
 
@@ -151,16 +190,20 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield place, folders, sorted(name for name in files if not name.startswith("."))
 
 
-def _images_in(folder: Path) -> tuple[list[ImageRef], list[str]]:
-    """Return the images of a folder, and the paths of all other files in and below it."""
-    images, others = [], []
-    for place, _, names in _walk(folder):
-        for path in (os.path.join(place, name) for name in names):
-            if place == str(folder) and _is_image(path):
-                images.append(ImageRef(path, printable(path)))
-            else:
-                others.append(path)
-    return images, others
+def _folder_files(folder: Path) -> list[_File]:
+    """Return all files in and below a folder, none hidden."""
+    place, folders, beside = next(_walk(folder))
+    found = [(place, name) for name in beside]
+    for top in folders:
+        found += [(place, name) for place, _, names in _walk(folder / top) for name in names]
+    return [
+        _File(PurePosixPath(os.path.relpath(place, folder)), _file_ref(os.path.join(place, name)))
+        for place, name in found
+    ]
+
+
+def _file_ref(path: str) -> ImageRef:
+    return ImageRef(path, printable(path))
 
 
 def list_flat(images: list[ImageRef], labels: Path, source: Path, aside: list[str]) -> Listing:
@@ -253,13 +296,6 @@ def _read_devkit(folder: Path) -> dict[str, str]:
         ) from None
 
 
-class _File(NamedTuple):
-    """A file of a tar: the class folder, or class tar, it lies in, and where its bytes are."""
-
-    folder: PurePosixPath
-    ref: ImageRef
-
-
 def list_tar(path: Path, labels: Path | None) -> Listing:
     """List an uncompressed tar, which is read in place.
 
@@ -268,103 +304,67 @@ def list_tar(path: Path, labels: Path | None) -> Listing:
     folders in several places, such as train/CLASS and val/CLASS.
     """
     try:
-        files, aside = _tar_files(path)
+        with tarfile.open(path, "r:") as archive:
+            files = sorted(_tar_files(path, archive), key=lambda file: (file.folder.name, file.ref))
     except Exception as error:  # tarfile raises many kinds on a damaged file
         raise DataError(
             f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
             "compressed, else fetch it again"
         ) from None
-    aside += [file.ref.name for file in files if not _is_image(file.ref.name)]
-    files = sorted(
-        (file for file in files if _is_image(file.ref.name)),
-        key=lambda file: (file.folder.name, file.ref),
-    )
-    name, count = next(iter(Counter(file.ref.name for file in files).most_common(1)), ("", 0))
-    if count > 1:
-        raise DataError(
-            f"{path}: holds {name.removeprefix(f'{path}:')} {count} times; make the archive anew"
-        )
+    images = [file for file in files if file.is_image]
+    for name, count in Counter(file.ref.name for file in images).most_common(1):
+        if count > 1:
+            name = name.removeprefix(f"{path}:")
+            raise DataError(f"{path}: holds {name} {count} times; make the archive anew")
     if labels is not None:
-        return list_flat([file.ref for file in files], labels, path, aside)
-    top = _place_of_classes(path, files)
-    aside += [file.ref.name for file in files if not _is_class(file.folder, top)]
-    files = [file for file in files if _is_class(file.folder, top)]
-    return _listing(
-        path, [printable(file.folder.name) for file in files], [file.ref for file in files], aside
-    )
+        aside = [file.ref.name for file in files if not file.is_image]
+        return list_flat([file.ref for file in images], labels, path, aside)
+    return _by_class(path, files, _class_folders(path, Counter(file.folder for file in images)))
 
 
-def _is_class(folder: PurePosixPath, top: PurePosixPath) -> bool:
-    return folder.parent == top and folder.name != ""
+def _tar_files(
+    path: Path, archive: tarfile.TarFile, inside: PurePosixPath | None = None, start: int = 0
+) -> Iterator[_File]:
+    """Yield the files of a tar and of the tars in it, without hidden ones.
 
-
-def _place_of_classes(path: Path, files: list[_File]) -> PurePosixPath:
-    """Return the folder in the tar whose folders are the classes; DataError if there is not one.
-
-    As in a folder, images beside the class folders, or in folders below them, belong to no class.
+    inside: the class tar within the tar at `path` that `archive` is, from byte `start` on.
     """
-    folders = Counter(file.folder for file in files if file.folder.name)
-    if not folders:
+    for member in archive:
+        name = posixpath.normpath(member.name)
+        if member.isdir() or any(part.startswith(".") for part in name.split("/")):
+            continue
+        place = PurePosixPath(name) if inside is None else inside / name
+        offset = start + member.offset_data
+        if member.isfile() and place.suffix == ".tar":
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                yield from _tar_files(path, inner, place.with_suffix(""), offset)
+        else:
+            ref = ImageRef(str(path), f"{path}:{printable(place)}", offset, member.size)
+            yield _File(inside or place.parent, ref, member.isfile())
+
+
+def _class_folders(path: Path, folders: Counter[PurePosixPath]) -> set[PurePosixPath]:
+    """Return the class folders among the folders in a tar; DataError if they lie in several places.
+
+    folders: how many images each holds. As in a folder, images beside the class folders, or in
+    folders below them, belong to no class.
+    """
+    places: Counter[PurePosixPath] = Counter()
+    for folder, count in folders.items():
+        if folder.name:
+            places[folder.parent] += count
+    if not places:
         raise DataError(
             f"{path}: holds no images in class folders or class tars; give labels= if its images "
             "have a list"
         )
-    places: Counter[PurePosixPath] = Counter()
-    for folder, count in folders.items():
-        places[folder.parent] += count
     top = places.most_common(1)[0][0]
+    classes = {folder for folder in folders if folder.name and folder.parent == top}
     for folder in folders:
-        in_a_class = any(above in folders and _is_class(above, top) for above in folder.parents)
-        if not (_is_class(folder, top) or in_a_class or top.is_relative_to(folder)):
+        in_a_class = folder in classes or classes.intersection(folder.parents)
+        if not (in_a_class or top.is_relative_to(folder)):
             raise DataError(
                 f"{path}: holds class folders in several places ({top}/ and {folder.parent}/); "
                 "make an archive of one of them"
             )
-    return top
-
-
-def _tar_files(path: Path) -> tuple[list[_File], list[str]]:
-    """Return the files of a tar and of the tars in it, and the names of what is no file (links).
-
-    Hidden ones, such as macOS's ._* files, are neither.
-    """
-    files, aside = [], []
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            name = posixpath.normpath(member.name)
-            if member.isdir() or _is_hidden(name):
-                continue
-            if not member.isfile():
-                aside.append(f"{path}:{name}")
-            elif name.endswith(".tar"):
-                folder = PurePosixPath(name).with_suffix("")
-                files += [_File(folder, ref) for ref in _inner_files(path, member, folder)]
-            else:
-                files.append(_File(PurePosixPath(name).parent, _ref(path, name, member)))
-    return files, aside
-
-
-def _inner_files(path: Path, outer: tarfile.TarInfo, folder: PurePosixPath) -> list[ImageRef]:
-    """Return the files of a tar within the tar, at whatever depth, without hidden ones."""
-    with open(path, "rb") as file:
-        file.seek(outer.offset_data)
-        # tarfile counts offsets from the start of the file it was given, at whatever position.
-        with tarfile.open(fileobj=file, mode="r:") as inner:
-            end = outer.offset_data + outer.size
-            refs = []
-            for member in inner:
-                if member.offset_data >= end:
-                    break
-                name = posixpath.normpath(member.name)
-                if member.isfile() and not _is_hidden(name):
-                    refs.append(_ref(path, f"{folder}/{name}", member))
-    return refs
-
-
-def _is_hidden(name: str) -> bool:
-    """Return whether a file, or a folder it lies in, is hidden."""
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def _ref(path: Path, name: str, member: tarfile.TarInfo) -> ImageRef:
-    return ImageRef(str(path), f"{path}:{printable(name)}", member.offset_data, member.size)
+    return classes

@@ -137,19 +137,14 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
         raise ConfigError(
             f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1"
         )
-    if (spec.start_size is None) != (spec.ramp is None):
+    start, ramp = spec.start_size, spec.ramp
+    if start is None and ramp is None:
+        return
+    given = start is not None and ramp is not None
+    if not (given and len(ramp) == 2 and 0 <= ramp[0] < ramp[1] and start <= spec.image_size):
         raise ConfigError(
-            "progressive resizing needs both data.start_size and data.ramp=[first epoch, last "
-            "epoch]"
-        )
-    if spec.ramp is not None and not (len(spec.ramp) == 2 and 0 <= spec.ramp[0] < spec.ramp[1]):
-        raise ConfigError(
-            f"data.ramp={list(spec.ramp)}: give a first epoch and a later last epoch, as [0,5]"
-        )
-    if spec.start_size is not None and spec.start_size > spec.image_size:
-        raise ConfigError(
-            f"data.start_size={spec.start_size} exceeds data.image_size={spec.image_size}, to "
-            f"which it grows"
+            f"data.start_size={start} data.ramp={ramp}: progressive resizing needs a side of at "
+            f"most image_size={spec.image_size}, and a first and a later last epoch, as [0,5]"
         )
 
 

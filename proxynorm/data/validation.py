@@ -5,7 +5,6 @@ Class folders in a folder or in its val/, or a .beton file, or val.beton in a fo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from proxynorm.cli import nearest
-from proxynorm.data.datasets import folder_reader, refuse_other_order
+from proxynorm.data.datasets import beton_reader, folder_reader, numbered, refuse_other_order
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.images import EXTENSIONS, ImageRef
-from proxynorm.data.loaders import Data, Split
-from proxynorm.data.opening import choose_backend, share_of_cores
-from proxynorm.data.readers import BetonReader, Failures, Reader
-from proxynorm.data.sources import Listing, list_folder
-from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, check_specs, one_of
+from proxynorm.data.folder import FolderReader
+from proxynorm.data.loaders import Data, Failures, Split
+from proxynorm.data.opening import decided, warnings
+from proxynorm.data.readers import Reader
+from proxynorm.data.sources import list_folder, list_images
+from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, one_of
 from proxynorm.errors import DataError
 
 CLASSES = ("all", "subset", "index")
@@ -44,39 +43,42 @@ def open_validation(
     spec.mean and spec.std: the training's. Raises ConfigError or DataError.
     """
     one_of("classes", classes, CLASSES)
-    root = Path(spec.root).expanduser()
-    loader = replace(loader, workers=share_of_cores() if loader.workers is None else loader.workers)
-    failures = Failures(spec.on_bad)
-    reader = open_reader(spec, root, loader, failures)
-    if classes != "index" and isinstance(reader, BetonReader) and not reader.samples.manifest:
-        refuse_other_order(reader.samples.path, tuple(trained), "the trained network")
+    root, failures = Path(spec.root).expanduser(), Failures(spec.on_bad)
+    if (root / "val.beton").is_file():
+        root = root / "val.beton"
+    is_beton = root.suffix == ".beton"
+    spec = replace(spec, name="beton" if is_beton else "folder", randaugment=None)
+    loader = decided(spec, loader)
+    if is_beton:
+        samples = read_beton(root)
+        named, present = samples.classes, numbered(1 + int(samples.target.max()))
+        reader: Reader = beton_reader(samples, named or present, loader)
+    else:
+        folder = root / "val" if (root / "val").is_dir() else root
+        reader = folder_reader(spec, folder, list_folder(folder), loader, failures)
+        named = reader.classes
+    if classes != "index":
+        _refuse_unknown_order(root, named, trained)
     numbers = class_numbers(root, reader.classes, list(trained), classes)
     columns = np.arange(len(trained))
     if classes == "subset":
         columns = np.sort(numbers)
         numbers = np.searchsorted(columns, numbers)
     reader.targets = numbers[reader.targets]
-    return Validation(
-        evaluation_data(spec, reader, [trained[i] for i in columns], failures), columns
-    )
+    data = _evaluation_data(spec, reader, [trained[i] for i in columns], failures)
+    return Validation(data, columns)
 
 
-def open_reader(spec: DataSpec, root: Path, loader: LoaderSpec, failures: Failures) -> Reader:
-    """Open the reader of a folder of class folders or of a .beton file."""
-    if (root / "val.beton").is_file():
-        root = root / "val.beton"
-    if root.suffix == ".beton":
-        check_specs(spec, loader)
-        choose_backend(replace(spec, name="beton"), loader)
-        samples = read_beton(root)
-        numbered = map(str, range(1 + int(samples.target.max())))
-        names = tuple(samples.manifest.get("classes", ())) or tuple(numbered)
-        return BetonReader(samples, names, loader)
-    spec = replace(spec, name="folder", randaugment=None)
-    check_specs(spec, loader)
-    folder = root / "val" if (root / "val").is_dir() else root
-    backend = choose_backend(spec, loader)
-    return folder_reader(spec, folder, list_folder(folder), backend, loader, failures)
+def _refuse_unknown_order(root: Path, named: Sequence[str], trained: Sequence[str]) -> None:
+    """Raise DataError if one side names its classes and the other may number them otherwise.
+
+    A network that was trained on a file without manifest knows its classes by number alone.
+    """
+    by_number = tuple(trained) == numbered(len(trained))
+    if named and by_number:
+        refuse_other_order("the data that the network was trained on", trained, str(root))
+    elif not named and not by_number:
+        refuse_other_order(str(root), trained, "the trained network")
 
 
 def class_numbers(
@@ -94,8 +96,8 @@ def class_numbers(
     unknown = [name for name in present if name not in trained]
     absent = [name for name in trained if name not in present]
     if unknown:
-        numbered = all(name.isdecimal() for name in present)
-        advice = "classes=index takes folders as numbers of classes" if numbered else ""
+        numbers = all(name.isdecimal() for name in present)
+        advice = "classes=index takes folders as numbers of classes" if numbers else ""
         raise DataError(
             f"{root}: the network knows no class {unknown[0]} ({len(unknown)} such of "
             f"{len(present)}); {advice or nearest(unknown[0], trained[:20])}"
@@ -108,43 +110,19 @@ def class_numbers(
     return np.array([trained.index(name) for name in present], dtype=np.int64)
 
 
-def open_images(spec: DataSpec, loader: LoaderSpec, images: Path) -> tuple[Data, list[str], int]:
+def open_images(spec: DataSpec, loader: LoaderSpec, images: Path) -> tuple[Data, list[str]]:
     """Open the images in and below a folder, or one file, without classes.
 
-    Returns the data, the files' names by row, and the number of other files. Raises DataError.
+    Returns the data and the files' names by row. Raises DataError.
     """
-    paths, others = find_images(images)
-    if not paths:
-        raise DataError(f"{images}: holds no images ({', '.join(EXTENSIONS)})")
-    listing = Listing(
-        ("",), [ImageRef(path, path) for path in paths], np.zeros(len(paths), dtype=np.int64)
-    )
-    workers = share_of_cores() if loader.workers is None else loader.workers
     spec = replace(spec, name="folder", on_bad="skip", randaugment=None)
-    failures = Failures(spec.on_bad)
-    loader = replace(loader, workers=workers)
-    reader = folder_reader(spec, images, listing, "torchvision", loader, failures)
-    names = [reader.name(row) for row in range(len(paths))]
-    return evaluation_data(spec, reader, [""], failures), names, others
+    loader = decided(spec, replace(loader, name="torchvision"))
+    reader = FolderReader(list_images(images), str(images), loader)
+    names = [reader.name(row) for row in range(len(reader.targets))]
+    return _evaluation_data(spec, reader, [""], Failures(spec.on_bad)), names
 
 
-def find_images(images: Path) -> tuple[list[str], int]:
-    """Return the images in and below a folder, sorted, and how many other files there are."""
-    if images.is_file():
-        return [str(images)], 0
-    if not images.is_dir():
-        raise DataError(f"{images}: no such folder or file")
-    found, others = [], 0
-    for place, folders, names in os.walk(images):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in names if not name.startswith("."))
-        chosen = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        found += [os.path.join(place, name) for name in chosen]
-        others += len(names) - len(chosen)
-    return found, others
-
-
-def evaluation_data(
+def _evaluation_data(
     spec: DataSpec, reader: Reader, classes: Sequence[str], failures: Failures
 ) -> Data:
     """Return the Data of one reader's images. Raises DataError for a network of grey images."""
@@ -156,5 +134,4 @@ def evaluation_data(
     count = len(reader.targets)
     split = Split(reader, np.arange(count))
     info = DataInfo(spec.name, tuple(classes), reader.channels, 0, count, spec.mean, spec.std)
-    backend = "ffcv" if isinstance(reader, BetonReader) else "torchvision"
-    return Data(spec, info, backend, split, split, failures, reader.notes)
+    return Data(spec, info, split, split, failures, warnings(reader))

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxynorm.cli import guard
-from proxynorm.data.ffcv.beton import manifest_path, read_beton, sums_path
-from proxynorm.data.ffcv.verification import compare_sums
+from proxynorm.data.ffcv.beton import changed_images, manifest_path, read_beton, sums_path
 from proxynorm.errors import DataError
 from proxynorm.files import locked
 from proxynorm.train.config import compose_config, settings_from
@@ -105,7 +104,7 @@ def check_copy(source: Path, copy: Path) -> None:
         if not filecmp.cmp(source, copy, shallow=False):
             raise DataError(f"{copy} differs from {source}; try again")
         return
-    if damaged := compare_sums(samples):
+    if damaged := changed_images(samples):
         raise DataError(
             f"{source}: {len(damaged)} of {len(samples)} images are damaged, "
             f"or were while they were copied to {copy.parent}"

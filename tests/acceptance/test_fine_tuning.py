@@ -156,7 +156,8 @@ def test_predictions_of_a_folder(halves, capsys, tmp_path):
     options = {"run": str(folder / "scratch"), "device": "cpu", "workers": 0}
     predict_command.main(predict_command.Options(str(images), output, **options))
     printed = capsys.readouterr()
-    assert "199 of 200 images; 1 other files left out" in printed.out
+    assert "199 of 200 images\n" in printed.out
+    assert f"warning: {images}: 1 of 201 files are left out: 1 .txt\n" in printed.err
     assert f"left out: {images}/Bag/0.png: " in printed.err
     rows = list(csv.DictReader(open(output)))
     assert len(rows) == 200 and [row["image"] for row in rows if row["error"]] == [

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
 from proxynorm.data.sources import list_folder
-from proxynorm.data.validation import open_validation
+from proxynorm.data.validation import open_images, open_validation
 from proxynorm.errors import DataError
 from tests.data.conftest import BACKENDS, needs_ffcv, photograph, remove_companions, write_folder
 
@@ -213,6 +215,40 @@ def test_only_damaged_training_images_end_in_one_line(tmp_path):
         list(data.train_loader(2, 1, seed=0).epoch(0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_class_without_a_sound_image_does_not_end_the_run(tmp_path, backend):
+    root = write_folder(tmp_path / "data", 3, 1)
+    for part in ("train", "val"):
+        for path in (root / part / "bee").iterdir():
+            path.write_bytes(b"damaged")
+    data = opened(root, tmp_path / "cache", backend, on_bad="skip")
+    assert data.info.classes == ("ant", "bee", "cow")
+    seen = [batch.targets for batch in data.train_loader(3, 3, seed=0).epoch(0)]
+    assert set(torch.cat(seen).tolist()) == {0, 2}
+    counted = torch.cat([batch.targets[batch.valid] for batch in data.eval_loader(3)])
+    assert counted.tolist() == [0, 2]
+    assert len(data.failures) == 4
+    if backend == "ffcv":  # the other one does not know before it has drawn them
+        assert data.warnings == tuple(
+            f"{root}/{part}: no image is left of 1 class(es), such as bee"
+            for part in ("train", "val")
+        )
+
+
+def test_images_without_classes_are_listed_and_the_rest_is_told_by_kind(tmp_path):
+    photo(tmp_path / "images" / "a" / "deep" / "x.jpg")
+    photo(tmp_path / "images" / "y.png")
+    for name in ("a/notes.txt", "z.txt", "z.heic", ".hidden"):
+        (tmp_path / "images" / name).write_text("no image")
+    spec = DataSpec("folder", mean=(0.5,) * 3, std=(0.5,) * 3)
+    data, names = open_images(spec, LoaderSpec(workers=0), tmp_path / "images")
+    assert [Path(name).name for name in names] == ["y.png", "x.jpg"]
+    assert data.warnings == (f"{tmp_path}/images: 3 of 5 files are left out: 2 .txt, 1 .heic",)
+    with pytest.raises(DataError, match="a: holds no images but 1 .txt; images end in .jpg"):
+        (tmp_path / "images" / "a" / "deep" / "x.jpg").unlink()
+        open_images(spec, LoaderSpec(workers=0), tmp_path / "images" / "a")
+
+
 @needs_ffcv
 @pytest.mark.parametrize("bare", ["train", "val"])
 def test_numbered_classes_beside_a_file_without_names_are_refused(tmp_path, bare):
@@ -233,6 +269,27 @@ def test_numbered_classes_beside_a_file_without_names_are_refused(tmp_path, bare
         prepare(list_folder(few / part), few / f"{part}.beton", StorageOptions())
     remove_companions(few / f"{bare}.beton")
     assert opened(few, tmp_path, "ffcv", "beton").info.classes == tuple("0123456789")
+
+
+@needs_ffcv
+def test_a_network_that_knows_numbers_alone_is_not_held_to_numbered_folders(tmp_path):
+    """It was trained on files of FFCV's own writer: its label 2 may mean the folder 10, or 2."""
+    root = write_folder(tmp_path / "data", 1, 1, tuple(map(str, range(12))))
+    for part in ("train", "val"):
+        prepare(list_folder(root / part), root / f"{part}.beton", StorageOptions())
+        remove_companions(root / f"{part}.beton")
+    data = opened(root, tmp_path, "ffcv", "beton")
+    trained = data.info.classes
+    assert trained == tuple(map(str, range(12))) and "no manifest" in data.warnings[0]
+    some = shutil.copytree(root / "val" / "3", root / "some" / "3").parent
+    for folder, classes in ((root / "val", "all"), (some, "subset")):
+        spec = DataSpec("folder", root=str(folder), mean=(0.5,) * 3, std=(0.5,) * 3)
+        with pytest.raises(DataError, match="trained on: has no manifest .*label 2 .* than 10"):
+            open_validation(spec, LoaderSpec("torchvision", 0), trained, classes)
+        open_validation(spec, LoaderSpec("torchvision", 0), trained, "index")
+    spec = DataSpec("beton", root=str(root / "val.beton"), mean=(0.5,) * 3, std=(0.5,) * 3)
+    (told,) = open_validation(spec, LoaderSpec("ffcv", 0), trained).data.warnings
+    assert "val.beton: no manifest" in told
 
 
 @needs_ffcv

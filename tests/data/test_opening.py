@@ -375,6 +375,20 @@ def test_a_converted_folder_that_lost_its_manifest_is_converted_anew(tmp_path, w
     assert read_beton(path).manifest["count"] == 6
 
 
+OPEN = (
+    "import sys; from proxynorm.data import *; spec = DataSpec('folder', root=sys.argv[1], "
+    "cache=sys.argv[2]); print(open_data(spec, LoaderSpec('ffcv', 1)).info.train_count)"
+)
+
+
+@needs_ffcv
+def test_two_processes_may_open_an_empty_cache_at_once(photos, tmp_path):
+    command = [sys.executable, "-c", OPEN, str(photos), str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["36", "36"]
+    assert len(list(tmp_path.glob("*.beton"))) == 2 and not list(tmp_path.glob(".*"))
+
+
 def test_more_workers_than_cores_are_taken_in_silence(photos, cache, recwarn):
     data = open_data(DataSpec("folder", root=str(photos)), LoaderSpec("torchvision", 5))
     assert sum(int(batch.valid.sum()) for batch in data.eval_loader(12)) == 12

@@ -12,7 +12,7 @@ import torch
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.data.augment import CROP_RATIO, View, random_boxes
 from proxynorm.data.randomness import permutation, sample_keys, uniform
-from proxynorm.data.readers import Failures, Job
+from proxynorm.data.readers import Job
 from proxynorm.errors import ConfigError
 from tests.data.conftest import BACKENDS, needs_ffcv, write_folder
 
@@ -60,7 +60,7 @@ def test_ffcv_begins_as_many_batches_as_asked(photos, cache, prefetch, begun):
     jobs = (
         drawn.append(n) or Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32) for n in range(6)
     )
-    next(data.train.reader.stream(jobs, View(), Failures("raise")))
+    next(data.train.reader.stream(jobs, View()))
     assert len(drawn) == begun
 
 

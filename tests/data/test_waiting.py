@@ -67,7 +67,7 @@ def test_a_thread_that_hangs_ends_the_run_after_the_limit(photos, cache, monkeyp
     spec = DataSpec("folder", root=str(photos), cache=cache)
     data = open_data(spec, LoaderSpec("ffcv", 1, timeout=1))
     answer = threading.Event()
-    monkeypatch.setattr(data.train.reader, "decode", lambda *_: answer.wait(60))
+    monkeypatch.setattr(data.train.reader, "kernel", lambda *_: answer.wait(60))
     try:
         with pytest.raises(DataError, match="no images for 1 s"):
             next(data.train_loader(3, 3, seed=0).epoch(0))

@@ -9,14 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from proxynorm.cli import guard
-from proxynorm.data.ffcv.beton import (
-    FIELD,
-    HEADER,
-    manifest_path,
-    metadata_type,
-    read_beton,
-    sums_path,
-)
+from proxynorm.data.ffcv.beton import FIELD, HEADER, RECORD, manifest_path, read_beton, sums_path
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_folder
@@ -79,9 +72,7 @@ def test_other_data_has_another_copy(root, node):
 def test_damage_is_found_and_nothing_stays(root, node, where, message):
     """The first image's class, or a byte of an image, is another than when the file was written."""
     samples = read_beton(root / "train.beton")
-    label = (
-        HEADER.itemsize + 2 * FIELD.itemsize + metadata_type(samples.channels).fields["label"][1]
-    )
+    label = HEADER.itemsize + 2 * FIELD.itemsize + RECORD.fields["label"][1]
     with open(root / "train.beton", "r+b") as file:
         file.seek(label if where == "label" else int(samples.pointer[4]) + 99)
         byte = file.read(1)

@@ -39,8 +39,9 @@ FIELD = np.dtype(
 )
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
-INT_FIELD, IMAGE_FIELD, ARRAY_FIELD = 1, 2, 4
+RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+INT_FIELD, IMAGE_FIELD = 1, 2
+CHANGED = "its stored bytes have changed since it was written"
 DIGEST = "sha256_of_head_sums_and_manifest"
 
 
@@ -53,7 +54,6 @@ class Samples:
     """
 
     path: Path
-    channels: int
     mode: np.ndarray
     height: np.ndarray
     width: np.ndarray
@@ -66,11 +66,10 @@ class Samples:
     def __len__(self) -> int:
         return len(self.mode)
 
-
-def metadata_type(channels: int) -> np.dtype:
-    """Return a record's type: FFCV's RGBImageField or, for grey, NDArrayField; and IntField."""
-    image = IMAGE if channels == 3 else np.dtype("<u8")
-    return np.dtype([("image", image), ("label", "<i8")], align=True)
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; () if there is no manifest, as beside FFCV's own files."""
+        return tuple(self.manifest.get("classes", ()))
 
 
 def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
@@ -97,6 +96,20 @@ def byte_sum(data: np.ndarray) -> int:
 
 
 WEIGHT, WEIGHT_TAIL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+
+
+def changed_images(samples: Samples) -> dict[str, str]:
+    """Read every image's bytes; return those that changed since they were written: name -> reason.
+
+    Nothing is known of a file without checksums.
+    """
+    file = np.memmap(samples.path, dtype=np.uint8, mode="r")
+    spans = zip(samples.pointer, samples.pointer + samples.size, samples.sums)
+    return {
+        f"{samples.path}: image {row}": CHANGED
+        for row, (start, end, expected) in enumerate(spans)
+        if byte_sum(file[start:end]) != expected
+    }
 
 
 def sums_path(path: Path) -> Path:
@@ -130,32 +143,26 @@ def _read_samples(path: Path) -> Samples:
     count = int(header["num_samples"])
     _check(path, header["version"] == VERSION and count > 0)
     fields = np.fromfile(path, dtype=FIELD, count=int(header["num_fields"]), offset=HEADER.itemsize)
-    channels = _channels(path, fields)
+    names = [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in fields["name"]]
+    if names != ["image", "label"] or fields["type_id"].tolist() != [IMAGE_FIELD, INT_FIELD]:
+        raise DataError(
+            f"{path}: holds the fields {names}; expected an RGB image field 'image' and an "
+            "integer field 'label'"
+        )
     offset = HEADER.itemsize + fields.nbytes
-    _check(path, offset + count * metadata_type(channels).itemsize <= length)
-    records = np.fromfile(path, dtype=metadata_type(channels), count=count, offset=offset)
+    _check(path, offset + count * RECORD.itemsize <= length)
+    records = np.fromfile(path, dtype=RECORD, count=count, offset=offset)
     image, target = records["image"], np.ascontiguousarray(records["label"])
-    pointer = np.ascontiguousarray(image["data_ptr"] if channels == 3 else image)
+    mode, height, width, pointer = (
+        np.ascontiguousarray(image[name]) for name in ("mode", "height", "width", "data_ptr")
+    )
     size = _sizes(path, header, pointer)
     _check(path, bool((pointer + size <= length).all()) and bool((target >= 0).all()))
-    mode, height, width = _shapes(image, fields, channels)
-    expected = height.astype(np.uint64) * width * np.uint64(channels)
-    _check(path, bool((size == expected)[mode == RAW].all()))
+    pixels = height.astype(np.uint64) * width * np.uint64(3)
+    _check(path, bool((size == pixels)[mode == RAW].all()))
     head = header.tobytes() + fields.tobytes() + records.tobytes()
     manifest, sums = _read_companions(path, head, count, length)
-    return Samples(path, channels, mode, height, width, pointer, size, target, sums, manifest)
-
-
-def _channels(path: Path, fields: np.ndarray) -> int:
-    """Return 3 for images in colour, 1 for grey ones. Raises DataError for other fields."""
-    names = [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in fields["name"]]
-    channels = {IMAGE_FIELD: 3, ARRAY_FIELD: 1}.get(int(fields["type_id"][0]))
-    if names != ["image", "label"] or channels is None or fields["type_id"][1] != INT_FIELD:
-        raise DataError(
-            f"{path}: holds the fields {names}; expected an image field 'image' and an integer "
-            "field 'label'"
-        )
-    return channels
+    return Samples(path, mode, height, width, pointer, size, target, sums, manifest)
 
 
 def _sizes(path: Path, header: np.void, pointer: np.ndarray) -> np.ndarray:
@@ -166,15 +173,6 @@ def _sizes(path: Path, header: np.void, pointer: np.ndarray) -> np.ndarray:
     row = np.minimum(np.searchsorted(table["ptr"], pointer), len(table) - 1)
     _check(path, bool((table["ptr"][row] == pointer).all()))
     return np.ascontiguousarray(table["size"][row])
-
-
-def _shapes(image: np.ndarray, fields: np.ndarray, channels: int) -> list[np.ndarray]:
-    """Return mode, height and width of the samples; all grey images have the same shape."""
-    if channels == 3:
-        return [np.ascontiguousarray(image[name]) for name in ("mode", "height", "width")]
-    shape = fields["arguments"][0][: ARRAY_ARGUMENTS.itemsize].view(ARRAY_ARGUMENTS)["shape"][0]
-    sides = [np.full(len(image), side, dtype=np.uint16) for side in shape[:2]]
-    return [np.full(len(image), RAW, dtype=np.uint8), *sides]
 
 
 def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[dict, np.ndarray]:
@@ -189,20 +187,17 @@ def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[
     try:
         manifest = json.loads(manifest_path(path).read_text())
         sums = np.load(sums_path(path))
-    except (OSError, ValueError, EOFError) as error:
+        stored = manifest[DIGEST]
+    except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path}: its manifest or sums cannot be read ({error}); write the file again"
+            f"{path}: its manifest or sums are damaged or of an older proxynorm "
+            f"({type(error).__name__}: {error}); write the file again"
         ) from None
-    if not isinstance(manifest, dict) or DIGEST not in manifest:
-        raise DataError(
-            f"{path}: its manifest is damaged or of an older proxynorm (it has no {DIGEST}); "
-            "write the file again"
-        )
     if manifest.get("bytes") != length or np.shape(sums) != (count,):
         raise DataError(
             f"{path}: differs from its manifest (truncated or replaced); write the file again"
         )
-    if digest(head, sums, manifest) != manifest[DIGEST]:
+    if digest(head, sums, manifest) != stored:
         raise DataError(
             f"{path}: its labels, addresses, sums or manifest are not those that were written "
             "together (damaged, edited or replaced); write the file again"

@@ -10,21 +10,15 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import re
 import tempfile
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
+from proxynorm.data.ffcv.beton import CHANGED
 from proxynorm.errors import ConfigError
 
 GOOD, BAD_SUM, BAD_JPEG = 0, 1, 2
-REASONS = {
-    BAD_SUM: "its stored bytes have changed since it was written",
-    BAD_JPEG: "its JPEG data cannot be decoded",
-}
+REASONS = {BAD_SUM: CHANGED, BAD_JPEG: "its JPEG data cannot be decoded"}
 INSTALL = (
     "install it with: apt-get install libopencv-dev libturbojpeg0-dev pkg-config && pip install "
     "ffcv"
@@ -48,27 +42,6 @@ def ffcv_library() -> ctypes.CDLL:
     if set_threads is not None:
         set_threads(1)
     return library
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of FFCV and, where known, of its libraries; {} without FFCV."""
-    try:
-        library = ffcv_library()
-    except ConfigError:
-        return {}
-    versions = {"ffcv": metadata.version("ffcv")}
-    parts = [
-        getattr(library, f"_ZN2cv{name}Ev", None)
-        for name in ("15getVersionMajor", "15getVersionMinor")
-    ]
-    if None not in parts:
-        versions["opencv"] = ".".join(str(part()) for part in parts)
-    # libturbojpeg cannot be asked; the number of its file tells 2.x (0.2) from 3.x (0.3).
-    mapped = Path("/proc/self/maps")
-    text = mapped.read_text() if mapped.exists() else ""
-    if file := re.search(r"libturbojpeg\S*$", text, re.MULTILINE):
-        versions["turbojpeg"] = file[0]
-    return versions
 
 
 def ffcv_available() -> bool:
@@ -98,8 +71,3 @@ def decoder():
         numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"proxynorm-numba-{os.getuid()}")
         from proxynorm.data.ffcv.kernel import decode_samples
     return decode_samples
-
-
-def map_file(path: Path) -> np.ndarray:
-    """Map the file's bytes read-only: uint8 (length,)."""
-    return np.memmap(path, dtype=np.uint8, mode="r")

@@ -1,4 +1,4 @@
-"""Turns labelled images into a .beton file: each is decoded and checked, the file verified."""
+"""Turns labelled images into a .beton file: each is decoded and checked, the file read back."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import os
 import platform
 import signal
 import threading
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from PIL import features
 
 import proxynorm
-from proxynorm.data.ffcv.native import library_versions
-from proxynorm.data.ffcv.verification import verify
+from proxynorm.data.ffcv.native import ffcv_available
 from proxynorm.data.ffcv.writer import new_beton
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, store
 from proxynorm.data.randomness import sample_keys, uniform
@@ -30,22 +29,22 @@ from proxynorm.errors import DataError
 
 IMAGES_PER_TASK = 16
 TASKS_AHEAD_PER_WORKER = 4
-# Of each kind of conversion the manifest names the first so many files; it counts all.
+# Of the files that are no images the manifest names the first so many; it counts all.
 FILES_NAMED = 100
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of prepare: the file, how many images are in it, what was left out or converted.
+    """The result of prepare: the file, how many images are in it, and what was left out.
 
-    skipped: name -> reason; converted: kind of conversion -> number of images.
+    skipped: name -> reason; notes: what the user should be told, one line each.
     """
 
     path: Path
     count: int
     skipped: dict[str, str]
-    converted: dict[str, int]
+    notes: tuple[str, ...]
 
 
 def prepare(
@@ -63,69 +62,56 @@ def prepare(
     `output`.
     """
     skipped: dict[str, str] = {}
-    converted: dict[str, list[str]] = defaultdict(list)
-    kept = []
-    with new_beton(output, len(listing.images)) as writer:
+    kept: Counter[int] = Counter()
+    targets = listing.targets.tolist()
+    with new_beton(output, len(targets)) as writer:
         for number, result in enumerate(_stored(listing, options, workers)):
-            name, target = listing.images[number].name, int(listing.targets[number])
             if isinstance(result, Stored):
                 data = np.frombuffer(result.data, np.uint8)
-                writer.add(data, target, result.height, result.width, result.mode)
-                kept.append(target)
-                for kind in result.converted:
-                    converted[kind].append(name)
+                writer.add(data, targets[number], result.height, result.width, result.mode)
+                kept[targets[number]] += 1
             elif on_bad == "raise":
                 raise DataError(
-                    f"{name}: {result}; mend or remove it, or set on_bad=skip (in training: "
-                    "data.on_bad=skip)"
+                    f"{listing.images[number].name}: {result}; mend or remove it, or set "
+                    "on_bad=skip (in training: data.on_bad=skip)"
                 )
             else:
-                skipped[name] = result
+                skipped[listing.images[number].name] = result
             progress(number + 1)
-        if empty := set(listing.targets.tolist()) - set(kept):
-            first = listing.images[listing.targets.tolist().index(min(empty))].name
-            raise DataError(
-                f"every image of class {listing.classes[min(empty)]} is bad (the first, {first}: "
-                f"{skipped[first]}); mend them or remove the class"
-            )
-        manifest = _manifest(listing, kept, options, skipped, converted)
-        writer.close(manifest, lambda samples: verify(samples, workers))
-    counts = {kind: len(names) for kind, names in sorted(converted.items())}
-    return Prepared(Path(output), len(kept), skipped, counts)
+        writer.close(
+            {
+                "classes": list(listing.classes),
+                "count": kept.total(),
+                "count_per_class": {name: kept[n] for n, name in enumerate(listing.classes)},
+                "options": asdict(options),
+                "skipped": skipped,
+                "left_aside": {
+                    "count": len(listing.aside),
+                    "files": list(listing.aside[:FILES_NAMED]),
+                },
+                "versions": _versions(),
+            }
+        )
+    empty = [listing.classes[target] for target in sorted(set(targets) - set(kept))]
+    return Prepared(Path(output), kept.total(), skipped, without_images(output, empty))
 
 
-def _manifest(
-    listing: Listing,
-    kept: list[int],
-    options: StorageOptions,
-    skipped: dict[str, str],
-    converted: dict[str, list[str]],
-) -> dict:
-    def counted(names: Sequence[str]) -> dict:
-        return {"count": len(names), "files": list(names[:FILES_NAMED])}
-
-    counts = Counter(kept)
-    return {
-        "classes": list(listing.classes),
-        "count": len(kept),
-        "count_per_class": {name: counts[target] for target, name in enumerate(listing.classes)},
-        "options": asdict(options),
-        "skipped": skipped,
-        "converted": {kind: counted(names) for kind, names in sorted(converted.items())},
-        "left_aside": counted(listing.aside),
-        "versions": _versions(),
-    }
+def without_images(source: Path, empty: list[str]) -> tuple[str, ...]:
+    """Return a line on the classes of which no image is left; they keep their numbers."""
+    if not empty:
+        return ()
+    return (f"{source}: no image is left of {len(empty)} class(es), such as {empty[0]}",)
 
 
 def _versions() -> dict[str, str | None]:
-    """Return the versions of what decodes, encodes and verifies images."""
+    """Return the versions of what decodes, checks and encodes images."""
     return {
         "proxynorm": proxynorm.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "pillow": version("pillow"),
+        "pillow": metadata.version("pillow"),
         "libjpeg_turbo": features.version("libjpeg_turbo"),
-        **library_versions(),
+        "ffcv": metadata.version("ffcv") if ffcv_available() else None,
     }
 
 
@@ -141,7 +127,7 @@ def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator
             yield from _store_all(refs, options, numbers)
         return
     pool = ProcessPoolExecutor(workers, initializer=_obey_parent)
-    pending: deque = deque()
+    pending: deque[Future[list[Stored | str]]] = deque()
     try:
         for refs, numbers in tasks:
             # The first submit forks the workers; an exception then would leave them running.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,61 +19,46 @@ import numpy as np
 
 from proxynorm.data.ffcv.beton import (
     ALLOCATION,
-    ARRAY_ARGUMENTS,
-    ARRAY_FIELD,
+    CHANGED,
     DIGEST,
     FIELD,
     HEADER,
     IMAGE_FIELD,
     INT_FIELD,
     PAGE_SIZE,
+    RECORD,
     VERSION,
-    Samples,
     byte_sum,
+    changed_images,
     digest,
     manifest_path,
-    metadata_type,
     read_beton,
     sums_path,
 )
 from proxynorm.errors import DataError
-from proxynorm.files import FULL, sync_folder
-
-
-def field_descriptors(shape: tuple[int, int] | None) -> np.ndarray:
-    """Return FFCV's description of the fields "image" and "label".
-
-    shape: (height, width) of grey images, None for images in colour.
-    """
-    fields = np.zeros(2, dtype=FIELD)
-    for row, name in zip(fields, (b"image", b"label")):
-        row["name"][: len(name)] = np.frombuffer(name, dtype="<u1")
-    fields["type_id"] = (ARRAY_FIELD if shape else IMAGE_FIELD), INT_FIELD
-    if shape:
-        element = json.dumps(np.dtype("u1").descr).encode()
-        arguments = np.zeros(1, dtype=ARRAY_ARGUMENTS)
-        arguments["shape"][0, :2] = shape
-        arguments["type_length"] = len(element)
-        packed = arguments.tobytes() + element
-        fields[0]["arguments"][: len(packed)] = np.frombuffer(packed, dtype="<u1")
-    return fields
+from proxynorm.files import FULL, sync_folder, write_atomic, write_text
 
 
 class BetonWriter:
     """Writes one .beton file under a temporary name; use new_beton.
 
-    capacity: the most samples that will be added; shape: (height, width) of every image, for grey
-    images only. Raises DataError if another process is writing the same file.
+    capacity: the most samples that will be added.
     """
 
-    def __init__(self, path: Path, capacity: int, shape: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: Path, capacity: int) -> None:
         self.path = Path(path)
-        self.grey = shape is not None
-        self.fields = field_descriptors(shape)
-        self.records = np.zeros(capacity, dtype=metadata_type(1 if self.grey else 3))
+        self.fields = np.zeros(2, dtype=FIELD)
+        self.fields["type_id"] = IMAGE_FIELD, INT_FIELD
+        for row, name in zip(self.fields, (b"image", b"label")):
+            row["name"][: len(name)] = np.frombuffer(name, dtype="<u1")
+        self.records = np.zeros(capacity, dtype=RECORD)
         self.allocations = np.zeros(capacity, dtype=ALLOCATION)
         self.sums = np.zeros(capacity, dtype=np.uint64)
         self.count = 0
+        self.file: BinaryIO | None = None
+
+    def open(self) -> None:
+        """Open the file. Raises DataError if another process is writing it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = _open_alone(self.path)
         self._to_next_page(HEADER.itemsize + self.fields.nbytes + self.records.nbytes)
@@ -82,22 +67,13 @@ class BetonWriter:
         """Append a sample: its stored bytes (uint8, 1-D), class, sides in pixels, JPEG or RAW."""
         pointer = self._place(len(data))
         self.file.write(data)
-        image = pointer if self.grey else (mode, width, height, pointer)
-        self.records[self.count] = (image, target)
+        self.records[self.count] = (mode, width, height, pointer), target
         self.allocations[self.count] = (self.count, pointer, len(data))
         self.sums[self.count] = byte_sum(data)
         self.count += 1
 
     def _place(self, size: int) -> int:
-        """Return where a sample of this size goes.
-
-        FFCV's page cache requires that a sample never crosses a page border.
-        """
-        if size > PAGE_SIZE:
-            raise DataError(
-                f"{self.path}: an image of {size} stored bytes exceeds a page of {PAGE_SIZE}; use "
-                "max_side"
-            )
+        """Return where a sample goes: FFCV's page cache requires that it crosses no page border."""
         position = self.file.tell()
         if position // PAGE_SIZE == (position + size - 1) // PAGE_SIZE:
             return position
@@ -106,11 +82,10 @@ class BetonWriter:
     def _to_next_page(self, position: int) -> int:
         return self.file.seek(-(-position // PAGE_SIZE) * PAGE_SIZE)
 
-    def close(self, manifest: dict, verify: Callable[[Samples], None]) -> None:
-        """Finish the file, have it read back by verify(samples), and put it and its companions.
+    def close(self, manifest: dict) -> None:
+        """Finish the file, read it back, and give it and its companions their names.
 
-        verify raises DataError if what is on the disk is not what was added. DataError also if
-        nothing was added.
+        Raises DataError if nothing was added, or if other bytes are on the disk.
         """
         if self.count == 0:
             raise DataError(f"{self.path}: not one usable image to write")
@@ -123,28 +98,26 @@ class BetonWriter:
         self.file.write(head)
         _flush(self.file)
         sums, temporary = self.sums[: self.count], _hidden(self.path)
-        verify(replace(read_beton(temporary), sums=sums))
+        if changed := changed_images(replace(read_beton(temporary), sums=sums)):
+            raise DataError(
+                f"{next(iter(changed))}: {CHANGED}; {len(changed)} of {self.count} images are "
+                "damaged, write the file again"
+            )
         contents = {**manifest, "bytes": temporary.stat().st_size}
         contents[DIGEST] = digest(head, sums, contents)
-        with open(_hidden(sums_path(self.path)), "wb") as file:
-            np.save(file, sums)
-            _flush(file)
-        with open(_hidden(manifest_path(self.path)), "wb") as file:
-            file.write(json.dumps(contents, indent=1).encode() + b"\n")
-            _flush(file)
-        # Until the new file is whole: no file rather than an old one beside the new one's manifest.
-        self.path.unlink(missing_ok=True)
-        for path in (sums_path(self.path), manifest_path(self.path), self.path):
-            os.replace(_hidden(path), path)
+        # If this is interrupted, the digest tells an old file from the new one's companions.
+        write_atomic(sums_path(self.path), lambda file: np.save(file, sums))
+        write_text(manifest_path(self.path), json.dumps(contents, indent=1) + "\n")
+        os.replace(temporary, self.path)
         sync_folder(self.path.parent)
         self.file.close()  # and with it the lock
 
     def discard(self) -> None:
-        """Remove the unfinished file."""
-        for path in (self.path, sums_path(self.path), manifest_path(self.path)):
-            _hidden(path).unlink(missing_ok=True)
-        with suppress(OSError):  # a full disk refuses what is still buffered
-            self.file.close()
+        """Remove the unfinished file, unless it is another process's."""
+        if self.file is not None:
+            _hidden(self.path).unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk refuses what is still buffered
+                self.file.close()
 
 
 def _hidden(path: Path) -> Path:
@@ -178,20 +151,17 @@ def _open_alone(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def new_beton(
-    path: Path, capacity: int, shape: tuple[int, int] | None = None
-) -> Iterator[BetonWriter]:
+def new_beton(path: Path, capacity: int) -> Iterator[BetonWriter]:
     """Give a BetonWriter to add to and to close; whatever goes wrong, no unfinished file stays.
 
     Raises DataError if the folder cannot be written or the disk is full.
     """
-    writer = None
+    writer = BetonWriter(path, capacity)
     try:
-        writer = BetonWriter(path, capacity, shape)
+        writer.open()
         yield writer
     except BaseException as error:
-        if writer is not None:
-            writer.discard()
+        writer.discard()
         if not isinstance(error, OSError):
             raise
         remedy = "make room, or " if error.errno in FULL else ""
