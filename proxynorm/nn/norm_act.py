@@ -17,12 +17,20 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.folding import Constants, Rule, SharedConstants, fold, fold_reference
-from proxynorm.nn.fast.fused import FoldedConstants, per_channel
-from proxynorm.nn.fast.paths import fused, traceable
+from proxynorm.nn.fast.cells import CellGroupNorm, prefers_cells
+from proxynorm.nn.fast.folding import (
+    Constants,
+    FoldedConstants,
+    Rule,
+    SharedConstants,
+    fold,
+    folded,
+)
+from proxynorm.nn.fast.fused import NormAct, per_channel
+from proxynorm.nn.fast.kernels import BatchNorm, GroupNorm, Kernel
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
-from proxynorm.nn.norms import NormBatch, affine
+from proxynorm.nn.norms import NormBatch, affine, batch_normalize, group_normalize
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
 from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
@@ -237,58 +245,31 @@ class NormAct2d(nn.Module):
         """y, the norm of x before γ and β; same shape and dtype. Training moves BN's statistics."""
         return self.norm_affine(x, None, None)
 
-    def norm_affine(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        bound: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """The norm with that affine. Training moves BN's statistics. bound: bound_norm's result."""
-        if self.spec.batch_statistics and self.training and self.running_mean is not None:
-            return self.spec.normalize(
-                x,
-                running_mean=self.running_mean,
-                running_var=self.running_var,
-                training=True,
-                momentum=self._momentum(),
-                eps=self.eps,
-                norm_batch=self.norm_batch,
-                weight=weight,
-                bias=bias,
-            )
-        return (bound or self.bound_norm())(x, weight=weight, bias=bias)
-
-    def bound_norm(self) -> Callable[..., Tensor]:
-        """The norm of (x, weight=, bias=) without side effects, for forward and backward.
-
-        Later changes of the module's mode, options and running statistics do not reach it.
-        """
+    def norm_affine(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm with that affine. Training moves BN's statistics."""
         if not self.spec.batch_statistics:
-            return partial(self.spec.normalize, groups=self.groups, eps=self.eps)
-        mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
-        if (
-            mean is not None
-            and var is not None
-            and torch.is_grad_enabled()
-            and not is_transformed()
-        ):
-            mean, var = mean.clone(), var.clone()
-        return partial(
-            self.spec.normalize,
-            running_mean=mean,
-            running_var=var,
-            training=mean is None,
-            eps=self.eps,
-            norm_batch=self.norm_batch,
+            return self.spec.normalize(
+                x, groups=self.groups, eps=self.eps, weight=weight, bias=bias
+            )
+        return self.spec.normalize(
+            x, **self._running(), norm_batch=self.norm_batch, weight=weight, bias=bias
         )
 
-    def _momentum(self) -> float:
-        """Count the batch; return its share in the running statistics."""
-        self.num_batches_tracked.add_(1)
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (1.0 if self.num_batches_tracked.is_meta else float(self.num_batches_tracked))
+    def _running(self) -> dict[str, Any]:
+        """What batch norm does with its running statistics; counts a batch that moves them."""
+        mean = self.running_mean
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and mean is not None:
+            count = self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average
+                momentum = 1.0 if count.is_meta else 1.0 / float(count)
+        return {
+            "running_mean": mean,
+            "running_var": self.running_var,
+            "training": self.training or mean is None,
+            "momentum": momentum,
+            "eps": self.eps,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
@@ -297,11 +278,8 @@ class NormAct2d(nn.Module):
             path = "itself" if is_root else x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x,), {})
         self._check(x)
-        # The fast paths fold γ, β, m and v into constants per channel that ride on the norm's own
-        # affine: two passes over the map fewer, and one map fewer kept for backward. Compilers and
-        # torch.func get the same in plain operations.
-        if self.proxied and self._folds(x):
-            return traceable(self, x) if is_transformed() else fused(self, x)
+        if self.proxied and self.act_name != "callable" and isinstance(self.drop, nn.Identity):
+            return self._folded(x)
         if self.proxied or self.spec.is_none:
             return self.activate(self.normalize(x))
         if is_transformed():
@@ -312,6 +290,43 @@ class NormAct2d(nn.Module):
                 return activate(self.act, u).to(x.dtype)
         u = self.drop(self.norm_affine(x, self.weight, self.bias))
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """PN-Act with γ, β, m and v folded into constants per channel on the norm's own affine.
+
+        That is two passes over the map fewer. In one autograd Function, it is also one map fewer
+        kept for backward. Compilers and torch.func take plain operations.
+        """
+        rule, kernel = self.proxy_rule(), None if is_transformed() else self._kernel(x)
+        with without_autocast(x.device):
+            if kernel is not None:
+                scale, shift, gain, offset, _ = self.folded_constants()
+                head = gain if rule.has_gain else None, offset
+                return NormAct.apply(x, scale, shift, *head, kernel, self.act)
+            scale, shift, gain, offset, _ = folded(self.four_parameters(), rule)
+            wide = torch.promote_types(x.dtype, scale.dtype)
+            z = self.act(self.norm_affine(x.to(wide), scale.to(wide), shift.to(wide)))
+            # One value per image and channel: the gradients of gain and offset are then sums over
+            # the same cells as the norm's, which a compiler takes in one pass.
+            gain, offset = (t.to(wide).expand(x.shape[:2])[..., None, None] for t in (gain, offset))
+            return ((z * gain if rule.has_gain else z) + offset).to(x.dtype)
+
+    def _kernel(self, x: Tensor) -> Kernel | None:
+        """The norm of x for one autograd Function; None where plain operations serve."""
+        if x.numel() == 0 or x.device.type not in ("cpu", "cuda"):
+            return None
+        if self.spec.normalize is group_normalize and self.groups is not None:
+            if prefers_cells(x):
+                return CellGroupNorm(self.groups, self.eps)
+            # torch before 2.14 calls its kernel on dense maps only
+            dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+            return GroupNorm(self.groups, self.eps) if dense else None
+        size = self.norm_batch
+        whole = size is None or (isinstance(size, int) and size >= len(x))
+        is_running = not self.training and self.running_mean is not None
+        if self.spec.normalize is batch_normalize and (whole or is_running):
+            return BatchNorm(**self._running())
+        return None
 
     def activate(self, y: Tensor) -> Tensor:
         """Act or PN-Act of y by the formula, in float32 or better; the result has y's dtype."""
@@ -341,23 +356,9 @@ class NormAct2d(nn.Module):
                 "channels and so no variance: use fewer groups or a larger input"
             )
 
-    def _folds(self, x: Tensor) -> bool:
-        """True if affine and PN fold into constants per channel here; else activate serves."""
-        return (
-            self.act_name != "callable"
-            and isinstance(self.drop, nn.Identity)
-            # the fast path calls the norm again in backward, where processes could meet each
-            # other's collective operations out of order
-            and self.norm_batch != "global"
-            and x.numel() > 0
-        )
-
-    def folded_constants(self, constants: Constants | None = None) -> tuple[Tensor, ...]:
-        """The constants of folding.fold, each (C,), differentiable in the parameters."""
-        constants = self.constants() if constants is None else constants
-        return FoldedConstants.apply(
-            *self.four_parameters(), constants, partial(fold_reference, rule=self.proxy_rule())
-        )
+    def folded_constants(self) -> tuple[Tensor, ...]:
+        """The constants of folding.folded, each (C,), differentiable in the parameters."""
+        return FoldedConstants.apply(*self.four_parameters(), self.constants(), self.proxy_rule())
 
     def constants(self) -> Constants:
         """The same, not differentiable; shared ones while a network of share_moments runs."""

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from proxynorm.nn.checks import unknown_name
 from proxynorm.nn.fast.cells import CellGroupNorm, prefers_cells
+from proxynorm.nn.fast.fused import NormAct
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 
 NormBatch = int | str | None
@@ -43,7 +44,8 @@ def group_normalize(
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
         bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
-        return CellGroupNorm.apply(x, weight, bias, groups, eps)
+        norm, act = CellGroupNorm(groups, eps), nn.Identity()
+        return NormAct.apply(x, weight, bias, None, None, norm, act)
 
 
 def batch_normalize(
@@ -129,10 +131,9 @@ def _batch_norm(
     dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
     mean, var = (s if s is None else s.to(dtype) for s in running)
     y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    if training:
-        for statistic, moved in zip(running, (mean, var)):
-            if statistic is not None and moved is not None and moved is not statistic:
-                statistic.copy_(moved)
+    for statistic, moved in zip(running, (mean, var)):
+        if training and statistic is not None and moved is not None and moved is not statistic:
+            statistic.copy_(moved)
     return y
 
 
