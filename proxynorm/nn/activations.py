@@ -35,24 +35,13 @@ _LAYERS: dict[str, Callable[..., nn.Module]] = {
     "identity": nn.Identity,
 }
 ACTIVATIONS: tuple[str, ...] = tuple(_LAYERS)
-_SPELLINGS = {
-    "swish": "silu",
-    "leakyrelu": "leaky_relu",
-    "hardtanh": "hard_tanh",
-    "hardsigmoid": "hard_sigmoid",
-    "hardswish": "hard_swish",
-    "gelutanh": "gelu_tanh",
-    "linear": "identity",
-}
+_SPELLINGS = {name.replace("_", ""): name for name in _LAYERS}
+_SPELLINGS |= {"swish": "silu", "linear": "identity"}
 # torch's functions, in place or not, by the name of the activation
-_FUNCTION_NAMES = {
-    **{name: name for name in ("relu", "silu", "gelu", "leaky_relu", "relu6", "mish", "elu")},
-    **{name: name for name in ("celu", "selu", "softplus", "tanh", "sigmoid")},
-    **{name: _SPELLINGS[name] for name in ("hardtanh", "hardsigmoid", "hardswish")},
-}
 _FUNCTIONS = {
     getattr(module, spelling): name
-    for spelled, name in _FUNCTION_NAMES.items()
+    for name in _LAYERS
+    for spelled in (name, name.replace("_", ""))
     for spelling in (spelled, f"{spelled}_")
     for module in (F, torch)
     if hasattr(module, spelling)

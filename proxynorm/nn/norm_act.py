@@ -17,7 +17,6 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.cells import CellGroupNorm, prefers_cells
 from proxynorm.nn.fast.folding import (
     Constants,
     FoldedConstants,
@@ -27,7 +26,7 @@ from proxynorm.nn.fast.folding import (
     folded,
 )
 from proxynorm.nn.fast.fused import NormAct, per_channel
-from proxynorm.nn.fast.kernels import BatchNorm, GroupNorm, Kernel
+from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, affine, batch_normalize, group_normalize
@@ -213,20 +212,21 @@ class NormAct2d(nn.Module):
         """True if the output is proxy-normalized: PN was asked for and an activation follows."""
         return self.proxy and self.apply_act
 
+    @property
+    def folds(self) -> bool:
+        """True if γ, β, m and v fold into constants per channel on the norm's own affine."""
+        plain = self.act_name != "callable" and isinstance(self.drop, nn.Identity)
+        return self.proxied and plain
+
     def proxy_statistics(self) -> tuple[Tensor, Tensor]:
         """m and v, shape (C,): functions of the four parameters alone."""
         if not self.proxied:
             raise ValueError("this layer has no proxy normalization, hence no proxy statistics")
-        return proxy_moments(*self.four_parameters(), self.act, self.moments, self.nodes)
+        return self.proxy_rule().moments(self.four_parameters())
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
-        if (
-            self.proxied
-            and not self.proxy_scale
-            and self.act_name != "callable"
-            and not is_transformed()
-        ):
+        if self.folds and not is_transformed():
             return self.folded_constants()[-1]
         return torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps)
 
@@ -278,7 +278,7 @@ class NormAct2d(nn.Module):
             path = "itself" if is_root else x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x,), {})
         self._check(x)
-        if self.proxied and self.act_name != "callable" and isinstance(self.drop, nn.Identity):
+        if self.folds:
             return self._folded(x)
         if self.proxied or self.spec.is_none:
             return self.activate(self.normalize(x))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from proxynorm.nn.checks import unknown_name
-from proxynorm.nn.fast.cells import CellGroupNorm, prefers_cells
 from proxynorm.nn.fast.fused import NormAct
+from proxynorm.nn.fast.kernels import CellGroupNorm, prefers_cells
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 
 NormBatch = int | str | None

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.memory import bytes_kept
 from proxynorm.nn import NormAct2d, proxy_moments, recompute, share_moments
 from proxynorm.nn.fast import shared as shared_module
-from proxynorm.nn.fast.cells import CellGroupNorm
 from proxynorm.nn.fast.fused import NormAct
+from proxynorm.nn.fast.kernels import CellGroupNorm
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,6 @@ from proxynorm.nn.activations import activation_name
 from proxynorm.nn.fast.derivatives import by_formula, differentiable
 from proxynorm.nn.moments import proxy_moments
 
-Parameters = tuple[Tensor, Tensor, Tensor, Tensor]  # γ, β, γ̃, β̃, each (C,)
-
 
 class Rule(NamedTuple):
     """How m and v are computed and used. scale False: only m is subtracted, as if r were 1."""
@@ -35,9 +33,12 @@ class Rule(NamedTuple):
         """False if the gain is 1: without scale, and for ReLU, whose gain goes into the norm's."""
         return self.scale and activation_name(self.act) != "relu"
 
-    def moments(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+    def moments(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """m and v for γ, β, γ̃, β̃, differentiable."""
-        return proxy_moments(*parameters, activation=self.act, method=self.method, nodes=self.nodes)
+        weight, bias, proxy_weight, proxy_bias = parameters
+        return proxy_moments(
+            weight, bias, proxy_weight, proxy_bias, self.act, self.method, self.nodes
+        )
 
 
 class Constants(NamedTuple):
@@ -55,12 +56,12 @@ class SharedConstants(NamedTuple):
     versions: list[tuple[int, int]]
 
 
-def folded(parameters: Parameters, rule: Rule) -> tuple[Tensor, ...]:
+def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
     """scale, shift, gain, offset and 1/sqrt(v + ε) for γ, β, γ̃, β̃, each (C,), differentiable.
 
     They are float32 (float64 for float64 parameters).
     """
-    return _with_moments(rule, *parameters[:2], *rule.moments(parameters))
+    return _with_moments(rule, parameters[0], parameters[1], *rule.moments(parameters))
 
 
 def _with_moments(
@@ -74,13 +75,13 @@ def _with_moments(
     return inner * weight, inner * bias, gain, -r * mean, rescale
 
 
-def fold(parameters: Parameters, rule: Rule) -> Constants:
+def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
     """The rows of folded() and their derivatives, outside of autograd."""
     # These graphs end here: saved-tensor hooks, such as checkpointing's, must not see them.
     identity = saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), identity:
         wide = torch.promote_types(parameters[0].dtype, torch.float32)
-        leaves: Any = [p.detach().to(wide, copy=True).requires_grad_() for p in parameters]
+        leaves = [p.detach().to(wide, copy=True).requires_grad_() for p in parameters]
         moments = torch.stack(rule.moments(leaves))
         mean, var = moments.detach().unbind()
         inner = [*leaves[:2], mean.requires_grad_(), var.requires_grad_()]

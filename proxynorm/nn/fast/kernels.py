@@ -1,12 +1,13 @@
-"""Norms with affine, as fused.py calls them: forward, backward, and forward again in backward.
+"""Norms with affine, u = norm(x)·scale + shift, as fused.py calls them.
 
-x, u and gradients of maps are (N, C, H, W) in the map's dtype; scale and shift are (C,) in float32
-or better, as the statistics are. cells.py has one more.
+forward gives u and the statistics, mean and 1/sqrt(var + ε). From these, again gives u once more,
+to rounding; backward the gradients of x (None without by_x), scale and shift; and reference u in
+operations that can be differentiated twice. x, u and their gradients are (N, C, H, W) in x's dtype;
+scale and shift are (C,) in float32 or better, as the statistics are.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -16,32 +17,8 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 
-class Kernel(ABC):
-    """u = norm(x)·scale + shift. The statistics are those that forward returned."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u, and the statistics: mean and 1/sqrt(var + ε)."""
-
-    @abstractmethod
-    def again(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """u once more, to rounding."""
-
-    @abstractmethod
-    def backward(
-        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradients of x (None without by_x), scale and shift from u's."""
-
-    @abstractmethod
-    def reference(
-        self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
-    ) -> Tensor:
-        """u in operations that can be differentiated twice."""
-
-
 @dataclass(frozen=True)
-class GroupNorm(Kernel):
+class GroupNorm:
     """LN, GN and IN by torch's kernel, for dense maps on CPU and contiguous ones on CUDA."""
 
     groups: int
@@ -53,9 +30,7 @@ class GroupNorm(Kernel):
     def again(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         if x.is_contiguous():  # faster than to broadcast over contiguous maps
             return self.forward(x, scale, shift)[0]
-        a = rstd.unsqueeze(2) * scale.view(self.groups, -1)
-        b = shift.view(self.groups, -1) - mean.unsqueeze(2) * a
-        return on_cells(x, a.flatten(1), b.flatten(1))
+        return _on_cells(x, scale, shift, mean, rstd)
 
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
@@ -73,8 +48,72 @@ class GroupNorm(Kernel):
         return u.to(x.dtype)
 
 
+def prefers_cells(x: Tensor) -> bool:
+    """True if torch's group norm would lose x's memory format or its statistics' precision.
+
+    On CUDA it returns NCHW, and rounds the statistics of half-precision maps.
+    """
+    return x.is_cuda and (x.dtype in (torch.float16, torch.bfloat16) or not x.is_contiguous())
+
+
+class CellGroupNorm(GroupNorm):
+    """LN, GN and IN in any memory format with float32 statistics.
+
+    u = x·A + B with A and B (N, C), one value per cell (sample and channel), in float32. The map is
+    read and written in its own dtype.
+    """
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grouped, dims = x.unflatten(1, (self.groups, -1)), (2, 3, 4)
+        mean = grouped.mean(dims, dtype=scale.dtype)
+        # out= lets the kernel read half precision and accumulate in float32. It centres the values
+        # first: E[x²] − E[x]² would lose the variance of values that are far from 0.
+        var = torch.var(grouped, dims, correction=0, out=torch.empty_like(mean))
+        rstd = torch.rsqrt(var + self.eps)
+        return _on_cells(x, scale, shift, mean, rstd), mean, rstd
+
+    def again(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        return _on_cells(x, scale, shift, mean, rstd)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        mean, rstd = _to_cells(mean, x), _to_cells(rstd, x)
+        y = torch.addcmul((-mean * rstd)[..., None, None], x, rstd[..., None, None])
+        by_shift, by_scale = grad.sum((2, 3), dtype=mean.dtype), y.mul_(grad).sum((2, 3))
+        dx = None
+        if by_x:  # grad·A + x·D + E, one value per cell each
+            size = x[0].numel() // self.groups
+            mean_grad, mean_product = (
+                _to_cells((s * scale).unflatten(1, (self.groups, -1)).sum(-1) / size, x)
+                for s in (by_shift, by_scale)
+            )
+            d = -rstd * rstd * mean_product
+            e = -rstd * mean_grad - d * mean
+            dx = torch.addcmul(e[..., None, None], x, d[..., None, None])
+            dx = torch.addcmul(dx, grad, (rstd * scale)[..., None, None], out=torch.empty_like(x))
+        return dx, by_scale.sum(0), by_shift.sum(0)
+
+
+def _on_cells(x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """u in x's dtype and memory format; mean and rstd are (N, groups)."""
+    a = _to_cells(rstd, x) * scale
+    b = shift - _to_cells(mean, x) * a
+    return torch.addcmul(b[..., None, None], x, a[..., None, None], out=torch.empty_like(x))
+
+
+def _to_cells(statistic: Tensor, x: Tensor) -> Tensor:
+    """(N, groups) → (N, C)."""
+    return statistic.repeat_interleave(x.shape[1] // statistic.shape[1], dim=1)
+
+
+def _sides(x: Tensor) -> tuple[int, int, int]:
+    """N, C, H·W of x."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
 @dataclass(frozen=True)
-class BatchNorm(Kernel):
+class BatchNorm:
     """BN over the whole batch, or (training False) with the running statistics.
 
     Training moves running_mean and running_var, where there are any, by momentum.
@@ -119,11 +158,4 @@ class BatchNorm(Kernel):
         return F.batch_norm(x, mean, rstd.pow(-2), scale, shift, False, 0.0, 0.0)
 
 
-def on_cells(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x·a + b with a and b (N, C), in x's dtype and memory format."""
-    return torch.addcmul(b[..., None, None], x, a[..., None, None], out=torch.empty_like(x))
-
-
-def _sides(x: Tensor) -> tuple[int, int, int]:
-    """N, C, H·W of x."""
-    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+Kernel = GroupNorm | BatchNorm
