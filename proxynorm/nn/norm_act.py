@@ -17,19 +17,19 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.folding import (
-    Constants,
-    FoldedConstants,
-    Rule,
-    SharedConstants,
-    fold,
-    folded,
-)
+from proxynorm.nn.fast.folding import Constants, FoldedConstants, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
-from proxynorm.nn.norms import NormBatch, affine, batch_normalize, group_normalize
+from proxynorm.nn.norms import (
+    NormBatch,
+    NormSpec,
+    affine,
+    batch_normalize,
+    group_normalize,
+    norm_spec,
+)
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
 from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
@@ -140,7 +140,7 @@ class NormAct2d(nn.Module):
         self.proxy_eps, self.proxy_scale = proxy_eps, proxy_scale
         self.moments, self.nodes = moments, nodes
         self.norm_batch = norm_batch
-        self.spec, self.kind = spec, spec.kind
+        self.kind = spec.kind
         self.apply_act = apply_act and act_layer is not None
         self.proxy = bool(proxy) and not spec.is_none
         self.groups = self._number_of_groups(groups)
@@ -148,8 +148,8 @@ class NormAct2d(nn.Module):
         self.act = out_of_place(
             make_activation(act_layer if self.apply_act else None, **(act_kwargs or {}))
         )
-        # set by shared.py while a network's forward pass runs
-        self.shared_constants: SharedConstants | None = None
+        # set by shared.py while a network's forward pass runs: constants, and what they hang on
+        self.shared_constants: tuple[Constants, object] | None = None
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
         self.reset_parameters()
@@ -201,6 +201,11 @@ class NormAct2d(nn.Module):
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
+
+    @property
+    def spec(self) -> NormSpec:
+        """The entry of the norm, without proxy, in the registry."""
+        return norm_spec(self.kind)
 
     @property
     def act_name(self) -> str:
@@ -323,6 +328,7 @@ class NormAct2d(nn.Module):
             return GroupNorm(self.groups, self.eps) if dense else None
         size = self.norm_batch
         whole = size is None or (isinstance(size, int) and size >= len(x))
+        whole = whole and x.numel() > x.shape[1]  # F.batch_norm refuses one value per channel
         is_running = not self.training and self.running_mean is not None
         if self.spec.normalize is batch_normalize and (whole or is_running):
             return BatchNorm(**self._running())
@@ -362,20 +368,21 @@ class NormAct2d(nn.Module):
 
     def constants(self) -> Constants:
         """The same, not differentiable; shared ones while a network of share_moments runs."""
-        shared, rule = self.shared_constants, self.proxy_rule()
+        shared = self.shared_constants
         # Ctrl-C may have ended that forward before it took its constants back
-        if shared is None or shared.rule != rule or shared.versions != self._versions():
-            return fold(self.four_parameters(), rule)
-        return shared.constants
+        if shared is None or shared[1] != self._rule_and_versions():
+            return fold(self.four_parameters(), self.proxy_rule())
+        return shared[0]
 
     def share_constants(self, constants: Constants) -> None:
         """Take constants that were evaluated from the parameters as they are now."""
-        self.shared_constants = SharedConstants(constants, self.proxy_rule(), self._versions())
+        self.shared_constants = constants, self._rule_and_versions()
 
-    def _versions(self) -> list[tuple[int, int]]:
+    def _rule_and_versions(self) -> tuple[Rule, list[tuple[int, int]]]:
         """Memory address and version of each parameter; inference tensors have no version."""
         own = (p for p in self._parameters.values() if p is not None)
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
+        return self.proxy_rule(), versions
 
     @property
     def itself(self) -> NormAct2d:

@@ -48,14 +48,6 @@ class Constants(NamedTuple):
     jacobian: Tensor
 
 
-class SharedConstants(NamedTuple):
-    """A layer's constants, with the rule and the parameter versions that they were made from."""
-
-    constants: Constants
-    rule: Rule
-    versions: list[tuple[int, int]]
-
-
 def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
     """scale, shift, gain, offset and 1/sqrt(v + ε) for γ, β, γ̃, β̃, each (C,), differentiable.
 
