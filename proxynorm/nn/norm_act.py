@@ -19,17 +19,9 @@ from proxynorm.nn.activations import (
 )
 from proxynorm.nn.fast.folding import Constants, FoldedConstants, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
-from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
-from proxynorm.nn.norms import (
-    NormBatch,
-    NormSpec,
-    affine,
-    batch_normalize,
-    group_normalize,
-    norm_spec,
-)
+from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
 from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
@@ -252,16 +244,12 @@ class NormAct2d(nn.Module):
 
     def norm_affine(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The norm with that affine. Training moves BN's statistics."""
-        if not self.spec.batch_statistics:
-            return self.spec.normalize(
-                x, groups=self.groups, eps=self.eps, weight=weight, bias=bias
-            )
-        return self.spec.normalize(
-            x, **self._running(), norm_batch=self.norm_batch, weight=weight, bias=bias
-        )
+        return self.spec.normalize(x, **self._norm_options(), weight=weight, bias=bias)
 
-    def _running(self) -> dict[str, Any]:
-        """What batch norm does with its running statistics; counts a batch that moves them."""
+    def _norm_options(self) -> dict[str, Any]:
+        """The options of the norm; counts a batch that moves BN's running statistics."""
+        if not self.spec.batch_statistics:
+            return {"groups": self.groups, "eps": self.eps}
         mean = self.running_mean
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and mean is not None:
@@ -274,6 +262,7 @@ class NormAct2d(nn.Module):
             "training": self.training or mean is None,
             "momentum": momentum,
             "eps": self.eps,
+            "norm_batch": self.norm_batch,
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -302,7 +291,9 @@ class NormAct2d(nn.Module):
         That is two passes over the map fewer. In one autograd Function, it is also one map fewer
         kept for backward. Compilers and torch.func take plain operations.
         """
-        rule, kernel = self.proxy_rule(), None if is_transformed() else self._kernel(x)
+        spec, rule, options = self.spec, self.proxy_rule(), self._norm_options()
+        has_kernel = x.device.type in ("cpu", "cuda") and x.numel() > 0 and not is_transformed()
+        kernel = spec.kernel(x, **options) if spec.kernel is not None and has_kernel else None
         with without_autocast(x.device):
             if kernel is not None:
                 scale, shift, gain, offset, _ = self.folded_constants()
@@ -310,29 +301,12 @@ class NormAct2d(nn.Module):
                 return NormAct.apply(x, scale, shift, *head, kernel, self.act)
             scale, shift, gain, offset, _ = folded(self.four_parameters(), rule)
             wide = torch.promote_types(x.dtype, scale.dtype)
-            z = self.act(self.norm_affine(x.to(wide), scale.to(wide), shift.to(wide)))
+            scale, shift = scale.to(wide), shift.to(wide)
+            z = self.act(spec.normalize(x.to(wide), **options, weight=scale, bias=shift))
             # One value per image and channel: the gradients of gain and offset are then sums over
             # the same cells as the norm's, which a compiler takes in one pass.
             gain, offset = (t.to(wide).expand(x.shape[:2])[..., None, None] for t in (gain, offset))
             return ((z * gain if rule.has_gain else z) + offset).to(x.dtype)
-
-    def _kernel(self, x: Tensor) -> Kernel | None:
-        """The norm of x for one autograd Function; None where plain operations serve."""
-        if x.numel() == 0 or x.device.type not in ("cpu", "cuda"):
-            return None
-        if self.spec.normalize is group_normalize and self.groups is not None:
-            if prefers_cells(x):
-                return CellGroupNorm(self.groups, self.eps)
-            # torch before 2.14 calls its kernel on dense maps only
-            dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-            return GroupNorm(self.groups, self.eps) if dense else None
-        size = self.norm_batch
-        whole = size is None or (isinstance(size, int) and size >= len(x))
-        whole = whole and x.numel() > x.shape[1]  # F.batch_norm refuses one value per channel
-        is_running = not self.training and self.running_mean is not None
-        if self.spec.normalize is batch_normalize and (whole or is_running):
-            return BatchNorm(**self._running())
-        return None
 
     def activate(self, y: Tensor) -> Tensor:
         """Act or PN-Act of y by the formula, in float32 or better; the result has y's dtype."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from proxynorm.nn.checks import unknown_name
 from proxynorm.nn.fast.fused import NormAct
-from proxynorm.nn.fast.kernels import CellGroupNorm, prefers_cells
+from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 
 NormBatch = int | str | None
@@ -148,26 +148,11 @@ def _chunk_norm(
     # Momentum 1 leaves the mean and unbiased variance in its "running" statistics.
     mean, var = x.new_zeros(2, chunks * channels, dtype=wide)
     weight, bias = (t if t is None else t.repeat(chunks) for t in (weight, bias))
-    y = F.batch_norm(_side_by_side(x, chunks), mean, var, weight, bias, True, 1.0, eps)
-    return _one_behind_another(y, chunks, x), mean.view(chunks, -1), var.view(chunks, -1)
-
-
-def _side_by_side(x: Tensor, chunks: int) -> Tensor:
-    """(chunks · n, C, H, W) → (n, chunks · C, H, W), in the same memory format."""
-    if x.is_contiguous():
-        return x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
-    last = x.permute(0, 2, 3, 1).unflatten(0, (chunks, -1))
-    y = last.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-def _one_behind_another(y: Tensor, chunks: int, like: Tensor) -> Tensor:
-    """The inverse of _side_by_side, in like's memory format."""
-    if like.is_contiguous():
-        return y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
-    last = y.permute(0, 2, 3, 1).unflatten(3, (chunks, -1))
-    x = last.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last)
+    side_by_side = x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
+    y = F.batch_norm(side_by_side, mean, var, weight, bias, True, 1.0, eps)
+    y = y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
+    y = y if x.is_contiguous() else y.clone(memory_format=torch.channels_last)
+    return y, mean.view(chunks, -1), var.view(chunks, -1)
 
 
 def _normalize_globally(
@@ -216,6 +201,8 @@ class NormSpec:
         kind: the normalization: "bn", "ln", "gn", "in" or "none".
         normalize: called as normalize(x, groups=, eps=, weight=, bias=), where x is (N, C, H, W);
             with batch statistics, as batch_normalize.
+        kernel: the same as a kernel, called as kernel(x, groups=, eps=) or with batch_normalize's
+            options; one autograd Function then serves norm, activation and PN. None: plain ones do.
         groups: number of groups from the number of channels and the option `groups`; None: the
             norm has no groups.
         batch_statistics: statistics are over the batch, and running ones serve in evaluation.
@@ -225,6 +212,7 @@ class NormSpec:
 
     kind: str
     normalize: Callable[..., Tensor]
+    kernel: Callable[..., Kernel | None] | None = None
     groups: Callable[[int, int | None], int] | None = None
     batch_statistics: bool = False
     proxy: bool = False
@@ -237,12 +225,15 @@ class NormSpec:
 
 
 _NORMALIZATIONS = {
-    "bn": NormSpec("bn", batch_normalize, batch_statistics=True),
-    "ln": NormSpec("ln", group_normalize, groups=lambda channels, groups: 1),
+    "bn": NormSpec("bn", batch_normalize, BatchNorm.of, batch_statistics=True),
+    "ln": NormSpec("ln", group_normalize, GroupNorm.of, groups=lambda channels, groups: 1),
     "gn": NormSpec(
-        "gn", group_normalize, groups=lambda channels, groups: groups or default_groups(channels)
+        "gn",
+        group_normalize,
+        GroupNorm.of,
+        groups=lambda channels, groups: groups or default_groups(channels),
     ),
-    "in": NormSpec("in", group_normalize, groups=lambda channels, groups: channels),
+    "in": NormSpec("in", group_normalize, GroupNorm.of, groups=lambda channels, groups: channels),
 }
 _SPECS = {
     **_NORMALIZATIONS,

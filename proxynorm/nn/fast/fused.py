@@ -38,11 +38,12 @@ class NormAct(torch.autograd.Function):
     ) -> Tensor:
         ctx.norm, ctx.act = norm, act
         floor = _floor(x, gain, offset, act)
-        u, *statistics = norm.forward(x, scale, shift if floor is None else shift + floor)
-        z = _gained_(_activate_(u, act), gain, offset) if floor is None else _floor_(u, floor)
-        ctx.remade, ctx.floored = None, floor is not None
+        ctx.floored, ctx.remade = floor is not None, None
+        on_norm = shift if floor is None else shift + floor
+        u, *statistics = norm.forward(x, scale, on_norm)
+        z = _head_(u, floor, gain, offset, act)
         if is_recomputing() and any(ctx.needs_input_grad):
-            kept = (t if t is None else t.detach() for t in (scale, shift, gain, offset, floor))
+            kept = (t if t is None else t.detach() for t in (scale, on_norm, floor, gain, offset))
             ctx.remade = Remade(partial(_make, norm, act, statistics, tuple(kept)))
             ctx.remade.replaces(z, x)
         keeps_output = ctx.remade is None and (ctx.floored or gain is not None)
@@ -57,11 +58,14 @@ class NormAct(torch.autograd.Function):
             reference = partial(_reference, ctx.norm, ctx.act, statistics)
             return *differentiable(reference, (x, scale, shift, gain, offset), (grad,)), None, None
         if ctx.remade is not None:
-            z, u = ctx.remade.take(x, last=True)
-        else:
-            u = None if ctx.floored else ctx.norm.again(x, scale, shift, *statistics)
+            z = ctx.remade.take(x, last=True)
         by_gain, by_offset = _head_sums(grad, z, gain, offset)
-        du = _floor_backward(grad, z, offset) if u is None else _act_backward(grad, u, ctx.act)
+        if ctx.floored:
+            above = z - per_channel(offset)  # 0 exactly where the floor cut
+            du = aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
+        else:
+            u = ctx.norm.again(x, scale, shift, *statistics)
+            du = _act_backward(grad, u, ctx.act)
         # the gain reaches x, scale and shift through the constants, not by a pass over the map
         gained = scale if gain is None else scale * gain
         dx, *slopes = ctx.norm.backward(du, x, gained, *statistics, ctx.needs_input_grad[0])
@@ -81,14 +85,10 @@ def _floor(x: Tensor, gain: Tensor | None, offset: Tensor | None, act: nn.Module
 
 def _make(
     norm: Kernel, act: nn.Module, statistics: list[Tensor], constants: tuple[Any, ...], x: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The output, and u where backward needs it."""
-    scale, shift, gain, offset, floor = constants
-    if floor is not None:
-        return _floor_(norm.again(x, scale, shift + floor, *statistics), floor), None
-    u = norm.again(x, scale, shift, *statistics)
-    z = act(u)
-    return _gained_(z.clone() if z.data_ptr() == u.data_ptr() else z, gain, offset), u
+) -> Tensor:
+    """The output once more."""
+    scale, shift, floor, gain, offset = constants
+    return _head_(norm.again(x, scale, shift, *statistics), floor, gain, offset, act)
 
 
 def _reference(
@@ -129,24 +129,19 @@ def _head_sums(
     return None, grad.sum((2, 3), dtype=offset.dtype).sum(0)
 
 
-def _floor_(u: Tensor, offset: Tensor) -> Tensor:
-    """max(u, offset), in place."""
-    return torch.clamp(u, min=per_channel(offset), out=u)
-
-
-def _floor_backward(grad: Tensor, z: Tensor, offset: Tensor) -> Tensor:
-    above = z - per_channel(offset)  # 0 exactly where the floor cut
-    return aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
-
-
-def _gained_(z: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
-    """gain·z + offset, in place."""
+def _head_(
+    u: Tensor, floor: Tensor | None, gain: Tensor | None, offset: Tensor | None, act: nn.Module
+) -> Tensor:
+    """max(u, floor), if there is a floor, else gain·φ(u) + offset; in place."""
+    if floor is not None:
+        return torch.clamp(u, min=per_channel(floor), out=u)
+    z = _activate_(u, act)
     if offset is None:
         return z
-    # one pass, which rounds half precision once; two are faster for contiguous single precision
     offset = per_channel(offset)
     if gain is None:
         return torch.add(z, offset, out=z)
+    # one pass, which rounds half precision once; two are faster for contiguous single precision
     gain = per_channel(gain)
     if z.dtype == gain.dtype and z.is_contiguous():
         return z.mul_(gain).add_(offset)

@@ -9,6 +9,7 @@ scale and shift are (C,) in float32 or better, as the statistics are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ class GroupNorm:
 
     groups: int
     eps: float
+
+    @staticmethod
+    def of(x: Tensor, groups: int, eps: float) -> GroupNorm | None:
+        """The kernel for x; None where plain operations serve."""
+        if prefers_cells(x):
+            return CellGroupNorm(groups, eps)
+        # torch before 2.14 calls its kernel on dense maps only
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        return GroupNorm(groups, eps) if dense else None
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return aten.native_group_norm(x, scale, shift, *_sides(x), self.groups, self.eps)
@@ -124,6 +134,14 @@ class BatchNorm:
     training: bool
     momentum: float
     eps: float
+
+    @staticmethod
+    def of(x: Tensor, norm_batch: int | str | None, **options: Any) -> BatchNorm | None:
+        """The kernel for x; None where plain operations serve."""
+        whole = norm_batch is None or (isinstance(norm_batch, int) and norm_batch >= len(x))
+        # F.batch_norm refuses to train with one value per channel
+        serves = not options["training"] or (whole and x.numel() > x.shape[1])
+        return BatchNorm(**options) if serves else None
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         running = self.running_mean, self.running_var

@@ -19,8 +19,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from proxynorm.nn.fast.precision import is_transformed
 
-Made = tuple[Tensor, Tensor | None]  # z, and the u that the layer's backward needs
-
 
 def recompute(model: nn.Module) -> nn.Module:
     """Make model keep one map per NormAct2d layer with proxy instead of two; return the model.
@@ -39,15 +37,15 @@ def recompute(model: nn.Module) -> nn.Module:
 class Remade:
     """A layer's output, made again from its input once for all that need it in one backward."""
 
-    def __init__(self, make: Callable[[Tensor], Made]) -> None:
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
         self.make = make
-        self.made: Made | None = None
+        self.made: Tensor | None = None
 
     def replaces(self, z: Tensor, x: Tensor) -> None:
         """From now on, what would keep z keeps this and x."""
         _OUTPUTS[z] = _Output(self, x.detach(), _version(x)), z._version
 
-    def take(self, x: Tensor, last: bool = False) -> Made:
+    def take(self, x: Tensor, last: bool = False) -> Tensor:
         """make(x). The layer's own backward is the last to need it, after its successors'."""
         made = self.make(x) if self.made is None else self.made
         self.made = None if last else made
@@ -68,7 +66,7 @@ class _Output(NamedTuple):
                 " do not use recompute here, or change the input out of place"
             )
         with torch.no_grad():
-            return self.remade.take(self.source)[0]
+            return self.remade.take(self.source)
 
 
 class _Kept(NamedTuple):
@@ -84,8 +82,7 @@ class _Kept(NamedTuple):
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: [{tensor.type()} {list(tensor.shape)}] is at version "
                 f"{tensor._version}; expected version {version} instead. Change a copy of it, or "
-                "change it after backward. Hint: find the operation that failed to compute its "
-                "gradient with torch.autograd.set_detect_anomaly(True)."
+                "change it after backward."
             )
         return tensor
 
