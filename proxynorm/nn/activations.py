@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,24 +35,13 @@ _LAYERS: dict[str, Callable[..., nn.Module]] = {
     "identity": nn.Identity,
 }
 ACTIVATIONS: tuple[str, ...] = tuple(_LAYERS)
-_SPELLINGS = {
-    "swish": "silu",
-    "leakyrelu": "leaky_relu",
-    "hardtanh": "hard_tanh",
-    "hardsigmoid": "hard_sigmoid",
-    "hardswish": "hard_swish",
-    "gelutanh": "gelu_tanh",
-    "linear": "identity",
-}
+_SPELLINGS = {name.replace("_", ""): name for name in _LAYERS}
+_SPELLINGS |= {"swish": "silu", "linear": "identity"}
 # torch's functions, in place or not, by the name of the activation
-_FUNCTION_NAMES = {
-    **{name: name for name in ("relu", "silu", "gelu", "leaky_relu", "relu6", "mish", "elu")},
-    **{name: name for name in ("celu", "selu", "softplus", "tanh", "sigmoid")},
-    **{name: _SPELLINGS[name] for name in ("hardtanh", "hardsigmoid", "hardswish")},
-}
 _FUNCTIONS = {
     getattr(module, spelling): name
-    for spelled, name in _FUNCTION_NAMES.items()
+    for name in _LAYERS
+    for spelled in (name, name.replace("_", ""))
     for spelling in (spelled, f"{spelled}_")
     for module in (F, torch)
     if hasattr(module, spelling)
@@ -85,14 +75,15 @@ def make_activation(activation: Activation, inplace: bool = False, **kwargs: obj
         return activation
     if isinstance(activation, str):
         return _construct(_LAYERS[canonical(activation)], inplace, kwargs)
-    if isinstance(activation, partial) and not activation.args:
-        activation, kwargs = activation.func, {**activation.keywords, **kwargs}
-    if activation in _FUNCTIONS:
-        return _construct(_LAYERS[_FUNCTIONS[activation]], inplace, kwargs)
-    if isinstance(activation.func if isinstance(activation, partial) else activation, type):
-        return _construct(activation, inplace, kwargs)
-    if callable(activation):
-        return FunctionActivation(partial(activation, **kwargs) if kwargs else activation)
+    given: Any = activation
+    if isinstance(given, partial) and not given.args:
+        given, kwargs = given.func, {**given.keywords, **kwargs}
+    if given in _FUNCTIONS:
+        return _construct(_LAYERS[_FUNCTIONS[given]], inplace, kwargs)
+    if isinstance(given.func if isinstance(given, partial) else given, type):
+        return _construct(given, inplace, kwargs)
+    if callable(given):
+        return FunctionActivation(partial(given, **kwargs) if kwargs else given)
     raise TypeError(
         f"an activation is a name, a module, a module class or a callable, not {activation!r}"
     )
@@ -120,8 +111,9 @@ def activate(module: nn.Module, x: Tensor) -> Tensor:
 def out_of_place(module: nn.Module) -> nn.Module:
     """module, or a copy of it that leaves its input alone."""
     if getattr(module, "inplace", False):
-        module = copy.copy(module)
-        module.inplace = False
+        copied: Any = copy.copy(module)
+        copied.inplace = False
+        return copied
     return module
 
 

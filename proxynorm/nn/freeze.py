@@ -11,6 +11,7 @@ was.
 import copy
 import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,11 @@ class FrozenNormAct2d(nn.Module):
     """
 
     __constants__ = ("has_floor", "has_gain")  # torch.jit.script leaves out the other branch
+    if TYPE_CHECKING:  # torch.jit.script would take offset and gain for tensors where they are None
+        scale: torch.Tensor
+        shift: torch.Tensor
+        gain: torch.Tensor
+        offset: torch.Tensor
 
     def __init__(self, layer: NormAct2d) -> None:
         super().__init__()
@@ -39,7 +45,6 @@ class FrozenNormAct2d(nn.Module):
         self.groups = 0 if layer.groups is None else layer.groups
         self.eps = layer.eps
         self.drop = layer.drop
-        self.act = nn.Identity()
         scale, shift, dtype = _affine(layer)
         gain, offset = torch.ones_like(scale), torch.zeros_like(scale)
         if layer.proxied:
@@ -50,8 +55,7 @@ class FrozenNormAct2d(nn.Module):
         self.has_gain = layer.proxied and not self.has_floor
         if self.has_floor:  # φ(0) = 0 moves to the offset, and a scale commutes with ReLU
             scale, shift = gain * scale, gain * shift + offset
-        else:
-            self.act = copy.deepcopy(layer.act)
+        self.act = nn.Identity() if self.has_floor else copy.deepcopy(layer.act)
         self.register_buffer("scale", scale.to(dtype))
         self.register_buffer("shift", shift.to(dtype))
         self.register_buffer("gain", gain.to(dtype) if self.has_gain else None)
@@ -102,8 +106,9 @@ def freeze(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         # a module with `frozen` keeps constants of a NormAct2d: it must read them before that is
         # replaced
-        replacements = {m: m.frozen() for m in frozen.modules() if hasattr(m, "frozen")}
-        replacements |= {m: _freeze(m) for m in frozen.modules() if isinstance(m, NormAct2d)}
+        modules: list[Any] = list(frozen.modules())
+        replacements = {m: m.frozen() for m in modules if hasattr(m, "frozen")}
+        replacements |= {m: _freeze(m) for m in modules if isinstance(m, NormAct2d)}
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
@@ -164,14 +169,16 @@ def _remove_own_hooks(model: nn.Module) -> None:
                     module._forward_hooks_always_called.pop(key, None)
 
 
-def hand_on_copy(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+def hand_on_copy(
+    layer: nn.Module, inputs: tuple[object, ...], output: torch.Tensor
+) -> torch.Tensor:
     """Forward hook of a layer whose output the network changes in place, while the layer keeps it
     for backward.
     """
     return output.clone() if output.requires_grad else output
 
 
-def _unparametrize(module: nn.Module) -> None:
+def _unparametrize(module: Any) -> None:
     """Make computed weights plain ones.
 
     torch's remove_parametrizations would change the class, and with it the model that this module

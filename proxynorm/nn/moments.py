@@ -6,8 +6,9 @@ Greatest errors of "exact" and of the paper's grid of 256 nodes over γ in 0.01 
 γ̃ = β̃ = 0 (tests/nn/test_moments.py checks them against high-precision integration):
 
     activation                                       mean     var
-    relu, leaky_relu, relu6, hard_tanh, hard_sigmoid,
-    hard_swish, elu, celu, selu, gelu, identity      1e-12    1e-11    closed forms
+    relu, leaky_relu, gelu, identity                 1e-12    1e-11    closed forms
+    relu6, hard_tanh, hard_sigmoid, hard_swish,
+    elu, celu, selu                                  1e-12    1e-11    quadrature, split at kinks
     silu, sigmoid, tanh                              2e-8     5e-7     mixture of normals
     mish, gelu_tanh, softplus                        5e-8     1e-6     quadrature
     grid: relu, silu, gelu, identity …               4e-3     5e-1     at γ = 10; ∝ γ and γ²
@@ -25,14 +26,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from proxynorm.nn import closed_forms
 from proxynorm.nn.activations import Activation, activate, activation_name, make_activation
 from proxynorm.nn.checks import unknown_name
-from proxynorm.nn.closed_forms import Moments
 from proxynorm.nn.fast.precision import without_autocast
 
 METHODS = ("auto", "exact", "grid")
@@ -59,31 +61,19 @@ def proxy_moments(
     module = make_activation(activation)
     check_method(method, nodes)
     with without_autocast(weight.device):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        work = wide if method == "grid" else working_dtype(weight)
+        weight, bias, proxy_weight, proxy_bias = (
+            p.to(work) for p in (weight, bias, proxy_weight, proxy_bias)
+        )
         if method == "grid":
-            return _grid_moments(module, weight, bias, proxy_weight, proxy_bias, nodes)
-        out = torch.promote_types(weight.dtype, torch.float32)
-        a, s, _ = location_and_scale(weight, bias, proxy_weight, proxy_bias)
+            y = proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]
+            z = _activate(module, weight * y + bias)
+            mean = z.mean(0)
+            return mean, (z - mean).square().mean(0)
+        a, s = weight * proxy_bias + bias, (weight * (1 + proxy_weight)).abs()
         mean, var = _exact(module, a, s)
-        return mean.to(out), var.to(out)
-
-
-def moments_with_slopes(
-    module: nn.Module, a: Tensor, s: Tensor, method: str = "auto", nodes: int = 256
-) -> Moments:
-    """Moments of φ(N(a, s²)) and their slopes by a and s, without autograd."""
-    name = activation_name(module)
-    if name in _WITH_SLOPES and method != "grid":
-        return _WITH_SLOPES[name](a, s, module)
-    # This graph ends here: saved-tensor hooks, such as checkpointing's, must not see it.
-    identity = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with torch.inference_mode(False), torch.enable_grad(), identity:
-        a, s = (t.detach().clone().requires_grad_() for t in (a, s))
-        mean, var = grid(module, a, s, nodes) if method == "grid" else _exact(module, a, s)
-        slopes = [
-            torch.autograd.grad(m.sum(), (a, s), retain_graph=True, materialize_grads=True)
-            for m in (mean, var)
-        ]
-    return Moments(mean.detach(), var.detach(), *slopes[0], *slopes[1])
+        return mean.to(wide), var.to(wide)
 
 
 def check_method(method: str, nodes: int) -> None:
@@ -96,76 +86,47 @@ def check_method(method: str, nodes: int) -> None:
         )
 
 
-def location_and_scale(
-    weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a = γβ̃ + β, s = |γ(1 + γ̃)| and the sign of γ(1 + γ̃), in the working precision."""
-    work = working_dtype(weight)
-    weight, bias, proxy_weight, proxy_bias = (
-        p.to(work) for p in (weight, bias, proxy_weight, proxy_bias)
-    )
-    signed = weight * (1 + proxy_weight)
-    return weight * proxy_bias + bias, signed.abs(), signed.sign()
-
-
 def working_dtype(like: Tensor) -> torch.dtype:
     """float64, where v = E[φ²] − m² cancels harmlessly; float32 on devices without it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-_Form = Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, ...]]
-_WITH_SLOPES: dict[str, Callable[[Tensor, Tensor, nn.Module], Moments]] = {
-    "relu": lambda a, s, module: closed_forms.leaky_relu(a, s),
-    "leaky_relu": lambda a, s, module: closed_forms.leaky_relu(
-        a, s, getattr(module, "negative_slope", 0.01)
-    ),
+_CLOSED: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
+    "relu": lambda a, s, module: closed_forms.leaky_relu(a, s, 0.0),
+    "leaky_relu": lambda a, s, module: closed_forms.leaky_relu(a, s, module.negative_slope),
     "identity": lambda a, s, module: closed_forms.leaky_relu(a, s, 1.0),
     "silu": lambda a, s, module: closed_forms.silu(a, s),
     "gelu": lambda a, s, module: closed_forms.gelu(a, s),
     "sigmoid": lambda a, s, module: closed_forms.sigmoid(a, s),
     "tanh": lambda a, s, module: closed_forms.tanh(a, s),
 }
-_CLOSED: dict[str, _Form] = {
-    **_WITH_SLOPES,
-    "relu": lambda a, s, module: closed_forms.relu_moments(a, s),
-    "relu6": closed_forms.relu6,
-    "hard_tanh": closed_forms.hard_tanh,
-    "hard_sigmoid": closed_forms.hard_sigmoid,
-    "hard_swish": closed_forms.hard_swish,
-    "elu": closed_forms.elu,
-    "celu": closed_forms.celu,
-    "selu": closed_forms.selu,
+# φ, and where its slope jumps. Below -40 exp(u) is 0; a longer piece would not be resolved.
+_KINKED: dict[str, Callable[[Any], tuple[Callable[[Tensor], Tensor], tuple[float, float]]]] = {
+    "relu6": lambda module: (F.relu6, (0.0, 6.0)),
+    "hard_tanh": lambda module: (module, (module.min_val, module.max_val)),
+    "hard_sigmoid": lambda module: (F.hardsigmoid, (-3.0, 3.0)),
+    "hard_swish": lambda module: (F.hardswish, (-3.0, 3.0)),
+    "elu": lambda module: (module, (-40.0, 0.0)),
+    "celu": lambda module: (module, (-40.0 * module.alpha, 0.0)),
+    "selu": lambda module: (F.selu, (-40.0, 0.0)),
 }
 
 
 def _exact(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance by the closed form for this activation, or else by quadrature."""
-    form = _CLOSED.get(activation_name(module))
-    if form is None:
-        return quadrature(module, a, s)
-    mean, var, *_ = form(a, s, module)
-    return mean, var
-
-
-def _grid_moments(
-    module: nn.Module,
-    weight: Tensor,
-    bias: Tensor,
-    proxy_weight: Tensor,
-    proxy_bias: Tensor,
-    nodes: int,
-) -> tuple[Tensor, Tensor]:
-    """The paper's integration as the authors write it: scale, activate and average each node."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, bias, proxy_weight, proxy_bias = (
-        p.to(dtype) for p in (weight, bias, proxy_weight, proxy_bias)
-    )
-    z = _activate(
-        module,
-        weight * (proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]) + bias,
-    )
-    mean = z.mean(0)
-    return mean, (z - mean).square().mean(0)
+    """Mean and variance by the best way there is for this activation."""
+    name = activation_name(module)
+    if name in _CLOSED:
+        return _CLOSED[name](a, s, module)
+    if name in _KINKED:
+        phi, kinks = _KINKED[name](module)
+        return closed_forms.between_kinks(phi, a, s, kinks)
+    # the trapezoidal rule with 161 nodes on ±6.5 standard deviations
+    nodes = torch.linspace(-6.5, 6.5, 161, dtype=a.dtype, device=a.device)
+    weights = torch.exp(-0.5 * nodes * nodes)
+    weights = weights / weights.sum()
+    z = _activate(module, a + s * nodes[:, None])
+    mean = weights @ z
+    return mean, weights @ (z - mean).square()
 
 
 def _activate(module: nn.Module, u: Tensor) -> Tensor:
@@ -178,23 +139,3 @@ def grid_nodes(nodes: int, like: Tensor) -> Tensor:
     middle = torch.arange(nodes, dtype=working_dtype(like), device=like.device)
     middle = (middle + 0.5) / nodes
     return (math.sqrt(2) * torch.erfinv(2 * middle - 1)).to(like)
-
-
-def grid(module: nn.Module, a: Tensor, s: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """The paper's integration in a and s: uniform weights on Gaussian mid-point quantiles."""
-    return _weighted(module, a, s, grid_nodes(nodes, a), a.new_full((nodes,), 1 / nodes))
-
-
-def quadrature(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Any elementwise φ: the trapezoidal rule with 161 nodes on ±6.5 standard deviations."""
-    nodes = torch.linspace(-6.5, 6.5, 161, dtype=a.dtype, device=a.device)
-    weights = torch.exp(-0.5 * nodes * nodes)
-    return _weighted(module, a, s, nodes, weights / weights.sum())
-
-
-def _weighted(
-    module: nn.Module, a: Tensor, s: Tensor, nodes: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    z = _activate(module, a + s * nodes[:, None])
-    mean = weights @ z
-    return mean, weights @ (z - mean).square()

@@ -17,12 +17,11 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.folding import Constants, Rule, SharedConstants, fold, fold_reference
-from proxynorm.nn.fast.fused import FoldedConstants, per_channel
-from proxynorm.nn.fast.paths import fused, traceable
+from proxynorm.nn.fast.folding import Constants, FoldedConstants, Rule, fold, folded
+from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 from proxynorm.nn.moments import proxy_moments
-from proxynorm.nn.norms import NormBatch, affine
+from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
 from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
@@ -133,7 +132,7 @@ class NormAct2d(nn.Module):
         self.proxy_eps, self.proxy_scale = proxy_eps, proxy_scale
         self.moments, self.nodes = moments, nodes
         self.norm_batch = norm_batch
-        self.spec, self.kind = spec, spec.kind
+        self.kind = spec.kind
         self.apply_act = apply_act and act_layer is not None
         self.proxy = bool(proxy) and not spec.is_none
         self.groups = self._number_of_groups(groups)
@@ -141,8 +140,8 @@ class NormAct2d(nn.Module):
         self.act = out_of_place(
             make_activation(act_layer if self.apply_act else None, **(act_kwargs or {}))
         )
-        # set by shared.py while a network's forward pass runs
-        self.shared_constants: SharedConstants | None = None
+        # set by shared.py while a network's forward pass runs: constants, and what they hang on
+        self.shared_constants: tuple[Constants, object] | None = None
         self._make_parameters(affine, {"device": device, "dtype": dtype})
         self._make_buffers(track_running_stats, device)
         self.reset_parameters()
@@ -196,6 +195,11 @@ class NormAct2d(nn.Module):
             self.num_batches_tracked.zero_()
 
     @property
+    def spec(self) -> NormSpec:
+        """The entry of the norm, without proxy, in the registry."""
+        return norm_spec(self.kind)
+
+    @property
     def act_name(self) -> str:
         """The canonical name of the activation; "callable" if it has none."""
         return activation_name(self.act)
@@ -205,20 +209,21 @@ class NormAct2d(nn.Module):
         """True if the output is proxy-normalized: PN was asked for and an activation follows."""
         return self.proxy and self.apply_act
 
+    @property
+    def folds(self) -> bool:
+        """True if γ, β, m and v fold into constants per channel on the norm's own affine."""
+        plain = self.act_name != "callable" and isinstance(self.drop, nn.Identity)
+        return self.proxied and plain
+
     def proxy_statistics(self) -> tuple[Tensor, Tensor]:
         """m and v, shape (C,): functions of the four parameters alone."""
         if not self.proxied:
             raise ValueError("this layer has no proxy normalization, hence no proxy statistics")
-        return proxy_moments(*self.four_parameters(), self.act, self.moments, self.nodes)
+        return self.proxy_rule().moments(self.four_parameters())
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
-        if (
-            self.proxied
-            and not self.proxy_scale
-            and self.act_name != "callable"
-            and not is_transformed()
-        ):
+        if self.folds and not is_transformed():
             return self.folded_constants()[-1]
         return torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps)
 
@@ -237,58 +242,28 @@ class NormAct2d(nn.Module):
         """y, the norm of x before γ and β; same shape and dtype. Training moves BN's statistics."""
         return self.norm_affine(x, None, None)
 
-    def norm_affine(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        bound: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """The norm with that affine. Training moves BN's statistics. bound: bound_norm's result."""
-        if self.spec.batch_statistics and self.training and self.running_mean is not None:
-            return self.spec.normalize(
-                x,
-                running_mean=self.running_mean,
-                running_var=self.running_var,
-                training=True,
-                momentum=self._momentum(),
-                eps=self.eps,
-                norm_batch=self.norm_batch,
-                weight=weight,
-                bias=bias,
-            )
-        return (bound or self.bound_norm())(x, weight=weight, bias=bias)
+    def norm_affine(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm with that affine. Training moves BN's statistics."""
+        return self.spec.normalize(x, **self._norm_options(), weight=weight, bias=bias)
 
-    def bound_norm(self) -> Callable[..., Tensor]:
-        """The norm of (x, weight=, bias=) without side effects, for forward and backward.
-
-        Later changes of the module's mode, options and running statistics do not reach it.
-        """
+    def _norm_options(self) -> dict[str, Any]:
+        """The options of the norm; counts a batch that moves BN's running statistics."""
         if not self.spec.batch_statistics:
-            return partial(self.spec.normalize, groups=self.groups, eps=self.eps)
-        mean, var = (None, None) if self.training else (self.running_mean, self.running_var)
-        if (
-            mean is not None
-            and var is not None
-            and torch.is_grad_enabled()
-            and not is_transformed()
-        ):
-            mean, var = mean.clone(), var.clone()
-        return partial(
-            self.spec.normalize,
-            running_mean=mean,
-            running_var=var,
-            training=mean is None,
-            eps=self.eps,
-            norm_batch=self.norm_batch,
-        )
-
-    def _momentum(self) -> float:
-        """Count the batch; return its share in the running statistics."""
-        self.num_batches_tracked.add_(1)
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (1.0 if self.num_batches_tracked.is_meta else float(self.num_batches_tracked))
+            return {"groups": self.groups, "eps": self.eps}
+        mean = self.running_mean
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and mean is not None:
+            count = self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average
+                momentum = 1.0 if count.is_meta else 1.0 / float(count)
+        return {
+            "running_mean": mean,
+            "running_var": self.running_var,
+            "training": self.training or mean is None,
+            "momentum": momentum,
+            "eps": self.eps,
+            "norm_batch": self.norm_batch,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
@@ -297,11 +272,8 @@ class NormAct2d(nn.Module):
             path = "itself" if is_root else x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x,), {})
         self._check(x)
-        # The fast paths fold γ, β, m and v into constants per channel that ride on the norm's own
-        # affine: two passes over the map fewer, and one map fewer kept for backward. Compilers and
-        # torch.func get the same in plain operations.
-        if self.proxied and self._folds(x):
-            return traceable(self, x) if is_transformed() else fused(self, x)
+        if self.folds:
+            return self._folded(x)
         if self.proxied or self.spec.is_none:
             return self.activate(self.normalize(x))
         if is_transformed():
@@ -312,6 +284,29 @@ class NormAct2d(nn.Module):
                 return activate(self.act, u).to(x.dtype)
         u = self.drop(self.norm_affine(x, self.weight, self.bias))
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """PN-Act with γ, β, m and v folded into constants per channel on the norm's own affine.
+
+        That is two passes over the map fewer. In one autograd Function, it is also one map fewer
+        kept for backward. Compilers and torch.func take plain operations.
+        """
+        spec, rule, options = self.spec, self.proxy_rule(), self._norm_options()
+        has_kernel = x.device.type in ("cpu", "cuda") and x.numel() > 0 and not is_transformed()
+        kernel = spec.kernel(x, **options) if spec.kernel is not None and has_kernel else None
+        with without_autocast(x.device):
+            if kernel is not None:
+                scale, shift, gain, offset, _ = self.folded_constants()
+                head = gain if rule.has_gain else None, offset
+                return NormAct.apply(x, scale, shift, *head, kernel, self.act)
+            scale, shift, gain, offset, _ = folded(self.four_parameters(), rule)
+            wide = torch.promote_types(x.dtype, scale.dtype)
+            scale, shift = scale.to(wide), shift.to(wide)
+            z = self.act(spec.normalize(x.to(wide), **options, weight=scale, bias=shift))
+            # One value per image and channel: the gradients of gain and offset are then sums over
+            # the same cells as the norm's, which a compiler takes in one pass.
+            gain, offset = (t.to(wide).expand(x.shape[:2])[..., None, None] for t in (gain, offset))
+            return ((z * gain if rule.has_gain else z) + offset).to(x.dtype)
 
     def activate(self, y: Tensor) -> Tensor:
         """Act or PN-Act of y by the formula, in float32 or better; the result has y's dtype."""
@@ -341,40 +336,27 @@ class NormAct2d(nn.Module):
                 "channels and so no variance: use fewer groups or a larger input"
             )
 
-    def _folds(self, x: Tensor) -> bool:
-        """True if affine and PN fold into constants per channel here; else activate serves."""
-        return (
-            self.act_name != "callable"
-            and isinstance(self.drop, nn.Identity)
-            # the fast path calls the norm again in backward, where processes could meet each
-            # other's collective operations out of order
-            and self.norm_batch != "global"
-            and x.numel() > 0
-        )
-
-    def folded_constants(self, constants: Constants | None = None) -> tuple[Tensor, ...]:
-        """The constants of folding.fold, each (C,), differentiable in the parameters."""
-        constants = self.constants() if constants is None else constants
-        return FoldedConstants.apply(
-            *self.four_parameters(), constants, partial(fold_reference, rule=self.proxy_rule())
-        )
+    def folded_constants(self) -> tuple[Tensor, ...]:
+        """The constants of folding.folded, each (C,), differentiable in the parameters."""
+        return FoldedConstants.apply(*self.four_parameters(), self.constants(), self.proxy_rule())
 
     def constants(self) -> Constants:
         """The same, not differentiable; shared ones while a network of share_moments runs."""
-        shared, rule = self.shared_constants, self.proxy_rule()
+        shared = self.shared_constants
         # Ctrl-C may have ended that forward before it took its constants back
-        if shared is None or shared.rule != rule or shared.versions != self._versions():
-            return fold(self.four_parameters(), rule)
-        return shared.constants
+        if shared is None or shared[1] != self._rule_and_versions():
+            return fold(self.four_parameters(), self.proxy_rule())
+        return shared[0]
 
     def share_constants(self, constants: Constants) -> None:
         """Take constants that were evaluated from the parameters as they are now."""
-        self.shared_constants = SharedConstants(constants, self.proxy_rule(), self._versions())
+        self.shared_constants = constants, self._rule_and_versions()
 
-    def _versions(self) -> list[tuple[int, int]]:
+    def _rule_and_versions(self) -> tuple[Rule, list[tuple[int, int]]]:
         """Memory address and version of each parameter; inference tensors have no version."""
         own = (p for p in self._parameters.values() if p is not None)
-        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
+        return self.proxy_rule(), versions
 
     @property
     def itself(self) -> NormAct2d:

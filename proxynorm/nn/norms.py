@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from proxynorm.nn.checks import unknown_name
-from proxynorm.nn.fast.cells import CellGroupNorm, prefers_cells
+from proxynorm.nn.fast.fused import NormAct
+from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
 from proxynorm.nn.fast.precision import is_transformed, without_autocast
 
 NormBatch = int | str | None
-# running mean and variance of BN, each (C,)
-Running = tuple[Tensor | None, Tensor | None]
 
 
 def group_normalize(
@@ -43,7 +42,8 @@ def group_normalize(
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
         bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
-        return CellGroupNorm.apply(x, weight, bias, groups, eps)
+        norm, act = CellGroupNorm(groups, eps), nn.Identity()
+        return NormAct.apply(x, weight, bias, None, None, norm, act)
 
 
 def batch_normalize(
@@ -64,20 +64,28 @@ def batch_normalize(
     their average over the chunks. If norm_batch does not divide N, the last chunk is smaller.
     In evaluation the running statistics are used.
     """
-    running = (running_mean, running_var)
     with without_autocast(x.device):
-        if not training:
-            return _batch_norm(x, running, weight, bias, False, 0.0, eps)
-        if isinstance(norm_batch, int) and norm_batch < len(x):
-            return _normalize_chunks(x, running, momentum, eps, norm_batch, weight, bias)
-        if is_transformed() and norm_batch != "global" and len(x) > 0:
-            y, mean, var = _chunk_norm(x, len(x), eps, weight, bias)
-            _update_running(running, mean[0], var[0], momentum)
-            return y
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if norm_batch == "global" and distributed:
-            return _normalize_globally(x, running, momentum, eps, weight, bias)
-        return _batch_norm(x, running, weight, bias, True, momentum, eps)
+        size = norm_batch if isinstance(norm_batch, int) else len(x)
+        mean: Tensor | None
+        var: Tensor | None
+        if training and norm_batch == "global" and _in_several_processes():
+            y, mean, var = _normalize_globally(x, eps, weight, bias)
+        elif training and (0 < size < len(x) or (is_transformed() and len(x) > 0)):
+            y, mean, var = _normalize_chunks(x, size, eps, weight, bias)
+        else:
+            # F.batch_norm wants the running statistics in the affine's precision (x's, or float32)
+            dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
+            mean, var = (s if s is None else s.to(dtype) for s in (running_mean, running_var))
+            y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+            momentum = 1.0  # they have moved already
+        for statistic, moved in ((running_mean, mean), (running_var, var)):
+            if training and statistic is not None and moved is not None and moved is not statistic:
+                statistic.lerp_(moved.to(statistic.dtype), momentum)
+        return y
+
+
+def _in_several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _in_plain_operations(
@@ -115,41 +123,14 @@ def affine(
     return x if bias is None else x + bias.view(1, -1, 1, 1)
 
 
-def _batch_norm(
-    x: Tensor,
-    running: Running,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """F.batch_norm with running statistics of any precision."""
-    # F.batch_norm wants them in the affine's precision (x's, or float32)
-    dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
-    mean, var = (s if s is None else s.to(dtype) for s in running)
-    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    if training:
-        for statistic, moved in zip(running, (mean, var)):
-            if statistic is not None and moved is not None and moved is not statistic:
-                statistic.copy_(moved)
-    return y
-
-
 def _normalize_chunks(
-    x: Tensor,
-    running: Running,
-    momentum: float,
-    eps: float,
-    size: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, size: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BN of every `size` images apart; also the average of their mean and unbiased variance."""
     whole = len(x) // size * size
     parts = [(x[:whole], size), (x[whole:], len(x) - whole)] if whole < len(x) else [(x, size)]
     y, mean, var = zip(*(_chunk_norm(part, images, eps, weight, bias) for part, images in parts))
-    _update_running(running, torch.cat(mean).mean(0), torch.cat(var).mean(0), momentum)
-    return torch.cat(y) if len(y) > 1 else y[0]
+    return torch.cat(y) if len(y) > 1 else y[0], torch.cat(mean).mean(0), torch.cat(var).mean(0)
 
 
 def _chunk_norm(
@@ -167,36 +148,17 @@ def _chunk_norm(
     # Momentum 1 leaves the mean and unbiased variance in its "running" statistics.
     mean, var = x.new_zeros(2, chunks * channels, dtype=wide)
     weight, bias = (t if t is None else t.repeat(chunks) for t in (weight, bias))
-    y = F.batch_norm(_side_by_side(x, chunks), mean, var, weight, bias, True, 1.0, eps)
-    return _one_behind_another(y, chunks, x), mean.view(chunks, -1), var.view(chunks, -1)
-
-
-def _side_by_side(x: Tensor, chunks: int) -> Tensor:
-    """(chunks · n, C, H, W) → (n, chunks · C, H, W), in the same memory format."""
-    if x.is_contiguous():
-        return x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
-    last = x.permute(0, 2, 3, 1).unflatten(0, (chunks, -1))
-    y = last.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-def _one_behind_another(y: Tensor, chunks: int, like: Tensor) -> Tensor:
-    """The inverse of _side_by_side, in like's memory format."""
-    if like.is_contiguous():
-        return y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
-    last = y.permute(0, 2, 3, 1).unflatten(3, (chunks, -1))
-    x = last.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last)
+    side_by_side = x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
+    y = F.batch_norm(side_by_side, mean, var, weight, bias, True, 1.0, eps)
+    y = y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
+    y = y if x.is_contiguous() else y.clone(memory_format=torch.channels_last)
+    return y, mean.view(chunks, -1), var.view(chunks, -1)
 
 
 def _normalize_globally(
-    x: Tensor,
-    running: Running,
-    momentum: float,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BN over all processes' images; also their mean and unbiased variance, (C,)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     var, mean = (s.double() for s in torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0))
     local = x.numel() // x.shape[1]
@@ -205,11 +167,11 @@ def _normalize_globally(
     total = _AllReduce.apply(torch.cat([mean * local, (var + mean * mean) * local, count]))
     mean, square = (total[:-1] / total[-1]).chunk(2)
     var = (square - mean * mean).clamp_min(0)
-    unbiased = var * total[-1] / (total[-1] - 1)
-    _update_running(running, mean.detach(), unbiased.detach(), momentum)
     scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    return affine(x, scale.to(wide), shift.to(wide)).to(x.dtype)
+    y = affine(x, scale.to(wide), shift.to(wide)).to(x.dtype)
+    values = total[-1].detach()
+    return y, mean.detach(), var.detach() * values / (values - 1)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -226,28 +188,9 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad)
 
 
-def _update_running(running: Running, mean: Tensor, var: Tensor, momentum: float) -> None:
-    for statistic, new in zip(running, (mean, var)):
-        if statistic is not None:
-            statistic.lerp_(new.to(statistic.dtype), momentum)
-
-
 def default_groups(num_features: int, most: int = 32) -> int:
     """GN's default number of groups: the largest divisor of num_features that is at most 32."""
     return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
-
-
-# functions rather than lambdas: layers hold their spec, and are pickled and copied
-def _one_group(channels: int, groups: int | None) -> int:
-    return 1
-
-
-def _chosen_groups(channels: int, groups: int | None) -> int:
-    return groups or default_groups(channels)
-
-
-def _channel_groups(channels: int, groups: int | None) -> int:
-    return channels
 
 
 @dataclass(frozen=True)
@@ -258,6 +201,8 @@ class NormSpec:
         kind: the normalization: "bn", "ln", "gn", "in" or "none".
         normalize: called as normalize(x, groups=, eps=, weight=, bias=), where x is (N, C, H, W);
             with batch statistics, as batch_normalize.
+        kernel: the same as a kernel, called as kernel(x, groups=, eps=) or with batch_normalize's
+            options; one autograd Function then serves norm, activation and PN. None: plain ones do.
         groups: number of groups from the number of channels and the option `groups`; None: the
             norm has no groups.
         batch_statistics: statistics are over the batch, and running ones serve in evaluation.
@@ -267,6 +212,7 @@ class NormSpec:
 
     kind: str
     normalize: Callable[..., Tensor]
+    kernel: Callable[..., Kernel | None] | None = None
     groups: Callable[[int, int | None], int] | None = None
     batch_statistics: bool = False
     proxy: bool = False
@@ -279,10 +225,15 @@ class NormSpec:
 
 
 _NORMALIZATIONS = {
-    "bn": NormSpec("bn", batch_normalize, batch_statistics=True),
-    "ln": NormSpec("ln", group_normalize, groups=_one_group),
-    "gn": NormSpec("gn", group_normalize, groups=_chosen_groups),
-    "in": NormSpec("in", group_normalize, groups=_channel_groups),
+    "bn": NormSpec("bn", batch_normalize, BatchNorm.of, batch_statistics=True),
+    "ln": NormSpec("ln", group_normalize, GroupNorm.of, groups=lambda channels, groups: 1),
+    "gn": NormSpec(
+        "gn",
+        group_normalize,
+        GroupNorm.of,
+        groups=lambda channels, groups: groups or default_groups(channels),
+    ),
+    "in": NormSpec("in", group_normalize, GroupNorm.of, groups=lambda channels, groups: channels),
 }
 _SPECS = {
     **_NORMALIZATIONS,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from proxynorm.nn import ACTIVATIONS, NormAct2d, proxy_moments
 from proxynorm.nn.activations import activation_name, make_activation
-from proxynorm.nn.moments import moments_with_slopes
+from proxynorm.nn.fast.folding import fold, folded
 
 ZERO, ONE = torch.zeros(1), torch.ones(1)
 
@@ -160,21 +160,25 @@ def test_derivatives(activation):
     assert torch.autograd.gradgradcheck(moments, parameters)
 
 
+@pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("method", ["exact", "grid"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_slopes_are_the_derivatives(activation, method):
-    a = torch.tensor([-1.3, 0.2, 2.5], dtype=torch.float64, requires_grad=True)
-    s = torch.tensor([0.4, 1.7, 3.0], dtype=torch.float64, requires_grad=True)
-    module = make_activation(activation)
-    slopes = moments_with_slopes(module, a.detach(), s.detach(), method)
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    m, v = proxy_moments(one, a, s - 1, zero, module, method)  # a + s·G
-    torch.testing.assert_close(
-        (slopes.mean, slopes.var), (m.detach(), v.detach()), atol=1e-12, rtol=1e-10
-    )
-    by_mean = torch.autograd.grad(m.sum(), (a, s), retain_graph=True)
-    by_var = torch.autograd.grad(v.sum(), (a, s))
-    torch.testing.assert_close(slopes[2:], (*by_mean, *by_var), atol=1e-6, rtol=1e-5)
+def test_constants_have_the_slopes_of_the_formula(activation, method, scale):
+    """A layer's constants, evaluated once, against the same in differentiable operations."""
+    torch.manual_seed(0)
+    layer = NormAct2d(3, act_layer=activation, moments=method, proxy_scale=scale).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.5)
+    parameters, rule = layer.four_parameters(), layer.proxy_rule()
+    values, jacobian = fold(parameters, rule)
+    for row, value, slopes in zip(folded(parameters, rule), values, jacobian):
+        torch.testing.assert_close(value, row.detach(), atol=1e-12, rtol=1e-10)
+        expected = [torch.zeros(3, dtype=torch.float64)] * 4
+        if row.requires_grad:
+            expected = torch.autograd.grad(
+                row.sum(), parameters, retain_graph=True, materialize_grads=True
+            )
+        torch.testing.assert_close(slopes, torch.stack(expected), atol=1e-12, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +344,6 @@ def test_a_layer_alone_in_inference_mode(activation, method):
 
 def test_a_grid_of_any_size_is_exact_in_float64():
     layer = NormAct2d(1, moments="grid", nodes=200).double()
-    scale, _, floor = layer.folded_constants()
+    scale, _, _, floor, _ = layer.folded_constants()
     mean, _ = layer.proxy_statistics()
     torch.testing.assert_close(floor, -scale * mean, atol=1e-15, rtol=0)

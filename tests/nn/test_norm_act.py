@@ -581,6 +581,7 @@ def test_plain_options():
         (lambda: NormAct2d(8, moments="exat"), "Did you mean 'exact'"),
         (lambda: NormAct2d(8, act_layer="rleu"), "Did you mean 'relu'"),
         (lambda: NormAct2d(8, "in")(torch.randn(2, 8, 1, 1)), "no variance"),
+        (lambda: NormAct2d(8, "bn")(torch.randn(1, 8, 1, 1)), "more than 1 value per channel"),
         (lambda: NormAct2d(8)(torch.randn(2, 8)), "expected an input of shape"),
         (lambda: NormAct2d(8)(torch.randn(2, 6, 3, 3)), "expected an input of shape"),
         (lambda: NormAct2d(8, "ln", False).proxy_statistics(), "no proxy"),

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.memory import bytes_kept
 from proxynorm.nn import NormAct2d, proxy_moments, recompute, share_moments
 from proxynorm.nn.fast import shared as shared_module
-from proxynorm.nn.fast.cells import CellGroupNorm
+from proxynorm.nn.fast.fused import NormAct
+from proxynorm.nn.fast.kernels import CellGroupNorm
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +297,10 @@ def test_proxy_statistics_are_float32_under_autocast():
     torch.testing.assert_close((mean, var), proxy_moments(*four))
 
 
+def cells(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, groups: int) -> torch.Tensor:
+    return NormAct.apply(x, scale, shift, None, None, CellGroupNorm(groups, 1e-5), nn.Identity())
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("groups", [1, 4, 12])
 def test_cells_are_group_norm(groups, memory_format):
@@ -307,15 +312,13 @@ def test_cells_are_group_norm(groups, memory_format):
     )
     scale, shift = (torch.randn(12, dtype=torch.float64, requires_grad=True) for _ in range(2))
     inputs, grad = (x, scale, shift), torch.randn(3, 12, 5, 4, dtype=torch.float64)
-    ours, theirs = CellGroupNorm.apply(*inputs, groups, 1e-5), F.group_norm(x, groups, scale, shift)
+    ours, theirs = cells(*inputs, groups), F.group_norm(x, groups, scale, shift)
     torch.testing.assert_close(ours, theirs)
     assert ours.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad)
     )
-    assert torch.autograd.gradgradcheck(
-        lambda *t: CellGroupNorm.apply(*t, groups, 1e-5), inputs, fast_mode=True
-    )
+    assert torch.autograd.gradgradcheck(lambda *t: cells(*t, groups), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -329,10 +332,7 @@ def test_cells_in_half_precision(dtype, memory_format):
     )
     scale, shift = (torch.randn(12, requires_grad=True) for _ in range(2))
     wide = [t.detach().double().requires_grad_() for t in (x, scale, shift)]
-    z, reference = (
-        CellGroupNorm.apply(x, scale, shift, 4, 1e-5),
-        F.group_norm(wide[0], 4, wide[1], wide[2]),
-    )
+    z, reference = (cells(x, scale, shift, 4), F.group_norm(wide[0], 4, wide[1], wide[2]))
     torch.testing.assert_close(z.double(), reference, atol=0.02, rtol=0.01)
     grad = torch.randn_like(z)
     ours = torch.autograd.grad(z, (x, scale, shift), grad)

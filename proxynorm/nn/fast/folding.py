@@ -1,86 +1,100 @@
 """Folds affine and proxy normalization into a few constants per channel, with their derivatives.
 
-Everything here is (C,)-sized, without autograd; the channels of many layers may stand side by side.
+With r = 1/sqrt(v + ε): r·(φ(γy + β) − m) = gain·φ(scale·y + shift) + offset. As ReLU commutes with
+a positive factor, its gain goes into scale and shift. Everything here is (C,)-sized; the channels
+of many layers may stand side by side.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from proxynorm.nn.activations import activation_name
-from proxynorm.nn.closed_forms import Moments
-from proxynorm.nn.moments import location_and_scale, moments_with_slopes, proxy_moments
+from proxynorm.nn.fast.derivatives import by_formula, differentiable
+from proxynorm.nn.moments import proxy_moments
 
 
 class Rule(NamedTuple):
-    """How m and v are computed and used.
+    """How m and v are computed and used. scale False: only m is subtracted, as if r were 1."""
 
-    scale False: only m is subtracted, and 1/sqrt(v + ε) is one more row of constants.
-    """
-
-    module: nn.Module
+    act: nn.Module
     method: str
     nodes: int
     eps: float
     scale: bool
 
+    @property
+    def has_gain(self) -> bool:
+        """False if the gain is 1: without scale, and for ReLU, whose gain goes into the norm's."""
+        return self.scale and activation_name(self.act) != "relu"
+
+    def moments(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """m and v for γ, β, γ̃, β̃, differentiable."""
+        weight, bias, proxy_weight, proxy_bias = parameters
+        return proxy_moments(
+            weight, bias, proxy_weight, proxy_bias, self.act, self.method, self.nodes
+        )
+
 
 class Constants(NamedTuple):
-    """values (k, C): see fold. jacobian (k, 4, C): their derivatives by γ, β, γ̃, β̃."""
+    """values (5, C): see folded. jacobian (5, 4, C): their derivatives by γ, β, γ̃, β̃."""
 
     values: Tensor
     jacobian: Tensor
 
 
-class SharedConstants(NamedTuple):
-    """A layer's constants, with the rule and the parameter versions that they were made from."""
+def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
+    """scale, shift, gain, offset and 1/sqrt(v + ε) for γ, β, γ̃, β̃, each (C,), differentiable.
 
-    constants: Constants
-    rule: Rule
-    versions: list[tuple[int, int]]
-
-
-@torch.no_grad()
-def fold(parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule) -> Constants:
-    """The constants for γ, β, γ̃, β̃, each (C,), in float32 (float64 for float64 parameters).
-
-    With r = 1/sqrt(v + ε), the rows are rγ, rβ and the floor −rm for ReLU; γ, β, the gain r and the
-    offset −rm for others. Without the rule's scale, the same for r = 1, and 1/sqrt(v + ε) last.
+    They are float32 (float64 for float64 parameters).
     """
-    out = torch.promote_types(parameters[0].dtype, torch.float32)
-    a, s, sign = location_and_scale(*parameters)
-    moments = moments_with_slopes(rule.module, a, s, rule.method, rule.nodes)
-    moments = Moments(*(m.to(out) for m in moments))
-    rescale = _rescale(moments, rule.eps)
-    r = rescale if rule.scale else F.pad(torch.ones_like(rescale[:1]), (0, 0, 0, 2))
-    offset = -r[0] * torch.stack([moments.mean, moments.mean_a, moments.mean_s])
-    offset[1:] -= r[1:] * moments.mean
-    weight, bias, proxy_weight, proxy_bias = (p.to(out) for p in parameters)
-    if activation_name(rule.module) == "relu":
-        columns = torch.stack([r * weight, r * bias, offset], dim=1)
-        direct = r[0]
-    else:
-        columns = F.pad(torch.stack([r, offset], dim=1), (0, 0, 2, 0))
-        columns[0, 0], columns[0, 1] = weight, bias
-        direct = 1.0
-    if not rule.scale:
-        columns = torch.cat([columns, rescale.unsqueeze(1)], dim=1)
-    values, by_a, by_s = columns  # each (k, C)
-    by_s = by_s * sign.to(out)
-    jacobian = torch.stack(
-        [by_a * proxy_bias + by_s * (1 + proxy_weight), by_a, by_s * weight, by_a * weight], dim=1
+    return _with_moments(rule, parameters[0], parameters[1], *rule.moments(parameters))
+
+
+def _with_moments(
+    rule: Rule, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
+    weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
+    rescale = torch.rsqrt(var + rule.eps)
+    one = torch.ones_like(rescale)
+    r = rescale if rule.scale else one
+    inner, gain = (one, r) if rule.has_gain else (r, one)
+    return inner * weight, inner * bias, gain, -r * mean, rescale
+
+
+def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
+    """The rows of folded() and their derivatives, outside of autograd."""
+    # These graphs end here: saved-tensor hooks, such as checkpointing's, must not see them.
+    identity = saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.enable_grad(), identity:
+        wide = torch.promote_types(parameters[0].dtype, torch.float32)
+        leaves = [p.detach().to(wide, copy=True).requires_grad_() for p in parameters]
+        moments = torch.stack(rule.moments(leaves))
+        mean, var = moments.detach().unbind()
+        inner = [*leaves[:2], mean.requires_grad_(), var.requires_grad_()]
+        values = torch.stack(_with_moments(rule, *inner))
+        by_inner, slopes = _jacobian(values, inner), _jacobian(moments, leaves)
+        jacobian = (by_inner[:, 2:, None] * slopes).sum(1)  # through m and v
+        jacobian[:, :2] += by_inner[:, :2]
+    return Constants(values.detach(), jacobian)
+
+
+def _jacobian(rows: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """The derivatives of rows (k, C) by n inputs, channel by channel: (k, n, C)."""
+    seeds = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    slopes = torch.autograd.grad(
+        rows, inputs, seeds[..., None].expand(-1, *rows.shape), is_grads_batched=True
     )
-    jacobian[0, 0] += direct  # the first by γ and the second by β, at fixed moments
-    jacobian[1, 1] += direct
-    return Constants(values, jacobian)
+    return torch.stack(slopes, dim=1)
 
 
-def pull_back(jacobian: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of γ, β, γ̃, β̃ from those of the first rows of values; None is zero."""
+def pull_back(jacobian: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of γ, β, γ̃, β̃ from those of the rows; None is zero."""
     total = None
     for slopes, grad in zip(jacobian, grads):
         if grad is not None:
@@ -88,22 +102,31 @@ def pull_back(jacobian: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
     return (None,) * 4 if total is None else total.unbind()
 
 
-def fold_reference(
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor], rule: Rule
-) -> tuple[Tensor, ...]:
-    """The rows of fold(parameters, rule).values in differentiable operations."""
-    weight, bias, *_ = parameters
-    mean, var = proxy_moments(*parameters, rule.module, rule.method, rule.nodes)
-    rescale = torch.rsqrt(var + rule.eps)
-    r = rescale if rule.scale else torch.ones_like(var)
-    last = () if rule.scale else (rescale,)
-    if activation_name(rule.module) == "relu":
-        return r * weight, r * bias, -r * mean, *last
-    return weight.to(r.dtype), bias.to(r.dtype), r, -r * mean, *last
+class FoldedConstants(torch.autograd.Function):
+    """The rows of folded() from constants evaluated before, as a function of γ, β, γ̃, β̃."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        proxy_weight: Tensor,
+        proxy_bias: Tensor,
+        constants: Constants,
+        rule: Rule,
+    ) -> tuple[Tensor, ...]:
+        ctx.rule = rule
+        ctx.set_materialize_grads(False)  # a squeeze-excite gate asks for the last row alone
+        ctx.save_for_backward(weight, bias, proxy_weight, proxy_bias, constants.jacobian)
+        return constants.values.unbind()
 
-def _rescale(moments: Moments, eps: float) -> Tensor:
-    """1/sqrt(v + ε), its derivative by a, its derivative by s: (3, C)."""
-    value = torch.rsqrt(moments.var + eps)
-    slope = -0.5 * value * value * value
-    return torch.stack([value, slope * moments.var_a, slope * moments.var_s])
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *parameters, jacobian = ctx.saved_tensors
+        slopes: Sequence[Tensor | None]
+        if any(grad is not None and by_formula(grad) for grad in grads):
+            slopes = differentiable(lambda *p: folded(p, ctx.rule), parameters, grads)
+        else:
+            slopes = pull_back(jacobian, grads)
+        cast = (s if s is None else s.to(p.dtype) for s, p in zip(slopes, parameters))
+        return *cast, None, None

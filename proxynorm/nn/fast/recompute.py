@@ -1,22 +1,21 @@
 """Recomputation: one kept map per layer instead of two.
 
-Autograd keeps the output z of a NormAct2d for the convolution that follows and for the layer
-itself, and the norm's input x besides. While a model of recompute() runs forward, saved-tensor
-hooks replace z by a handle, from which backward rebuilds z: one norm and one activation more. All
-other tensors are kept as usual. Autograd does not check what hooks keep for changes in place, so
-the hooks check it.
+Autograd keeps the output z of a NormAct2d for the convolution that follows, and the norm's input x
+besides. While a model of recompute() runs forward, saved-tensor hooks replace z by the way to make
+it again from x, in backward: one norm and one activation more. All other tensors are kept as usual.
+Autograd does not check what hooks keep for changes in place, so the hooks check it.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from proxynorm.nn.fast.precision import is_transformed
 
@@ -35,70 +34,39 @@ def recompute(model: nn.Module) -> nn.Module:
     return model
 
 
-class MadeOnce:
-    """A tensor that several need in one backward pass: built first, freed after the last."""
+class Remade:
+    """A layer's output, made again from its input once for all that need it in one backward."""
 
-    def __init__(self, build: Callable[[Tensor], Tensor]) -> None:
-        self.build = build
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self.make = make
         self.made: Tensor | None = None
 
-    def take(self, x: Tensor, last: bool) -> Tensor:
-        """build(x)."""
-        made = self.build(x) if self.made is None else self.made
+    def replaces(self, z: Tensor, x: Tensor) -> None:
+        """From now on, what would keep z keeps this and x."""
+        _OUTPUTS[z] = _Output(self, x.detach(), _version(x)), z._version
+
+    def take(self, x: Tensor, last: bool = False) -> Tensor:
+        """make(x). The layer's own backward is the last to need it, after its successors'."""
+        made = self.make(x) if self.made is None else self.made
         self.made = None if last else made
         return made
 
 
-class Recipe:
-    """How to rebuild one layer's output from its input; holds the output while it is needed."""
+class _Output(NamedTuple):
+    """Stands for an output: what makes it, its input, and the version that the input had."""
 
-    def __init__(self, build: Callable[[Tensor], Tensor], source: Tensor) -> None:
-        self.once = MadeOnce(build)
-        self.source, self.source_version = source.detach(), _version(source)
-        self.output: Callable[[], Tensor | None] = lambda: None
-        self.version = 0
-        self.handles = 0
+    remade: Remade
+    source: Tensor
+    version: int
 
-    def watch(self, z: Tensor) -> None:
-        """Register z, which the layer is about to save, as the output of this recipe."""
-        self.output = weakref.ref(z)
-        _RUN.recipes[z.data_ptr()] = self
-
-    def makes(self, saved: Tensor) -> bool:
-        """True if saved is the output: alive (else its memory may be reused) and unchanged."""
-        z = self.output()
-        if z is not None and self.handles == 0:
-            # the layer itself saves its output first, right after making it in place
-            self.version = z._version
-        return (
-            z is not None
-            and z._version == self.version
-            and saved.data_ptr() == z.data_ptr()
-            and saved.shape == z.shape
-            and saved.stride() == z.stride()
-            and saved.dtype == z.dtype
-        )
-
-    def take(self, last: bool) -> Tensor:
-        """The output, built once and freed after the last call.
-
-        Raises RuntimeError if the input changed.
-        """
-        if _version(self.source) != self.source_version:
+    def unpack(self) -> Tensor:
+        if _version(self.source) != self.version:
             raise RuntimeError(
                 "the input of a NormAct2d was changed in place, so its output cannot be recomputed:"
                 " do not use recompute here, or change the input out of place"
             )
-        return self.once.take(self.source, last)
-
-
-class _Handle(NamedTuple):
-    recipe: Recipe
-    last: bool
-
-    def unpack(self) -> Tensor:
         with torch.no_grad():
-            return self.recipe.take(self.last)
+            return self.remade.take(self.source)
 
 
 class _Kept(NamedTuple):
@@ -114,26 +82,26 @@ class _Kept(NamedTuple):
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: [{tensor.type()} {list(tensor.shape)}] is at version "
                 f"{tensor._version}; expected version {version} instead. Change a copy of it, or "
-                "change it after backward. Hint: find the operation that failed to compute its "
-                "gradient with torch.autograd.set_detect_anomaly(True)."
+                "change it after backward."
             )
         return tensor
 
 
 class _Run(threading.local):
-    """The recipes and the saved-tensor hooks of this thread's forward pass."""
+    """The model whose forward pass this thread is in, and its saved-tensor hooks."""
 
-    def __init__(self) -> None:
-        self.recipes: dict[int, Recipe] = {}
-        self.entered: list[tuple[nn.Module, saved_tensors_hooks | None]] = []
+    model: nn.Module | None = None
+    hooks: saved_tensors_hooks | None = None
 
 
 _RUN = _Run()
+# what stands for each living output, and the version of the output that it makes
+_OUTPUTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def is_recomputing() -> bool:
-    """True if layers shall register recipes."""
-    return bool(_RUN.entered) and _RUN.entered[-1][1] is not None and torch.is_grad_enabled()
+    """True if layers shall let go of their outputs."""
+    return _RUN.hooks is not None
 
 
 def _version(tensor: Tensor) -> int:
@@ -142,42 +110,20 @@ def _version(tensor: Tensor) -> int:
 
 
 def _enter(model: nn.Module, inputs: tuple[object, ...]) -> None:
-    while _is_inside(model):  # a keyboard interrupt left the forward before, without _leave
-        _leave_one()
-    hooks = None
-    if torch.is_grad_enabled() and not is_transformed():
-        hooks = saved_tensors_hooks(_pack, _unpack)
-        hooks.__enter__()
-    _RUN.entered.append((model, hooks))
+    _leave(model)  # a keyboard interrupt may have ended the forward before without it
+    if _RUN.hooks is None and torch.is_grad_enabled() and not is_transformed():
+        _RUN.model, _RUN.hooks = model, saved_tensors_hooks(_pack, lambda kept: kept.unpack())
+        _RUN.hooks.__enter__()
 
 
-def _leave(model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-    while _is_inside(model):
-        _leave_one()
+def _leave(model: nn.Module, inputs: object = None, output: object = None) -> None:
+    if _RUN.model is model and _RUN.hooks is not None:
+        _RUN.hooks.__exit__(None, None, None)
+        _RUN.model = _RUN.hooks = None
 
 
-def _is_inside(model: nn.Module) -> bool:
-    return any(entered is model for entered, _ in _RUN.entered)
-
-
-def _leave_one() -> None:
-    _, hooks = _RUN.entered.pop()
-    if hooks is not None:
-        hooks.__exit__(None, None, None)
-    if not _RUN.entered:
-        _RUN.recipes.clear()
-
-
-def _pack(saved: Tensor) -> _Kept | _Handle:
-    recipe = _RUN.recipes.get(saved.data_ptr()) if saved.layout is torch.strided else None
-    if recipe is None or not recipe.makes(saved):
-        return _Kept(
-            saved, _version(saved)
-        )  # an operation's own output comes detached, with the same version counter
-    recipe.handles += 1
-    # The layer saves its output first and needs it last: its backward follows its successors'.
-    return _Handle(recipe, last=recipe.handles == 1)
-
-
-def _unpack(saved: _Kept | _Handle) -> Tensor:
-    return saved.unpack()
+def _pack(saved: Tensor) -> _Kept | _Output:
+    output, version = _OUTPUTS.get(saved, (None, 0))
+    if output is not None and saved._version == version:
+        return output
+    return _Kept(saved, _version(saved))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from proxynorm.nn.fast.folding import Constants, Rule, fold
+from proxynorm.nn.fast.folding import Constants, fold
 from proxynorm.nn.fast.precision import is_transformed
 from proxynorm.nn.norm_act import NormAct2d
 
@@ -50,42 +50,30 @@ class SharedMoments:
             return
         families: dict[Hashable, list[NormAct2d]] = {}
         for module in model.modules():
-            if (
-                isinstance(module, NormAct2d)
-                and module.proxied
-                and module.act_name != "callable"
-                and _is_plain(module)
-            ):
+            if isinstance(module, NormAct2d) and module.folds and _is_plain(module):
                 families.setdefault(_family(module), []).append(module)
-        self.evaluated = {
-            family: self.evaluated[family] for family in families if family in self.evaluated
-        }
+        before, self.evaluated = self.evaluated, {}
         for family, layers in families.items():
-            if len(layers) > 1:
-                self._serve(family, layers)
+            self._serve(layers, family, before.get(family))
 
-    def _serve(self, family: Hashable, layers: list[NormAct2d]) -> None:
+    def _serve(
+        self, layers: list[NormAct2d], family: Hashable, before: tuple[Tensor, Constants] | None
+    ) -> None:
         # a training forward may meet what an evaluation in inference mode leaves here
         with torch.inference_mode(False), torch.no_grad():
             columns = zip(*(layer.four_parameters() for layer in layers))
             parameters = torch.stack([torch.cat(column) for column in columns])
-            values, jacobian = self._constants(family, parameters, layers[0].proxy_rule())
-        self.served += layers
-        sizes = [layer.num_features for layer in layers]
-        for layer, *constants in zip(
-            layers, values.split(sizes, dim=-1), jacobian.split(sizes, dim=-1)
-        ):
-            layer.share_constants(Constants(*constants))
-
-    def _constants(self, family: Hashable, parameters: Tensor, rule: Rule) -> Constants:
-        # under FakeTensorMode what is evaluated has no values: it is neither compared nor kept
-        comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
-        before = self.evaluated.get(family) if comparable else None
-        if before is None or not torch.equal(before[0], parameters):
-            before = parameters, fold(tuple(parameters), rule)
+            # under FakeTensorMode what is evaluated has no values: it is neither compared nor kept
+            comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
+            if before is None or not comparable or not torch.equal(before[0], parameters):
+                before = parameters, fold(parameters.unbind(), layers[0].proxy_rule())
             if comparable:
                 self.evaluated[family] = before
-        return before[1]
+            sizes = [layer.num_features for layer in layers]
+            parts = zip(*(rows.split(sizes, dim=-1) for rows in before[1]))
+        for layer, constants in zip(layers, parts):
+            layer.share_constants(Constants(*constants))
+        self.served += layers
 
     def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         """After the forward, a failed one too: leaves no layer with constants."""
@@ -108,14 +96,6 @@ def _is_plain(layer: NormAct2d) -> bool:
 
 def _family(layer: NormAct2d) -> Hashable:
     """Layers of one family integrate by the same rule, and their parameters can be concatenated."""
+    act, *options = layer.proxy_rule()
     weight = layer.proxy_weight
-    return (
-        type(layer.act),
-        layer.act.extra_repr(),
-        layer.moments,
-        layer.nodes,
-        layer.proxy_eps,
-        layer.proxy_scale,
-        weight.device,
-        weight.dtype,
-    )
+    return type(act), act.extra_repr(), *options, weight.device, weight.dtype
