@@ -1,4 +1,4 @@
-"""Take single activation calls out of a forward, leaving the rest of it as written.
+"""Take single activation calls out of a method, leaving the rest of it as written.
 
 F.relu(self.bn(x)) and one self.relu behind norms and sums cannot be replaced as modules. Of the
 ways to keep such a forward, a mark on tensors that already passed an activation does not survive
@@ -18,7 +18,7 @@ import itertools
 import linecache
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -30,7 +30,7 @@ _COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
 
 
 class CannotRewriteError(ValueError):
-    """A call that cannot be taken out of its forward; the message says why."""
+    """A call that cannot be taken out of its method; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,36 @@ class Site:
     """One call in a source file, made by a module's method.
 
     Attributes:
-        owner: qualified name of the module whose method (or function attribute) makes the call;
-            None if none does.
-        code: the code object of that method.
+        owner: qualified name of the module whose method makes the call; None if none does.
+        method: the method's name.
+        file: where its source stands.
         line, column: where the call's text ends, as Python's syntax tree counts; column is None
             before Python 3.11.
         callee: what is called, such as "relu", by which it is found where column is None.
     """
 
     owner: str | None
-    code: types.CodeType
+    method: str
+    file: str
     line: int
     column: int | None
     callee: str
 
     def __str__(self) -> str:
-        return f"{self.code.co_filename}:{self.line}"
+        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Calls to take out of one function.
+    """Calls to take out of one method.
 
     Attributes:
-        name: the function's attribute on the module or its class.
+        method: its name.
         ordinals: which of its calls, in the order of ast.walk.
-        checksum: of the function's source, so that an unpickled module notices another version of
-            it.
+        checksum: of its source, so that an unpickled module notices another version of it.
     """
 
-    name: str
+    method: str
     ordinals: tuple[int, ...]
     checksum: str
 
@@ -95,9 +95,11 @@ def running_site(
         if code.co_filename not in (*_PLUMBING, plumbing):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             owner = names.get(first) if isinstance(first, nn.Module) else None
-            if owner is not None and first is not None and _function_of(first, code) is not None:
-                return Site(owner, code, line, column, callee)
-            innermost = innermost or Site(None, code, line, column, callee)
+            is_method = getattr(_method(first, code.co_name), "__code__", None) is code
+            site = Site(None, code.co_name, code.co_filename, line, column, callee)
+            if owner is not None and is_method:
+                return replace(site, owner=owner)
+            innermost = innermost or site
             callee = code.co_name
         frame = frame.f_back
     assert innermost is not None, "no call is running"
@@ -105,10 +107,7 @@ def running_site(
 
 
 def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
-    """Line and column where the text of the running call ends.
-
-    The column is None before Python 3.11.
-    """
+    """Line and column where the text of the running call ends; no column before Python 3.11."""
     positions = getattr(frame.f_code, "co_positions", None)
     if positions is None:
         return frame.f_lineno, None
@@ -116,11 +115,14 @@ def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
     return line or frame.f_lineno, column
 
 
-class RewrittenModule:
-    """Mixin of generated classes.
+def _method(module: object, name: str) -> types.FunctionType | None:
+    """The plain function that is the module's method of that name; None for a decorated one."""
+    method = getattr(type(module), name, None)
+    return method if isinstance(method, types.FunctionType) else None
 
-    Makes their objects copy and pickle by the original class and the edits.
-    """
+
+class RewrittenModule:
+    """Mixin of generated classes; their objects copy and pickle by the original class and edits."""
 
     _original: type[nn.Module]
     _edits: tuple[Edit, ...]
@@ -129,31 +131,23 @@ class RewrittenModule:
         return _blank, (self._original, self._edits), self.__dict__
 
 
-def plan_edits(module: nn.Module, sites: Iterable[Site]) -> list[Edit]:
-    """The edits of one module's functions that take out the calls at the given sites.
+def plan_edits(module: nn.Module, sites: Iterable[Site]) -> tuple[Edit, ...]:
+    """The edits of one module's methods that take out the calls at the given sites.
 
     Raises:
-        CannotRewriteError: a call is in no method of the module, or its source cannot be found.
+        CannotRewriteError: a call's source cannot be found.
     """
-    by_code: dict[types.CodeType, list[Site]] = {}
+    if isinstance(module, RewrittenModule):
+        raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
+    by_method: dict[str, list[Site]] = {}
     for site in sites:
-        by_code.setdefault(site.code, []).append(site)
-    return [_edit(module, code, group) for code, group in by_code.items()]
+        by_method.setdefault(site.method, []).append(site)
+    return tuple(_edit(type(module), name, group) for name, group in by_method.items())
 
 
-def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
-    """Make the module run its edited functions, in place.
-
-    Those of its class in a generated subclass.
-    """
-    of_class = []
-    for edit in edits:
-        if edit.name in vars(module):
-            setattr(module, edit.name, edited_function(vars(module)[edit.name], edit))
-        else:
-            of_class.append(edit)
-    if of_class:
-        module.__class__ = _rewritten_class(type(module), tuple(of_class))  # type: ignore[arg-type]
+def apply_edits(module: nn.Module, edits: tuple[Edit, ...]) -> None:
+    """Make the module, in place, an object of a generated subclass with the edited methods."""
+    module.__class__ = _rewritten_class(type(module), edits)  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -166,7 +160,7 @@ def _rewritten_class(original: Any, edits: tuple[Edit, ...]) -> type[nn.Module]:
         "_edits": edits,
     }
     for edit in edits:
-        namespace[edit.name] = edited_function(getattr(original, edit.name), edit)
+        namespace[edit.method] = _edited(getattr(original, edit.method), edit)
     return type(original.__name__, (RewrittenModule, original), namespace)
 
 
@@ -176,34 +170,22 @@ def _blank(original: Any, edits: tuple[Edit, ...]) -> nn.Module:
     return rewritten.__new__(rewritten)
 
 
-def _edit(module: nn.Module, code: types.CodeType, sites: list[Site]) -> Edit:
-    if isinstance(module, RewrittenModule):
-        raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
-    found = _function_of(module, code)
-    if found is None:
-        raise CannotRewriteError("it is no method of a module, or is decorated")
-    name, function = found
-    node = _source_node(function, sites)
-    calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
-    ordinals = []
+def _edit(kind: type[nn.Module], method: str, sites: list[Site]) -> Edit:
+    node = _source_node(getattr(kind, method))
+    ordinals = set()
     for site in sites:
-        at = [i for i, call in enumerate(calls) if _is_at(call, site)]
+        at = [i for i, call in enumerate(_calls(node)) if _is_at(call, site)]
         if len(at) != 1:
             told = "is not found in the source"
             if site.column is None:
                 told = "is not told from others on its line: Python 3.11 and later can"
             raise CannotRewriteError(f"the call {told}")
-        ordinals.append(at[0])
-    return Edit(name, tuple(sorted(set(ordinals))), _checksum(node))
+        ordinals.add(at[0])
+    return Edit(method, tuple(sorted(ordinals)), _checksum(node))
 
 
-def _function_of(module: nn.Module, code: types.CodeType) -> tuple[str, types.FunctionType] | None:
-    """Name and function, of the module or its class, that runs the code."""
-    for namespace in (vars(module), *(vars(kind) for kind in type(module).__mro__)):
-        for name, value in namespace.items():
-            if isinstance(value, types.FunctionType) and value.__code__ is code:
-                return name, value
-    return None
+def _calls(node: ast.AST) -> list[ast.Call]:
+    return [child for child in ast.walk(node) if isinstance(child, ast.Call)]
 
 
 def _is_at(call: ast.Call, site: Site) -> bool:
@@ -215,20 +197,15 @@ def _is_at(call: ast.Call, site: Site) -> bool:
     return call.lineno <= site.line <= (call.end_lineno or call.lineno) and first == second
 
 
-def _source_node(function: types.FunctionType, sites: Iterable[Site] = ()) -> ast.AST:
-    """The syntax tree of a function or lambda."""
-    first = function.__code__.co_firstlineno
-    found = [
-        node
-        for node in ast.walk(_parsed(function.__code__.co_filename))
-        if isinstance(node, (ast.FunctionDef, ast.Lambda))
-        and first in (node.lineno, *(d.lineno for d in getattr(node, "decorator_list", [])))
-        and getattr(node, "name", "<lambda>") == function.__name__
-        and all(any(_is_at(c, s) for c in ast.walk(node) if isinstance(c, ast.Call)) for s in sites)
-    ]
-    if not found:
-        raise CannotRewriteError("its source is not at hand")
-    return found[-1]  # ast.walk goes from outer to inner
+def _source_node(function: types.FunctionType) -> ast.FunctionDef:
+    """The syntax tree of a function, with the positions that it has in its file."""
+    code = function.__code__
+    for node in ast.walk(_parsed(code.co_filename)):
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            starts = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+            if code.co_firstlineno in starts:
+                return node
+    raise CannotRewriteError("its source is not at hand")
 
 
 @functools.lru_cache(maxsize=64)
@@ -263,10 +240,8 @@ class _TakeOut(ast.NodeTransformer):
         return value
 
 
-def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionType:
-    """The function without the edit's calls.
-
-    It shares the original's globals, closure and defaults.
+def _edited(function: types.FunctionType, edit: Edit) -> types.FunctionType:
+    """The function without the edit's calls; it shares the original's globals and closure.
 
     Raises:
         CannotRewriteError: the source is not that of which the edit was made.
@@ -278,20 +253,14 @@ def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionT
             "convert it again"
         )
     node = copy.deepcopy(node)
-    calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
+    calls = _calls(node)
     _TakeOut([calls[i] for i in edit.ordinals]).visit(node)
-    if isinstance(node, ast.FunctionDef):
-        node.decorator_list = []
+    node.decorator_list = []
     return _compiled(function, ast.unparse(ast.fix_missing_locations(node)), edit)
 
 
 def _compiled(function: types.FunctionType, text: str, edit: Edit) -> types.FunctionType:
-    """Compile a function's new text where it stood.
-
-    In a class of that name, with the same free variables.
-    """
-    if text.startswith("lambda"):
-        text = f"_ = {text}"
+    """Compile a method's new text in a class of the same name, with the same free variables."""
     names = function.__qualname__.split(".")
     owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")

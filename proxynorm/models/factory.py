@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from proxynorm.conversion.convert import convert, standardize_before_norms
+from proxynorm.conversion.convert import convert
 from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
@@ -20,6 +20,7 @@ from proxynorm.nn.checks import check_rate, check_whole
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
+from proxynorm.nn.weights import standardize_weights
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _build(
         # timm raises these for unknown arguments and missing pretrained weights
         raise ValueError(str(error)) from error
     if architecture.takes_norm_layer and options.spec.weight_standardization:
-        standardize_before_norms(model)
+        standardize_weights(model)
     if architecture.takes_norm_layer and options.spec.proxy:
         share_moments(model)
     return model
