@@ -117,14 +117,13 @@ def create_model(
     """
     architecture = _architecture(name)
     options = {key: kwargs.pop(key) for key in _NORM_OPTIONS if key in kwargs}
+    options = {key: value for key, value in options.items() if value is not None}
     arguments = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
     arguments |= {"drop_path_rate": drop_path_rate, **kwargs}
     try:
-        own: dict[str, Any] = {"groups": architecture.groups}
         # pretrained weights keep the ε that they were trained with
-        own["eps"] = None if pretrained else architecture.eps
-        own |= {key: value for key, value in options.items() if key not in own or value is not None}
-        chosen = NormOptions(norm, **own)
+        eps = None if pretrained else architecture.eps
+        chosen = NormOptions(norm, **{"groups": architecture.groups, "eps": eps, **options})
         _check_arguments(architecture, arguments, se, pretrained)
         model = _build(architecture, chosen, arguments, pretrained)
         if not architecture.takes_norm_layer:
