@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from proxynorm.conversion.kinds import is_activation, is_norm, own_activation
+from proxynorm.conversion.kinds import is_norm, kind_of, own_activation
 from proxynorm.conversion.layer import Ties, make_layer
 from proxynorm.conversion.match import Plan, make_plan
 from proxynorm.conversion.observe import observe
@@ -22,7 +22,6 @@ from proxynorm.conversion.run import Run, preserved_randomness, separate_shared_
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.freeze import hand_on_copy, replace_modules
-from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
 from proxynorm.nn.weights import standardize_weights
 
@@ -77,7 +76,7 @@ def convert(
         plan = make_plan(model, seen, keep, no_activation, options.spec.proxy)
         if verify:
             _verify(model, call, plan, options)
-    layers = _make_layers(model, plan, options)
+    layers = _layers(model, plan, options)
     separate_shared_activations(model)
     rows = report_of(model, plan, layers)
     _apply(model, plan, layers)
@@ -122,12 +121,7 @@ def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> N
     set_forwards = [
         name or "the model itself"
         for name, module in model.named_modules()
-        if "forward" in vars(module)
-        and (
-            is_norm(module)
-            or is_activation(module)
-            or not type(module).__module__.startswith("torch.nn.")
-        )
+        if "forward" in vars(module) and (kind_of(module) or any(True for _ in module.children()))
     ]
     if set_forwards:
         raise ValueError(
@@ -143,30 +137,33 @@ def _verify(model: nn.Module, call: Run, plan: Plan, options: NormOptions) -> No
     advice = "Leave the norms around it as they are with keep=[...]"
     if sites:
         advice += f", or make the activations called at {sites} modules of their own"
-    check_same(model, call, lambda copied: _apply(copied, plan, _stand_ins(copied, plan)), advice)
+    check_same(model, call, lambda copied: _apply(copied, plan, _layers(copied, plan)), advice)
     if not options.spec.batch_statistics:
         check_per_sample(
-            model, call, lambda copied: _apply(copied, plan, _make_layers(copied, plan, options))
+            model, call, lambda copied: _apply(copied, plan, _layers(copied, plan, options))
         )
 
 
-def _stand_ins(copied: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """The original norms, each with what followed it, for a copy of the network."""
-    stand_ins: dict[str, nn.Module] = {}
-    for name in plan.norms:
-        norm, activation, between = _parts(copied, plan, name)
-        act = [] if activation is None or own_activation(norm) else [activation]
-        stand_ins[name] = StandIn(norm, *between, *act)
-    return stand_ins
+def _layers(
+    model: nn.Module, plan: Plan, options: NormOptions | None = None
+) -> dict[str, nn.Module]:
+    """The new layers, by the names of the norms; the model is not changed.
 
-
-def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str, NormAct2d]:
-    """The new layers, by the names of the norms; the model is not changed."""
-    layers: dict[str, NormAct2d] = {}
+    Without options, the original norms, each with what followed it.
+    """
+    layers: dict[str, nn.Module] = {}
     ties: Ties = {}
-    for name in plan.norms:
-        norm, activation, between = _parts(model, plan, name)
-        layer = make_layer(name, norm, activation, options, ties)
+    for name, call in plan.norms.items():
+        norm = model.get_submodule(name)
+        own, activation = own_activation(norm), call.activation
+        if call.name is not None:
+            activation = model.get_submodule(call.name)
+        between = [model.get_submodule(inner) for inner in call.between]
+        if options is None:
+            follows = [] if activation is None or own is not None else [activation]
+            layers[name] = StandIn(norm, *between, *follows)
+            continue
+        layer = make_layer(name, norm, activation and (own or activation), options, ties)
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and name in plan.overwritten:
@@ -175,20 +172,7 @@ def _make_layers(model: nn.Module, plan: Plan, options: NormOptions) -> dict[str
     return layers
 
 
-def _parts(
-    model: nn.Module, plan: Plan, name: str
-) -> tuple[nn.Module, nn.Module | None, list[nn.Module]]:
-    """A norm, its activation, and the modules between them, of this copy of the network."""
-    norm, call = model.get_submodule(name), plan.norms[name]
-    activation = call.activation and (own_activation(norm) or call.activation)
-    if call.name is not None:
-        activation = model.get_submodule(call.name)
-    return norm, activation, [model.get_submodule(inner) for inner in call.between]
-
-
-def _apply(
-    model: nn.Module, plan: Plan, layers: dict[str, nn.Module] | dict[str, NormAct2d]
-) -> None:
+def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
     """Make the plan's changes in place, with the given layers for the norms."""
     inside = [name for call in plan.norms.values() for name in call.between]
     replacements: dict[nn.Module, nn.Module] = {}

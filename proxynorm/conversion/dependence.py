@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-SUMS = {"add", "sub", "subtract", "rsub", "radd", "sum", "mean"}
-PRODUCTS = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv"}
-POWERS = {"pow", "square", "rpow"}
-GATES = {"sigmoid", "hardsigmoid", "softmax"}
+_SUMS = {"add", "sub", "subtract", "rsub", "radd", "sum", "mean"}
+_PRODUCTS = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv"}
+_POWERS = {"pow", "square", "rpow"}
+_GATES = {"sigmoid", "hardsigmoid", "softmax"}
 _LAYERS = {"linear", "bilinear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "tensordot"}
 _LAYERS |= {"scaled_dot_product_attention", "multi_head_attention_forward", "normalize"}
 _LAYERS |= {"lstm", "gru"}
@@ -26,7 +26,7 @@ _NO_VALUES = ("empty_like", "new_", "rand_like", "randn_like", "isnan", "isinf",
 def plain_name(func: object) -> str:
     """A torch function's name, without the marks of operators and of in-place variants."""
     name: str = getattr(func, "__name__", "").strip("_")
-    return name[1:] if name[1:] in SUMS | PRODUCTS | POWERS else name
+    return name[1:] if name[1:] in _SUMS | _PRODUCTS | _POWERS else name
 
 
 def holds_no_value(name: str) -> bool:
@@ -34,16 +34,42 @@ def holds_no_value(name: str) -> bool:
     return name.startswith(_NO_VALUES)
 
 
-def is_layer(name: str) -> bool:
-    """True for convolutions, linear layers, attention and norms."""
-    return name in _LAYERS or name.startswith("conv") or name.endswith("_norm")
+def is_power(name: str, factors: int) -> bool:
+    """True for powers, and for the product of one value with itself, held by so many tensors."""
+    return name in _POWERS or (name in _PRODUCTS and factors > 1)
 
 
-def is_pool(name: str, args: tuple[Any, ...]) -> bool:
-    """True for what takes means or extremes of positions, and for dropout."""
+def effect(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    on: Collection[Tensor],
+    is_alone: bool,
+) -> str:
+    """What a call does to the value that some of its tensors hold.
+
+    "layer": it feeds a convolution, a linear layer, attention or a norm; "sum" or "product": it is
+    joined with another value; "gate": it becomes a number from 0 to 1; "linear": scaled, moved,
+    pooled; "none": the result does not depend on it; "other": an activation, perhaps.
+
+    Args:
+        on: the tensors that hold the value.
+        is_alone: no tensor of the call depends on other data.
+    """
+    if name in _LAYERS or name.startswith("conv") or name.endswith("_norm"):
+        return "layer"
+    if name in _GATES:
+        return "gate"
     # torch.max(y, other) is no pool but a curve
     is_extreme = name in _EXTREMES and len(tensors_in(args)) == 1
-    return is_extreme or name in ("sum", "mean") or any(pool in name for pool in _POOLS)
+    is_mean = is_alone and name in ("sum", "mean")
+    if is_extreme or is_mean or any(pool in name for pool in _POOLS):
+        return "linear"
+    depends = dependence(func, args, kwargs, on)
+    if depends != "other" and not is_alone and name in _SUMS | _PRODUCTS:
+        return "sum" if name in _SUMS else "product"
+    return depends
 
 
 def tensors_in(values: object) -> list[Tensor]:

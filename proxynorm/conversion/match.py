@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from proxynorm.conversion.kinds import is_norm, own_activation
 from proxynorm.conversion.observe import NormCall, Observation
-from proxynorm.conversion.rewrite import CannotRewriteError, Edit, Site, plan_edits
+from proxynorm.conversion.rewrite import CannotRewriteError, Edits, Site, plan_edits
 from proxynorm.nn.freeze import hand_on_copy
 
 NOT_CALLED = "no call of it was seen when the network ran on the example inputs"
@@ -28,15 +28,15 @@ class Plan:
         overwritten: those of them whose result the network changes in place.
         left: the norms that stay, each with the reason.
         identities: activation modules that the identity replaces.
-        edits: calls to take out of the methods of modules.
-        sites: where those calls are.
+        edits: new methods of modules, without the calls of activations.
+        sites: where those calls were.
     """
 
     norms: dict[str, NormCall] = field(default_factory=dict)
     overwritten: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
     identities: list[str] = field(default_factory=list)
-    edits: dict[str, tuple[Edit, ...]] = field(default_factory=dict)
+    edits: dict[str, Edits] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
 
 
@@ -96,7 +96,7 @@ def _matching(option: str, patterns: Iterable[str], norms: Iterable[str], kind: 
 def _hindrance(norm: Any, calls: list[NormCall], seen: Observation, is_bare: bool) -> str | None:
     """Why a norm cannot be replaced; None if it can.
 
-    What two calls have between norm and activation is not compared here: it is verified.
+    What calls have between norm and activation is not compared here: it is verified.
     """
     libraries = ("torch.", "timm.", "torchvision.", "proxynorm.")
     if not type(norm).forward.__module__.startswith(libraries):
@@ -118,7 +118,7 @@ def _hindrance(norm: Any, calls: list[NormCall], seen: Observation, is_bare: boo
     if is_bare:
         return None
     activation = calls[0].activation
-    if any(_state(call.activation) != _state(activation) for call in calls):
+    if len({_key(call.activation) for call in calls}) > 1:
         return "its calls, or training and evaluation, differ in the activation behind it"
     if activation is not None and _has_hooks(activation):
         return "the activation behind it has hooks, which would be lost: remove them first"
@@ -131,15 +131,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(hook is not hand_on_copy for hook in hooks)
 
 
-def _state(activation: nn.Module | None) -> object:
-    """Equal for activations that compute the same: classes, attributes and parameters are alike."""
-    modules = [] if activation is None else list(activation.modules())
-    ignored = ("training", "inplace")
-    attributes = [
-        {k: repr(v) for k, v in vars(m).items() if k[0] != "_" and k not in ignored}
-        for m in modules
-    ]
-    return [type(m) for m in modules], attributes, [id(p) for m in modules for p in m.parameters()]
+def _key(activation: nn.Module | None) -> object:
+    """Class and parameters; activations that differ in more are told apart by verification."""
+    return activation and (type(activation), *map(id, activation.parameters()))
 
 
 def _plan_activations(
@@ -149,18 +143,15 @@ def _plan_activations(
 
     Return the norms whose activation cannot be taken out, with the reason.
     """
-    others = [(site, name) for site, name, call in seen.activations if call not in {*joined}]
-    shared_sites, shared_modules = ({each[i] for each in others} for i in range(2))
-    plan.identities = sorted({c.name for c in joined if c.name is not None} - shared_modules)
+    shared = {name for name, call in seen.activations if call not in {*joined}}
+    plan.identities = sorted({c.name for c in joined if c.name is not None} - shared)
     by_owner: dict[str, list[NormCall]] = {}
     refused = {}
     for call in joined:
         site = call.site
         if site is None or call.name in plan.identities:
             continue
-        if site in shared_sites:
-            refused[call.norm] = f"the call of its activation at {site} serves other values too"
-        elif site.owner is None:
+        if site.owner is None:
             refused[call.norm] = (
                 f"its activation at {site} is called in no plain method of a module"
             )

@@ -20,18 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from proxynorm.conversion.dependence import (
-    GATES,
-    POWERS,
-    PRODUCTS,
-    SUMS,
-    dependence,
-    holds_no_value,
-    is_layer,
-    is_pool,
-    plain_name,
-    tensors_in,
-)
+from proxynorm.conversion.dependence import effect, holds_no_value, is_power, plain_name, tensors_in
 from proxynorm.conversion.kinds import activation_of_call, is_norm, kind_of, own_activation
 from proxynorm.conversion.rewrite import Site, running_site
 from proxynorm.conversion.run import Run, copy_to_run, run, runs_of
@@ -83,14 +72,14 @@ class Observation:
 
     Attributes:
         calls: every call of a norm.
-        activations: of every call of an activation its site, the name of its module (None for a
-            function), and the norm call that it is right behind (None if it is behind none).
+        activations: of every call of an activation module its name, and the norm call that it is
+            right behind; None if it is behind none.
         feeding: names of the convolutions whose output reaches a norm, alone or in a sum.
         errors: by mode, why the network did not run in it.
     """
 
     calls: list[NormCall] = field(default_factory=list)
-    activations: list[tuple[Site, str | None, NormCall | None]] = field(default_factory=list)
+    activations: list[tuple[str, NormCall | None]] = field(default_factory=list)
     feeding: set[str] = field(default_factory=set)
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -256,10 +245,10 @@ class Observer(TorchFunctionMode):
     ) -> None:
         """Join an activation with the norm call before it, if it is right behind one."""
         trace, label = self._trace(x), type(activation).__name__
-        site = self._site(name.rpartition(".")[2] if name else label)
         call = trace.direct
         if call is not None and call.activation is None:
-            call.activation, call.name, call.site = activation, name, site
+            call.activation, call.name = activation, name
+            call.site = self._site(name.rpartition(".")[2] if name else label)
             call.value, call.version = output, output._version
             call.uses += 1
         else:
@@ -267,7 +256,8 @@ class Observer(TorchFunctionMode):
             for source, path in trace.sources.items():
                 through = f" behind {', '.join(path)}" if path else ""
                 source.blame(f"the activation {label}{through} cannot be joined with it")
-        self.seen.activations.append((site, name, call))
+        if name is not None:
+            self.seen.activations.append((name, call))
         self._set(output, _Trace(activated=call))
 
     def _note_gate_or_between(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -296,20 +286,20 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = tensors_in((args, kwargs))
         known = [t for t in inputs if id(t) in self.traces]
-        if self.depth or not known:
-            return func(*args, **kwargs)
         name = plain_name(func)
+        if self.depth or not known or holds_no_value(name):
+            return func(*args, **kwargs)
         activation = activation_of_call(name, args, kwargs)
         if activation is not None:
             output = func(*args, **kwargs)
             self._note_activation(activation, inputs[0], output, None)
             return output
         versions = [t._version for t in known]
-        trace = None if holds_no_value(name) else self._follow(name, func, args, kwargs, known)
+        trace = self._follow(name, func, args, kwargs, known)
         output = func(*args, **kwargs)
         changed = [t for t, version in zip(known, versions) if t._version != version]
         results = [t for t in tensors_in(output) if not any(t is k for k in known)]
-        if trace is not None and (results or changed):
+        if results or changed:
             for call in {d for t in known if (d := self._trace(t).direct) is not None}:
                 call.uses += 1
             for tensor in (*results, *changed):
@@ -329,36 +319,30 @@ class Observer(TorchFunctionMode):
         Blames the norms whose value the call changes in other ways than a layer does.
         """
         traces = [self._trace(t) for t in known]
-        self._blame_curves_of_activations(name, traces)
+        for call in {t.activated for t in traces if t.activated is not None}:
+            # relu(y)² and relu(y)·relu(y) are activations of their own
+            if all(t.activated is call for t in traces) and is_power(name, len(traces)):
+                call.problem = self._by_hand([type(call.activation).__name__, name])
         convs = frozenset().union(*(t.convs for t in traces))
         result = _Trace(convs=convs, is_mixed=any(t.is_mixed for t in traces))
-        is_gate = name in GATES
-        is_linear = is_layer(name) or is_gate or is_pool(name, args)
-        for source in {source: None for t in traces for source in t.sources}:
+        sources = {source: None for t in traces for source in t.sources}
+        for source in sources:
             holders = [t for t in known if source in self._trace(t).sources]
             path = [*self._trace(holders[0]).sources[source], name]
             is_gated = any(source in t.gated for t in traces)
-            is_pure = not any(t.is_mixed or set(t.sources) != {source} for t in traces)
-            is_end = is_layer(name) or (name in SUMS | PRODUCTS and not is_pure)
-            if is_end and is_gated and (name in SUMS or len(holders) == len(known)):
-                told = ", ".join(path[:-1])
-                source.blame(f"the sigmoid behind it ({told}) gates no other value")
-            depends = "linear" if is_linear else dependence(func, args, kwargs, holders)
-            if depends == "other":
+            is_alone = not result.is_mixed and len(sources) == 1
+            does = effect(name, func, args, kwargs, holders, is_alone)
+            if does == "other":
                 source.blame(self._by_hand(path))
-            if is_end:
+            elif does in ("layer", "sum", "product"):
                 result.is_mixed = True
-            elif depends != "none":
+                if is_gated and (does == "sum" or len(holders) == len(known)):
+                    told = ", ".join(path[:-1])
+                    source.blame(f"the sigmoid behind it ({told}) gates no other value")
+            elif does != "none":
                 result.sources[source] = path
-                result.gated |= {source} if is_gated or is_gate else set()
+                result.gated |= {source} if is_gated or does == "gate" else set()
         return result
-
-    def _blame_curves_of_activations(self, name: str, traces: list[_Trace]) -> None:
-        """relu(y)² and relu(y)·relu(y) are activations of their own."""
-        for call in {t.activated for t in traces if t.activated is not None}:
-            is_product = name in PRODUCTS and len(traces) > 1
-            if name in POWERS or (is_product and all(t.activated is call for t in traces)):
-                call.problem = self._by_hand([type(call.activation).__name__, name])
 
     # Helpers
 

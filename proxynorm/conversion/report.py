@@ -35,11 +35,11 @@ class ConversionReport(list[ConversionRow]):
         return "\n".join(f"{m:<{widths[0]}}  {k:<{widths[1]}}  {a}" for m, k, a in rows)
 
 
-def report_of(model: nn.Module, plan: Plan, layers: dict[str, NormAct2d]) -> ConversionReport:
+def report_of(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:
     """List what the plan does with each module, in the network's order; made before it is done."""
     actions = {name: f"left as it is: {why}" for name, why in plan.left.items()}
-    for name, edits in plan.edits.items():
-        count = sum(len(edit.ordinals) for edit in edits)
+    for name in plan.edits:
+        count = sum(site.owner == name for site in plan.sites)
         calls = "1 activation call" if count == 1 else f"{count} activation calls"
         actions[name] = f"{calls} of its forward joined with norms"
     for name, layer in layers.items():
@@ -57,8 +57,9 @@ def report_of(model: nn.Module, plan: Plan, layers: dict[str, NormAct2d]) -> Con
     return rows
 
 
-def _describe(norm: nn.Module, layer: NormAct2d) -> str:
+def _describe(norm: nn.Module, layer: nn.Module) -> str:
     """The action of a norm's row."""
+    assert isinstance(layer, NormAct2d)
     kind = layer.kind.upper()
     if not layer.apply_act:
         dropped = layer.bias is None and getattr(norm, "bias", None) is not None

@@ -13,10 +13,10 @@ import __future__
 import ast
 import copy
 import functools
-import hashlib
 import itertools
 import linecache
 import types
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
@@ -27,6 +27,10 @@ from torch import nn
 _MODULE = nn.modules.module.__file__
 _PLUMBING = {_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._tensor.__file__}
 _COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
+
+
+# A method's name, and its new source.
+Edits = tuple[tuple[str, str], ...]
 
 
 class CannotRewriteError(ValueError):
@@ -55,21 +59,6 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Calls to take out of one method.
-
-    Attributes:
-        method: its name.
-        ordinals: which of its calls, in the order of ast.walk.
-        checksum: of its source, so that an unpickled module notices another version of it.
-    """
-
-    method: str
-    ordinals: tuple[int, ...]
-    checksum: str
 
 
 def running_site(
@@ -125,33 +114,45 @@ class RewrittenModule:
     """Mixin of generated classes; their objects copy and pickle by the original class and edits."""
 
     _original: type[nn.Module]
-    _edits: tuple[Edit, ...]
+    _edits: Edits
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _blank, (self._original, self._edits), self.__dict__
 
 
-def plan_edits(module: nn.Module, sites: Iterable[Site]) -> tuple[Edit, ...]:
-    """The edits of one module's methods that take out the calls at the given sites.
+def plan_edits(module: nn.Module, sites: Iterable[Site]) -> Edits:
+    """The source of one module's methods without the calls at the given sites.
 
     Raises:
-        CannotRewriteError: a call's source cannot be found.
+        CannotRewriteError: a call's source cannot be found, or not its input.
     """
     if isinstance(module, RewrittenModule):
         raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
-    by_method: dict[str, list[Site]] = {}
+    nodes: dict[str, ast.FunctionDef] = {}
+    chosen = []
     for site in sites:
-        by_method.setdefault(site.method, []).append(site)
-    return tuple(_edit(type(module), name, group) for name, group in by_method.items())
+        if site.method not in nodes:
+            nodes[site.method] = copy.deepcopy(_source_node(getattr(type(module), site.method)))
+        at = [call for call in ast.walk(nodes[site.method]) if _is_at(call, site)]
+        if len(at) != 1:
+            told = "is not found in the source"
+            if site.column is None:
+                told = "is not told from others on its line: Python 3.11 and later can"
+            raise CannotRewriteError(f"the call {told}")
+        chosen += at
+    for node in nodes.values():
+        _TakeOut(chosen).visit(node)
+        node.decorator_list = []
+    return tuple((name, ast.unparse(node)) for name, node in nodes.items())
 
 
-def apply_edits(module: nn.Module, edits: tuple[Edit, ...]) -> None:
+def apply_edits(module: nn.Module, edits: Edits) -> None:
     """Make the module, in place, an object of a generated subclass with the edited methods."""
     module.__class__ = _rewritten_class(type(module), edits)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _rewritten_class(original: Any, edits: tuple[Edit, ...]) -> type[nn.Module]:
+def _rewritten_class(original: Any, edits: Edits) -> type[nn.Module]:
     namespace: dict[str, object] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -159,36 +160,20 @@ def _rewritten_class(original: Any, edits: tuple[Edit, ...]) -> type[nn.Module]:
         "_original": original,
         "_edits": edits,
     }
-    for edit in edits:
-        namespace[edit.method] = _edited(getattr(original, edit.method), edit)
+    for method, text in edits:
+        namespace[method] = _compiled(getattr(original, method), text)
     return type(original.__name__, (RewrittenModule, original), namespace)
 
 
-def _blank(original: Any, edits: tuple[Edit, ...]) -> nn.Module:
+def _blank(original: Any, edits: Edits) -> nn.Module:
     """An object of the rewritten class without state, for copying and unpickling."""
     rewritten = _rewritten_class(original, edits)
     return rewritten.__new__(rewritten)
 
 
-def _edit(kind: type[nn.Module], method: str, sites: list[Site]) -> Edit:
-    node = _source_node(getattr(kind, method))
-    ordinals = set()
-    for site in sites:
-        at = [i for i, call in enumerate(_calls(node)) if _is_at(call, site)]
-        if len(at) != 1:
-            told = "is not found in the source"
-            if site.column is None:
-                told = "is not told from others on its line: Python 3.11 and later can"
-            raise CannotRewriteError(f"the call {told}")
-        ordinals.add(at[0])
-    return Edit(method, tuple(sorted(ordinals)), _checksum(node))
-
-
-def _calls(node: ast.AST) -> list[ast.Call]:
-    return [child for child in ast.walk(node) if isinstance(child, ast.Call)]
-
-
-def _is_at(call: ast.Call, site: Site) -> bool:
+def _is_at(call: ast.AST, site: Site) -> bool:
+    if not isinstance(call, ast.Call):
+        return False
     if site.column is not None:
         return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
     # the line alone does not tell calls apart, their names may: F.leaky_relu(x), y.relu_()
@@ -216,10 +201,6 @@ def _parsed(filename: str) -> ast.Module:
         raise CannotRewriteError("its source is not at hand") from error
 
 
-def _checksum(node: ast.AST) -> str:
-    return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:12]
-
-
 class _TakeOut(ast.NodeTransformer):
     """Replaces the chosen calls by their input."""
 
@@ -240,35 +221,15 @@ class _TakeOut(ast.NodeTransformer):
         return value
 
 
-def _edited(function: types.FunctionType, edit: Edit) -> types.FunctionType:
-    """The function without the edit's calls; it shares the original's globals and closure.
-
-    Raises:
-        CannotRewriteError: the source is not that of which the edit was made.
-    """
-    node = _source_node(function)
-    if _checksum(node) != edit.checksum:
-        raise CannotRewriteError(
-            f"the source of {function.__qualname__} changed since its network was converted: "
-            "convert it again"
-        )
-    node = copy.deepcopy(node)
-    calls = _calls(node)
-    _TakeOut([calls[i] for i in edit.ordinals]).visit(node)
-    node.decorator_list = []
-    return _compiled(function, ast.unparse(ast.fix_missing_locations(node)), edit)
-
-
-def _compiled(function: types.FunctionType, text: str, edit: Edit) -> types.FunctionType:
-    """Compile a method's new text in a class of the same name, with the same free variables."""
+def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
+    """A method with new source, and the globals, free variables and defaults of the original."""
     names = function.__qualname__.split(".")
     owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     body = "\n".join("        " + line for line in text.splitlines())
     source = f"def _outer({free}):\n    class {owner}:\n{body}\n"
-    filename = (
-        f"<proxynorm {function.__module__}.{function.__qualname__} {edit.checksum} {edit.ordinals}>"
-    )
+    sum_of_text = zlib.crc32(text.encode())
+    filename = f"<proxynorm {function.__module__}.{function.__qualname__} {sum_of_text:08x}>"
     # inspect and torch.jit.script read the source from here
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag

@@ -9,6 +9,7 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +48,13 @@ def copy_to_run(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     for module in model.modules():
         own = (*vars(module).values(), *module._parameters.values(), *module._buffers.values())
-        for value in (v for v in own if isinstance(v, Tensor)):
-            if _has_no_values(value):
-                values = _random(value.shape).to(value.dtype)
-                memo[id(value)] = (
-                    nn.Parameter(values) if isinstance(value, nn.Parameter) else values
-                )
-            elif not value.is_leaf:  # deepcopy refuses these
-                memo[id(value)] = value.detach().clone()
+        for tensor in (value for value in own if isinstance(value, Tensor)):
+            if _has_no_values(tensor):
+                values = _random(tensor.shape).to(tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(values) if is_parameter else values
+            elif not tensor.is_leaf:  # deepcopy refuses these
+                memo[id(tensor)] = tensor.detach().clone()
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -107,27 +107,19 @@ def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
 
 def runs_of(model: nn.Module, example_inputs: object) -> Iterator[Run]:
     """Ways to call the network: the given one, or guesses at its images in the order to try."""
-    if example_inputs is None:
-        yield from map(_call_with, _guessed(model))
-    elif callable(example_inputs) and not isinstance(example_inputs, Tensor):
+    if callable(example_inputs) and not isinstance(example_inputs, Tensor):
         yield example_inputs
-    else:
-        yield _call_with(example_inputs)
+        return
+    for inputs in _guessed(model) if example_inputs is None else [example_inputs]:
+        yield partial(_call_with, inputs)
 
 
-def _call_with(inputs: object) -> Run:
-    """Calls a network with a fresh copy of the inputs.
-
-    A tuple holds its arguments, a dict those by keyword.
-    """
-
-    def call(model: nn.Module) -> object:
-        fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-        if isinstance(fresh, tuple):
-            return model(*fresh)
-        return model(**fresh) if isinstance(fresh, dict) else model(fresh)
-
-    return call
+def _call_with(inputs: object, model: nn.Module) -> object:
+    """Call a network with a fresh copy of the inputs: a tuple's one by one, a dict's by keyword."""
+    fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+    if isinstance(fresh, tuple):
+        return model(*fresh)
+    return model(**fresh) if isinstance(fresh, dict) else model(fresh)
 
 
 def _guessed(model: nn.Module) -> Iterator[Tensor]:

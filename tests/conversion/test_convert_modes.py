@@ -140,7 +140,7 @@ def parts() -> dict[str, nn.Module]:
         ),
         (
             lambda s, x: s.l(s.bn(s.end(s.k(behind(s, x))))),
-            "cannot place bn .*its calls, or .* differ in the activation",
+            "computes something else, first in the model itself",
         ),
         (
             lambda s, x: s.end(s.a(s.blur(behind(s, x)) if s.training else behind(s, x))),
