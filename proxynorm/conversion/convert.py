@@ -155,7 +155,8 @@ def _layers(
     ties: Ties = {}
     for name, call in plan.norms.items():
         norm = model.get_submodule(name)
-        own, activation = own_activation(norm), call.activation
+        own = own_activation(norm)
+        activation = call.activation if own is None else own
         if call.name is not None:
             activation = model.get_submodule(call.name)
         between = [model.get_submodule(inner) for inner in call.between]
@@ -163,7 +164,7 @@ def _layers(
             follows = [] if activation is None or own is not None else [activation]
             layers[name] = StandIn(norm, *between, *follows)
             continue
-        layer = make_layer(name, norm, activation and (own or activation), options, ties)
+        layer = make_layer(name, norm, activation, options, ties)
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and name in plan.overwritten:

@@ -27,13 +27,10 @@ _NORM_NAME = re.compile(r"Norm(Act)?(\d?d)?$")
 def is_norm(module: nn.Module) -> bool:
     """Return whether convert can replace the module: one affine per channel, channels first."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, NormAct2d)
-    is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in type(module).__name__
-    return isinstance(module, kinds) or is_channels_first or is_frozen_batch_norm(module)
-
-
-def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """True for torchvision's, timm's and detectron2's batch norm of constants."""
-    return type(module).__name__.startswith("FrozenBatchNorm")
+    name = type(module).__name__
+    is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in name
+    # torchvision, timm and detectron2 each have a batch norm of constants
+    return isinstance(module, kinds) or is_channels_first or name.startswith("FrozenBatchNorm")
 
 
 def is_other_norm(module: nn.Module) -> bool:

@@ -133,7 +133,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _key(activation: nn.Module | None) -> object:
     """Class and parameters; activations that differ in more are told apart by verification."""
-    return activation and (type(activation), *map(id, activation.parameters()))
+    return None if activation is None else (type(activation), *map(id, activation.parameters()))
 
 
 def _plan_activations(
@@ -143,20 +143,19 @@ def _plan_activations(
 
     Return the norms whose activation cannot be taken out, with the reason.
     """
-    shared = {name for name, call in seen.activations if call not in {*joined}}
+    found = set(joined)
+    shared = {name for name, call in seen.activations if call not in found}
     plan.identities = sorted({c.name for c in joined if c.name is not None} - shared)
     by_owner: dict[str, list[NormCall]] = {}
     refused = {}
     for call in joined:
-        site = call.site
-        if site is None or call.name in plan.identities:
+        if call.site is None or call.name in plan.identities:
             continue
-        if site.owner is None:
-            refused[call.norm] = (
-                f"its activation at {site} is called in no plain method of a module"
-            )
+        if call.site.owner is not None:
+            by_owner.setdefault(call.site.owner, []).append(call)
         else:
-            by_owner.setdefault(site.owner, []).append(call)
+            why = f"its activation at {call.site} is called in no plain method of a module"
+            refused[call.norm] = why
     for owner, calls in by_owner.items():
         sites = {call.site for call in calls if call.site is not None}
         try:

@@ -325,7 +325,7 @@ class Observer(TorchFunctionMode):
                 call.problem = self._by_hand([type(call.activation).__name__, name])
         convs = frozenset().union(*(t.convs for t in traces))
         result = _Trace(convs=convs, is_mixed=any(t.is_mixed for t in traces))
-        sources = {source: None for t in traces for source in t.sources}
+        sources = dict.fromkeys(source for t in traces for source in t.sources)
         for source in sources:
             holders = [t for t in known if source in self._trace(t).sources]
             path = [*self._trace(holders[0]).sources[source], name]

@@ -204,7 +204,7 @@ def _parsed(filename: str) -> ast.Module:
 class _TakeOut(ast.NodeTransformer):
     """Replaces the chosen calls by their input."""
 
-    def __init__(self, chosen: list[ast.Call]) -> None:
+    def __init__(self, chosen: list[ast.AST]) -> None:
         self.chosen = chosen
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
