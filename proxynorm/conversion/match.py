@@ -157,7 +157,7 @@ def _plan_activations(
             why = f"its activation at {call.site} is called in no plain method of a module"
             refused[call.norm] = why
     for owner, calls in by_owner.items():
-        sites = {call.site for call in calls if call.site is not None}
+        sites = list(dict.fromkeys(call.site for call in calls if call.site is not None))
         try:
             plan.edits[owner] = plan_edits(model.get_submodule(owner), sites)
             plan.sites += sites

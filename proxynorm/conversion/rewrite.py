@@ -83,11 +83,11 @@ def running_site(
         code = frame.f_code
         if code.co_filename not in (*_PLUMBING, plumbing):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            owner = names.get(first) if isinstance(first, nn.Module) else None
-            is_method = getattr(_method(first, code.co_name), "__code__", None) is code
             site = Site(None, code.co_name, code.co_filename, line, column, callee)
-            if owner is not None and is_method:
-                return replace(site, owner=owner)
+            # a decorated method has other code than the one that runs
+            method = getattr(type(first), code.co_name, None)
+            if isinstance(first, nn.Module) and getattr(method, "__code__", None) is code:
+                return replace(site, owner=names.get(first))
             innermost = innermost or site
             callee = code.co_name
         frame = frame.f_back
@@ -102,12 +102,6 @@ def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
         return frame.f_lineno, None
     _, line, _, column = next(itertools.islice(positions(), frame.f_lasti // 2, None))
     return line or frame.f_lineno, column
-
-
-def _method(module: object, name: str) -> types.FunctionType | None:
-    """The plain function that is the module's method of that name; None for a decorated one."""
-    method = getattr(type(module), name, None)
-    return method if isinstance(method, types.FunctionType) else None
 
 
 class RewrittenModule:
