@@ -330,7 +330,8 @@ class Observer(TorchFunctionMode):
             holders = [t for t in known if source in self._trace(t).sources]
             path = [*self._trace(holders[0]).sources[source], name]
             is_gated = any(source in t.gated for t in traces)
-            is_alone = not result.is_mixed and len(sources) == 1
+            # a branch that was dropped whole holds no source, and is another value all the same
+            is_alone = all(not t.is_mixed and set(t.sources) == {source} for t in traces)
             does = effect(name, func, args, kwargs, holders, is_alone)
             if does == "other":
                 source.blame(self._by_hand(path))
