@@ -43,20 +43,23 @@ def export_run(
     the run has no such checkpoint or summary, or if what was written does not give the same logits;
     ConfigError where a library is missing.
     """
-    if onnx:
-        check_onnx()  # before anything is written
+    for package in ("onnx", "onnxruntime", "onnxscript") if onnx else ():
+        if find_spec(package) is None:  # said before anything is written
+            raise ConfigError(f"onnx=true needs {package}: install proxynorm's extra [export]")
     run, output = Path(run), Path(output)
     restored = restore(checkpoint_path(str(run), None, weights))
     if not (run / "summary.json").is_file():
         raise CheckpointError(f"{run} has no summary.json: the run has not ended")
-    content = describe(restored, run, weights)
+    content = _describe(restored, run, weights)
     output.mkdir(parents=True, exist_ok=True)
     tensors = save({key: value.contiguous() for key, value in restored.model.state_dict().items()})
     path = output / WEIGHTS
     # safetensors' own save_file ignores the umask and leaves mode 0600.
     write_atomic(path, lambda stream: stream.write(tensors))
     write_json(output / CONFIG, content)
-    images = example_images(content["inputs"])
+    inputs = content["inputs"]
+    shape = (4, inputs["channels"], inputs["size"], inputs["size"])
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = restored.model(images)
         difference = (load_export(output).model(images) - logits).abs().max().item()
@@ -66,12 +69,12 @@ def export_run(
     path = output / "model.onnx"
     path.unlink(missing_ok=True)  # an earlier export's would contradict the new weights
     if onnx:
-        differences[path.name] = export_onnx(restored.model, path, images, logits)
+        differences[path.name] = _export_onnx(restored.model, path, images, logits)
     write_text(output / CARD, model_card(content, onnx, licence))
     return differences
 
 
-def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
+def _describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     """The content of config.json: config, inputs, metrics."""
     config = OmegaConf.to_container(OmegaConf.create((run / "config.yaml").read_text()))
     config = {key: value for key, value in config.items() if key not in PLACES}
@@ -96,26 +99,8 @@ def describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     }
 
 
-def example_images(inputs: dict[str, Any], count: int = 4) -> Tensor:
-    """Random images (count, channels, size, size) of unit scale, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (count, inputs["channels"], inputs["size"], inputs["size"])
-    return torch.randn(shape, generator=generator)
-
-
-def check_onnx() -> None:
-    """Raises ConfigError where onnx, onnxruntime or onnxscript is missing."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        if find_spec(package) is None:
-            raise ConfigError(f"onnx=true needs {package}: install proxynorm's extra [export]")
-
-
-def export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) -> float:
-    """Write the frozen model (proxy constants folded) as ONNX with any batch size.
-
-    Returns the largest difference from `logits` under onnxruntime. Raises CheckpointError if the
-    logits differ.
-    """
+def _export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) -> float:
+    """Write the frozen model as ONNX; the largest difference from `logits` under onnxruntime."""
     import onnxruntime
 
     program = torch.onnx.export(

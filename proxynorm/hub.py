@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 import proxynorm
 from proxynorm.errors import ConfigError
@@ -35,14 +34,12 @@ def push(
     try:
         # The Hub adds the owner where it is left out.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with TemporaryDirectory() as upload:
-            for name in FILES:
-                if (folder / name).is_file():
-                    (Path(upload) / name).symlink_to((folder / name).resolve())
-            if not api.file_exists(repo_id, CARD):
-                card = (folder / CARD).read_text().replace(HERE, f'"{HUB}{repo_id}"')
-                (Path(upload) / CARD).write_text(card)
-            api.upload_folder(repo_id=repo_id, folder_path=upload, commit_message=message)
+        found = [name for name in FILES if (folder / name).is_file()]
+        operations = [CommitOperationAdd(name, folder / name) for name in found]
+        if not api.file_exists(repo_id, CARD):
+            card = (folder / CARD).read_text().replace(HERE, f'"{HUB}{repo_id}"')
+            operations.append(CommitOperationAdd(CARD, card.encode()))
+        api.create_commit(repo_id, operations, commit_message=message)
     except Exception as error:  # the client's errors are those of its HTTP library, which changes
         raise ConfigError(f"push={repo_id}: {' '.join(str(error).split())[:200]}") from error
     return f"https://huggingface.co/{repo_id}"

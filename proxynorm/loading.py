@@ -51,14 +51,20 @@ def load(path: str | Path) -> Trained:
     std, crop_pct, interpolation, num_classes, label_names. Raises CheckpointError.
     """
     if str(path).startswith(HUB):
-        path = download(str(path).removeprefix(HUB))
+        from huggingface_hub import snapshot_download
+
+        try:
+            repository = str(path).removeprefix(HUB)
+            path = snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
+        except (OSError, ValueError) as error:  # not there, or not reachable
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())[:200]}") from error
     path = Path(path).expanduser()
     if path.suffix == ".safetensors" or (path / CONFIG).is_file():
         return load_export(path).model
     if not path.exists():
         raise CheckpointError(f"{path}: no such run folder, export or checkpoint")
     restored = restore(path if path.is_file() else checkpoint_path(str(path), None))
-    return described(restored.model, restored.settings, restored.content["inputs"])
+    return _described(restored.model, restored.settings, restored.content["inputs"])
 
 
 def load_export(path: str | Path) -> Exported:
@@ -84,10 +90,10 @@ def load_export(path: str | Path) -> Exported:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{weights} is damaged or of another network: {reason}") from error
-    return Exported(described(model.eval(), settings, inputs), inputs, metrics)
+    return Exported(_described(model.eval(), settings, inputs), inputs, metrics)
 
 
-def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> Trained:
+def _described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> Trained:
     """Attach timm's description of the inputs, so that timm's create_transform serves the model."""
     data, channels = settings.data, inputs["channels"]
     size = data.eval_size or data.image_size
@@ -103,13 +109,3 @@ def described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> T
         "label_names": tuple(inputs["classes"]),
     }
     return trained
-
-
-def download(repo_id: str) -> str:
-    """Fetch an export from the Hugging Face Hub; its folder. Raises CheckpointError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS])
-    except (OSError, ValueError) as error:  # not there, or not reachable
-        raise CheckpointError(f"{HUB}{repo_id}: {' '.join(str(error).split())[:200]}") from error

@@ -22,18 +22,22 @@ def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
     templates = [Path(__file__).with_name(name) for name in ("model_card.md", "model_card_onnx.md")]
     card, onnx_load = (template.read_text() for template in templates)
     recipe = {key: config[key] for key in RECIPE if config.get(key) is not None}
+    decay = config["regularization"].get("ema_decay")
+    averaged = (
+        f"moving averages of the weights, decay {decay:g}" if decay else "the weights themselves"
+    )
     shape = f"{inputs['channels']}, {inputs['size']}, {inputs['size']}"
     return card.format(
         **metrics,
         **inputs,
         **names,
-        front_matter=front_matter(names, metrics, licence),
+        front_matter=_front_matter(names, metrics, licence),
         number_of_classes=len(inputs["classes"]),
         shape=shape,
         crop=config["data"].get("eval_ratio", 1.0),
-        averaged=averaged(config),
-        recipe="\n".join(f"| {key} | {cell(value)} |" for key, value in recipe.items()),
-        requirement=requirement(),
+        averaged=averaged,
+        recipe="\n".join(f"| {key} | {_cell(value)} |" for key, value in recipe.items()),
+        requirement=_requirement(),
         folder=HERE,
         licence=licence,
         onnx=", `model.onnx` (inference, proxy constants folded)" if onnx else "",
@@ -41,7 +45,7 @@ def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
     )
 
 
-def front_matter(names: dict[str, str], metrics: dict[str, Any], licence: str) -> str:
+def _front_matter(names: dict[str, str], metrics: dict[str, Any], licence: str) -> str:
     """The metadata that the Hub shows: tags, licence, and the accuracy as an evaluation result."""
     accuracy = EvalResult(
         task_type="image-classification",
@@ -61,7 +65,7 @@ def front_matter(names: dict[str, str], metrics: dict[str, Any], licence: str) -
     ).to_yaml()
 
 
-def cell(value: Any) -> str:
+def _cell(value: Any) -> str:
     """A recipe's value as text: a group as its name and the keys that are not off."""
     if not isinstance(value, dict):
         return json.dumps(value)
@@ -70,13 +74,7 @@ def cell(value: Any) -> str:
     return f"{value['name']}: {words}" if words else value["name"]
 
 
-def averaged(config: dict[str, Any]) -> str:
-    """Say whether the evaluated weights are a moving average."""
-    decay = config["regularization"].get("ema_decay")
-    return f"moving averages of the weights, decay {decay:g}" if decay else "the weights themselves"
-
-
-def requirement() -> str:
+def _requirement() -> str:
     """Name this version for pip: the repository's commit, if it was installed from one."""
     # PEP 610: pip notes where a distribution came from, without credentials.
     try:

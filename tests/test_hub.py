@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd
 
 import proxynorm
 from proxynorm.errors import CheckpointError, ConfigError
@@ -30,8 +30,12 @@ class FolderHub:
     def file_exists(self, repo_id: str, filename: str) -> bool:
         return (self.root / repo_id / filename).is_file()
 
-    def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
-        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+    def create_commit(
+        self, repo_id: str, operations: list[CommitOperationAdd], commit_message: str
+    ) -> None:
+        for operation in operations:
+            with operation.as_file() as stream:
+                (self.root / repo_id / operation.path_in_repo).write_bytes(stream.read())
 
 
 @pytest.fixture

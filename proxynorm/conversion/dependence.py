@@ -1,4 +1,4 @@
-"""Tell by trial how the call of a torch function depends on its arguments: linearly, or not."""
+"""Tell what a call of a torch function does to a norm's value: by its name, or else by trial."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-SUMS = {"add", "sub", "subtract", "rsub", "radd", "sum", "mean"}
-PRODUCTS = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv"}
-POWERS = {"pow", "square", "rpow"}
+_SUMS = {"add", "sub", "subtract", "rsub", "radd", "sum", "mean"}
+_PRODUCTS = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv"}
+_POWERS = {"pow", "square", "rpow"}
+_GATES = {"sigmoid", "hardsigmoid", "softmax"}
 _LAYERS = {"linear", "bilinear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "tensordot"}
 _LAYERS |= {"scaled_dot_product_attention", "multi_head_attention_forward", "normalize"}
 _LAYERS |= {"lstm", "gru"}
@@ -25,7 +26,7 @@ _NO_VALUES = ("empty_like", "new_", "rand_like", "randn_like", "isnan", "isinf",
 def plain_name(func: object) -> str:
     """A torch function's name, without the marks of operators and of in-place variants."""
     name: str = getattr(func, "__name__", "").strip("_")
-    return name[1:] if name[1:] in SUMS | PRODUCTS | POWERS else name
+    return name[1:] if name[1:] in _SUMS | _PRODUCTS | _POWERS else name
 
 
 def holds_no_value(name: str) -> bool:
@@ -33,16 +34,42 @@ def holds_no_value(name: str) -> bool:
     return name.startswith(_NO_VALUES)
 
 
-def is_layer(name: str) -> bool:
-    """True for convolutions, linear layers, attention and norms."""
-    return name in _LAYERS or name.startswith("conv") or name.endswith("_norm")
+def is_power(name: str, factors: int) -> bool:
+    """True for powers, and for the product of one value with itself, held by so many tensors."""
+    return name in _POWERS or (name in _PRODUCTS and factors > 1)
 
 
-def is_pool(name: str, args: tuple[Any, ...]) -> bool:
-    """True for what takes means or extremes of positions, and for dropout."""
+def effect(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    on: Collection[Tensor],
+    is_alone: bool,
+) -> str:
+    """What a call does to the value that some of its tensors hold.
+
+    "layer": it feeds a convolution, a linear layer, attention or a norm; "sum" or "product": it is
+    joined with another value; "gate": it becomes a number from 0 to 1; "linear": scaled, moved,
+    pooled; "none": the result does not depend on it; "other": an activation, perhaps.
+
+    Args:
+        on: the tensors that hold the value.
+        is_alone: no tensor of the call depends on other data.
+    """
+    if name in _LAYERS or name.startswith("conv") or name.endswith("_norm"):
+        return "layer"
+    if name in _GATES:
+        return "gate"
     # torch.max(y, other) is no pool but a curve
     is_extreme = name in _EXTREMES and len(tensors_in(args)) == 1
-    return is_extreme or name in ("sum", "mean") or any(pool in name for pool in _POOLS)
+    is_mean = is_alone and name in ("sum", "mean")
+    if is_extreme or is_mean or any(pool in name for pool in _POOLS):
+        return "linear"
+    depends = dependence(func, args, kwargs, on)
+    if depends != "other" and not is_alone and name in _SUMS | _PRODUCTS:
+        return "sum" if name in _SUMS else "product"
+    return depends
 
 
 def tensors_in(values: object) -> list[Tensor]:
@@ -56,7 +83,7 @@ def dependence(
 ) -> str:
     """How a call depends on some of its tensors: "linear" (or affine), "none", or "other".
 
-    f(0), f(y), f(−y) and f(100y) tell.
+    f(0), f(y) and f(−100y) tell: for an affine f they lie on one line.
     """
     ids = {id(t) for t in on}
 
@@ -74,21 +101,20 @@ def dependence(
     try:
         if not all(t.is_floating_point() for t in on):
             return "other"
-        zero, one, minus, large = (scaled(factor) for factor in (0.0, 1.0, -1.0, 100.0))
+        zero, one, far = (scaled(factor) for factor in (0.0, 1.0, -100.0))
     except (RuntimeError, TypeError):
         return "other"
-    if all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(zero, one, minus)):
+    if all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(zero, one, far)):
         return "none"
     if not all(t.is_floating_point() or t.is_complex() for t in one):
         return "other"
-    is_linear = all(_on_one_line(*values) for values in zip(zero, one, minus, large))
-    return "linear" if is_linear else "other"
+    return "linear" if all(map(_on_one_line, zero, one, far)) else "other"
 
 
-def _on_one_line(zero: Tensor, one: Tensor, minus: Tensor, large: Tensor) -> bool:
-    """Return whether f(0), f(y), f(−y) and f(100y) are those of an affine f, to rounding."""
+def _on_one_line(zero: Tensor, one: Tensor, far: Tensor) -> bool:
+    """Return whether f(0), f(y) and f(−100y) are those of an affine f, to rounding."""
     step, eps = one - zero, torch.finfo(one.dtype).eps
     # y may be a small part of f, as behind a layer scale of 1e-5: then f's own rounding counts
     bound = (eps**0.5 * step.abs().max()).maximum(16 * eps * one.abs().max()).clamp_min(1e-30)
-    is_odd = ((minus - zero + step).abs() <= bound).all()
-    return bool(is_odd and ((large - zero - 100 * step).abs() <= 100 * bound).all())
+    # not ≤: a step to infinity lies on no line
+    return bool(((far - zero + 100 * step).abs() < 100 * bound).all())

@@ -21,29 +21,20 @@ _FUNCTIONAL = {
     for name, kind in vars(nn.modules.activation).items()
     if isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.PReLU
 }
-_GATE_FUNCTIONS = {"sigmoid", "hardsigmoid", "softmax"}
 _NORM_NAME = re.compile(r"Norm(Act)?(\d?d)?$")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether convert can replace the module.
-
-    A norm with one affine per channel, channels first.
-    """
+    """Return whether convert can replace the module: one affine per channel, channels first."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, NormAct2d)
-    is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in type(module).__name__
-    return isinstance(module, kinds) or is_channels_first or is_frozen_batch_norm(module)
-
-
-def is_frozen_batch_norm(module: nn.Module) -> bool:
-    """True for torchvision's, timm's and detectron2's batch norm of constants."""
-    return type(module).__name__.startswith("FrozenBatchNorm")
+    name = type(module).__name__
+    is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in name
+    # torchvision, timm and detectron2 each have a batch norm of constants
+    return isinstance(module, kinds) or is_channels_first or name.startswith("FrozenBatchNorm")
 
 
 def is_other_norm(module: nn.Module) -> bool:
-    """Return whether the module is a norm that convert does not replace, such as a layer norm over
-    the last axis.
-    """
+    """True for a norm that convert does not replace, such as a layer norm over the last axis."""
     is_leaf = next(module.children(), None) is None and not type(module).__name__.startswith("_")
     return is_leaf and not is_norm(module) and bool(_NORM_NAME.search(type(module).__name__))
 
@@ -56,34 +47,27 @@ def own_activation(norm: nn.Module) -> nn.Module | None:
 
 def is_activation(module: nn.Module) -> bool:
     """Return whether the module acts on each element alone, and is neither linear nor a gate."""
-    # Hardtanh(0, 1) looks like a gate; PReLU may have a slope per channel
-    return isinstance(module, (nn.PReLU, nn.Hardtanh)) or _tried(module) == "activation"
+    return kind_of(module) == "activation"
 
 
-def is_gate(module: nn.Module) -> bool:
-    """Return whether the module gives numbers from 0 to 1, to multiply another value with."""
-    return not isinstance(module, nn.Hardtanh) and _tried(module) == "gate"
+def kind_of(module: nn.Module) -> str | None:
+    """The part that a module plays for a norm; None for one whose own calls have to be watched.
 
-
-def may_stand_between(module: nn.Module) -> bool:
-    """Return whether the module may stand between a norm and its activation.
-
-    It drops, blurs or pools.
+    "norm"; "activation"; "gate": gives numbers from 0 to 1, to multiply another value with;
+    "between": drops, blurs or pools, and may stand between a norm and its activation.
     """
     name = type(module).__name__
-    known = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
-    return isinstance(module, known) or "DropBlock" in name or "BlurPool" in name
-
-
-def idles(module: nn.Module) -> bool:
-    """Return whether the module does nothing in evaluation.
-
-    A subclass may: Monte Carlo dropout is one.
-    """
-    kind = type(module)
-    return kind in (nn.Identity, nn.Dropout, nn.Dropout2d) or (
-        kind.__module__.startswith("timm.") and "DropBlock" in kind.__name__
-    )
+    if is_norm(module):
+        return "norm"
+    # Hardtanh(0, 1) looks like a gate; PReLU may have a slope per channel
+    if isinstance(module, (nn.PReLU, nn.Hardtanh)):
+        return "activation"
+    pools = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
+    if isinstance(module, pools) or "DropBlock" in name or "BlurPool" in name:
+        return "between"
+    if module not in _tried:
+        _tried[module] = _try(module)
+    return _tried[module]
 
 
 def activation_of_call(
@@ -101,15 +85,10 @@ def activation_of_call(
     return module if is_activation(module) else None
 
 
-def is_gate_function(name: str) -> bool:
-    """Return whether the torch function of that name computes a gate."""
-    return name.rstrip("_") in _GATE_FUNCTIONS
-
-
 def recognized(activation: nn.Module) -> nn.Module:
     """The activation, or torch's own of the same class name if both compute the same.
 
-    It has closed-form moments.
+    torch's own has closed-form moments.
     """
     name = class_name(activation)
     has_parameters = next(activation.parameters(), None) is not None
@@ -119,13 +98,7 @@ def recognized(activation: nn.Module) -> nn.Module:
     return same if torch.allclose(_run(activation, x), same(x), atol=1e-5) else activation
 
 
-_trials: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
-
-
-def _tried(module: nn.Module) -> str | None:
-    if module not in _trials:
-        _trials[module] = _try(module)
-    return _trials[module]
+_tried: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def _try(module: nn.Module) -> str | None:
@@ -140,17 +113,17 @@ def _try(module: nn.Module) -> str | None:
         return None
     x = torch.linspace(-8, 8, 120, device="cpu").view(2, 3, 4, 5)
     flipped = x.flip(0, 1, 2, 3)
-    even = torch.arange(5, device="cpu") % 2 == 0
+    is_even = torch.arange(5, device="cpu") % 2 == 0
     try:
         y, y_flipped, y_mixed = (
-            _run(module, v) for v in (x, flipped, torch.where(even, x, flipped))
+            _run(module, v) for v in (x, flipped, torch.where(is_even, x, flipped))
         )
         if y.shape != x.shape or not y.isfinite().all():
             return None
     except Exception:  # a module that does not take maps is neither
         return None
     is_placeless = torch.allclose(y_flipped, y.flip(0, 1, 2, 3), atol=1e-5)
-    is_elementwise = torch.allclose(y_mixed, torch.where(even, y, y_flipped), atol=1e-5)
+    is_elementwise = torch.allclose(y_mixed, torch.where(is_even, y, y_flipped), atol=1e-5)
     steps = y.flatten().double().diff()
     if not (is_placeless and is_elementwise and steps.max() - steps.min() >= 1e-3):
         return None

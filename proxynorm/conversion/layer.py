@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxynorm.conversion.kinds import is_frozen_batch_norm, recognized
+from proxynorm.conversion.kinds import recognized
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
 
@@ -51,11 +51,11 @@ def make_layer(
 
 
 def _channels(norm: Any) -> int:
-    if hasattr(norm, "num_features"):
-        return int(norm.num_features)
-    if is_frozen_batch_norm(norm):
+    if getattr(norm, "weight", None) is not None:
         return len(norm.weight)
-    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0])
+    if isinstance(norm, nn.LayerNorm):
+        return norm.normalized_shape[0]
+    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)
 
 
 def _own(activation: nn.Module) -> nn.Module:

@@ -14,25 +14,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from proxynorm.conversion import kinds
-from proxynorm.conversion.dependence import (
-    POWERS,
-    PRODUCTS,
-    SUMS,
-    dependence,
-    holds_no_value,
-    is_layer,
-    is_pool,
-    plain_name,
-    tensors_in,
-)
+from proxynorm.conversion.dependence import effect, holds_no_value, is_power, plain_name, tensors_in
+from proxynorm.conversion.kinds import activation_of_call, is_norm, kind_of, own_activation
 from proxynorm.conversion.rewrite import Site, running_site
+from proxynorm.conversion.run import Run, copy_to_run, run, runs_of
+
+_DRAWS = 9  # runs in training at most, where random branches hide a norm
 
 
 @dataclass(eq=False)
@@ -40,8 +33,10 @@ class NormCall:
     """One call of a norm.
 
     Attributes:
+        norm: the norm's name.
         activation: computes the activation right behind the norm; None if there is none.
-        name: qualified name of the activation's module; None if it is a function.
+        name: qualified name of the activation's module; None if it is a function, or a part of the
+            norm.
         site: where the activation is called.
         between: names of the modules between norm and activation (dropout, blur) that did
             something.
@@ -51,6 +46,7 @@ class NormCall:
         version: torch's count of value's in-place changes when it was computed.
     """
 
+    norm: str
     activation: nn.Module | None = None
     name: str | None = None
     site: Site | None = None
@@ -65,25 +61,77 @@ class NormCall:
         """True if the value was changed in place later, itself or through a view."""
         return self.value is not None and self.value._version != self.version
 
+    def blame(self, problem: str) -> None:
+        """Note why the norm cannot be joined; the first reason counts."""
+        self.problem = self.problem or problem
+
 
 @dataclass
 class Observation:
-    """The observations of a network in one mode.
+    """What the runs of a network showed.
 
     Attributes:
-        norms: every call of each norm, by the norm's name.
-        sites: at each call site, for each time it ran, the norm call whose activation it was; None
-            if it was something else.
-        modules: the same for each activation module.
+        calls: every call of a norm.
+        activations: of every call of an activation module its name, and the norm call that it is
+            right behind; None if it is behind none.
         feeding: names of the convolutions whose output reaches a norm, alone or in a sum.
-        error: why the network did not run in this mode; None if it did.
+        errors: by mode, why the network did not run in it.
     """
 
-    norms: dict[str, list[NormCall]] = field(default_factory=dict)
-    sites: dict[Site, list[NormCall | None]] = field(default_factory=dict)
-    modules: dict[str, list[NormCall | None]] = field(default_factory=dict)
+    calls: list[NormCall] = field(default_factory=list)
+    activations: list[tuple[str, NormCall | None]] = field(default_factory=list)
     feeding: set[str] = field(default_factory=set)
-    error: str | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]:
+    """Run copies of the model in both modes; the way it was called, and what was seen.
+
+    Where the network fails in one mode (a detector without targets, in training), what the other
+    shows has to do.
+
+    Raises:
+        ValueError: it fails in both, whatever the inputs.
+    """
+    best, error = None, ""
+    for call in runs_of(model, example_inputs):
+        seen = Observation()
+        copied = copy_to_run(model)
+        for mode in ("training", "evaluation"):
+            _observe_mode(copied, call, mode, seen)
+        if not seen.errors:
+            return call, seen
+        error = [*seen.errors.values()][-1]
+        if len(seen.errors) == 1:
+            best = best or (call, seen)
+    if best is None:
+        tried = "random images" if example_inputs is None else "the example inputs"
+        advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
+        raise ValueError(
+            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: {error}"
+        )
+    return best
+
+
+def _observe_mode(copied: nn.Module, call: Run, mode: str, seen: Observation) -> None:
+    """Add what one mode shows; in training, draw until random branches have shown every norm."""
+    norms = {name for name, module in copied.named_modules() if is_norm(module)}
+    found = Observation()
+    for seed in range(_DRAWS if mode == "training" else 1):
+        observer = Observer(copied, mode, found)
+        try:
+            with observer:
+                output = run(copied, call, mode == "training", seed)
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            seen.errors[mode] = ": ".join([type(error).__name__, *lines[:1]])
+            return
+        observer.finish(output)
+        if norms <= {norm_call.norm for norm_call in found.calls}:
+            break
+    seen.calls += found.calls
+    seen.activations += found.activations
+    seen.feeding |= found.feeding
 
 
 @dataclass
@@ -91,8 +139,8 @@ class _Trace:
     """Where a tensor comes from.
 
     Attributes:
-        sources: the norm calls whose value it holds, each with the calls that led here.
-        direct: it is that call's value, unchanged.
+        sources: the norm calls whose value it holds, each with the functions that led here; none
+            did if it is that call's value, unchanged.
         gated: sources seen through a sigmoid.
         is_mixed: it depends on other data too.
         activated: it is the result of that call's activation.
@@ -100,24 +148,29 @@ class _Trace:
     """
 
     sources: dict[NormCall, list[str]] = field(default_factory=dict)
-    direct: NormCall | None = None
     gated: set[NormCall] = field(default_factory=set)
     is_mixed: bool = True
     activated: NormCall | None = None
     convs: frozenset[str] = frozenset()
 
+    @property
+    def direct(self) -> NormCall | None:
+        """The norm call whose value this is."""
+        return next((call for call, path in self.sources.items() if not path), None)
+
 
 class Observer(TorchFunctionMode):
-    """Watches all calls while it is entered; see Observation."""
+    """Watches all calls while it is entered, and adds to an Observation."""
 
-    def __init__(self, model: nn.Module, seen: Observation) -> None:
-        self.model, self.seen = model, seen
+    def __init__(self, model: nn.Module, mode: str, seen: Observation) -> None:
+        self.model, self.told = model, "in evaluation mode, " if mode == "evaluation" else ""
+        self.seen = seen
         self.names = {module: name for name, module in model.named_modules()}
-        self.kinds = {module: _kind(module) for module in self.names}
+        self.kinds = {module: kind_of(module) for module in self.names}
         # by id, beside the tensor itself, which keeps the id from being used again
         self.traces: dict[int, tuple[Tensor, _Trace]] = {}
         self.calls: list[NormCall] = []
-        # how many norms and activations are running: what is inside of them is theirs
+        # how many norms, activations, gates are running: what is inside of them is theirs
         self.depth = 0
         self.handles: list[Any] = []
 
@@ -137,12 +190,15 @@ class Observer(TorchFunctionMode):
         """Settle every norm call once the network has returned its output."""
         returned = {id(t) for t in tensors_in(output)}
         for call in self.calls:
-            if call.activation is not None and call.uses > 1 + len(call.between):
-                call.problem = "its value feeds an activation and something else as well"
             if call.activation is None:
                 call.between.clear()  # nothing to stand between
-            if call.activation is None and not call.uses and id(call.value) not in returned:
-                call.problem = call.problem or "no call that torch shows takes its value"
+                if not call.uses and id(call.value) not in returned:
+                    call.blame("no call that torch shows takes its value")
+            elif call.uses > 1 + len(call.between):
+                call.problem = "its value feeds an activation and something else as well"
+            if call.problem:
+                call.problem = self.told + call.problem
+        self.seen.calls += self.calls
 
     # Modules
 
@@ -150,8 +206,6 @@ class Observer(TorchFunctionMode):
         if module is self.model and not self.traces:
             for tensor in tensors_in((args, kwargs)):
                 self._set(tensor, _Trace())
-        if not self.depth and self.kinds[module] != "activation":
-            self.seen.sites.setdefault(self._site(type(module).__name__), []).append(None)
         self.depth += self.kinds[module] is not None
 
     def _after(
@@ -166,66 +220,59 @@ class Observer(TorchFunctionMode):
             self._note_norm(module, inputs[0], kwargs, output)
         elif kind == "activation":
             self._note_activation(module, inputs[0], output, self.names[module])
-        elif kind is not None:
-            self._note_other(module, kind, inputs[0], output)
+        elif kind is not None and output is not inputs[0]:
+            self._note_gate_or_between(module, inputs[0], output)
         elif isinstance(module, nn.modules.conv._ConvNd):
             self._set(output, _Trace(convs=frozenset({self.names[module]})))
 
     def _note_norm(
         self, module: nn.Module, x: Tensor, kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        call = NormCall(value=output, version=output._version)
+        activation = own_activation(module)
+        call = NormCall(self.names[module], activation, value=output, version=output._version)
         if kwargs:
             call.problem = "it is called with its input as a keyword: pass the value alone"
         elif x.ndim != 4:
             shape = tuple(x.shape)
             call.problem = f"it normalizes no maps (N, C, H, W): its input has shape {shape}"
         self.calls.append(call)
-        self.seen.norms.setdefault(self.names[module], []).append(call)
         self.seen.feeding |= self._trace(x).convs
-        call.activation = kinds.own_activation(module)
-        if call.activation is None:
-            self._set(output, _Trace({call: []}, direct=call, is_mixed=False))
-        else:
-            call.uses = 1
-            self._set(output, _Trace(activated=call))
+        followed = _Trace({call: []}, is_mixed=False)
+        self._set(output, followed if activation is None else _Trace(activated=call))
 
     def _note_activation(
         self, activation: nn.Module, x: Tensor, output: Tensor, name: str | None
     ) -> None:
         """Join an activation with the norm call before it, if it is right behind one."""
         trace, label = self._trace(x), type(activation).__name__
-        site = self._site(name.rpartition(".")[2] if name else label)
         call = trace.direct
         if call is not None and call.activation is None:
-            call.activation, call.name, call.site = activation, name, site
+            call.activation, call.name = activation, name
+            call.site = self._site(name.rpartition(".")[2] if name else label)
             call.value, call.version = output, output._version
             call.uses += 1
         else:
             call = None
             for source, path in trace.sources.items():
                 through = f" behind {', '.join(path)}" if path else ""
-                _blame(source, f"the activation {label}{through} cannot be joined with it")
-        self.seen.sites.setdefault(site, []).append(call)
+                source.blame(f"the activation {label}{through} cannot be joined with it")
         if name is not None:
-            self.seen.modules.setdefault(name, []).append(call)
+            self.seen.activations.append((name, call))
         self._set(output, _Trace(activated=call))
 
-    def _note_other(self, module: nn.Module, kind: str, x: Tensor, output: Tensor) -> None:
+    def _note_gate_or_between(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Follow a value through a gate, or what may stand between a norm and its activation."""
-        trace, label = self._trace(x), type(module).__name__
+        trace, is_gate = self._trace(x), self.kinds[module] == "gate"
         call = trace.direct
-        if output is x:
-            return
         if call is not None:
             call.uses += 1
-        if kind == "between" and call is not None:
-            call.between.append(self.names[module])
-            self._set(output, _Trace({call: [label]}, direct=call, is_mixed=False))
-            return
-        sources = {source: [*path, label] for source, path in trace.sources.items()}
-        gated = set(sources) if kind == "gate" else trace.gated
-        self._set(output, _Trace(sources, None, gated, trace.is_mixed, None, trace.convs))
+            if not is_gate:
+                call.between.append(self.names[module])
+                self._set(output, trace)
+                return
+        sources = {s: [*path, type(module).__name__] for s, path in trace.sources.items()}
+        gated = set(sources) if is_gate else trace.gated
+        self._set(output, replace(trace, sources=sources, gated=gated, activated=None))
 
     # Functions
 
@@ -239,20 +286,20 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = tensors_in((args, kwargs))
         known = [t for t in inputs if id(t) in self.traces]
-        if self.depth or not known:
-            return func(*args, **kwargs)
         name = plain_name(func)
-        activation = kinds.activation_of_call(name, args, kwargs)
+        if self.depth or not known or holds_no_value(name):
+            return func(*args, **kwargs)
+        activation = activation_of_call(name, args, kwargs)
         if activation is not None:
             output = func(*args, **kwargs)
             self._note_activation(activation, inputs[0], output, None)
             return output
         versions = [t._version for t in known]
-        trace = None if holds_no_value(name) else self._follow(name, func, args, kwargs, known)
+        trace = self._follow(name, func, args, kwargs, known)
         output = func(*args, **kwargs)
         changed = [t for t, version in zip(known, versions) if t._version != version]
         results = [t for t in tensors_in(output) if not any(t is k for k in known)]
-        if trace is not None and (results or changed):
+        if results or changed:
             for call in {d for t in known if (d := self._trace(t).direct) is not None}:
                 call.uses += 1
             for tensor in (*results, *changed):
@@ -272,39 +319,31 @@ class Observer(TorchFunctionMode):
         Blames the norms whose value the call changes in other ways than a layer does.
         """
         traces = [self._trace(t) for t in known]
-        self._blame_curves_of_activations(name, traces)
-        result = _Trace(convs=frozenset().union(*(t.convs for t in traces)), is_mixed=False)
-        for source in {source: None for t in traces for source in t.sources}:
+        for call in {t.activated for t in traces if t.activated is not None}:
+            # relu(y)² and relu(y)·relu(y) are activations of their own
+            if all(t.activated is call for t in traces) and is_power(name, len(traces)):
+                call.problem = self._by_hand([type(call.activation).__name__, name])
+        convs = frozenset().union(*(t.convs for t in traces))
+        result = _Trace(convs=convs, is_mixed=any(t.is_mixed for t in traces))
+        sources = dict.fromkeys(source for t in traces for source in t.sources)
+        for source in sources:
             holders = [t for t in known if source in self._trace(t).sources]
             path = [*self._trace(holders[0]).sources[source], name]
             is_gated = any(source in t.gated for t in traces)
-            is_pure = not any(t.is_mixed or set(t.sources) != {source} for t in traces)
-            if is_layer(name) or (name in SUMS | PRODUCTS and not is_pure):
-                if is_gated and (name in SUMS or len(holders) == len(known)):
-                    told = ", ".join(path[:-1])
-                    _blame(source, f"the sigmoid behind it ({told}) gates no other value")
-                if not is_layer(name) and dependence(func, args, kwargs, holders) == "other":
-                    _blame(source, self._by_hand(path))
+            # a branch that was dropped whole holds no source, and is another value all the same
+            is_alone = all(not t.is_mixed and set(t.sources) == {source} for t in traces)
+            does = effect(name, func, args, kwargs, holders, is_alone)
+            if does == "other":
+                source.blame(self._by_hand(path))
+            elif does in ("layer", "sum", "product"):
                 result.is_mixed = True
-                continue
-            is_gate = kinds.is_gate_function(name)
-            if not is_gate and not is_pool(name, args):
-                depends = dependence(func, args, kwargs, holders)
-                if depends == "none":
-                    continue
-                if depends == "other":
-                    _blame(source, self._by_hand(path))
-            result.sources[source] = path
-            result.gated |= {source} if is_gated or is_gate else set()
-        result.is_mixed |= any(t.is_mixed for t in traces)
+                if is_gated and (does == "sum" or len(holders) == len(known)):
+                    told = ", ".join(path[:-1])
+                    source.blame(f"the sigmoid behind it ({told}) gates no other value")
+            elif does != "none":
+                result.sources[source] = path
+                result.gated |= {source} if is_gated or does == "gate" else set()
         return result
-
-    def _blame_curves_of_activations(self, name: str, traces: list[_Trace]) -> None:
-        """relu(y)² and relu(y)·relu(y) are activations of their own."""
-        for call in {t.activated for t in traces if t.activated is not None}:
-            is_product = name in PRODUCTS and len(traces) > 1
-            if name in POWERS or (is_product and all(t.activated is call for t in traces)):
-                call.problem = self._by_hand([type(call.activation).__name__, name])
 
     # Helpers
 
@@ -323,18 +362,3 @@ class Observer(TorchFunctionMode):
             f"{self._site('')}), since {path[-1]} is not linear: make the activation a module of "
             "its own, like nn.SiLU"
         )
-
-
-def _blame(call: NormCall, problem: str) -> None:
-    call.problem = call.problem or problem
-
-
-def _kind(module: nn.Module) -> str | None:
-    """The part that a module plays; None for one whose own calls are watched."""
-    tests = {
-        "norm": kinds.is_norm,
-        "activation": kinds.is_activation,
-        "gate": kinds.is_gate,
-        "between": kinds.may_stand_between,
-    }
-    return next((kind for kind, test in tests.items() if test(module)), None)

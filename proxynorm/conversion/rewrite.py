@@ -1,4 +1,4 @@
-"""Take single activation calls out of a forward, leaving the rest of it as written.
+"""Take single activation calls out of a method, leaving the rest of it as written.
 
 F.relu(self.bn(x)) and one self.relu behind norms and sums cannot be replaced as modules. Of the
 ways to keep such a forward, a mark on tensors that already passed an activation does not survive
@@ -13,12 +13,12 @@ import __future__
 import ast
 import copy
 import functools
-import hashlib
 import itertools
 import linecache
 import types
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -29,8 +29,12 @@ _PLUMBING = {_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._t
 _COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
 
 
+# A method's name, and its new source.
+Edits = tuple[tuple[str, str], ...]
+
+
 class CannotRewriteError(ValueError):
-    """A call that cannot be taken out of its forward; the message says why."""
+    """A call that cannot be taken out of its method; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +42,23 @@ class Site:
     """One call in a source file, made by a module's method.
 
     Attributes:
-        owner: qualified name of the module whose method (or function attribute) makes the call;
-            None if none does.
-        code: the code object of that method.
+        owner: qualified name of the module whose method makes the call; None if none does.
+        method: the method's name.
+        file: where its source stands.
         line, column: where the call's text ends, as Python's syntax tree counts; column is None
             before Python 3.11.
         callee: what is called, such as "relu", by which it is found where column is None.
     """
 
     owner: str | None
-    code: types.CodeType
+    method: str
+    file: str
     line: int
     column: int | None
     callee: str
 
     def __str__(self) -> str:
-        return f"{self.code.co_filename}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Calls to take out of one function.
-
-    Attributes:
-        name: the function's attribute on the module or its class.
-        ordinals: which of its calls, in the order of ast.walk.
-        checksum: of the function's source, so that an unpickled module notices another version of
-            it.
-    """
-
-    name: str
-    ordinals: tuple[int, ...]
-    checksum: str
+        return f"{self.file}:{self.line}"
 
 
 def running_site(
@@ -94,10 +83,12 @@ def running_site(
         code = frame.f_code
         if code.co_filename not in (*_PLUMBING, plumbing):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            owner = names.get(first) if isinstance(first, nn.Module) else None
-            if owner is not None and first is not None and _function_of(first, code) is not None:
-                return Site(owner, code, line, column, callee)
-            innermost = innermost or Site(None, code, line, column, callee)
+            site = Site(None, code.co_name, code.co_filename, line, column, callee)
+            # a decorated method has other code than the one that runs
+            method = getattr(type(first), code.co_name, None)
+            if isinstance(first, nn.Module) and getattr(method, "__code__", None) is code:
+                return replace(site, owner=names.get(first))
+            innermost = innermost or site
             callee = code.co_name
         frame = frame.f_back
     assert innermost is not None, "no call is running"
@@ -105,10 +96,7 @@ def running_site(
 
 
 def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
-    """Line and column where the text of the running call ends.
-
-    The column is None before Python 3.11.
-    """
+    """Line and column where the text of the running call ends; no column before Python 3.11."""
     positions = getattr(frame.f_code, "co_positions", None)
     if positions is None:
         return frame.f_lineno, None
@@ -117,47 +105,48 @@ def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
 
 
 class RewrittenModule:
-    """Mixin of generated classes.
-
-    Makes their objects copy and pickle by the original class and the edits.
-    """
+    """Mixin of generated classes; their objects copy and pickle by the original class and edits."""
 
     _original: type[nn.Module]
-    _edits: tuple[Edit, ...]
+    _edits: Edits
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _blank, (self._original, self._edits), self.__dict__
 
 
-def plan_edits(module: nn.Module, sites: Iterable[Site]) -> list[Edit]:
-    """The edits of one module's functions that take out the calls at the given sites.
+def plan_edits(module: nn.Module, sites: Iterable[Site]) -> Edits:
+    """The source of one module's methods without the calls at the given sites.
 
     Raises:
-        CannotRewriteError: a call is in no method of the module, or its source cannot be found.
+        CannotRewriteError: a call's source cannot be found, or not its input.
     """
-    by_code: dict[types.CodeType, list[Site]] = {}
+    if isinstance(module, RewrittenModule):
+        raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
+    nodes: dict[str, ast.FunctionDef] = {}
+    chosen = []
     for site in sites:
-        by_code.setdefault(site.code, []).append(site)
-    return [_edit(module, code, group) for code, group in by_code.items()]
+        if site.method not in nodes:
+            nodes[site.method] = copy.deepcopy(_source_node(getattr(type(module), site.method)))
+        at = [call for call in ast.walk(nodes[site.method]) if _is_at(call, site)]
+        if len(at) != 1:
+            told = "is not found in the source"
+            if site.column is None:
+                told = "is not told from others on its line: Python 3.11 and later can"
+            raise CannotRewriteError(f"the call {told}")
+        chosen += at
+    for node in nodes.values():
+        _TakeOut(chosen).visit(node)
+        node.decorator_list = []
+    return tuple((name, ast.unparse(node)) for name, node in nodes.items())
 
 
-def apply_edits(module: nn.Module, edits: Iterable[Edit]) -> None:
-    """Make the module run its edited functions, in place.
-
-    Those of its class in a generated subclass.
-    """
-    of_class = []
-    for edit in edits:
-        if edit.name in vars(module):
-            setattr(module, edit.name, edited_function(vars(module)[edit.name], edit))
-        else:
-            of_class.append(edit)
-    if of_class:
-        module.__class__ = _rewritten_class(type(module), tuple(of_class))  # type: ignore[arg-type]
+def apply_edits(module: nn.Module, edits: Edits) -> None:
+    """Make the module, in place, an object of a generated subclass with the edited methods."""
+    module.__class__ = _rewritten_class(type(module), edits)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _rewritten_class(original: Any, edits: tuple[Edit, ...]) -> type[nn.Module]:
+def _rewritten_class(original: Any, edits: Edits) -> type[nn.Module]:
     namespace: dict[str, object] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -165,48 +154,20 @@ def _rewritten_class(original: Any, edits: tuple[Edit, ...]) -> type[nn.Module]:
         "_original": original,
         "_edits": edits,
     }
-    for edit in edits:
-        namespace[edit.name] = edited_function(getattr(original, edit.name), edit)
+    for method, text in edits:
+        namespace[method] = _compiled(getattr(original, method), text)
     return type(original.__name__, (RewrittenModule, original), namespace)
 
 
-def _blank(original: Any, edits: tuple[Edit, ...]) -> nn.Module:
+def _blank(original: Any, edits: Edits) -> nn.Module:
     """An object of the rewritten class without state, for copying and unpickling."""
     rewritten = _rewritten_class(original, edits)
     return rewritten.__new__(rewritten)
 
 
-def _edit(module: nn.Module, code: types.CodeType, sites: list[Site]) -> Edit:
-    if isinstance(module, RewrittenModule):
-        raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
-    found = _function_of(module, code)
-    if found is None:
-        raise CannotRewriteError("it is no method of a module, or is decorated")
-    name, function = found
-    node = _source_node(function, sites)
-    calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
-    ordinals = []
-    for site in sites:
-        at = [i for i, call in enumerate(calls) if _is_at(call, site)]
-        if len(at) != 1:
-            told = "is not found in the source"
-            if site.column is None:
-                told = "is not told from others on its line: Python 3.11 and later can"
-            raise CannotRewriteError(f"the call {told}")
-        ordinals.append(at[0])
-    return Edit(name, tuple(sorted(set(ordinals))), _checksum(node))
-
-
-def _function_of(module: nn.Module, code: types.CodeType) -> tuple[str, types.FunctionType] | None:
-    """Name and function, of the module or its class, that runs the code."""
-    for namespace in (vars(module), *(vars(kind) for kind in type(module).__mro__)):
-        for name, value in namespace.items():
-            if isinstance(value, types.FunctionType) and value.__code__ is code:
-                return name, value
-    return None
-
-
-def _is_at(call: ast.Call, site: Site) -> bool:
+def _is_at(call: ast.AST, site: Site) -> bool:
+    if not isinstance(call, ast.Call):
+        return False
     if site.column is not None:
         return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
     # the line alone does not tell calls apart, their names may: F.leaky_relu(x), y.relu_()
@@ -215,20 +176,15 @@ def _is_at(call: ast.Call, site: Site) -> bool:
     return call.lineno <= site.line <= (call.end_lineno or call.lineno) and first == second
 
 
-def _source_node(function: types.FunctionType, sites: Iterable[Site] = ()) -> ast.AST:
-    """The syntax tree of a function or lambda."""
-    first = function.__code__.co_firstlineno
-    found = [
-        node
-        for node in ast.walk(_parsed(function.__code__.co_filename))
-        if isinstance(node, (ast.FunctionDef, ast.Lambda))
-        and first in (node.lineno, *(d.lineno for d in getattr(node, "decorator_list", [])))
-        and getattr(node, "name", "<lambda>") == function.__name__
-        and all(any(_is_at(c, s) for c in ast.walk(node) if isinstance(c, ast.Call)) for s in sites)
-    ]
-    if not found:
-        raise CannotRewriteError("its source is not at hand")
-    return found[-1]  # ast.walk goes from outer to inner
+def _source_node(function: types.FunctionType) -> ast.FunctionDef:
+    """The syntax tree of a function, with the positions that it has in its file."""
+    code = function.__code__
+    for node in ast.walk(_parsed(code.co_filename)):
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            starts = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+            if code.co_firstlineno in starts:
+                return node
+    raise CannotRewriteError("its source is not at hand")
 
 
 @functools.lru_cache(maxsize=64)
@@ -239,14 +195,10 @@ def _parsed(filename: str) -> ast.Module:
         raise CannotRewriteError("its source is not at hand") from error
 
 
-def _checksum(node: ast.AST) -> str:
-    return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:12]
-
-
 class _TakeOut(ast.NodeTransformer):
     """Replaces the chosen calls by their input."""
 
-    def __init__(self, chosen: list[ast.Call]) -> None:
+    def __init__(self, chosen: list[ast.AST]) -> None:
         self.chosen = chosen
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -263,43 +215,15 @@ class _TakeOut(ast.NodeTransformer):
         return value
 
 
-def edited_function(function: types.FunctionType, edit: Edit) -> types.FunctionType:
-    """The function without the edit's calls.
-
-    It shares the original's globals, closure and defaults.
-
-    Raises:
-        CannotRewriteError: the source is not that of which the edit was made.
-    """
-    node = _source_node(function)
-    if _checksum(node) != edit.checksum:
-        raise CannotRewriteError(
-            f"the source of {function.__qualname__} changed since its network was converted: "
-            "convert it again"
-        )
-    node = copy.deepcopy(node)
-    calls = [child for child in ast.walk(node) if isinstance(child, ast.Call)]
-    _TakeOut([calls[i] for i in edit.ordinals]).visit(node)
-    if isinstance(node, ast.FunctionDef):
-        node.decorator_list = []
-    return _compiled(function, ast.unparse(ast.fix_missing_locations(node)), edit)
-
-
-def _compiled(function: types.FunctionType, text: str, edit: Edit) -> types.FunctionType:
-    """Compile a function's new text where it stood.
-
-    In a class of that name, with the same free variables.
-    """
-    if text.startswith("lambda"):
-        text = f"_ = {text}"
+def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
+    """A method with new source, and the globals, free variables and defaults of the original."""
     names = function.__qualname__.split(".")
     owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     body = "\n".join("        " + line for line in text.splitlines())
     source = f"def _outer({free}):\n    class {owner}:\n{body}\n"
-    filename = (
-        f"<proxynorm {function.__module__}.{function.__qualname__} {edit.checksum} {edit.ordinals}>"
-    )
+    sum_of_text = zlib.crc32(text.encode())
+    filename = f"<proxynorm {function.__module__}.{function.__qualname__} {sum_of_text:08x}>"
     # inspect and torch.jit.script read the source from here
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag

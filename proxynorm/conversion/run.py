@@ -9,13 +9,14 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
-from proxynorm.conversion.dependence import tensors_in
+from proxynorm.conversion.kinds import is_activation
 
 Run = Callable[[nn.Module], object]
 _SIZES = (64, 224, 299, 32, 128, 256)
@@ -37,31 +38,51 @@ def preserved_randomness() -> Iterator[None]:
 
 
 def copy_to_run(model: nn.Module) -> nn.Module:
-    """A deep copy of the network; tensors without values (meta, fake) get random ones on the CPU.
+    """A deep copy of the network, its shared activations separated.
+
+    Tensors without values (meta, fake) get random ones on the CPU.
 
     Raises:
         ValueError: the network cannot be copied.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
-        for value in (
-            *vars(module).values(),
-            *module._parameters.values(),
-            *module._buffers.values(),
-        ):
-            if isinstance(value, Tensor) and _has_no_values(value):
-                random_one = _random(value.shape).to(value.dtype)
-                is_parameter = isinstance(value, nn.Parameter)
-                memo[id(value)] = nn.Parameter(random_one) if is_parameter else random_one
-            elif isinstance(value, Tensor) and not value.is_leaf:  # deepcopy refuses these
-                memo[id(value)] = value.detach().clone()
+        own = (*vars(module).values(), *module._parameters.values(), *module._buffers.values())
+        for tensor in (value for value in own if isinstance(value, Tensor)):
+            if _has_no_values(tensor):
+                values = _random(tensor.shape).to(tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(values) if is_parameter else values
+            elif not tensor.is_leaf:  # deepcopy refuses these
+                memo[id(tensor)] = tensor.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"cannot convert this {type(model).__name__}: convert tries its changes on a copy "
             f"first, and copy.deepcopy fails with {type(error).__name__}: {error}"
         ) from error
+    separate_shared_activations(copied)
+    return copied
+
+
+def separate_shared_activations(model: nn.Module) -> None:
+    """Give each attribute that holds a shared activation without parameters a copy of its own.
+
+    The copies compute the same; each attribute can then be replaced without touching the others.
+    """
+    found = set()
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
+            if child is None or not is_activation(child) or any(True for _ in child.parameters()):
+                continue
+            if child in found:
+                setattr(parent, name, copy.deepcopy(child))
+            found.add(child)
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _random(shape: torch.Size) -> Tensor:
@@ -73,15 +94,8 @@ def _random(shape: torch.Size) -> Tensor:
     return values / max(values[0].numel(), 1) if len(shape) > 1 and len(values) else values
 
 
-def _has_no_values(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
 def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
-    """The network's output in one mode, with all generators seeded.
-
-    Gradients on in training, as there.
-    """
+    """The network's output in one mode, generators seeded, with gradients in training."""
     random.seed(seed)
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
@@ -91,28 +105,21 @@ def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
         return call(model)
 
 
-def runs_of(model: nn.Module, example_inputs: object) -> list[Run]:
+def runs_of(model: nn.Module, example_inputs: object) -> Iterator[Run]:
     """Ways to call the network: the given one, or guesses at its images in the order to try."""
-    if example_inputs is None:
-        return [_call_with(images) for images in _guessed(model)]
     if callable(example_inputs) and not isinstance(example_inputs, Tensor):
-        return [example_inputs]
-    return [_call_with(example_inputs)]
+        yield example_inputs
+        return
+    for inputs in _guessed(model) if example_inputs is None else [example_inputs]:
+        yield partial(_call_with, inputs)
 
 
-def _call_with(inputs: object) -> Run:
-    """Calls a network with a fresh copy of the inputs.
-
-    A tuple holds its arguments, a dict those by keyword.
-    """
-
-    def call(model: nn.Module) -> object:
-        fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-        if isinstance(fresh, tuple):
-            return model(*fresh)
-        return model(**fresh) if isinstance(fresh, dict) else model(fresh)
-
-    return call
+def _call_with(inputs: object, model: nn.Module) -> object:
+    """Call a network with a fresh copy of the inputs: a tuple's one by one, a dict's by keyword."""
+    fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+    if isinstance(fresh, tuple):
+        return model(*fresh)
+    return model(**fresh) if isinstance(fresh, dict) else model(fresh)
 
 
 def _guessed(model: nn.Module) -> Iterator[Tensor]:
@@ -130,17 +137,3 @@ def _guessed(model: nn.Module) -> Iterator[Tensor]:
         images = torch.randn(2, channels, *[size] * dims, generator=generator)
         # copies of networks without values are on the CPU
         yield images.to("cpu" if _has_no_values(like) else like.device, like.dtype)
-
-
-def same(first: object, second: object, tolerance: float = 0.0) -> bool:
-    """Return whether two outputs hold the same tensors, to a fraction of each one's scale."""
-    ours, theirs = tensors_in(first), tensors_in(second)
-    return len(ours) == len(theirs) and all(_close(a, b, tolerance) for a, b in zip(ours, theirs))
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    has_scale = a.is_floating_point() and a.numel() > 0
-    scale = float(a.nan_to_num().abs().max()) if has_scale else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)

@@ -4,39 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor, allclose, nn
 
 from proxynorm.conversion.dependence import tensors_in
 from proxynorm.conversion.kinds import is_norm
-from proxynorm.conversion.run import Run, copy_to_run, run, same
+from proxynorm.conversion.run import Run, copy_to_run, run
 
 _TOLERANCE = 1e-3  # of per-sample invariance, as a fraction of the output's scale
 Surgery = Callable[[nn.Module], None]
+# Outputs by module; the network's own is "".
+_Outputs = dict[str, list[Tensor]]
 
 
 class StandIn(nn.Sequential):
     """The original norm, and what followed it, in the place of a NormAct2d."""
 
 
-def check_same(model: nn.Module, call: Run, surgery: Surgery) -> None:
+def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> None:
     """Raise ValueError, naming the first module that differs, unless surgery with stand-ins changes
     no output.
 
     Outputs must be the same bits, in training and, after that, in evaluation. Where two runs of the
     original differ (on GPUs they may) the comparison is to rounding.
+
+    Args:
+        advice: what would help, in the imperative, without a full stop.
     """
-    outputs = _outputs(model, call)
-    changed = _outputs(model, call, surgery)
-    if _all_same(outputs, changed):
+    outputs, changed = _record(model, call), _record(model, call, surgery)
+    if _first_difference(outputs, changed) is None:
         return
-    again = _outputs(model, call)
-    if not _all_same(outputs, again) and _all_same(outputs, changed, 1e-4):
+    is_noisy = _first_difference(outputs, _record(model, call)) is not None
+    if is_noisy and _first_difference(outputs, changed, 1e-4) is None:
         return
+    ours, theirs = (_record(model, call, s, every_module=True) for s in (None, surgery))
+    mode, name = _first_difference(ours, theirs) or ("training", "")
+    where = f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
     raise ValueError(
         f"cannot convert this {type(model).__name__}: with its activations joined to its norms it "
-        f"computes something else, first in {_first_difference(model, call, surgery)}. Leave the "
-        "norms around it as they are with keep=[...]. The network is left as it was"
+        f"computes something else, first in {where} in {mode}. {advice}. The network is left as it "
+        "was"
     )
 
 
@@ -53,23 +61,23 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     try:
         first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
     except Exception as error:
-        if isinstance(_outputs(model, call)[0], str):  # so does the original, without its targets
+        if "" not in _record(model, call)["training"]:  # the original fails too, without targets
             return
         raise ValueError(
             f"{told}converted, it fails in training: {error}. The network is left as it was"
         ) from error
     keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
-    if keeps_batch_norm or not same(first, second):
+    if keeps_batch_norm or not _same(tensors_in(first), tensors_in(second)):
         return
-    if _is_per_sample(copied, call, True) is False and _is_per_sample(model, call, False):
+    if _mixes_images(copied, call, True) and not _mixes_images(model, call, False):
         raise ValueError(
             f"{told}in training, with a norm that does not depend on the batch, its output for an "
             "image still depends on the others. The network is left as it was"
         )
 
 
-def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool | None:
-    """Return whether the first image alone gives its output in the batch; None if untold."""
+def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
+    """Return whether the first image alone gives another output; False if it cannot be told."""
     batches: list[Tensor] = []
 
     def alone(copied: nn.Module) -> object:
@@ -81,61 +89,66 @@ def _is_per_sample(model: nn.Module, call: Run, training: bool) -> bool | None:
         return call(copied)
 
     try:
-        whole, single = (run(copy_to_run(model), each, training) for each in (call, alone))
+        whole, single = (
+            tensors_in(run(copy_to_run(model), each, training)) for each in (call, alone)
+        )
     except Exception:  # the network takes no such batch
-        return None
-    wholes = tensors_in(whole)
-    if any(t.ndim == 0 or len(t) != len(batches[0]) for t in wholes):
-        return None
-    return same([t[:1] for t in wholes], tensors_in(single), _TOLERANCE)
-
-
-def _outputs(model: nn.Module, call: Run, surgery: Surgery | None = None) -> list[object]:
-    """A copy's outputs in training and in evaluation, each an error's text where it fails."""
-    copied = copy_to_run(model)
-    if surgery is not None:
-        surgery(copied)
-    outputs: list[object] = []
-    for training in (True, False):
-        try:
-            outputs.append(run(copied, call, training))
-        except Exception as error:
-            outputs.append(str(error))
-    return outputs
-
-
-def _all_same(first: list[object], second: list[object], tolerance: float = 0.0) -> bool:
-    pairs = list(zip(first, second))
-    return all(isinstance(a, str) == isinstance(b, str) and same(a, b, tolerance) for a, b in pairs)
-
-
-def _first_difference(model: nn.Module, call: Run, surgery: Surgery) -> str:
-    """Name of the first module, in the order in which they end, whose output differs."""
-    for training in (True, False):
-        records = [_record(model, call, training, s) for s in (None, surgery)]
-        for name, output in records[0].items():
-            if name in records[1] and not same(output, records[1][name]):
-                return f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
-    return "the model itself"
+        return False
+    if any(t.ndim == 0 or len(t) != len(batches[0]) for t in whole):
+        return False
+    return not _same([t[:1] for t in whole], single, _TOLERANCE)
 
 
 def _record(
-    model: nn.Module, call: Run, training: bool, surgery: Surgery | None
-) -> dict[str, list[Tensor]]:
-    """The outputs of all modules that are neither norms nor parts of what replaced one."""
+    model: nn.Module, call: Run, surgery: Surgery | None = None, every_module: bool = False
+) -> dict[str, _Outputs]:
+    """By mode, what a copy returned; if wanted, all modules but norms and what replaced them.
+
+    Where the network fails, there is none of its own.
+    """
     copied = copy_to_run(model)
-    outputs: dict[str, list[Tensor]] = {}
     if surgery is not None:
         surgery(copied)
-    stand_ins = [m for m in copied.modules() if isinstance(m, StandIn)]
-    replaced = {part for stand_in in stand_ins for part in stand_in.modules()}
-    for name, module in copied.named_modules():
+    outputs: _Outputs = {}
+
+    def note(name: str, module: nn.Module, args: object, output: object) -> None:
+        outputs.setdefault(name, [t.clone() for t in tensors_in(output)])
+
+    replaced = {part for m in copied.modules() if isinstance(m, StandIn) for part in m.modules()}
+    for name, module in copied.named_modules() if every_module else ():
         if module not in replaced and not is_norm(module) and not isinstance(module, nn.Identity):
-            module.register_forward_hook(
-                lambda m, args, output, name=name: outputs.setdefault(
-                    name, [t.clone() for t in tensors_in(output)]
-                )
-            )
-    with suppress(Exception):  # the records up to here tell
-        run(copied, call, training)
-    return outputs
+            module.register_forward_hook(partial(note, name))
+    records = {}
+    for mode in ("training", "evaluation"):
+        outputs.clear()
+        with suppress(Exception):
+            outputs[""] = tensors_in(run(copied, call, mode == "training"))
+        records[mode] = {**outputs}
+    return records
+
+
+def _first_difference(
+    ours: dict[str, _Outputs], theirs: dict[str, _Outputs], tolerance: float = 0.0
+) -> tuple[str, str] | None:
+    """Mode and name of the first module, in the order in which they end, whose output differs."""
+    for mode, outputs in ours.items():
+        other = theirs[mode]
+        for name, tensors in outputs.items():
+            if name in other and not _same(tensors, other[name], tolerance):
+                return mode, name
+        if ("" in outputs) != ("" in other):
+            return mode, ""
+    return None
+
+
+def _same(first: list[Tensor], second: list[Tensor], tolerance: float = 0.0) -> bool:
+    """Return whether two outputs hold the same tensors, to a fraction of each one's scale."""
+    return len(first) == len(second) and all(_close(a, b, tolerance) for a, b in zip(first, second))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    has_scale = a.is_floating_point() and a.numel() > 0
+    scale = float(a.nan_to_num().abs().max()) if has_scale else 0.0
+    return allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)

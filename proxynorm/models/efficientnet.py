@@ -26,15 +26,15 @@ _MULTIPLIERS = {
     "b4": (1.4, 1.8),
     "b5": (1.6, 2.2),
 }
-# One row a stage: blocks, kernel, stride, channels; the first stage has no expansion.
+# One string a stage, as timm writes them: blocks, kernel, stride, expansion, channels.
 _STAGES = [
-    (1, 3, 1, 16),
-    (2, 3, 2, 24),
-    (2, 5, 2, 40),
-    (3, 3, 2, 80),
-    (3, 5, 1, 112),
-    (4, 5, 2, 192),
-    (1, 3, 1, 320),
+    ["ds_r1_k3_s1_e1_c16_se0.25"],
+    ["ir_r2_k3_s2_e4_c24_se0.25"],
+    ["ir_r2_k5_s2_e4_c40_se0.25"],
+    ["ir_r3_k3_s2_e4_c80_se0.25"],
+    ["ir_r3_k5_s1_e4_c112_se0.25"],
+    ["ir_r4_k5_s2_e4_c192_se0.25"],
+    ["ir_r1_k3_s1_e4_c320_se0.25"],
 ]
 
 
@@ -47,13 +47,11 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
     """EfficientNet of that size ("b0" … "b5"): group convolutions of 16 channels, expansion 4."""
     width, depth = _MULTIPLIERS[size]
     rounded = partial(round_channels, multiplier=width)
-    stages = []
-    for i, (blocks, kernel, stride, channels) in enumerate(_STAGES):
-        block, expansion = ("ds", 1) if i == 0 else ("ir", 4)
-        stages.append([f"{block}_r{blocks}_k{kernel}_s{stride}_e{expansion}_c{channels}_se0.25"])
-    block_args = decode_arch_def(stages, depth, group_size=16)
+    block_args = decode_arch_def(_STAGES, depth, group_size=16)
     for i, block in enumerate(block_args[0]):
-        block["group_size"] = _group_size(rounded(32 if i == 0 else 16))
+        # channels per group where there is no expansion, as in the authors' code
+        channels = rounded(32 if i == 0 else 16)
+        block["group_size"] = channels // max(channels // 16, 1)
     return EfficientNet(
         block_args,
         num_features=rounded(1280),
@@ -63,11 +61,6 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
         norm_layer=nn.BatchNorm2d,
         **kwargs,
     )
-
-
-def _group_size(channels: int) -> int:
-    """Channels per group where there is no expansion, as in the authors' code."""
-    return channels // max(channels // 16, 1)
 
 
 class CentredSqueezeExcite(nn.Module):
@@ -80,7 +73,7 @@ class CentredSqueezeExcite(nn.Module):
         norm: the norm+act layer before it; it belongs to the block and is not registered again.
     """
 
-    def __init__(self, squeeze_excite: SqueezeExcite, norm: NormAct2d) -> None:
+    def __init__(self, squeeze_excite: nn.Module, norm: NormAct2d) -> None:
         super().__init__()
         self.conv_reduce = squeeze_excite.conv_reduce
         self.act1 = squeeze_excite.act1
@@ -92,34 +85,30 @@ class CentredSqueezeExcite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
-        gate = self.gate(self.conv_expand(squeezed)) * self.scale().view(1, -1, 1, 1)
+        gate = self.gate(self.conv_expand(squeezed)) * self.proxy_scale()
         return x * gate.to(x.dtype)
 
-    def scale(self) -> torch.Tensor:
-        """PN's 1/sqrt(v + ε) of the norm before, shape (C,)."""
-        return self._norm[0].proxy_rescale()
+    def proxy_scale(self) -> torch.Tensor:
+        """PN's 1/sqrt(v + ε) of the norm before, shape (1, C, 1, 1)."""
+        return self._norm[0].proxy_rescale().view(1, -1, 1, 1)
 
     def frozen(self) -> FrozenSqueezeExcite:
         """The same for inference, with PN's scale as a constant."""
         return FrozenSqueezeExcite(self)
 
 
-class FrozenSqueezeExcite(nn.Module):
+class FrozenSqueezeExcite(CentredSqueezeExcite):
     """CentredSqueezeExcite with the gate's scale as a buffer."""
 
-    def __init__(self, squeeze_excite: CentredSqueezeExcite) -> None:
-        super().__init__()
-        self.conv_reduce = squeeze_excite.conv_reduce
-        self.act1 = squeeze_excite.act1
-        self.conv_expand = squeeze_excite.conv_expand
-        self.gate = squeeze_excite.gate
-        scale = squeeze_excite.scale().detach().view(1, -1, 1, 1)
+    def __init__(self, centred: CentredSqueezeExcite) -> None:
+        super().__init__(centred, centred._norm[0])
+        self._norm = ()
+        scale = centred.proxy_scale().detach()
         self.register_buffer("scale", scale.to(self.conv_expand.weight.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
-        squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
-        return x * (self.gate(self.conv_expand(squeezed)) * self.scale)
+    def proxy_scale(self) -> torch.Tensor:
+        """The constant, shape (1, C, 1, 1)."""
+        return self.scale
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from proxynorm.conversion.convert import convert, standardize_before_norms
+from proxynorm.conversion.convert import convert
 from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
@@ -20,6 +20,7 @@ from proxynorm.nn.checks import check_rate, check_whole
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
+from proxynorm.nn.weights import standardize_weights
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,13 @@ def create_model(
     """
     architecture = _architecture(name)
     options = {key: kwargs.pop(key) for key in _NORM_OPTIONS if key in kwargs}
+    options = {key: value for key, value in options.items() if value is not None}
     arguments = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
     arguments |= {"drop_path_rate": drop_path_rate, **kwargs}
     try:
-        own: dict[str, Any] = {"groups": architecture.groups}
         # pretrained weights keep the ε that they were trained with
-        own["eps"] = None if pretrained else architecture.eps
-        own |= {key: value for key, value in options.items() if key not in own or value is not None}
-        chosen = NormOptions(norm, **own)
+        eps = None if pretrained else architecture.eps
+        chosen = NormOptions(norm, **{"groups": architecture.groups, "eps": eps, **options})
         _check_arguments(architecture, arguments, se, pretrained)
         model = _build(architecture, chosen, arguments, pretrained)
         if not architecture.takes_norm_layer:
@@ -156,7 +156,7 @@ def _build(
         # timm raises these for unknown arguments and missing pretrained weights
         raise ValueError(str(error)) from error
     if architecture.takes_norm_layer and options.spec.weight_standardization:
-        standardize_before_norms(model)
+        standardize_weights(model)
     if architecture.takes_norm_layer and options.spec.proxy:
         share_moments(model)
     return model

@@ -110,26 +110,24 @@ class SmallResNetV2(nn.Module):
             StandardizePixels(in_chans, standardize_pixels) if standardize_pixels else nn.Identity()
         )
         self.stem = nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False)
-        rates = calculate_drop_path_rates(drop_path_rate, [blocks] * 3, stagewise=True)
-        channels = [width, width, 2 * width, 4 * width]
-        self.stages = nn.Sequential(
-            *[
-                _stage(channels[i], channels[i + 1], 1 if i == 0 else 2, norm_layer, rates[i])
-                for i in range(3)
-            ]
-        )
+        stages, in_channels = [], width
+        for i, rates in enumerate(
+            calculate_drop_path_rates(drop_path_rate, [blocks] * 3, stagewise=True)
+        ):
+            stage, channels = [], width * 2**i
+            for j, rate in enumerate(rates):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(PreActBlock(in_channels, channels, stride, norm_layer, rate))
+                in_channels = channels
+            stages.append(nn.Sequential(*stage))
+        self.stages = nn.Sequential(*stages)
         self.norm = norm_layer(self.num_features)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(self.num_features, num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """He initialisation by fan-out for the convolutions; torch's own for the classifier.
-
-        A smaller classifier starves norms whose pooled activations are centred: with std 0.01,
-        LN+PN lags in the first epochs and IN+PN hardly starts.
-        """
+        # He initialisation by fan-out for the convolutions; torch's own for the classifier. A
+        # smaller classifier starves norms whose pooled activations are centred: with std 0.01,
+        # LN+PN lags in the first epochs and IN+PN hardly starts.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -141,16 +139,3 @@ class SmallResNetV2(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_chans, H, W) → logits (N, num_classes)."""
         return self.fc(self.dropout(self.pool(self.forward_features(x)).flatten(1)))
-
-
-def _stage(
-    in_channels: int,
-    channels: int,
-    stride: int,
-    norm_layer: Callable[[int], nn.Module],
-    rates: list[float],
-) -> nn.Sequential:
-    """len(rates) blocks; the first changes the number of channels and the stride."""
-    blocks = [PreActBlock(in_channels, channels, stride, norm_layer, rates[0])]
-    blocks += [PreActBlock(channels, channels, 1, norm_layer, rate) for rate in rates[1:]]
-    return nn.Sequential(*blocks)

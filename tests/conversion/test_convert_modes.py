@@ -94,7 +94,7 @@ class ByMode(nn.Module):
     [
         (
             ByMode(nn.ReLU(), nn.SiLU()),
-            ["bn (BatchNorm2d)", "in evaluation differs from what does in training"],
+            ["bn (BatchNorm2d)", "training and evaluation, differ in the activation"],
         ),
         (
             ByMode(nn.ReLU(), nn.Identity()),
@@ -132,36 +132,63 @@ def parts() -> dict[str, nn.Module]:
     [
         (
             lambda s, x: s.end(s.p(behind(s, x)) if s.training else s.q(behind(s, x))),
-            "in evaluation",
+            "cannot place bn .* training and evaluation, differ",
         ),
-        (lambda s, x: s.q(s.bn(s.end(s.p(behind(s, x))))), "different activations"),
-        (lambda s, x: s.l(s.bn(s.end(s.k(behind(s, x))))), "different activations"),
+        (
+            lambda s, x: s.q(s.bn(s.end(s.p(behind(s, x))))),
+            "cannot place bn .*its calls, or .* differ in the activation",
+        ),
+        (
+            lambda s, x: s.l(s.bn(s.end(s.k(behind(s, x))))),
+            "computes something else, first in the model itself",
+        ),
         (
             lambda s, x: s.end(s.a(s.blur(behind(s, x)) if s.training else behind(s, x))),
-            "in evaluation",
+            "computes something else, first in .* in evaluation",
         ),
     ],
 )
 def test_what_only_one_mode_or_call_shows_is_refused(forward: Callable, reason: str) -> None:
-    with pytest.raises(ValueError, match=rf"bn \(BatchNorm2d\).*{reason}"):
+    with pytest.raises(ValueError, match=reason):
         convert(Net(forward, **parts()), "bn", keep=["block.bn"])
 
 
+class ModuleOrFunction(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.a(behind(self, x)) if self.training else F.silu(behind(self, x)))
+
+
+class OnceOrTwice(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.end(self.a(behind(self, x)))
+        return y if self.training else self.a(self.end(self.a(behind(self, x))))
+
+
+class AsideInTraining(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(self.bn(self.conv(x))) + (F.elu(self.conv(x)) if self.training else 0)
+
+
 @pytest.mark.parametrize(
-    "forward",
+    "kind, forward, keep",
     [
-        lambda s, x: s.end(s.a(behind(s, x)) if s.training else s.b(behind(s, x))),
-        lambda s, x: s.end(s.a(behind(s, x)) if s.training else F.silu(behind(s, x))),
-        lambda s, x: s.end(s.a(behind(s, x))) if s.training else s.a(s.end(s.a(behind(s, x)))),
-        lambda s, x: s.block(x) + s.block(x, True) + s.a(behind(s, x)),
-        lambda s, x: s.block(x, s.training) + s.a(behind(s, x)),
-        lambda s, x: F.elu(s.bn(s.conv(x))) + (F.elu(s.conv(x)) if s.training else 0),
+        (
+            Net,
+            lambda s, x: s.end(s.a(behind(s, x)) if s.training else s.b(behind(s, x))),
+            ["block.bn"],
+        ),
+        (ModuleOrFunction, None, ["block.bn"]),
+        (OnceOrTwice, None, ["block.bn"]),
+        (Net, lambda s, x: s.block(x) + s.block(x, True) + s.a(behind(s, x)), []),
+        (Net, lambda s, x: s.block(x, s.training) + s.a(behind(s, x)), []),
+        (AsideInTraining, None, ["block.bn"]),
     ],
 )
-def test_branches_by_mode_and_option_stay(forward: Callable) -> None:
+def test_branches_by_mode_and_option_stay(
+    kind: type[Net], forward: Callable | None, keep: list[str]
+) -> None:
     torch.manual_seed(0)
-    original = with_random_norms(Net(forward, **parts()))
-    keep = [] if "block" in forward.__code__.co_names else ["block.bn"]
+    original = with_random_norms(kind(forward, **parts()))
     model, x = convert(copy.deepcopy(original), "bn", keep=keep), torch.randn(2, 3, 8, 8)
     assert isinstance(model.bn, NormAct2d) and model.bn.apply_act
     for training in (True, False):

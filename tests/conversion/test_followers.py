@@ -31,9 +31,17 @@ class Behind(nn.Module):
         self.train()(torch.randn(2, 3, 8, 8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn(self.conv(x))
-        z = self.function(self, y) if not isinstance(self.function, nn.Module) else self.function(y)
-        return self.placed(self.last(z))
+        return self.placed(self.last(self.behind(self.bn(self.conv(x)))))
+
+    def behind(self, y: torch.Tensor) -> torch.Tensor:
+        return self.function(y) if isinstance(self.function, nn.Module) else self.function(self, y)
+
+
+class BehindAFunction(Behind):
+    """Its function takes the norm's value alone."""
+
+    def behind(self, y: torch.Tensor) -> torch.Tensor:
+        return self.function(y)
 
 
 def times_itself(z: torch.Tensor) -> torch.Tensor:
@@ -257,39 +265,45 @@ def test_other_modules_without_weights_are_no_activations(module: nn.Module) -> 
 @pytest.mark.parametrize(
     "function, place",
     [
-        (lambda m, y: F.logsigmoid(y), nn.LogSigmoid),
-        (lambda m, y: F.tanhshrink(y), nn.Tanhshrink),
-        (lambda m, y: F.softshrink(y), nn.Softshrink),
-        (lambda m, y: F.hardshrink(y, 0.3), nn.Hardshrink),
-        (lambda m, y: F.threshold(input=y, threshold=0.1, value=0.2), nn.Threshold),
+        (F.logsigmoid, nn.LogSigmoid),
+        (F.tanhshrink, nn.Tanhshrink),
+        (F.softshrink, nn.Softshrink),
+        (lambda y: F.hardshrink(y, 0.3), nn.Hardshrink),
+        (lambda y: F.threshold(input=y, threshold=0.1, value=0.2), nn.Threshold),
     ],
 )
 def test_functions_with_a_module_of_their_own(function, place: type[nn.Module]) -> None:
-    model = Behind(function).double()
+    model = BehindAFunction(function).double()
     twin, images = convert(copy.deepcopy(model), "bn"), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert isinstance(twin.bn.act, place)
     torch.testing.assert_close(twin(images), model(images), rtol=1e-9, atol=1e-9)
 
 
-def add_in_place(m: nn.Module, y: torch.Tensor) -> torch.Tensor:
-    y = F.silu(y)
-    y += 1.0
-    return y
+class ByMethod(Behind):
+    def behind(self, y: torch.Tensor) -> torch.Tensor:
+        return F.silu(y).add_(1.0)
 
 
-IN_PLACE = {
-    "method": lambda m, y: F.silu(y).add_(1.0),
-    "operator": add_in_place,
-    "relu": lambda m, y: F.relu(F.silu(y).flatten(2), inplace=True).unflatten(2, (6, 6)),
-    "unknown_function": lambda m, y: torchvision.ops.stochastic_depth(F.silu(y), 0.0, "row").mul_(
-        2.0
-    ),
-}
+class ByOperator(Behind):
+    def behind(self, y: torch.Tensor) -> torch.Tensor:
+        y = F.silu(y)
+        y += 1.0
+        return y
 
 
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_a_result_that_is_changed_in_place_can_be_trained(name: str) -> None:
-    model = convert(Behind(IN_PLACE[name]), "ln_pn", IMAGES)
+class ByActivation(Behind):
+    def behind(self, y: torch.Tensor) -> torch.Tensor:
+        return F.relu(F.silu(y).flatten(2), inplace=True).unflatten(2, (6, 6))
+
+
+class ByUnknownFunction(Behind):
+    def behind(self, y: torch.Tensor) -> torch.Tensor:
+        return torchvision.ops.stochastic_depth(F.silu(y), 0.0, "row").mul_(2.0)
+
+
+@pytest.mark.parametrize("kind", [ByMethod, ByOperator, ByActivation, ByUnknownFunction])
+def test_a_result_that_is_changed_in_place_can_be_trained(kind: type[Behind]) -> None:
+    model = convert(kind(None), "ln_pn", IMAGES)
     rows = {row.module: row.action for row in conversion_report(model)}
     assert rows["bn"] == "LN + SiLU + PN, a copy of it handed on, as it is changed in place"
     images = torch.randn(2, 3, 8, 8)
