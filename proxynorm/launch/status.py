@@ -67,16 +67,18 @@ def done_status(summary: dict[str, Any], note: str = "") -> Status:
     return Status("done", steps, steps, summary["loss"], summary["top1"], note=note)
 
 
-def run_status(run: Run, held: bool | None = None) -> Status:
-    """The status of a run. held: whether a process trains it; None reads its lock file."""
+def run_status(run: Run, elsewhere: bool = True) -> Status:
+    """The status of a run. elsewhere: whether another machine may train it."""
     try:
         if (files := finished_files(run.folder)) is not None:
             return done_status(json.loads(files["summary.json"]))
-        running = is_held(run.folder / ".lock") if held is None else held
-        error, lines = last_error(run.log), log_lines(run.log)
+        running = is_held(run.folder / ".lock", elsewhere)
+        lines = log_lines(run.log)
         exited = EXIT_LINE.match(lines[-1]) if lines else None
-        if exited and not running and is_failure(int(exited[1]), error):
-            return Status("failed", error=error)
+        if exited and not running:
+            error = last_error(run.log)
+            if is_failure(int(exited[1]), error):
+                return Status("failed", error=error)
         return _progress(run.folder, running)
     except DataError as error:
         return Status("damaged", error=str(error))
@@ -108,14 +110,14 @@ def last_training_row(folder: Path) -> dict[str, Any] | None:
     path = folder / "metrics.jsonl"
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    rows = parse({path.name: whole}, path.name, {"event", "step", "epoch"})
+    rows = parse({path.name: whole}, path.name)
     return next((row for row in reversed(rows) if row["event"] == "train"), None)
 
 
 def read_config(folder: Path) -> tuple[float, int | None]:
     """epochs and max_steps of a run folder's configuration. Raises Damaged, OSError."""
     files = {"config.yaml": (folder / "config.yaml").read_bytes()}
-    (config,) = parse(files, "config.yaml", {"epochs"})
+    (config,) = parse(files, "config.yaml")
     return config["epochs"], config.get("max_steps")
 
 
@@ -130,30 +132,20 @@ def is_failure(status: int, error: str) -> bool:
     return status not in (0, *STOPPED) and IN_USE not in error
 
 
-def is_held(lock: Path) -> bool:
-    """Return whether the process that a run folder's lock file names is alive."""
-    holder = lock_holder(lock)
-    if holder is None:
-        return False
-    host, pid = holder
-    if host != socket.gethostname():
-        # Another host's process cannot be asked, but its metrics grow while it trains.
-        metrics = lock.with_name("metrics.jsonl")
-        return metrics.exists() and time.time() - metrics.stat().st_mtime < 600
-    try:
-        # The process id of a dead run may belong to another program by now.
-        return b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def is_held(lock: Path, elsewhere: bool) -> bool:
+    """Return whether the process that a run folder's lock file names is alive.
 
-
-def lock_holder(lock: Path) -> tuple[str, int] | None:
-    """The host and process id in a run folder's lock file."""
+    Another machine's process cannot be asked, but its metrics grow while it trains; none counts
+    unless `elsewhere`.
+    """
     try:
         host, _, pid = lock.read_text().split()
-        return host, int(pid)
+        if host == socket.gethostname():
+            # The process id of a dead run may belong to another program by now.
+            return b"train" in Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+        return elsewhere and time.time() - lock.with_name("metrics.jsonl").stat().st_mtime < 600
     except (OSError, ValueError):
-        return None
+        return False
 
 
 def last_error(log: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proxynorm.analysis.tables import text_table
 from proxynorm.errors import ConfigError, DataError
-from proxynorm.launch.estimate import Estimator, describe, duration, measured_seconds
+from proxynorm.launch.estimate import describe, duration, estimator
 from proxynorm.launch.status import STATES, Status, run_status
 from proxynorm.launch.sweep import Jobs
 from proxynorm.paper.recipe import other_recipes
@@ -25,7 +25,7 @@ def plan(
     statuses = all_statuses(runs, results, run_status)
     left = [run for run, now in zip(runs, statuses) if now.state not in ("done", "other")]
     done = sum(now.state == "done" for now in statuses)
-    estimate = estimator(table, runs)
+    estimate = estimator(runs, 1, table.stated_seconds, table.hardware)
     seconds = sum(estimate(run).seconds for run in left)
     lines = [
         f"{table.name}: {table.title}",
@@ -50,12 +50,6 @@ def plan(
         count = f"{len(own) - len(todo)}/{len(own)}"
         rows.append([cell, count, f"{hours:.2f}", f"{hours * len(todo):.2f}"])
     return "\n".join([*lines, text_table(["cell", "done", "hours a run", "hours left"], rows)])
-
-
-def estimator(table: Table, runs: Sequence[TableRun], processes: int = 1) -> Estimator:
-    """The estimator of a table's runs."""
-    measured = measured_seconds(runs, processes)
-    return Estimator(runs, measured, table.stated_seconds, table.hardware)
 
 
 def status(runs: Sequence[TableRun], results: Path, width: int | None = None) -> str:

@@ -12,7 +12,7 @@ from statistics import fmean
 from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread
+from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, welch
 from proxynorm.paper.figures import draw_figures
 from proxynorm.paper.findings import (
     Findings,
@@ -125,6 +125,28 @@ def cell_table(findings: Findings) -> Grid:
     return grid
 
 
+def beside_bn(findings: Findings) -> Grid:
+    """A row for each finished cell, with its difference to that of Batch Norm, where there is one.
+
+    And its 95 % interval, where both have several seeds.
+    """
+    grid = [["", f"{findings.table.metric} %", "n", "minus bn", "95 % interval"]]
+    for cell in findings.measured():
+        sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
+        difference = interval = ""
+        if bn is not None and cell.labels.get("norm") != "bn":
+            difference = f"{sample.mean - bn.mean:+.2f}"
+            if min(sample.n, bn.n) > 1:
+                interval = interval_text(welch(sample, bn)[0])
+        grid.append([cell.name, str(sample), str(sample.n), difference, interval])
+    columns = [column for column in zip(*grid) if any(column[1:])]
+    return [list(row) for row in zip(*columns)]
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.2f} … {interval[1]:+.2f}"
+
+
 def explanation(findings: Findings) -> str:
     """A note on the numbers of the cell table."""
     table = findings.table
@@ -170,7 +192,7 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
             f"{item.comparison.first} − {item.comparison.second}",
             item.comparison.expect,
             "" if item.difference is None else f"{item.difference:+.2f}",
-            "" if item.interval is None else f"{item.interval[0]:+.2f} … {item.interval[1]:+.2f}",
+            "" if item.interval is None else interval_text(item.interval),
             "" if item.p is None else p_value(item.p),
             f"{item.first.n}, {item.second.n}",
             item.verdict,

@@ -24,12 +24,13 @@ from tests.tiny_table import TINY, reproduce, write_run
 
 
 @pytest.fixture
-def launch(tiny, tmp_path, stand_in):
+def launch(tiny, tmp_path, stand_in, capsys):
     """Runs the tiny table with the stand-in; returns (exit status, lines said, runs)."""
 
     def go(jobs=2):
-        lines, runs = [], table_runs(tiny, tmp_path / "runs")
-        return run_locally(runs, jobs, 1, lines.append), lines, runs
+        runs = table_runs(tiny, tmp_path / "runs")
+        code = run_locally(runs, jobs)
+        return code, capsys.readouterr().out.splitlines(), runs
 
     return go
 
@@ -135,12 +136,12 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     text = plan(tiny, runs, results, 2)
     assert (
         "4 runs; 1 done" in text
-        and "3 runs to do, 3.1 min (measured; scaled from 1 measured kinds of runs)" in text
+        and "3 runs to do, 75 s (estimate for one CPU core; measured)" in text
     )
-    assert "; 1.6 min with jobs=2" in text
+    assert "; 37 s with jobs=2" in text
     assert [line.split() for line in text.splitlines()[-2:]] == [
         ["bn", "1/2", "0.02", "0.02"],
-        ["ln_pn", "0/2", "0.02", "0.03"],
+        ["ln_pn", "0/2", "0.00", "0.00"],
     ]
     text = plan(tiny, runs, results, verbose=True)
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
