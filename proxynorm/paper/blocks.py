@@ -7,6 +7,7 @@ from pathlib import Path
 
 from proxynorm.errors import DataError
 from proxynorm.files import write_text
+from proxynorm.paper.compare import span
 from proxynorm.paper.findings import gather
 from proxynorm.paper.report import as_markdown, wide_table
 from proxynorm.paper.table import load_table, reported_runs, table_names
@@ -45,6 +46,6 @@ def result_table(name: str, results: Path) -> str:
     if not findings.records:
         return "No run is kept yet."
     counts = sorted({sample.n for sample in findings.samples.values()})
-    seeds = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    note = f"{table.metric} (%) on {table.split}, mean ± standard deviation, {seeds} seeds a cell."
+    note = f"{table.metric} (%) on {table.split}, mean ± standard deviation, "
+    note += f"{span(counts)} seeds a cell."
     return f"{as_markdown(wide_table(findings))}\n\n{note}"
