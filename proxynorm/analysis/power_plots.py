@@ -114,21 +114,3 @@ def plot_p1_by_epoch(
         axes.set_visible(False)
     figure.colorbar(scale, ax=grid, label="epoch")
     save_figure(figure, path, formats)
-
-
-def plot_p1_against_metric(
-    cells: Mapping[str, Sequence[tuple[float, float]]],
-    styles: Mapping[str, Mapping],
-    label: str,
-    path: Path,
-    formats: Sequence[str] = (),
-) -> None:
-    """A point for each network: mean P1 across, metric up. cells: {cell: [(P1, metric)]}."""
-    figure, ((axes,),) = new_figure(6.8, 4)
-    for cell, points in cells.items():
-        style = {**styles[cell], "linestyle": ""}
-        face = style["color"] if styles[cell].get("linestyle") == "-" else "white"
-        axes.plot(*zip(*points, strict=True), "o", mfc=face, label=norm_label(cell), **style)
-    axes.set(xlabel=f"P1 after training, mean over the norms ({SHARE})", ylabel=label)
-    legend_beside(axes)
-    save_figure(figure, path, formats)

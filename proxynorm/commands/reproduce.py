@@ -20,7 +20,6 @@ wandb sync runs/TABLE/upload/*/wandb/offline-run-*"""
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +104,7 @@ def plan(options: Options) -> int:
 def status(options: Options) -> int:
     from proxynorm.paper.plan import status as describe
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(describe(selected_runs(options)[1], Path(options.results), width))
+    print(describe(selected_runs(options)[1], Path(options.results)))
     return 0
 
 

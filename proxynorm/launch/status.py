@@ -17,7 +17,7 @@ from proxynorm.launch.finished import finished_files, parse
 from proxynorm.launch.runs import Run
 from proxynorm.train.preemption import REQUEUE
 
-STATES = ("done", "other", "running", "queued", "preempted", "stopped", "failed", "damaged")
+STATES = "done other running queued preempted stopped failed damaged missing".split()
 IN_USE = " is in use by "  # how train.py refuses a run folder that another process holds
 FAULT_LINE = "ended with the fault above"  # train.py's last line after a traceback
 # Exit statuses after a requested stop: saved, or stopped before training began.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxynorm.analysis.plots import plot_against, plot_cells, plot_curves
-from proxynorm.analysis.power_plots import plot_p1, plot_p1_against_metric, plot_p1_by_epoch
+from proxynorm.analysis.power_plots import plot_p1, plot_p1_by_epoch
 from proxynorm.analysis.style import cell_styles
-from proxynorm.paper.findings import Findings, against_batch, last_powers, mean_p1, p1_by_epoch
+from proxynorm.paper.findings import Findings, against_batch, last_powers, p1_by_epoch
 from proxynorm.paper.table import Cell
 
 MOST_CURVES = 20
@@ -33,7 +33,7 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     if panels := against_batch(findings):
         plot_against(panels, label, folder / "batch.png", PDF)
         found["batch.png"] = f"{label} against batch size, mean over seeds and their range"
-    return found | draw_powers(findings, folder, styles, label)
+    return found | draw_powers(findings, folder)
 
 
 def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -51,28 +51,21 @@ def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
     return panels
 
 
-def draw_powers(findings: Findings, folder: Path, styles: dict, label: str) -> dict[str, str]:
+def draw_powers(findings: Findings, folder: Path) -> dict[str, str]:
     """Draw the powers that the runs logged; {PNG file: caption}."""
     last = last_powers(findings)
     if not 0 < len(last) <= MOST_CURVES:
         return {}
-    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in findings.cells}
+    cells = [cell for cell in findings.cells if cell.name in last]
+    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in cells}
     panels = {
-        title: {name: [rows for _, rows in last[name]] for name in names}
-        for title, names in by_axis([c for c in findings.cells if c.name in last]).items()
+        title: {name: last[name] for name in names} for title, names in by_axis(cells).items()
     }
     plot_p1(panels, folder / "power.png", norms, formats=PDF)
-    points = {
-        cell: [(mean_p1(rows), record.summary[findings.table.metric]) for record, rows in runs]
-        for cell, runs in last.items()
-    }
-    plot_p1_against_metric(points, styles, label, folder / "power_top1.png", PDF)
-    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in findings.measured()}
-    plot_p1_by_epoch(
-        {c: found for c, found in epochs.items() if found}, folder / "power_epochs.png", PDF
-    )
+    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in cells}
+    shared = {cell: found for cell, found in epochs.items() if found}
+    plot_p1_by_epoch(shared, folder / "power_epochs.png", PDF)
     return {
         "power.png": "P1 after training by depth, mean over seeds and their range",
-        "power_top1.png": "accuracy against P1 after training, a point a run",
         "power_epochs.png": "P1 by depth while training, mean over seeds, a line an epoch",
     }

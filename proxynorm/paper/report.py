@@ -14,15 +14,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
 from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, welch
 from proxynorm.paper.figures import draw_figures
-from proxynorm.paper.findings import (
-    Findings,
-    comparison_grid,
-    last_powers,
-    loss_ratio,
-    mean_p1,
-    p1_correlation,
-    verdicts,
-)
+from proxynorm.paper.findings import Findings, comparison_grid, last_powers, loss_ratio, verdicts
 from proxynorm.paper.records import Record
 from proxynorm.paper.table import Cell
 
@@ -36,7 +28,7 @@ LABELS = {
 FLAT = 0.01  # distance of a loss ratio from 1
 POWER_NOTE = (
     "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
-    "means over seeds. correlation: of a run's mean P1 with its accuracy, over the seeds of a cell."
+    "means over seeds."
 )
 Grid = list[list[str]]  # the header, then the rows
 
@@ -167,19 +159,14 @@ def explanation(findings: Findings) -> str:
 
 
 def power_table(findings: Findings) -> Grid:
-    """A row for each cell that logged powers: P1 after training, and if accuracy follows it."""
-    metric = findings.table.metric
-    grid = [["cell", f"{metric} %", "P1, mean", "P1, largest", "P1, last norm", "correlation", "n"]]
-    for cell, runs in last_powers(findings).items():
-        nets = [rows for _, rows in runs]
-        largest, last = (
-            f"{fmean(figure(rows) for rows in nets):.3f}"
-            for figure in (lambda rows: max(row.p1 for row in rows), lambda rows: rows[-1].p1)
-        )
-        r = p1_correlation([(mean_p1(rows), record.summary[metric]) for record, rows in runs])
-        mean = f"{fmean(map(mean_p1, nets)):.3f}"
-        shown = "" if r is None else f"{r:+.2f}"
-        grid.append([cell, str(findings.samples[cell]), mean, largest, last, shown, str(len(runs))])
+    """A row for each cell that logged powers: P1 after training."""
+    metric = f"{findings.table.metric} %"
+    grid = [["cell", metric, "P1, mean", "P1, largest", "P1, last norm", "n"]]
+    for cell, nets in last_powers(findings).items():
+        curves = [[row.p1 for row in rows] for rows in nets]
+        means = (fmean(map(figure, curves)) for figure in (fmean, max, lambda curve: curve[-1]))
+        figures = [f"{mean:.3f}" for mean in means]
+        grid.append([cell, str(findings.samples[cell]), *figures, str(len(nets))])
     return grid
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,10 +126,7 @@ class Table:
     @property
     def argument(self) -> str:
         """The table's argument on a command line: its name, or its file's path as given."""
-        if not self.file:
-            return f"table={self.name}"
-        plain = re.fullmatch(r"[\w./~+-]+", self.file)
-        return shlex.quote(f"table={self.file if plain else json.dumps(self.file)}")
+        return shlex.quote(f"table={self.file or self.name}")
 
     def stated_seconds(self, run: TableRun) -> float:
         """The time of a run as the table states it."""

@@ -206,18 +206,6 @@ def test_a_kept_failure_is_told_and_tried_again(one_kept, stand_in):
     assert not_kept(runs, str(results)) == runs[1:]
 
 
-def test_long_lines_of_the_status_are_cut_at_the_terminal_s_width(tiny, tmp_path):
-    runs = table_runs(tiny, tmp_path / "runs")
-    write_run(runs[0], 50.0)
-    runs[1].log.parent.mkdir(exist_ok=True)
-    runs[1].log.write_text(f"ValueError: {'long ' * 50}end\n# exit status 1\n")
-    whole, narrow = (status(runs, tmp_path, width).splitlines() for width in (None, 60))
-    assert whole[2].startswith("ln_pn-s0  failed  ValueError: long") and whole[2].endswith(" end")
-    assert (
-        narrow[2] == f"{whole[2][:59]}…" and max(map(len, narrow)) == 60 and narrow[1] == whole[1]
-    )
-
-
 @pytest.mark.slow
 def test_a_real_table_from_run_to_report(tmp_path):
     """Interrupted, run again, reported: with the real train.py and paths that need quoting."""

@@ -135,7 +135,7 @@ def test_the_report_is_the_same_bytes_from_folders_and_from_archives(tiny, finis
     assert [collect(run, results) for run in finished] == [False] * 4
     shutil.rmtree(tmp_path / "runs")
     write_report(gather(tiny, finished, results), second)
-    figures = ("cells", "curves", "power", "power_epochs", "power_top1")
+    figures = ("cells", "curves", "power", "power_epochs")
     drawn = [f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png")]
     assert files(first) == sorted([*drawn, "cells.csv", "report.md", "table.tex"])
     match, mismatch, errors = filecmp.cmpfiles(first, second, files(first), shallow=False)
