@@ -66,7 +66,7 @@ def start_if_due(run: Run, threads: int, failures: list[str]) -> list[Worker]:
     left = {"done": "finished", "running": "running elsewhere", "damaged": "damaged"}
     if now.state == "damaged":
         failures.append(f"{run.name}: {now.error}")
-    say(f"{run.name}: {left.get(now.state, 'resuming' if now.step else 'starting')}")
+    say(f"{run.name}: {left.get(now.state, 'resuming' if now.progress else 'starting')}")
     return [] if now.state in left else [start(run, threads)]
 
 

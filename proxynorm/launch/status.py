@@ -31,40 +31,37 @@ SLURM_LINE = re.compile(r"^(srun|slurmstepd(-\S+)?): ")
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run and its progress.
+    """The state of a run, one of STATES.
 
-    error: the last error line of a failed run, the reason for a damaged one; job: its task in
-    SLURM's queue; note: anything else worth showing.
+    progress: step, loss, top-1 and time left, as far as known; error: the last error line of a
+    failed run, the reason for a damaged one; job: its task in SLURM's queue; note: anything else
+    worth showing.
     """
 
     state: str
-    step: int = 0
-    total_steps: int = 0
-    loss: float | None = None
-    top1: float | None = None
-    seconds_left: float | None = None
+    progress: str = ""
     error: str = ""
     job: str = ""
     note: str = ""
 
     def describe(self) -> str:
         """The progress, or the error, in one line."""
-        if self.state in ("failed", "damaged"):
-            return self.error
-        parts = [f"job {self.job}"] if self.job else []
-        parts += [f"step {self.step}/{self.total_steps}"] if self.step else []
-        parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
-        parts += [f"top1 {self.top1:.2f}"] if self.top1 is not None else []
-        if self.seconds_left is not None and self.state == "running":
-            parts.append(f"ETA {timedelta(seconds=round(self.seconds_left))}")
-        parts += [self.note] if self.note else []
-        return "  ".join(parts)
+        job = f"job {self.job}" if self.job else ""
+        return self.error or "  ".join(filter(None, [job, self.progress, self.note]))
 
 
 def done_status(summary: dict[str, Any], note: str = "") -> Status:
     """The status of a finished run with this summary."""
     steps = summary["steps"]
-    return Status("done", steps, steps, summary["loss"], summary["top1"], note=note)
+    return Status("done", progress(steps, steps, summary["loss"], summary["top1"]), note=note)
+
+
+def progress(step: int, total: int, loss: float | None, top1: float | None = None) -> str:
+    """The step, and what is finite of the loss and top-1, in words."""
+    words = [f"step {step}/{total}"]
+    words += [f"loss {loss:.4f}"] if loss is not None else []
+    words += [f"top1 {top1:.2f}"] if top1 is not None else []
+    return "  ".join(words)
 
 
 def run_status(run: Run, elsewhere: bool = True) -> Status:
@@ -79,24 +76,26 @@ def run_status(run: Run, elsewhere: bool = True) -> Status:
             error = last_error(run.log)
             if is_failure(int(exited[1]), error):
                 return Status("failed", error=error)
-        return _progress(run.folder, running)
+        return unfinished_status(run.folder, running)
     except DataError as error:
         return Status("damaged", error=str(error))
 
 
-def _progress(folder: Path, running: bool) -> Status:
+def unfinished_status(folder: Path, running: bool) -> Status:
     """The status of an unfinished run, by its last training row. Raises DataError."""
     try:
         row = last_training_row(folder)
         if row is None:
             return Status("running" if running else "missing")
-        epochs, most = read_config(folder)
-        total = round(row["step"] / row["epoch"] * epochs)
+        step, (epochs, most) = row["step"], read_config(folder)
+        total = round(step / row["epoch"] * epochs)
         total = min(total, most or total)
+        words = progress(step, total, row["loss"])
         speed = row.get("images_per_second")  # absent from the first row after a start
-        left = (total - row["step"]) * row["images"] / row["step"] / speed if speed else None
-        state = "running" if running else "stopped"
-        return Status(state, row["step"], total, row["loss"], seconds_left=left)
+        if running and speed:
+            left = (total - step) * row["images"] / step / speed
+            words += f"  ETA {timedelta(seconds=round(left))}"
+        return Status("running" if running else "stopped", words)
     except (ValueError, OSError, LookupError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise DataError(

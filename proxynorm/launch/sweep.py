@@ -65,7 +65,7 @@ class Jobs:
             if state not in WAITING:
                 return replace(now, state="running")
             note = "" if reason in USUAL_REASONS else reason
-            return replace(now, state="preempted" if now.step else "queued", note=note)
+            return replace(now, state="preempted" if now.progress else "queued", note=note)
         if now.state in ("missing", "stopped") and (error := self.failure(run.name)):
             return replace(now, state="failed", error=error)
         return now

@@ -206,11 +206,9 @@ def load_table(name: str, seeds: int | None = None) -> Table:
 
 def default_split(overrides: Sequence[str]) -> str:
     """The images that runs with these overrides are evaluated on, in words."""
-    for word in reversed(overrides):
-        key, _, value = word.partition("=")
-        if key == "data.holdout" and value != "0":
-            return f"{value} training images that were held out"
-    return "the test set"
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    count = given.get("data.holdout", "0")
+    return "the test set" if count == "0" else f"{count} training images that were held out"
 
 
 def check_table(table: Table) -> None:

@@ -124,8 +124,11 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
     write_run(run, 50.0, epochs=3)
     (run.folder / "summary.json").unlink()
     now = run_status(run)
-    assert (now.state, now.step, now.total_steps) == ("stopped", 4, 12)
-    assert now.loss == pytest.approx(1.9) and now.seconds_left == pytest.approx(8 * 64 / 100)
+    assert (now.state, now.describe()) == ("stopped", "step 4/12  loss 1.9000")
+    (run.folder / ".lock").write_text("node17 pid 4711")
+    now = run_status(run)
+    left = f"0:00:0{8 * 64 / 100:.0f}"
+    assert (now.state, now.describe()) == ("running", f"step 4/12  loss 1.9000  ETA {left}")
 
 
 def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
