@@ -47,13 +47,14 @@ def write_confusion(folder: str | Path, classes: Sequence[str], matrix: np.ndarr
     """Write per_class.csv, confusion.csv and confusion.png; a row of `matrix` is a true class."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
+    rows: list[tuple[object, ...]] = [("class", "images", "correct", "top1")]
+    rows += [
         (name, n, hits, f"{100 * hits / n:.2f}" if n else "")
         for name, n, hits in zip(classes, matrix.sum(1).tolist(), matrix.diagonal().tolist())
     ]
-    write_text(folder / "per_class.csv", csv_table(("class", "images", "correct", "top1"), rows))
-    rows = [(name, *row) for name, row in zip(classes, matrix.tolist())]
-    write_text(folder / "confusion.csv", csv_table(("class", *classes), rows))
+    write_text(folder / "per_class.csv", csv_table(rows))
+    rows = [("class", *classes), *((name, *row) for name, row in zip(classes, matrix.tolist()))]
+    write_text(folder / "confusion.csv", csv_table(rows))
     plot_confusion(folder / "confusion.png", classes, matrix)
 
 

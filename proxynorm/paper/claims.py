@@ -99,13 +99,12 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
 
 def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
     """The claims as a Markdown table. figures: of random_net_figures."""
-    rows = []
+    rows = [["claim", "evidence here", "status"]]
     for claim in load_claims():
         found = claim_outcomes(claim, outcomes)
         rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
-    table = markdown_table(["claim", "evidence here", "status"], rows)
     return (
-        f"# The poster's claims\n\n{table}\n\n"
+        f"# The poster's claims\n\n{markdown_table(rows)}\n\n"
         "Tests are those of tests/acceptance/test_claims.py, on random and small networks; "
         "comparisons are those of the tables' reports (results/TABLE/report.md), on "
         "Fashion-MNIST. A status that rests on tests alone says what small networks show.\n"

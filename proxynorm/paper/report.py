@@ -44,10 +44,8 @@ def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
         raise ConfigError(f"{path} has {former[1]} runs, this one {count}; force=true replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     text = report(findings, draw_figures(findings, folder))
-    header, *rows = wide_table(findings)
-    write_text(folder / "table.tex", latex_table(header, rows) + "\n")
-    header, *rows = comparison_grid(findings)
-    write_text(folder / "cells.csv", csv_table(header, rows))
+    write_text(folder / "table.tex", latex_table(wide_table(findings)) + "\n")
+    write_text(folder / "cells.csv", csv_table(comparison_grid(findings)))
     write_text(path, text)
 
 
@@ -57,21 +55,16 @@ def report(findings: Findings, figures: Mapping[str, str]) -> str:
     parts = [f"# {table.title}", table.about.strip(), findings.protocol]
     parts += [f"**{sentence}**" for sentence in verdicts(findings)]
     if table.columns:
-        parts += ["## Table", as_markdown(wide_table(findings))]
-    parts += ["## Cells", as_markdown(cell_table(findings)), explanation(findings)]
+        parts += ["## Table", markdown_table(wide_table(findings))]
+    parts += ["## Cells", markdown_table(cell_table(findings)), explanation(findings)]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
     if last_powers(findings):
-        parts += ["## Power after training", as_markdown(power_table(findings)), POWER_NOTE]
+        parts += ["## Power after training", markdown_table(power_table(findings)), POWER_NOTE]
     if findings.outcomes:
-        comparisons = as_markdown(comparison_table(findings.outcomes))
+        comparisons = markdown_table(comparison_table(findings.outcomes))
         parts += ["## Comparisons", comparisons, comparison_notes(findings)]
     parts += ["## How it was made", provenance(findings.records), f"```\n{commands(findings)}\n```"]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def as_markdown(grid: Grid) -> str:
-    header, *rows = [[text.replace("|", "\\|") for text in row] for row in grid]
-    return markdown_table(header, rows)
 
 
 def wide_table(findings: Findings) -> Grid:

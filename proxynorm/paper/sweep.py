@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from proxynorm.analysis.tables import text_table
+from proxynorm.analysis.tables import markdown_table, text_table
 from proxynorm.files import write_text
 from proxynorm.launch.runs import Run
 from proxynorm.paper.figures import draw_figures
 from proxynorm.paper.findings import comparison_grid, gather, verdicts
-from proxynorm.paper.report import as_markdown, beside_bn, provenance
+from proxynorm.paper.report import beside_bn, provenance
 from proxynorm.paper.table import Cell, Table, TableRun, cell_name
 from proxynorm.paper.tracking import log_comparison
 from proxynorm.train.config import compose_config, settings_from
@@ -38,7 +38,7 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
     set_aside(path, command)
     figures = draw_figures(findings, folder)
     grid = beside_bn(findings)
-    parts = [f"# {command}", *(f"**{text}**" for text in verdicts(findings)), as_markdown(grid)]
+    parts = [f"# {command}", *(f"**{text}**" for text in verdicts(findings)), markdown_table(grid)]
     parts += [NOTE, failed and f"Failed:\n\n{failed}"]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
     parts += ["Runs: " + ", ".join(run.name for run in runs), provenance(findings.records)]
