@@ -27,7 +27,7 @@ What next:
   python scripts/reproduce.py plan table=mini_norms    # nine norms, with more seeds and epochs
   python scripts/power.py run={run} weights=last       # P1 … P4 of a trained network
 """
-RANDOM_NETS = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
+SIZES = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
 
 
 @dataclass
@@ -41,19 +41,14 @@ class Options:
     train: list[str] = option([], "further overrides for every run, as train=[epochs=1]")
 
 
-def draw_random_nets(folder: Path) -> None:
-    """P1 against depth in small random nets, with and without PN: seconds."""
-    print("Random nets, no training: the share of power in channel-wise constants", flush=True)
-    norms = ["bn", "ln", "ln_pn"]
-    power.main(power.Options(output=str(folder), norms=norms, device="cpu", **RANDOM_NETS))
-
-
 def main(options: Options) -> int:
     table = load_table("demo", options.seeds)
     runs = table_runs(table, options.root, read_chosen(table, options.results), options.train)
     refuse_other_recipes(runs, options.results)
     folder = Path(options.root) / table.name
-    draw_random_nets(folder / "random_nets")
+    print("Random nets, no training: the share of power in channel-wise constants", flush=True)
+    nets, norms = str(folder / "random_nets"), ["bn", "ln", "ln_pn"]
+    power.main(power.Options(output=nets, norms=norms, device="cpu", **SIZES))
     jobs = options.jobs or min(os.cpu_count() or 1, len(runs))
     print(f"\nTraining {len(runs)} networks, {jobs} at a time, about a minute each", flush=True)
     if status := run_locally(runs, jobs):

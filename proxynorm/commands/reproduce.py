@@ -26,7 +26,14 @@ from pathlib import Path
 
 from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
+from proxynorm.files import write_json, write_text
+from proxynorm.launch.estimate import estimator
+from proxynorm.launch.local import run_locally
 from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.sweep import launch_array
+from proxynorm.paper import plan as cost
+from proxynorm.paper import records, search
+from proxynorm.paper.recipe import refuse_other_recipes
 from proxynorm.paper.table import (
     Table,
     TableRun,
@@ -82,8 +89,6 @@ def selected_runs(options: Options, check: bool = False) -> tuple[Table, list[Ta
             raise ConfigError(f"table {table.name} has no cell '{cell}'; {nearest(cell, names)}")
     runs = [run for run in runs if not options.cells or run.cell.name in options.cells]
     if check:
-        from proxynorm.paper.recipe import refuse_other_recipes
-
         refuse_other_recipes(runs, options.results)
     return table, runs
 
@@ -95,23 +100,16 @@ def words(options: Options, *keys: str) -> list[str]:
 
 
 def plan(options: Options) -> int:
-    from proxynorm.paper.plan import plan as describe
-
-    print(describe(*selected_runs(options), Path(options.results), options.jobs, options.verbose))
+    print(cost.plan(*selected_runs(options), Path(options.results), options.jobs, options.verbose))
     return 0
 
 
 def status(options: Options) -> int:
-    from proxynorm.paper.plan import status as describe
-
-    print(describe(selected_runs(options)[1], Path(options.results)))
+    print(cost.status(selected_runs(options)[1], Path(options.results)))
     return 0
 
 
 def launch(options: Options) -> int:
-    from proxynorm.launch.estimate import estimator
-    from proxynorm.launch.local import run_locally
-    from proxynorm.launch.sweep import launch_array
     from proxynorm.train.config import compose_config, settings_from
 
     if options.launcher not in ("local", "slurm"):
@@ -134,11 +132,9 @@ def launch(options: Options) -> int:
 
 def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
     """The runs without the finished ones that are kept as archives alone, which it prints."""
-    from proxynorm.paper.records import kept_status
-
     left = []
     for run in runs:
-        now = kept_status(run, results)
+        now = records.kept_status(run, results)
         if now and now.state == "done":
             print(f"{run.name}: finished, {now.note}", flush=True)
         else:
@@ -147,11 +143,8 @@ def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
 
 
 def choose(options: Options) -> int:
-    from proxynorm.files import write_json
-    from proxynorm.paper.search import choose as best
-
     table, runs = selected_runs(options, check=True)
-    found = best(table, runs, options.results)
+    found = search.choose(table, runs, options.results)
     path = Path(options.results) / table.name / "chosen.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
@@ -165,10 +158,8 @@ def choose(options: Options) -> int:
 
 
 def collect(options: Options) -> int:
-    from proxynorm.paper.records import collect as keep
-
     table, runs = selected_runs(options, check=True)
-    kept = sum(keep(run, options.results) for run in runs)
+    kept = sum(records.collect(run, options.results) for run in runs)
     print(f"{kept} runs collected into {Path(options.results) / table.name / 'runs'}")
     return 0
 
@@ -199,10 +190,8 @@ def upload(options: Options) -> int:
 
 
 def claims(options: Options) -> int:
-    from proxynorm.files import write_text
     from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
     from proxynorm.paper.findings import gather
-    from proxynorm.paper.recipe import refuse_other_recipes
 
     outcomes = {}
     for name in dict.fromkeys(name for claim in load_claims() for name in claim.tables):

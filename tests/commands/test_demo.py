@@ -12,8 +12,8 @@ from tests.wandb_files import read_offline
 def run_demo(tiny, stand_in, tmp_path, monkeypatch):  # noqa: F811
     """Run the demo on the tiny table in tmp_path."""
     monkeypatch.setattr(demo, "load_table", lambda name, seeds: tiny)
-    monkeypatch.setitem(demo.RANDOM_NETS, "width", 8)
-    monkeypatch.setitem(demo.RANDOM_NETS, "depth", 3)
+    monkeypatch.setitem(demo.SIZES, "width", 8)
+    monkeypatch.setitem(demo.SIZES, "depth", 3)
 
     def run(*words):
         words = [*words, f"root={tmp_path}/runs", f"results={tmp_path}/results"]
