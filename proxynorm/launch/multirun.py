@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch.estimate import estimator
-from proxynorm.launch.local import POLL_SECONDS
+from proxynorm.launch.local import wait
 from proxynorm.launch.runs import TRAIN, Run, say
 from proxynorm.launch.slurm import SlurmOptions
 from proxynorm.launch.status import FAULT_LINE
@@ -102,11 +100,7 @@ def train_run(run: Run, number: int) -> tuple[int, str]:
         reader = threading.Thread(target=pass_on, args=(process.stderr, told))
         reader.start()
         try:
-            while process.poll() is None:
-                if stop:
-                    process.send_signal(signal.SIGTERM)
-                    process.wait()
-                time.sleep(POLL_SECONDS)
+            wait(process, stop)
         finally:
             process.kill()  # after a second Ctrl-C
             reader.join()

@@ -19,9 +19,9 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print at once, also into a pipe."""
+    """Print a line at once, also into a pipe, and whole, also from a thread."""
     if is_main():
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ def test_all_runs_are_trained_once(launch):
     assert code == 0 and [run_status(run).state for run in runs] == ["done"] * 4
     code, lines, runs = launch()
     assert (
-        code == 0 and starts(runs) == [1] * 4 and lines == [f"{run.name}: finished" for run in runs]
+        code == 0
+        and starts(runs) == [1] * 4
+        and sorted(lines) == sorted(f"{run.name}: finished" for run in runs)
     )
 
 
@@ -219,7 +221,7 @@ def test_a_real_table_from_run_to_report(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert first.stdout.readline() == "bn-s0: starting\n"
+    assert first.stdout.readline().endswith("-s0: starting\n")
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 75
     table = load_table(str(path))
