@@ -21,7 +21,7 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     if not cells:
         return {}
     label = f"{'top-1' if table.metric == 'top1' else table.metric} (%) on {table.split}"
-    styles = cell_styles({cell.name: str(cell.labels.get("norm", "")) for cell in cells})
+    styles = cell_styles({cell.name: cell.norm for cell in cells})
     samples = {cell.name: findings.samples[cell.name].values for cell in cells}
     references = {item.cell: item.value for item in table.references}
     plot_cells(samples, references, styles, label, folder / "cells.png", PDF)
@@ -42,11 +42,9 @@ def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
     panels = {}
     for chosen in sorted({frozenset(found) for found in axes.values()}, key=sorted):
         words = ", ".join(sorted(axis.rpartition(".")[2] for axis in chosen))
-        norms = [cell.labels.get("norm") for cell in cells if axes[cell.name] == chosen]
+        norms = [cell.norm for cell in cells if axes[cell.name] == chosen]
         panels[f"trained networks, by {words or 'norm'}"] = [
-            cell.name
-            for cell in cells
-            if axes[cell.name] in (chosen, set()) and cell.labels.get("norm") in norms
+            cell.name for cell in cells if axes[cell.name] in (chosen, set()) and cell.norm in norms
         ]
     return panels
 
@@ -57,7 +55,7 @@ def draw_powers(findings: Findings, folder: Path) -> dict[str, str]:
     if not 0 < len(last) <= MOST_CURVES:
         return {}
     cells = [cell for cell in findings.cells if cell.name in last]
-    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in cells}
+    norms = {cell.name: cell.norm for cell in cells}
     panels = {
         title: {name: last[name] for name in names} for title, names in by_axis(cells).items()
     }

@@ -77,7 +77,7 @@ def verdicts(findings: Findings) -> list[str]:
         return []
     sentences = []
     for cell in findings.measured():
-        norm = str(cell.labels.get("norm"))
+        norm = cell.norm
         bn, proxied = findings.twin(cell, "bn"), findings.twin(cell, f"{norm}_pn")
         if norm not in ("ln", "gn") or bn is None or proxied is None:
             continue
@@ -93,8 +93,7 @@ def comparison_grid(findings: Findings) -> list[list[Any]]:
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
         difference = None if bn is None else sample.mean - bn.mean
-        norm = str(cell.labels.get("norm", ""))
-        rows.append([cell.name, norm, sample.mean, sample.std, sample.n, difference])
+        rows.append([cell.name, cell.norm, sample.mean, sample.std, sample.n, difference])
     return rows
 
 

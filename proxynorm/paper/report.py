@@ -119,7 +119,7 @@ def beside_bn(findings: Findings) -> Grid:
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
         difference = interval = ""
-        if bn is not None and cell.labels.get("norm") != "bn":
+        if bn is not None and cell.norm != "bn":
             difference = f"{sample.mean - bn.mean:+.2f}"
             if min(sample.n, bn.n) > 1:
                 interval = interval_text(welch(sample, bn)[0])

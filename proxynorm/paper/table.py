@@ -31,6 +31,11 @@ class Cell:
     labels: dict[str, Any]
     overrides: tuple[str, ...]
 
+    @property
+    def norm(self) -> str:
+        """Its norm's name, "" if the table has no such axis."""
+        return str(self.labels.get("norm", ""))
+
 
 @dataclass(frozen=True)
 class TableRun(Run):
