@@ -19,9 +19,7 @@ from omegaconf import DictConfig
 
 from proxynorm.launch.slurm import SlurmOptions
 
-# hydra.launcher.KEY=…; the keys are those of scripts/reproduce.py launch.
-SLURM = {key: value for key, value in asdict(SlurmOptions()).items() if key != "report"}
-SLURM["sbatch"] = []
+SLURM = asdict(SlurmOptions())  # hydra.launcher.KEY=…
 
 
 class LocalLauncher(Launcher):
@@ -33,6 +31,7 @@ class LocalLauncher(Launcher):
     def setup(self, *, config: DictConfig, **context: Any) -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
+        from proxynorm.cli import as_installed
         from proxynorm.train.words import SEARCH
 
         given = config.hydra.overrides
@@ -44,7 +43,7 @@ class LocalLauncher(Launcher):
         self.name = "-".join(["sweep", *(key for key in keys if key != "seed")])
         if config.logger.group is None:
             self.shared.append(f"logger.group={self.name}")
-        self.command = shlex.join(["python", "train.py", "-m", *given.task])
+        self.command = f"{as_installed('python train.py -m')} {shlex.join(given.task)}"
         self.folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
@@ -61,7 +60,8 @@ class LocalLauncher(Launcher):
 
     def run(self, sweep: list[list[str]]) -> int:
         """Train and compare; 2 if runs failed by the user's mistakes alone, 1 if others did."""
-        from proxynorm.launch.multirun import is_main, say, train_here
+        from proxynorm.launch.multirun import train_here
+        from proxynorm.launch.runs import is_main, say
         from proxynorm.paper.sweep import answer
 
         runs, failures = train_here(sweep)
@@ -77,7 +77,8 @@ class SlurmLauncher(LocalLauncher):
     """Submit the runs that are neither finished nor queued; compare them once all are finished."""
 
     def run(self, sweep: list[list[str]]) -> int:
-        from proxynorm.launch.multirun import say, submit
+        from proxynorm.launch.multirun import submit
+        from proxynorm.launch.runs import say
         from proxynorm.launch.status import run_status
         from proxynorm.paper.sweep import answer
 

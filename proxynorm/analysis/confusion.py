@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from proxynorm.analysis.plots import save_figure
+from proxynorm.analysis.style import save_figure
+from proxynorm.analysis.tables import csv_table
 from proxynorm.data import Batch
 from proxynorm.files import write_text
 
@@ -48,23 +47,15 @@ def write_confusion(folder: str | Path, classes: Sequence[str], matrix: np.ndarr
     """Write per_class.csv, confusion.csv and confusion.png; a row of `matrix` is a true class."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    total, right = matrix.sum(1), matrix.diagonal()
-    rows = [
+    rows: list[tuple[object, ...]] = [("class", "images", "correct", "top1")]
+    rows += [
         (name, n, hits, f"{100 * hits / n:.2f}" if n else "")
-        for name, n, hits in zip(classes, total.tolist(), right.tolist())
+        for name, n, hits in zip(classes, matrix.sum(1).tolist(), matrix.diagonal().tolist())
     ]
-    write_csv(folder / "per_class.csv", [("class", "images", "correct", "top1"), *rows])
-    write_csv(
-        folder / "confusion.csv",
-        [("class", *classes), *((name, *row) for name, row in zip(classes, matrix.tolist()))],
-    )
+    write_text(folder / "per_class.csv", csv_table(rows))
+    rows = [("class", *classes), *((name, *row) for name, row in zip(classes, matrix.tolist()))]
+    write_text(folder / "confusion.csv", csv_table(rows))
     plot_confusion(folder / "confusion.png", classes, matrix)
-
-
-def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def plot_confusion(path: Path, classes: Sequence[str], matrix: np.ndarray) -> None:

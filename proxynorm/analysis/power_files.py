@@ -37,9 +37,10 @@ def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
 
 def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:
     """Write a line a panel and norm: `panel` (name of the first column), name, depth, p1 … p4."""
-    lines = [
+    grid: list[list[object]] = [[panel, "name", "depth", *TERMS]]
+    grid += [
         [title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)]
         for title, rows in panels.items()
         for row in rows
     ]
-    write_text(path, csv_table([panel, "name", "depth", *TERMS], lines))
+    write_text(path, csv_table(grid))

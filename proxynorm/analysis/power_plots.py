@@ -14,8 +14,8 @@ from proxynorm.analysis.style import (
     cell_styles,
     draw_band,
     legend_beside,
-    new_figure,
     norm_label,
+    panel_figure,
     save_figure,
 )
 
@@ -33,10 +33,7 @@ def power_figure(
 
     mean_field: P1 that theory expects at each depth, by panel.
     """
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    size = max(4.2 * columns, 6.5), 2.7 * rows + 0.5
-    figure, grid = new_figure(*size, rows, columns, sharey=True)
+    figure, grid = panel_figure(len(panels), 3, (4.2, 2.7), least=6.5, margin=0.5)
     handles = {}
     for (title, power), axes in zip(panels.items(), grid.flat, strict=False):
         depths = [row.depth for row in power]
@@ -51,8 +48,6 @@ def power_figure(
         axes.margins(x=0)
     for axes in grid[:, 0]:
         axes.set_ylabel(SHARE)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
     place = "outside lower center"
     figure.legend(handles.values(), handles.keys(), loc=place, ncols=len(handles), fontsize=8)
     return figure
@@ -70,9 +65,7 @@ def plot_p1(
     panels: {title: {label: the rows of each net}}; norms: the norm of each label, where it is not
     the label itself; mean_field: as in power_figure.
     """
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure, grid = new_figure(7.5 * columns, 3.8 * rows, rows, columns, sharey=True)
+    figure, grid = panel_figure(len(panels), 2, (7.5, 3.8))
     for axes, (title, nets) in zip(grid.flat, panels.items()):
         styles = cell_styles({label: (norms or {}).get(label, label) for label in nets})
         for label, seeds in nets.items():
@@ -86,8 +79,6 @@ def plot_p1(
         axes.set_ylim(-0.02, 1.02 if mean_field else None)
         axes.margins(x=0.01)
         legend_beside(axes)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
     save_figure(figure, path, formats)
 
 
@@ -98,10 +89,7 @@ def plot_p1_by_epoch(
 
     cells: {cell: {epoch: P1 of each norm}}.
     """
-    columns = min(len(cells), 4)
-    rows = -(-len(cells) // columns)
-    size = max(3.2 * columns, 5), 2.5 * rows + 0.3
-    figure, grid = new_figure(*size, rows, columns, sharey=True)
+    figure, grid = panel_figure(len(cells), 4, (3.2, 2.5), least=5, margin=0.3)
     last = max(epoch for epochs in cells.values() for epoch in epochs) or 1
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, last), "viridis_r")
     for (cell, epochs), axes in zip(cells.items(), grid.flat, strict=False):
@@ -110,25 +98,5 @@ def plot_p1_by_epoch(
         axes.set(title=norm_label(cell), xlabel=DEPTH)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"P1 ({SHARE})")
-    for axes in grid.flat[len(cells) :]:
-        axes.set_visible(False)
     figure.colorbar(scale, ax=grid, label="epoch")
-    save_figure(figure, path, formats)
-
-
-def plot_p1_against_metric(
-    cells: Mapping[str, Sequence[tuple[float, float]]],
-    styles: Mapping[str, Mapping],
-    label: str,
-    path: Path,
-    formats: Sequence[str] = (),
-) -> None:
-    """A point for each network: mean P1 across, metric up. cells: {cell: [(P1, metric)]}."""
-    figure, ((axes,),) = new_figure(6.8, 4)
-    for cell, points in cells.items():
-        style = {**styles[cell], "linestyle": ""}
-        face = style["color"] if styles[cell].get("linestyle") == "-" else "white"
-        axes.plot(*zip(*points, strict=True), "o", mfc=face, label=norm_label(cell), **style)
-    axes.set(xlabel=f"P1 after training, mean over the norms ({SHARE})", ylabel=label)
-    legend_beside(axes)
     save_figure(figure, path, formats)

@@ -16,23 +16,18 @@ def random_net(
     width: int = 1024,
     depth: int = 50,
     seed: int = 0,
-    kernel: int = 3,
-    padding_mode: str = "circular",
     beta_std: float = 0.2,
     gamma_std: float = 0.2,
     groups: int | None = None,
-    in_channels: int = 3,
 ) -> nn.Sequential:
     """Make `depth` layers of convolution, norm and ReLU with random weights, β and γ.
 
+    The convolutions are 3 × 3 with the paper's periodic padding, from 3 to `width` channels.
+
     Args:
         norm: one of proxynorm.nn.NORMS.
-        width: channels of every layer.
-        kernel: side of the convolutions, odd.
-        padding_mode: as in nn.Conv2d; "circular" is the paper's periodic padding.
         beta_std, gamma_std: β ~ N(0, beta_std²), γ ~ N(1, gamma_std²).
         groups: of gn.
-        in_channels: channels of the input.
 
     Raises:
         ValueError: an unknown norm.
@@ -40,13 +35,11 @@ def random_net(
     spec = norm_spec(norm)
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    sizes = {"kernel_size": kernel, "padding": kernel // 2}
-    for channels in [in_channels] + [width] * (depth - 1):
+    shape = {"kernel_size": 3, "padding": 1, "padding_mode": "circular", "bias": False}
+    for channels in [3] + [width] * (depth - 1):
         # Skip torch's own initialization, which would cost more than ours.
-        conv = nn.utils.skip_init(
-            nn.Conv2d, channels, width, **sizes, padding_mode=padding_mode, bias=False
-        )
-        nn.init.normal_(conv.weight, std=1 / math.sqrt(channels * kernel**2), generator=generator)
+        conv = nn.utils.skip_init(nn.Conv2d, channels, width, **shape)
+        nn.init.normal_(conv.weight, std=1 / math.sqrt(9 * channels), generator=generator)
         if spec.weight_standardization:
             standardize_weights(conv)
         layer = NormAct2d(width, norm=spec.kind, proxy=spec.proxy, groups=groups)
@@ -56,21 +49,14 @@ def random_net(
     return nn.Sequential(*layers)
 
 
-def mean_field_p1(
-    layers: int,
-    beta_std: float = 0.2,
-    gamma_std: float = 0.2,
-    proxy: bool = False,
-    start: float = 0.0,
-    nodes: int = 10,
-) -> list[float]:
+def mean_field_p1(layers: int, beta_std: float = 0.2, gamma_std: float = 0.2) -> list[float]:
     """P1 after 1 … `layers` ReLU layers of an infinitely wide random net with LN.
 
-    start: P1 before the first layer; proxy: with the proxy-normalized activation step. With
-    P1 = p a channel of y is m + sqrt(1 − p)·g, where m ~ N(0, p) is constant and g ~ N(0, 1); the
-    next P1 is the constant share of the power of φ(γy + β), or of the proxy-normalized step.
+    With P1 = p a channel of y is m + sqrt(1 − p)·g, where m ~ N(0, p) is constant and g ~ N(0, 1);
+    the next P1 is the constant share of the power of φ(γy + β). It starts at 0.
     """
-    points, weights = _hermite(nodes)
+    points, weights = (torch.from_numpy(array) for array in hermegauss(10))
+    weights = weights / math.sqrt(2 * math.pi)  # to integrate against the normal density
     # Gauss–Hermite over γ and β, closed form over g. Trapezoids over m, because near P1 = 1 the
     # mean over g has ReLU's kink.
     places = torch.linspace(-6, 6, 241, dtype=torch.float64)
@@ -78,25 +64,13 @@ def mean_field_p1(
     axes = (1 + gamma_std * points, beta_std * points, places)
     gamma, beta, m = torch.meshgrid(*axes, indexing="ij")
     share = weights[:, None, None] * weights[:, None] * (density / density.sum())
-    centre, variance = 0.0, 1.0
-    if proxy:
-        centre, square = _relu_moments(beta, gamma.abs())
-        variance = square - centre**2 + NormAct2d(1).proxy_eps
-    found, p = [], start
+    found, p = [], 0.0
     for _ in range(layers):
         shift, scale = gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p)
         mean, square = _relu_moments(shift, scale)
-        constant = (share * (mean - centre) ** 2 / variance).sum()
-        total = (share * (square - 2 * centre * mean + centre**2) / variance).sum()
-        p = min((constant / total).item(), 1.0)
+        p = min(((share * mean**2).sum() / (share * square).sum()).item(), 1.0)
         found.append(p)
     return found
-
-
-def _hermite(nodes: int) -> tuple[Tensor, Tensor]:
-    """Points and weights that integrate against the standard normal density."""
-    points, weights = (torch.from_numpy(array) for array in hermegauss(nodes))
-    return points, weights / math.sqrt(2 * math.pi)
 
 
 def _relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,22 @@ def new_figure(
     return figure, grid
 
 
+def panel_figure(
+    count: int, most: int, size: tuple[float, float], least: float = 0, margin: float = 0
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `count` panels, at most `most` a row, each `size` wide and high, in inches.
+
+    least: width of the figure; margin: its height beside the panels. Returns it and its axes.
+    """
+    columns = min(count, most)
+    rows = -(-count // columns)
+    width, height = max(size[0] * columns, least), size[1] * rows + margin
+    figure, grid = new_figure(width, height, rows, columns, sharey=True)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, grid
+
+
 def draw_band(axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], **style: Any):
     """Draw the mean over seeds as a line, a single point as a dot, and their range as a band."""
     values = np.asarray(seeds, dtype=float)

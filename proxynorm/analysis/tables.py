@@ -7,10 +7,10 @@ import io
 import re
 from collections.abc import Sequence
 
-Cells = Sequence[Sequence[str]]
+Grid = Sequence[Sequence[str]]
 
 
-def text_table(header: Sequence[str], rows: Cells) -> str:
+def text_table(header: Sequence[str], rows: Grid) -> str:
     """Columns padded to their widest cell: the first to the left, the others to the right."""
     widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
 
@@ -24,17 +24,18 @@ def text_table(header: Sequence[str], rows: Cells) -> str:
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-def markdown_table(header: Sequence[str], rows: Cells) -> str:
-    """The same as a Markdown table, numbers to the right."""
+def markdown_table(grid: Grid) -> str:
+    """A header and its rows as a Markdown table, numbers to the right."""
+    header, *rows = [[text.replace("|", "\\|") for text in row] for row in grid]
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
-def latex_table(header: Sequence[str], rows: Cells) -> str:
-    r"""The same as a LaTeX tabular in the style of booktabs (\usepackage{booktabs})."""
-    lines = [" & ".join(map(_latex, row)) + r" \\" for row in [header, *rows]]
-    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-    columns = "l" + "r" * (len(header) - 1)
+def latex_table(grid: Grid) -> str:
+    r"""A header and its rows as a LaTeX tabular in booktabs' style (\usepackage{booktabs})."""
+    header, *rows = [" & ".join(map(_latex, row)) + r" \\" for row in grid]
+    columns = "l" + "r" * (len(grid[0]) - 1)
+    body = [r"\toprule", header, r"\midrule", *rows, r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"])
 
 
@@ -43,8 +44,8 @@ def _latex(text: str) -> str:
     return escaped.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--")
 
 
-def csv_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The same as CSV; None is an empty field."""
+def csv_table(grid: Sequence[Sequence[object]]) -> str:
+    """A header and its rows as CSV; None is an empty field."""
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    csv.writer(stream, lineterminator="\n").writerows(grid)
     return stream.getvalue()

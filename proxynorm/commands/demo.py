@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxynorm.analysis.tables import text_table
-from proxynorm.cli import option, script
+from proxynorm.cli import as_installed, option, script
 from proxynorm.commands import power
 from proxynorm.launch.local import run_locally
-from proxynorm.paper.findings import Findings, comparison_grid, gather, verdicts
+from proxynorm.paper.findings import gather, verdicts
 from proxynorm.paper.recipe import refuse_other_recipes
 from proxynorm.paper.records import collect
-from proxynorm.paper.report import write_report
+from proxynorm.paper.report import beside_bn, write_report
 from proxynorm.paper.table import load_table, read_chosen, table_runs
 from proxynorm.paper.tracking import log_report
 
@@ -27,7 +27,7 @@ What next:
   python scripts/reproduce.py plan table=mini_norms    # nine norms, with more seeds and epochs
   python scripts/power.py run={run} weights=last       # P1 … P4 of a trained network
 """
-RANDOM_NETS = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
+SIZES = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
 
 
 @dataclass
@@ -41,28 +41,14 @@ class Options:
     train: list[str] = option([], "further overrides for every run, as train=[epochs=1]")
 
 
-def draw_random_nets(folder: Path) -> None:
-    """P1 against depth in small random nets, with and without PN: seconds."""
-    print("Random nets, no training: the share of power in channel-wise constants", flush=True)
-    norms = ["bn", "ln", "ln_pn"]
-    power.main(power.Options(output=str(folder), norms=norms, device="cpu", **RANDOM_NETS))
-
-
-def cells_text(findings: Findings) -> str:
-    """The cells as a text table."""
-    rows = [
-        [cell, f"{mean:.2f}", "" if std is None else f"± {std:.2f}", str(n), f"{difference:+.2f}"]
-        for cell, _, mean, std, n, difference in comparison_grid(findings)[1:]
-    ]
-    return text_table(["norm", "top-1 %", "std", "n", "minus bn"], rows)
-
-
 def main(options: Options) -> int:
     table = load_table("demo", options.seeds)
     runs = table_runs(table, options.root, read_chosen(table, options.results), options.train)
     refuse_other_recipes(runs, options.results)
     folder = Path(options.root) / table.name
-    draw_random_nets(folder / "random_nets")
+    print("Random nets, no training: the share of power in channel-wise constants", flush=True)
+    nets, norms = str(folder / "random_nets"), ["bn", "ln", "ln_pn"]
+    power.main(power.Options(output=nets, norms=norms, device="cpu", **SIZES))
     jobs = options.jobs or min(os.cpu_count() or 1, len(runs))
     print(f"\nTraining {len(runs)} networks, {jobs} at a time, about a minute each", flush=True)
     if status := run_locally(runs, jobs):
@@ -73,9 +59,10 @@ def main(options: Options) -> int:
     findings = gather(table, runs, options.results)
     target = Path(options.results) / table.name if options.record else folder / "report"
     write_report(findings, target, force=True)
-    log_report(findings, options.wandb, target / "report.md", folder)
-    print(f"\n{cells_text(findings)}\n\n{target}/report.md, curves.png, cells.png")
-    print(NEXT.format(run=runs[-1].folder))
+    log_report(findings, options.wandb, target, folder)
+    header, *rows = beside_bn(findings)
+    print(f"\n{text_table(header, rows)}\n\n{target}/report.md, curves.png, cells.png")
+    print(as_installed(NEXT.format(run=runs[-1].folder)))
     print(*verdicts(findings), sep="\n")
     return 0
 

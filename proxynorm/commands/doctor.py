@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from proxynorm.cli import guard
+from proxynorm.cli import as_installed, guard
 from proxynorm.errors import ConfigError
 from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
 
@@ -43,7 +43,7 @@ def main() -> int:
     experiment = named[-1] if named else None
     missing = False
     for finding in examine(settings, experiment and hardware_of(experiment), experiment):
-        print(finding, flush=True)
+        print(as_installed(str(finding)), flush=True)
         missing |= finding.status == MISSING
     return 2 if missing else 0
 

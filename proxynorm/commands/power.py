@@ -29,6 +29,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NORMS
 from proxynorm.train.distributed import choose_device
+from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
 from proxynorm.train.run_folder import read_metrics
 
 VECTOR = ("pdf", "svg")
@@ -48,9 +49,7 @@ class Options:
     nets: int = option(1, "random nets: number of seeds to average over")
     beta_std: float = option(0.2, "random nets: β ~ N(0, beta_std²)")
     gamma_std: float = option(0.2, "random nets: γ ~ N(1, gamma_std²)")
-    padding: str = option("circular", "random nets: circular, zeros, reflect")
     groups: int | None = option(None, "random nets: groups of gn")
-    threads: int | None = option(None, "CPU threads")
     device: str = option("auto", "auto, cpu, cuda")
 
 
@@ -61,20 +60,20 @@ def check(options: Options) -> None:
         given = getattr(options, item.name) != getattr(Options(), item.name)
         if given and item.metadata["help"].startswith(f"{other}: "):
             raise ConfigError(f"{item.name}= says nothing {here}: leave it out")
-    for name in ("images", "batch", "width", "depth", "size", "nets"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}={getattr(options, name)}: must be at least 1")
-    for name in ("beta_std", "gamma_std"):
-        if not 0 <= getattr(options, name) < math.inf:
-            raise ConfigError(f"{name}={getattr(options, name)}: must be at least 0 and finite")
+    least = dict.fromkeys(("images", "batch", "width", "depth", "size", "nets"), 1)
+    for name, bound in {**least, "beta_std": 0, "gamma_std": 0}.items():
+        if not bound <= getattr(options, name) < math.inf:
+            words = f"must be at least {bound} and finite"
+            raise ConfigError(f"{name}={getattr(options, name)}: {words}")
     if not options.norms:
         raise ConfigError("norms=[]: name at least one")
     if options.groups is not None and (options.groups < 1 or options.width % options.groups):
         raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
     known = set(NORMS) - {"none"}
-    for norm in set(options.norms) - known:
-        named = f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind"
-        raise ConfigError(f"{named}; {nearest(norm, known)}")
+    for norm in options.norms:
+        if norm not in known:
+            named = f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind"
+            raise ConfigError(f"{named}; {nearest(norm, known)}")
 
 
 def decompose_random_nets(options: Options, device: torch.device) -> dict[str, list]:
@@ -85,7 +84,7 @@ def decompose_random_nets(options: Options, device: torch.device) -> dict[str, l
     shape = (options.images, 3, options.size, options.size)
     for norm, nets in found.items():
         for seed in range(options.nets):
-            net = random_net(norm, seed=seed, padding_mode=options.padding, **chosen).to(device)
+            net = random_net(norm, seed=seed, **chosen).to(device)
             images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             nets.append(power_decomposition(net, images.split(options.batch)))
             last = nets[-1][-1]
@@ -105,32 +104,19 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
     mean_field = {norm: curve for norm, curve in expected.items() if norm in shown}
     title = f"Random nets: {', '.join(map(norm_label, shown))}, mean and range of {options.nets}"
     plot_p1({title: shown}, folder / "p1.png", mean_field=mean_field, formats=VECTOR)
-    write_json(folder / "summary.json", summary(options, found, expected))
 
+    def distance(rows: list[PowerRow]) -> float:
+        return max(abs(row.p1 - p) for row, p in zip(rows, field, strict=True))
 
-def summary(options: Options, found: dict[str, list], expected: dict[str, list]) -> dict:
-    """Summarize the measurement, and how far LN is from the mean field."""
-    keys = ("width", "depth", "nets", "images", "size", "beta_std", "gamma_std", "padding")
-    means = {norm: mean_rows(nets) for norm, nets in found.items()}
-    last = {norm: [rows[-1].p1 for rows in nets] for norm, nets in found.items()}
-    content = {
-        **{key: getattr(options, key) for key in keys},
-        "largest_p1": {norm: max(row.p1 for row in rows) for norm, rows in means.items()},
-        "p1_of_each_net_at_last_depth": last,
-    }
+    keys = ("width", "depth", "nets", "images", "size", "beta_std", "gamma_std")
+    summary = {key: getattr(options, key) for key in keys}
+    summary["largest_p1"] = {norm: max(row.p1 for row in rows) for norm, rows in means.items()}
     if expected:
-        field = expected["ln"]
-        content["mean_field_p1"] = field
-        content["largest_distance_of_ln_from_mean_field"] = {
-            "mean over nets": distance(means["ln"], field),
-            "each net": [distance(rows, field) for rows in found["ln"]],
+        summary["largest_distance_of_ln_from_mean_field"] = {
+            "mean over nets": distance(means["ln"]),
+            "each net": [distance(rows) for rows in found["ln"]],
         }
-    return content
-
-
-def distance(rows: list[PowerRow], curve: list[float]) -> float:
-    """The largest distance of P1 from a curve."""
-    return max(abs(row.p1 - p) for row, p in zip(rows, curve, strict=True))
+    write_json(folder / "summary.json", summary)
 
 
 def show_run(options: Options, folder: Path, device: torch.device) -> None:
@@ -139,30 +125,23 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
     if logged and not options.weights:
         panels = {f"epoch {row['epoch']:g}": from_metrics(row) for row in logged}
     else:
-        panels = {options.weights or "last": measure_checkpoint(options, device)}
+        weights = options.weights or "last"
+        restored = restore(checkpoint_path(options.run, None, weights))
+        data = open_evaluation_data(restored).data
+        panels = {weights: measure(restored.model.to(device), data, options.images, options.batch)}
     write_csv(folder / "power.csv", panels, "step")
     norm = norm_label(yaml.safe_load((source / "config.yaml").read_text())["norm"]["name"])
     titled = {f"{norm}, {step}": rows for step, rows in panels.items()}
     save_figure(power_figure(titled), folder / "power.png", VECTOR)
 
 
-def measure_checkpoint(options: Options, device: torch.device) -> list[PowerRow]:
-    from proxynorm.train.restore import checkpoint_path, open_evaluation_data, restore
-
-    restored = restore(checkpoint_path(options.run, None, options.weights or "last"))
-    data = open_evaluation_data(restored).data
-    return measure(restored.model.to(device), data, options.images, options.batch)
-
-
 def main(options: Options) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
     check(options)
     folder, device = Path(options.output), choose_device(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (show_run if options.run else show_random_nets)(options, folder, device)
-    except ValueError as error:  # a wrong padding or number of groups
+    except ValueError as error:  # a network without norms, or channels that groups do not divide
         raise ConfigError(str(error)) from error
     print(folder / "power.png")
 

@@ -20,26 +20,34 @@ wandb sync runs/TABLE/upload/*/wandb/offline-run-*"""
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
-from proxynorm.paper.table import Table, load_table, read_chosen, reported_runs, table_runs
-
-if TYPE_CHECKING:
-    from proxynorm.launch.slurm import SlurmOptions
-    from proxynorm.paper.table import TableRun
+from proxynorm.files import write_json, write_text
+from proxynorm.launch.estimate import estimator
+from proxynorm.launch.local import run_locally
+from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.sweep import launch_array
+from proxynorm.paper import plan as cost
+from proxynorm.paper import records, search
+from proxynorm.paper.recipe import refuse_other_recipes
+from proxynorm.paper.table import (
+    Table,
+    TableRun,
+    load_table,
+    read_chosen,
+    reported_runs,
+    table_runs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
-class Options:
+class TableOptions:
     command: str = option(
         "???",
         "plan, run, launch, status, choose, collect, report, upload, claims, docs; first word",
@@ -49,39 +57,28 @@ class Options:
     results: str = option("results", "folder of chosen values, collected runs and reports")
     seeds: int | None = option(None, "runs a cell; none given: the table's")
     cells: list[str] = option([], "only these cells")
+    train: list[str] = option([], "further overrides for every run, as train=[device=cuda]")
     verbose: bool = option(False, "plan: the command of each run")
-    launcher: str = option("local", "local, slurm")
-    jobs: int = option(1, "local: runs at a time")
-    threads: int = option(1, "local: CPU threads of a run")
-    limit: int | None = option(None, "slurm: array tasks at a time")
-    time: str | None = option(
-        None, "slurm: time limit of a run, in sbatch's notation: 90 (minutes), 12:00:00"
-    )
-    partition: str | None = option(None, "slurm: partition")
-    nodes: int | None = option(None, "slurm: nodes of a run")
-    gpus: int | None = option(None, "slurm: GPUs of a run, over all its nodes, a process each")
-    cpus_per_task: int | None = option(None, "slurm: CPUs of a process")
-    stage: str | None = option(
-        None, "slurm: folder on each node, as /dev/shm, into which .beton files are copied first"
-    )
-    sbatch: list[str] = option(
-        [], "slurm: further arguments of sbatch, as sbatch=[--account=A,--mem=32G]"
-    )
-    report: bool = option(True, "slurm: a job that writes the report after the array")
-    retry_failed: bool = option(False, "slurm: submit failed runs again")
-    dry_run: bool = option(False, "slurm: print the sbatch command and its runs, submit nothing")
-    force: bool = option(False, "replace a report of more runs")
+    force: bool = option(False, "report: replace one of more runs")
     wandb: str = option(
         "auto", "report, upload: online, offline, disabled; auto: online with a key, else offline"
     )
-    train: list[str] = option([], "further overrides for every run, as train=[device=cuda]")
+    launcher: str = option("local", "local, slurm")
+    jobs: int = option(1, "local: runs at a time")
+    threads: int = option(1, "local: CPU threads of a run")
 
 
-def selected_runs(options: Options, table: Table, check: bool = False) -> list[TableRun]:
-    """The table's runs, or those of cells=. Raises ConfigError for a cell it does not have.
+@dataclass
+class Options(SlurmOptions, TableOptions):  # fields come in the order TableOptions, SlurmOptions
+    report: bool = option(True, "slurm: a job that writes the report after the array")
+
+
+def selected_runs(options: Options, check: bool = False) -> tuple[Table, list[TableRun]]:
+    """The table and its runs, or those of cells=. Raises ConfigError for a cell it does not have.
 
     check: also if a finished run was trained with another recipe.
     """
+    table = load_table(options.table, options.seeds)
     for override in options.train:
         if override.split("=")[0].lstrip("+") in ("seed", "name", "runs_dir"):
             raise ConfigError(f"train=[{override}]: each run of a table has its own; leave it out")
@@ -92,62 +89,52 @@ def selected_runs(options: Options, table: Table, check: bool = False) -> list[T
             raise ConfigError(f"table {table.name} has no cell '{cell}'; {nearest(cell, names)}")
     runs = [run for run in runs if not options.cells or run.cell.name in options.cells]
     if check:
-        from proxynorm.paper.recipe import refuse_other_recipes
-
         refuse_other_recipes(runs, options.results)
-    return runs
+    return table, runs
 
 
-def plan(options: Options, table: Table) -> int:
-    from proxynorm.paper.plan import plan as describe
+def words(options: Options, *keys: str) -> list[str]:
+    """The options that are given, as words of a command line, texts as YAML strings."""
+    given = {key: value for key in keys if (value := getattr(options, key))}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
-    runs = selected_runs(options, table)
-    print(describe(table, runs, Path(options.results), options.jobs, options.verbose))
+
+def plan(options: Options) -> int:
+    print(cost.plan(*selected_runs(options), Path(options.results), options.jobs, options.verbose))
     return 0
 
 
-def status(options: Options, table: Table) -> int:
-    from proxynorm.paper.plan import status as describe
-
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(describe(selected_runs(options, table), Path(options.results), width))
+def status(options: Options) -> int:
+    print(cost.status(selected_runs(options)[1], Path(options.results)))
     return 0
 
 
-def launch(options: Options, table: Table) -> int:
-    from proxynorm.launch.local import run_locally
-    from proxynorm.launch.multirun import submit_array
-    from proxynorm.paper.plan import estimator
+def launch(options: Options) -> int:
+    from proxynorm.train.config import compose_config, settings_from
 
     if options.launcher not in ("local", "slurm"):
         raise ConfigError(f"launcher={options.launcher}: valid: local, slurm")
-    runs = not_kept(selected_runs(options, table, check=True), options.results)
+    table, runs = selected_runs(options, check=True)
+    runs = not_kept(runs, options.results)
     if not runs:
         return 0
-    check_overrides(runs[0])
-    if options.launcher == "slurm":
-        estimate = partial(estimator, table, runs, options.gpus or 1)
-        return submit_array(runs, table.name, slurm_options(options), estimate)
-    return run_locally(runs, options.jobs, options.threads)
-
-
-def check_overrides(run: TableRun) -> None:
-    """Raises ConfigError for a mistake in the overrides, now rather than in each run."""
-    from proxynorm.train.config import compose_config, settings_from
-
-    try:
-        settings_from(compose_config(run.arguments))
+    try:  # a mistake in the overrides is told once, not by each run
+        settings_from(compose_config(runs[0].arguments))
     except ConfigError as error:
-        raise ConfigError(f"cell {run.cell.name}: {error}") from error
+        raise ConfigError(f"cell {runs[0].cell.name}: {error}") from error
+    if options.launcher == "local":
+        return run_locally(runs, options.jobs, options.threads)
+    estimate = estimator(runs, options.gpus or 1, table.stated_seconds, table.hardware)
+    keys = ("table", "root", "results", "seeds", "cells", "train", "wandb")
+    report = ["report", *words(options, *keys)] if options.report else []
+    return launch_array(runs, table.name, options, estimate, report)
 
 
 def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
     """The runs without the finished ones that are kept as archives alone, which it prints."""
-    from proxynorm.paper.records import kept_status
-
     left = []
     for run in runs:
-        now = kept_status(run, results)
+        now = records.kept_status(run, results)
         if now and now.state == "done":
             print(f"{run.name}: finished, {now.note}", flush=True)
         else:
@@ -155,77 +142,56 @@ def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
     return left
 
 
-def slurm_options(options: Options) -> SlurmOptions:
-    """The options of sbatch; the report's arguments are this command line's, as YAML strings."""
-    from proxynorm.launch.slurm import SlurmOptions
-
-    words = {name: str(getattr(options, name)) for name in ("table", "root", "results", "wandb")}
-    words |= {name: getattr(options, name) for name in ("cells", "train")}
-    words |= {"seeds": options.seeds} if options.seeds else {}
-    report = ("report", *(f"{name}={json.dumps(word)}" for name, word in words.items()))
-    shared = {field.name for field in fields(SlurmOptions)} & vars(options).keys()
-    values = {name: getattr(options, name) for name in shared}
-    values["sbatch"] = tuple(options.sbatch)
-    return SlurmOptions(**{**values, "report": report if options.report else ()})
-
-
-def choose(options: Options, table: Table) -> int:
-    from proxynorm.files import write_json
-    from proxynorm.paper.search import choose as best
-
-    found = best(table, selected_runs(options, table, check=True), options.results)
+def choose(options: Options) -> int:
+    table, runs = selected_runs(options, check=True)
+    found = search.choose(table, runs, options.results)
     path = Path(options.results) / table.name / "chosen.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     for place, values in found["chosen"].items():
         print(f"{place}: {values}  of {found['tried'][place]}")
     for place, axes in found["at_edge"].items():
-        words = f"the best value of {' and '.join(axes)} lies at the edge of the search"
-        print(f"warning: {place}: {words}", file=sys.stderr)
+        where = f"the best value of {' and '.join(axes)} lies at the edge of the search"
+        print(f"warning: {place}: {where}", file=sys.stderr)
     print(path)
     return 0
 
 
-def collect(options: Options, table: Table) -> int:
-    from proxynorm.paper.records import collect as keep
-
-    runs = selected_runs(options, table, check=True)
-    kept = [run.name for run in runs if keep(run, options.results)]
-    print(f"{len(kept)} runs collected into {Path(options.results) / table.name / 'runs'}")
+def collect(options: Options) -> int:
+    table, runs = selected_runs(options, check=True)
+    kept = sum(records.collect(run, options.results) for run in runs)
+    print(f"{kept} runs collected into {Path(options.results) / table.name / 'runs'}")
     return 0
 
 
-def report(options: Options, table: Table) -> int:
+def report(options: Options) -> int:
     from proxynorm.paper.findings import gather, verdicts
     from proxynorm.paper.report import write_report
     from proxynorm.paper.tracking import log_report
 
-    part = {"seeds": options.seeds, "cells": options.cells}
-    given = {**part, "train": options.train}
-    words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
-    findings = gather(table, selected_runs(options, table, check=True), options.results, words)
-    folder = Path(options.results) / table.name / ("selection" if any(part.values()) else "")
-    path = folder / "report.md"
+    table, runs = selected_runs(options, check=True)
+    selection = "selection" if options.seeds or options.cells else ""
+    findings = gather(table, runs, options.results, words(options, "seeds", "cells", "train"))
+    folder = Path(options.results) / table.name / selection
     write_report(findings, folder, options.force)
-    log_report(findings, options.wandb, path, Path(options.root) / table.name)
-    print(*verdicts(findings), path, sep="\n")
+    log_report(findings, options.wandb, folder, Path(options.root) / table.name)
+    print(*verdicts(findings), folder / "report.md", sep="\n")
     return 0
 
 
-def upload(options: Options, table: Table) -> int:
+def upload(options: Options) -> int:
     from proxynorm.paper.tracking import upload as put
 
+    table, runs = selected_runs(options)
     folder = Path(options.root) / table.name / "upload"
-    names = put(selected_runs(options, table), Path(options.results), options.wandb, folder)
+    names = put(runs, Path(options.results), options.wandb, folder)
     print(f"{len(names)} runs uploaded ({options.wandb}); W&B's files: {folder}")
     return 0
 
 
 def claims(options: Options) -> int:
-    from proxynorm.files import write_text
     from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
     from proxynorm.paper.findings import gather
-    from proxynorm.paper.recipe import refuse_other_recipes
 
     outcomes = {}
     for name in dict.fromkeys(name for claim in load_claims() for name in claim.tables):
@@ -260,26 +226,18 @@ COMMANDS = {
     "collect": collect,
     "report": report,
     "upload": upload,
+    "claims": claims,
+    "docs": docs,
 }
-WITHOUT_TABLE = {"claims": claims, "docs": docs}
 
 
 def main(options: Options) -> int:
-    if options.command in WITHOUT_TABLE:
-        return WITHOUT_TABLE[options.command](options)
     if options.command not in COMMANDS:
-        valid = [*COMMANDS, *WITHOUT_TABLE]
-        raise ConfigError(f"no command '{options.command}'; {nearest(options.command, valid)}")
-    return COMMANDS[options.command](options, load_table(options.table, options.seeds))
-
-
-def prepare(words: list[str]) -> list[str]:
-    """Name the first word."""
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        return [f"command={words[0]}", *words[1:]]
-    return words
+        raise ConfigError(f"no command '{options.command}'; {nearest(options.command, COMMANDS)}")
+    return COMMANDS[options.command](options)
 
 
 def entry() -> None:
-    sys.argv[1:] = prepare(sys.argv[1:])
+    if sys.argv[1:] and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"command={sys.argv[1]}"
     script(Options, main, __doc__)

@@ -11,19 +11,20 @@ import yaml
 
 from proxynorm.errors import DataError
 
-KEPT = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json")
-# The keys that reports read; a file without them is damaged.
-SUMMARY = {"steps", "total_steps", "top1", "loss", "train_seconds"}
-ENVIRONMENT = {"python", "processor", "cores", "threads", "gpus", "packages", "git"}
-ROW = {"event", "step", "epoch"}
+# The files that are kept of a run, with the keys that readers rely on.
+KEPT = {
+    "config.yaml": {"seed", "epochs"},
+    "environment.json": {"python", "processor", "cores", "threads", "gpus", "packages", "git"},
+    "metrics.jsonl": {"event", "step", "epoch"},
+    "summary.json": {"completed", "steps", "total_steps", "top1", "loss", "train_seconds"},
+}
 
 
 class Damaged(ValueError):
-    """The file `name` is damaged; `reason` says how."""
+    """A file is damaged. args: its name and the reason."""
 
-    def __init__(self, name: str, reason: object) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 def finished_files(folder: Path) -> dict[str, bytes] | None:
@@ -35,49 +36,44 @@ def finished_files(folder: Path) -> dict[str, bytes] | None:
     if "summary.json" not in files:
         return None
     try:
-        if not parse(files, "summary.json", {"completed"})[0]["completed"]:
+        if not parse(files, "summary.json")[0]["completed"]:
             return None
         check_files(files)
     except Damaged as damage:
+        name, reason = damage.args
         remedy = f"remove {folder} and run again"
-        if damage.name == "summary.json":
+        if name == "summary.json":
             remedy = "remove it, and the run continues from its checkpoint"
-        path = folder / damage.name
-        raise DataError(f"{path} is damaged ({damage.reason}); {remedy}") from None
+        raise DataError(f"{folder / name} is damaged ({reason}); {remedy}") from None
     return files
 
 
 def check_files(files: Mapping[str, bytes]) -> None:
     """Raises Damaged unless the files KEPT of a finished run are there, parse and agree."""
-    parse(files, "config.yaml", {"seed"})
-    parse(files, "environment.json", ENVIRONMENT)
-    (summary,) = parse(files, "summary.json", SUMMARY)
-    evaluations = [row for row in parse(files, "metrics.jsonl", ROW) if row["event"] == "eval"]
+    parsed = {name: parse(files, name) for name in KEPT}
+    (summary,) = parsed["summary.json"]
+    evaluations = [row for row in parsed["metrics.jsonl"] if row["event"] == "eval"]
     last = evaluations[-1] if evaluations else {}
     # Metrics cut between two lines still parse, but lack the evaluation of the summary.
     if (last.get("step"), last.get("top1")) != (summary["steps"], summary["top1"]):
         raise Damaged("metrics.jsonl", "its last evaluation is not that of summary.json")
 
 
-def parse(files: Mapping[str, bytes], name: str, keys: set[str]) -> list[dict[str, Any]]:
-    """Parse a file: its rows or its one mapping, which must hold `keys`. Raises Damaged."""
+def parse(files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:
+    """Parse a file: its rows or its one mapping, with the keys of KEPT. Raises Damaged."""
     if name not in files:
         raise Damaged(name, "missing")
-    content = files[name]
+    content, several = files[name], name == "metrics.jsonl"
+    if several and content and not content.endswith(b"\n"):
+        raise Damaged(name, "the last line is cut short")
+    read = yaml.safe_load if name == "config.yaml" else parse_json
     try:
-        if name == "config.yaml":
-            values = [yaml.safe_load(content)]
-        elif name == "metrics.jsonl":
-            values = [parse_json(line) for line in content.splitlines()]
-        else:
-            values = [parse_json(content)]
+        values = [read(part) for part in (content.splitlines() if several else [content])]
     except (yaml.YAMLError, ValueError) as error:
         raise Damaged(name, " ".join(str(error).split())) from None
-    if name == "metrics.jsonl" and content and not content.endswith(b"\n"):
-        raise Damaged(name, "the last line is cut short")
     for value in values:
-        if not isinstance(value, dict) or keys - value.keys():
-            raise Damaged(name, f"not an object with {', '.join(sorted(keys))}")
+        if not isinstance(value, dict) or KEPT[name] - value.keys():
+            raise Damaged(name, f"not an object with {', '.join(sorted(KEPT[name]))}")
     return values
 
 

@@ -6,32 +6,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import TRAIN, Run
+from proxynorm.launch.runs import TRAIN, Run, say
 from proxynorm.launch.status import IN_USE, STOPPED, last_error, run_status
-from proxynorm.train.preemption import REQUEUE, stop_request
+from proxynorm.train.preemption import REQUEUE, StopRequest, stop_request
 
 POLL_SECONDS = 0.2
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-Log = Callable[[str], None]
-
-print_now = partial(print, flush=True)
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A run that is being trained."""
-
-    run: Run
-    process: subprocess.Popen
-    started: float
-
-
-def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1, log: Log = print_now) -> int:
+def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1) -> int:
     """Train the runs that are not finished, `jobs` at a time, each with `threads` CPU threads.
 
     Each run is a train.py process with a log beside the run folders, and resumes where it
@@ -41,44 +28,46 @@ def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1, log: Log =
     """
     if jobs < 1 or threads < 1:
         raise ConfigError(f"jobs={jobs}, threads={threads}: must be at least 1")
-    pending, workers, failures = list(runs), [], []
-    with stop_request() as stop:
-        while workers or (pending and not stop):
-            while pending and len(workers) < jobs and not stop:
-                workers += start_if_due(pending.pop(0), threads, failures, log)
-            ended = [worker for worker in workers if worker.process.poll() is not None]
-            workers = [worker for worker in workers if worker not in ended]
-            failures += [line for worker in ended for line in finish(worker, log)]
-            if stop:
-                for worker in workers:
-                    worker.process.send_signal(signal.SIGTERM)
-                for worker in workers:
-                    worker.process.wait()
-            elif not ended:
-                time.sleep(POLL_SECONDS)
-        if stop:
-            log(f"stopped by {stop.received.name}; run again to go on")
-            return REQUEUE
+    with stop_request() as stop, ThreadPoolExecutor(jobs) as pool:
+        failures = [*filter(None, pool.map(lambda run: train_if_due(run, threads, stop), runs))]
+    if stop:
+        say(f"stopped by {stop.received.name}; run again to go on")
+        return REQUEUE
     for line in failures:
-        log(f"failed: {line}")
+        say(f"failed: {line}")
     return 1 if failures else 0
 
 
-def start_if_due(run: Run, threads: int, failures: list[str], log: Log) -> list[Worker]:
-    """Start the run unless it is finished or running elsewhere; a damaged one is a failure."""
+def train_if_due(run: Run, threads: int, stop: StopRequest) -> str:
+    """Train a run unless it is finished or running elsewhere; its failure, "" if there is none."""
+    if stop:
+        return ""
     now = run_status(run)
-    if now.state == "damaged":
-        failures.append(f"{run.name}: {now.error}")
-    words = {"done": "finished", "running": "running elsewhere", "damaged": "damaged"}
-    words |= {"stopped": "resuming"}
-    log(f"{run.name}: {words.get(now.state, 'starting')}")
-    return [] if now.state in ("done", "running", "damaged") else [start(run, threads)]
+    left = {"done": "finished", "running": "running elsewhere", "damaged": "damaged"}
+    say(f"{run.name}: {left.get(now.state, 'resuming' if now.progress else 'starting')}")
+    if now.state in left:
+        return f"{run.name}: {now.error}" if now.state == "damaged" else ""
+    begun, status = time.monotonic(), train(run, threads, stop)
+    reason = last_error(run.log)
+    if status == 2 and IN_USE in reason:
+        say(f"{run.name}: running elsewhere")
+        return ""
+    with open(run.log, "a") as log:
+        print(f"# exit status {status}", file=log)
+    failed = status not in (0, *STOPPED)
+    if status == -signal.SIGKILL:
+        words = reason = f"killed (signal {-status}); run again"
+    elif failed:
+        words = f"failed with status {status}: {reason}"
+    else:
+        words = "stopped" if status else "done"
+    say(f"{run.name}: {words} ({(time.monotonic() - begun) / 60:.1f} min)")
+    return f"{run.name}: {reason}  ({run.log})" if failed else ""
 
 
-def start(run: Run, threads: int) -> Worker:
-    """Start train.py for the run, its output appended to the log."""
+def train(run: Run, threads: int, stop: StopRequest) -> int:
+    """Run train.py, its output appended to the run's log; the exit status."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **dict.fromkeys(THREADS, str(threads))}
     with open(run.log, "a") as log:
         print(f"$ {run.command}", file=log, flush=True)
         process = subprocess.Popen(
@@ -86,27 +75,17 @@ def start(run: Run, threads: int) -> Worker:
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the run once, through run_locally
+            env={**os.environ, **dict.fromkeys(THREADS, str(threads))},
+            start_new_session=True,  # Ctrl-C reaches the run once, through `wait`
         )
-    return Worker(run, process, time.monotonic())
+    return wait(process, stop)
 
 
-def finish(worker: Worker, log: Log) -> list[str]:
-    """Log how the run ended, in its log too; the failure, if it is one."""
-    run, status = worker.run, worker.process.returncode
-    reason = last_error(run.log)
-    if status == 2 and IN_USE in reason:
-        log(f"{run.name}: running elsewhere")
-        return []
-    with open(run.log, "a") as stream:
-        print(f"# exit status {status}", file=stream)
-    good = status == 0 or status in STOPPED
-    if status == -signal.SIGKILL:
-        reason = words = f"killed (signal {-status}); run again"
-    else:
-        words = f"failed with status {status}: {reason}"
-    if good:
-        words = "stopped" if status else "done"
-    log(f"{run.name}: {words} ({(time.monotonic() - worker.started) / 60:.1f} min)")
-    return [] if good else [f"{run.name}: {reason}  ({run.log})"]
+def wait(process: subprocess.Popen, stop: StopRequest) -> int:
+    """Wait for a run, passing a stop signal on to it; the exit status."""
+    while process.poll() is None:
+        if stop:
+            process.send_signal(signal.SIGTERM)
+            return process.wait()
+        time.sleep(POLL_SECONDS)
+    return process.returncode

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.estimate import Estimator, describe, measured_seconds
-from proxynorm.launch.local import POLL_SECONDS
-from proxynorm.launch.runs import TRAIN, Run
+from proxynorm.launch.estimate import estimator
+from proxynorm.launch.local import wait
+from proxynorm.launch.runs import TRAIN, Run, say
 from proxynorm.launch.slurm import SlurmOptions
 from proxynorm.launch.status import FAULT_LINE
 from proxynorm.launch.sweep import launch_array
@@ -84,16 +81,6 @@ def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
     return runs, failures
 
 
-def is_main() -> bool:
-    """Return whether this process speaks: torchrun starts several, which all sweep."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str) -> None:
-    if is_main():
-        print(text, flush=True)
-
-
 def train_run(run: Run, number: int) -> tuple[int, str]:
     """Train a run on this terminal; return its exit status and the last line of its errors.
 
@@ -113,11 +100,7 @@ def train_run(run: Run, number: int) -> tuple[int, str]:
         reader = threading.Thread(target=pass_on, args=(process.stderr, told))
         reader.start()
         try:
-            while process.poll() is None:
-                if stop:
-                    process.send_signal(signal.SIGTERM)
-                    process.wait()
-                time.sleep(POLL_SECONDS)
+            wait(process, stop)
         finally:
             process.kill()  # after a second Ctrl-C
             reader.join()
@@ -136,22 +119,13 @@ def pass_on(stream: Any, told: list[str]) -> None:
             told.append(line.strip().removeprefix("error: "))
 
 
-def submit_array(
-    runs: Sequence[Run], name: str, options: SlurmOptions, estimator: Callable[[], Estimator]
-) -> int:
-    """Submit the runs that are due, after printing what they will take; the exit status."""
-    log = partial(print, flush=True)
-    return launch_array(runs, name, options, log, lambda due: log(describe(due, estimator())))
-
-
 def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> tuple[list[Run], int]:
     """Submit the sweep's runs to SLURM; return them and the exit status.
 
     options: SlurmOptions' fields. Raises ConfigError for a run that cannot be built.
     """
-    asked = SlurmOptions(**{**options, "sbatch": tuple(options["sbatch"])})
+    asked = SlurmOptions(**{**options, "sbatch": list(options["sbatch"])})
     runs, failures = sweep_runs(sweep)
-    for failure in failures:
-        raise ConfigError(str(failure))
-    measure = lambda: Estimator(runs, measured_seconds(runs, asked.gpus or 1))  # noqa: E731
-    return runs, submit_array(runs, "proxynorm", asked, measure)
+    if failures:
+        raise ConfigError(str(failures[0]))
+    return runs, launch_array(runs, "proxynorm", asked, estimator(runs, asked.gpus or 1))

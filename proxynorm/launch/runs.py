@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxynorm.cli import as_installed
+
 TRAIN = (sys.executable, "-m", "proxynorm", "train")  # also where the package is installed
+
+
+def is_main() -> bool:
+    """Return whether this process speaks: torchrun starts several, which all sweep."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line at once, also into a pipe, and whole, also from a thread."""
+    if is_main():
+        print(f"{text}\n", end="", flush=True)
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command line as typed in a shell."""
-        return shlex.join(["python", "train.py", *self.arguments])
+        return f"{as_installed('python train.py')} {shlex.join(self.arguments)}"
 
     @property
     def kind(self) -> tuple[str, ...]:

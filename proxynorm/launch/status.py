@@ -17,7 +17,7 @@ from proxynorm.launch.finished import finished_files, parse
 from proxynorm.launch.runs import Run
 from proxynorm.train.preemption import REQUEUE
 
-STATES = ("done", "other", "running", "queued", "preempted", "stopped", "failed", "damaged")
+STATES = "done other running queued preempted stopped failed damaged missing".split()
 IN_USE = " is in use by "  # how train.py refuses a run folder that another process holds
 FAULT_LINE = "ended with the fault above"  # train.py's last line after a traceback
 # Exit statuses after a requested stop: saved, or stopped before training began.
@@ -31,70 +31,71 @@ SLURM_LINE = re.compile(r"^(srun|slurmstepd(-\S+)?): ")
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run and its progress.
+    """The state of a run, one of STATES.
 
-    error: the last error line of a failed run, the reason for a damaged one; job: its task in
-    SLURM's queue; note: anything else worth showing.
+    progress: step, loss, top-1 and time left, as far as known; error: the last error line of a
+    failed run, the reason for a damaged one; job: its task in SLURM's queue; note: anything else
+    worth showing.
     """
 
     state: str
-    step: int = 0
-    total_steps: int = 0
-    loss: float | None = None
-    top1: float | None = None
-    seconds_left: float | None = None
+    progress: str = ""
     error: str = ""
     job: str = ""
     note: str = ""
 
     def describe(self) -> str:
         """The progress, or the error, in one line."""
-        if self.state in ("failed", "damaged"):
-            return self.error
-        parts = [f"job {self.job}"] if self.job else []
-        parts += [f"step {self.step}/{self.total_steps}"] if self.step else []
-        parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
-        parts += [f"top1 {self.top1:.2f}"] if self.top1 is not None else []
-        if self.seconds_left is not None and self.state == "running":
-            parts.append(f"ETA {timedelta(seconds=round(self.seconds_left))}")
-        parts += [self.note] if self.note else []
-        return "  ".join(parts)
+        job = f"job {self.job}" if self.job else ""
+        return self.error or "  ".join(filter(None, [job, self.progress, self.note]))
 
 
 def done_status(summary: dict[str, Any], note: str = "") -> Status:
     """The status of a finished run with this summary."""
     steps = summary["steps"]
-    return Status("done", steps, steps, summary["loss"], summary["top1"], note=note)
+    return Status("done", progress(steps, steps, summary["loss"], summary["top1"]), note=note)
 
 
-def run_status(run: Run, held: bool | None = None) -> Status:
-    """The status of a run. held: whether a process trains it; None reads its lock file."""
+def progress(step: int, total: int, loss: float | None, top1: float | None = None) -> str:
+    """The step, and what is finite of the loss and top-1, in words."""
+    words = [f"step {step}/{total}"]
+    words += [f"loss {loss:.4f}"] if loss is not None else []
+    words += [f"top1 {top1:.2f}"] if top1 is not None else []
+    return "  ".join(words)
+
+
+def run_status(run: Run, elsewhere: bool = True) -> Status:
+    """The status of a run. elsewhere: whether another machine may train it."""
     try:
         if (files := finished_files(run.folder)) is not None:
             return done_status(json.loads(files["summary.json"]))
-        running = is_held(run.folder / ".lock") if held is None else held
-        error, lines = last_error(run.log), log_lines(run.log)
+        running = is_held(run.folder / ".lock", elsewhere)
+        lines = log_lines(run.log)
         exited = EXIT_LINE.match(lines[-1]) if lines else None
-        if exited and not running and is_failure(int(exited[1]), error):
-            return Status("failed", error=error)
-        return _progress(run.folder, running)
+        if exited and not running:
+            error = last_error(run.log)
+            if is_failure(int(exited[1]), error):
+                return Status("failed", error=error)
+        return unfinished_status(run.folder, running)
     except DataError as error:
         return Status("damaged", error=str(error))
 
 
-def _progress(folder: Path, running: bool) -> Status:
+def unfinished_status(folder: Path, running: bool) -> Status:
     """The status of an unfinished run, by its last training row. Raises DataError."""
     try:
         row = last_training_row(folder)
         if row is None:
             return Status("running" if running else "missing")
-        epochs, most = read_config(folder)
-        total = round(row["step"] / row["epoch"] * epochs)
+        step, (epochs, most) = row["step"], read_config(folder)
+        total = round(step / row["epoch"] * epochs)
         total = min(total, most or total)
+        words = progress(step, total, row["loss"])
         speed = row.get("images_per_second")  # absent from the first row after a start
-        left = (total - row["step"]) * row["images"] / row["step"] / speed if speed else None
-        state = "running" if running else "stopped"
-        return Status(state, row["step"], total, row["loss"], seconds_left=left)
+        if running and speed:
+            left = (total - step) * row["images"] / step / speed
+            words += f"  ETA {timedelta(seconds=round(left))}"
+        return Status("running" if running else "stopped", words)
     except (ValueError, OSError, LookupError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
@@ -108,14 +109,14 @@ def last_training_row(folder: Path) -> dict[str, Any] | None:
     path = folder / "metrics.jsonl"
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    rows = parse({path.name: whole}, path.name, {"event", "step", "epoch"})
+    rows = parse({path.name: whole}, path.name)
     return next((row for row in reversed(rows) if row["event"] == "train"), None)
 
 
 def read_config(folder: Path) -> tuple[float, int | None]:
     """epochs and max_steps of a run folder's configuration. Raises Damaged, OSError."""
     files = {"config.yaml": (folder / "config.yaml").read_bytes()}
-    (config,) = parse(files, "config.yaml", {"epochs"})
+    (config,) = parse(files, "config.yaml")
     return config["epochs"], config.get("max_steps")
 
 
@@ -130,30 +131,20 @@ def is_failure(status: int, error: str) -> bool:
     return status not in (0, *STOPPED) and IN_USE not in error
 
 
-def is_held(lock: Path) -> bool:
-    """Return whether the process that a run folder's lock file names is alive."""
-    holder = lock_holder(lock)
-    if holder is None:
-        return False
-    host, pid = holder
-    if host != socket.gethostname():
-        # Another host's process cannot be asked, but its metrics grow while it trains.
-        metrics = lock.with_name("metrics.jsonl")
-        return metrics.exists() and time.time() - metrics.stat().st_mtime < 600
-    try:
-        # The process id of a dead run may belong to another program by now.
-        return b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def is_held(lock: Path, elsewhere: bool) -> bool:
+    """Return whether the process that a run folder's lock file names is alive.
 
-
-def lock_holder(lock: Path) -> tuple[str, int] | None:
-    """The host and process id in a run folder's lock file."""
+    Another machine's process cannot be asked, but its metrics grow while it trains; none counts
+    unless `elsewhere`.
+    """
     try:
         host, _, pid = lock.read_text().split()
-        return host, int(pid)
+        if host == socket.gethostname():
+            # The process id of a dead run may belong to another program by now.
+            return b"train" in Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+        return elsewhere and time.time() - lock.with_name("metrics.jsonl").stat().st_mtime < 600
     except (OSError, ValueError):
-        return None
+        return False
 
 
 def last_error(log: Path) -> str:

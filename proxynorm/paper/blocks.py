@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from proxynorm.analysis.tables import markdown_table
 from proxynorm.errors import DataError
 from proxynorm.files import write_text
+from proxynorm.paper.compare import span
 from proxynorm.paper.findings import gather
-from proxynorm.paper.report import as_markdown, wide_table
+from proxynorm.paper.report import wide_table
 from proxynorm.paper.table import load_table, reported_runs, table_names
 
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,6 +47,6 @@ def result_table(name: str, results: Path) -> str:
     if not findings.records:
         return "No run is kept yet."
     counts = sorted({sample.n for sample in findings.samples.values()})
-    seeds = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    note = f"{table.metric} (%) on {table.split}, mean ± standard deviation, {seeds} seeds a cell."
-    return f"{as_markdown(wide_table(findings))}\n\n{note}"
+    note = f"{table.metric} (%) on {table.split}, mean ± standard deviation, "
+    note += f"{span(counts)} seeds a cell."
+    return f"{markdown_table(wide_table(findings))}\n\n{note}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from proxynorm.analysis.tables import markdown_table
+from proxynorm.cli import nearest
 from proxynorm.errors import ConfigError
 from proxynorm.paper.compare import Outcome, p_value
 
@@ -40,14 +41,15 @@ def load_claims() -> list[Claim]:
 
 def claim_outcomes(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
     """The outcomes of the claim's comparisons, from those of each table. Raises ConfigError."""
-    found = []
+    named = {
+        f"{table}: {outcome.comparison.first} - {outcome.comparison.second}": outcome
+        for table in claim.tables
+        for outcome in outcomes[table]
+    }
     for item in claim.comparisons:
-        table, pair = (part.strip() for part in item.split(":"))
-        named = {f"{o.comparison.first} - {o.comparison.second}": o for o in outcomes[table]}
-        if pair not in named:
-            raise ConfigError(f"{CLAIMS.name}: table {table} has no comparison '{pair}'")
-        found.append(named[pair])
-    return found
+        if item not in named:
+            raise ConfigError(f"{CLAIMS.name}: no comparison '{item}'; {nearest(item, named)}")
+    return [named[item] for item in claim.comparisons]
 
 
 def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
@@ -99,13 +101,12 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
 
 def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
     """The claims as a Markdown table. figures: of random_net_figures."""
-    rows = []
+    rows = [["claim", "evidence here", "status"]]
     for claim in load_claims():
         found = claim_outcomes(claim, outcomes)
         rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
-    table = markdown_table(["claim", "evidence here", "status"], rows)
     return (
-        f"# The poster's claims\n\n{table}\n\n"
+        f"# The poster's claims\n\n{markdown_table(rows)}\n\n"
         "Tests are those of tests/acceptance/test_claims.py, on random and small networks; "
         "comparisons are those of the tables' reports (results/TABLE/report.md), on "
         "Fashion-MNIST. A status that rests on tests alone says what small networks show.\n"

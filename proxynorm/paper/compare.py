@@ -150,43 +150,41 @@ def closing(bn: Sample, plain: Sample, proxied: Sample, norm: str) -> str:
     """How much of the gap between BN and `norm` PN closes, in one sentence.
 
     Differences that Welch's test does not tell from 0 (p > 0.05) are said to be within the spread
-    of the seeds; single runs are named as such.
+    of the seeds; those of single runs are said to be untested.
     """
     gap, closed = bn.mean - plain.mean, proxied.mean - plain.mean
-    counts = sorted({sample.n for sample in (bn, plain, proxied)})
-    seeds = "one seed each, spread unknown" if counts == [1] else f"n = {_span(counts)}"
+    between = f"{gap:.2f} points between {norm} and BN"
     if gap <= 0:
         words = (
             f"{norm} is not behind BN here ({-gap:+.2f} points): there is no gap for PN to close"
         )
-    elif not told_apart(bn, plain):
-        words = f"The {gap:.2f} points between {norm} and BN are within the spread of the seeds"
-        words += f"; PN adds {closed:+.2f}"
-    elif not told_apart(proxied, plain):
-        words = (
-            f"PN does not close the {gap:.2f} points between {norm} and BN: it adds {closed:+.2f}"
-        )
+    elif within_spread(bn, plain):
+        words = f"The {between} are within the spread of the seeds; PN adds {closed:+.2f}"
+        words += ", within it too" if within_spread(proxied, plain) else ""
+    elif within_spread(proxied, plain):
+        words = f"PN does not close the {between}: it adds {closed:+.2f}"
         words += ", within the spread of the seeds"
     elif closed < 0:
-        words = f"PN widens the {gap:.2f} points between {norm} and BN by {-closed:.2f}"
+        words = f"PN widens the {between} by {-closed:.2f}"
     else:
-        part = f"{closed:.2f} of the" if closed < gap else "all of the"
-        words = f"PN closes {part} {gap:.2f} points between {norm} and BN"
-        words += _remainder(bn, proxied, norm)
-    return f"{words} ({seeds})."
+        words = f"PN closes {f'{closed:.2f} of' if closed < gap else 'all of'} the {between}; "
+        ahead = proxied.mean - bn.mean
+        if within_spread(proxied, bn):
+            words += f"{norm}+PN and BN then differ by {ahead:+.2f}, within the spread of the seeds"
+        else:
+            side = "ahead of" if ahead > 0 else "behind"
+            words += f"{norm}+PN is {abs(ahead):.2f} {side} BN"
+    counts = sorted({sample.n for sample in (bn, plain, proxied)})
+    seeds = "one seed each, spread unknown" if counts == [1] else f"n = {span(counts)}"
+    untested = ", untested" if counts[0] == 1 < counts[-1] else ""
+    return f"{words} ({seeds}{untested})."
 
 
-def told_apart(first: Sample, second: Sample) -> bool:
-    """Return whether the means differ by more than the seeds' spread; if unknown, True."""
-    return min(first.n, second.n) < 2 or welch(first, second)[1] <= 0.05
+def within_spread(first: Sample, second: Sample) -> bool:
+    """Return whether Welch's test does not tell the means apart; False for single runs."""
+    return min(first.n, second.n) > 1 and welch(first, second)[1] > 0.05
 
 
-def _remainder(bn: Sample, proxied: Sample, norm: str) -> str:
-    ahead = proxied.mean - bn.mean
-    if not told_apart(proxied, bn):
-        return f"; {norm}+PN and BN then differ by {ahead:+.2f}, within the spread of the seeds"
-    return f"; {norm}+PN is {abs(ahead):.2f} {'ahead of' if ahead > 0 else 'behind'} BN"
-
-
-def _span(counts: Sequence[int]) -> str:
+def span(counts: Sequence[int]) -> str:
+    """Sorted counts as 5 or 3–5."""
     return "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))

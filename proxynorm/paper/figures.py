@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from proxynorm.analysis.plots import plot_against, plot_cells, plot_curves
-from proxynorm.analysis.power_plots import plot_p1, plot_p1_against_metric, plot_p1_by_epoch
+from proxynorm.analysis.power_plots import plot_p1, plot_p1_by_epoch
 from proxynorm.analysis.style import cell_styles
-from proxynorm.paper.findings import Findings, against_batch, last_powers, mean_p1, p1_by_epoch
+from proxynorm.paper.findings import Findings, against_batch, last_powers, p1_by_epoch
 from proxynorm.paper.table import Cell
 
 MOST_CURVES = 20
@@ -21,7 +21,7 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     if not cells:
         return {}
     label = f"{'top-1' if table.metric == 'top1' else table.metric} (%) on {table.split}"
-    styles = cell_styles({cell.name: str(cell.labels.get("norm", "")) for cell in cells})
+    styles = cell_styles({cell.name: cell.norm for cell in cells})
     samples = {cell.name: findings.samples[cell.name].values for cell in cells}
     references = {item.cell: item.value for item in table.references}
     plot_cells(samples, references, styles, label, folder / "cells.png", PDF)
@@ -33,7 +33,7 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     if panels := against_batch(findings):
         plot_against(panels, label, folder / "batch.png", PDF)
         found["batch.png"] = f"{label} against batch size, mean over seeds and their range"
-    return found | draw_powers(findings, folder, styles, label)
+    return found | draw_powers(findings, folder)
 
 
 def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -42,37 +42,28 @@ def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
     panels = {}
     for chosen in sorted({frozenset(found) for found in axes.values()}, key=sorted):
         words = ", ".join(sorted(axis.rpartition(".")[2] for axis in chosen))
-        norms = [cell.labels.get("norm") for cell in cells if axes[cell.name] == chosen]
+        norms = [cell.norm for cell in cells if axes[cell.name] == chosen]
         panels[f"trained networks, by {words or 'norm'}"] = [
-            cell.name
-            for cell in cells
-            if axes[cell.name] in (chosen, set()) and cell.labels.get("norm") in norms
+            cell.name for cell in cells if axes[cell.name] in (chosen, set()) and cell.norm in norms
         ]
     return panels
 
 
-def draw_powers(findings: Findings, folder: Path, styles: dict, label: str) -> dict[str, str]:
+def draw_powers(findings: Findings, folder: Path) -> dict[str, str]:
     """Draw the powers that the runs logged; {PNG file: caption}."""
     last = last_powers(findings)
     if not 0 < len(last) <= MOST_CURVES:
         return {}
-    norms = {cell.name: str(cell.labels.get("norm", "")) for cell in findings.cells}
+    cells = [cell for cell in findings.cells if cell.name in last]
+    norms = {cell.name: cell.norm for cell in cells}
     panels = {
-        title: {name: [rows for _, rows in last[name]] for name in names}
-        for title, names in by_axis([c for c in findings.cells if c.name in last]).items()
+        title: {name: last[name] for name in names} for title, names in by_axis(cells).items()
     }
     plot_p1(panels, folder / "power.png", norms, formats=PDF)
-    points = {
-        cell: [(mean_p1(rows), record.summary[findings.table.metric]) for record, rows in runs]
-        for cell, runs in last.items()
-    }
-    plot_p1_against_metric(points, styles, label, folder / "power_top1.png", PDF)
-    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in findings.measured()}
-    plot_p1_by_epoch(
-        {c: found for c, found in epochs.items() if found}, folder / "power_epochs.png", PDF
-    )
+    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in cells}
+    shared = {cell: found for cell, found in epochs.items() if found}
+    plot_p1_by_epoch(shared, folder / "power_epochs.png", PDF)
     return {
         "power.png": "P1 after training by depth, mean over seeds and their range",
-        "power_top1.png": "accuracy against P1 after training, a point a run",
         "power_epochs.png": "P1 by depth while training, mean over seeds, a line an epoch",
     }

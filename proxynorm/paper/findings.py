@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import correlation, fmean
+from statistics import fmean
 from typing import Any
 
 from proxynorm.analysis.power import PowerRow
-from proxynorm.analysis.power_files import from_metrics
+from proxynorm.analysis.power_files import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
 from proxynorm.paper.compare import Outcome, Sample, cell_samples, closing, compare
@@ -77,7 +77,7 @@ def verdicts(findings: Findings) -> list[str]:
         return []
     sentences = []
     for cell in findings.measured():
-        norm = str(cell.labels.get("norm"))
+        norm = cell.norm
         bn, proxied = findings.twin(cell, "bn"), findings.twin(cell, f"{norm}_pn")
         if norm not in ("ln", "gn") or bn is None or proxied is None:
             continue
@@ -93,8 +93,7 @@ def comparison_grid(findings: Findings) -> list[list[Any]]:
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
         difference = None if bn is None else sample.mean - bn.mean
-        norm = str(cell.labels.get("norm", ""))
-        rows.append([cell.name, norm, sample.mean, sample.std, sample.n, difference])
+        rows.append([cell.name, cell.norm, sample.mean, sample.std, sample.n, difference])
     return rows
 
 
@@ -128,32 +127,19 @@ def powers(record: Record) -> dict[float, list[PowerRow]]:
     return {row["epoch"]: from_metrics(row) for row in record.rows if row["event"] == "power"}
 
 
-def last_powers(findings: Findings) -> dict[str, list[tuple[Record, list[PowerRow]]]]:
+def last_powers(findings: Findings) -> dict[str, list[list[PowerRow]]]:
     """The last decomposition of each run, by cell, of the cells that logged any."""
-    found: dict[str, list[tuple[Record, list[PowerRow]]]] = {}
+    found: dict[str, list[list[PowerRow]]] = {}
     for record in findings.records:
         if logged := powers(record):
-            found.setdefault(record.cell, []).append((record, logged[max(logged)]))
+            found.setdefault(record.cell, []).append(logged[max(logged)])
     return found
 
 
-def mean_p1(rows: Sequence[PowerRow]) -> float:
-    return fmean(row.p1 for row in rows)
-
-
-def p1_by_epoch(records: Sequence[Record]) -> Mapping[float, list[float]]:
+def p1_by_epoch(records: Sequence[Record]) -> dict[float, list[float]]:
     """P1 of each norm at each epoch that all runs of a cell logged, the mean over the runs."""
     logged = [powers(record) for record in records]
-    epochs = sorted(set.intersection(*map(set, logged))) if logged else []
     return {
-        epoch: [fmean(row.p1 for row in rows) for rows in zip(*(run[epoch] for run in logged))]
-        for epoch in epochs
+        epoch: [row.p1 for row in mean_rows([run[epoch] for run in logged])]
+        for epoch in sorted(set.intersection(*map(set, logged)))
     }
-
-
-def p1_correlation(points: Sequence[tuple[float, float]]) -> float | None:
-    """Pearson's correlation of P1 with the metric; None for few runs or constants, as BN's P1."""
-    p1, values = zip(*points, strict=True)
-    if len(points) < 3 or max(p1) < 1e-4 or len(set(p1)) == 1 or len(set(values)) == 1:
-        return None
-    return correlation(p1, values)

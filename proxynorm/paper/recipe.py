@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.launch.finished import finished_files
@@ -38,46 +39,44 @@ def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
 
 def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatch]:
     """The finished runs whose recipe differs from the table's. Raises DataError, ConfigError."""
-    stated: dict[str, dict[str, Any]] = {}
+    stated = cache(stated_recipe)  # composing is slow; a cell's seeds share it
     others = []
     for run in runs:
-        place, config = finished_config(run, results)
-        if config is None:
+        place, files = run.folder, finished_files(run.folder)
+        if files is None and (archive := archive_path(run, results)).exists():
+            place, files = archive, read_archive(archive)
+        if files is None or FAILURE in files:
             continue
-        if run.cell.name not in stated:  # composing is slow; a cell's seeds share it
-            stated[run.cell.name] = recipe(run.arguments)
-        now, was = {**stated[run.cell.name], "seed": run.seed}, stored_recipe(config, place)
+        now = {**stated(run.kind), "seed": run.seed}
+        was = stored_recipe(files["config.yaml"], place)
         differing = (k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
         if key := next(differing, None):
             others.append(Mismatch(run, place, key, was.get(key), now.get(key)))
     return others
 
 
-def finished_config(run: TableRun, results: str | Path) -> tuple[Path, bytes | None]:
-    """The run's folder or archive, and its config.yaml; None if it did not finish."""
-    if (files := finished_files(run.folder)) is not None:
-        return run.folder, files["config.yaml"]
-    archive = archive_path(run, results)
-    files = read_archive(archive) if archive.exists() else {}
-    return archive, None if FAILURE in files else files.get("config.yaml")
-
-
-def recipe(source: Sequence[str] | bytes) -> dict[str, Any]:
-    """The keys that decide the training, from arguments or from a stored config.yaml."""
-    from proxynorm.train.config import compose_config, settings_from
+def recipe(config: DictConfig) -> dict[str, Any]:
+    """The keys that decide the training."""
+    from proxynorm.train.config import settings_from
     from proxynorm.train.settings import identity
 
-    stored = isinstance(source, bytes)
-    config = OmegaConf.create(yaml.safe_load(source)) if stored else compose_config(source)
-    if not stored and OmegaConf.is_missing(config.data, "root"):
-        config.data.root = None
     settings = settings_from(config)
     return {**identity(settings), "max_steps": settings.max_steps}
+
+
+def stated_recipe(arguments: Sequence[str]) -> dict[str, Any]:
+    """The recipe of a run's arguments."""
+    from proxynorm.train.config import compose_config
+
+    config = compose_config(arguments)
+    if OmegaConf.is_missing(config.data, "root"):
+        config.data.root = None
+    return recipe(config)
 
 
 def stored_recipe(config: bytes, place: Path) -> dict[str, Any]:
     """The recipe of a config.yaml; keys that an old one lacks have defaults. Raises ConfigError."""
     try:
-        return recipe(config)
+        return recipe(OmegaConf.create(yaml.safe_load(config)))
     except (ProxynormError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{place}: config.yaml is damaged ({error}); remove it") from error

@@ -1,4 +1,4 @@
-"""Finished runs as records, read from run folders or from the archives in results/TABLE/runs."""
+"""Runs that have ended, from their folders or from the archives in results/TABLE/runs."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def run_files(run: TableRun) -> dict[str, bytes] | None:
             raise DataError(now.error)
         if now.state != "failed":
             return None
-        paths = [path for name in KEPT[:3] if (path := run.folder / name).is_file()]
-        files = {path.name: path.read_bytes() for path in paths}
+        paths = [run.folder / name for name in KEPT if name != "summary.json"]
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
         files[FAILURE] = f"{now.error}\n".encode()
     if "config.yaml" in files:  # the path of the runs on this machine is nobody else's
         line = f"runs_dir: runs/{run.table}".encode()
@@ -77,9 +77,7 @@ def kept_status(run: TableRun, results: str | Path) -> Status | None:
 def as_record(run: TableRun, files: dict[str, bytes]) -> Record:
     """The record of a finished run's files."""
     rows = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
-    summary, environment = (
-        json.loads(files[f"{name}.json"]) for name in ("summary", "environment")
-    )
+    summary, environment = (json.loads(files[f"{key}.json"]) for key in ("summary", "environment"))
     return Record(run.cell.name, run.seed, summary, environment, rows)
 
 

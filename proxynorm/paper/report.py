@@ -12,17 +12,9 @@ from statistics import fmean
 from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread
+from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, welch
 from proxynorm.paper.figures import draw_figures
-from proxynorm.paper.findings import (
-    Findings,
-    comparison_grid,
-    last_powers,
-    loss_ratio,
-    mean_p1,
-    p1_correlation,
-    verdicts,
-)
+from proxynorm.paper.findings import Findings, comparison_grid, last_powers, loss_ratio, verdicts
 from proxynorm.paper.records import Record
 from proxynorm.paper.table import Cell
 
@@ -36,7 +28,7 @@ LABELS = {
 FLAT = 0.01  # distance of a loss ratio from 1
 POWER_NOTE = (
     "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
-    "means over seeds. correlation: of a run's mean P1 with its accuracy, over the seeds of a cell."
+    "means over seeds."
 )
 Grid = list[list[str]]  # the header, then the rows
 
@@ -52,10 +44,8 @@ def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
         raise ConfigError(f"{path} has {former[1]} runs, this one {count}; force=true replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     text = report(findings, draw_figures(findings, folder))
-    header, *rows = wide_table(findings)
-    write_text(folder / "table.tex", latex_table(header, rows) + "\n")
-    header, *rows = comparison_grid(findings)
-    write_text(folder / "cells.csv", csv_table(header, rows))
+    write_text(folder / "table.tex", latex_table(wide_table(findings)) + "\n")
+    write_text(folder / "cells.csv", csv_table(comparison_grid(findings)))
     write_text(path, text)
 
 
@@ -65,21 +55,16 @@ def report(findings: Findings, figures: Mapping[str, str]) -> str:
     parts = [f"# {table.title}", table.about.strip(), findings.protocol]
     parts += [f"**{sentence}**" for sentence in verdicts(findings)]
     if table.columns:
-        parts += ["## Table", as_markdown(wide_table(findings))]
-    parts += ["## Cells", as_markdown(cell_table(findings)), explanation(findings)]
+        parts += ["## Table", markdown_table(wide_table(findings))]
+    parts += ["## Cells", markdown_table(cell_table(findings)), explanation(findings)]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
     if last_powers(findings):
-        parts += ["## Power after training", as_markdown(power_table(findings)), POWER_NOTE]
+        parts += ["## Power after training", markdown_table(power_table(findings)), POWER_NOTE]
     if findings.outcomes:
-        comparisons = as_markdown(comparison_table(findings.outcomes))
+        comparisons = markdown_table(comparison_table(findings.outcomes))
         parts += ["## Comparisons", comparisons, comparison_notes(findings)]
     parts += ["## How it was made", provenance(findings.records), f"```\n{commands(findings)}\n```"]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def as_markdown(grid: Grid) -> str:
-    header, *rows = [[text.replace("|", "\\|") for text in row] for row in grid]
-    return markdown_table(header, rows)
 
 
 def wide_table(findings: Findings) -> Grid:
@@ -125,6 +110,28 @@ def cell_table(findings: Findings) -> Grid:
     return grid
 
 
+def beside_bn(findings: Findings) -> Grid:
+    """A row for each finished cell, with its difference to that of Batch Norm, where there is one.
+
+    And its 95 % interval, where both have several seeds.
+    """
+    grid = [["", f"{findings.table.metric} %", "n", "minus bn", "95 % interval"]]
+    for cell in findings.measured():
+        sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
+        difference = interval = ""
+        if bn is not None and cell.norm != "bn":
+            difference = f"{sample.mean - bn.mean:+.2f}"
+            if min(sample.n, bn.n) > 1:
+                interval = interval_text(welch(sample, bn)[0])
+        grid.append([cell.name, str(sample), str(sample.n), difference, interval])
+    columns = [column for column in zip(*grid) if any(column[1:])]
+    return [list(row) for row in zip(*columns)]
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.2f} … {interval[1]:+.2f}"
+
+
 def explanation(findings: Findings) -> str:
     """A note on the numbers of the cell table."""
     table = findings.table
@@ -145,19 +152,14 @@ def explanation(findings: Findings) -> str:
 
 
 def power_table(findings: Findings) -> Grid:
-    """A row for each cell that logged powers: P1 after training, and if accuracy follows it."""
-    metric = findings.table.metric
-    grid = [["cell", f"{metric} %", "P1, mean", "P1, largest", "P1, last norm", "correlation", "n"]]
-    for cell, runs in last_powers(findings).items():
-        nets = [rows for _, rows in runs]
-        largest, last = (
-            f"{fmean(figure(rows) for rows in nets):.3f}"
-            for figure in (lambda rows: max(row.p1 for row in rows), lambda rows: rows[-1].p1)
-        )
-        r = p1_correlation([(mean_p1(rows), record.summary[metric]) for record, rows in runs])
-        mean = f"{fmean(map(mean_p1, nets)):.3f}"
-        shown = "" if r is None else f"{r:+.2f}"
-        grid.append([cell, str(findings.samples[cell]), mean, largest, last, shown, str(len(runs))])
+    """A row for each cell that logged powers: P1 after training."""
+    metric = f"{findings.table.metric} %"
+    grid = [["cell", metric, "P1, mean", "P1, largest", "P1, last norm", "n"]]
+    for cell, nets in last_powers(findings).items():
+        curves = [[row.p1 for row in rows] for rows in nets]
+        means = (fmean(map(figure, curves)) for figure in (fmean, max, lambda curve: curve[-1]))
+        figures = [f"{mean:.3f}" for mean in means]
+        grid.append([cell, str(findings.samples[cell]), *figures, str(len(nets))])
     return grid
 
 
@@ -170,7 +172,7 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
             f"{item.comparison.first} − {item.comparison.second}",
             item.comparison.expect,
             "" if item.difference is None else f"{item.difference:+.2f}",
-            "" if item.interval is None else f"{item.interval[0]:+.2f} … {item.interval[1]:+.2f}",
+            "" if item.interval is None else interval_text(item.interval),
             "" if item.p is None else p_value(item.p),
             f"{item.first.n}, {item.second.n}",
             item.verdict,

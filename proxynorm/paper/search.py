@@ -12,7 +12,7 @@ from typing import Any
 
 from proxynorm.errors import ConfigError
 from proxynorm.paper.records import FAILURE, kept_files
-from proxynorm.paper.table import Table, TableRun, load_table
+from proxynorm.paper.table import Table, TableRun, chosen_path, load_table
 
 DIVERGED = b": not finite, "  # in the error line of a run whose loss or gradient became infinite
 Point = tuple[float, ...]
@@ -101,7 +101,7 @@ def protocol(table: Table, results: str | Path) -> str:
     words = f"{search.seeds} seed{'s' if search.seeds > 1 else ''}"
     (usual, _), *others = Counter(map(frozenset, grids.values())).most_common()
     count = f"{len(usual)} points of {' × '.join(axes)}, {words}: {search.seeds * len(usual)} runs"
-    path = Path(results) / search.name / "chosen.json"
+    path = chosen_path(search.name, results)
     used = json.loads(path.read_text()).get("seeds") if table.tuned and path.is_file() else None
     so_far = "" if used in (None, search.seeds) else f" Chosen so far with {used} of {words}."
     if not others:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from proxynorm.analysis.tables import text_table
+from proxynorm.analysis.tables import markdown_table, text_table
 from proxynorm.files import write_text
 from proxynorm.launch.runs import Run
-from proxynorm.paper.compare import welch
 from proxynorm.paper.figures import draw_figures
-from proxynorm.paper.findings import Findings, comparison_grid, gather, verdicts
-from proxynorm.paper.report import as_markdown, provenance
+from proxynorm.paper.findings import comparison_grid, gather, verdicts
+from proxynorm.paper.report import beside_bn, provenance
 from proxynorm.paper.table import Cell, Table, TableRun, cell_name
 from proxynorm.paper.tracking import log_comparison
 from proxynorm.train.config import compose_config, settings_from
@@ -39,8 +37,8 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
     path = folder / "comparison.md"
     set_aside(path, command)
     figures = draw_figures(findings, folder)
-    grid = cells(findings)
-    parts = [f"# {command}", *(f"**{text}**" for text in verdicts(findings)), as_markdown(grid)]
+    grid = beside_bn(findings)
+    parts = [f"# {command}", *(f"**{text}**" for text in verdicts(findings)), markdown_table(grid)]
     parts += [NOTE, failed and f"Failed:\n\n{failed}"]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
     parts += ["Runs: " + ", ".join(run.name for run in runs), provenance(findings.records)]
@@ -74,21 +72,6 @@ def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:
     seeds = max(sum(run.cell.name == other.cell.name for run in found) for other in found)
     table = Table(name, name, "", [], blocks, axes, seeds, 0.0, "", split="the evaluation images")
     return table, found
-
-
-def cells(findings: Findings) -> list[list[str]]:
-    """Return the header and a row for each cell, with its difference to that of Batch Norm."""
-    rows: list[list[Any]] = [["", "top1 %", "n", "minus bn", "95 % interval"]]
-    for cell in findings.measured():
-        sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
-        other = bn is not None and cell.labels.get("norm") != "bn"
-        row = [cell.name, str(sample), str(sample.n)]
-        row.append(f"{sample.mean - bn.mean:+.2f}" if other else "")
-        several = other and min(sample.n, bn.n) > 1
-        row.append("{:+.2f} … {:+.2f}".format(*welch(sample, bn)[0]) if several else "")
-        rows.append(row)
-    used = [index for index in range(5) if index < 3 or any(row[index] for row in rows[1:])]
-    return [[row[index] for index in used] for row in rows]
 
 
 def set_aside(path: Path, command: str) -> None:

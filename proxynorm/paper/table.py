@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from proxynorm.launch.runs import Run
 from proxynorm.train.words import quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
+# A link to results/; a wheel holds the files chosen.json alone.
+SHIPPED = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Cell:
     name: str
     labels: dict[str, Any]
     overrides: tuple[str, ...]
+
+    @property
+    def norm(self) -> str:
+        """Its norm's name, "" if the table has no such axis."""
+        return str(self.labels.get("norm", ""))
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Table:
     seeds:       runs of each cell
     rows, columns: the axes down and across in the report
     metric:      the key of summary.json that is reported, in percent
-    split:       the images the metric is measured on, in words
+    split:       the images the metric is measured on, in words; by default as data.holdout says
     margin:      points by which a cell may fall behind another and still match it
     tolerance:   largest distance from a reference, in points, that counts as within
     seed_std:    known standard deviation between seeds, in points; source in seed_std_source
@@ -115,7 +121,7 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     relative: dict[str, dict[Any, float]] = field(default_factory=dict)
     metric: str = "top1"
-    split: str = "the test set"
+    split: str = ""
     margin: float = 0.3
     tolerance: float = 0.5
     seed_std: float | None = None
@@ -125,10 +131,7 @@ class Table:
     @property
     def argument(self) -> str:
         """The table's argument on a command line: its name, or its file's path as given."""
-        if not self.file:
-            return f"table={self.name}"
-        plain = re.fullmatch(r"[\w./~+-]+", self.file)
-        return shlex.quote(f"table={self.file if plain else json.dumps(self.file)}")
+        return shlex.quote(f"table={self.file or self.name}")
 
     def stated_seconds(self, run: TableRun) -> float:
         """The time of a run as the table states it."""
@@ -198,11 +201,19 @@ def load_table(name: str, seeds: int | None = None) -> Table:
         for key, kind in {"references": Reference, "comparisons": Comparison}.items():
             content[key] = [kind(**item) for item in content.get(key, [])]
         content["seeds"] = content["seeds"] if seeds is None else seeds
+        content.setdefault("split", default_split(content["train"]))
         table = Table(name=path.stem, file=name if name.endswith(".yaml") else "", **content)
         check_table(table)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     return table
+
+
+def default_split(overrides: Sequence[str]) -> str:
+    """The images that runs with these overrides are evaluated on, in words."""
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    count = given.get("data.holdout", "0")
+    return "the test set" if count == "0" else f"{count} training images that were held out"
 
 
 def check_table(table: Table) -> None:
@@ -249,9 +260,9 @@ def table_runs(
 
 def reported_runs(table: Table, root: str | Path, results: str | Path) -> list[TableRun]:
     """All runs of the table; none while the search that tunes it has not chosen."""
-    search = table.tuned and Path(results) / table.tuned.table / "chosen.json"
-    chosen = search is None or search.is_file()
-    return table_runs(table, root, read_chosen(table, results)) if chosen else []
+    if table.tuned and not chosen_path(table.tuned.table, results).is_file():
+        return []
+    return table_runs(table, root, read_chosen(table, results))
 
 
 def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
@@ -261,7 +272,7 @@ def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] 
     """
     if table.tuned is None:
         return None
-    path = Path(results) / table.tuned.table / "chosen.json"
+    path = chosen_path(table.tuned.table, results)
     if not path.is_file():
         search = f"table={table.tuned.table}"
         raise ConfigError(
@@ -269,3 +280,9 @@ def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] 
             f"then scripts/reproduce.py choose {search}"
         )
     return json.loads(path.read_text())["chosen"]
+
+
+def chosen_path(search: str, results: str | Path) -> Path:
+    """The file of what a search has chosen: in `results`, else as shipped with the package."""
+    path, shipped = (Path(folder) / search / "chosen.json" for folder in (results, SHIPPED))
+    return shipped if shipped.is_file() and not path.is_file() else path

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from proxynorm.cli import first_line
 from proxynorm.files import write_text
-from proxynorm.paper.compare import Outcome
 from proxynorm.paper.findings import Findings, comparison_grid, verdicts
 from proxynorm.paper.records import FAILURE, as_record, kept_files
 from proxynorm.paper.report import cell_table, comparison_table
@@ -23,16 +22,17 @@ from proxynorm.train.tracker import Tracker, choose_mode, start_run
 
 
 def log_comparison(
-    name: str,
+    group: str,
     mode: str,
     folder: Path,
     tables: Mapping[str, Sequence[Sequence[Any]]],
     figures: Sequence[Path],
     config: Mapping[str, Any] | None = None,
     summary: Mapping[str, Any] | None = None,
+    what: str = "comparison",
     **project: Any,
 ) -> None:
-    """Log a comparison of runs as a run of its own, in their group `name`.
+    """Log a comparison of runs as a run of its own, GROUP-WHAT, in their group.
 
     Args:
         mode: of the logger: auto, online, offline, disabled.
@@ -44,13 +44,11 @@ def log_comparison(
 
     Warns where W&B fails. Raises ConfigError for an unknown mode.
     """
-    mode = choose_mode(mode)
+    mode, name = choose_mode(mode), f"{group}-{what}"
     folder.mkdir(parents=True, exist_ok=True)
     options = {"project": "proxynorm", **project, "config": dict(config or {})}
-    tags = ["comparison", f"group={name}"]
-    run = start_run(
-        mode, f"{name}-comparison", folder, tags, group=name, job_type="comparison", **options
-    )
+    options |= {"group": group, "job_type": "comparison"}
+    run = start_run(mode, name, folder, ["comparison", f"group={group}"], **options)
     if run is None:
         return
     try:
@@ -67,14 +65,16 @@ def log_comparison(
             run.summary.update(dict(summary or {}))
     except Exception as error:  # W&B must not cost a report, whatever it raises
         reason = f"{type(error).__name__}: {first_line(error)}"
-        print(f"warning: {name}-comparison is not on W&B: {reason}", file=sys.stderr)
+        print(f"warning: {name} is not on W&B: {reason}", file=sys.stderr)
 
 
 def log_report(findings: Findings, mode: str, report: Path, folder: Path) -> None:
-    """Log a table's report: cells, comparisons, verdict and the figures beside `report`."""
-    table = findings.table
-    tables: dict[str, Any] = {"comparison": comparison_grid(findings)}
-    tables["cells"] = cell_table(findings)
+    """Log a table's report: cells, comparisons, verdict and the figures in the folder `report`.
+
+    The report of a selection has a name of its own.
+    """
+    table, grid = findings.table, comparison_grid(findings)
+    tables: dict[str, Any] = {"comparison": grid, "cells": cell_table(findings)}
     if findings.outcomes:
         tables["claims"] = comparison_table(findings.outcomes)
     config = {
@@ -85,27 +85,12 @@ def log_report(findings: Findings, mode: str, report: Path, folder: Path) -> Non
         "runs": len(findings.records),
         "cells": {cell.name: list(cell.overrides) for cell in findings.cells},
     }
-    summary = {"verdict": " ".join(verdicts(findings)), **deltas(findings)}
-    figures = sorted(report.parent.glob("*.png"))
-    log_comparison(table.name, mode, folder, tables, figures, config, summary)
-
-
-def deltas(findings: Findings) -> dict[str, float]:
-    """Means, differences from references, differences and p of comparisons, as flat keys."""
-    samples = {cell.name: findings.samples[cell.name] for cell in findings.measured()}
-    flat = {f"mean/{name}": sample.mean for name, sample in samples.items()}
-    for reference in findings.table.references:
-        if reference.cell in samples:
-            flat[f"delta/{reference.cell}"] = samples[reference.cell].mean - reference.value
-    for outcome in findings.outcomes:
-        flat |= outcome_figures(outcome)
-    return flat
-
-
-def outcome_figures(outcome: Outcome) -> dict[str, float]:
-    pair = f"{outcome.comparison.first}-{outcome.comparison.second}"
-    values = {f"difference/{pair}": outcome.difference, f"p/{pair}": outcome.p}
-    return {key: value for key, value in values.items() if value is not None}
+    summary = {"verdict": " ".join(verdicts(findings))}
+    summary |= {f"mean/{cell}": mean for cell, _, mean, *_ in grid[1:]}
+    part = [word for word in findings.words if not word.startswith("train=")]
+    what = " ".join(["comparison", *part])
+    figures = sorted(report.glob("*.png"))
+    log_comparison(table.name, mode, folder, tables, figures, config, summary, what=what)
 
 
 def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> list[str]:
@@ -117,18 +102,22 @@ def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> 
     """
     names, mode = [], choose_mode(mode)
     for run in runs:
-        place, mirrored = folder / run.name, (run.folder / "wandb_id.txt").exists()
-        marker = place / "uploaded"
-        put = mirrored or (marker.exists() and marker.read_text() == f"{mode}\n")
-        files = None if put else kept_files(run, results)
-        if files is not None and FAILURE not in files:
-            place.mkdir(parents=True, exist_ok=True)
-            names += [run.name] if upload_run(run, files, mode, place) else []
+        marker = folder / run.name / "uploaded"
+        if (run.folder / "wandb_id.txt").exists():
+            continue
+        if marker.exists() and marker.read_text() == f"{mode}\n":
+            continue
+        files = kept_files(run, results)
+        if files is None or FAILURE in files or not upload_run(run, files, mode, marker.parent):
+            continue
+        write_text(marker, f"{mode}\n")
+        names.append(run.name)
     return names
 
 
-def upload_run(run: TableRun, files: Mapping[str, bytes], mode: str, place: Path) -> bool:
+def upload_run(run: TableRun, files: dict[str, bytes], mode: str, place: Path) -> bool:
     """Replay a run's rows into W&B; whether W&B took them."""
+    place.mkdir(parents=True, exist_ok=True)
     config = yaml.safe_load(files["config.yaml"])
     settings = settings_from(OmegaConf.create(config))
     own = [tag for tag in settings.logger.tags or () if not tag.startswith(("table=", "cell="))]
@@ -137,9 +126,8 @@ def upload_run(run: TableRun, files: Mapping[str, bytes], mode: str, place: Path
     tracker = Tracker(replace(settings, logger=logger), place, run.name, config, resumed=True)
     if tracker.run is None:
         return False
-    record = as_record(run, dict(files))
+    record = as_record(run, files)
     for row in record.rows:
         tracker.log(row)
     tracker.finish(record.summary)
-    write_text(place / "uploaded", f"{mode}\n")
     return True

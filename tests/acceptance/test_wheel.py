@@ -67,6 +67,9 @@ def environment(tmp_path_factory):
     for name in ("proxynorm", "hydra_plugins", "configs"):
         skip = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=skip)
+    for path in ROOT.glob("results/*/chosen.json"):
+        (source / path.relative_to(ROOT)).parent.mkdir(parents=True)
+        shutil.copy(path, source / path.relative_to(ROOT))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
@@ -97,6 +100,16 @@ def test_training_in_an_empty_folder(environment, tmp_path):
     assert json.loads((tmp_path / "runs/three/summary.json").read_text())["steps"] == 3
     said = run(environment / "proxynorm", "eval", "run=runs/three", "device=cpu", cwd=tmp_path)
     assert json.loads(said.splitlines()[-1])["count"] == 100
+
+
+def test_a_plan_has_what_the_search_chose_and_names_the_installed_command(environment, tmp_path):
+    words = ["reproduce", "plan", "table=mini_norms", "verbose=true"]
+    said = run(environment / "proxynorm", *words, cwd=tmp_path)
+    assert "optim.base_lr=" in said and "[missing] proxynorm train data=" in said
+    assert "train.py" not in said
+    words = ["doctor", "data=beton", "data.root=x"]
+    said = run(environment / "proxynorm", *words, cwd=tmp_path, status=2)
+    assert "fix: proxynorm write-ffcv source=" in said
 
 
 def test_what_needs_the_repository_says_so(environment, tmp_path):

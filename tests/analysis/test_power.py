@@ -131,14 +131,6 @@ def test_mean_field_has_the_known_values():
     assert mean_field_p1(3, 0.0, 0.0)[:3] == pytest.approx([1 / torch.pi, 0.494, 0.605], abs=1e-3)
 
 
-def test_mean_field_of_pn_stays_at_zero_and_contracts():
-    assert mean_field_p1(5, proxy=True) == pytest.approx([0] * 5, abs=1e-12)
-    falling = mean_field_p1(4, proxy=True, start=0.3)
-    assert all(
-        later < 0.9 * earlier for earlier, later in zip([0.3, *falling], falling, strict=False)
-    )
-
-
 def test_random_nets_are_functions_of_their_seed():
     first, same, other = (
         random_net("ln", 8, 2, seed=seed)(images(2, size=4).expand(-1, 3, -1, -1))

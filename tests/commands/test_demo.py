@@ -12,8 +12,8 @@ from tests.wandb_files import read_offline
 def run_demo(tiny, stand_in, tmp_path, monkeypatch):  # noqa: F811
     """Run the demo on the tiny table in tmp_path."""
     monkeypatch.setattr(demo, "load_table", lambda name, seeds: tiny)
-    monkeypatch.setitem(demo.RANDOM_NETS, "width", 8)
-    monkeypatch.setitem(demo.RANDOM_NETS, "depth", 3)
+    monkeypatch.setitem(demo.SIZES, "width", 8)
+    monkeypatch.setitem(demo.SIZES, "depth", 3)
 
     def run(*words):
         words = [*words, f"root={tmp_path}/runs", f"results={tmp_path}/results"]
@@ -43,3 +43,10 @@ def test_a_second_time_it_says_the_same_and_record_keeps_the_runs(run_demo, tmp_
     assert capsys.readouterr().out.splitlines()[-1] == first[-1]
     kept = tmp_path / "results" / "tiny"
     assert len(list((kept / "runs").glob("*.tar.xz"))) == 4 and (kept / "report.md").is_file()
+
+
+def test_an_installed_demo_names_the_installed_command(run_demo, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["proxynorm demo"])
+    assert run_demo("wandb=disabled") == 0
+    said = capsys.readouterr().out
+    assert "  proxynorm train norm=gn_pn" in said and ".py" not in said.partition("What next")[2]

@@ -101,17 +101,18 @@ def test_status_and_plan_tell_it_and_go_on(damaged, tiny, tmp_path, capsys):
     assert "4 runs; 1 done" in text and f"{path} is damaged (" in text
 
 
-def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in):
-    (runs, path), lines = damaged, []
-    assert run_locally(runs, 2, 1, lines.append) == 1
+def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in, capsys):
+    runs, path = damaged
+    assert run_locally(runs, 2) == 1
+    lines = capsys.readouterr().out.splitlines()
     assert [run_status(run).state for run in runs] == ["damaged", "done", "done", "done"]
     assert lines[-1].startswith(f"failed: bn-s0: {path} is damaged (") and "; remove " in lines[-1]
 
 
-def test_it_is_not_submitted(damaged):
-    (runs, path), lines = damaged, []
-    assert not is_due(runs[0], run_status(runs[0]), True, lines.append)
-    assert lines[0].startswith(f"bn-s0: {path} is damaged (")
+def test_it_is_not_submitted(damaged, capsys):
+    runs, path = damaged
+    assert not is_due(runs[0], run_status(runs[0]), True)
+    assert capsys.readouterr().out.startswith(f"bn-s0: {path} is damaged (")
 
 
 def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):

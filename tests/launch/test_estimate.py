@@ -1,14 +1,11 @@
-"""How long runs take: measured, scaled, or as the table states; impossible requests are refused."""
+"""How long runs take: measured, or as the table states."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 
 from proxynorm.launch import estimate as module
-from proxynorm.launch.estimate import Estimate, Estimator, describe, duration, measured_seconds
-from proxynorm.paper.plan import estimator
+from proxynorm.launch.estimate import Estimate, describe, duration, estimator
 from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import write_run
 
@@ -20,24 +17,21 @@ def runs(tiny, tmp_path):
     return table_runs(tiny, tmp_path / "runs")
 
 
-def test_times_come_from_runs_of_the_kind_then_from_the_others_then_from_the_table(tiny, runs):
-    assert estimator(tiny, runs)(runs[0]) == Estimate(6, "estimate for one CPU core")
+def test_times_come_from_runs_of_the_kind_else_from_the_table(tiny, runs):
+    def of_table():
+        return estimator(runs, 1, tiny.stated_seconds, tiny.hardware)
+
+    stated = Estimate(6, "estimate for one CPU core")
+    assert of_table()(runs[0]) == stated
     write_run(runs[0], 50.0)
-    assert estimator(tiny, runs)(runs[2]) == Estimate(pytest.approx(MEASURED), "measured")
-    other = Estimate(pytest.approx(MEASURED), "scaled from 1 measured kinds of runs")
-    assert estimator(tiny, runs)(runs[1]) == other
-    assert Estimator(runs, {})(runs[0]).seconds is None
+    assert of_table()(runs[2]) == Estimate(pytest.approx(MEASURED), "measured")
+    assert of_table()(runs[1]) == stated
+    assert estimator(runs)(runs[1]) == Estimate(None, "nothing like it was measured")
 
 
 def test_runs_of_another_number_of_processes_tell_nothing(runs):
     write_run(runs[0], 50.0)
-    assert measured_seconds(runs) and not measured_seconds(runs, processes=8)
-
-
-def test_scaled_times_follow_the_table_s_factors(tiny, runs):
-    table = replace(tiny, relative={"norm": {"ln_pn": 2}})
-    write_run(runs[0], 50.0)
-    assert estimator(table, runs)(runs[1]).seconds == pytest.approx(2 * MEASURED)
+    assert estimator(runs)(runs[0]).seconds and not estimator(runs, 8)(runs[0]).seconds
 
 
 def test_stated_times_follow_the_network_and_the_image_size():
@@ -65,6 +59,4 @@ def test_times_are_told_in_the_unit_that_suits_them(runs):
     assert describe(runs, fixed(11)) == "4 runs to do, 44 s (measured)"
     assert "time unknown (measured)" in describe(runs, fixed(None))
     mixed = iter([Estimate(None, "unknown"), *[Estimate(60.0, "measured")] * 3])
-    assert "3 min and 1 runs of unknown time (measured; unknown)" in describe(
-        runs, lambda run: next(mixed)
-    )
+    assert "at least 3 min (measured; unknown)" in describe(runs, lambda run: next(mixed))

@@ -24,12 +24,13 @@ from tests.tiny_table import TINY, reproduce, write_run
 
 
 @pytest.fixture
-def launch(tiny, tmp_path, stand_in):
+def launch(tiny, tmp_path, stand_in, capsys):
     """Runs the tiny table with the stand-in; returns (exit status, lines said, runs)."""
 
     def go(jobs=2):
-        lines, runs = [], table_runs(tiny, tmp_path / "runs")
-        return run_locally(runs, jobs, 1, lines.append), lines, runs
+        runs = table_runs(tiny, tmp_path / "runs")
+        code = run_locally(runs, jobs)
+        return code, capsys.readouterr().out.splitlines(), runs
 
     return go
 
@@ -46,7 +47,9 @@ def test_all_runs_are_trained_once(launch):
     assert code == 0 and [run_status(run).state for run in runs] == ["done"] * 4
     code, lines, runs = launch()
     assert (
-        code == 0 and starts(runs) == [1] * 4 and lines == [f"{run.name}: finished" for run in runs]
+        code == 0
+        and starts(runs) == [1] * 4
+        and sorted(lines) == sorted(f"{run.name}: finished" for run in runs)
     )
 
 
@@ -123,8 +126,11 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
     write_run(run, 50.0, epochs=3)
     (run.folder / "summary.json").unlink()
     now = run_status(run)
-    assert (now.state, now.step, now.total_steps) == ("stopped", 4, 12)
-    assert now.loss == pytest.approx(1.9) and now.seconds_left == pytest.approx(8 * 64 / 100)
+    assert (now.state, now.describe()) == ("stopped", "step 4/12  loss 1.9000")
+    (run.folder / ".lock").write_text("node17 pid 4711")
+    now = run_status(run)
+    left = f"0:00:0{8 * 64 / 100:.0f}"
+    assert (now.state, now.describe()) == ("running", f"step 4/12  loss 1.9000  ETA {left}")
 
 
 def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
@@ -135,12 +141,12 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     text = plan(tiny, runs, results, 2)
     assert (
         "4 runs; 1 done" in text
-        and "3 runs to do, 3.1 min (measured; scaled from 1 measured kinds of runs)" in text
+        and "3 runs to do, 75 s (estimate for one CPU core; measured)" in text
     )
-    assert "; 1.6 min with jobs=2" in text
+    assert "; 37 s with jobs=2" in text
     assert [line.split() for line in text.splitlines()[-2:]] == [
         ["bn", "1/2", "0.02", "0.02"],
-        ["ln_pn", "0/2", "0.02", "0.03"],
+        ["ln_pn", "0/2", "0.00", "0.00"],
     ]
     text = plan(tiny, runs, results, verbose=True)
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
@@ -205,18 +211,6 @@ def test_a_kept_failure_is_told_and_tried_again(one_kept, stand_in):
     assert not_kept(runs, str(results)) == runs[1:]
 
 
-def test_long_lines_of_the_status_are_cut_at_the_terminal_s_width(tiny, tmp_path):
-    runs = table_runs(tiny, tmp_path / "runs")
-    write_run(runs[0], 50.0)
-    runs[1].log.parent.mkdir(exist_ok=True)
-    runs[1].log.write_text(f"ValueError: {'long ' * 50}end\n# exit status 1\n")
-    whole, narrow = (status(runs, tmp_path, width).splitlines() for width in (None, 60))
-    assert whole[2].startswith("ln_pn-s0  failed  ValueError: long") and whole[2].endswith(" end")
-    assert (
-        narrow[2] == f"{whole[2][:59]}…" and max(map(len, narrow)) == 60 and narrow[1] == whole[1]
-    )
-
-
 @pytest.mark.slow
 def test_a_real_table_from_run_to_report(tmp_path):
     """Interrupted, run again, reported: with the real train.py and paths that need quoting."""
@@ -227,7 +221,7 @@ def test_a_real_table_from_run_to_report(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert first.stdout.readline() == "bn-s0: starting\n"
+    assert first.stdout.readline().endswith("-s0: starting\n")
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 75
     table = load_table(str(path))

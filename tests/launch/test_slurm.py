@@ -1,4 +1,4 @@
-"""SLURM's commands without SLURM: requests, and the status of runs by squeue and sacct."""
+"""SLURM's commands without SLURM: requests, and the status of runs by squeue."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
+from proxynorm.launch.estimate import estimator
 from proxynorm.launch.slurm import SlurmOptions
 from proxynorm.launch.status import run_status
 from proxynorm.launch.sweep import Jobs, launch_array
@@ -39,17 +40,10 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
 
 
 def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
-    further = (
-        "--dependency=afterany:1",
-        "--gres=gpu:8",
-        "--time=1",
-        "--account=lab",
-        "--qos=high",
-        "--nice=5",
-    )
-    words = slurm.report_command(
-        ["7"], "t", Path("logs"), SlurmOptions(sbatch=further, report=("report",))
-    ).words
+    further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
+    further.append("--dependency=afterany:1")
+    options = SlurmOptions(sbatch=further)
+    words = slurm.report_command(["7"], "t", Path("logs"), options, ["report"])
     assert {"--account=lab", "--qos=high", "--dependency=afterany:7"} <= set(words)
     assert not [
         word
@@ -62,12 +56,8 @@ def test_paths_are_literal_in_sbatch_s_file_names():
     command = slurm.array_command(
         Path("p.json"), 3, "t", Path("100% %j"), SlurmOptions(limit=2, stage="/dev/shm")
     )
-    assert (
-        "--output=100%% %%j/slurm-%A_%a.log" in command.words and "--array=0-2%2" in command.words
-    )
-    assert str(command).startswith("env PROXYNORM_ROOT=") and " STAGE=/dev/shm sbatch " in str(
-        command
-    )
+    assert "--output=100%% %%j/slurm-%A_%a.log" in command and "--array=0-2%2" in command
+    assert command[:4] == ["env", f"PROXYNORM_ROOT={slurm.ROOT}", "STAGE=/dev/shm", "sbatch"]
 
 
 @pytest.fixture
@@ -83,16 +73,32 @@ def commands(tmp_path, monkeypatch):
             (folder / name).write_text(f'#!/bin/sh\ncat "{folder}/{name}.txt"\n')
             (folder / name).chmod(0o755)
 
-    says(sbatch="7\n", squeue="", sacct="", scontrol="", sinfo="")
+    says(sbatch="7\n", squeue="", scontrol="", sinfo="")
     return says
 
 
 @pytest.fixture
-def launched(tiny, tmp_path, commands):
+def launch(capsys):
+    """Submits runs; returns the exit status and the lines said."""
+
+    def go(runs, report=(), **options):
+        code = launch_array(runs, "tiny", SlurmOptions(**options), estimator(runs), report)
+        return code, capsys.readouterr().out.splitlines()
+
+    return go
+
+
+@pytest.fixture
+def launched(tiny, tmp_path, commands, launch):
     """The tiny table's four runs, submitted as array 7."""
-    runs, lines = table_runs(tiny, tmp_path / "runs"), []
-    assert launch_array(runs, "tiny", SlurmOptions(), lines.append) == 0
-    assert lines == [f"submitted array 7 of 4 runs: {tmp_path}/runs/tiny/slurm/plan-1.json"]
+    runs = table_runs(tiny, tmp_path / "runs")
+    assert launch(runs) == (
+        0,
+        [
+            "4 runs to do, time unknown (nothing like it was measured)",
+            f"submitted array 7 of 4 runs: {tmp_path}/runs/tiny/slurm/plan-1.json",
+        ],
+    )
     return runs
 
 
@@ -103,14 +109,11 @@ def test_a_plan_holds_each_run_s_words(launched):
     ]
 
 
-def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, commands):
+def test_states_come_from_the_queue_and_the_folders(launched, commands):
     write_run(launched[0], 50.0, epochs=3)
     write_run(launched[1], 50.0)
     (launched[0].folder / "summary.json").unlink()
-    commands(
-        squeue="7|0|PENDING|PartitionTimeLimit\n7|2|RUNNING|None\n",
-        sacct="7_3|OUT_OF_MEMORY\n7_0|COMPLETED\n7|COMPLETED\n",
-    )
+    commands(squeue="7|0|PENDING|PartitionTimeLimit\n7|2|RUNNING|None\n")
     text = status(launched, NO_RESULTS)
     assert [Jobs(launched[0].folder.parent).status(run).state for run in launched] == [
         "preempted",
@@ -124,8 +127,7 @@ def test_states_come_from_the_queue_the_folders_and_the_accounts(launched, comma
     )
     commands(squeue="")
     jobs = Jobs(launched[0].folder.parent)
-    assert [jobs.status(run).state for run in launched] == ["stopped", "done", "missing", "failed"]
-    assert jobs.status(launched[3]).error == "SLURM: OUT_OF_MEMORY"
+    assert [jobs.status(run).state for run in launched] == ["stopped", "done", "missing", "missing"]
 
 
 def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launched, commands):
@@ -148,42 +150,46 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
     (launched[0].folder.parent / "logs/slurm-7_2.log").write_text(
         "loading cuda/12.4\n# goes on in logs/bn-s1.log\n"
     )
+    (launched[0].folder.parent / "logs/slurm-7_3.log").write_text(
+        "# goes on in logs/bn-s1.log\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0\n"
+    )
     assert [Jobs(launched[0].folder.parent).status(run).state for run in launched] == [
         "failed",
-        *["missing"] * 3,
+        "missing",
+        "missing",
+        "failed",
     ]
     assert "module: command not found" in status(launched, NO_RESULTS)
 
 
-def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands):
+def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands, launch):
     launched[0].log.write_text("ValueError: no\n# exit status 1\n")
     commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n", sbatch="8\n")
-    lines = []
-    assert launch_array(launched, "tiny", SlurmOptions(), lines.append) == 1
-    assert lines[:3] == [
+    code, lines = launch(launched)
+    assert code == 1 and lines[:3] == [
         "bn-s0: failed: ValueError: no",
         "ln_pn-s0: queued as job 7_1",
         "bn-s1: running as job 7_2",
     ]
-    assert lines[3].startswith("submitted array 8 of 1 runs") and "retry_failed=true" in lines[-1]
+    assert lines[4].startswith("submitted array 8 of 1 runs") and "retry_failed=true" in lines[-1]
     commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n8|0|PENDING|Resources\n")
-    assert launch_array(launched, "tiny", SlurmOptions(retry_failed=True), lines.append) == 0
+    assert launch(launched, retry_failed=True)[0] == 0
 
 
-def test_a_dry_run_leaves_nothing_behind(tiny, tmp_path, commands):
-    lines, before = [], sorted(tmp_path.rglob("*"))
-    options = SlurmOptions(dry_run=True, report=("report",))
-    assert launch_array(table_runs(tiny, tmp_path / "runs"), "tiny", options, lines.append) == 0
-    assert " sbatch " in lines[0] and len(lines) == 6 and sorted(tmp_path.rglob("*")) == before
+def test_a_dry_run_leaves_nothing_behind(tiny, tmp_path, commands, launch):
+    before = sorted(tmp_path.rglob("*"))
+    code, lines = launch(table_runs(tiny, tmp_path / "runs"), ["report"], dry_run=True)
+    assert code == 0 and sorted(tmp_path.rglob("*")) == before
+    assert " sbatch " in lines[1] and len(lines) == 7 and lines[6].endswith("report.sbatch report")
 
 
-def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands):
+def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands, launch):
     (tmp_path / "bin/sbatch").write_text(
         "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n"
     )
     runs = table_runs(tiny, tmp_path / "runs")
-    with pytest.raises(ConfigError, match="sbatch refused: sbatch: error: invalid partition"):
-        launch_array(runs, "tiny", SlurmOptions())
+    with pytest.raises(ConfigError, match="SLURM refused: sbatch: error: invalid partition"):
+        launch(runs)
     assert not list((tmp_path / "runs/tiny/slurm").glob("plan-*"))
 
 
@@ -197,10 +203,10 @@ def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys
     )
 
 
-def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch):
+def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch, launch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
-        launch_array(table_runs(tiny, tmp_path / "runs"), "tiny", SlurmOptions())
+        launch(table_runs(tiny, tmp_path / "runs"))
     assert status(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
 
 

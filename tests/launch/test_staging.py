@@ -83,7 +83,7 @@ def test_damage_is_found_and_nothing_stays(root, node, where, message):
     assert all(path.suffix == ".lock" for path in staging.own_folder(node).iterdir())
 
 
-def test_files_of_another_writer_are_compared_with_their_source(root, node):
+def test_files_of_another_writer_are_copied_too(root, node):
     for part in ("train", "val"):
         manifest_path(root / f"{part}.beton").unlink()
         sums_path(root / f"{part}.beton").unlink()
@@ -93,7 +93,7 @@ def test_files_of_another_writer_are_compared_with_their_source(root, node):
 
 def test_the_leftovers_of_a_killed_job_are_removed(root, node):
     name = staging.digest(staging.beton_files(root))
-    (staging.own_folder(node) / f".{name}.99").mkdir()
+    (staging.own_folder(node) / f".{name}").mkdir()
     assert staging.stage(root, node).name == name and not list(staging.own_folder(node).glob(".*"))
 
 

@@ -99,8 +99,9 @@ def test_the_reason_stands_beside_a_claim_that_is_not_shown():
     assert told("contradicted").endswith("; why: too short") and "why" not in told("shown")
 
 
-def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path):
+def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path, monkeypatch):
     """In the table of claims and in documents: its kept runs may be of other rates."""
+    monkeypatch.setattr("proxynorm.paper.table.SHIPPED", tmp_path / "none")
     (tmp_path / "former_norms").symlink_to(RESULTS / "former_norms")
     item = "former_norms: ln_pn - bn"
     claim = next(claim for claim in load_claims() if item in claim.comparisons)

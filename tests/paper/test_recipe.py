@@ -80,7 +80,7 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
     assert collect(runs[0], tmp_path / "results")
     for _ in ("the folder", "the archive alone"):
         lines = status(runs, tmp_path / "results").splitlines()
-        assert lines[1].split(maxsplit=2) == [
+        assert lines[0].split(maxsplit=2) == [
             "bn-s0",
             "other",
             "trained with epochs=3, the table says 1",

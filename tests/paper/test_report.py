@@ -135,7 +135,7 @@ def test_the_report_is_the_same_bytes_from_folders_and_from_archives(tiny, finis
     assert [collect(run, results) for run in finished] == [False] * 4
     shutil.rmtree(tmp_path / "runs")
     write_report(gather(tiny, finished, results), second)
-    figures = ("cells", "curves", "power", "power_epochs", "power_top1")
+    figures = ("cells", "curves", "power", "power_epochs")
     drawn = [f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png")]
     assert files(first) == sorted([*drawn, "cells.csv", "report.md", "table.tex"])
     match, mismatch, errors = filecmp.cmpfiles(first, second, files(first), shallow=False)
@@ -153,10 +153,10 @@ def test_equal_runs_give_equal_archives(tiny, finished, tmp_path):
 
 def test_a_kept_configuration_names_no_path_of_its_machine(tiny, finished, tmp_path):
     path = finished[0].folder / "config.yaml"
-    path.write_text(f"seed: 0\nruns_dir: {tmp_path}/runs/tiny\nbatch: 8\n")
+    path.write_text(f"seed: 0\nruns_dir: {tmp_path}/runs/tiny\nepochs: 1\n")
     collect(finished[0], tmp_path / "results")
     kept = read_archive(archive_path(finished[0], tmp_path / "results"))["config.yaml"]
-    assert kept == b"seed: 0\nruns_dir: runs/tiny\nbatch: 8\n" and not collect(
+    assert kept == b"seed: 0\nruns_dir: runs/tiny\nepochs: 1\n" and not collect(
         finished[0], tmp_path / "results"
     )
 

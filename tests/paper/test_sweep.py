@@ -74,12 +74,17 @@ def test_another_sweep_in_the_folder_loses_nothing(runs, tmp_path):
     assert (former / "curves.png").exists() and not (tmp_path / "comparison-2").exists()
 
 
-def test_the_group_is_named_after_what_is_swept(tmp_path):
+def test_the_group_is_named_after_what_is_swept(tmp_path, monkeypatch):
     task = ["norm=bn,ln", "logger.tags=[a,b]", "data.root='x,y'", "batch=range(8,32,8)", "seed=0,1"]
     given = {"overrides": {"hydra": [], "task": task}, "sweep": {"dir": str(tmp_path)}}
     launcher = LocalLauncher()
-    launcher.setup(config=OmegaConf.create({"hydra": given, "logger": {"group": None}}))
+    config = OmegaConf.create({"hydra": given, "logger": {"group": None}})
+    launcher.setup(config=config)
     assert launcher.name == "sweep-norm-batch"
+    assert launcher.command.startswith("python train.py -m norm=bn,ln 'logger.tags=[a,b]' ")
+    monkeypatch.setattr("sys.argv", ["proxynorm train"])
+    launcher.setup(config=config)
+    assert launcher.command.startswith("proxynorm train -m norm=bn,ln ")
 
 
 def test_axes_are_what_varies_but_for_the_seed(tmp_path):

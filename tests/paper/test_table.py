@@ -4,9 +4,10 @@ import pytest
 
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS
-from proxynorm.paper.table import load_table, table_names, table_runs
+from proxynorm.paper.table import load_table, read_chosen, table_names, table_runs
 from proxynorm.train.config import check_choice, compose_config, groups, parse, settings_from
 from proxynorm.train.words import quoted
+from tests.helpers import ROOT
 from tests.tiny_table import TINY
 
 TABLES = (
@@ -83,6 +84,25 @@ def test_tuned_tables_take_what_the_search_chose():
     assert all("optim.base_lr=0.25" in cell.overrides for cell in table.expand(chosen))
     with pytest.raises(ConfigError, match="nothing for bn"):
         table.expand({})
+
+
+def test_what_a_search_has_chosen_is_read_from_results_else_as_shipped(tmp_path, monkeypatch):
+    table = load_table("mini_norms")
+    shipped = read_chosen(table, tmp_path)
+    assert shipped == read_chosen(table, ROOT / "results") and "bn" in shipped
+    (tmp_path / "mini_search").mkdir()
+    (tmp_path / "mini_search" / "chosen.json").write_text('{"chosen": {"bn": {}}}')
+    assert read_chosen(table, tmp_path) == {"bn": {}}
+    monkeypatch.setattr("proxynorm.paper.table.SHIPPED", tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"chosen.json is missing: first .* run table=mini_sea"):
+        read_chosen(table, tmp_path / "elsewhere")
+
+
+def test_the_images_of_a_table_are_named_by_its_holdout(tiny, tmp_path):
+    assert tiny.split == "200 training images that were held out"
+    path = tmp_path / "whole.yaml"
+    path.write_text(TINY.replace("data.holdout=200, ", ""))
+    assert load_table(str(path)).split == "the test set"
 
 
 def test_rules_apply_to_the_cells_they_name():

@@ -28,6 +28,10 @@ BN = (91.0, 91.1, 90.9)
          "it adds +0.07, within the spread of the seeds (n = 3)."),
         (BN, (90.0, 92.0, 90.5), LN, "The 0.17 points between LN and BN are within the spread of "
          "the seeds; PN adds -2.83 (n = 3)."),
+        (BN, (90.0, 92.0, 90.5), (88.0, 95.0, 91.0), "The 0.17 points between LN and BN are within "
+         "the spread of the seeds; PN adds +0.50, within it too (n = 3)."),
+        (BN, LN, (90.0,), "PN closes 2.00 of the 3.00 points between LN and BN; "
+         "LN+PN is 1.00 behind BN (n = 1–3, untested)."),
         (LN, BN, BN, "LN is not behind BN here (+3.00 points): there is no gap for PN to close "
          "(n = 3)."),
         ((91.0,), (88.0,), (90.0,), "PN closes 2.00 of the 3.00 points between LN and BN; "
