@@ -149,7 +149,7 @@ def assemble(
 class MemoryReader:
     """Images held in memory, uint8 (N, H, W, C); made in the calling thread."""
 
-    notes = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...], source: str
