@@ -23,7 +23,7 @@ from benchmarks.contenders import CONTENDERS, Work, run_epoch
 from benchmarks.photographs import SOURCE, photographs
 from proxynorm.cli import option
 from proxynorm.data.ffcv.beton import Samples, read_beton
-from proxynorm.data.ffcv.native import ffcv_library, map_file
+from proxynorm.data.ffcv.native import ffcv_library
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
@@ -84,7 +84,7 @@ def lay_out(listing: Listing, folder: Path, storage: StorageOptions, workers: in
     Returns the mean bytes of an image.
     """
     samples = store(listing, folder, storage, workers)
-    data = map_file(samples.path)
+    data = samples.path.read_bytes()
     for row, (start, size) in enumerate(zip(samples.pointer.tolist(), samples.size.tolist())):
         path = folder / "train" / listing.classes[listing.targets[row]] / f"{row:07d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
