@@ -171,7 +171,8 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
         handlers = V.set_graph_handler(lowered), V.set_debug_handler(DebugContext())
         with handlers[0], handlers[1], V.set_extern_kernel_nodes([]):
             lowered.run(*inputs)
-            lowered.codegen()
+            lowered.init_wrapper_code()
+            lowered._update_scheduler()  # fuses kernels; their code is not needed
             left_out = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
             kernels = [n for n in lowered.scheduler.nodes if not isinstance(n, left_out)]
             return sum(n.get_read_write_buffers_sizes() for n in kernels), len(kernels)
