@@ -28,7 +28,6 @@ import torch
 import torch._dynamo.device_interface as device_interface
 import torch._inductor.scheduler as scheduler
 import torch.utils._triton
-import triton
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._guards import TracingContext, tracing
@@ -43,7 +42,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.backends.compiler import GPUTarget
 
 from benchmarks import common
 from benchmarks.networks import ALL_NORMS, FORMATS, TORCH_BN, build
@@ -189,22 +187,16 @@ def pretended_gpu() -> Iterator[None]:
     def properties(*_: object) -> SimpleNamespace:
         return PROPERTIES
 
-    driver = mock.Mock()
-    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-    driver.get_current_device.return_value = 0
     interface, worker = device_interface.CudaInterface, device_interface.CudaInterface.Worker
     patches = [
         *((owner, "is_available", lambda: True) for owner in (torch.cuda, interface)),
         *((owner, "current_device", lambda: 0) for owner in (torch.cuda, interface, worker)),
         *((o, "get_device_properties", properties) for o in (torch.cuda, interface, worker)),
         *((owner, "has_triton", lambda *_: True) for owner in (scheduler, torch.utils._triton)),
-        (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-        (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "_lazy_init", lambda: None),
         (interface, "get_compute_capability", lambda *_: 90),
         (torch._C, "_conv_determine_backend_memory_format", convolution_format),
-        (triton.runtime.driver, "_active", driver),
     ]
     with ExitStack() as stack:
         for owner, name, value in patches:
