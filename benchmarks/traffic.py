@@ -3,10 +3,11 @@
   python scripts/benchmark.py traffic model=layer act=[relu,silu] norm=[ln,ln_pn] json=FILE
   python scripts/benchmark.py traffic model=resnet50 norm=['torch bn',ln_pn] json=FILE
 
-torch.compile's graphs of the forward and the backward pass are lowered by inductor for a GPU that
-is only pretended (sm_90, as an H100) and never launched. Each generated kernel counts the bytes of
-the buffers that it reads and writes, each once. Convolutions, matrix products and pooling libraries
-are left out: they are the same for every norm. Maps are bfloat16, parameters of norms float32.
+torch.compile's graphs of the forward and the backward pass are lowered and fused by inductor for a
+GPU that is only pretended (sm_90, as an H100). Each fused kernel counts the bytes of the buffers
+that it reads and writes, each once; none is launched. Convolutions, matrix products and pooling
+libraries are left out: they are the same for every norm. Maps are bfloat16, parameters of norms
+float32.
 
 model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
 map. Other models are whole networks, in MB per image. "torch bn" is torch's batch norm; it is also
