@@ -47,7 +47,7 @@ def run_script(monkeypatch, *arguments) -> int:
         (("loadr",), "did you mean 'loader'?"),
         (("loader", "round=3"), "did you mean 'rounds'?"),
         (("loader", "rounds=0"), "rounds=0: give at least 1"),
-        (("loader", "source=/none"), "/none: no such folder"),
+        (("loader", "source=/proc/none"), "/proc/none: no such folder"),
         (("storage", "images=3"), "images=3: give at least batch=64"),
         (("damage", "images=5"), "images=5: give at least 24"),
         (("startup", "json=/proc/none/startup.json"), "json=/proc/none/startup.json: No such file"),
