@@ -1,0 +1,6 @@
+"""What scripts/benchmark.py and scripts/gpu_check.py measure."""
+
+import os
+
+# Otherwise torch.profiler logs its own steps, and a missing GPU as an error.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,23 +1,27 @@
-"""Shared by the benchmarks: options, timing in turns, separate processes, the file of figures."""
+"""Shared by the benchmarks: options, timing in turns, separate processes, tables and files."""
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from proxynorm.cli import option
+from proxynorm.analysis.tables import text_table
+from proxynorm.cli import nearest, option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.train.run_folder import environment
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass
@@ -37,40 +41,48 @@ class ModelOptions(Options):
     device: str = option("auto", "auto, cpu, cuda")
 
 
-def require_positive(options: Options, *names: str) -> None:
-    """Raise ConfigError for the first of these options that is below 1; None passes."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
+def check(options: Options, **choices: Collection[str]) -> None:
+    """Raise ConfigError for a number below 1 and for a word that is not among its choices."""
+    for name, value in vars(options).items():
+        if type(value) is int and value < 1:
             raise ConfigError(f"{name}={value}: give at least 1")
+    for name, known in choices.items():
+        value = getattr(options, name)
+        if not value:
+            raise ConfigError(f"{name}=[]: name at least one")
+        for word in value if isinstance(value, list) else [value]:
+            if word not in known:
+                raise ConfigError(f"{name}: no '{word}'; {nearest(word, known)}")
 
 
-def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `action` takes; on a GPU, until the GPU is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def now() -> float:
+    """The time in seconds at which a GPU, if there is one, has done all its work."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def take_turns(
-    actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
+    actions: Mapping[Name, Callable[[], object]], rounds: int
+) -> dict[Name, list[float]]:
     """Seconds of each action, one figure a round, after a warm-up round.
 
     Turns spread a slow spell of the machine over all of them; compare with `ratio`.
     """
-    times = [
-        {name: seconds(action, device) for name, action in actions.items()}
-        for _ in range(rounds + 1)
-    ][1:]
-    return {name: [turn[name] for turn in times] for name in actions}
+    times: dict[Name, list[float]] = {name: [] for name in actions}
+    gc.collect()
+    gc.freeze()  # makes the collections below quick
+    for _ in range(rounds + 1):
+        gc.collect()  # so that it is not due within an action, where it would be timed
+        for name, action in actions.items():
+            start = now()
+            action()
+            times[name].append(now() - start)
+    gc.unfreeze()
+    return {name: figures[1:] for name, figures in times.items()}
 
 
-def ratio(figures: list[float], base: list[float]) -> float:
+def ratio(figures: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return median(a / b for a, b in zip(figures, base, strict=True))
 
@@ -79,6 +91,19 @@ def new_process() -> ProcessPoolExecutor:
     """A fresh Python process, to which functions are submitted. Use it in a with statement."""
     # spawn, not fork: the child must not inherit torch's threads or memory.
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def show(rows: Sequence[Mapping[str, object]]) -> None:
+    """Print rows as a table; the keys of the first are its header."""
+    print(text_table(list(rows[0]), [list(map(_cell, row.values())) for row in rows]), flush=True)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def write_figures(options: Options, content: Mapping[str, Any]) -> None:

@@ -7,21 +7,26 @@ they belong to a loader's time to its first batch.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import torch
 
+CLOCK_TICK = 1 / os.sysconf("SC_CLK_TCK")  # the resolution of processor time
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 Epoch = Callable[[], Iterable[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """folder: has train.beton, train/CLASS/*.jpg and val alike; size: side of the crop, pixels."""
+    """folder: as loader.lay_out makes it; size: side of the crop, pixels."""
 
     folder: str
     size: int
@@ -121,21 +126,49 @@ def open_loader(name: str, work: Work) -> Epoch:
     return CONTENDERS[name](work)
 
 
-def run_epoch(name: str, work: Work) -> dict[str, float]:
-    """Run an epoch: images, seconds, seconds until the first batch, CPU seconds of this process.
+def run_epoch(name: str, work: Work, watch_memory: bool = False) -> dict[str, float]:
+    """Run an epoch in this process, whose first call opens the loader, within the time.
 
-    The first call in a process opens the loader, within the time.
+    Returns images, seconds, seconds until the first batch, CPU seconds with the loader's workers,
+    and, if watched, which slows it, the most memory seen at a batch, bytes.
     """
     # The loaders have workers of their own; torch's threads would only compete with them.
     torch.set_num_threads(1)
-    start, used = time.perf_counter(), time.process_time()
-    images, first = 0, 0.0
+    start, used = time.perf_counter(), cpu_seconds()
+    images = first = memory = 0
     for batch in open_loader(name, work)():
         first = first or time.perf_counter() - start
         images += len(batch)
+        if watch_memory:
+            memory = max(memory, memory_bytes())
     return {
         "images": images,
         "seconds": time.perf_counter() - start,
         "first_batch": first,
-        "cpu_seconds": time.process_time() - used,
+        "cpu_seconds": max(cpu_seconds() - used, CLOCK_TICK),
+        "memory": memory,
     }
+
+
+def process_tree(pid: int | None) -> list[Any]:
+    """A process, by default this one, and all its living descendants."""
+    import psutil  # FFCV requires it
+
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def cpu_seconds(pid: int | None = None) -> float:
+    """Processor time of a process tree so far, awaited children included."""
+    return sum(sum(process.cpu_times()[:4]) for process in process_tree(pid))
+
+
+def memory_bytes(pid: int | None = None) -> int:
+    """Memory of a process tree, shared pages counted once and files' pages left out (Linux)."""
+    total = 0
+    for process in process_tree(pid):
+        with suppress(OSError):  # it ended meanwhile
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            counted = [line for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
+            total += sum(1024 * int(line.split()[1]) for line in counted)
+    return total

@@ -12,9 +12,9 @@ the bare loop has ours). Ratios are medians of the ratios within a round.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +26,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import common
-from proxynorm.analysis.tables import text_table
 from proxynorm.cli import option
 from proxynorm.data import Batch, open_data
 from proxynorm.data.cache import cache_folder
@@ -40,7 +39,6 @@ from proxynorm.train.memory import keep_freed_memory
 from proxynorm.train.preemption import StopRequest
 from proxynorm.train.progress import Display
 from proxynorm.train.run_folder import RunFolder
-from proxynorm.train.settings import Settings
 from proxynorm.train.tracker import Tracker
 
 BARE, STEP = "bare loop, batch in memory", "our step, batch in memory"
@@ -61,61 +59,58 @@ class Options(common.Options):
 
 
 def main(options: Options) -> None:
-    common.require_positive(options, "batch", "size", "steps", "rounds")
+    common.check(options)
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(options, Path(folder))
+        figures = measure(options, folder)
     rows = compare(figures)
-    cells = [
-        (what, f"{speed:.0f}", f"{ratio:.3f}" if ratio else "", of)
-        for what, speed, ratio, of in map(dict.values, rows)
-    ]
-    print(text_table(("what", "images/s", "ratio", "of"), cells))
+    common.show(rows)
     common.write_figures(options, {"rows": rows, "rounds": figures})
 
 
-def measure(options: Options, folder: Path) -> dict[str, list[float]]:
+def measure(options: Options, folder: str) -> dict[str, list[float]]:
     """Images a second of every contender, a figure a round."""
-    device = choose_device(options.device)
-    keep_freed_memory(device)  # as in training
-    trainer = make_trainer(settings_for(options, folder), device, folder)
+    keep_freed_memory(choose_device(options.device))  # as in training
+    trainer = make_trainer(options, folder)
     batches = endless(trainer.loader.epoch)
     held = next(batches)
-    prepared = trainer.prepare(held)
+    prepared, theirs = trainer.prepare(held), timm_steps(options, trainer)
     contenders = {
         BARE: lambda: bare_loop(trainer, prepared, options.steps),
-        STEP: lambda: our_loop(trainer, iter([held] * options.steps)),
+        STEP: lambda: our_loop(trainer, [held] * options.steps),
         LOADER: lambda: [trainer.prepare(batch) for batch in islice(batches, options.steps)],
         OURS: lambda: our_loop(trainer, islice(batches, options.steps)),
-        TIMM: timm_loop(options, trainer, device),
+        TIMM: lambda: [next(theirs) for _ in range(options.steps)],
     }
-    times = common.take_turns(contenders, options.rounds, device)
+    times = common.take_turns(contenders, options.rounds)
     images = options.steps * options.batch
     return {name: [images / elapsed for elapsed in values] for name, values in times.items()}
 
 
-def settings_for(options: Options, folder: Path) -> Settings:
-    """The settings of the training run that is measured."""
-    model = [f"model={options.model}"]
+def make_trainer(options: Options, folder: str) -> Trainer:
+    """A trainer outside of train(): no lock, no resumption, a silent display."""
+    model, data = [f"model={options.model}"], ["data=fashion_mnist"]
     if options.model != "resnet20v2":
         model = ["model=timm", f"model.name={options.model}"]
-    data = ["data=fashion_mnist"]
     if options.source is not None:
         data = ["data=folder", f"data.root={options.source}", f"data.image_size={options.size}"]
-    overrides = [f"{name}={getattr(options, name)}" for name in ("norm", "batch", "device")]
-    overrides += [f"loader.workers={options.workers}", f"runs_dir={folder}"]
-    overrides += ["epochs=1000", "logger=none", "regularization=none"]
-    return settings_from(compose_config([*model, *data, *overrides]))
-
-
-def make_trainer(settings: Settings, device: torch.device, folder: Path) -> Trainer:
-    """A trainer outside of train(): no lock, no resumption, a silent display."""
-    run, data = RunFolder(folder), open_data(settings.data, settings.loader)
+    keys = [f"{name}={getattr(options, name)}" for name in ("norm", "batch", "device")]
+    keys += [f"loader.workers={options.workers}", f"runs_dir={folder}"]
+    keys += ["epochs=1000", "logger=none", "regularization=none"]
+    settings = settings_from(compose_config([*model, *data, *keys]))
+    run, process = RunFolder(Path(folder)), Process(0, 1, choose_device(options.device))
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(settings, Process(0, 1, device), data, run, StopRequest())
+    trainer = Trainer(
+        settings, process, open_data(settings.data, settings.loader), run, StopRequest()
+    )
     trainer.display = Display(1, 1, visible=False)
-    trainer.tracker = Tracker(settings, folder, "benchmark", {}, False)
+    trainer.tracker = Tracker(settings, run.path, "benchmark", {}, False)
     trainer.network.train()
     return trainer
+
+
+def endless(epoch: Callable[[int], Iterator]) -> Iterator:
+    """The batches of epoch after epoch."""
+    return chain.from_iterable(map(epoch, count()))
 
 
 def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
@@ -129,17 +124,11 @@ def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def our_loop(trainer: Trainer, batches: Iterator[Batch]) -> None:
+def our_loop(trainer: Trainer, batches: Iterable[Batch]) -> None:
     """Our training step on every batch."""
     for batch in batches:
         trainer.timer.data_arrived()
         trainer.train_step([batch])
-
-
-def endless(epoch: Callable[[int], Iterator]) -> Iterator:
-    """The batches of epoch after epoch."""
-    for number in count():
-        yield from epoch(number)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -157,9 +146,10 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
 
 
-def timm_loop(options: Options, trainer: Trainer, device: torch.device) -> Callable[[], None]:
+def timm_steps(options: Options, trainer: Trainer) -> Iterator[None]:
     """Steps of timm's loader, model and optimizer, as its train.py joins them."""
     info, side = trainer.data.info, trainer.settings.data.image_size
+    device = trainer.process.device
     if options.source is None:
         dataset, model = Pictures(), seeded_model(trainer.settings, info)
     else:
@@ -180,40 +170,34 @@ def timm_loop(options: Options, trainer: Trainer, device: torch.device) -> Calla
     model = model.to(device).train()
     optimizer = timm.optim.create_optimizer_v2(model, opt="momentum", lr=0.05, weight_decay=1e-4)
     loss_function, meter = nn.CrossEntropyLoss(), timm.utils.AverageMeter()
-    batches = endless(lambda _: iter(loader))
-
-    def loop() -> None:
-        for images, targets in islice(batches, options.steps):
-            with autocast(device, trainer.dtype):
-                loss = loss_function(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            # timm waits for the loss here as well.
-            meter.update(loss.item(), len(images))
-
-    return loop
+    for images, targets in endless(lambda _: iter(loader)):
+        with autocast(device, trainer.dtype):
+            loss = loss_function(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # timm waits for the loss here as well.
+        meter.update(loss.item(), len(images))
+        yield
 
 
 def compare(figures: dict[str, list[float]]) -> list[dict]:
     """A row a contender and ratio: what, images_per_second (median), ratio, of what."""
-    bare_or_loader = list(map(min, figures[LOADER], figures[BARE]))
-    step_or_loader = list(map(min, figures[LOADER], figures[STEP]))
-    rows = [
-        (BARE, None, ""),
-        (STEP, figures[BARE], "bare loop"),
-        (LOADER, None, ""),
-        (OURS, bare_or_loader, "min(loader, bare loop)"),
-        (TIMM, None, ""),
-        (OURS, step_or_loader, "min(loader, our step)"),
-        (OURS, figures[TIMM], "timm's training"),
-    ]
+    bases = {
+        "bare loop": figures[BARE],
+        "min(loader, bare loop)": list(map(min, figures[LOADER], figures[BARE])),
+        "min(loader, our step)": list(map(min, figures[LOADER], figures[STEP])),
+        "timm's training": figures[TIMM],
+        "": None,
+    }
+    pairs = [(BARE, ""), (STEP, "bare loop"), (LOADER, ""), (OURS, "min(loader, bare loop)")]
+    pairs += [(TIMM, ""), (OURS, "min(loader, our step)"), (OURS, "timm's training")]
     return [
         {
-            "what": name,
-            "images_per_second": median(figures[name]),
-            "ratio": base and common.ratio(figures[name], base),
+            "what": what,
+            "images_per_second": median(figures[what]),
+            "ratio": bases[of] and common.ratio(figures[what], bases[of]),
             "of": of,
         }
-        for name, base, of in rows
+        for what, of in pairs
     ]

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import gpu_speed
 from benchmarks.gpu_speed import Machine, Skipped, device_name
+from proxynorm.analysis.tables import markdown_table
 from tests.gpu import layers, training
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the runs that compare bits
@@ -63,7 +64,12 @@ def main(arguments: list[str]) -> int:
         machine.deadline = start + 60 * minutes * ENDS.get(title, 1.0)
         rows, skipped = collect(machine, title, check(machine))
         results[title] = {"rows": rows, "skipped": skipped}
-        text.append(f"## {title}\n\n{table(rows)}{f'Skipped: {skipped}.' if skipped else ''}\n")
+        parts = [f"## {title}\n"]
+        if rows:
+            parts.append(markdown_table([*rows[0]], [list(map(str, r.values())) for r in rows]))
+        if skipped:
+            parts.append(f"\nSkipped: {skipped}.")
+        text.append("\n".join(parts) + "\n")
         print(text[-1], flush=True)
     verdict = "\n".join(f"- wrong: {what}" for what in machine.failures) or "Nothing is wrong."
     print(verdict)
@@ -83,14 +89,6 @@ def collect(machine: Machine, title: str, check: Iterator[dict]) -> tuple[list[d
         machine.expect(False, f"{title}: {type(error).__name__}: {str(error).splitlines()[:1]}")
         traceback.print_exc()
     return rows, None
-
-
-def table(rows: list[dict]) -> str:
-    """Format rows as a Markdown table."""
-    if not rows:
-        return ""
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n"
 
 
 def write(options: dict, device: torch.device, content: dict, text: list[str]) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import Timer
 
 from proxynorm.nn import NormAct2d
 
@@ -45,19 +44,13 @@ class Machine:
         return "yes" if holds else "NO"
 
     def seconds(self, action: Callable[[], object], rounds: int) -> float:
-        """Return the seconds of one call, the mean of `rounds` after two more."""
-        for _ in range(2):
-            action()
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(rounds):
-            action()
-        self.wait()
-        return (time.perf_counter() - start) / rounds
+        """Return the seconds of one call, the mean of `rounds` after a warm-up."""
+        return Timer("action()", globals={"action": action}).timeit(rounds).mean
 
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
+    def check_time(self, left: str) -> None:
+        """Raise Skipped with what is left undone if the deadline has passed."""
+        if time.monotonic() > self.deadline:
+            raise Skipped(f"{left}, for want of time")
 
 
 def facts(machine: Machine) -> Iterator[dict]:
@@ -71,10 +64,8 @@ def facts(machine: Machine) -> Iterator[dict]:
     if machine.on_gpu:
         properties = torch.cuda.get_device_properties(machine.device)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield {
-            "fact": "capability, memory",
-            "value": f"{properties.major}.{properties.minor}, {memory}",
-        }
+        value = f"{properties.major}.{properties.minor}, {memory}"
+        yield {"fact": "capability, memory", "value": value}
         yield {"fact": "GPUs", "value": torch.cuda.device_count()}
     yield {"fact": "copy, GB/s read and written", "value": round(machine.bandwidth / 1e9, 1)}
 
@@ -95,55 +86,33 @@ def traffic(machine: Machine) -> Iterator[dict]:
     for norm, act in product(("ln_pn", "ln", "gn_pn"), ("relu", "silu")):
         layers[f"{norm}, {act}"] = NormAct2d(256, norm, act_layer=act).to(machine.device)
     for (name, layer), mode in product(layers.items(), ("eager", "compiled")):
-        if time.monotonic() > machine.deadline:
-            raise Skipped(f"from {name} {mode} on, for want of time")
+        machine.check_time(f"from {name} {mode} on")
         torch._dynamo.reset()
         run = torch.compile(layer, dynamic=False) if mode == "compiled" else layer
         taken = machine.seconds(lambda run=run: run(x).backward(grad), 10)
-        bytes_each = taken * machine.bandwidth / x.numel()
-        yield {
-            "layer": name,
-            "mode": mode,
-            "ms": f"{1e3 * taken:.2f}",
-            "bytes": f"{bytes_each:.1f}",
-        }
+        bytes_each = f"{taken * machine.bandwidth / x.numel():.1f}"
+        yield {"layer": name, "mode": mode, "ms": f"{1e3 * taken:.2f}", "bytes": bytes_each}
 
 
 def networks(machine: Machine) -> Iterator[dict]:
     """Time training steps in bf16: images/s, memory, kernels, share of time in kernels."""
     try:
-        from proxynorm.models import create_model
+        from benchmarks.networks import build
     except ImportError as error:
         raise Skipped(f"needs {error.name}") from None
     cases = list(product((128, 32), ("eager", "compiled", "reduce-overhead"), MODELS, NETS))
     if machine.small:
         cases = [(2, "eager", "resnet20v2", norm) for norm in ("torch bn", "ln_pn")]
     for number, (batch, mode, model, norm) in enumerate(cases):
-        if time.monotonic() > machine.deadline:
-            raise Skipped(f"{len(cases) - number} of {len(cases)} cases, for want of time")
+        machine.check_time(f"{len(cases) - number} of {len(cases)} cases")
         torch._dynamo.reset()
-        make = partial(create_model, model, norm.removeprefix("torch "), num_classes=1000)
-        net = torch_norms(make()) if norm == "torch bn" else make()
-        yield {"model": model, "norm": norm, "batch": batch, "mode": mode} | time_network(
-            machine, net, batch, mode
-        )
-
-
-def torch_norms(net: nn.Module) -> nn.Module:
-    """Replace the layers by torch's Batch Norm and an activation in place."""
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NormAct2d):
-                act = copy.deepcopy(child.act) if child.apply_act else nn.Identity()
-                if hasattr(act, "inplace"):
-                    act.inplace = True
-                setattr(module, name, nn.Sequential(nn.BatchNorm2d(child.num_features), act))
-    return net
+        net = build(norm, model, "channels_last", machine.device)
+        row = {"model": model, "norm": norm, "batch": batch, "mode": mode}
+        yield row | time_network(machine, net, batch, mode)
 
 
 def time_network(machine: Machine, net: nn.Module, batch: int, mode: str) -> dict:
     size = 32 if machine.small else 224
-    net = net.to(machine.device, memory_format=torch.channels_last).train()
     images = torch.randn(batch, 3, size, size, device=machine.device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(batch, dtype=torch.long, device=machine.device)
@@ -154,7 +123,7 @@ def time_network(machine: Machine, net: nn.Module, batch: int, mode: str) -> dic
     def step() -> None:
         with torch.autocast(machine.device.type, torch.bfloat16):
             logits = run(images)
-        functional.cross_entropy(logits.float(), targets).backward()
+        cross_entropy(logits.float(), targets).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -165,7 +134,7 @@ def time_network(machine: Machine, net: nn.Module, batch: int, mode: str) -> dic
     taken = machine.seconds(step, 10)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
-        machine.wait()
+        torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
     busy = sum(event.device_time_total for event in kernels) / 1e6
     return {
@@ -189,4 +158,4 @@ def engine(machine: Machine) -> Iterator[dict]:
         make_images(Path(folder) / "data", train=2048, held_out=3, side=256)
         options = Options(model="resnet50", norm="ln_pn", batch=128, size=224, workers=8)
         options.source, options.rounds, options.steps = f"{folder}/data", 3, 10
-        yield from compare(measure(options, Path(folder)))
+        yield from compare(measure(options, folder))

@@ -9,23 +9,23 @@ over the map and constants that only LN+PN has, and torch's norm, which it repla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from benchmarks import common
-from benchmarks.variants import FORMATS, TORCH_LN, Variant, build
-from proxynorm.analysis.tables import text_table
+from benchmarks.networks import FORMATS, TORCH_LN, build, random_images
 from proxynorm.cli import option
-from proxynorm.errors import ConfigError
 from proxynorm.train.distributed import choose_device
 from proxynorm.train.memory import keep_freed_memory
 
-LN_PN, STEP = "ln_pn", "all operators"
+STEP = "all operators"
 SHOWN = 20
+Operators = dict[str, float]
 
 
 @dataclass
@@ -35,29 +35,21 @@ class Options(common.ModelOptions):
 
 
 def main(options: Options) -> None:
-    if options.format not in FORMATS:
-        raise ConfigError(f"format={options.format}: choose of {', '.join(FORMATS)}")
-    common.require_positive(options, "batch", "size", "rounds")
+    common.check(options, format=FORMATS)
     device = choose_device(options.device)
     keep_freed_memory(device)  # as in training
-    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    images = images.contiguous(memory_format=FORMATS[options.format])
-    norms = (LN_PN, TORCH_LN)
-    nets = [build(Variant(norm, options.format), options.model, device) for norm in norms]
+    images = random_images(options.batch, options.size, options.format, device)
+    nets = [build(norm, options.model, options.format, device) for norm in ("ln_pn", TORCH_LN)]
     # The first round warms up.
     turns = [[operators(net, images) for net in nets] for _ in range(options.rounds + 1)][1:]
     rows = compare(*zip(*turns))
-    cells = [[row["what"], *(f"{value:.2f}" for value in list(row.values())[1:])] for row in rows]
-    print(text_table(list(rows[0]), cells[:SHOWN]))
+    common.show(rows[:SHOWN])
     common.write_figures(options, {"rows": rows, "threads": torch.get_num_threads()})
 
 
-def operators(net: nn.Module, images: Tensor) -> dict[str, float]:
+def operators(net: nn.Module, images: Tensor) -> Operators:
     """Milliseconds of every operator in a training step, and of all together."""
-    activities = [ProfilerActivity.CPU]
-    if images.is_cuda:
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile() as profiler:
         net(images).sum().backward()
     net.zero_grad(set_to_none=True)
     time = "self_device_time_total" if images.is_cuda else "self_cpu_time_total"
@@ -65,7 +57,7 @@ def operators(net: nn.Module, images: Tensor) -> dict[str, float]:
     return {STEP: sum(found.values()), **found}
 
 
-def compare(ours: tuple[dict[str, float], ...], theirs: tuple[dict[str, float], ...]) -> list[dict]:
+def compare(ours: Sequence[Operators], theirs: Sequence[Operators]) -> list[dict]:
     """A row an operator, the greatest difference first: milliseconds, and % of torch LN's step."""
     step = median(turn[STEP] for turn in theirs)
     rows = []

@@ -3,10 +3,11 @@
   python scripts/benchmark.py traffic model=layer act=[relu,silu] norm=[ln,ln_pn] json=FILE
   python scripts/benchmark.py traffic model=resnet50 norm=['torch bn',ln_pn] json=FILE
 
-torch.compile's graphs of the forward and the backward pass are lowered by inductor for a GPU that
-is only pretended (sm_90, as an H100) and never launched. Each generated kernel counts the bytes of
-the buffers that it reads and writes, each once. Convolutions, matrix products and pooling libraries
-are left out: they are the same for every norm. Maps are bfloat16, parameters of norms float32.
+torch.compile's graphs of the forward and the backward pass are lowered and fused by inductor for a
+GPU that is only pretended (sm_90, as an H100). Each fused kernel counts the bytes of the buffers
+that it reads and writes, each once; none is launched. Convolutions, matrix products and pooling
+libraries are left out: they are the same for every norm. Maps are bfloat16, parameters of norms
+float32.
 
 model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
 map. Other models are whole networks, in MB per image. "torch bn" is torch's batch norm; it is also
@@ -21,16 +22,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch._dynamo.device_interface as device_interface
 import torch._inductor.scheduler as scheduler
 import torch.utils._triton
-import triton
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_function
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import _recursive_post_grad_passes, partition_fn
@@ -43,15 +43,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.backends.compiler import GPUTarget
 
-from benchmarks import common, variants
-from benchmarks.variants import FORMATS, TORCH_BN, Variant
-from proxynorm.analysis.tables import text_table
+from benchmarks import common
+from benchmarks.networks import ALL_NORMS, FORMATS, TORCH_BN, build
 from proxynorm.cli import option
-from proxynorm.errors import ConfigError
 from proxynorm.nn import ACTIVATIONS, NormAct2d, inductor_options
 
+Traffic = tuple[int, int]  # bytes and kernels of a pass
 GPU = torch.device("cuda:0")
 LAYER = "layer"
 # What inductor asks about the device, with the values of an H100.
@@ -71,33 +69,17 @@ class Options(common.ModelOptions):
     channels: int = option(256, "channels of model=layer")
 
 
-class Traffic(NamedTuple):
-    """Bytes and kernels of a pass."""
-
-    bytes: int
-    kernels: int
-
-
 def main(options: Options) -> None:
-    check(options)
+    common.check(options, norm=ALL_NORMS, act=ACTIVATIONS, format=FORMATS)
     rows: list[dict[str, Any]] = []
     acts = options.act if options.model == LAYER else ["own"]
     for norm, act, memory_format in product(options.norm, acts, options.format):
         rows += measure(options, norm, act, memory_format)
         print(f"counted: {norm}, {act}, {memory_format}", flush=True)
     unit = "bytes an element" if options.model == LAYER else "MB an image"
-    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-    print(unit, text_table(list(rows[0]), cells), sep="\n")
+    print(unit)
+    common.show(rows)
     common.write_figures(options, {"unit": unit, "rows": rows})
-
-
-def check(options: Options) -> None:
-    """Raise ConfigError for a value that is not among the choices, or below 1."""
-    variants.check_norms(options.norm)
-    for name, known in (("act", ACTIVATIONS), ("format", tuple(FORMATS))):
-        if not getattr(options, name) or not set(getattr(options, name)) <= set(known):
-            raise ConfigError(f"{name}={getattr(options, name)}: choose of {', '.join(known)}")
-    common.require_positive(options, "batch", "size", "channels")
 
 
 def measure(options: Options, norm: str, act: str, memory_format: str) -> list[dict[str, Any]]:
@@ -108,7 +90,7 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
     if is_layer:
         net = _layer(norm, act, channels)
     else:
-        net = variants.build(Variant(norm, "nchw"), options.model, torch.device("cpu"))
+        net = build(norm, options.model)
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(torch.bfloat16, memory_format=FORMATS[memory_format])
@@ -128,11 +110,10 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
     return [
         {
             **{"norm": norm, "act": act, "format": memory_format, "mode": kind},
-            **{"forward": forward.bytes / unit, "backward": backward.bytes / unit},
-            "total": (forward.bytes + backward.bytes) / unit,
-            "kernels": forward.kernels + backward.kernels,
+            **{"forward": forward / unit, "backward": backward / unit},
+            **{"total": (forward + backward) / unit, "kernels": kernels + more_kernels},
         }
-        for kind, (forward, backward) in passes.items()
+        for kind, ((forward, kernels), (backward, more_kernels)) in passes.items()
     ]
 
 
@@ -145,13 +126,15 @@ def _layer(norm: str, act: str, channels: int) -> nn.Module:
     return nn.Sequential(first, middle, last)
 
 
-def compiled(step: Callable[..., Tensor], arguments: list[Tensor], options: dict[str, Any]) -> list:
+def compiled(
+    step: Callable[..., Tensor], arguments: list[Tensor], options: dict[str, Any]
+) -> list[Traffic]:
     """Traffic of the forward and the backward pass, as inductor compiles them."""
     graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
 
-    def keep(graph: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    def keep(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         graphs.append((graph, inputs))
-        return graph
+        return make_boxed_func(graph.forward)
 
     # the flag tells the layers to take their plain operations, as under torch.compile
     with mock.patch.object(torch.compiler, "_is_compiling_flag", True), config.patch(options):
@@ -161,7 +144,7 @@ def compiled(step: Callable[..., Tensor], arguments: list[Tensor], options: dict
         out = run(*arguments)
         out.backward(torch.ones_like(out))
         with pretended_gpu():
-            return [lower(*graphs[i], is_backward=i == 1) for i in range(2)]
+            return [lower(*graph, is_backward) for graph, is_backward in zip(graphs, (False, True))]
 
 
 def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Traffic:
@@ -187,10 +170,11 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
         handlers = V.set_graph_handler(lowered), V.set_debug_handler(DebugContext())
         with handlers[0], handlers[1], V.set_extern_kernel_nodes([]):
             lowered.run(*inputs)
-            lowered.codegen()
+            lowered.init_wrapper_code()
+            lowered._update_scheduler()  # fuses kernels; their code is not needed
             left_out = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
             kernels = [n for n in lowered.scheduler.nodes if not isinstance(n, left_out)]
-            return Traffic(sum(n.get_read_write_buffers_sizes() for n in kernels), len(kernels))
+            return sum(n.get_read_write_buffers_sizes() for n in kernels), len(kernels)
 
 
 @contextmanager
@@ -204,22 +188,16 @@ def pretended_gpu() -> Iterator[None]:
     def properties(*_: object) -> SimpleNamespace:
         return PROPERTIES
 
-    driver = mock.Mock()
-    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-    driver.get_current_device.return_value = 0
     interface, worker = device_interface.CudaInterface, device_interface.CudaInterface.Worker
     patches = [
         *((owner, "is_available", lambda: True) for owner in (torch.cuda, interface)),
         *((owner, "current_device", lambda: 0) for owner in (torch.cuda, interface, worker)),
         *((o, "get_device_properties", properties) for o in (torch.cuda, interface, worker)),
         *((owner, "has_triton", lambda *_: True) for owner in (scheduler, torch.utils._triton)),
-        (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-        (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "_lazy_init", lambda: None),
         (interface, "get_compute_capability", lambda *_: 90),
         (torch._C, "_conv_determine_backend_memory_format", convolution_format),
-        (triton.runtime.driver, "_active", driver),
     ]
     with ExitStack() as stack:
         for owner, name, value in patches:
@@ -247,11 +225,11 @@ class Operators(TorchDispatchMode):
         return out
 
 
-def eager(step: Callable[..., Tensor], arguments: list[Tensor]) -> list:
+def eager(step: Callable[..., Tensor], arguments: list[Tensor]) -> list[Traffic]:
     """Traffic of the forward and the backward pass, operator by operator."""
     with Operators() as forward:
         out = step(*arguments)
     gradient = torch.ones_like(out)
     with Operators() as backward:
         out.backward(gradient)
-    return [Traffic(counted.bytes, counted.kernels) for counted in (forward, backward)]
+    return [(counted.bytes, counted.kernels) for counted in (forward, backward)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -29,11 +30,12 @@ from proxynorm.train.tracker import choose_mode
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 SAMPLED_IMAGES = 256
-# Copies of the weights that an optimizer holds; RMSProp has two: square and momentum.
-OPTIMIZER_COPIES = {"momentum": 1, "sgd": 1}
+# Copies of the weights: last.pt, previous.pt and the file being written have the weights, their
+# average and up to two states of the optimizer; best.pt has the weights.
+COPIES = 3 * 4 + 1
 IMAGENET_BYTES = 65.5e9  # as JPEG-90, longest side 500
-# Classes, training and evaluation images of ImageNet; a few images may be left out.
-IMAGENET, TOLERANCE = (1000, 1_281_167, 50_000), 0.02
+# Classes, training and evaluation images of ImageNet, and how many of each may be left out.
+IMAGENET, LEFT_OUT = (1000, 1_281_167, 50_000), (0, 25_000, 1_000)
 WRITE = "python scripts/write_ffcv.py source=DIR output={}"
 
 
@@ -51,6 +53,11 @@ class Finding:
         return f"{self.status:<8} {self.subject:<9} {self.text}{remedy}"
 
 
+def verdict(subject: str, text: str, remedy: str, status: str = WARNING) -> Finding:
+    """A finding that is OK unless there is a remedy."""
+    return Finding(status if remedy else OK, subject, text, remedy)
+
+
 def examine(
     settings: Settings, hardware: str | None = None, experiment: str | None = None
 ) -> Iterator[Finding]:
@@ -64,7 +71,9 @@ def examine(
     try:
         data = open_for_a_look(settings.data)
         yield from check_data(data, settings.data.on_bad)
-        yield from check_amount(settings, experiment, sizes(data))
+        if data is not None:
+            found = len(data.info.classes), data.info.train_count, data.info.eval_count
+            yield from check_amount(settings, experiment, found)
     except ProxynormError as error:
         data = None
         yield unopened(settings.data, error)
@@ -88,16 +97,12 @@ def check_python() -> Iterator[Finding]:
         if item.marker is not None and not item.marker.evaluate({"extra": "train"}):
             continue
         try:
-            version = metadata.version(item.name)
-            good = item.specifier.contains(version, prereleases=True)
+            found.append(f"{item.name} {metadata.version(item.name)}")
+            if not item.specifier.contains(metadata.version(item.name), prereleases=True):
+                bad.append(f"{item.name}{item.specifier} (found: {found.pop()})")
         except metadata.PackageNotFoundError:
-            version, good = "missing", False
-        found.append(f"{item.name} {version}")
-        bad += [] if good else [f"{item.name}{item.specifier} (found: {version})"]
-    if bad:
-        yield Finding(MISSING, "packages", ", ".join(bad), install)
-    else:
-        yield Finding(OK, "packages", ", ".join(found))
+            bad.append(f"{item.name}{item.specifier}")
+    yield verdict("packages", ", ".join(bad or found), install if bad else "", MISSING)
 
 
 def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
@@ -109,27 +114,20 @@ def check_cuda(settings: Settings, hardware: str | None) -> Iterator[Finding]:
         yield Finding(OK, "cuda", f"{torch.version.cuda}: {names}{asked}")
         return
     needed = settings.device.startswith("cuda")
-    if shutil.which("nvidia-smi"):
-        text, remedy = unusable_gpu()
-    else:
-        text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
-        cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs"
-        remedy = "device=auto" if needed else cluster if hardware else ""
-    status = MISSING if needed else WARNING if remedy else OK
-    yield Finding(status, "cuda", text + asked, remedy)
-
-
-def unusable_gpu() -> tuple[str, str]:
-    """Why torch does not see the GPU that the driver knows, and the remedy."""
     reinstall = "pip install --force-reinstall torch torchvision"
-    if torch.version.cuda is None:
+    if not shutil.which("nvidia-smi"):
+        text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
+        cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs" if hardware else ""
+        remedy = "device=auto" if needed else cluster
+    elif torch.version.cuda is None:
+        text = "this torch is built for CPUs"
         remedy = f"{reinstall}, with the index that pytorch.org names for your driver"
-        return "this torch is built for CPUs", remedy
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
-    text = f"the driver does not serve this torch, built for CUDA {torch.version.cuda}"
-    remedy = f"nvidia-smi; then update the driver, or {reinstall} built for an older CUDA"
-    return text, remedy
+    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        text, remedy = "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
+    else:
+        text = f"the driver does not serve this torch, built for CUDA {torch.version.cuda}"
+        remedy = f"nvidia-smi; then update the driver, or {reinstall} built for an older CUDA"
+    yield verdict("cuda", text + asked, remedy, MISSING if needed else WARNING)
 
 
 def check_ffcv(settings: Settings) -> Iterator[Finding]:
@@ -188,41 +186,35 @@ def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:
         for _ in dataclasses.replace(data, evaluation=sample).eval_loader(64):
             pass
         text = f"{split.reader.source}: {len(split.rows)} images, {len(order)} of them looked at"
-        if bad := list(data.failures.items())[before:]:
-            text += f", {len(bad)} damaged ({': '.join(bad[0])})"
-            if on_bad == "skip" and len(bad) < len(order):
-                yield Finding(WARNING, "data", text, "repair them, or train without them")
-            else:
-                skip = "" if on_bad == "skip" else "data.on_bad=skip, or "
-                yield Finding(MISSING, "data", text, f"{skip}repair or remove them")
-        else:
+        bad = list(data.failures.items())[before:]
+        if not bad:
             yield Finding(OK, "data", text)
-
-
-def sizes(data: Data | None) -> tuple[int, int, int]:
-    """Classes, training and evaluation images."""
-    if data is None:
-        return len(fashion_mnist.CLASSES), *fashion_mnist.COUNTS.values()
-    return len(data.info.classes), data.info.train_count, data.info.eval_count
+            continue
+        text += f", {len(bad)} damaged ({': '.join(bad[0])})"
+        if on_bad == "skip" and len(bad) < len(order):
+            yield Finding(WARNING, "data", text, "repair them, or train without them")
+        else:
+            skip = "" if on_bad == "skip" else "data.on_bad=skip, or "
+            yield Finding(MISSING, "data", text, f"{skip}repair or remove them")
 
 
 def check_amount(
     settings: Settings, experiment: str | None, found: tuple[int, int, int]
 ) -> Iterator[Finding]:
     """Enough data for one batch, and ImageNet for ImageNet's recipes."""
+    spec = settings.data
     if settings.batch > found[1]:
         text = f"batch={settings.batch} exceeds the {found[1]} training images"
         yield Finding(MISSING, "data", text, f"batch={found[1]}")
-    if not (experiment or "").startswith("imagenet_"):
+    if not (experiment or "").startswith("imagenet_") or spec.limit or spec.holdout:
         return
-    close = all(abs(size - n) <= TOLERANCE * n for size, n in zip(found[1:], IMAGENET[1:]))
-    if (found[0] == IMAGENET[0] and close) or settings.data.limit or settings.data.holdout:
+    if all(abs(size - n) <= most for size, n, most in zip(found, IMAGENET, LEFT_OUT)):
         return
     parts = zip(found, ("classes", "training images", "evaluation images"), IMAGENET)
     off = ", ".join(f"{size:,} {what} instead of {n:,}" for size, what, n in parts if size != n)
-    root = f" data.root={settings.data.root}" if settings.data.root else ""
-    own = f"python train.py data={settings.data.name}{root} model={settings.model['name']}"
     text = f"experiment={experiment} is ImageNet's recipe, and this is not ImageNet: {off}"
+    root = f" data.root={spec.root}" if spec.root else ""
+    own = f"python train.py data={spec.name}{root} model={settings.model['name']}"
     remedy = f"data.root=DIR of ImageNet, or your own recipe: {own}"
     yield Finding(WARNING, "data", text, remedy)
 
@@ -230,13 +222,10 @@ def check_amount(
 def check_disk(settings: Settings, data: Data | None) -> Iterator[Finding]:
     """Room for the checkpoints and for .beton files."""
     spec = settings.data
-    classes, channels = (len(data.info.classes), data.info.channels) if data else (1000, 3)
-    model = build_model(settings, classes, channels)
+    sizes = (len(data.info.classes), data.info.channels) if data else (1000, 3)
+    model = build_model(settings, *sizes)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    copies = 1 + OPTIMIZER_COPIES.get(settings.optim.name, 2)
-    copies += settings.regularization.ema_decay is not None
-    # last.pt, previous.pt and the one being written hold everything, best.pt the weights.
-    yield room(Path(settings.runs_dir), (3 * copies + 1) * weights, "checkpoints")
+    yield room(Path(settings.runs_dir), COPIES * weights, "checkpoints")
     root = Path(spec.root or "").expanduser()
     if spec.name == "folder" and data:
         source = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
@@ -248,17 +237,11 @@ def check_disk(settings: Settings, data: Data | None) -> Iterator[Finding]:
 
 def room(folder: Path, needed: float, purpose: str, key: str = "runs_dir") -> Finding:
     """Compare the free space of a folder's disk with `needed` bytes."""
-    free = shutil.disk_usage(existing(folder)).free
-    text = f"{folder}: {free / 1e9:.1f} GB free, {purpose} take up to {needed / 1e9:.2f} GB"
-    if free > needed:
-        return Finding(OK, "disk", text)
-    return Finding(MISSING, "disk", text, f"{key}=A LARGER DISK")
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
     folder = folder.expanduser().absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    text = f"{folder}: {free / 1e9:.1f} GB free, {purpose} take up to {needed / 1e9:.2f} GB"
+    return verdict("disk", text, "" if free > needed else f"{key}=A LARGER DISK", MISSING)
 
 
 def check_memory(settings: Settings) -> Iterator[Finding]:
@@ -268,32 +251,31 @@ def check_memory(settings: Settings) -> Iterator[Finding]:
     if settings.data.name == "beton":
         file = Path(settings.data.root or "DIR").expanduser() / "train.beton"
         size = file.stat().st_size if file.is_file() else IMAGENET_BYTES
-        fits = "fits" if size <= available else "does not fit, every epoch reads the disk"
-        text += f"; the training file of {size / 1e9:.1f} GB {fits}"
+        text += f"; the training file has {size / 1e9:.1f} GB"
         if size > available:
+            text += " and does not fit: every epoch reads the disk"
             write = f"{WRITE.format(file)} overwrite=true max_side=400"
             remedy = f"{write}, or data.root=FAST LOCAL DISK"
-    yield Finding(WARNING if remedy else OK, "memory", text, remedy)
+    yield verdict("memory", text, remedy)
 
 
 def available_memory() -> int:
-    """Bytes that programs may still take, page cache included (Linux), else the free pages."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that programs may still take, page cache included (Linux), else all memory."""
+    file = Path("/proc/meminfo")
+    if file.exists() and (found := re.search(r"MemAvailable: *(\d+) kB", file.read_text())):
+        return 1024 * int(found[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_wandb(settings: Settings) -> Iterator[Finding]:
     """Where W&B logs to."""
     mode = choose_mode(settings.logger.mode)
-    text = {
+    texts = {
         "offline": "no key: runs are logged offline, into their folders",
         "disabled": "off for this experiment",
-    }.get(mode, mode)
+    }
     remedy = "wandb login (or logger=none)" if mode == "offline" else ""
-    yield Finding(WARNING if remedy else OK, "wandb", text, remedy)
+    yield verdict("wandb", texts.get(mode, mode), remedy)
 
 
 def check_slurm() -> Iterator[Finding]:

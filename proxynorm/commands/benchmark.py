@@ -18,7 +18,7 @@ from proxynorm.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 # Each is a module of benchmarks/ with a dataclass Options and a function main(options).
 BENCHMARKS = {
-    "step": "time of training and inference steps of every norm, bytes kept, share of the moments",
+    "step": "time of training and inference steps of every norm, share of the proxy moments",
     "passes": "where LN+PN's time goes: the operators of a step, beside those with torch's LN",
     "memory": "bytes kept for the backward pass by every norm, beside torch's batch norm",
     "traffic": "bytes of feature map that a compiled step moves on a GPU, on any machine",

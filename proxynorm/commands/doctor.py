@@ -10,6 +10,7 @@ start, else 0.
 
 from __future__ import annotations
 
+import re
 import sys
 
 from proxynorm.cli import as_installed, guard
@@ -20,9 +21,8 @@ from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
 def hardware_of(experiment: str) -> str | None:
     """The hardware that the head of one of our experiments' files asks for."""
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    mark = "# hardware: "
-    return next((line.removeprefix(mark) for line in lines if line.startswith(mark)), None)
+    found = re.search(r"^# hardware: (.*)", path.read_text(), re.M) if path.is_file() else None
+    return found and found[1]
 
 
 def main() -> int:

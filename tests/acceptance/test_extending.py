@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.docs_blocks import Block, blocks
-from tests.helpers import ROOT
+from tests.helpers import ROOT, need_module
 
 BLOCKS = blocks(ROOT / "docs" / "extending.md")
 PLACE = re.compile(r"(New file|At the end of|In) `([^`]+)`(?:, after `([^`]+)`)?[^`]*:$")
@@ -64,3 +64,22 @@ def test_the_example_works(heading, project):
             run(block.text, project)
         else:
             apply(block, project)
+
+
+@pytest.mark.slow
+@need_module("mypy")
+def test_mypy_accepts_the_python_of_the_examples(project):
+    """Errors in the lines around it are the package's, which CI checks with its own settings."""
+    code: dict[str, set[str]] = {}
+    for block in BLOCKS:
+        if block.language == "python":
+            apply(block, project)
+            path = PLACE.search(block.introduction).group(2)
+            code.setdefault(path, set()).update(block.text.splitlines())
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports"]
+    command += ["--follow-imports=silent", *code]
+    said = subprocess.run(command, cwd=project, capture_output=True, text=True).stdout
+    assert "checked 5 source files" in said or "no issues found in 5" in said, said
+    for path, line, error in re.findall(r"^(.+?):(\d+): error: (.*)", said, re.MULTILINE):
+        text = (project / path).read_text().splitlines()[int(line) - 1]
+        assert text not in code[path], f"{path}: {text.strip()}: {error}"

@@ -22,7 +22,8 @@ def snippets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("snippets")
     for page in PAGES:
         code = [block.text for block in blocks(page) if block.language == "python"]
-        if code and page.name != "extending.md":  # its blocks are pieces of the package's files
+        # Those of extending.md are pieces of the package's files: test_extending checks them there.
+        if code and page.name != "extending.md":
             (folder / f"{page.stem.lower()}.py").write_text("\n".join(code))
     return folder
 
@@ -36,11 +37,15 @@ def run(*command: str, cwd: Path) -> str:
 
 
 @need_module("mypy")
-def test_mypy_accepts_the_snippets(snippets):
+def test_mypy_accepts_the_snippets_and_the_examples(snippets, tmp_path):
+    notebook = tmp_path / "notebook.py"
+    cells = json.loads((ROOT / "examples" / "proxynorm.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    notebook.write_text("\n".join(code))
     # As a user runs it: without this project's settings, so that errors of the package count only
     # where they reach a snippet.
     options = ("--config-file=", "--ignore-missing-imports", "--follow-imports=silent")
-    files = [str(path) for path in sorted(snippets.glob("*.py"))]
+    files = map(str, [*snippets.glob("*.py"), *(ROOT / "examples").glob("*.py"), notebook])
     assert "no issues found" in run("mypy", *options, *files, cwd=ROOT)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -80,8 +79,7 @@ def norms(machine: Machine) -> Iterator[dict]:
         cases = [case for case in cases if case[0] == "eager"]
         cases.append(("compiled", "fp32", "channels_last", "ln_pn", "relu"))
     for number, (mode, dtype, layout, norm, activation) in enumerate(cases):
-        if time.monotonic() > machine.deadline:
-            raise Skipped(f"{len(cases) - number} of {len(cases)} cases, for want of time")
+        machine.check_time(f"{len(cases) - number} of {len(cases)} cases")
         yield norm_case(machine, mode, dtype, layout, norm, activation)
 
 
