@@ -66,7 +66,9 @@ def main(arguments: list[str]) -> int:
         results[title] = {"rows": rows, "skipped": skipped}
         parts = [f"## {title}\n"]
         if rows:
-            parts.append(markdown_table([*rows[0]], [list(map(str, r.values())) for r in rows]))
+            parts.append(
+                markdown_table([[*rows[0]], *(list(map(str, row.values())) for row in rows)])
+            )
         if skipped:
             parts.append(f"\nSkipped: {skipped}.")
         text.append("\n".join(parts) + "\n")

@@ -10,13 +10,16 @@ libraries are left out: they are the same for every norm. Maps are bfloat16, par
 float32.
 
 model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
-map. Other models are whole networks, in MB per image. "torch bn" is torch's batch norm; it is also
+map. Other models are whole networks, in MB per image. operations: the arithmetic of the kernels,
+in the same way per element, or in millions per image; an eager operator counts as one per element
+of its output. "torch bn" is torch's batch norm; it is also
 counted without compilation: operators read their inputs and write their outputs, and batch norm
 reads its inputs a second time, since its statistics or sums come first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,9 +52,10 @@ from benchmarks.networks import ALL_NORMS, FORMATS, TORCH_BN, build
 from proxynorm.cli import option
 from proxynorm.nn import ACTIVATIONS, NormAct2d, inductor_options
 
-Traffic = tuple[int, int]  # bytes and kernels of a pass
+Traffic = tuple[int, int, int]  # bytes, kernels and operations of a pass
 GPU = torch.device("cuda:0")
 LAYER = "layer"
+NO_ARITHMETIC = {"load", "store", "store_reduction", "constant", "to_dtype", "get_index", "output"}
 # What inductor asks about the device, with the values of an H100.
 PROPERTIES = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32)
 PROPERTIES.max_threads_per_multi_processor, PROPERTIES.max_threads_per_block = 2048, 1024
@@ -110,10 +114,11 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
     return [
         {
             **{"norm": norm, "act": act, "format": memory_format, "mode": kind},
-            **{"forward": forward / unit, "backward": backward / unit},
-            **{"total": (forward + backward) / unit, "kernels": kernels + more_kernels},
+            **{"forward": forward[0] / unit, "backward": backward[0] / unit},
+            **{"total": moved / unit, "kernels": kernels, "operations": arithmetic / unit},
         }
-        for kind, ((forward, kernels), (backward, more_kernels)) in passes.items()
+        for kind, (forward, backward) in passes.items()
+        for moved, kernels, arithmetic in [map(sum, zip(forward, backward))]
     ]
 
 
@@ -174,7 +179,18 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
             lowered._update_scheduler()  # fuses kernels; their code is not needed
             left_out = (scheduler.ExternKernelSchedulerNode, scheduler.NopKernelSchedulerNode)
             kernels = [n for n in lowered.scheduler.nodes if not isinstance(n, left_out)]
-            return sum(n.get_read_write_buffers_sizes() for n in kernels), len(kernels)
+            moved = sum(kernel.get_read_write_buffers_sizes() for kernel in kernels)
+            return moved, len(kernels), sum(map(operations, kernels))
+
+
+def operations(kernel: scheduler.BaseSchedulerNode) -> int:
+    """Arithmetic of a fused kernel, over all elements: constants inlined into it count there."""
+    total = 0
+    for node in kernel.get_nodes():
+        counts = node._body.op_counts
+        arithmetic = sum(n for name, n in counts.items() if name not in NO_ARITHMETIC)
+        total += arithmetic * math.prod(map(int, (*node._sizes[0], *node._sizes[1])))
+    return total
 
 
 @contextmanager
@@ -211,7 +227,7 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.kernels = 0
+        self.bytes = self.kernels = self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -222,6 +238,7 @@ class Operators(TorchDispatchMode):
             reads = 2 if "batch_norm" in func.__name__ else 1
             self.bytes += reads * sum(inputs) + sum(outputs)
             self.kernels += 1
+            self.elements += sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
         return out
 
 
@@ -232,4 +249,4 @@ def eager(step: Callable[..., Tensor], arguments: list[Tensor]) -> list[Traffic]
     gradient = torch.ones_like(out)
     with Operators() as backward:
         out.backward(gradient)
-    return [(counted.bytes, counted.kernels) for counted in (forward, backward)]
+    return [(counted.bytes, counted.kernels, counted.elements) for counted in (forward, backward)]

@@ -19,7 +19,7 @@ from proxynorm.nn.activations import (
 )
 from proxynorm.nn.fast.folding import Constants, FoldedConstants, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
-from proxynorm.nn.fast.precision import is_transformed, without_autocast
+from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
@@ -225,7 +225,7 @@ class NormAct2d(nn.Module):
         """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
         if self.folds and not is_transformed():
             return self.folded_constants()[-1]
-        return torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps)
+        return stored(torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps))
 
     def proxy_rule(self) -> Rule:
         """The way this layer integrates and uses its moments."""
@@ -299,7 +299,8 @@ class NormAct2d(nn.Module):
                 scale, shift, gain, offset, _ = self.folded_constants()
                 head = gain if rule.has_gain else None, offset
                 return NormAct.apply(x, scale, shift, *head, kernel, self.act)
-            scale, shift, gain, offset, _ = folded(self.four_parameters(), rule)
+            constants = folded(self.four_parameters(), rule)
+            scale, shift, gain, offset = map(stored, constants[:4])
             wide = torch.promote_types(x.dtype, scale.dtype)
             scale, shift = scale.to(wide), shift.to(wide)
             z = self.act(spec.normalize(x.to(wide), **options, weight=scale, bias=shift))

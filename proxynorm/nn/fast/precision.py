@@ -1,10 +1,12 @@
-"""Where autocast must not choose the precision, and where operations are being traced."""
+"""Autocast switched off, tracing recognized, and what a compiler is told about the layer."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -22,6 +24,34 @@ def is_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+class Stored(torch.autograd.Function):
+    """The identity, which inductor writes to memory: as_strided needs a buffer to stride over.
+
+    Else it would compute constants of a channel, with all of their erf and exp, again at every
+    element of the maps that use them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor) -> Tensor:
+        return t.as_strided(t.shape, t.stride())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def stored(t: Tensor) -> Tensor:
+    """t, not to be inlined where torch.compile traces it."""
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return Stored.apply(t) if compiles else t
 
 
 def inductor_options() -> dict[str, object]:
