@@ -265,7 +265,8 @@ class SideBySide(nn.ModuleList):
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_equals_eager(dtype):
     """inductor's code, of the kinds of layers that differ in it."""
     kinds = [("ln", "relu"), ("gn_pn", "relu"), ("ln_pn", "silu"), ("bn_pn", "relu")]
     net = SideBySide(
@@ -273,8 +274,8 @@ def test_compiled_equals_eager():
     )
     compiled = copy.deepcopy(net)
     compiled.compile(fullgraph=True)
-    x = maps((4, 12, 5, 4), torch.float32, torch.channels_last).requires_grad_()
-    assert_equal_to_rounding(results(compiled, x), results(net, x), torch.float32)
+    x = maps((4, 12, 5, 4), dtype, torch.channels_last).requires_grad_()
+    assert_equal_to_rounding(results(compiled, x), results(net, x), dtype)
 
 
 @pytest.mark.parametrize("transformed", [False, True])
