@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import re
@@ -13,8 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from proxynorm.nn import NormAct2d, inductor_options
 from proxynorm.train import checkpoint
 from proxynorm.train.run_folder import read_metrics
 from tests.helpers import ROOT, SMALL, assert_same_run
@@ -229,3 +235,25 @@ def test_global_batch_norm_over_processes(run_small, tmp_path):
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     for first, second in zip(one.rows[:10], read(tmp_path / "two").rows[:10], strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+
+
+def compare_compiled(rank: int, store: str) -> None:
+    """Raise unless a compiled network in this process and another gives what an eager one does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layers = [NormAct2d(8, "ln_pn"), NormAct2d(8, "bn_pn", norm_batch="global")]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), layers[0], nn.Conv2d(8, 8, 1), layers[1])
+    compiled = copy.deepcopy(net)
+    compiled.compile(options=inductor_options())
+    images = torch.randn(2, 4, 3, 8, 8)[rank]
+    for model in (net, compiled):
+        DistributedDataParallel(model)(images).square().mean().backward()
+    for ours, theirs in zip(compiled.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_equal_eager_ones(tmp_path):
+    torch.multiprocessing.spawn(compare_compiled, (str(tmp_path / "store"),), nprocs=2)
