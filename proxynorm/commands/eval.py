@@ -77,6 +77,7 @@ def main(options: Options) -> int:
             process,
             choose_dtype(settings, process.device),
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
+            damaged=data.damage.reasons,
         )
         matrix = process.sum(counted.matrix)
         if process.is_main:

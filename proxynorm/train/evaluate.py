@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -52,11 +52,13 @@ def evaluate(
     process: Process,
     dtype: torch.dtype = torch.float32,
     expected: int | None = None,
+    damaged: Mapping[str, str] | None = None,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Result:
     """Evaluate `model` in eval mode over `batches`; `prepare` moves and normalizes a batch.
 
-    Raises DataError if all processes together did not see `expected` images.
+    damaged: name -> reason of the images left out so far. Raises DataError if all processes
+    together saw none, or not `expected` images.
     """
     training = model.training
     model.eval()
@@ -78,5 +80,6 @@ def evaluate(
     if expected is not None and count != expected:
         raise DataError(f"evaluation saw {int(count)} images, the data set has {expected}")
     if not count:
-        raise DataError("every evaluation image is damaged; mend the images, and evaluate again")
+        named = [f"{name}: {reason}; " for name, reason in (damaged or {}).items()][-1:]
+        raise DataError("".join(named) + "every evaluation image is damaged; mend them")
     return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

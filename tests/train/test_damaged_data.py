@@ -162,5 +162,5 @@ def test_only_damaged_evaluation_images_end_in_one_line(run_small, damaged, tmp_
         for pointer in samples.pointer:
             file.seek(int(pointer) + 300)
             file.write(b"\xff\xd9" * 20)
-    with pytest.raises(DataError, match="every evaluation image is damaged"):
+    with pytest.raises(DataError, match=r"val.beton.*: .*every evaluation image is damaged"):
         run_small(*overrides(folder, "data.on_bad=skip", "epochs=1"))

@@ -78,6 +78,9 @@ def prepare(
             else:
                 skipped[listing.images[number].name] = result
             progress(number + 1)
+        if not kept:
+            name, reason = next(iter(skipped.items()))
+            raise DataError(f"{name}: {reason}; all {len(skipped)} images are damaged, mend them")
         writer.close(
             {
                 "classes": list(listing.classes),

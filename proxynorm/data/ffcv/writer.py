@@ -85,10 +85,8 @@ class BetonWriter:
     def close(self, manifest: dict) -> None:
         """Finish the file, read it back, and give it and its companions their names.
 
-        Raises DataError if nothing was added, or if other bytes are on the disk.
+        Raises DataError if other bytes are on the disk.
         """
-        if self.count == 0:
-            raise DataError(f"{self.path}: not one usable image to write")
         # FFCV's page cache reads whole pages: fill the last one.
         table = self._to_next_page(self.file.tell())
         self.file.write(self.allocations[: self.count].tobytes())
