@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 def printable(name: str | bytes | os.PathLike) -> str:
-    """Return a file name as text; bytes that are not UTF-8 become escapes, such as caf\\xe9.
+    """Return a file name as one line of text: bytes that are not UTF-8 become escapes (caf\\xe9).
 
     Python keeps such bytes as lone surrogates, which neither a terminal nor a JSON file takes.
+    Control characters are escaped too, as a name with a line feed would break a line in two.
     """
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def look_alike(name: str, others: Iterable[str]) -> str | None:
