@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from proxynorm.data.names import code_points, look_alike, printable
 from proxynorm.errors import ConfigError, DataError
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+BOXES = re.compile(r"\S+( +\d+){4}( .*)?")  # n01440764 and a box in pixels, once or more
 KINDS_NAMED = 6
 TOP = PurePosixPath(".")
 
@@ -240,7 +242,7 @@ def _unused_labels(
 
 
 def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
-    """Return file stem -> class from the first two columns; of the second only the first word.
+    """Return file stem -> class from the first two columns, without the boxes of ImageNet's lists.
 
     A first line that names none of the images, whose `stems` are given, is a heading.
     """
@@ -271,7 +273,8 @@ def _label(path: Path, number: int, row: list[str]) -> tuple[str, str]:
             f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a "
             "comma"
         )
-    return Path(row[0].strip()).stem, row[1].split()[0]
+    name = row[1].strip()
+    return Path(row[0].strip()).stem, name.split()[0] if BOXES.fullmatch(name) else name
 
 
 def _read_devkit(folder: Path) -> dict[str, str]:

@@ -31,7 +31,8 @@ def flat_copy(photos, folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("heading", ["ImageId,PredictionString", "filename,label"])
 def test_a_flat_folder_takes_its_labels_from_a_csv(photos, tmp_path, heading):
     labels = flat_copy(photos, tmp_path / "val")
-    rows = [f"{name},{label} 10 20 30 40" for name, label in labels.items()]
+    boxes = {"ant": "10 20 30 40 ant 1 2 3 4 ", "bee": "0 0 9 9", "cow": "1 2 3 4"}
+    rows = [f"{name},{label} {boxes[label]}" for name, label in labels.items()]
     (tmp_path / "labels.csv").write_text("\n".join([heading, *rows]))
     listing = list_source(tmp_path / "val", tmp_path / "labels.csv")
     assert listing.classes == ("ant", "bee", "cow")
@@ -39,6 +40,15 @@ def test_a_flat_folder_takes_its_labels_from_a_csv(photos, tmp_path, heading):
     (tmp_path / "labels.csv").write_text("\n".join(rows[1:]))
     with pytest.raises(DataError, match="val_00000001.JPEG: has no label"):
         list_source(tmp_path / "val", tmp_path / "labels.csv")
+
+
+def test_class_names_of_several_words_are_kept(photos, tmp_path):
+    labels = flat_copy(photos, tmp_path / "val")
+    kinds = {"ant": "golden retriever", "bee": "golden eagle", "cow": "box 2 of 3"}
+    rows = [f"{name},{kinds[label]}" for name, label in labels.items()]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    listing = list_source(tmp_path / "val", tmp_path / "labels.csv")
+    assert set(listing.classes) == set(kinds.values())
 
 
 def test_a_flat_folder_takes_its_labels_from_the_devkit(photos, tmp_path):
