@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from proxynorm.errors import ConfigError, ProxynormError
+from proxynorm.errors import ConfigError, FileError, ProxynormError
 
 
 def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
@@ -120,8 +120,8 @@ def options_help(options: type) -> str:
 def guard(action: Callable[[], int | None]) -> NoReturn:
     """Run `action` and exit with its status.
 
-    User errors exit with one line and status 2, Ctrl-C with one line and 130. A closed pipe, as
-    with `| head`, exits silently with 141.
+    User errors, such as a file that cannot be written, exit with one line and status 2, Ctrl-C
+    with one line and 130. A closed pipe, as with `| head`, exits silently with 141.
     """
     try:
         status = action() or 0
@@ -135,6 +135,10 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
     except ProxynormError as error:
         fail(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(FileError(f"{error.filename}: {error.strerror}"))
 
 
 def leave_pipe() -> None:

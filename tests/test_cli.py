@@ -207,6 +207,14 @@ def test_another_broken_pipe_is_a_fault():
         guard(action)
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        guard(lambda: (tmp_path / "file" / "deep").mkdir(parents=True))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/deep: Not a directory\n"
+
+
 def test_a_run_from_the_command_line(tmp_path):
     """Train, find it finished, evaluate it: the last evaluation again."""
     arguments = [
