@@ -29,6 +29,7 @@ class Options:
     batch: int = option(0, "images per process and forward; 0: as in training")
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     precision: str | None = option(None, "fp32, bf16, fp16, auto; default: as in training")
+    on_bad: str | None = option(None, "damaged images: raise, skip; default: as in training")
     cache: str | None = option(None, "folder of files made on the fly; default: as in training")
     loader: str | None = option(None, "ffcv, torchvision, auto; default: as in training")
     workers: int | None = option(None, "loader workers")
@@ -79,6 +80,8 @@ def main(options: Options) -> int:
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
             damaged=data.damage.reasons,
         )
+        for name, reason in data.failures.items():
+            print(f"left out: {name}: {reason}", file=sys.stderr)
         matrix = process.sum(counted.matrix)
         if process.is_main:
             if options.output:

@@ -33,7 +33,7 @@ class Failures:
         if self.on_bad == "raise":
             raise DataError(
                 f"{name}: {reason}; mend it (a .beton file: write it again), or set "
-                "data.on_bad=skip"
+                "data.on_bad=skip (eval.py: on_bad=skip)"
             )
         self.reasons[name] = reason
 

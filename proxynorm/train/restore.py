@@ -94,6 +94,7 @@ class Source:
     classes: str = "all"
     size: int | None = None
     ratio: float | None = None
+    on_bad: str | None = None
     cache: str | None = None
     loader: str | None = None
     workers: int | None = None
@@ -123,7 +124,8 @@ def evaluation_specs(restored: Restored, source: Source) -> tuple[DataSpec, Load
     """Return the run's data and loader settings with what `source` gives in their place."""
     settings, inputs = restored.settings, restored.content["inputs"]
     data = {"root": source.root, "eval_size": source.size, "eval_ratio": source.ratio}
-    data |= {"cache": source.cache, "mean": tuple(inputs["mean"]), "std": tuple(inputs["std"])}
+    data |= {"on_bad": source.on_bad, "cache": source.cache}
+    data |= {"mean": tuple(inputs["mean"]), "std": tuple(inputs["std"])}
     loader = {"name": source.loader, "workers": source.workers}
     return (
         replace(settings.data, **{k: v for k, v in data.items() if v is not None}),

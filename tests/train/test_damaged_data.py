@@ -85,12 +85,18 @@ def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(
     run_small, damaged, monkeypatch, capsys
 ):
     run = run_small(*overrides(damaged, "data.on_bad=skip"))
-    monkeypatch.setattr(sys, "argv", ["eval.py", f"run={run.folder}", "device=cpu"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TRAIN.with_name("eval.py")), run_name="__main__")
-    assert end.value.code == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["count"] == 11 and result["top1"] == run.rows[-1]["top1"]
+    arguments = ["eval.py", f"run={run.folder}", "device=cpu"]
+    for policy, code in ([], 0), (["on_bad=raise"], 2):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [*arguments, *policy])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TRAIN.with_name("eval.py")), run_name="__main__")
+        shown = capsys.readouterr()
+        assert end.value.code == code and shown.err.count("val.beton: image") == 1
+        if not code:
+            result = json.loads(shown.out.splitlines()[-1])
+            assert result["count"] == 11 and result["top1"] == run.rows[-1]["top1"]
+            assert shown.err.startswith("left out: ")
 
 
 def test_files_without_manifest_are_told_by_training_and_evaluation(
