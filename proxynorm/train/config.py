@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from proxynorm.cli import first_line, nearest, split_list
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import Settings, check
-from proxynorm.train.words import SEARCH, dashed_advice, keep_text, key_advice, search_path
+from proxynorm.train.words import BESIDES, SEARCH, dashed_advice, keep_text, key_advice, search_path
 
 # A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -58,6 +58,8 @@ def settings_from(config: DictConfig) -> Settings:
         key, words = error.full_key, first_line(error)
         if "is not a ListConfig" in words:
             words = f"must be a list, as {key}=[{OmegaConf.select(config, key)}]"
+        elif "Dict[" in words:
+            words = f"must be a mapping, as {key}={{{OmegaConf.select(config, key)}}}"
         raise ConfigError(f"{key}: {words}") from error
     # Two regularizers act on images: the data pipeline applies them.
     given = settings.regularization
@@ -117,18 +119,23 @@ def hydra_words(arguments: Iterable[str], sweep: bool = False) -> list[str]:
 
 def parse(arguments: Iterable[str], sweep: bool = False) -> list[Override]:
     """Parse key=value arguments as Hydra does, text as it was typed. Raises ConfigError."""
-    parser, parsed = OverridesParser.create(), []
+    parser, parsed, arguments = OverridesParser.create(), [], list(arguments)
     for word in hydra_words(arguments, sweep):
         try:
             override = parser.parse_override(word)
         except HydraException as error:
             if "=" not in word or word.startswith("-"):
-                raise ConfigError(f"'{word}': arguments have the form key=value") from error
+                raise ConfigError(f"'{word}': {advice_on_dashes(arguments)}") from error
             raise ConfigError(f"{word}: the value cannot be read; put it in quotes") from error
         if override.is_sweep_override() and not sweep:
             raise ConfigError(f"{word}: several values need -m, as in: python train.py -m {word}")
         parsed.append(override)
     return parsed
+
+
+def advice_on_dashes(arguments: Sequence[str]) -> str:
+    """Return what to write instead of options with dashes."""
+    return dashed_advice(arguments, flat_keys(compose_config([])), groups())
 
 
 def search_folders(parsed: Iterable[Override]) -> tuple[str, ...]:
@@ -164,7 +171,7 @@ def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
     group, value = group_of(override), override.value()
     if group not in options or value is None or str(value) in options[group]:
         return
-    others, words = [], ""
+    others = []
     if group == "model":
         import timm  # a second, which names of our own do not wait for
 
@@ -172,12 +179,9 @@ def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
             # As if configs/model had a file of this name, which says no more than timm.yaml.
             ConfigStore.instance().store(str(value), {"name": str(value)}, group=group)
             return
-        others, words = timm.list_models(), ", or any other name that timm has"
-    if group == "optim":
-        words = "; optim.name= takes any optimizer of timm's"
-    raise ConfigError(
-        f"{group}={value}: no such {group}; {nearest(str(value), options[group], others)}{words}"
-    )
+        others = timm.list_models()
+    near = nearest(str(value), options[group], others) + BESIDES.get(group, "")
+    raise ConfigError(f"{group}={value}: no such {group}; {near}")
 
 
 def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -214,16 +218,16 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     """
 
     def refuse(message: str) -> NoReturn:  # argparse would print a page of usage
-        advice = dashed_advice(arguments, flat_keys(compose_config([])), groups())
-        raise ConfigError(
-            f"{message}; {advice}; the options are --help, -m (sweep) and --cfg job (print)"
-        )
+        advice = f"{advice_on_dashes(arguments)}; the options are --help, -m (sweep)"
+        raise ConfigError(f"{message}; {advice}, --config-dir=DIR and --cfg job (print)")
 
     parser = get_args_parser()
     parser.error = refuse
     # Hydra's parser takes -m at the front, whatever comes after.
     words = sorted(search_path(arguments), key=lambda word: word not in ("-m", "--multirun"))
     parsed = parser.parse_args(words)
+    if parsed.config_path or parsed.config_name:
+        refuse("--config-path and --config-name would replace the configuration")
     words = hydra_words(words, parsed.multirun)
     if parsed.help or parsed.hydra_help:
         return words

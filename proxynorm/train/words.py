@@ -22,6 +22,13 @@ FUNCTION = re.compile(
     r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|str|int|float|bool|json_str)\("
 )
 
+FORM = "arguments have the form key=value"
+# What there is besides a group's options.
+BESIDES = {
+    "model": ", or any other name that timm has",
+    "optim": "; optim.name= takes any optimizer of timm's",
+    "checkpoint": "; weights=FILE starts from a file",
+}
 SEARCH = "hydra.searchpath"  # Hydra's key of further configuration folders
 
 # Words of other programs, by the key that they mean here, or by the answer to them.
@@ -139,7 +146,7 @@ def written(key: str, word: str, value: str, groups: Mapping[str, list[str]]) ->
     if key in CHOICES and value not in map(str.lower, map(str, CHOICES[key])):
         return f"{key}=…, {wrong_choice(key, value)}"
     if key in groups and key != "model" and value != "…" and value not in groups[key]:
-        return f"{key}=…, {nearest(value, groups[key])}"
+        return f"{key}=…, {nearest(value, groups[key])}{BESIDES.get(key, '')}"
     if key not in CHOICES and word in HOME and value.lower() in ("true", "false"):
         value = "…"  # pretrained=true is weights, but not weights=true
     return f"{key}={value}"
@@ -155,5 +162,5 @@ def dashed_advice(
             value = value or ("…" if following.startswith("-") else following)
             advice = key_advice(option.strip("-"), known, groups, value)
             is_unknown = advice.startswith(("did you mean", "valid: "))
-            return "give key=value" if is_unknown else advice
-    return "give key=value"
+            return FORM if is_unknown else advice
+    return FORM

@@ -86,7 +86,7 @@ def test_every_norm_has_a_file():
         ("schedule.name=foo", "schedule.name=foo: valid: cosine, step"),
         ("+foo=1", "no key 'foo'; valid: batch"),
         ("+data.rot=1", "no key 'data.rot'; did you mean 'data.root'?"),
-        ("--foo", "unrecognized arguments: --foo; give key=value"),
+        ("--foo", "unrecognized arguments: --foo; arguments have the form key=value"),
         ("--cfg", "argument --cfg/-c: expected one argument"),
         ("optim.lr=0", "optim.lr=0: must be above 0 and finite"),
         ("batch", "arguments have the form key=value"),

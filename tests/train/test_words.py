@@ -125,7 +125,14 @@ def test_text_is_what_the_settings_declare_as_text():
         ("torch_compile=true", "write compile=true"),
         ("--norm batch", "write norm=…, valid: bn, bn_pn"),
         ("--arch resnet18", "write model=resnet18"),
-        ("norm=bn --foo", "give key=value"),
+        ("norm=bn --foo", "arguments have the form key=value"),
+        ("--config-path=/c experiment=mine", "replace the configuration"),
+        ("gpu=0", "write device=cuda:N"),
+        ("accumulate=4", "give micro_batch=IMAGES"),
+        ("config=mine.yaml", "a recipe is experiment=NAME"),
+        ("checkpoint=x.pt", "weights=FILE starts from a file"),
+        ("optimizer=adamw", "optim.name= takes any optimizer of timm's"),
+        ("optim.lr_scale=fc:10", "must be a mapping, as optim.lr_scale={fc:10}"),
         ("model=resnet_18", "did you mean 'resnet18'?"),
         ("optim=adamw", "optim.name= takes any optimizer of timm's"),
         ("seed=0,1", "seed=0,1: several values need -m, as in: python train.py -m seed=0,1"),
@@ -139,6 +146,11 @@ def test_text_is_what_the_settings_declare_as_text():
 def test_what_others_call_it_is_answered_with_our_key(words, advice):
     with pytest.raises(ConfigError, match=re.escape(advice)):
         check_arguments(words.split())
+
+
+def test_options_with_dashes_are_answered_by_doctor_too():
+    with pytest.raises(ConfigError, match="'--norm': write norm=bn"):
+        compose_config(["batch=8", "--norm", "bn"])
 
 
 def test_synonyms_lead_to_keys_and_are_none():
