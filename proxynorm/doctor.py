@@ -25,7 +25,8 @@ from proxynorm.data.loaders import Split
 from proxynorm.data.randomness import permutation
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.build import build_model
-from proxynorm.train.settings import Settings
+from proxynorm.train.finetune import PUBLISHED, carry, read_weights, source_of
+from proxynorm.train.settings import Settings, folder_of
 from proxynorm.train.tracker import choose_mode
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
@@ -74,6 +75,7 @@ def examine(
         if data is not None:
             found = len(data.info.classes), data.info.train_count, data.info.eval_count
             yield from check_amount(settings, experiment, found)
+            yield from check_weights(settings, data)
     except ProxynormError as error:
         data = None
         yield unopened(settings.data, error)
@@ -217,6 +219,23 @@ def check_amount(
     own = f"python train.py data={spec.name}{root} model={settings.model['name']}"
     remedy = f"data.root=DIR of ImageNet, or your own recipe: {own}"
     yield Finding(WARNING, "data", text, remedy)
+
+
+def check_weights(settings: Settings, data: Data) -> Iterator[Finding]:
+    """That a new run can start from a file or run; another one has all in its checkpoints."""
+    source = source_of(settings)
+    if source in (None, PUBLISHED):
+        return
+    classes, channels = data.info.classes, data.info.channels
+    try:
+        if (folder_of(settings) / "checkpoints").is_dir():
+            return
+        weights = read_weights(source, settings, len(classes), channels)
+        model = build_model(settings, len(classes), channels)
+        notes = carry(model, weights, settings, list(classes))["notes"]
+        yield Finding(OK, "weights", "; ".join(notes))
+    except ProxynormError as error:
+        yield Finding(MISSING, "weights", str(error))
 
 
 def check_disk(settings: Settings, data: Data | None) -> Iterator[Finding]:

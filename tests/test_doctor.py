@@ -16,6 +16,7 @@ from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_folder
 from proxynorm.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.errors import ConfigError
+from proxynorm.train.build import build_model
 from proxynorm.train.config import compose_config, settings_from
 from tests.data.conftest import needs_fashion_mnist, needs_ffcv, write_folder
 
@@ -62,6 +63,24 @@ def test_the_default_experiment_can_run_here(monkeypatch, capsys):
         "wandb",
         "slurm",
     }
+
+
+def test_weights_to_start_from_are_looked_at(tmp_path, monkeypatch, capsys):
+    root = write_folder(tmp_path / "photos", 4, 2)
+    file = tmp_path / "start.pt"
+    asked = (
+        "data=folder model.depth=8 batch=4 data.image_size=32 device=cpu name=x "
+        f"data.root={root} weights={file} runs_dir={tmp_path}/runs"
+    ).split()
+    for width, status, words in ((0, 2, "no file"), (16, 0, "started from"), (8, 2, "another net")):
+        if width:
+            network = build_model(settings("model.depth=8", f"model.width={width}"), 3, 3)
+            torch.save(network.state_dict(), file)
+        assert run_script(monkeypatch, *asked) == status
+        (line,) = [text for text in capsys.readouterr().out.splitlines() if " weights " in text]
+        assert words in line
+    (tmp_path / "runs/x/checkpoints").mkdir(parents=True)  # it goes on without them
+    assert run_script(monkeypatch, *asked) == 0
 
 
 def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, capsys, tmp_path):
@@ -168,7 +187,7 @@ def test_a_damaged_manifest_does_not_end_the_doctor(monkeypatch, capsys, small_b
     assert run_script(monkeypatch, "data=beton", f"data.root={small_betons}", "batch=4") == 2
     lines = capsys.readouterr().out.splitlines()
     (told,) = (line for line in lines if line.startswith(MISSING))
-    assert "train.beton: its manifest is damaged" in told and "overwrite=true" in told
+    assert "train.beton: its manifest or sums are damaged" in told and "overwrite=true" in told
     assert lines[-1].split()[1] == "slurm"
 
 
