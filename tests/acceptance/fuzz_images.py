@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from proxynorm.data import images
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import BadImage, StorageOptions, load_rgb
 from proxynorm.data.sources import list_folder
@@ -33,6 +34,9 @@ FORMATS = (
     ("TIFF", "tiff", {"compression": "jpeg"}),
     ("GIF", "gif", {}),
     ("BMP", "bmp", {}),
+    ("PPM", "ppm", {}),
+    ("JPEG2000", "jp2", {}),
+    *((("AVIF", "avif", {}),) if "AVIF" in images.FORMATS else ()),
 )
 HEADER = 700  # the structures of all formats begin within so many bytes
 Mutation = Callable[[bytearray, np.random.Generator], bytearray]
