@@ -13,6 +13,10 @@ from torch import nn
 
 from proxynorm.nn.checks import check_whole
 
+# In channels_last, oneDNN's backward of a strided 1×1 convolution of fewer channels writes past its
+# memory (uxlfoundation/oneDNN#6035): there, pixels are sampled before the convolution instead.
+ONEDNN_BLOCK = 16
+
 
 class PreActBlock(nn.Module):
     """norm+act, 3×3, norm+act, 3×3, beside a shortcut: 1×1 where the shape changes.
@@ -39,14 +43,17 @@ class PreActBlock(nn.Module):
         self.norm2 = norm_layer(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.shortcut = None
+        self.shortcut, self.sampled = None, 1
         if stride != 1 or in_channels != channels:
+            if in_channels < ONEDNN_BLOCK:
+                self.sampled, stride = stride, 1
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) → (N, channels, H / stride, W / stride)."""
         z = self.norm1(x)
-        shortcut = x if self.shortcut is None else self.shortcut(z)
+        sampled = z if self.sampled == 1 else z[..., :: self.sampled, :: self.sampled]
+        shortcut = x if self.shortcut is None else self.shortcut(sampled)
         branch = self.conv2(self.norm2(self.conv1(z)))
         return self.drop_path(branch) + shortcut
 
