@@ -175,8 +175,9 @@ def _detection() -> Iterator[Case]:
 
     def call(model: nn.Module) -> object:
         torch.manual_seed(0)
-        images = [torch.rand(3, 96, 112), torch.rand(3, 112, 96)]
-        box = torch.tensor([[8.0, 10.0, 60.0, 70.0], [20.0, 5.0, 90.0, 80.0]])
+        dtype = next(model.parameters()).dtype
+        images = [torch.rand(3, *sides).to(dtype) for sides in ((96, 112), (112, 96))]
+        box = torch.tensor([[8.0, 10.0, 60.0, 70.0], [20.0, 5.0, 90.0, 80.0]], dtype=dtype)
         target = {
             "boxes": box,
             "labels": torch.tensor([1, 1]),
@@ -367,9 +368,9 @@ def _outputs(model: nn.Module, call: Call, parts: tuple[str, ...]) -> list[Tenso
 
 
 def _frozen_difference_in_double(model: nn.Module, case: Case) -> float:
-    assert isinstance(case.inputs, Tensor), "a detector is compared in float32 alone"
-    images, doubled = case.inputs.double(), copy.deepcopy(model).double()
-    first, second = (_outputs(m, lambda net: net(images), ()) for m in (doubled, freeze(doubled)))
+    doubled = copy.deepcopy(model).double()
+    call = case.inputs if callable(case.inputs) else lambda net: net(case.inputs.double())
+    first, second = (_outputs(m, call, case.parts) for m in (doubled, freeze(doubled)))
     return _difference(first, second)
 
 
