@@ -78,6 +78,22 @@ def test_the_step_tables_are_those_measured(model):
         assert f"| {row['ms']:.1f} | {row['share']:.2%} |" in BENCHMARKS
 
 
+@pytest.mark.parametrize("model", ["layer", "resnet50"])
+def test_the_traffic_tables_are_those_counted(model):
+    for row in load(f"traffic/{model}.json")["rows"]:
+        moved = [f"{row[part]:.1f}" for part in ("forward", "backward", "total")]
+        keys = ("norm", "act", "mode") if model == "layer" else ("norm", "mode")
+        name = [row[key] for key in keys]
+        counts = [str(row["kernels"])] + [f"{row['operations']:.0f}"] * (model == "layer")
+        assert [*name, *moved, *counts] in rows(BENCHMARKS)
+
+
+def test_network_traffic_meets_its_bound():
+    eager, compiled, ours = (row["total"] for row in load("traffic/resnet50.json")["rows"])
+    assert ours <= compiled and ours <= 0.8 * eager
+    assert f"{ours / compiled:.2f} of the bytes" in BENCHMARKS
+
+
 def test_the_readme_quotes_the_measured_ratio():
     ratios = load("step/resnet50_channels_last.json")["figures"]
     step = next(v for name, v in ratios.items() if name.startswith("step, ln_pn / torch ln"))
