@@ -194,16 +194,17 @@ def _detection() -> Iterator[Case]:
             models.get_model, name, weights=None, weights_backbone=None, **kwargs
         )
         yield Case("torchvision", name, make, call, parts=parts)
+    name, parts = "fasterrcnn_resnet50_fpn", DETECTION["fasterrcnn_resnet50_fpn"]
     make = functools.partial(
         models.get_model,
-        "fasterrcnn_resnet50_fpn",
+        name,
         weights=None,
         weights_backbone=None,
         norm_layer=ops.FrozenBatchNorm2d,
         min_size=96,
         max_size=128,
     )
-    yield Case("torchvision", "fasterrcnn_resnet50_fpn+FrozenBatchNorm2d", make, call, parts=parts)
+    yield Case("torchvision", f"{name}+FrozenBatchNorm2d", make, call, parts=parts)
 
 
 def _segmentation() -> Iterator[Case]:
