@@ -193,7 +193,12 @@ def test_help_of_the_installed_commands_fits_80_columns(name, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "words", ["scripts/reproduce.py status table=mini_norms", "scripts/power.py --help"]
+    "words",
+    [
+        "scripts/reproduce.py status table=mini_norms",
+        "scripts/power.py --help",
+        "scripts/benchmark.py --help",
+    ],
 )
 def test_a_reader_that_leaves_is_no_fault(tmp_path, words):
     """As `| head` does: neither a traceback nor a message at the interpreter's exit."""

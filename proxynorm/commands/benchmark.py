@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from proxynorm.cli import entry as table_row
-from proxynorm.cli import fail, nearest, script
+from proxynorm.cli import fail, guard, nearest, script
 from proxynorm.errors import ConfigError
 
 # The checkout, if this is one: benchmarks/ is outside of the installed package.
@@ -36,8 +36,7 @@ def entry() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         rows = "".join(table_row(key, text, 11) for key, text in BENCHMARKS.items())
-        print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}", end="")
-        return
+        guard(lambda: print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}", end=""))
     if name not in BENCHMARKS:
         fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
     del sys.argv[1]
