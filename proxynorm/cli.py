@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -22,6 +23,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from proxynorm.errors import ConfigError, FileError, ProxynormError
+
+WIDTH, COLUMN = 80, 27  # of help texts, and where the explanations begin
 
 
 def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
@@ -106,15 +109,24 @@ def as_yaml(text: str, kind: Any) -> str:
 
 
 def options_help(options: type) -> str:
-    """Format one aligned line per option: name=default and its help."""
+    """Format an aligned entry per option: name=default and its help."""
     rows = []
     for field in dataclasses.fields(options):
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
         shown = {"???": "…", "None": ""}.get(str(default), default)
         rows.append((f"{field.name}={shown}", field.metadata.get("help", "")))
-    width = max(len(left) for left, _ in rows)
-    return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+    column = min(COLUMN, max(len(left) for left, _ in rows) + 4)
+    return "".join(entry(left, right, column) for left, right in rows).rstrip()
+
+
+def entry(left: str, text: str, column: int = COLUMN) -> str:
+    """Format a word with its explanation beside it, or below it if the word is long."""
+    indent = " " * column
+    beside = len(left) < column - 3 or not text
+    first = f"  {left:<{column - 2}}" if beside else indent
+    body = textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=indent)
+    return f"{body or first.rstrip()}\n" if beside else f"  {left}\n{body}\n"
 
 
 def guard(action: Callable[[], int | None]) -> NoReturn:
@@ -155,6 +167,11 @@ def script(options: type, action: Callable[[Any], int | None], description: str)
     """Run a script: parse its arguments, run `action(options)`, exit with its status."""
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
-        text = f"{description.strip()}\n\nOptions (key=value):\n{options_help(options)}"
-        guard(lambda: print(as_installed(text)))
+        text = re.sub(
+            r"(?m)^\S.*(?:\n\S.*)*",  # paragraphs; what is indented stays as it is
+            lambda paragraph: textwrap.fill(paragraph[0], WIDTH),
+            as_installed(description.strip()),
+        )
+        rows = as_installed(options_help(options))
+        guard(lambda: print(f"{text}\n\nOptions (key=value):\n{rows}"))
     guard(lambda: action(parse_options(options, arguments)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from proxynorm.cli import as_installed, guard, option, options_help, parse_options
+from proxynorm.commands import COMMANDS, main
 from proxynorm.errors import ConfigError
 from tests.helpers import ROOT
 
@@ -179,8 +181,24 @@ def test_scripts_have_help(script):
     assert "=" in result.stdout
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_the_installed_commands_fits_80_columns(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["proxynorm", name, "--help"])
+    with contextlib.suppress(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    # A command stays in one line, to be copied.
+    assert not [line for line in lines if len(line) > 80 and not line.startswith("  proxynorm ")]
+    assert name == "benchmark" or not any("scripts/" in line for line in lines)
+
+
 @pytest.mark.parametrize(
-    "words", ["scripts/reproduce.py status table=mini_norms", "scripts/power.py --help"]
+    "words",
+    [
+        "scripts/reproduce.py status table=mini_norms",
+        "scripts/power.py --help",
+        "scripts/benchmark.py --help",
+    ],
 )
 def test_a_reader_that_leaves_is_no_fault(tmp_path, words):
     """As `| head` does: neither a traceback nor a message at the interpreter's exit."""

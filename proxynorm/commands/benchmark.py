@@ -1,6 +1,7 @@
 """Measure: python scripts/benchmark.py loader [source=DIR] [json=FILE]
 
-The first word names the benchmark, key=value options follow. `benchmark.py NAME --help` lists them.
+The first word names the benchmark, key=value options follow.
+`benchmark.py NAME --help` lists them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from proxynorm.cli import fail, nearest, script
+from proxynorm.cli import entry as table_row
+from proxynorm.cli import fail, guard, nearest, script
 from proxynorm.errors import ConfigError
 
 # The checkout, if this is one: benchmarks/ is outside of the installed package.
@@ -33,9 +35,8 @@ BENCHMARKS = {
 def entry() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        rows = (f"  {key:<9}{text}" for key, text in BENCHMARKS.items())
-        print(__doc__.strip(), "\nBenchmarks:", *rows, sep="\n")
-        return
+        rows = "".join(table_row(key, text, 11) for key, text in BENCHMARKS.items())
+        guard(lambda: print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}", end=""))
     if name not in BENCHMARKS:
         fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
     del sys.argv[1]

@@ -1,11 +1,11 @@
 """Check what is installed and what an experiment needs.
 
-  python scripts/doctor.py                                                   # default experiment
+  python scripts/doctor.py     # default experiment
   python scripts/doctor.py experiment=imagenet_resnet50 data.root=DIR norm=bn
 
-Takes the arguments of train.py and checks what that run would need. Each line says ok, warning or
-missing, and how to fix it. Exit status 2 if something is missing without which the run cannot
-start, else 0.
+Takes the arguments of train.py and checks what that run would need.
+Each line says ok, warning or missing, and how to fix it. Exit status 2 if
+something is missing without which the run cannot start, else 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def hardware_of(experiment: str) -> str | None:
 def main() -> int:
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(__doc__.strip())
+        print(as_installed(__doc__.strip()))
         return 0
     try:
         settings = settings_from(compose_config(arguments))

@@ -1,17 +1,24 @@
 """Reproduce a table: python scripts/reproduce.py COMMAND table=NAME [key=value …]
 
 Commands
-  plan     a line for each cell: runs done, hours; with verbose=true the command of each run
+  plan     a line for each cell: runs done, hours; with verbose=true the
+           command of each run
   run      train what is missing on this machine, jobs= at a time
-  launch   the same, or with launcher=slurm as an array of jobs, and the report after it
+  launch   the same, or with launcher=slurm as an array of jobs, and the report
+           after it
   status   the state of each run
-  choose   after a finished search: write results/TABLE/chosen.json, which tuned tables read
-  collect  keep finished runs (config, environment, metrics, summary) in results/TABLE/runs
-  report   write results/TABLE: report.md, figures (PNG, PDF), table.tex, cells.csv, and a
-           comparison run on W&B; with cells= or seeds= into results/TABLE/selection
-  upload   put finished runs that are not on W&B there, from their folders or results/TABLE/runs
-  claims   write results/claims.md: each claim of the poster, its evidence, its status (no table=)
-  docs     render the tables of results in README.md and docs/*.md anew (no table=)
+  choose   after a finished search: write results/TABLE/chosen.json, which tuned
+           tables read
+  collect  keep finished runs (config, environment, metrics, summary) in
+           results/TABLE/runs
+  report   write results/TABLE: report.md, figures (PNG, PDF), table.tex,
+           cells.csv, and a comparison run on W&B; with cells= or seeds= into
+           results/TABLE/selection
+  upload   put finished runs that are not on W&B there, from their folders or
+           results/TABLE/runs
+  claims   write results/claims.md: each claim of the poster, its evidence, its
+           status (no table=)
+  docs     render the tables of results in README.md and docs/*.md (no table=)
 
 Upload offline W&B runs with: wandb sync runs/TABLE/wandb/offline-run-* and
 wandb sync runs/TABLE/*/wandb/offline-run-*, and what upload made offline with
@@ -185,7 +192,8 @@ def upload(options: Options) -> int:
     table, runs = selected_runs(options)
     folder = Path(options.root) / table.name / "upload"
     names = put(runs, Path(options.results), options.wandb, folder)
-    print(f"{len(names)} runs uploaded ({options.wandb}); W&B's files: {folder}")
+    where = f"; W&B's files: {folder}" if names else ""
+    print(f"{len(names)} runs uploaded ({options.wandb}){where}")
     return 0
 
 

@@ -150,5 +150,5 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     has_scale = a.is_floating_point() and a.numel() > 0
-    scale = float(a.nan_to_num().abs().max()) if has_scale else 0.0
+    scale = float(a.detach().nan_to_num().abs().max()) if has_scale else 0.0
     return allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
+from proxynorm.cli import as_installed
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
 from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, welch
@@ -230,7 +231,7 @@ def tally(names: Iterable[str]) -> str:
 
 def commands(findings: Findings) -> str:
     """The commands that make the table, and the overrides of each cell."""
-    table, script = findings.table, "python scripts/reproduce.py"
+    table, script = findings.table, as_installed("python scripts/reproduce.py")
     words = "".join(f" {shlex.quote(word)}" for word in findings.words)
     lines = [f"{script} {word} {table.argument}{words}" for word in ("run", "report")]
     if table.tuned:

@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from proxynorm.cli import WIDTH, entry
 from proxynorm.train.config import CONFIGS, choices, compose_config, groups, parse, search_folders
 
-WIDTH, COLUMN = 80, 27
 USAGE = """Train a network with any norm, with or without the proxy-normalized activation.
 
 python train.py [group=option …] [key=value …]
@@ -65,15 +65,6 @@ def keys(values: dict[str, Any], prefix: str, explained: dict[str, str]) -> Iter
             if value is None or isinstance(value, bool):
                 shown = json.dumps(value)  # null, true, false, as in YAML
             yield entry(f"{prefix}{key}={shown}", explained.get(key, ""))
-
-
-def entry(left: str, text: str) -> str:
-    """Format a word with its explanation beside it, or below it if the word is long."""
-    indent = " " * COLUMN
-    beside = len(left) < COLUMN - 3 or not text
-    first = f"  {left:<{COLUMN - 2}}" if beside else indent
-    body = textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=indent)
-    return f"{body or first.rstrip()}\n" if beside else f"  {left}\n{body}\n"
 
 
 def comments(files: Iterable[Path]) -> dict[str, str]:

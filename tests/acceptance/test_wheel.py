@@ -107,6 +107,9 @@ def test_a_plan_has_what_the_search_chose_and_names_the_installed_command(enviro
     said = run(environment / "proxynorm", *words, cwd=tmp_path)
     assert "optim.base_lr=" in said and "[missing] proxynorm train data=" in said
     assert "train.py" not in said
+    run(environment / "proxynorm", "reproduce", "report", "table=mini_norms", cwd=tmp_path)
+    report = (tmp_path / "results/mini_norms/report.md").read_text()
+    assert "proxynorm reproduce run" in report and "scripts/" not in report
     words = ["doctor", "data=beton", "data.root=x"]
     said = run(environment / "proxynorm", *words, cwd=tmp_path, status=2)
     assert "fix: proxynorm write-ffcv source=" in said

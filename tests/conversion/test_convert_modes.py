@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -226,3 +227,10 @@ def test_dropout_in_training_and_an_activation_aside_are_placed() -> None:
             each.train(training)
             results.append(each(x))
         torch.testing.assert_close(*results)
+
+
+def test_converting_gives_no_warning():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(nn.Sequential(*layers), "gn_pn")

@@ -59,7 +59,8 @@ def test_kept_runs_are_uploaded_once_in_the_group_of_their_table(tiny, finished,
     options = parse_options(Options, [*words, f"results={results}"])
     for count in (2, 0):
         assert main(options) == 0
-        assert capsys.readouterr().out.startswith(f"{count} runs uploaded")
+        said = capsys.readouterr().out
+        assert said.startswith(f"{count} runs uploaded") and ("W&B's files" in said) == (count > 0)
     found = read_offline(tmp_path / "runs" / "tiny" / "upload" / "ln_pn-s0")
     assert (found["name"], found["group"], found["job"]) == ("ln_pn-s0", "tiny", "train")
     assert {"norm=ln_pn", "model=resnet20v2", "batch=64", "table=tiny"} <= set(found["tags"])
