@@ -130,8 +130,8 @@ def _owens_t(h: Tensor, r: Tensor) -> Tensor:
     return (torch.exp(-0.5 * h.square() * x2) / x2 * weights).sum(0) * r / (2 * math.pi)
 
 
-def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
-    """E[σ⁽ᵏ⁾(u)], k = 0 … 3: the a-derivatives of Σ p·Φ(h), h = λa / sqrt(1 + λ²s²).
+def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
+    """E[σ⁽ᵏ⁾(u)] for k < count ≤ 6: the a-derivatives of Σ p·Φ(h), h = λa / sqrt(1 + λ²s²).
 
     With dh/da = c, h·c = c²a.
     """
@@ -141,10 +141,35 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor) -> list[Tensor]:
     c, a2 = c2.sqrt(), a * a
     d = torch.exp(c2 * (-0.5 * a2)) * c / _SQRT_2PI
     # the Hermite polynomials in h are sums of these
-    k0, k1, k2 = share @ d, share @ (d * c2), share @ (d * c2 * c2)
+    k = [share @ d]
+    for _ in range(count - 2):
+        d = d * c2
+        k.append(share @ d)
     # Φ(h) = ½ + ½·erf(h/√2), and Σ p = 1
-    mean = 0.5 + 0.5 * (share @ torch.erf(c * (a * math.sqrt(0.5))))
-    return [derivative.view(shape) for derivative in (mean, k0, -a * k1, a2 * k2 - k1)]
+    derivatives = [0.5 + 0.5 * (share @ torch.erf(c * (a * math.sqrt(0.5))))]
+    derivatives += [k[0], -a * k[1], a2 * k[2] - k[1]]
+    if count > 4:
+        derivatives += [a * (3 * k[2] - a2 * k[3]), a2 * (a2 * k[4] - 6 * k[3]) + 3 * k[2]]
+    return [derivative.view(shape) for derivative in derivatives]
+
+
+def silu_with_slopes(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (2, C) of silu, and their slopes by a and s (2, 2, C).
+
+    In a sixth of autograd's time. E[f(u)] obeys the heat equation: its slope by s is s times its
+    second derivative by a.
+    """
+    g = _sigmoid_derivatives(a, s, 6)
+    t, v, a2 = [before - after for before, after in pairwise(g)], s * s, a * a
+    mean = a * g[0] + v * g[1]
+    mean_a = g[0] + a * g[1] + v * g[2]
+    mean_s = s * (2 * g[1] + a * g[2] + v * g[3])
+    mean, var = _from_raw(mean, (a2 + v) * t[0] + 2 * a * v * t[1] + v * v * t[2])
+    square_a = 2 * a * t[0] + (a2 + 3 * v) * t[1] + 2 * a * v * t[2] + v * v * t[3]
+    square_aa = 2 * t[0] + 4 * a * t[1] + (a2 + 5 * v) * t[2] + 2 * a * v * t[3] + v * v * t[4]
+    by_a = torch.stack([mean_a, square_a - 2 * mean * mean_a])
+    by_s = torch.stack([mean_s, s * square_aa - 2 * mean * mean_s])
+    return torch.stack([mean, var]), torch.stack([by_a, by_s], dim=1)
 
 
 def between_kinks(

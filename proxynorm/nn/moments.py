@@ -62,18 +62,27 @@ def proxy_moments(
     check_method(method, nodes)
     with without_autocast(weight.device):
         wide = torch.promote_types(weight.dtype, torch.float32)
-        work = wide if method == "grid" else working_dtype(weight)
-        weight, bias, proxy_weight, proxy_bias = (
-            p.to(work) for p in (weight, bias, proxy_weight, proxy_bias)
-        )
         if method == "grid":
+            weight, bias, proxy_weight, proxy_bias = (
+                p.to(wide) for p in (weight, bias, proxy_weight, proxy_bias)
+            )
             y = proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]
             z = _activate(module, weight * y + bias)
             mean = z.mean(0)
             return mean, (z - mean).square().mean(0)
-        a, s = weight * proxy_bias + bias, (weight * (1 + proxy_weight)).abs()
-        mean, var = _exact(module, a, s)
+        mean, var = _exact(module, *location_and_scale(weight, bias, proxy_weight, proxy_bias))
         return mean.to(wide), var.to(wide)
+
+
+def location_and_scale(
+    weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a = γβ̃ + β and s = |γ(1 + γ̃)|, in the working precision."""
+    work = working_dtype(weight)
+    weight, bias, proxy_weight, proxy_bias = (
+        p.to(work) for p in (weight, bias, proxy_weight, proxy_bias)
+    )
+    return weight * proxy_bias + bias, (weight * (1 + proxy_weight)).abs()
 
 
 def check_method(method: str, nodes: int) -> None:
