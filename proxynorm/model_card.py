@@ -6,8 +6,11 @@ import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import EvalResult, ModelCardData
+
+from proxynorm.train.run_folder import git
 
 CARD = "README.md"
 HERE = '"."'  # the card's load line, run in the folder of the card
@@ -75,14 +78,23 @@ def _cell(value: Any) -> str:
 
 
 def _requirement() -> str:
-    """Name this version for pip: the repository's commit, if it was installed from one."""
+    """Name this version for pip: the repository's commit, as far as they are known."""
     # PEP 610: pip notes where a distribution came from, without credentials.
     try:
         text = metadata.distribution("proxynorm").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
         text = None
     origin = json.loads(text or "{}")
-    if "vcs_info" not in origin:
-        # The package index has the name for another project, so a repository must be given.
-        return "proxynorm[train] @ git+URL"
-    return f"proxynorm[train] @ git+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    if "vcs_info" in origin:
+        url, commit = origin["url"], origin["vcs_info"]["commit_id"]
+        return f"proxynorm[train] @ git+{url}@{commit}"
+    # The package index has the name for another project, so a repository must be given.
+    return f"proxynorm[train] @ git+{_address_of_checkout() or 'URL'}"
+
+
+def _address_of_checkout() -> str | None:
+    """The https address of a checkout's origin, without credentials, and its commit."""
+    url = urlsplit(git("remote", "get-url", "origin") or "")
+    if url.scheme != "https" or not url.hostname:
+        return None
+    return f"https://{url.hostname}{url.path}@{git('rev-parse', 'HEAD')}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from proxynorm import model_card
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.export import export_run, load
 from proxynorm.files import write_json, write_text
@@ -82,6 +83,23 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
 
 
 @need_module("onnxscript")
+@pytest.mark.parametrize(
+    ("origin", "address"),
+    [
+        (
+            "https://me:secret@example.org/me/proxynorm.git",
+            "https://example.org/me/proxynorm.git@abc",
+        ),
+        ("git@example.org:me/proxynorm.git", "URL"),  # pip takes it otherwise written
+        (None, "URL"),
+    ],
+)
+def test_the_card_installs_the_checkout_that_made_it(origin, address, monkeypatch):
+    said = {"remote": origin, "rev-parse": "abc"}
+    monkeypatch.setattr(model_card, "git", lambda command, *_: said[command])
+    assert model_card._requirement() == f"proxynorm[train] @ git+{address}"
+
+
 def test_onnx_agrees_with_the_run(tmp_path):
     make_run(tmp_path / "run", "norm=gn_pn", "norm.groups=2")
     differences = export_run(tmp_path / "run", tmp_path / "out", onnx=True)

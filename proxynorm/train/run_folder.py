@@ -179,19 +179,20 @@ def bits(environment: dict[str, Any]) -> dict[str, Any]:
 
 def git_state() -> dict[str, Any]:
     """Return the source tree's commit and whether it was dirty; empty outside a checkout."""
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))} if commit else {}
+
+
+def git(*arguments: str) -> str | None:
+    """Return what git says of the source tree; None outside a checkout and where git fails."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: git would find a repository around site-packages
-        return {}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+        return None
+    command = ["git", "-C", str(root), *arguments]
     try:
-        commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))}
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        return None
 
 
 def processor_name() -> str:
