@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py and scripts/gpu_check.py measure."""
+"""The measurements of scripts/benchmark.py and scripts/gpu_check.py."""
 
 import os
 

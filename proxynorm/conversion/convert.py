@@ -65,9 +65,8 @@ def convert(
 
     Raises:
         TypeError: model is no module, or keep or no_activation a string.
-        ValueError: a wrong norm or option, a network that does not run on the inputs, nothing to
-            convert, norms that cannot be placed (all named, with the reasons), or outputs that
-            differ; the model is then left as it was.
+        ValueError, the model left as it was: a wrong option, a network that does not run, nothing
+            to convert, norms that cannot be placed (all named, with reasons), other outputs.
     """
     _check_arguments(model, keep, no_activation)
     options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)

@@ -47,7 +47,7 @@ def effect(
     on: Collection[Tensor],
     is_alone: bool,
 ) -> str:
-    """What a call does to the value that some of its tensors hold.
+    """The effect of a call on the value that some of its tensors hold.
 
     "layer": it feeds a convolution, a linear layer, attention or a norm; "sum" or "product": it is
     joined with another value; "gate": it becomes a number from 0 to 1; "linear": scaled, moved,

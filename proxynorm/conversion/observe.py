@@ -68,7 +68,7 @@ class NormCall:
 
 @dataclass
 class Observation:
-    """What the runs of a network showed.
+    """The findings of a network's runs.
 
     Attributes:
         calls: every call of a norm.

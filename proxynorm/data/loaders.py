@@ -217,7 +217,7 @@ class Data:
 
     @property
     def backend(self) -> str:
-        """What reads the images: "ffcv", "torchvision" or "memory"."""
+        """The images' reader: "ffcv", "torchvision" or "memory"."""
         return self.train.reader.backend
 
     @cached_property

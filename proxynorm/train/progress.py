@@ -1,4 +1,4 @@
-"""What a run shows: times of its steps, a progress line, a table with a row per evaluation."""
+"""The display of a run: times of its steps, a progress line, a table with a row per evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run carries over an interruption, and whether it may go on."""
+"""The state that a run carries over an interruption, and the checks before it goes on."""
 
 from __future__ import annotations
 

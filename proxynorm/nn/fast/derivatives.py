@@ -1,4 +1,4 @@
-"""What hand-written backward passes fall back on: plain operations, which torch differentiates."""
+"""The fallback of hand-written backward passes: plain operations, which torch differentiates."""
 
 from __future__ import annotations
 
