@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from proxynorm import __version__
 from proxynorm.train.run_folder import git
 
 CARD = "README.md"
@@ -40,7 +42,7 @@ def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
         crop=config["data"].get("eval_ratio", 1.0),
         averaged=averaged,
         recipe="\n".join(f"| {key} | {_cell(value)} |" for key, value in recipe.items()),
-        requirement=_requirement(),
+        install=_install(),
         folder=HERE,
         licence=licence,
         onnx=", `model.onnx` (inference, proxy constants folded)" if onnx else "",
@@ -77,8 +79,8 @@ def _cell(value: Any) -> str:
     return f"{value['name']}: {words}" if words else value["name"]
 
 
-def _requirement() -> str:
-    """Name this version for pip: the repository's commit, as far as they are known."""
+def _install() -> str:
+    """How to install this version: a line that runs as printed, else a sentence."""
     # PEP 610: pip notes where a distribution came from, without credentials.
     try:
         text = metadata.distribution("proxynorm").read_text("direct_url.json")
@@ -86,15 +88,26 @@ def _requirement() -> str:
         text = None
     origin = json.loads(text or "{}")
     if "vcs_info" in origin:
-        url, commit = origin["url"], origin["vcs_info"]["commit_id"]
-        return f"proxynorm[train] @ git+{url}@{commit}"
-    # The package index has the name for another project, so a repository must be given.
-    return f"proxynorm[train] @ git+{_address_of_checkout() or 'URL'}"
+        address: str | None = f"{origin['url']}@{origin['vcs_info']['commit_id']}"
+    else:
+        address = _address_of_checkout()
+    if address is None:
+        return (
+            f"Install proxynorm {__version__} with its extra `[train]` from the clone or wheel "
+            "that you have: where\nthis card was written, no address of its repository was known. "
+            "The package index has another\nproject of that name."
+        )
+    return f"```bash\npip install 'proxynorm[train] @ git+{address}'\n```"
 
 
 def _address_of_checkout() -> str | None:
-    """The https address of a checkout's origin, without credentials, and its commit."""
-    url = urlsplit(git("remote", "get-url", "origin") or "")
-    if url.scheme != "https" or not url.hostname:
+    """The address of a checkout's origin on another machine, without secrets, and its commit."""
+    origin = git("remote", "get-url", "origin") or ""
+    if "://" not in origin and (match := re.fullmatch(r"(\w+@[\w.-]+):(.+)", origin)):
+        origin = f"ssh://{match[1]}/{match[2]}"  # git's short form, which pip does not take
+    url = urlsplit(origin)
+    if url.scheme not in ("https", "ssh") or not url.hostname:
         return None
-    return f"https://{url.hostname}{url.path}@{git('rev-parse', 'HEAD')}"
+    user = f"{url.username}@" if url.scheme == "ssh" and url.username else ""
+    port = f":{url.port}" if url.port else ""
+    return f"{url.scheme}://{user}{url.hostname}{port}{url.path}@{git('rev-parse', 'HEAD')}"

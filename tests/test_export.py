@@ -72,7 +72,6 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
         "The best checkpoint, after 7 weight updates, of one run (seed 0)",
         "license: cc0-1.0",
         "      value: 92.0",
-        "pip install 'proxynorm[train]",
         '| weights | "start.pt" |',
         "| norm | ln_pn: proxy_eps=0.03, ",
         "| optim | momentum: base_lr=0.1, base_batch=128, momentum=0.9, weight_decay=0.0001 |",
@@ -90,14 +89,21 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
             "https://me:secret@example.org/me/proxynorm.git",
             "https://example.org/me/proxynorm.git@abc",
         ),
-        ("git@example.org:me/proxynorm.git", "URL"),  # pip takes it otherwise written
-        (None, "URL"),
+        ("https://example.org:8443/me/p", "https://example.org:8443/me/p@abc"),
+        ("git@example.org:me/proxynorm.git", "ssh://git@example.org/me/proxynorm.git@abc"),
+        ("ssh://git:secret@example.org:22/me/p", "ssh://git@example.org:22/me/p@abc"),
+        ("/srv/proxynorm.git", None),  # this machine's alone
+        (None, None),
     ],
 )
 def test_the_card_installs_the_checkout_that_made_it(origin, address, monkeypatch):
     said = {"remote": origin, "rev-parse": "abc"}
     monkeypatch.setattr(model_card, "git", lambda command, *_: said[command])
-    assert model_card._requirement() == f"proxynorm[train] @ git+{address}"
+    told = model_card._install()
+    if address is None:
+        assert told.startswith("Install proxynorm ") and "pip install" not in told
+    else:
+        assert told == f"```bash\npip install 'proxynorm[train] @ git+{address}'\n```"
 
 
 def test_onnx_agrees_with_the_run(tmp_path):

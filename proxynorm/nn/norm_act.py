@@ -17,7 +17,7 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
-from proxynorm.nn.fast.folding import Constants, FoldedConstants, Rule, fold, folded
+from proxynorm.nn.fast.folding import Constants, Rescale, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
 from proxynorm.nn.moments import proxy_moments
@@ -224,7 +224,7 @@ class NormAct2d(nn.Module):
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
         if self.folds and not is_transformed():
-            return self.folded_constants()[-1]
+            return Rescale.apply(self.constants(), self.proxy_rule(), *self.four_parameters())
         return stored(torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps))
 
     def proxy_rule(self) -> Rule:
@@ -296,9 +296,8 @@ class NormAct2d(nn.Module):
         kernel = spec.kernel(x, **options) if spec.kernel is not None and has_kernel else None
         with without_autocast(x.device):
             if kernel is not None:
-                scale, shift, gain, offset, _ = self.folded_constants()
-                head = gain if rule.has_gain else None, offset
-                return NormAct.apply(x, scale, shift, *head, kernel, self.act)
+                folding = self.constants(), rule, *self.four_parameters()
+                return NormAct.apply(x, kernel, self.act, *folding)
             constants = folded(self.four_parameters(), rule)
             scale, shift, gain, offset = map(stored, constants[:4])
             wide = torch.promote_types(x.dtype, scale.dtype)
@@ -337,12 +336,8 @@ class NormAct2d(nn.Module):
                 "channels and so no variance: use fewer groups or a larger input"
             )
 
-    def folded_constants(self) -> tuple[Tensor, ...]:
-        """The constants of folding.folded, each (C,), differentiable in the parameters."""
-        return FoldedConstants.apply(*self.four_parameters(), self.constants(), self.proxy_rule())
-
     def constants(self) -> Constants:
-        """The same, not differentiable; shared ones while a network of share_moments runs."""
+        """Those of folding.fold; shared ones while a network of share_moments runs."""
         shared = self.shared_constants
         # Ctrl-C may have ended that forward before it took its constants back
         if shared is None or shared[1] != self._rule_and_versions():

@@ -43,7 +43,7 @@ def group_normalize(
         weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
         bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
         norm, act = CellGroupNorm(groups, eps), nn.Identity()
-        return NormAct.apply(x, weight, bias, None, None, norm, act)
+        return NormAct.apply(x, norm, act, None, None, weight, bias)
 
 
 def batch_normalize(

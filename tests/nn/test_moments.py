@@ -344,7 +344,7 @@ def test_a_layer_alone_in_inference_mode(activation, method):
 
 def test_a_grid_of_any_size_is_exact_in_float64():
     layer = NormAct2d(1, moments="grid", nodes=200).double()
-    scale, _, _, floor, _ = layer.folded_constants()
+    scale, _, _, floor, _ = layer.constants().values
     mean, _ = layer.proxy_statistics()
     torch.testing.assert_close(floor, -scale * mean, atol=1e-15, rtol=0)
 
@@ -353,7 +353,7 @@ def test_the_slopes_of_silu_are_those_of_autograd():
     a = torch.linspace(-9, 9, 61, dtype=torch.float64).repeat_interleave(40).requires_grad_()
     s = torch.logspace(-2, 1.5, 40, dtype=torch.float64).repeat(61).requires_grad_()
     values, slopes = closed_forms.silu_with_slopes(a.detach(), s.detach())
-    for value, by, moment in zip(values, slopes, closed_forms.silu(a, s), strict=True):
+    for value, *by, moment in zip(values, *slopes, closed_forms.silu(a, s), strict=True):
         torch.testing.assert_close(value, moment.detach(), rtol=0, atol=0)
         kept = value > 1e-8  # below, the variance is clamped at 0
         for slope, exact in zip(by, torch.autograd.grad(moment.sum(), (a, s), retain_graph=True)):

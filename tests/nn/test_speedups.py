@@ -298,7 +298,8 @@ def test_proxy_statistics_are_float32_under_autocast():
 
 
 def cells(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, groups: int) -> torch.Tensor:
-    return NormAct.apply(x, scale, shift, None, None, CellGroupNorm(groups, 1e-5), nn.Identity())
+    norm, act = CellGroupNorm(groups, 1e-5), nn.Identity()
+    return NormAct.apply(x, norm, act, None, None, scale, shift)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -76,23 +76,43 @@ def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
         wide = torch.promote_types(parameters[0].dtype, torch.float32)
         leaves = [p.detach().to(wide, copy=True).requires_grad_() for p in parameters]
         moments, slopes = _moments_with_slopes(rule, leaves)
-        mean, var = moments.unbind()
-        inner = [*leaves[:2], mean.requires_grad_(), var.requires_grad_()]
-        values = torch.stack(_with_moments(rule, *inner))
-        by_inner = _jacobian(values, inner)
-        jacobian = (by_inner[:, 2:, None] * slopes).sum(1)  # through m and v
-        jacobian[:, :2] += by_inner[:, :2]
-    return Constants(values.detach(), jacobian)
+    with torch.inference_mode(False), torch.no_grad():
+        values = torch.stack(_with_moments(rule, leaves[0], leaves[1], *moments))
+        return Constants(values, _slopes_of_rows(rule, leaves[0], leaves[1], moments, slopes))
+
+
+def _slopes_of_rows(
+    rule: Rule, weight: Tensor, bias: Tensor, moments: Tensor, slopes: Tensor
+) -> Tensor:
+    """The derivatives of _with_moments' rows by γ, β, γ̃, β̃, (5, 4, C), from those of m and v.
+
+    By hand: autograd would take as long again as the moments, at every step of a CPU.
+    """
+    (mean, var), (by_mean, by_var) = moments, slopes
+    rescale = torch.rsqrt(var + rule.eps)
+    by_rescale = -0.5 * rescale**3 * by_var
+    zero, one = torch.zeros_like(by_rescale), torch.ones_like(rescale)
+    r, by_r = (rescale, by_rescale) if rule.scale else (one, zero)
+    inner, by_inner, by_gain = (one, zero, by_r) if rule.has_gain else (r, by_r, zero)
+    by_scale, by_shift = weight * by_inner, bias * by_inner
+    by_scale[0] += inner
+    by_shift[1] += inner
+    by_offset = -mean * by_r - r * by_mean
+    return torch.stack([by_scale, by_shift, by_gain, by_offset, by_rescale])
 
 
 def _moments_with_slopes(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """m and v (2, C) and their derivatives by the leaves (2, 4, C), both detached."""
     if activation_name(rule.act) == "silu" and rule.method != "grid":
         # an EfficientNet's folding would take a tenth of its step on a CPU by autograd
-        location = torch.stack(location_and_scale(*leaves))
-        moments, by_location = silu_with_slopes(*location.detach())
-        wide, by_leaves = leaves[0].dtype, _jacobian(location, leaves)
-        return moments.to(wide), (by_location.to(wide)[:, :, None] * by_leaves).sum(1)
+        weight, bias, proxy_weight, proxy_bias = (p.detach() for p in leaves)
+        a, s = location_and_scale(weight, bias, proxy_weight, proxy_bias)
+        moments, (by_a, by_s) = silu_with_slopes(a, s)
+        spread = 1 + proxy_weight
+        by_s = by_s * (weight * spread).sign()  # s = |γ(1 + γ̃)|
+        slopes = [by_a * proxy_bias + by_s * spread, by_a, by_s * weight, by_a * weight]
+        wide = weight.dtype
+        return moments.to(wide), torch.stack(slopes, dim=1).to(wide)
     moments = torch.stack(rule.moments(leaves))
     return moments.detach(), _jacobian(moments, leaves)
 
@@ -106,40 +126,33 @@ def _jacobian(rows: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return torch.stack(slopes, dim=1)
 
 
-def pull_back(jacobian: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of γ, β, γ̃, β̃ from those of the rows; None is zero."""
-    total = None
+def pull_back(
+    jacobian: Tensor, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of the parameters γ, β, γ̃, β̃ from those of the rows; None is zero."""
+    total: Tensor | None = None
     for slopes, grad in zip(jacobian, grads):
         if grad is not None:
             total = slopes * grad if total is None else total.addcmul_(slopes, grad)
-    return (None,) * 4 if total is None else total.unbind()
+    if total is None:
+        return [None] * len(parameters)
+    return [slope.to(p.dtype) for slope, p in zip(total, parameters)]
 
 
-class FoldedConstants(torch.autograd.Function):
-    """The rows of folded() from constants evaluated before, as a function of γ, β, γ̃, β̃."""
+class Rescale(torch.autograd.Function):
+    """1/sqrt(v + ε), the last row of folded(), from constants evaluated before."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        bias: Tensor,
-        proxy_weight: Tensor,
-        proxy_bias: Tensor,
-        constants: Constants,
-        rule: Rule,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, constants: Constants, rule: Rule, *parameters: Tensor) -> Tensor:
         ctx.rule = rule
-        ctx.set_materialize_grads(False)  # a squeeze-excite gate asks for the last row alone
-        ctx.save_for_backward(weight, bias, proxy_weight, proxy_bias, constants.jacobian)
-        return constants.values.unbind()
+        ctx.save_for_backward(constants.jacobian, *parameters)
+        return constants.values[-1].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *parameters, jacobian = ctx.saved_tensors
-        slopes: Sequence[Tensor | None]
-        if any(grad is not None and by_formula(grad) for grad in grads):
-            slopes = differentiable(lambda *p: folded(p, ctx.rule), parameters, grads)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        jacobian, *parameters = ctx.saved_tensors
+        if by_formula(grad):
+            slopes = differentiable(lambda *p: folded(p, ctx.rule)[-1:], parameters, (grad,))
         else:
-            slopes = pull_back(jacobian, grads)
-        cast = (s if s is None else s.to(p.dtype) for s, p in zip(slopes, parameters))
-        return *cast, None, None
+            slopes = pull_back(jacobian[-1:], (grad,), parameters)
+        return None, None, *slopes

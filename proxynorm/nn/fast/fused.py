@@ -6,6 +6,7 @@ it, the output, which the next convolution keeps anyway; where it needs u, it ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from proxynorm.nn.activations import activation_name
 from proxynorm.nn.fast.derivatives import by_formula, differentiable
+from proxynorm.nn.fast.folding import Constants, Rule, folded, pull_back
 from proxynorm.nn.fast.kernels import Kernel, aten
 from proxynorm.nn.fast.recompute import Remade, is_recomputing
 
@@ -21,22 +23,23 @@ from proxynorm.nn.fast.recompute import Remade, is_recomputing
 class NormAct(torch.autograd.Function):
     """z = gain·φ(u) + offset with u = norm(x)·scale + shift; the constants are (C,).
 
-    gain None is 1, offset None is 0: either would cost a pass over the map. act must leave its
-    input alone.
+    With a rule, parameters are γ, β, γ̃, β̃ and the constants are folded from them already; without,
+    they are scale and shift, gain is 1 and offset 0. act must leave its input alone.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        gain: Tensor | None,
-        offset: Tensor | None,
         norm: Kernel,
         act: nn.Module,
+        constants: Constants | None,
+        rule: Rule | None,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.norm, ctx.act = norm, act
+        ctx.norm, ctx.act, ctx.rule = norm, act, rule
+        values, jacobian = (None, None) if constants is None else constants
+        scale, shift, gain, offset = _rows(rule, values, parameters)
         floor = _floor(x, gain, offset, act)
         ctx.floored, ctx.remade = floor is not None, None
         on_norm = shift if floor is None else shift + floor
@@ -47,20 +50,23 @@ class NormAct(torch.autograd.Function):
             ctx.remade = Remade(partial(_make, norm, act, statistics, tuple(kept)))
             ctx.remade.replaces(z, x)
         keeps_output = ctx.remade is None and (ctx.floored or gain is not None)
-        output = z if keeps_output else None
-        ctx.save_for_backward(x, scale, shift, gain, offset, output, *statistics)
+        output, ctx.count = z if keeps_output else None, len(parameters)
+        ctx.save_for_backward(x, output, values, jacobian, *parameters, *statistics)
         return z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, gain, offset, z, *statistics = ctx.saved_tensors
+        x, z, values, jacobian, *rest = ctx.saved_tensors
+        parameters, statistics = rest[: ctx.count], rest[ctx.count :]
         if by_formula(grad):
-            reference = partial(_reference, ctx.norm, ctx.act, statistics)
-            return *differentiable(reference, (x, scale, shift, gain, offset), (grad,)), None, None
+            reference = partial(_reference, ctx.norm, ctx.act, ctx.rule, statistics)
+            dx, *slopes = differentiable(reference, (x, *parameters), (grad,))
+            return dx, None, None, None, None, *slopes
         if ctx.remade is not None:
             z = ctx.remade.take(x, last=True)
+        scale, shift, gain, offset = _rows(ctx.rule, values, parameters)
         by_gain, by_offset = _head_sums(grad, z, gain, offset)
-        if ctx.floored:
+        if ctx.floored and offset is not None:
             above = z - per_channel(offset)  # 0 exactly where the floor cut
             du = aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
         else:
@@ -69,8 +75,24 @@ class NormAct(torch.autograd.Function):
         # the gain reaches x, scale and shift through the constants, not by a pass over the map
         gained = scale if gain is None else scale * gain
         dx, *slopes = ctx.norm.backward(du, x, gained, *statistics, ctx.needs_input_grad[0])
-        by_scale, by_shift = slopes if gain is None else (slope * gain for slope in slopes)
-        return dx, by_scale, by_shift, by_gain, by_offset, None, None
+        if gain is not None:
+            slopes = [slope * gain for slope in slopes]
+        if jacobian is not None:
+            slopes = pull_back(jacobian, (*slopes, by_gain, by_offset), parameters)
+        return dx, None, None, None, None, *slopes
+
+
+def _rows(
+    rule: Rule | None, values: Tensor | None, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """scale, shift, gain and offset; a gain of 1 and an offset of 0 are None.
+
+    Either would cost a pass over the map.
+    """
+    if rule is None or values is None:
+        return parameters[0], parameters[1], None, None
+    scale, shift, gain, offset, _ = values.unbind()
+    return scale, shift, gain if rule.has_gain else None, offset
 
 
 def _floor(x: Tensor, gain: Tensor | None, offset: Tensor | None, act: nn.Module) -> Tensor | None:
@@ -94,14 +116,14 @@ def _make(
 def _reference(
     norm: Kernel,
     act: nn.Module,
+    rule: Rule | None,
     statistics: list[Tensor],
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    gain: Tensor | None,
-    offset: Tensor | None,
+    *parameters: Tensor,
 ) -> tuple[Tensor]:
     """The output in operations that can be differentiated again."""
+    values = None if rule is None else torch.stack(folded(parameters, rule))
+    scale, shift, gain, offset = _rows(rule, values, parameters)
     z = act(norm.reference(x, scale, shift, *statistics))
     z = z if gain is None else per_channel(gain) * z
     z = z if offset is None else z + per_channel(offset)
