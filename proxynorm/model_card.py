@@ -81,33 +81,33 @@ def _cell(value: Any) -> str:
 
 def _install() -> str:
     """How to install this version: a line that runs as printed, else a sentence."""
-    # PEP 610: pip notes where a distribution came from, without credentials.
+    # PEP 610: pip notes where a distribution came from.
     try:
         text = metadata.distribution("proxynorm").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
         text = None
     origin = json.loads(text or "{}")
     if "vcs_info" in origin:
-        address: str | None = f"{origin['url']}@{origin['vcs_info']['commit_id']}"
+        address = _published(origin["url"], origin["vcs_info"]["commit_id"])
     else:
-        address = _address_of_checkout()
-    if address is None:
-        return (
-            f"Install proxynorm {__version__} with its extra `[train]` from the clone or wheel "
-            "that you have: where\nthis card was written, no address of its repository was known. "
-            "The package index has another\nproject of that name."
-        )
-    return f"```bash\npip install 'proxynorm[train] @ git+{address}'\n```"
+        address = _published(git("remote", "get-url", "origin"), git("rev-parse", "HEAD"))
+    if address is not None:
+        return f"```bash\npip install 'proxynorm[train] @ git+{address}'\n```"
+    return (
+        f"Install proxynorm {__version__} with its extra `[train]` from the clone or wheel "
+        "that you have: where\nthis card was written, no address of its repository was known. "
+        "The package index has another\nproject of that name."
+    )
 
 
-def _address_of_checkout() -> str | None:
-    """The address of a checkout's origin on another machine, without secrets, and its commit."""
-    origin = git("remote", "get-url", "origin") or ""
-    if "://" not in origin and (match := re.fullmatch(r"(\w+@[\w.-]+):(.+)", origin)):
-        origin = f"ssh://{match[1]}/{match[2]}"  # git's short form, which pip does not take
-    url = urlsplit(origin)
-    if url.scheme not in ("https", "ssh") or not url.hostname:
+def _published(url: str | None, commit: str | None) -> str | None:
+    """A repository's address for pip, without secrets; None for one on this machine alone."""
+    url = url or ""
+    if "://" not in url and (match := re.fullmatch(r"(\w+@[\w.-]+):(.+)", url)):
+        url = f"ssh://{match[1]}/{match[2]}"  # git's short form, which pip does not take
+    parts = urlsplit(url)
+    if parts.scheme not in ("https", "ssh") or not parts.hostname or commit is None:
         return None
-    user = f"{url.username}@" if url.scheme == "ssh" and url.username else ""
-    port = f":{url.port}" if url.port else ""
-    return f"{url.scheme}://{user}{url.hostname}{port}{url.path}@{git('rev-parse', 'HEAD')}"
+    user = f"{parts.username}@" if parts.scheme == "ssh" and parts.username else ""
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{user}{parts.hostname}{port}{parts.path}@{commit}"

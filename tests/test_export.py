@@ -93,6 +93,7 @@ def test_the_model_card_tells_accuracy_recipe_and_loading(tmp_path):
         ("git@example.org:me/proxynorm.git", "ssh://git@example.org/me/proxynorm.git@abc"),
         ("ssh://git:secret@example.org:22/me/p", "ssh://git@example.org:22/me/p@abc"),
         ("/srv/proxynorm.git", None),  # this machine's alone
+        ("file:///srv/proxynorm", None),
         (None, None),
     ],
 )
