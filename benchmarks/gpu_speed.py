@@ -84,7 +84,7 @@ def traffic(machine: Machine) -> Iterator[dict]:
     torch_bn = nn.Sequential(nn.BatchNorm2d(256), nn.ReLU(inplace=True)).to(machine.device)
     layers = {"torch bn, relu": torch_bn}
     for norm, act in product(("ln_pn", "ln", "gn_pn"), ("relu", "silu")):
-        layers[f"{norm}, {act}"] = NormAct2d(256, norm, act_layer=act).to(machine.device)
+        layers[f"{norm}, {act}"] = NormAct2d(256, norm, "pn" in norm, act).to(machine.device)
     for (name, layer), mode in product(layers.items(), ("eager", "compiled")):
         machine.check_time(f"from {name} {mode} on")
         torch._dynamo.reset()
