@@ -9,21 +9,39 @@ as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import nn
 
-from proxynorm.conversion.kinds import is_norm, kind_of, own_activation
+from proxynorm.conversion.kinds import is_other_norm, kind_of, own_activation
 from proxynorm.conversion.layer import Ties, make_layer
 from proxynorm.conversion.match import Plan, make_plan
-from proxynorm.conversion.observe import observe
-from proxynorm.conversion.report import ConversionReport, report_of
+from proxynorm.conversion.observe import Observation, observe
 from proxynorm.conversion.rewrite import apply_edits
 from proxynorm.conversion.run import Run, preserved_randomness, separate_shared_activations
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.freeze import hand_on_copy, replace_modules
+from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
 from proxynorm.nn.weights import standardize_weights
+
+
+class ConversionRow(NamedTuple):
+    """The action that convert took on one module."""
+
+    module: str  # its qualified name
+    kind: str  # its class before the conversion
+    action: str  # what became of it, or why it was left
+
+
+class ConversionReport(list[ConversionRow]):
+    """A list of ConversionRow that prints as an aligned table."""
+
+    def __str__(self) -> str:
+        rows = [ConversionRow._fields, *self]
+        first, second = (max(len(row[i]) for row in rows) for i in range(2))
+        return "\n".join(f"{m:<{first}}  {kind:<{second}}  {action}" for m, kind, action in rows)
 
 
 def convert(
@@ -68,16 +86,16 @@ def convert(
         ValueError, the model left as it was: a wrong option, a network that does not run, nothing
             to convert, norms that cannot be placed (all named, with reasons), other outputs.
     """
-    _check_arguments(model, keep, no_activation)
+    _check_network(model)
     options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
     with preserved_randomness():
         call, seen = observe(model, example_inputs)
         plan = make_plan(model, seen, keep, no_activation, options.spec.proxy)
         if verify:
-            _verify(model, call, plan, options)
+            _verify(model, call, seen, plan, options)
     layers = _layers(model, plan, options)
     separate_shared_activations(model)
-    rows = report_of(model, plan, layers)
+    rows = _report(model, plan, layers)
     _apply(model, plan, layers)
     if options.spec.weight_standardization:
         for name in sorted(seen.feeding):
@@ -102,42 +120,33 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return rows
 
 
-def _check_arguments(model: nn.Module, keep: object, no_activation: object) -> None:
+def _check_network(model: nn.Module) -> None:
+    kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"convert takes a network, an nn.Module, not {model!r}: make it first, with "
             "timm.create_model"
         )
-    kind = type(model).__name__
-    if is_norm(model):
-        raise ValueError(
-            f"this {kind} is no network but a norm: make a proxynorm.NormAct2d instead"
-        )
-    for option, names in (("keep", keep), ("no_activation", no_activation)):
-        if isinstance(names, str):
-            raise TypeError(f"{option} is a list of names: {option}=[{names!r}]")
     # a copy would run the forward of the original, whatever is done to the copy
-    set_forwards = [
-        name or "the model itself"
-        for name, module in model.named_modules()
-        if "forward" in vars(module) and (kind_of(module) or any(True for _ in module.children()))
-    ]
-    if set_forwards:
-        raise ValueError(
-            f"cannot convert this {kind}: a forward was set on the object "
-            f"{', '.join(set_forwards)}, which may compute something else than its class: convert "
-            "before setting it, or put it into a class"
-        )
+    for name, module in model.named_modules():
+        if "forward" in vars(module) and (kind_of(module) or [*module.children()]):
+            raise ValueError(
+                f"cannot convert this {kind}: a forward was set on the object "
+                f"{name or 'the model itself'}, which may compute something else than its class: "
+                "convert before setting it, or put it into a class"
+            )
 
 
-def _verify(model: nn.Module, call: Run, plan: Plan, options: NormOptions) -> None:
+def _verify(
+    model: nn.Module, call: Run, seen: Observation, plan: Plan, options: NormOptions
+) -> None:
     """Raise ValueError unless copies show that the plan may be carried out."""
     sites = ", ".join(sorted({str(site) for site in plan.sites}))
     advice = "Leave the norms around it as they are with keep=[...]"
     if sites:
         advice += f", or make the activations called at {sites} modules of their own"
     check_same(model, call, lambda copied: _apply(copied, plan, _layers(copied, plan)), advice)
-    if not options.spec.batch_statistics:
+    if not options.spec.batch_statistics and "training" not in seen.errors:
         check_per_sample(
             model, call, lambda copied: _apply(copied, plan, _layers(copied, plan, options))
         )
@@ -163,7 +172,7 @@ def _layers(
             follows = [] if activation is None or own is not None else [activation]
             layers[name] = StandIn(norm, *between, *follows)
             continue
-        layer = make_layer(name, norm, activation, options, ties)
+        layer = make_layer(name, norm, call.value.shape[1], activation, options, ties)
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and name in plan.overwritten:
@@ -183,3 +192,39 @@ def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
     replace_modules(model, replacements)
     for name, edits in plan.edits.items():
         apply_edits(model.get_submodule(name), edits)
+
+
+def _report(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:
+    """List what the plan does with each module, in the network's order; made before it is done."""
+    actions = {name: f"left as it is: {why}" for name, why in plan.left.items()}
+    for owner in plan.edits:
+        count = sum(site.owner == owner for site in plan.sites)
+        calls = "1 activation call" if count == 1 else f"{count} activation calls"
+        actions[owner] = f"{calls} of its forward joined with norms"
+    actions |= {name: _describe(model.get_submodule(name), layers[name]) for name in layers}
+    identities = {model.get_submodule(name) for name in plan.identities}
+    rows = ConversionReport()
+    for name, module in model.named_modules(remove_duplicate=False):
+        action = actions.get(name)
+        if module in identities:
+            action = "joined with its norm; the identity stands here"
+        elif action is None and is_other_norm(module):
+            action = "left as it is: no norm over maps (N, C, H, W)"
+        if action is not None:
+            rows.append(ConversionRow(name, type(module).__name__, action))
+    return rows
+
+
+def _describe(norm: nn.Module, layer: nn.Module) -> str:
+    """The action of a norm's row."""
+    assert isinstance(layer, NormAct2d)
+    kind = layer.kind.upper()
+    if not layer.apply_act:
+        dropped = layer.bias is None and getattr(norm, "bias", None) is not None
+        return f"{kind}, no activation behind it{': scale kept, shift dropped' if dropped else ''}"
+    inside = type(layer.drop).__name__
+    inside = f" with {inside} inside" if inside != "Identity" else ""
+    copied = ", a copy of it handed on, as it is changed in place" if layer._forward_hooks else ""
+    # a wrapper of a function goes by the function's name
+    activation = type(getattr(layer.act, "function", layer.act)).__name__
+    return f"{kind} + {activation}{' + PN' if layer.proxy else ''}{inside}{copied}"

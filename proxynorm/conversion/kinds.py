@@ -1,14 +1,20 @@
-"""Tell norms, activations, gates and dropout apart: norms by class, most others by trial."""
+"""Tell what modules and calls of functions do to a norm's value: by class or name, or by trial.
+
+Modules are norms, activations, gates or dropout; calls are linear in the value, feed a layer, join
+it with another value, or may be activations written by hand.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 import weakref
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from proxynorm.nn.activations import ACTIVATIONS as NAMES
 from proxynorm.nn.activations import activation_name, class_name, make_activation
@@ -21,11 +27,28 @@ _FUNCTIONAL = {
     for name, kind in vars(nn.modules.activation).items()
     if isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.PReLU
 }
-_NORM_NAME = re.compile(r"Norm(Act)?(\d?d)?$")
+
+_SUMS = {"add", "sub", "subtract", "rsub", "radd", "sum", "mean"}
+PRODUCTS = {"mul", "multiply", "rmul", "div", "divide", "true_divide", "truediv", "rdiv"}
+POWERS = {"pow", "square", "rpow"}
+_GATES = {"sigmoid", "hardsigmoid", "softmax"}
+_LAYERS = {"linear", "bilinear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "tensordot"}
+_LAYERS |= {"scaled_dot_product_attention", "multi_head_attention_forward", "normalize"}
+_LAYERS |= {"lstm", "gru"}
+# Pools are taken for linear. So are means, which vanish behind some norms: there is nothing to try.
+_POOLS = ("max_pool", "avg_pool", "dropout")
+_EXTREMES = {"amax", "amin", "max", "min"}
+# Functions whose results tell the shape alone, or are for checks.
+NO_VALUES = ("empty_like", "new_", "rand_like", "randn_like", "isnan", "isinf", "isfinite")
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    """All tensors of nested arguments or outputs."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether convert can replace the module: one affine per channel, channels first."""
+    """True for what convert can replace: a norm with one affine per channel, channels first."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, NormAct2d)
     name = type(module).__name__
     is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in name
@@ -35,8 +58,9 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_other_norm(module: nn.Module) -> bool:
     """True for a norm that convert does not replace, such as a layer norm over the last axis."""
-    is_leaf = next(module.children(), None) is None and not type(module).__name__.startswith("_")
-    return is_leaf and not is_norm(module) and bool(_NORM_NAME.search(type(module).__name__))
+    name = type(module).__name__
+    is_leaf = next(module.children(), None) is None and not name.startswith("_")
+    return is_leaf and not is_norm(module) and bool(re.search(r"Norm(Act)?(\d?d)?$", name))
 
 
 def own_activation(norm: nn.Module) -> nn.Module | None:
@@ -45,16 +69,12 @@ def own_activation(norm: nn.Module) -> nn.Module | None:
     return None if isinstance(act, nn.Identity) else act
 
 
-def is_activation(module: nn.Module) -> bool:
-    """Return whether the module acts on each element alone, and is neither linear nor a gate."""
-    return kind_of(module) == "activation"
-
-
 def kind_of(module: nn.Module) -> str | None:
     """The part that a module plays for a norm; None for one whose own calls have to be watched.
 
-    "norm"; "activation"; "gate": gives numbers from 0 to 1, to multiply another value with;
-    "between": drops, blurs or pools, and may stand between a norm and its activation.
+    "norm"; "activation": acts on each element alone, and is neither linear nor a gate; "gate":
+    gives numbers from 0 to 1, to multiply another value with; "between": drops, blurs or pools, and
+    may stand between a norm and its activation.
     """
     name = type(module).__name__
     if is_norm(module):
@@ -82,7 +102,7 @@ def activation_of_call(
         module = kind(*args[1:], **options)
     except (TypeError, ValueError):  # some other use of the name
         return None
-    return module if is_activation(module) else None
+    return module if kind_of(module) == "activation" else None
 
 
 def recognized(activation: nn.Module) -> nn.Module:
@@ -115,17 +135,16 @@ def _try(module: nn.Module) -> str | None:
     flipped = x.flip(0, 1, 2, 3)
     is_even = torch.arange(5, device="cpu") % 2 == 0
     try:
-        y, y_flipped, y_mixed = (
-            _run(module, v) for v in (x, flipped, torch.where(is_even, x, flipped))
-        )
-        if y.shape != x.shape or not y.isfinite().all():
-            return None
-    except Exception:  # a module that does not take maps is neither
+        y, y_flipped = _run(module, x), _run(module, flipped)
+        y_mixed = _run(module, torch.where(is_even, x, flipped))
+        is_placeless = torch.allclose(y_flipped, y.flip(0, 1, 2, 3), atol=1e-5)
+        is_elementwise = torch.allclose(y_mixed, torch.where(is_even, y, y_flipped), atol=1e-5)
+    except Exception:  # a module that does not take maps, or does not return one, is neither
         return None
-    is_placeless = torch.allclose(y_flipped, y.flip(0, 1, 2, 3), atol=1e-5)
-    is_elementwise = torch.allclose(y_mixed, torch.where(is_even, y, y_flipped), atol=1e-5)
     steps = y.flatten().double().diff()
-    if not (is_placeless and is_elementwise and steps.max() - steps.min() >= 1e-3):
+    if not (y.shape == x.shape and is_placeless and is_elementwise):
+        return None
+    if not steps.max() - steps.min() >= 1e-3:  # linear, or not finite
         return None
     return "gate" if y.min() >= 0 and y.max() <= 1 else "activation"
 
@@ -136,3 +155,79 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     copied = copy.deepcopy(module).to(x.device, x.dtype)
     y: Tensor = copied.forward(x.clone())
     return y
+
+
+def plain_name(func: object) -> str:
+    """A torch function's name, without the marks of operators and of in-place variants."""
+    name: str = getattr(func, "__name__", "").strip("_")
+    return name[1:] if name[1:] in _SUMS | PRODUCTS | POWERS else name
+
+
+def effect(
+    name: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    on: Collection[Tensor],
+    is_alone: bool,
+) -> str:
+    """The effect of a call on the value that some of its tensors, `on`, hold.
+
+    "layer": it feeds a convolution, a linear layer, attention or a norm; "sum" or "product": it is
+    joined with another value; "gate": it becomes a number from 0 to 1; "linear": scaled, moved,
+    pooled; "none": the result does not depend on it; "other": an activation, perhaps. is_alone: no
+    tensor of the call depends on other data.
+    """
+    if name in _LAYERS or name.startswith("conv") or name.endswith("_norm"):
+        return "layer"
+    if name in _GATES:
+        return "gate"
+    # torch.max(y, other) is no pool but a curve
+    is_extreme = name in _EXTREMES and len(tensors_in(args)) == 1
+    is_mean = is_alone and name in ("sum", "mean")
+    if is_extreme or is_mean or any(pool in name for pool in _POOLS):
+        return "linear"
+    depends = _dependence(func, args, kwargs, {id(t) for t in on})
+    if depends != "other" and not is_alone and name in _SUMS | PRODUCTS:
+        return "sum" if name in _SUMS else "product"
+    return depends
+
+
+@torch.no_grad()
+def _dependence(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], on: set[int]
+) -> str:
+    """How a call depends on the tensors of these ids: "linear" (or affine), "none", or "other".
+
+    f(0), f(y) and f(−100y) tell: for an affine f they lie on one line.
+    """
+
+    def scaled(factor: float) -> list[Tensor]:
+        def scale(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach() * factor if id(value) in on else value.detach().clone()
+
+        new_args, new_kwargs = tree_map(scale, (args, kwargs))
+        output = func(*new_args, **new_kwargs)
+        # a call without a result, such as y[i] = z, changes its first argument
+        return tensors_in(output if output is not None else new_args[:1])
+
+    try:
+        zero, one, far = (scaled(factor) for factor in (0.0, 1.0, -100.0))
+    except (RuntimeError, TypeError):
+        return "other"
+    if all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(zero, one, far)):
+        return "none"
+    if not all(t.is_floating_point() or t.is_complex() for t in one):
+        return "other"
+    return "linear" if all(map(_on_one_line, zero, one, far)) else "other"
+
+
+def _on_one_line(zero: Tensor, one: Tensor, far: Tensor) -> bool:
+    """Return whether f(0), f(y) and f(−100y) are those of an affine f, to rounding."""
+    step, eps = one - zero, torch.finfo(one.dtype).eps
+    # y may be a small part of f, as behind a layer scale of 1e-5: then f's own rounding counts
+    bound = (eps**0.5 * step.abs().max()).maximum(16 * eps * one.abs().max()).clamp_min(1e-30)
+    # not ≤: a step to infinity lies on no line
+    return bool(((far - zero + 100 * step).abs() < 100 * bound).all())

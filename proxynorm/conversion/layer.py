@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from proxynorm.conversion.kinds import recognized
 from proxynorm.nn.norm_act import NormAct2d
@@ -16,7 +16,12 @@ Ties = dict[nn.Parameter, nn.Parameter]
 
 
 def make_layer(
-    name: str, norm: Any, activation: nn.Module | None, options: NormOptions, ties: Ties
+    name: str,
+    norm: Any,
+    channels: int,
+    activation: nn.Module | None,
+    options: NormOptions,
+    ties: Ties,
 ) -> NormAct2d:
     """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype, mode.
 
@@ -24,6 +29,10 @@ def make_layer(
     """
     statistics = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
     like = next((t for t in statistics if t is not None), torch.empty(0))
+    if activation is not None:
+        # one with parameters itself, so that those which several norms share stay shared
+        own = activation if [*activation.parameters()] else copy.deepcopy(activation)
+        activation = recognized(own)
     arguments = options.layer_arguments()
     if options.eps is None:
         arguments["eps"] = norm.eps
@@ -33,9 +42,9 @@ def make_layer(
     is_instance_norm = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     try:
         layer = NormAct2d(
-            _channels(norm),
+            channels,
             **arguments,
-            act_layer=None if activation is None else _own(activation),
+            act_layer=activation,
             apply_act=activation is not None,
             momentum=getattr(norm, "momentum", 0.1),
             device=like.device,
@@ -45,37 +54,9 @@ def make_layer(
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
     _carry_over(norm, layer, ties)
-    if layer.proxied and _is_zero(layer.weight):
+    if layer.proxied and not (layer.weight.is_meta or layer.weight.any()):
         nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
     return layer.train(norm.training)
-
-
-def _channels(norm: Any) -> int:
-    if getattr(norm, "weight", None) is not None:
-        return len(norm.weight)
-    if isinstance(norm, nn.LayerNorm):
-        return norm.normalized_shape[0]
-    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)
-
-
-def _own(activation: nn.Module) -> nn.Module:
-    """A copy of the activation that is not in place.
-
-    One with parameters itself, so that those which several norms share stay shared.
-    """
-    has_parameters = any(True for _ in activation.parameters())
-    own = recognized(activation if has_parameters else copy.deepcopy(activation))
-    if hasattr(own, "inplace"):
-        own.inplace = False  # type: ignore[assignment]  # no tensor, no module
-    return own
-
-
-def _is_zero(tensor: Tensor) -> bool:
-    """Return whether all values are zero; False for meta and fake tensors, which have none."""
-    try:
-        return not bool(tensor.any())
-    except RuntimeError:
-        return False
 
 
 def _carry_over(norm: Any, layer: NormAct2d, ties: Ties) -> None:

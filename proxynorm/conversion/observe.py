@@ -12,7 +12,6 @@ call that is not linear, cannot be joined with the norm: it is the norm's proble
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,46 +19,31 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from proxynorm.conversion.dependence import effect, holds_no_value, is_power, plain_name, tensors_in
-from proxynorm.conversion.kinds import activation_of_call, is_norm, kind_of, own_activation
+from proxynorm.conversion import kinds
+from proxynorm.conversion.kinds import tensors_in
 from proxynorm.conversion.rewrite import Site, running_site
 from proxynorm.conversion.run import Run, copy_to_run, run, runs_of
-
-_DRAWS = 9  # runs in training at most, where random branches hide a norm
 
 
 @dataclass(eq=False)
 class NormCall:
-    """One call of a norm.
+    """One call of a norm, and what was seen behind it."""
 
-    Attributes:
-        norm: the norm's name.
-        activation: computes the activation right behind the norm; None if there is none.
-        name: qualified name of the activation's module; None if it is a function, or a part of the
-            norm.
-        site: where the activation is called.
-        between: names of the modules between norm and activation (dropout, blur) that did
-            something.
-        problem: why the norm cannot be joined with what follows; None if it can.
-        uses: how many calls take the norm's value.
-        value: the result of the activation, or of the norm where there is none.
-        version: torch's count of value's in-place changes when it was computed.
-    """
-
-    norm: str
-    activation: nn.Module | None = None
-    name: str | None = None
-    site: Site | None = None
+    norm: str  # the norm's name
+    value: Tensor  # of the activation, or of the norm where there is none
+    activation: nn.Module | None = None  # computes the activation right behind the norm
+    name: str | None = None  # of the activation's module; None: a function, or a part of the norm
+    site: Site | None = None  # where the activation is called
+    # names of the modules between norm and activation (dropout, blur) that did something
     between: list[str] = field(default_factory=list)
-    problem: str | None = None
-    uses: int = 0
-    value: Tensor | None = None
-    version: int = 0
+    problem: str | None = None  # why the norm cannot be joined with what follows
+    uses: int = 0  # how many calls take the norm's value
+    version: int = 0  # torch's count of value's in-place changes when it was computed
 
     @property
     def is_overwritten(self) -> bool:
         """True if the value was changed in place later, itself or through a view."""
-        return self.value is not None and self.value._version != self.version
+        return self.value._version != self.version
 
     def blame(self, problem: str) -> None:
         """Note why the norm cannot be joined; the first reason counts."""
@@ -68,20 +52,14 @@ class NormCall:
 
 @dataclass
 class Observation:
-    """The findings of a network's runs.
-
-    Attributes:
-        calls: every call of a norm.
-        activations: of every call of an activation module its name, and the norm call that it is
-            right behind; None if it is behind none.
-        feeding: names of the convolutions whose output reaches a norm, alone or in a sum.
-        errors: by mode, why the network did not run in it.
-    """
+    """The findings of a network's runs."""
 
     calls: list[NormCall] = field(default_factory=list)
+    # of every call of an activation module: its name, and the norm call that it is right behind
     activations: list[tuple[str, NormCall | None]] = field(default_factory=list)
+    # the convolutions whose output reaches a norm, alone or in a sum
     feeding: set[str] = field(default_factory=set)
-    errors: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)  # by mode, why the network failed in it
 
 
 def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]:
@@ -93,70 +71,51 @@ def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]
     Raises:
         ValueError: it fails in both, whatever the inputs.
     """
-    best, error = None, ""
+    best, last_error = None, ""
     for call in runs_of(model, example_inputs):
-        seen = Observation()
-        copied = copy_to_run(model)
+        seen, copied = Observation(), copy_to_run(model)
         for mode in ("training", "evaluation"):
-            _observe_mode(copied, call, mode, seen)
+            observer = Observer(copied, mode, seen)
+            try:
+                with observer:
+                    output = run(copied, call, mode == "training")
+                observer.finish(output)
+            except Exception as error:
+                first_line = str(error).strip().partition("\n")[0]
+                last_error = seen.errors[mode] = f"{type(error).__name__}: {first_line}"
         if not seen.errors:
             return call, seen
-        error = [*seen.errors.values()][-1]
         if len(seen.errors) == 1:
             best = best or (call, seen)
     if best is None:
         tried = "random images" if example_inputs is None else "the example inputs"
         advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
         raise ValueError(
-            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: {error}"
+            f"cannot run this {type(model).__name__} on {tried}: {advice}. The last error: "
+            f"{last_error}"
         )
     return best
 
 
-def _observe_mode(copied: nn.Module, call: Run, mode: str, seen: Observation) -> None:
-    """Add what one mode shows; in training, draw until random branches have shown every norm."""
-    norms = {name for name, module in copied.named_modules() if is_norm(module)}
-    found = Observation()
-    for seed in range(_DRAWS if mode == "training" else 1):
-        observer = Observer(copied, mode, found)
-        try:
-            with observer:
-                output = run(copied, call, mode == "training", seed)
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            seen.errors[mode] = ": ".join([type(error).__name__, *lines[:1]])
-            return
-        observer.finish(output)
-        if norms <= {norm_call.norm for norm_call in found.calls}:
-            break
-    seen.calls += found.calls
-    seen.activations += found.activations
-    seen.feeding |= found.feeding
-
-
 @dataclass
 class _Trace:
-    """Where a tensor comes from.
+    """Where a tensor comes from."""
 
-    Attributes:
-        sources: the norm calls whose value it holds, each with the functions that led here; none
-            did if it is that call's value, unchanged.
-        gated: sources seen through a sigmoid.
-        is_mixed: it depends on other data too.
-        activated: it is the result of that call's activation.
-        convs: the convolutions whose output it holds.
-    """
-
+    # the norm calls whose value it holds, each with the functions that led here; none did if it is
+    # that call's value, unchanged
     sources: dict[NormCall, list[str]] = field(default_factory=dict)
-    gated: set[NormCall] = field(default_factory=set)
-    is_mixed: bool = True
-    activated: NormCall | None = None
-    convs: frozenset[str] = frozenset()
+    is_gated: bool = False  # a source was seen through a sigmoid
+    is_mixed: bool = True  # it depends on other data too
+    activated: NormCall | None = None  # it is the result of that call's activation
+    convs: frozenset[str] = frozenset()  # the convolutions whose output it holds
 
     @property
     def direct(self) -> NormCall | None:
         """The norm call whose value this is."""
         return next((call for call, path in self.sources.items() if not path), None)
+
+
+_CONSTANT = _Trace(is_mixed=False)
 
 
 class Observer(TorchFunctionMode):
@@ -166,7 +125,7 @@ class Observer(TorchFunctionMode):
         self.model, self.told = model, "in evaluation mode, " if mode == "evaluation" else ""
         self.seen = seen
         self.names = {module: name for name, module in model.named_modules()}
-        self.kinds = {module: kind_of(module) for module in self.names}
+        self.kinds = {module: kinds.kind_of(module) for module in self.names}
         # by id, beside the tensor itself, which keeps the id from being used again
         self.traces: dict[int, tuple[Tensor, _Trace]] = {}
         self.calls: list[NormCall] = []
@@ -204,8 +163,7 @@ class Observer(TorchFunctionMode):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.model and not self.traces:
-            for tensor in tensors_in((args, kwargs)):
-                self._set(tensor, _Trace())
+            self._set(_Trace(), *tensors_in((args, kwargs)))
         self.depth += self.kinds[module] is not None
 
     def _after(
@@ -223,22 +181,19 @@ class Observer(TorchFunctionMode):
         elif kind is not None and output is not inputs[0]:
             self._note_gate_or_between(module, inputs[0], output)
         elif isinstance(module, nn.modules.conv._ConvNd):
-            self._set(output, _Trace(convs=frozenset({self.names[module]})))
+            self._set(_Trace(convs=frozenset({self.names[module]})), output)
 
     def _note_norm(
         self, module: nn.Module, x: Tensor, kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        activation = own_activation(module)
-        call = NormCall(self.names[module], activation, value=output, version=output._version)
+        activation = kinds.own_activation(module)
+        call = NormCall(self.names[module], output, activation, version=output._version)
         if kwargs:
             call.problem = "it is called with its input as a keyword: pass the value alone"
-        elif x.ndim != 4:
-            shape = tuple(x.shape)
-            call.problem = f"it normalizes no maps (N, C, H, W): its input has shape {shape}"
         self.calls.append(call)
         self.seen.feeding |= self._trace(x).convs
         followed = _Trace({call: []}, is_mixed=False)
-        self._set(output, followed if activation is None else _Trace(activated=call))
+        self._set(followed if activation is None else _Trace(activated=call), output)
 
     def _note_activation(
         self, activation: nn.Module, x: Tensor, output: Tensor, name: str | None
@@ -248,7 +203,7 @@ class Observer(TorchFunctionMode):
         call = trace.direct
         if call is not None and call.activation is None:
             call.activation, call.name = activation, name
-            call.site = self._site(name.rpartition(".")[2] if name else label)
+            call.site = running_site(self.names, name.rpartition(".")[2] if name else label)
             call.value, call.version = output, output._version
             call.uses += 1
         else:
@@ -258,7 +213,7 @@ class Observer(TorchFunctionMode):
                 source.blame(f"the activation {label}{through} cannot be joined with it")
         if name is not None:
             self.seen.activations.append((name, call))
-        self._set(output, _Trace(activated=call))
+        self._set(_Trace(activated=call), output)
 
     def _note_gate_or_between(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Follow a value through a gate, or what may stand between a norm and its activation."""
@@ -268,11 +223,11 @@ class Observer(TorchFunctionMode):
             call.uses += 1
             if not is_gate:
                 call.between.append(self.names[module])
-                self._set(output, trace)
+                self._set(trace, output)
                 return
         sources = {s: [*path, type(module).__name__] for s, path in trace.sources.items()}
-        gated = set(sources) if is_gate else trace.gated
-        self._set(output, replace(trace, sources=sources, gated=gated, activated=None))
+        is_gated = is_gate or trace.is_gated
+        self._set(replace(trace, sources=sources, is_gated=is_gated, activated=None), output)
 
     # Functions
 
@@ -286,10 +241,10 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         inputs = tensors_in((args, kwargs))
         known = [t for t in inputs if id(t) in self.traces]
-        name = plain_name(func)
-        if self.depth or not known or holds_no_value(name):
+        name = kinds.plain_name(func)
+        if self.depth or not known or name.startswith(kinds.NO_VALUES):
             return func(*args, **kwargs)
-        activation = activation_of_call(name, args, kwargs)
+        activation = kinds.activation_of_call(name, args, kwargs)
         if activation is not None:
             output = func(*args, **kwargs)
             self._note_activation(activation, inputs[0], output, None)
@@ -302,8 +257,7 @@ class Observer(TorchFunctionMode):
         if results or changed:
             for call in {d for t in known if (d := self._trace(t).direct) is not None}:
                 call.uses += 1
-            for tensor in (*results, *changed):
-                self._set(tensor, trace)
+            self._set(trace, *results, *changed)
         return output
 
     def _follow(
@@ -321,18 +275,18 @@ class Observer(TorchFunctionMode):
         traces = [self._trace(t) for t in known]
         for call in {t.activated for t in traces if t.activated is not None}:
             # relu(y)² and relu(y)·relu(y) are activations of their own
-            if all(t.activated is call for t in traces) and is_power(name, len(traces)):
+            is_power = name in kinds.POWERS or (name in kinds.PRODUCTS and len(traces) > 1)
+            if is_power and all(t.activated is call for t in traces):
                 call.problem = self._by_hand([type(call.activation).__name__, name])
         convs = frozenset().union(*(t.convs for t in traces))
         result = _Trace(convs=convs, is_mixed=any(t.is_mixed for t in traces))
-        sources = dict.fromkeys(source for t in traces for source in t.sources)
-        for source in sources:
+        is_gated = any(t.is_gated for t in traces)
+        for source in dict.fromkeys(source for t in traces for source in t.sources):
             holders = [t for t in known if source in self._trace(t).sources]
             path = [*self._trace(holders[0]).sources[source], name]
-            is_gated = any(source in t.gated for t in traces)
             # a branch that was dropped whole holds no source, and is another value all the same
             is_alone = all(not t.is_mixed and set(t.sources) == {source} for t in traces)
-            does = effect(name, func, args, kwargs, holders, is_alone)
+            does = kinds.effect(name, func, args, kwargs, holders, is_alone)
             if does == "other":
                 source.blame(self._by_hand(path))
             elif does in ("layer", "sum", "product"):
@@ -342,23 +296,20 @@ class Observer(TorchFunctionMode):
                     source.blame(f"the sigmoid behind it ({told}) gates no other value")
             elif does != "none":
                 result.sources[source] = path
-                result.gated |= {source} if is_gated or does == "gate" else set()
+                result.is_gated = is_gated or does == "gate"
         return result
 
     # Helpers
 
     def _trace(self, tensor: Tensor) -> _Trace:
-        return self.traces[id(tensor)][1] if id(tensor) in self.traces else _Trace(is_mixed=False)
+        return self.traces[id(tensor)][1] if id(tensor) in self.traces else _CONSTANT
 
-    def _set(self, tensor: Tensor, trace: _Trace) -> None:
-        self.traces[id(tensor)] = tensor, trace
-
-    def _site(self, callee: str) -> Site:
-        return running_site(sys._getframe(1), self.names, callee, plumbing=__file__)
+    def _set(self, trace: _Trace, *tensors: Tensor) -> None:
+        self.traces.update({id(tensor): (tensor, trace) for tensor in tensors})
 
     def _by_hand(self, path: list[str]) -> str:
+        site = running_site(self.names, "")
         return (
-            f"an activation written by hand may stand behind it ({', '.join(path)} at "
-            f"{self._site('')}), since {path[-1]} is not linear: make the activation a module of "
-            "its own, like nn.SiLU"
+            f"an activation written by hand may stand behind it ({', '.join(path)} at {site}), "
+            f"since {path[-1]} is not linear: make the activation a module of its own, like nn.SiLU"
         )

@@ -8,16 +8,17 @@ class. Everything else stays Python that runs: control flow, draws, attributes, 
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
-import copy
 import functools
+import inspect
 import itertools
 import linecache
+import os
+import sys
 import types
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
@@ -25,12 +26,11 @@ import torch
 from torch import nn
 
 _MODULE = nn.modules.module.__file__
-_PLUMBING = {_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._tensor.__file__}
-_COMPREHENSIONS = {"<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"}
+# files whose functions are no helpers of a network: torch's that call ours, and our own
+_TORCH = (_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._tensor.__file__)
+_PLUMBING = (*_TORCH, os.path.dirname(__file__))
 
-
-# A method's name, and its new source.
-Edits = tuple[tuple[str, str], ...]
+Edits = tuple[tuple[str, str], ...]  # methods' names, and their new source
 
 
 class CannotRewriteError(ValueError):
@@ -39,49 +39,37 @@ class CannotRewriteError(ValueError):
 
 @dataclass(frozen=True)
 class Site:
-    """One call in a source file, made by a module's method.
+    """One call in a source file, made by a module's method."""
 
-    Attributes:
-        owner: qualified name of the module whose method makes the call; None if none does.
-        method: the method's name.
-        file: where its source stands.
-        line, column: where the call's text ends, as Python's syntax tree counts; column is None
-            before Python 3.11.
-        callee: what is called, such as "relu", by which it is found where column is None.
-    """
-
-    owner: str | None
+    owner: str | None  # name of the module whose method makes the call; None if none does
     method: str
     file: str
-    line: int
-    column: int | None
-    callee: str
+    line: int  # where the call's text ends, as Python's syntax tree counts
+    column: int | None  # None before Python 3.11
+    callee: str  # such as "relu", by which the call is found where column is None
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
 
-def running_site(
-    frame: types.FrameType | None, names: Mapping[nn.Module, str], callee: str, plumbing: str
-) -> Site:
-    """The innermost call in a method of the module that is running now.
+def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
+    """The innermost call in a method of one of the modules that is running now.
 
     Helper functions are looked through: the call of the helper stands for what it does.
 
     Args:
-        frame: where to begin.
         names: the network's modules, with their names.
         callee: what is called.
-        plumbing: a further file whose functions are no helpers.
     """
+    frame: types.FrameType | None = sys._getframe(1)
     innermost = None
     while frame is not None and not (innermost and frame.f_code.co_filename == _MODULE):
         line, column = _call_end(frame)
         # before Python 3.12 a comprehension has a frame of its own
-        while frame.f_code.co_name in _COMPREHENSIONS and frame.f_back is not None:
+        while frame.f_code.co_name in ("<listcomp>", "<genexpr>") and frame.f_back is not None:
             frame = frame.f_back
         code = frame.f_code
-        if code.co_filename not in (*_PLUMBING, plumbing):
+        if not code.co_filename.startswith(_PLUMBING):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             site = Site(None, code.co_name, code.co_filename, line, column, callee)
             # a decorated method has other code than the one that runs
@@ -114,7 +102,7 @@ class RewrittenModule:
         return _blank, (self._original, self._edits), self.__dict__
 
 
-def plan_edits(module: nn.Module, sites: Iterable[Site]) -> Edits:
+def plan_edits(module: nn.Module, sites: Collection[Site]) -> Edits:
     """The source of one module's methods without the calls at the given sites.
 
     Raises:
@@ -122,22 +110,17 @@ def plan_edits(module: nn.Module, sites: Iterable[Site]) -> Edits:
     """
     if isinstance(module, RewrittenModule):
         raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
-    nodes: dict[str, ast.FunctionDef] = {}
-    chosen = []
-    for site in sites:
-        if site.method not in nodes:
-            nodes[site.method] = copy.deepcopy(_source_node(getattr(type(module), site.method)))
-        at = [call for call in ast.walk(nodes[site.method]) if _is_at(call, site)]
-        if len(at) != 1:
-            told = "is not found in the source"
-            if site.column is None:
-                told = "is not told from others on its line: Python 3.11 and later can"
-            raise CannotRewriteError(f"the call {told}")
-        chosen += at
-    for node in nodes.values():
-        _TakeOut(chosen).visit(node)
+    edits = []
+    for method in dict.fromkeys(site.method for site in sites):
+        taking_out = _TakeOut([site for site in sites if site.method == method])
+        node = taking_out.visit(_source_node(getattr(type(module), method)))
+        if len(taking_out.found) != len(taking_out.sites):
+            raise CannotRewriteError(
+                "the call is not told from others on its line, or not found in the source"
+            )
         node.decorator_list = []
-    return tuple((name, ast.unparse(node)) for name, node in nodes.items())
+        edits.append((method, ast.unparse(node)))
+    return tuple(edits)
 
 
 def apply_edits(module: nn.Module, edits: Edits) -> None:
@@ -147,15 +130,9 @@ def apply_edits(module: nn.Module, edits: Edits) -> None:
 
 @functools.cache
 def _rewritten_class(original: Any, edits: Edits) -> type[nn.Module]:
-    namespace: dict[str, object] = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_original": original,
-        "_edits": edits,
-    }
-    for method, text in edits:
-        namespace[method] = _compiled(getattr(original, method), text)
+    same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    methods = {name: _compiled(getattr(original, name), text) for name, text in edits}
+    namespace = {**same, **methods, "_original": original, "_edits": edits}
     return type(original.__name__, (RewrittenModule, original), namespace)
 
 
@@ -165,46 +142,28 @@ def _blank(original: Any, edits: Edits) -> nn.Module:
     return rewritten.__new__(rewritten)
 
 
-def _is_at(call: ast.AST, site: Site) -> bool:
-    if not isinstance(call, ast.Call):
-        return False
-    if site.column is not None:
-        return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
-    # the line alone does not tell calls apart, their names may: F.leaky_relu(x), y.relu_()
-    names = [ast.unparse(call.func).rpartition(".")[2], site.callee]
-    first, second = (name.replace("_", "").lower() for name in names)
-    return call.lineno <= site.line <= (call.end_lineno or call.lineno) and first == second
-
-
-def _source_node(function: types.FunctionType) -> ast.FunctionDef:
-    """The syntax tree of a function, with the positions that it has in its file."""
-    code = function.__code__
-    for node in ast.walk(_parsed(code.co_filename)):
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            starts = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
-            if code.co_firstlineno in starts:
-                return node
-    raise CannotRewriteError("its source is not at hand")
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(filename: str) -> ast.Module:
+def _source_node(function: types.FunctionType) -> Any:
+    """The syntax tree of a method, with the positions that it has in its file."""
     try:
-        return ast.parse("".join(linecache.getlines(filename)))
-    except SyntaxError as error:
+        lines, first = inspect.getsourcelines(function.__code__)
+        # under an `if`, a method may stay indented, so that columns are those of the file
+        tree = ast.parse("if True:\n" + "".join(lines))
+    except (OSError, SyntaxError) as error:
         raise CannotRewriteError("its source is not at hand") from error
+    return ast.increment_lineno(tree, first - 2).body[0].body[0]  # type: ignore[attr-defined]
 
 
 class _TakeOut(ast.NodeTransformer):
-    """Replaces the chosen calls by their input."""
+    """Replaces the calls at some sites by their input, and notes the sites that it found."""
 
-    def __init__(self, chosen: list[ast.AST]) -> None:
-        self.chosen = chosen
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites, self.found = sites, list[Site]()
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        is_chosen = any(node is call for call in self.chosen)
+        here = [site for site in self.sites if _is_at(node, site)]
+        self.found += here
         self.generic_visit(node)
-        if not is_chosen:
+        if not here:
             return node
         given = [*node.args, *(k.value for k in node.keywords if k.arg in ("input", "x"))]
         # y.relu() has its input before the dot; y.hardshrink(0.5) is verified against the original,
@@ -213,6 +172,15 @@ class _TakeOut(ast.NodeTransformer):
         if value is None or isinstance(value, ast.Starred):
             raise CannotRewriteError("its input is not told from its other arguments")
         return value
+
+
+def _is_at(call: ast.Call, site: Site) -> bool:
+    if site.column is not None:
+        return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
+    # the line alone does not tell calls apart, their names may: F.leaky_relu(x), y.relu_()
+    names = [ast.unparse(call.func).rpartition(".")[2], site.callee]
+    first, second = (name.replace("_", "").lower() for name in names)
+    return call.lineno <= site.line <= (call.end_lineno or call.lineno) and first == second
 
 
 def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
@@ -226,8 +194,7 @@ def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
     filename = f"<proxynorm {function.__module__}.{function.__qualname__} {sum_of_text:08x}>"
     # inspect and torch.jit.script read the source from here
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    flags = function.__code__.co_flags & __future__.annotations.compiler_flag
-    code = compile(source, filename, "exec", flags=flags, dont_inherit=True)
+    code = compile(source, filename, "exec", dont_inherit=True)
     for name in ("_outer", owner, function.__name__):
         code = next(
             c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name
@@ -236,8 +203,7 @@ def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
     closure = tuple(cells[name] for name in code.co_freevars)
     defaults = function.__defaults__
     result = types.FunctionType(code, function.__globals__, function.__name__, defaults, closure)
-    # not functools.wraps: through its __wrapped__, inspect would find the original's source
-    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
-        setattr(result, name, getattr(function, name))
-    result.__dict__.update(function.__dict__)
+    functools.update_wrapper(result, function)
+    del result.__wrapped__  # type: ignore[attr-defined]  # inspect would find the original's source
+    result.__kwdefaults__ = function.__kwdefaults__
     return result

@@ -13,10 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
-from proxynorm.conversion.kinds import is_activation
+from proxynorm.conversion.kinds import kind_of
 
 Run = Callable[[nn.Module], object]
 _SIZES = (64, 224, 299, 32, 128, 256)
@@ -27,8 +26,8 @@ def preserved_randomness() -> Iterator[None]:
     """Leave Python's, NumPy's and torch's generators, CUDA's among them, as they were."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    # values are needed, whatever the caller's default device and whether it works on fake tensors
-    with unset_fake_temporarily(), torch.device("cpu"), torch.random.fork_rng():
+    # what is made here must have values, whatever the caller's default device
+    with torch.device("cpu"), torch.random.fork_rng():
         try:
             yield
         finally:
@@ -40,28 +39,16 @@ def preserved_randomness() -> Iterator[None]:
 def copy_to_run(model: nn.Module) -> nn.Module:
     """A deep copy of the network, its shared activations separated.
 
-    Tensors without values (meta, fake) get random ones on the CPU.
-
-    Raises:
-        ValueError: the network cannot be copied.
+    If it is on the meta device, which has no values, the copy gets random ones on the CPU.
     """
-    memo: dict[int, object] = {}
-    for module in model.modules():
-        own = (*vars(module).values(), *module._parameters.values(), *module._buffers.values())
-        for tensor in (value for value in own if isinstance(value, Tensor)):
-            if _has_no_values(tensor):
-                values = _random(tensor.shape).to(tensor.dtype)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(values) if is_parameter else values
-            elif not tensor.is_leaf:  # deepcopy refuses these
-                memo[id(tensor)] = tensor.detach().clone()
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"cannot convert this {type(model).__name__}: convert tries its changes on a copy "
-            f"first, and copy.deepcopy fails with {type(error).__name__}: {error}"
-        ) from error
+    tensors = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    # deepcopy refuses what a hook computed, such as weight_norm's
+    memo: dict[int, object] = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
+    copied = copy.deepcopy(model, memo)
+    if any(parameter.is_meta for parameter in copied.parameters()):
+        copied.to_empty(device="cpu")
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            tensor.data = _random(tensor.shape).to(tensor.dtype)
     separate_shared_activations(copied)
     return copied
 
@@ -74,15 +61,11 @@ def separate_shared_activations(model: nn.Module) -> None:
     found = set()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
-            if child is None or not is_activation(child) or any(True for _ in child.parameters()):
+            if child is None or kind_of(child) != "activation" or [*child.parameters()]:
                 continue
             if child in found:
                 setattr(parent, name, copy.deepcopy(child))
             found.add(child)
-
-
-def _has_no_values(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _random(shape: torch.Size) -> Tensor:
@@ -124,16 +107,15 @@ def _call_with(inputs: object, model: nn.Module) -> object:
 
 def _guessed(model: nn.Module) -> Iterator[Tensor]:
     """Two random maps each of the usual sizes, with the channels of the first convolution."""
-    convs = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
-    first = next(convs, None)
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     tensors = (*model.parameters(), *model.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    shape = (2, 3) if first is None else (2, first.in_channels)
     dims = 2 if first is None else first.weight.ndim - 2
-    channels = 3 if first is None else first.in_channels
     config = getattr(model, "pretrained_cfg", None) or {}
     own = config.get("input_size", ())[-1:] if hasattr(config, "get") else ()
     for size in dict.fromkeys((_SIZES[0], *own, *_SIZES[1:])):
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, channels, *[size] * dims, generator=generator)
-        # copies of networks without values are on the CPU
-        yield images.to("cpu" if _has_no_values(like) else like.device, like.dtype)
+        images = torch.randn(*shape, *[size] * dims, generator=generator)
+        # copies of networks on the meta device are on the CPU
+        yield images.to("cpu" if like.is_meta else like.device, like.dtype)

@@ -8,14 +8,13 @@ from functools import partial
 
 from torch import Tensor, allclose, nn
 
-from proxynorm.conversion.dependence import tensors_in
-from proxynorm.conversion.kinds import is_norm
+from proxynorm.conversion.kinds import is_norm, tensors_in
 from proxynorm.conversion.run import Run, copy_to_run, run
 
 _TOLERANCE = 1e-3  # of per-sample invariance, as a fraction of the output's scale
 Surgery = Callable[[nn.Module], None]
-# Outputs by module; the network's own is "".
-_Outputs = dict[str, list[Tensor]]
+# Outputs by mode and module; the network's own is "".
+_Outputs = dict[tuple[str, str], list[Tensor]]
 
 
 class StandIn(nn.Sequential):
@@ -61,8 +60,6 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     try:
         first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
     except Exception as error:
-        if "" not in _record(model, call)["training"]:  # the original fails too, without targets
-            return
         raise ValueError(
             f"{told}converted, it fails in training: {error}. The network is left as it was"
         ) from error
@@ -80,65 +77,58 @@ def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
     """Return whether the first image alone gives another output; False if it cannot be told."""
     batches: list[Tensor] = []
 
-    def alone(copied: nn.Module) -> object:
-        def slice_images(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            batches.append(args[0])
-            return (args[0][:1],)
+    def slice_images(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        batches.append(args[0])
+        return (args[0][:1],)
 
-        copied.register_forward_pre_hook(slice_images)
-        return call(copied)
-
+    whole, alone = copy_to_run(model), copy_to_run(model)
+    alone.register_forward_pre_hook(slice_images)
     try:
-        whole, single = (
-            tensors_in(run(copy_to_run(model), each, training)) for each in (call, alone)
-        )
+        outputs, single = (tensors_in(run(net, call, training)) for net in (whole, alone))
     except Exception:  # the network takes no such batch
         return False
-    if any(t.ndim == 0 or len(t) != len(batches[0]) for t in whole):
+    if any(t.ndim == 0 or len(t) != len(batches[0]) for t in outputs):
         return False
-    return not _same([t[:1] for t in whole], single, _TOLERANCE)
+    return not _same([t[:1] for t in outputs], single, _TOLERANCE)
 
 
 def _record(
     model: nn.Module, call: Run, surgery: Surgery | None = None, every_module: bool = False
-) -> dict[str, _Outputs]:
-    """By mode, what a copy returned; if wanted, all modules but norms and what replaced them.
+) -> _Outputs:
+    """What a copy returned in both modes; if wanted, all modules but norms and their stand-ins.
 
-    Where the network fails, there is none of its own.
+    Where the network fails, there is no output of its own.
     """
     copied = copy_to_run(model)
     if surgery is not None:
         surgery(copied)
     outputs: _Outputs = {}
+    mode = "training"
 
     def note(name: str, module: nn.Module, args: object, output: object) -> None:
-        outputs.setdefault(name, [t.clone() for t in tensors_in(output)])
+        outputs.setdefault((mode, name), [t.clone() for t in tensors_in(output)])
 
     replaced = {part for m in copied.modules() if isinstance(m, StandIn) for part in m.modules()}
     for name, module in copied.named_modules() if every_module else ():
         if module not in replaced and not is_norm(module) and not isinstance(module, nn.Identity):
             module.register_forward_hook(partial(note, name))
-    records = {}
     for mode in ("training", "evaluation"):
-        outputs.clear()
         with suppress(Exception):
-            outputs[""] = tensors_in(run(copied, call, mode == "training"))
-        records[mode] = {**outputs}
-    return records
+            outputs[mode, ""] = tensors_in(run(copied, call, mode == "training"))
+    return outputs
 
 
 def _first_difference(
-    ours: dict[str, _Outputs], theirs: dict[str, _Outputs], tolerance: float = 0.0
+    ours: _Outputs, theirs: _Outputs, tolerance: float = 0.0
 ) -> tuple[str, str] | None:
-    """Mode and name of the first module, in the order in which they end, whose output differs."""
-    for mode, outputs in ours.items():
-        other = theirs[mode]
-        for name, tensors in outputs.items():
-            if name in other and not _same(tensors, other[name], tolerance):
-                return mode, name
-        if ("" in outputs) != ("" in other):
-            return mode, ""
-    return None
+    """Mode and name of the first module, in the order in which they end, whose output differs.
+
+    A module that ran in one network alone is passed over, but not the networks themselves.
+    """
+    for key, tensors in ours.items():
+        if key in theirs and not _same(tensors, theirs[key], tolerance):
+            return key
+    return next((key for key in ours.keys() ^ theirs.keys() if not key[1]), None)
 
 
 def _same(first: list[Tensor], second: list[Tensor], tolerance: float = 0.0) -> bool:

@@ -1,11 +1,17 @@
-"""Callers that do not know NormAct2d: tools that pass over it, models that add an activation."""
+"""Callers that do not know NormAct2d: tools that pass over it, models that add an activation.
+
+And update_bn, which takes the place of one of these tools.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # by module and function, what to do instead
 _TOOLS = {
@@ -47,3 +53,41 @@ def refuse_plain_norm(caller: str) -> None:
             f"{caller} has an activation of its own behind norm_layer=, and NormAct2d would add "
             "another: build the model with batch norm, then call proxynorm.convert"
         )
+
+
+@torch.no_grad()
+def update_bn(
+    model: nn.Module,
+    loader: Iterable[Tensor | list[Tensor] | tuple[Tensor, ...]],
+    device: torch.device | str | None = None,
+) -> None:
+    """Set the running statistics of all batch norms to their averages over a loader's batches.
+
+    For averaged weights (SWA, EMA). The equivalent of torch.optim.swa_utils.update_bn, which knows
+    torch's own batch norms only. The model's modes and momenta are restored.
+
+    Args:
+        model: a model with batch norms, NormAct2d's or torch's; others are left alone.
+        loader: gives batches of images, or lists and tuples that begin with them.
+        device: where to move the images; None leaves them where they are.
+    """
+    modules: list[Any] = list(model.modules())
+    norms = [m for m in modules if getattr(m, "num_batches_tracked", None) is not None]
+    if not norms:
+        return
+    modes, momenta = [m.training for m in modules], [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1)
+        norm.num_batches_tracked.zero_()
+        norm.momentum = None  # a cumulative average
+    try:
+        model.train()
+        for batch in loader:
+            images = batch[0] if isinstance(batch, (list, tuple)) else batch
+            model(images if device is None else images.to(device))
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        for module, mode in zip(modules, modes):
+            module.training = mode

@@ -367,7 +367,7 @@ def test_hooks_are_not_lost_without_a_word() -> None:
     for name in ("bn", "function"):
         model = Behind(nn.ReLU())
         model.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
-        with pytest.raises(ValueError, match="cannot place bn .*has hooks, which would be lost"):
+        with pytest.raises(ValueError, match="cannot place bn .*hooks .*, which would be lost"):
             convert(model)
 
 
@@ -377,12 +377,10 @@ class Positive(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_parametrized_norm_is_refused_by_name(name: str) -> None:
+def test_a_parametrized_norm_is_refused(name: str) -> None:
     model = Behind(nn.ReLU())
     parametrize.register_parametrization(model.bn, name, Positive())
-    with pytest.raises(
-        ValueError, match=rf"cannot place bn .*: its {name} is parametrized, which would be lost"
-    ):
+    with pytest.raises(ValueError, match="cannot place bn .*parametrizations, which would be lost"):
         convert(model)
     assert parametrize.is_parametrized(model.bn, name)
     assert convert(model, keep=["bn"]).placed[1].proxied
@@ -422,5 +420,5 @@ def test_wrong_calls() -> None:
         convert("resnet50")
     with pytest.raises(TypeError, match=r"keep=\['bn'\]"):
         convert(Behind(nn.ReLU()), keep="bn")
-    with pytest.raises(ValueError, match="no network but a norm"):
+    with pytest.raises(ValueError, match="PN has no place: no norm of this BatchNorm2d"):
         convert(nn.BatchNorm2d(3))
