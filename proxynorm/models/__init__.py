@@ -1,5 +1,5 @@
 """Models by name, with every norm."""
 
-from proxynorm.models.factory import MODELS, create_model, native_size
+from proxynorm.models.factory import MODELS, create_model
 
-__all__ = ["MODELS", "create_model", "native_size"]
+__all__ = ["MODELS", "create_model"]

@@ -1,14 +1,14 @@
-"""EfficientNet B0…B5 in two variants and with two placements of PN around squeeze-excite.
+"""EfficientNet B0…B5 with group convolutions, and two placements of PN around squeeze-excite.
 
-G1: depthwise convolutions, expansion 6. G16: groups of 16 channels, expansion 4; the variant of
-"Making EfficientNet More Efficient" (arXiv 2106.03640), as the authors' code builds it.
+timm's EfficientNets are G1: depthwise convolutions, expansion 6. G16: groups of 16 channels,
+expansion 4; the variant of "Making EfficientNet More Efficient" (arXiv 2106.03640), as the authors'
+code builds it.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-import timm
 import torch
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
@@ -36,11 +36,6 @@ _STAGES = [
     ["ir_r4_k5_s2_e4_c192_se0.25"],
     ["ir_r1_k3_s1_e4_c320_se0.25"],
 ]
-
-
-def efficientnet_g1(size: str, **kwargs: object) -> nn.Module:
-    """timm's EfficientNet of that size ("b0" … "b5"): depthwise convolutions, expansion 6."""
-    return timm.create_model(f"efficientnet_{size}", **kwargs)
 
 
 def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -13,10 +12,10 @@ from torch import nn
 
 from proxynorm.conversion.convert import convert
 from proxynorm.errors import ConfigError
-from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g1, efficientnet_g16
+from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g16
 from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
-from proxynorm.nn.checks import check_rate, check_whole
+from proxynorm.nn.checks import check_number, check_whole, unknown_name
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
@@ -25,34 +24,20 @@ from proxynorm.nn.weights import standardize_weights
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model of our list is built, and what it takes by default.
+    """How a model of our list is built, and what it takes by default."""
 
-    Attributes:
-        build: makes the network with batch norm, or with a norm_layer where `takes_norm_layer`.
-        size: side of the training images, pixels.
-        eps: the norm's ε.
-        groups: groups of gn; None: the largest divisor of C up to 32.
-        takes_norm_layer: build has an argument norm_layer; nothing is converted.
-        has_se: the placement of squeeze-excite can be chosen (se=).
-        pretrained: there may be pretrained weights, timm's.
-    """
-
+    # makes the network with batch norm, or with a norm_layer where takes_norm_layer
     build: Callable[..., nn.Module]
-    size: int = 224
-    eps: float = 1e-5
-    groups: int | None = None
-    takes_norm_layer: bool = False
-    has_se: bool = False
-    pretrained: bool = True
+    eps: float | None = 1e-5  # the norm's ε; None: the network's own
+    groups: int | None = None  # of gn; None: the largest divisor of C up to 32
+    takes_norm_layer: bool = False  # build has an argument norm_layer; nothing is converted
+    has_se: bool = False  # the placement of squeeze-excite can be chosen (se=)
+    pretrained: bool = True  # there may be pretrained weights, timm's
 
 
-# Native sizes, pixels, of the sister paper's EfficientNets (arXiv 2106.03640).
-_EFFICIENTNET_SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456}
-
+_EFFICIENTNETS = [f"efficientnet_b{size}" for size in range(6)]
 _ARCHITECTURES: dict[str, Architecture] = {
-    "resnet20v2": Architecture(
-        SmallResNetV2, size=32, groups=4, takes_norm_layer=True, pretrained=False
-    ),
+    "resnet20v2": Architecture(SmallResNetV2, groups=4, takes_norm_layer=True, pretrained=False),
     "resnet50": Architecture(partial(from_timm, "resnet50")),
     "resnet101": Architecture(partial(from_timm, "resnet101")),
     "resnet50v2": Architecture(partial(from_timm, "resnetv2_50")),
@@ -61,16 +46,14 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "resnext101": Architecture(partial(from_timm, "resnext101_32x4d")),
     "resnext50v2": Architecture(resnext50v2, pretrained=False),
     **{
-        f"efficientnet_{size}": Architecture(
-            partial(efficientnet_g1, size), pixels, 1e-3, 4, has_se=True
-        )
-        for size, pixels in _EFFICIENTNET_SIZES.items()
+        name: Architecture(partial(from_timm, name), 1e-3, groups=4, has_se=True)
+        for name in _EFFICIENTNETS
     },
     **{
-        f"efficientnet_{size}_g16": Architecture(
-            partial(efficientnet_g16, size), pixels, 1e-3, 4, has_se=True, pretrained=False
+        f"{name}_g16": Architecture(
+            partial(efficientnet_g16, name[-2:]), 1e-3, groups=4, has_se=True, pretrained=False
         )
-        for size, pixels in _EFFICIENTNET_SIZES.items()
+        for name in _EFFICIENTNETS
     },
 }
 
@@ -108,9 +91,6 @@ def create_model(
             resnet20v2 and EfficientNet. eps=None is 1e-3 in EfficientNet (the authors' value), 1e-5
             in our other models, timm's own for timm models and for pretrained weights.
 
-    Returns:
-        The model; `default_size` is the side of its training images in pixels.
-
     Raises:
         ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms
             cannot be placed.
@@ -133,13 +113,7 @@ def create_model(
         raise ConfigError(f"model {name} with norm {norm}: {error}") from error
     if architecture.has_se and chosen.spec.proxy and se != "plain":
         centre_squeeze_excite(model)
-    model.default_size = architecture.size
     return model
-
-
-def native_size(name: str) -> int:
-    """Side of the images a model is trained on, pixels. Raises ConfigError for an unknown name."""
-    return _architecture(name).size
 
 
 def _build(
@@ -170,7 +144,7 @@ def _check_arguments(
     check_whole("in_chans", arguments["in_chans"], 1)
     for name, value in arguments.items():
         if name.endswith("_rate") and "drop" in name and value is not None:
-            check_rate(name, value)
+            check_number(name, value, below=1)
     if se not in (None, "centred", "plain"):
         raise ValueError(f"se={se!r} is neither 'centred' nor 'plain'")
     if se is not None and not architecture.has_se:
@@ -185,11 +159,6 @@ def _architecture(name: str) -> Architecture:
         return _ARCHITECTURES[name]
     timm_name = str(name).removeprefix("timm/")
     if timm.is_model(timm_name):
-        config = timm.get_pretrained_cfg(timm_name)
-        size = config.input_size[-1] if config is not None and config.input_size else 224
-        return Architecture(partial(from_timm, timm_name), size=size, eps=None)
-    near = difflib.get_close_matches(timm_name, [*MODELS, *timm.list_models()], n=1, cutoff=0.5)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(
-        f"unknown model {name!r}.{guess} Choose one of: {', '.join(MODELS)}, or any timm model"
-    )
+        return Architecture(partial(from_timm, timm_name), eps=None)
+    names = unknown_name("model", name, MODELS, also=timm.list_models())
+    raise ConfigError(f"{names}, or any timm model")

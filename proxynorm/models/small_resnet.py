@@ -21,12 +21,8 @@ ONEDNN_BLOCK = 16
 class PreActBlock(nn.Module):
     """norm+act, 3×3, norm+act, 3×3, beside a shortcut: 1×1 where the shape changes.
 
-    Args:
-        in_channels: channels of the input.
-        channels: channels of the output.
-        stride: stride of the first convolution and of the shortcut.
-        norm_layer: makes a norm+act layer from a number of channels.
-        drop_path_rate: probability with which a sample skips the branch.
+    The stride is that of the first convolution and of the shortcut; norm_layer makes a norm+act
+    layer from a number of channels; a sample skips the branch with probability drop_path_rate.
     """
 
     def __init__(

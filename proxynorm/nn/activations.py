@@ -62,7 +62,7 @@ class FunctionActivation(nn.Module):
         return getattr(self.function, "__name__", repr(self.function))
 
 
-def make_activation(activation: Activation, inplace: bool = False, **kwargs: object) -> nn.Module:
+def make_activation(activation: Activation, **kwargs: object) -> nn.Module:
     """An activation module from a name, a module class, a module, or an elementwise callable.
 
     Class and callable may come as functools.partial; kwargs are their options. A module is returned
@@ -74,28 +74,22 @@ def make_activation(activation: Activation, inplace: bool = False, **kwargs: obj
     if isinstance(activation, nn.Module):
         return activation
     if isinstance(activation, str):
-        return _construct(_LAYERS[canonical(activation)], inplace, kwargs)
+        name = _SPELLINGS.get(activation.lower().replace("_", ""))
+        if name is None:
+            raise ValueError(unknown_name("activation", activation, ACTIVATIONS))
+        return _LAYERS[name](**kwargs)
     given: Any = activation
     if isinstance(given, partial) and not given.args:
         given, kwargs = given.func, {**given.keywords, **kwargs}
     if given in _FUNCTIONS:
-        return _construct(_LAYERS[_FUNCTIONS[given]], inplace, kwargs)
+        return _LAYERS[_FUNCTIONS[given]](**kwargs)
     if isinstance(given.func if isinstance(given, partial) else given, type):
-        return _construct(given, inplace, kwargs)
+        return given(**kwargs)
     if callable(given):
         return FunctionActivation(partial(given, **kwargs) if kwargs else given)
     raise TypeError(
         f"an activation is a name, a module, a module class or a callable, not {activation!r}"
     )
-
-
-def _construct(
-    factory: Callable[..., nn.Module], inplace: bool, kwargs: dict[str, object]
-) -> nn.Module:
-    try:
-        return factory(**{"inplace": inplace, **kwargs})
-    except TypeError:  # this activation has no in-place form
-        return factory(**kwargs)
 
 
 def activate(module: nn.Module, x: Tensor) -> Tensor:
@@ -117,35 +111,20 @@ def out_of_place(module: nn.Module) -> nn.Module:
     return module
 
 
-def canonical(name: str) -> str:
-    """An activation's spelling in ACTIVATIONS. Raises ValueError for an unknown name."""
-    key = name.lower()
-    key = _SPELLINGS.get(key.replace("_", ""), key)
-    if key not in _LAYERS:
-        raise ValueError(unknown_name("activation", name, ACTIVATIONS))
-    return key
-
-
 def activation_name(module: nn.Module) -> str:
     """The canonical name of torch's and timm's activation modules; "callable" for all others.
 
     Both libraries' classes are known by name (timm's Swish, HardSwishMe … compute what torch's do).
     A class of that name elsewhere may compute something else.
     """
+    is_known = type(module).__module__.startswith(("torch.nn.", "timm.layers.activations"))
     name = class_name(module)
-    if (
-        not type(module).__module__.startswith(("torch.nn.", "timm.layers.activations"))
-        or name not in _LAYERS
-    ):
-        return "callable"
-    return name
+    return name if is_known and name in _LAYERS else "callable"
 
 
 def class_name(module: nn.Module) -> str:
     """The name in ACTIVATIONS, if there is one, that the module's class goes by."""
     name = type(module).__name__.lower()
-    name = name[:-2] if name.endswith("me") and name != "me" else name
-    name = _SPELLINGS.get(name, name)
-    return (
-        "gelu_tanh" if name == "gelu" and getattr(module, "approximate", "none") == "tanh" else name
-    )
+    name = _SPELLINGS.get(name.removesuffix("me"), name)
+    is_tanh = name == "gelu" and getattr(module, "approximate", "none") == "tanh"
+    return "gelu_tanh" if is_tanh else name

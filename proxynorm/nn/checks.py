@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 
-def unknown_name(subject: str, name: object, legal: Sequence[str]) -> str:
-    """The message for an unknown name: the name, the nearest legal one if any is near, the list."""
-    near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
+def unknown_name(subject: str, name: object, legal: Sequence[str], also: Sequence[str] = ()) -> str:
+    """The message for an unknown name: the name, the nearest legal one if any is near, the list.
+
+    also: further legal names, too many to list.
+    """
+    near = difflib.get_close_matches(str(name), [*legal, *also], n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {subject} {name!r}.{guess} Choose one of: {', '.join(legal)}"
 
@@ -22,20 +25,11 @@ def check_whole(name: str, value: object, least: int, hint: str = "") -> None:
         raise ValueError(f"{name}={value!r}: it must be a whole number from {least} up{hint}")
 
 
-def check_rate(name: str, value: object) -> None:
-    """Raise ValueError unless 0 ≤ value < 1, as a drop rate must be."""
-    if not (_is_number(value) and 0 <= value < 1):
-        raise ValueError(
-            f"{name}={value!r}: it must be a number from 0 up to, but not including, 1"
-        )
-
-
-def check_epsilon(name: str, value: object) -> None:
-    """Raise ValueError unless value is a finite number of at least 0."""
-    if not (_is_number(value) and 0 <= value < math.inf):
-        raise ValueError(
-            f"{name}={value!r}: it is added to a variance and must be a finite number from 0 up"
-        )
+def check_number(name: str, value: object, below: float = math.inf) -> None:
+    """Raise ValueError unless 0 ≤ value < below."""
+    if not (_is_number(value) and 0 <= value < below):
+        end = "" if below == math.inf else f" to, but not including, {below}"
+        raise ValueError(f"{name}={value!r}: it must be a finite number from 0 up{end}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from proxynorm.nn.fast.folding import folded
 from proxynorm.nn.fast.shared import SharedMoments
 from proxynorm.nn.norm_act import NormAct2d
 
@@ -29,7 +30,7 @@ class FrozenNormAct2d(nn.Module):
     torch.fx, and keeps no state, so that threads may share it.
 
     Args:
-        layer: the layer to replace; its norm, activation and constants are taken.
+        layer: the layer to replace; its norm, activation, hooks and constants are taken.
     """
 
     __constants__ = ("has_floor", "has_gain")  # torch.jit.script leaves out the other branch
@@ -43,28 +44,23 @@ class FrozenNormAct2d(nn.Module):
         super().__init__()
         # groups 0: the statistics are constants, or there is no norm
         self.groups = 0 if layer.groups is None else layer.groups
-        self.eps = layer.eps
-        self.drop = layer.drop
-        scale, shift, dtype = _affine(layer)
-        gain, offset = torch.ones_like(scale), torch.zeros_like(scale)
-        if layer.proxied:
-            mean, var = (t.to(scale.dtype) for t in layer.proxy_statistics())
-            gain = torch.rsqrt(var + layer.proxy_eps) if layer.proxy_scale else gain
-            offset = -gain * mean
+        self.eps, self.drop = layer.eps, layer.drop
         self.has_floor = type(layer.act) is nn.ReLU and isinstance(layer.drop, nn.Identity)
         self.has_gain = layer.proxied and not self.has_floor
-        if self.has_floor:  # φ(0) = 0 moves to the offset, and a scale commutes with ReLU
-            scale, shift = gain * scale, gain * shift + offset
+        scale, shift, gain, offset = _constants(layer, self.has_floor)
         self.act = nn.Identity() if self.has_floor else copy.deepcopy(layer.act)
-        self.register_buffer("scale", scale.to(dtype))
-        self.register_buffer("shift", shift.to(dtype))
-        self.register_buffer("gain", gain.to(dtype) if self.has_gain else None)
-        has_offset = self.has_floor or self.has_gain
-        self.register_buffer("offset", offset.to(dtype) if has_offset else None)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.register_buffer("gain", gain if self.has_gain else None)
+        self.register_buffer("offset", offset if self.has_floor or self.has_gain else None)
+        for name, hooks in vars(layer).items():
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
+                setattr(self, name, hooks)
         self.eval()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) → the same shape and dtype."""
+        x = input
         if self.groups > 0:
             y = F.group_norm(x, self.groups, self.scale, self.shift, self.eps)
         else:
@@ -93,22 +89,21 @@ def freeze(model: nn.Module) -> nn.Module:
         model: a model with NormAct2d layers; it is not changed.
 
     Raises:
-        ValueError: the model has no NormAct2d, one without running statistics, a weight that a hook
-            computes (torch.nn.utils.weight_norm), or is frozen already.
+        ValueError: the model has no NormAct2d, or one without running statistics.
     """
     _check(model)
     frozen = copy.deepcopy(model).requires_grad_(False)
     frozen.eval()
-    _remove_own_hooks(frozen)
-    for module in list(frozen.modules()):
+    modules: list[Any] = list(frozen.modules())
+    for module in modules:
+        _remove_own_hooks(module)
         if parametrize.is_parametrized(module):
             _unparametrize(module)
     with torch.no_grad():
         # a module with `frozen` keeps constants of a NormAct2d: it must read them before that is
         # replaced
-        modules: list[Any] = list(frozen.modules())
         replacements = {m: m.frozen() for m in modules if hasattr(m, "frozen")}
-        replacements |= {m: _freeze(m) for m in modules if isinstance(m, NormAct2d)}
+        replacements |= {m: FrozenNormAct2d(m) for m in modules if isinstance(m, NormAct2d)}
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
@@ -124,49 +119,33 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
             model.set_submodule(alias, replacements[module])
 
 
-def _freeze(layer: NormAct2d) -> FrozenNormAct2d:
-    frozen = FrozenNormAct2d(layer)
-    for name, hooks in vars(layer).items():
-        if name.startswith(("_forward_hooks", "_forward_pre_hooks")):
-            setattr(frozen, name, hooks)
-    return frozen
-
-
 def _check(model: nn.Module) -> None:
     """Raise ValueError, naming the module, for what freeze cannot make constants of."""
     kind = type(model).__name__
-    if any(isinstance(module, FrozenNormAct2d) for module in model.modules()):
-        raise ValueError(f"this {kind} is frozen already: freeze the model that it was made from")
-    if not any(isinstance(module, NormAct2d) for module in model.modules()):
-        raise ValueError(f"nothing to freeze: this {kind} has no NormAct2d; see proxynorm.convert")
-    for name, module in model.named_modules():
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, NormAct2d)}
+    if not layers:
+        raise ValueError(
+            f"nothing to freeze: this {kind} has no NormAct2d; it is frozen already, or was not "
+            "made by proxynorm.convert or create_model"
+        )
+    for name, layer in layers.items():
         told = f"cannot freeze {name or kind}"
-        if isinstance(module, NormAct2d):
-            if module.spec.batch_statistics and module.running_mean is None:
-                raise ValueError(
-                    f"{told}: it has no running statistics (track_running_stats=False), so its "
-                    "output depends on the batch in evaluation too"
-                )
-            if "forward" in vars(module):
-                raise ValueError(f"{told}: a forward was set on this object, which would be lost")
-        for attribute, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                raise ValueError(
-                    f"{told}: a hook computes its {attribute} anew at each call. Make it a plain "
-                    "one (torch.nn.utils.remove_weight_norm, remove_spectral_norm, prune.remove) "
-                    "or use torch.nn.utils.parametrizations"
-                )
+        if layer.spec.batch_statistics and layer.running_mean is None:
+            raise ValueError(
+                f"{told}: it has no running statistics (track_running_stats=False), so its output "
+                "depends on the batch in evaluation too"
+            )
+        if "forward" in vars(layer):
+            raise ValueError(f"{told}: a forward was set on this object, which would be lost")
 
 
-def _remove_own_hooks(model: nn.Module) -> None:
+def _remove_own_hooks(module: nn.Module) -> None:
     """Remove the hooks of share_moments and convert, which serve training alone."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                is_shared = isinstance(getattr(hook, "__self__", None), SharedMoments)
-                if is_shared or hook is hand_on_copy:
-                    del hooks[key]
-                    module._forward_hooks_always_called.pop(key, None)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if hook is hand_on_copy or isinstance(getattr(hook, "__self__", None), SharedMoments):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def hand_on_copy(
@@ -191,16 +170,22 @@ def _unparametrize(module: Any) -> None:
         module.register_parameter(name, nn.Parameter(weight))
 
 
-def _affine(layer: NormAct2d) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-    """γ and β with batch norm's statistics folded in, float32 or better; the dtype to store."""
+def _constants(layer: NormAct2d, has_floor: bool) -> list[torch.Tensor]:
+    """scale, shift, gain and offset, batch norm's statistics folded in; in the layer's dtype."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     tensors = [t for t in tensors if t.is_floating_point()] or [torch.empty(layer.num_features)]
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
     exact = torch.promote_types(dtype, torch.float32)
     one = torch.ones_like(tensors[0], dtype=exact)
-    scale = one if layer.weight is None else layer.weight.detach().to(exact)
-    shift = one * 0 if layer.bias is None else layer.bias.detach().to(exact)
+    if layer.proxied:
+        constants = folded(layer.four_parameters(), layer.proxy_rule())[:4]
+    else:
+        weight = one if layer.weight is None else layer.weight
+        constants = weight, one * 0 if layer.bias is None else layer.bias, one, one * 0
+    scale, shift, gain, offset = (constant.detach().to(exact) for constant in constants)
     if layer.spec.batch_statistics:
         scale = scale * torch.rsqrt(layer.running_var.to(exact) + layer.eps)
         shift = shift - layer.running_mean.to(exact) * scale
-    return scale.clone(), shift.clone(), dtype
+    if has_floor:  # φ(0) = 0 moves to the offset
+        shift = shift + offset
+    return [constant.to(dtype, copy=True) for constant in (scale, shift, gain, offset)]

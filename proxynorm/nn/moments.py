@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from proxynorm.nn import closed_forms
 from proxynorm.nn.activations import Activation, activate, activation_name, make_activation
-from proxynorm.nn.checks import unknown_name
+from proxynorm.nn.checks import check_whole, unknown_name
 from proxynorm.nn.fast.precision import without_autocast
 
 METHODS = ("auto", "exact", "grid")
@@ -89,10 +89,7 @@ def check_method(method: str, nodes: int) -> None:
     """Raise ValueError for an unknown method, and for a grid without nodes."""
     if method not in METHODS:
         raise ValueError(unknown_name("method of moments", method, METHODS))
-    if not (type(nodes) is int and nodes >= 1):
-        raise ValueError(
-            f"nodes={nodes!r}: the grid of the moments needs at least one node (paper: 256)"
-        )
+    check_whole("nodes", nodes, 1)
 
 
 def working_dtype(like: Tensor) -> torch.dtype:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from proxynorm.nn.activations import (
     make_activation,
     out_of_place,
 )
+from proxynorm.nn.checks import check_whole
 from proxynorm.nn.fast.folding import Constants, Rescale, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
@@ -116,8 +116,7 @@ class NormAct2d(nn.Module):
         super().__init__()
         if act_layer is _RELU and apply_act:
             refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features}: a norm needs at least one channel")
+        check_whole("num_features", num_features, 1)
         spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
         if spec.weight_standardization:
             raise ValueError(
@@ -142,8 +141,7 @@ class NormAct2d(nn.Module):
         )
         # set by shared.py while a network's forward pass runs: constants, and what they hang on
         self.shared_constants: tuple[Constants, object] | None = None
-        self._make_parameters(affine, {"device": device, "dtype": dtype})
-        self._make_buffers(track_running_stats, device)
+        self._make_tensors(affine, track_running_stats, device, dtype)
         self.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,29 +159,28 @@ class NormAct2d(nn.Module):
             )
         return chosen
 
-    def _make_parameters(self, affine: bool, factory: dict[str, Any]) -> None:
-        proxied = self.proxy and self.apply_act
-        present = {
+    def _make_tensors(
+        self,
+        affine: bool,
+        tracked: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        size = self.num_features
+        wanted = {
             "weight": affine,
-            "bias": affine and (proxied or not self.proxy),
-            "proxy_weight": proxied,
-            "proxy_bias": proxied,
+            "bias": affine and (self.proxied or not self.proxy),
+            "proxy_weight": self.proxied,
+            "proxy_bias": self.proxied,
         }
-        for name, wanted in present.items():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(self.num_features, **factory)) if wanted else None
-            )
-
-    def _make_buffers(self, tracked: bool, device: torch.device | str | None) -> None:
-        if not self.spec.batch_statistics:
-            return
-        running = {
-            "running_mean": torch.zeros(self.num_features, device=device),
-            "running_var": torch.ones(self.num_features, device=device),
-            "num_batches_tracked": torch.tensor(0, dtype=torch.long, device=device),
-        }
-        for name, value in running.items():
-            self.register_buffer(name, value if tracked else None)
+        for name, is_wanted in wanted.items():
+            value = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            self.register_parameter(name, value if is_wanted else None)
+        if self.spec.batch_statistics:
+            for name in ("running_mean", "running_var"):
+                self.register_buffer(name, torch.empty(size, device=device) if tracked else None)
+            count = torch.tensor(0, device=device) if tracked else None
+            self.register_buffer("num_batches_tracked", count)
 
     def reset_parameters(self) -> None:
         """Set γ = 1; β, γ̃ and β̃ = 0; running mean 0 and variance 1."""
@@ -219,7 +216,7 @@ class NormAct2d(nn.Module):
         """m and v, shape (C,): functions of the four parameters alone."""
         if not self.proxied:
             raise ValueError("this layer has no proxy normalization, hence no proxy statistics")
-        return self.proxy_rule().moments(self.four_parameters())
+        return self.proxy_rule().moments(*self.four_parameters())
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
@@ -265,8 +262,9 @@ class NormAct2d(nn.Module):
             "norm_batch": self.norm_batch,
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C, H, W), in x's dtype and memory format."""
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W), in its dtype and memory format."""
+        x = input  # torch's norms call it so, too; a network may give it by keyword
         if isinstance(x, fx.Proxy):  # a leaf for every tracer, as torch's own norms are
             is_root = x.tracer.root is self
             path = "itself" if is_root else x.tracer.path_of_module(self)
@@ -318,12 +316,10 @@ class NormAct2d(nn.Module):
         with without_autocast(y.device):
             if not self.proxied:
                 return phi(affine(wide, self.weight, self.bias)).to(y.dtype)
-            moments = partial(
-                proxy_moments, activation=self.act, method=self.moments, nodes=self.nodes
+            moments, parameters = self.proxy_rule().moments, self.four_parameters()
+            return pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale).to(
+                y.dtype
             )
-            parameters = self.four_parameters()
-            z = pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale)
-            return z.to(y.dtype)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.num_features:

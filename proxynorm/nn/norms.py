@@ -66,9 +66,10 @@ def batch_normalize(
     """
     with without_autocast(x.device):
         size = norm_batch if isinstance(norm_batch, int) else len(x)
+        is_shared = norm_batch == "global" and dist.is_available() and dist.is_initialized()
         mean: Tensor | None
         var: Tensor | None
-        if training and norm_batch == "global" and _in_several_processes():
+        if training and is_shared and dist.get_world_size() > 1:
             y, mean, var = _normalize_globally(x, eps, weight, bias)
         elif training and (0 < size < len(x) or (is_transformed() and len(x) > 0)):
             y, mean, var = _normalize_chunks(x, size, eps, weight, bias)
@@ -82,10 +83,6 @@ def batch_normalize(
             if training and statistic is not None and moved is not None and moved is not statistic:
                 statistic.lerp_(moved.to(statistic.dtype), momentum)
         return y
-
-
-def _in_several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _in_plain_operations(
@@ -188,35 +185,27 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad)
 
 
-def default_groups(num_features: int, most: int = 32) -> int:
-    """GN's default number of groups: the largest divisor of num_features that is at most 32."""
-    return max(g for g in range(1, min(most, num_features) + 1) if num_features % g == 0)
+def _gn_groups(channels: int, groups: int | None) -> int:
+    """The given number of groups, or the largest divisor of the channels that is at most 32."""
+    return groups or max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm by name.
+    """A norm by name."""
 
-    Attributes:
-        kind: the normalization: "bn", "ln", "gn", "in" or "none".
-        normalize: called as normalize(x, groups=, eps=, weight=, bias=), where x is (N, C, H, W);
-            with batch statistics, as batch_normalize.
-        kernel: the same as a kernel, called as kernel(x, groups=, eps=) or with batch_normalize's
-            options; one autograd Function then serves norm, activation and PN. None: plain ones do.
-        groups: number of groups from the number of channels and the option `groups`; None: the
-            norm has no groups.
-        batch_statistics: statistics are over the batch, and running ones serve in evaluation.
-        proxy: a proxy normalization follows the activation.
-        weight_standardization: the convolutions that feed the norm have standardized weights.
-    """
-
-    kind: str
+    kind: str  # "bn", "ln", "gn", "in" or "none"
+    # called as normalize(x, groups=, eps=, weight=, bias=), where x is (N, C, H, W); with batch
+    # statistics, as batch_normalize
     normalize: Callable[..., Tensor]
+    # the same as a kernel, called as kernel(x, groups=, eps=) or with batch_normalize's options;
+    # one autograd Function then serves norm, activation and PN; None: plain operations do
     kernel: Callable[..., Kernel | None] | None = None
+    # number of groups from the number of channels and the option `groups`; None: it has none
     groups: Callable[[int, int | None], int] | None = None
-    batch_statistics: bool = False
-    proxy: bool = False
-    weight_standardization: bool = False
+    batch_statistics: bool = False  # over the batch, and running ones serve in evaluation
+    proxy: bool = False  # a proxy normalization follows the activation
+    weight_standardization: bool = False  # the convolutions that feed it have standardized weights
 
     @property
     def is_none(self) -> bool:
@@ -227,12 +216,7 @@ class NormSpec:
 _NORMALIZATIONS = {
     "bn": NormSpec("bn", batch_normalize, BatchNorm.of, batch_statistics=True),
     "ln": NormSpec("ln", group_normalize, GroupNorm.of, groups=lambda channels, groups: 1),
-    "gn": NormSpec(
-        "gn",
-        group_normalize,
-        GroupNorm.of,
-        groups=lambda channels, groups: groups or default_groups(channels),
-    ),
+    "gn": NormSpec("gn", group_normalize, GroupNorm.of, groups=_gn_groups),
     "in": NormSpec("in", group_normalize, GroupNorm.of, groups=lambda channels, groups: channels),
 }
 _SPECS = {

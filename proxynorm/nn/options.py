@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from proxynorm.nn.checks import check_epsilon, check_whole
+from proxynorm.nn.checks import check_number, check_whole
 from proxynorm.nn.moments import check_method
 from proxynorm.nn.norms import NormBatch, NormSpec, norm_spec
 
@@ -16,38 +16,31 @@ DEFAULT_EPS = 1e-5  # where eps=None and the network brings none of its own
 class NormOptions:
     """The options that all norm layers of a network share.
 
-    Attributes:
-        norm: a name of NORMS, such as "ln_pn".
-        groups: groups of gn; None: the largest divisor of C up to 32.
-        eps: the norm's ε; None: the one the network already has, else DEFAULT_EPS.
-        proxy_eps: PN's ε, added to the proxy variance.
-        norm_batch: images that share bn's statistics; None: the micro-batch; "global": the micro-
-            batches of all processes together.
-        moments: how PN's moments are integrated: "auto", "exact" or "grid" (the paper's).
-        nodes: nodes of the grid.
-
     Raises:
         ValueError: a value that no layer can have, in one line.
     """
 
-    norm: str = "ln_pn"
-    groups: int | None = None
-    eps: float | None = None
-    proxy_eps: float = 0.03
+    norm: str = "ln_pn"  # a name of NORMS
+    groups: int | None = None  # groups of gn; None: the largest divisor of C up to 32
+    eps: float | None = None  # the norm's ε; None: the network's own, else DEFAULT_EPS
+    proxy_eps: float = 0.03  # PN's ε, added to the proxy variance
+    # images that share bn's statistics; None: the micro-batch; "global": the micro-batches of all
+    # processes together
     norm_batch: NormBatch = None
-    moments: str = "auto"
-    nodes: int = 256
+    moments: str = (
+        "auto"  # how PN's moments are integrated: "auto", "exact" or "grid" (the paper's)
+    )
+    nodes: int = 256  # nodes of the grid
 
     def __post_init__(self) -> None:
         norm_spec(self.norm)
         if self.groups is not None:
             check_whole("groups", self.groups, 1, " that divides the channels, or None")
         if self.eps is not None:
-            check_epsilon("eps", self.eps)
-        check_epsilon("proxy_eps", self.proxy_eps)
-        size = self.norm_batch
-        if not (size in (None, "global") or (type(size) is int and size >= 1)):
-            raise ValueError(f"norm_batch is a number of images, None or 'global', not {size!r}")
+            check_number("eps", self.eps)
+        check_number("proxy_eps", self.proxy_eps)
+        if self.norm_batch not in (None, "global"):
+            check_whole("norm_batch", self.norm_batch, 1, ", None or 'global'")
         check_method(self.moments, self.nodes)
 
     @property

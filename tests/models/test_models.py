@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from proxynorm import create_model
 from proxynorm.errors import ConfigError
-from proxynorm.models import MODELS, native_size
+from proxynorm.models import MODELS
 from proxynorm.models.small_resnet import PreActBlock
 from proxynorm.nn import NORMS, NormAct2d
 
@@ -204,11 +204,6 @@ def test_g16_groups_and_expansion(size: str) -> None:
             inside, inputs = block.conv_dw.in_channels, next(block.children()).in_channels
             assert block.conv_dw.groups == max(inside // 16, 1)
             assert inside == (inputs if i == 0 else 4 * inputs)
-    assert (
-        native_size(f"efficientnet_{size}_g16")
-        == native_size(f"efficientnet_{size}")
-        == model.default_size
-    )
 
 
 def test_groups() -> None:
@@ -238,7 +233,6 @@ def test_any_timm_model() -> None:
     for name in ("resnet18", "timm/resnet18", "timm/resnet50"):
         kwargs = {"layers": (1, 1, 1, 1)}
         assert step(create_model(name, "ln_pn", num_classes=4, **kwargs)).isfinite()
-    assert native_size("tf_efficientnet_b3") == 300
 
 
 def test_a_timm_model_without_stochastic_depth() -> None:

@@ -34,9 +34,10 @@ class Rule(NamedTuple):
         """False if the gain is 1: without scale, and for ReLU, whose gain goes into the norm's."""
         return self.scale and activation_name(self.act) != "relu"
 
-    def moments(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, weight: Tensor, bias: Tensor, proxy_weight: Tensor, proxy_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """m and v for γ, β, γ̃, β̃, differentiable."""
-        weight, bias, proxy_weight, proxy_bias = parameters
         return proxy_moments(
             weight, bias, proxy_weight, proxy_bias, self.act, self.method, self.nodes
         )
@@ -54,7 +55,7 @@ def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
 
     They are float32 (float64 for float64 parameters).
     """
-    return _with_moments(rule, parameters[0], parameters[1], *rule.moments(parameters))
+    return _with_moments(rule, parameters[0], parameters[1], *rule.moments(*parameters))
 
 
 def _with_moments(
@@ -113,17 +114,12 @@ def _moments_with_slopes(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, 
         slopes = [by_a * proxy_bias + by_s * spread, by_a, by_s * weight, by_a * weight]
         wide = weight.dtype
         return moments.to(wide), torch.stack(slopes, dim=1).to(wide)
-    moments = torch.stack(rule.moments(leaves))
-    return moments.detach(), _jacobian(moments, leaves)
-
-
-def _jacobian(rows: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """The derivatives of rows (k, C) by n inputs, channel by channel: (k, n, C)."""
-    seeds = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    slopes = torch.autograd.grad(
-        rows, inputs, seeds[..., None].expand(-1, *rows.shape), is_grads_batched=True
+    moments = torch.stack(rule.moments(*leaves))
+    seeds = torch.eye(2, dtype=moments.dtype, device=moments.device)[..., None]
+    by_leaves = torch.autograd.grad(
+        moments, leaves, seeds.expand(2, *moments.shape), is_grads_batched=True
     )
-    return torch.stack(slopes, dim=1)
+    return moments.detach(), torch.stack(by_leaves, dim=1)
 
 
 def pull_back(

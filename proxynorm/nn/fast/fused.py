@@ -46,8 +46,14 @@ class NormAct(torch.autograd.Function):
         u, *statistics = norm.forward(x, scale, on_norm)
         z = _head_(u, floor, gain, offset, act)
         if is_recomputing() and any(ctx.needs_input_grad):
-            kept = (t if t is None else t.detach() for t in (scale, on_norm, floor, gain, offset))
-            ctx.remade = Remade(partial(_make, norm, act, statistics, tuple(kept)))
+            kept: list[Any] = [scale, on_norm, floor, gain, offset]
+            kept = [t if t is None else t.detach() for t in kept]
+
+            def make(x: Tensor) -> Tensor:
+                u = norm.again(x, kept[0], kept[1], *statistics)
+                return _head_(u, kept[2], kept[3], kept[4], act)
+
+            ctx.remade = Remade(make)
             ctx.remade.replaces(z, x)
         keeps_output = ctx.remade is None and (ctx.floored or gain is not None)
         output, ctx.count = z if keeps_output else None, len(parameters)
@@ -103,14 +109,6 @@ def _floor(x: Tensor, gain: Tensor | None, offset: Tensor | None, act: nn.Module
     """
     is_relu = gain is None and activation_name(act) == "relu"
     return offset if is_relu and offset is not None and x.dtype == offset.dtype else None
-
-
-def _make(
-    norm: Kernel, act: nn.Module, statistics: list[Tensor], constants: tuple[Any, ...], x: Tensor
-) -> Tensor:
-    """The output once more."""
-    scale, shift, floor, gain, offset = constants
-    return _head_(norm.again(x, scale, shift, *statistics), floor, gain, offset, act)
 
 
 def _reference(

@@ -43,7 +43,7 @@ class Remade:
 
     def replaces(self, z: Tensor, x: Tensor) -> None:
         """From now on, what would keep z keeps this and x."""
-        _OUTPUTS[z] = _Output(self, x.detach(), _version(x)), z._version
+        _OUTPUTS[z] = _Kept(x.detach(), _version(x), self), z._version
 
     def take(self, x: Tensor, last: bool = False) -> Tensor:
         """make(x). The layer's own backward is the last to need it, after its successors'."""
@@ -52,39 +52,29 @@ class Remade:
         return made
 
 
-class _Output(NamedTuple):
-    """Stands for an output: what makes it, its input, and the version that the input had."""
-
-    remade: Remade
-    source: Tensor
-    version: int
-
-    def unpack(self) -> Tensor:
-        if _version(self.source) != self.version:
-            raise RuntimeError(
-                "the input of a NormAct2d was changed in place, so its output cannot be recomputed:"
-                " do not use recompute here, or change the input out of place"
-            )
-        with torch.no_grad():
-            return self.remade.take(self.source)
-
-
 class _Kept(NamedTuple):
-    """A tensor as autograd would keep it: with the version that it had."""
+    """A tensor as autograd would keep it: with the version that it had.
+
+    With a Remade, it is the input of the output that is made again.
+    """
 
     tensor: Tensor
     version: int
+    remade: Remade | None = None
 
     def unpack(self) -> Tensor:
-        tensor, version = self
+        tensor, version = self.tensor, self.version
         if _version(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: [{tensor.type()} {list(tensor.shape)}] is at version "
-                f"{tensor._version}; expected version {version} instead. Change a copy of it, or "
-                "change it after backward."
+                f"{tensor._version}; expected version {version} instead. It was changed in place "
+                "before backward: change a copy of it, or change it later."
             )
-        return tensor
+        if self.remade is None:
+            return tensor
+        with torch.no_grad():
+            return self.remade.take(tensor)
 
 
 class _Run(threading.local):
@@ -122,7 +112,7 @@ def _leave(model: nn.Module, inputs: object = None, output: object = None) -> No
         _RUN.model = _RUN.hooks = None
 
 
-def _pack(saved: Tensor) -> _Kept | _Output:
+def _pack(saved: Tensor) -> _Kept:
     output, version = _OUTPUTS.get(saved, (None, 0))
     if output is not None and saved._version == version:
         return output
