@@ -9,15 +9,15 @@ as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from proxynorm.conversion.kinds import is_other_norm, kind_of, own_activation
-from proxynorm.conversion.layer import Ties, make_layer
+from proxynorm.conversion.layer import make_layer
 from proxynorm.conversion.match import Plan, make_plan
 from proxynorm.conversion.observe import Observation, observe
-from proxynorm.conversion.rewrite import apply_edits
+from proxynorm.conversion.rewrite import rewritten_class
 from proxynorm.conversion.run import Run, preserved_randomness, separate_shared_activations
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.fast.shared import share_moments
@@ -65,7 +65,7 @@ def convert(
     layer norms only where an activation follows. A norm without an activation gets no PN; with PN
     on it keeps its scale and drops its shift (the authors' rule). Weights, γ, β and running
     statistics are carried over, and the keys of all other weights stay. An activation written out
-    in a forward (x * torch.sigmoid(x)) is refused. γ and β are new: make the optimizer afterwards.
+    in a forward (x * torch.sigmoid(x)) is refused. γ̃ and β̃ are new: make the optimizer afterwards.
 
     Args:
         model: a network for maps (N, C, H, W); copies of it are run.
@@ -160,19 +160,17 @@ def _layers(
     Without options, the original norms, each with what followed it.
     """
     layers: dict[str, nn.Module] = {}
-    ties: Ties = {}
     for name, call in plan.norms.items():
         norm = model.get_submodule(name)
         own = own_activation(norm)
-        activation = call.activation if own is None else own
-        if call.name is not None:
-            activation = model.get_submodule(call.name)
+        behind = call.activation if call.name is None else model.get_submodule(call.name)
+        activation = behind if own is None else own
         between = [model.get_submodule(inner) for inner in call.between]
         if options is None:
-            follows = [] if activation is None or own is not None else [activation]
+            follows = [activation] if own is None and activation is not None else []
             layers[name] = StandIn(norm, *between, *follows)
             continue
-        layer = make_layer(name, norm, call.value.shape[1], activation, options, ties)
+        layer = make_layer(name, norm, call.value.shape[1], activation, options)
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and name in plan.overwritten:
@@ -191,7 +189,9 @@ def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
     replacements |= {model.get_submodule(name): layer for name, layer in layers.items()}
     replace_modules(model, replacements)
     for name, edits in plan.edits.items():
-        apply_edits(model.get_submodule(name), edits)
+        module = model.get_submodule(name)
+        kind: Any = type(module)
+        module.__class__ = rewritten_class(kind, edits)
 
 
 def _report(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:

@@ -10,7 +10,7 @@ import copy
 import re
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,20 @@ _POOLS = ("max_pool", "avg_pool", "dropout")
 _EXTREMES = {"amax", "amin", "max", "min"}
 # Functions whose results tell the shape alone, or are for checks.
 NO_VALUES = ("empty_like", "new_", "rand_like", "randn_like", "isnan", "isinf", "isfinite")
+
+
+class Call(NamedTuple):
+    """A call of a torch function."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The function's name, without the marks of operators and of in-place variants."""
+        name: str = getattr(self.function, "__name__", "").strip("_")
+        return name[1:] if name[1:] in _SUMS | PRODUCTS | POWERS else name
 
 
 def tensors_in(values: object) -> list[Tensor]:
@@ -90,16 +104,14 @@ def kind_of(module: nn.Module) -> str | None:
     return _tried[module]
 
 
-def activation_of_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, object]
-) -> nn.Module | None:
-    """The activation that a call of a torch function computes, as a module; None if it is none."""
-    kind = _FUNCTIONAL.get(name.replace("_", ""))
+def activation_of_call(call: Call) -> nn.Module | None:
+    """The activation that a call computes, as a module; None if it is none."""
+    kind = _FUNCTIONAL.get(call.name.replace("_", ""))
     if kind is None:
         return None
-    options = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
+    options = {key: value for key, value in call.kwargs.items() if key not in ("inplace", "input")}
     try:
-        module = kind(*args[1:], **options)
+        module = kind(*call.args[1:], **options)
     except (TypeError, ValueError):  # some other use of the name
         return None
     return module if kind_of(module) == "activation" else None
@@ -131,20 +143,16 @@ def _try(module: nn.Module) -> str | None:
     tensors = [*module.parameters(), *module.buffers()]
     if isinstance(module, nn.Sequential) or any(t.numel() > 1 for t in tensors):
         return None
-    x = torch.linspace(-8, 8, 120, device="cpu").view(2, 3, 4, 5)
-    flipped = x.flip(0, 1, 2, 3)
-    is_even = torch.arange(5, device="cpu") % 2 == 0
+    x = torch.linspace(-8, 8, 120, device="cpu")
+    # other places, and other means: some values come more than once, others not at all
+    moved = torch.arange(120, device="cpu").square() % 97
     try:
-        y, y_flipped = _run(module, x), _run(module, flipped)
-        y_mixed = _run(module, torch.where(is_even, x, flipped))
-        is_placeless = torch.allclose(y_flipped, y.flip(0, 1, 2, 3), atol=1e-5)
-        is_elementwise = torch.allclose(y_mixed, torch.where(is_even, y, y_flipped), atol=1e-5)
+        y, y_moved = (_run(module, v.view(2, 3, 4, 5)).flatten() for v in (x, x[moved]))
+        is_elementwise = y.shape == x.shape and torch.allclose(y_moved, y[moved], atol=1e-5)
     except Exception:  # a module that does not take maps, or does not return one, is neither
         return None
-    steps = y.flatten().double().diff()
-    if not (y.shape == x.shape and is_placeless and is_elementwise):
-        return None
-    if not steps.max() - steps.min() >= 1e-3:  # linear, or not finite
+    steps = y.double().diff()
+    if not (is_elementwise and steps.max() - steps.min() >= 1e-3):  # or linear, or not finite
         return None
     return "gate" if y.min() >= 0 and y.max() <= 1 else "activation"
 
@@ -157,20 +165,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def plain_name(func: object) -> str:
-    """A torch function's name, without the marks of operators and of in-place variants."""
-    name: str = getattr(func, "__name__", "").strip("_")
-    return name[1:] if name[1:] in _SUMS | PRODUCTS | POWERS else name
-
-
-def effect(
-    name: str,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    on: Collection[Tensor],
-    is_alone: bool,
-) -> str:
+def effect(call: Call, on: Collection[Tensor], is_alone: bool) -> str:
     """The effect of a call on the value that some of its tensors, `on`, hold.
 
     "layer": it feeds a convolution, a linear layer, attention or a norm; "sum" or "product": it is
@@ -178,25 +173,24 @@ def effect(
     pooled; "none": the result does not depend on it; "other": an activation, perhaps. is_alone: no
     tensor of the call depends on other data.
     """
+    name = call.name
     if name in _LAYERS or name.startswith("conv") or name.endswith("_norm"):
         return "layer"
     if name in _GATES:
         return "gate"
     # torch.max(y, other) is no pool but a curve
-    is_extreme = name in _EXTREMES and len(tensors_in(args)) == 1
+    is_extreme = name in _EXTREMES and len(tensors_in(call.args)) == 1
     is_mean = is_alone and name in ("sum", "mean")
     if is_extreme or is_mean or any(pool in name for pool in _POOLS):
         return "linear"
-    depends = _dependence(func, args, kwargs, {id(t) for t in on})
+    depends = _dependence(call, {id(t) for t in on})
     if depends != "other" and not is_alone and name in _SUMS | PRODUCTS:
         return "sum" if name in _SUMS else "product"
     return depends
 
 
 @torch.no_grad()
-def _dependence(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], on: set[int]
-) -> str:
+def _dependence(call: Call, on: set[int]) -> str:
     """How a call depends on the tensors of these ids: "linear" (or affine), "none", or "other".
 
     f(0), f(y) and f(−100y) tell: for an affine f they lie on one line.
@@ -208,8 +202,8 @@ def _dependence(
                 return value
             return value.detach() * factor if id(value) in on else value.detach().clone()
 
-        new_args, new_kwargs = tree_map(scale, (args, kwargs))
-        output = func(*new_args, **new_kwargs)
+        new_args, new_kwargs = tree_map(scale, (call.args, call.kwargs))
+        output = call.function(*new_args, **new_kwargs)
         # a call without a result, such as y[i] = z, changes its first argument
         return tensors_in(output if output is not None else new_args[:1])
 

@@ -12,21 +12,11 @@ from proxynorm.conversion.kinds import recognized
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
 
-Ties = dict[nn.Parameter, nn.Parameter]
-
 
 def make_layer(
-    name: str,
-    norm: Any,
-    channels: int,
-    activation: nn.Module | None,
-    options: NormOptions,
-    ties: Ties,
+    name: str, norm: Any, channels: int, activation: nn.Module | None, options: NormOptions
 ) -> NormAct2d:
-    """The new layer, with the old one's parameters, statistics, ε, momentum, device, dtype, mode.
-
-    ties: what became of the old norms' parameters; those that several norms share stay shared.
-    """
+    """The new layer, with the old one's parameters, statistics, ε, momentum, device and mode."""
     statistics = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
     like = next((t for t in statistics if t is not None), torch.empty(0))
     if activation is not None:
@@ -53,22 +43,22 @@ def make_layer(
         )
     except ValueError as error:
         raise ValueError(f"cannot convert {name}: {error}") from error
-    _carry_over(norm, layer, ties)
+    _carry_over(norm, layer)
     if layer.proxied and not (layer.weight.is_meta or layer.weight.any()):
-        nn.init.ones_(layer.weight)  # a zero-initialised γ would leave PN a variance of 0
+        # a zero-initialised γ would leave PN a variance of 0
+        ones = torch.ones_like(layer.weight)
+        layer.weight = nn.Parameter(ones, requires_grad=layer.weight.requires_grad)
     return layer.train(norm.training)
 
 
-def _carry_over(norm: Any, layer: NormAct2d, ties: Ties) -> None:
-    """Copy γ, β, γ̃, β̃ and running statistics (float32 or better), and the old layer's drop."""
-    for name, new in list(layer.named_parameters(recurse=False)):
+def _carry_over(norm: Any, layer: NormAct2d) -> None:
+    """Take over γ, β, γ̃, β̃, running statistics (float32 or better), and the old layer's drop."""
+    for name, _ in list(layer.named_parameters(recurse=False)):
         old = getattr(norm, name, None)
-        if isinstance(old, nn.Parameter) and ties.setdefault(old, new) is not new:
-            setattr(layer, name, ties[old])
-        elif old is not None:
-            new.detach().copy_(old.detach())
-            # the affine of a frozen batch norm is a buffer; it learns again
-            new.requires_grad_(old.requires_grad or not isinstance(old, nn.Parameter))
+        if isinstance(old, nn.Parameter):
+            setattr(layer, name, old)  # itself, so that what several norms share stays shared
+        elif old is not None:  # the affine of a frozen batch norm is a buffer; it learns again
+            setattr(layer, name, nn.Parameter(old.detach().clone()))
     for name, buffer in layer.named_buffers(recurse=False):
         old = getattr(norm, name, None)
         like = layer.weight if old is None else old

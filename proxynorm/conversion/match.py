@@ -106,23 +106,26 @@ def _hindrance(norm: Any, calls: list[NormCall]) -> str | None:
     libraries = ("torch.", "timm.", "torchvision.", "proxynorm.")
     if not type(norm).forward.__module__.startswith(libraries):
         return "its class has a forward of its own, which may compute something else"
-    parts = [norm, *(call.activation for call in calls if call.activation is not None)]
-    if any(_has_hooks(part) or parametrize.is_parametrized(part) for part in parts):
+    activations = [call.activation for call in calls if call.activation is not None]
+    parts = [norm, *activations]
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooks = [hook for part in parts for name in names for hook in getattr(part, name).values()]
+    has_hooks = any(hook is not hand_on_copy for hook in hooks)
+    if has_hooks or any(map(parametrize.is_parametrized, parts)):
         return (
             "it, or the activation behind it, has hooks or parametrizations, which would be lost: "
             "remove them first"
         )
-    for call in calls:
-        if call.value.ndim != 4:
-            shape = tuple(call.value.shape)
+    for shape in (tuple(call.value.shape) for call in calls):
+        if len(shape) != 4:
             return f"it normalizes no maps (N, C, H, W): its input has shape {shape}"
-    return next((call.problem for call in calls if call.problem is not None), None)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
-    return any(hook is not hand_on_copy for hook in hooks)
+    for call in calls:
+        if call.problem is not None:
+            return call.problem
+    # activations that differ in more than their parameters are told apart by verification
+    if len({(type(act), *map(id, act.parameters())) for act in activations}) > 1:
+        return "its calls, or training and evaluation, differ in the activation behind it"
+    return None
 
 
 def _plan_activations(

@@ -129,6 +129,7 @@ class Observer(TorchFunctionMode):
         # by id, beside the tensor itself, which keeps the id from being used again
         self.traces: dict[int, tuple[Tensor, _Trace]] = {}
         self.calls: list[NormCall] = []
+        self.activations: list[tuple[str, NormCall | None]] = []
         # how many norms, activations, gates are running: what is inside of them is theirs
         self.depth = 0
         self.handles: list[Any] = []
@@ -158,6 +159,7 @@ class Observer(TorchFunctionMode):
             if call.problem:
                 call.problem = self.told + call.problem
         self.seen.calls += self.calls
+        self.seen.activations += self.activations
 
     # Modules
 
@@ -169,31 +171,24 @@ class Observer(TorchFunctionMode):
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
     ) -> None:
-        kind = self.kinds[module]
+        kind, name = self.kinds[module], self.names[module]
         self.depth -= kind is not None
         inputs = tensors_in((args, kwargs))
         if self.depth or not inputs or not isinstance(output, Tensor):
             return
         if kind == "norm":
-            self._note_norm(module, inputs[0], kwargs, output)
+            activation = kinds.own_activation(module)
+            call = NormCall(name, output, activation, version=output._version)
+            self.calls.append(call)
+            self.seen.feeding |= self._trace(inputs[0]).convs
+            followed = _Trace({call: []}, is_mixed=False)
+            self._set(followed if activation is None else _Trace(activated=call), output)
         elif kind == "activation":
-            self._note_activation(module, inputs[0], output, self.names[module])
+            self._note_activation(module, inputs[0], output, name)
         elif kind is not None and output is not inputs[0]:
             self._note_gate_or_between(module, inputs[0], output)
         elif isinstance(module, nn.modules.conv._ConvNd):
-            self._set(_Trace(convs=frozenset({self.names[module]})), output)
-
-    def _note_norm(
-        self, module: nn.Module, x: Tensor, kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        activation = kinds.own_activation(module)
-        call = NormCall(self.names[module], output, activation, version=output._version)
-        if kwargs:
-            call.problem = "it is called with its input as a keyword: pass the value alone"
-        self.calls.append(call)
-        self.seen.feeding |= self._trace(x).convs
-        followed = _Trace({call: []}, is_mixed=False)
-        self._set(followed if activation is None else _Trace(activated=call), output)
+            self._set(_Trace(convs=frozenset({name})), output)
 
     def _note_activation(
         self, activation: nn.Module, x: Tensor, output: Tensor, name: str | None
@@ -212,7 +207,7 @@ class Observer(TorchFunctionMode):
                 through = f" behind {', '.join(path)}" if path else ""
                 source.blame(f"the activation {label}{through} cannot be joined with it")
         if name is not None:
-            self.seen.activations.append((name, call))
+            self.activations.append((name, call))
         self._set(_Trace(activated=call), output)
 
     def _note_gate_or_between(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
@@ -238,20 +233,19 @@ class Observer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        called = kinds.Call(func, args, kwargs or {})
         inputs = tensors_in((args, kwargs))
         known = [t for t in inputs if id(t) in self.traces]
-        name = kinds.plain_name(func)
-        if self.depth or not known or name.startswith(kinds.NO_VALUES):
-            return func(*args, **kwargs)
-        activation = kinds.activation_of_call(name, args, kwargs)
+        if self.depth or not known or called.name.startswith(kinds.NO_VALUES):
+            return func(*args, **called.kwargs)
+        activation = kinds.activation_of_call(called)
         if activation is not None:
-            output = func(*args, **kwargs)
+            output = func(*args, **called.kwargs)
             self._note_activation(activation, inputs[0], output, None)
             return output
         versions = [t._version for t in known]
-        trace = self._follow(name, func, args, kwargs, known)
-        output = func(*args, **kwargs)
+        trace = self._follow(called, known)
+        output = func(*args, **called.kwargs)
         changed = [t for t, version in zip(known, versions) if t._version != version]
         results = [t for t in tensors_in(output) if not any(t is k for k in known)]
         if results or changed:
@@ -260,19 +254,12 @@ class Observer(TorchFunctionMode):
             self._set(trace, *results, *changed)
         return output
 
-    def _follow(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        known: list[Tensor],
-    ) -> _Trace:
+    def _follow(self, called: kinds.Call, known: list[Tensor]) -> _Trace:
         """The trace of a call's result.
 
         Blames the norms whose value the call changes in other ways than a layer does.
         """
-        traces = [self._trace(t) for t in known]
+        name, traces = called.name, [self._trace(t) for t in known]
         for call in {t.activated for t in traces if t.activated is not None}:
             # relu(y)² and relu(y)·relu(y) are activations of their own
             is_power = name in kinds.POWERS or (name in kinds.PRODUCTS and len(traces) > 1)
@@ -286,7 +273,7 @@ class Observer(TorchFunctionMode):
             path = [*self._trace(holders[0]).sources[source], name]
             # a branch that was dropped whole holds no source, and is another value all the same
             is_alone = all(not t.is_mixed and set(t.sources) == {source} for t in traces)
-            does = kinds.effect(name, func, args, kwargs, holders, is_alone)
+            does = kinds.effect(called, holders, is_alone)
             if does == "other":
                 source.blame(self._by_hand(path))
             elif does in ("layer", "sum", "product"):
@@ -296,7 +283,7 @@ class Observer(TorchFunctionMode):
                     source.blame(f"the sigmoid behind it ({told}) gates no other value")
             elif does != "none":
                 result.sources[source] = path
-                result.is_gated = is_gated or does == "gate"
+                result.is_gated |= is_gated or does == "gate"
         return result
 
     # Helpers

@@ -55,11 +55,8 @@ class Site:
 def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
     """The innermost call in a method of one of the modules that is running now.
 
-    Helper functions are looked through: the call of the helper stands for what it does.
-
-    Args:
-        names: the network's modules, with their names.
-        callee: what is called.
+    Helper functions are looked through: the call of the helper stands for what it does. callee is
+    what is called.
     """
     frame: types.FrameType | None = sys._getframe(1)
     innermost = None
@@ -123,13 +120,9 @@ def plan_edits(module: nn.Module, sites: Collection[Site]) -> Edits:
     return tuple(edits)
 
 
-def apply_edits(module: nn.Module, edits: Edits) -> None:
-    """Make the module, in place, an object of a generated subclass with the edited methods."""
-    module.__class__ = _rewritten_class(type(module), edits)  # type: ignore[arg-type]
-
-
 @functools.cache
-def _rewritten_class(original: Any, edits: Edits) -> type[nn.Module]:
+def rewritten_class(original: Any, edits: Edits) -> Any:
+    """A subclass of a module's class with the edited methods."""
     same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     methods = {name: _compiled(getattr(original, name), text) for name, text in edits}
     namespace = {**same, **methods, "_original": original, "_edits": edits}
@@ -138,7 +131,7 @@ def _rewritten_class(original: Any, edits: Edits) -> type[nn.Module]:
 
 def _blank(original: Any, edits: Edits) -> nn.Module:
     """An object of the rewritten class without state, for copying and unpickling."""
-    rewritten = _rewritten_class(original, edits)
+    rewritten = rewritten_class(original, edits)
     return rewritten.__new__(rewritten)
 
 

@@ -48,7 +48,11 @@ def copy_to_run(model: nn.Module) -> nn.Module:
     if any(parameter.is_meta for parameter in copied.parameters()):
         copied.to_empty(device="cpu")
         for tensor in (*copied.parameters(), *copied.buffers()):
-            tensor.data = _random(tensor.shape).to(tensor.dtype)
+            # A deep network shall neither overflow nor vanish: a weight's row sums to about 1. All
+            # are positive, as running variances must be.
+            values = (1 + torch.rand(tensor.shape)) / 1.5
+            values /= max(tensor[:1].numel(), 1) if tensor.ndim > 1 else 1
+            tensor.data = values.to(tensor.dtype)
     separate_shared_activations(copied)
     return copied
 
@@ -66,15 +70,6 @@ def separate_shared_activations(model: nn.Module) -> None:
             if child in found:
                 setattr(parent, name, copy.deepcopy(child))
             found.add(child)
-
-
-def _random(shape: torch.Size) -> Tensor:
-    """Return values with which a deep network neither overflows nor vanishes.
-
-    All are positive, as running variances must be; a weight's row sums to about 1.
-    """
-    values = (1 + torch.rand(shape)) / 1.5
-    return values / max(values[0].numel(), 1) if len(shape) > 1 and len(values) else values
 
 
 def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:

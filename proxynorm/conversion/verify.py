@@ -26,10 +26,8 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> No
     no output.
 
     Outputs must be the same bits, in training and, after that, in evaluation. Where two runs of the
-    original differ (on GPUs they may) the comparison is to rounding.
-
-    Args:
-        advice: what would help, in the imperative, without a full stop.
+    original differ (on GPUs they may) the comparison is to rounding. advice: what would help, a
+    sentence without its full stop.
     """
     outputs, changed = _record(model, call), _record(model, call, surgery)
     if _first_difference(outputs, changed) is None:
@@ -133,12 +131,11 @@ def _first_difference(
 
 def _same(first: list[Tensor], second: list[Tensor], tolerance: float = 0.0) -> bool:
     """Return whether two outputs hold the same tensors, to a fraction of each one's scale."""
-    return len(first) == len(second) and all(_close(a, b, tolerance) for a, b in zip(first, second))
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if [(t.shape, t.dtype) for t in first] != [(t.shape, t.dtype) for t in second]:
         return False
-    has_scale = a.is_floating_point() and a.numel() > 0
-    scale = float(a.detach().nan_to_num().abs().max()) if has_scale else 0.0
-    return allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+    for a, b in zip(first, second):
+        has_scale = a.is_floating_point() and a.numel() > 0
+        scale = float(a.detach().nan_to_num().abs().max()) if has_scale else 0.0
+        if not allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True):
+            return False
+    return True

@@ -464,9 +464,15 @@ def test_what_is_linear_is_none(behind):
     assert convert(Behind(behind), "ln_pn").n2.act_name != "relu"
 
 
-def test_a_norm_called_by_keyword_is_refused():
-    with pytest.raises(ValueError, match="n2.*keyword"):
-        convert(Behind(lambda n, x: torch.relu(n(input=x))), "ln_pn")
+def test_a_norm_may_be_called_by_keyword():
+    class ByKeyword(Behind):
+        def forward(self, x):
+            return torch.relu(self.n2(input=self.c(torch.relu(self.n1(x)))))
+
+    original = ByKeyword(None).eval()
+    model, x = convert(copy.deepcopy(original), "bn"), torch.randn(2, 3, 8, 8)
+    assert model.n2.act_name == "relu"
+    torch.testing.assert_close(model(x), original(x))
 
 
 @pytest.mark.parametrize("activation", [nn.PReLU, nn.ReLU])

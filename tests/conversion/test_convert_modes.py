@@ -93,7 +93,10 @@ class ByMode(nn.Module):
 @pytest.mark.parametrize(
     "model, parts",
     [
-        (ByMode(nn.ReLU(), nn.SiLU()), ["computes something else, first in", "in evaluation"]),
+        (
+            ByMode(nn.ReLU(), nn.SiLU()),
+            ["bn (BatchNorm2d)", "training and evaluation, differ in the activation"],
+        ),
         (
             ByMode(nn.ReLU(), nn.Identity()),
             ["bn (BatchNorm2d)", "in evaluation mode", "ELU behind mul"],
@@ -130,11 +133,11 @@ def parts() -> dict[str, nn.Module]:
     [
         (
             lambda s, x: s.end(s.p(behind(s, x)) if s.training else s.q(behind(s, x))),
-            "computes something else, first in .* in evaluation",
+            "cannot place bn .* training and evaluation, differ",
         ),
         (
             lambda s, x: s.q(s.bn(s.end(s.p(behind(s, x))))),
-            "computes something else, first in the model itself",
+            "cannot place bn .*its calls, or .* differ in the activation",
         ),
         (
             lambda s, x: s.l(s.bn(s.end(s.k(behind(s, x))))),

@@ -261,7 +261,7 @@ def test_a_call_that_cannot_be_taken_out_is_refused_by_file_and_line() -> None:
 def test_a_source_that_changed_later_does_not_matter(monkeypatch) -> None:
     model = convert(make()).eval()
     monkeypatch.setattr(rewrite, "_source_node", None)
-    rewrite._rewritten_class.cache_clear()
+    rewrite.rewritten_class.cache_clear()
     twin = pickle.loads(pickle.dumps(model))
     assert type(twin) is not type(model)
     assert torch.equal(twin(IMAGES), model(IMAGES))
