@@ -10,12 +10,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,17 +31,12 @@ class Work:
     workers: int
 
 
-def ours(work: Work, name: str, backend: str, deterministic: bool) -> Epoch:
+def ours(work: Work, name: str, backend: str, deterministic: bool = True) -> Epoch:
     """Return this package's loader, by a backend."""
     from proxynorm.data import DataSpec, LoaderSpec, open_data
 
-    spec = DataSpec(
-        name,
-        root=work.folder,
-        image_size=work.size,
-        augmentation="inception",
-        deterministic=deterministic,
-    )
+    keys = {"augmentation": "inception", "deterministic": deterministic}
+    spec = DataSpec(name, root=work.folder, image_size=work.size, **keys)
     data = open_data(spec, LoaderSpec(backend, work.workers))
     loader = data.train_loader(work.batch, work.batch, seed=0)
     epochs = count()
@@ -111,10 +103,12 @@ def timm_loader(work: Work) -> Epoch:
 
 
 CONTENDERS: dict[str, Callable[[Work], Epoch]] = {
-    "proxynorm ffcv": lambda work: ours(work, "beton", "ffcv", True),
-    "proxynorm ffcv, not deterministic": lambda work: ours(work, "beton", "ffcv", False),
+    "proxynorm ffcv": lambda work: ours(work, "beton", "ffcv"),
+    "proxynorm ffcv, not deterministic": lambda work: ours(
+        work, "beton", "ffcv", deterministic=False
+    ),
     "ffcv.Loader": ffcv_loader,
-    "proxynorm torchvision": lambda work: ours(work, "folder", "torchvision", True),
+    "proxynorm torchvision": lambda work: ours(work, "folder", "torchvision"),
     "torchvision DataLoader": torchvision_loader,
     "timm create_loader": timm_loader,
 }
@@ -126,49 +120,30 @@ def open_loader(name: str, work: Work) -> Epoch:
     return CONTENDERS[name](work)
 
 
-def run_epoch(name: str, work: Work, watch_memory: bool = False) -> dict[str, float]:
+def run_epoch(name: str, work: Work) -> dict[str, float]:
     """Run an epoch in this process, whose first call opens the loader, within the time.
 
-    Returns images, seconds, seconds until the first batch, CPU seconds with the loader's workers,
-    and, if watched, which slows it, the most memory seen at a batch, bytes.
+    Returns images, seconds, seconds until the first batch, CPU seconds with the loader's workers.
     """
     # The loaders have workers of their own; torch's threads would only compete with them.
     torch.set_num_threads(1)
     start, used = time.perf_counter(), cpu_seconds()
-    images = first = memory = 0
+    images = first = 0
     for batch in open_loader(name, work)():
         first = first or time.perf_counter() - start
         images += len(batch)
-        if watch_memory:
-            memory = max(memory, memory_bytes())
     return {
         "images": images,
         "seconds": time.perf_counter() - start,
         "first_batch": first,
         "cpu_seconds": max(cpu_seconds() - used, CLOCK_TICK),
-        "memory": memory,
     }
 
 
-def process_tree(pid: int | None) -> list[Any]:
-    """A process, by default this one, and all its living descendants."""
+def cpu_seconds(pid: int | None = None) -> float:
+    """Processor time of a process and its descendants so far, awaited children included."""
     import psutil  # FFCV requires it
 
     process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def cpu_seconds(pid: int | None = None) -> float:
-    """Processor time of a process tree so far, awaited children included."""
-    return sum(sum(process.cpu_times()[:4]) for process in process_tree(pid))
-
-
-def memory_bytes(pid: int | None = None) -> int:
-    """Memory of a process tree, shared pages counted once and files' pages left out (Linux)."""
-    total = 0
-    for process in process_tree(pid):
-        with suppress(OSError):  # it ended meanwhile
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-            counted = [line for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))]
-            total += sum(1024 * int(line.split()[1]) for line in counted)
-    return total
+    tree = [process, *process.children(recursive=True)]
+    return sum(sum(process.cpu_times()[:4]) for process in tree)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from benchmarks import common
 from benchmarks.contenders import CONTENDERS, Work, run_epoch
 from benchmarks.photographs import SOURCE, photographs
 from proxynorm.cli import option
-from proxynorm.data.ffcv.beton import Samples, read_beton
+from proxynorm.data.ffcv.beton import Samples
 from proxynorm.data.ffcv.native import ffcv_library
 from proxynorm.data.ffcv.preparation import prepare
 from proxynorm.data.images import StorageOptions
@@ -55,8 +54,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         size = lay_out(listing, Path(name), storage, workers)
         print(f"{len(listing.images)} images of {size} bytes; {workers} workers", flush=True)
-        work = Work(name, options.size, options.batch, workers)
-        figures = measure(work, options.rounds, Path(name))
+        figures = measure(Work(name, options.size, options.batch, workers), options.rounds)
     table = rows(figures)
     common.show(table)
     content = {"workers": workers, "images": len(listing.images), "mean_bytes": size}
@@ -72,10 +70,10 @@ def check(options: Any) -> None:
 
 def store(listing: Listing, folder: Path, storage: StorageOptions, workers: int) -> Samples:
     """Write folder/train.beton; val.beton is the same file."""
-    beton = prepare(listing, folder / "train.beton", storage, "raise", workers).path
+    samples = prepare(listing, folder / "train.beton", storage, "raise", workers)
     for suffix in ("", ".json", ".sums.npy"):
         (folder / f"val.beton{suffix}").symlink_to(f"train.beton{suffix}")
-    return read_beton(beton)
+    return samples
 
 
 def lay_out(listing: Listing, folder: Path, storage: StorageOptions, workers: int) -> int:
@@ -93,28 +91,18 @@ def lay_out(listing: Listing, folder: Path, storage: StorageOptions, workers: in
     return round(float(samples.size.mean()))
 
 
-def measure(work: Work, rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Per loader: speeds of each round, seconds to the first batch of a first and a second process,
-    memory in bytes."""
+def measure(work: Work, rounds: int) -> dict[str, dict[str, Any]]:
+    """Per loader: speeds of each round, and seconds to the first batch in a fresh process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     figures: dict[str, dict[str, Any]] = {}
-    processes: dict[str, Executor] = {}
-
-    def epoch(name: str, watch_memory: bool = False) -> dict[str, float]:
-        return processes[name].submit(run_epoch, name, work, watch_memory).result()
-
     with ExitStack() as stack:
-        for number, name in enumerate(CONTENDERS):
-            # An empty cache, so that numba compiles in the first process and not in the second.
-            os.environ["NUMBA_CACHE_DIR"] = str(folder / f"numba{number}")
-            with common.new_process() as processes[name]:
-                first = epoch(name)["first_batch"]
-            processes[name] = stack.enter_context(common.new_process())
-            second = epoch(name)["first_batch"]
-            memory = epoch(name, watch_memory=True)["memory"]
-            figures[name] = {"first_batch": [first, second], "memory": memory}
-            figures[name] |= {SPEED: [], CPU_SPEED: []}
-            print(f"{name}: first batch after {first:.1f} s, in a second process {second:.1f} s")
+        processes = {name: stack.enter_context(common.new_process()) for name in CONTENDERS}
+
+        def epoch(name: str) -> dict[str, float]:
+            return processes[name].submit(run_epoch, name, work).result()
+
+        for name in CONTENDERS:
+            figures[name] = {"first_batch": epoch(name)["first_batch"], SPEED: [], CPU_SPEED: []}
         for number in range(rounds):
             # Every other round backwards, so that no loader always follows the same one.
             for name in list(CONTENDERS)[:: 1 - 2 * (number % 2)]:
@@ -127,19 +115,11 @@ def measure(work: Work, rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
 
 def rows(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The table: a row a loader."""
-    ours = figures[OURS]
-    return [
-        {
-            "loader": name,
-            SPEED: round(median(found[SPEED]), 1),
-            "ours_over_it": round(common.ratio(ours[SPEED], found[SPEED]), 3),
-            CPU_SPEED: round(median(found[CPU_SPEED]), 1),
-            "ours_over_it_per_cpu_second": round(
-                common.ratio(ours[CPU_SPEED], found[CPU_SPEED]), 3
-            ),
-            "first_batch_seconds": round(found["first_batch"][0], 2),
-            "first_batch_seconds_second_run": round(found["first_batch"][1], 2),
-            "memory_mb": round(found["memory"] / 1e6, 1),
-        }
-        for name, found in figures.items()
-    ]
+    table = []
+    for name, found in figures.items():
+        row: dict[str, Any] = {"loader": name}
+        for key in (SPEED, CPU_SPEED):
+            row[key] = round(median(found[key]), 1)
+            row[f"ours / it, {key}"] = round(common.ratio(figures[OURS][key], found[key]), 3)
+        table.append({**row, "first_batch_seconds": round(found["first_batch"], 2)})
+    return table

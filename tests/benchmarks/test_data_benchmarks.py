@@ -66,7 +66,7 @@ def test_all_loaders_are_given_the_same_images(source, tmp_path):
     samples = read_beton(tmp_path / "work" / "val.beton")
     files = sorted((tmp_path / "work" / "train").rglob("*.jpg"), key=lambda path: path.name)
     assert len(samples) == len(files) == 20
-    classes = [listing.classes[target] for target in samples.target]
+    classes = [listing.classes[target] for target in samples.targets]
     assert [path.parent.name for path in files] == classes
     assert [path.stat().st_size for path in files] == samples.size.tolist()
     assert size == round(samples.size.mean())
@@ -75,30 +75,28 @@ def test_all_loaders_are_given_the_same_images(source, tmp_path):
 @needs_ffcv
 def test_a_round_measures_every_loader(source, tmp_path, monkeypatch):
     """Two of them, which need not compile anything first."""
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "")  # measure sets both
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # measure sets it
     names = ["proxynorm torchvision", "torchvision DataLoader"]
     monkeypatch.setattr(loader, "CONTENDERS", {name: CONTENDERS[name] for name in names})
     loader.lay_out(photographs(str(source), 24), tmp_path / "work", StorageOptions(), 1)
-    figures = loader.measure(Work(str(tmp_path / "work"), 64, 8, 0), 2, tmp_path)
+    figures = loader.measure(Work(str(tmp_path / "work"), 64, 8, 0), 2)
     for name in names:
         assert (
             len(figures[name]["images_per_second"]) == 2
             and min(figures[name]["images_per_second"]) > 10
         )
-        assert len(figures[name]["first_batch"]) == 2 and figures[name]["memory"] > 1e7
+        assert figures[name]["first_batch"] > 0
 
 
 def test_ratios_are_taken_round_by_round():
     speeds = {loader.OURS: [100, 50, 10], "torchvision DataLoader": [40, 20, 5]}
-    measured = {"first_batch": [9.0, 2.0], "memory": 1e8}
     figures = {
-        name: {loader.SPEED: value, loader.CPU_SPEED: value, **measured}
+        name: {loader.SPEED: value, loader.CPU_SPEED: value, "first_batch": 2.0}
         for name, value in speeds.items()
     }
     ours, other = loader.rows(figures)
-    assert other["loader"] == "torchvision DataLoader" and other["ours_over_it"] == 2.5
-    assert ours["ours_over_it"] == 1 and ours["memory_mb"] == 100
+    assert other["loader"] == "torchvision DataLoader" and ours["ours / it, images_per_second"] == 1
+    assert other["ours / it, images_per_second"] == other["ours / it, images_per_cpu_second"] == 2.5
 
 
 @needs_ffcv
@@ -108,13 +106,12 @@ def test_a_loader_that_fails_says_why(tmp_path):
 
 
 @needs_linux
-def test_memory_and_time_of_a_process_tree():
+def test_time_of_a_process_tree():
     """Of a shell and the program that it starts."""
-    program = "x = b'1' * 50_000_000; sum(range(5_000_000)); print('done', flush=True); input()"
+    program = "sum(range(5_000_000)); print('done', flush=True); input()"
     shell = ["sh", "-c", f'{sys.executable} -c "{program}"; true']
     with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert 50e6 < contenders.memory_bytes(process.pid) < 100e6
         assert 0 < contenders.cpu_seconds(process.pid) < 30
         process.stdin.close()
 

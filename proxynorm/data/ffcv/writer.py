@@ -35,18 +35,19 @@ from proxynorm.data.ffcv.beton import (
     read_beton,
     sums_path,
 )
+from proxynorm.data.images import Stored
 from proxynorm.errors import DataError
-from proxynorm.files import FULL, sync_folder, write_atomic, write_text
+from proxynorm.files import sync_folder, write_atomic, write_text, writing
 
 
 class BetonWriter:
     """Writes one .beton file under a temporary name; use new_beton.
 
-    capacity: the most samples that will be added.
+    file: opened under that name; capacity: the most samples that will be added.
     """
 
-    def __init__(self, path: Path, capacity: int) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, file: BinaryIO, capacity: int) -> None:
+        self.path, self.file, self.count = path, file, 0
         self.fields = np.zeros(2, dtype=FIELD)
         self.fields["type_id"] = IMAGE_FIELD, INT_FIELD
         for row, name in zip(self.fields, (b"image", b"label")):
@@ -54,22 +55,15 @@ class BetonWriter:
         self.records = np.zeros(capacity, dtype=RECORD)
         self.allocations = np.zeros(capacity, dtype=ALLOCATION)
         self.sums = np.zeros(capacity, dtype=np.uint64)
-        self.count = 0
-        self.file: BinaryIO | None = None
-
-    def open(self) -> None:
-        """Open the file. Raises DataError if another process is writing it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = _open_alone(self.path)
         self._to_next_page(HEADER.itemsize + self.fields.nbytes + self.records.nbytes)
 
-    def add(self, data: np.ndarray, target: int, height: int, width: int, mode: int) -> None:
-        """Append a sample: its stored bytes (uint8, 1-D), class, sides in pixels, JPEG or RAW."""
-        pointer = self._place(len(data))
-        self.file.write(data)
-        self.records[self.count] = (mode, width, height, pointer), target
-        self.allocations[self.count] = (self.count, pointer, len(data))
-        self.sums[self.count] = byte_sum(data)
+    def add(self, image: Stored, target: int) -> None:
+        """Append a sample: an image and its class."""
+        pointer, size = self._place(len(image.data)), len(image.data)
+        self.file.write(image.data)
+        self.records[self.count] = (image.mode, image.width, image.height, pointer), target
+        self.allocations[self.count] = (self.count, pointer, size)
+        self.sums[self.count] = byte_sum(np.frombuffer(image.data, np.uint8))
         self.count += 1
 
     def _place(self, size: int) -> int:
@@ -94,7 +88,11 @@ class BetonWriter:
         head = header.tobytes() + self.fields.tobytes() + self.records[: self.count].tobytes()
         self.file.seek(0)
         self.file.write(head)
-        _flush(self.file)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        # Out of the page cache, where the system allows it, so that reading back tests the disk.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         sums, temporary = self.sums[: self.count], _hidden(self.path)
         if changed := changed_images(replace(read_beton(temporary), sums=sums)):
             raise DataError(
@@ -108,14 +106,6 @@ class BetonWriter:
         write_text(manifest_path(self.path), json.dumps(contents, indent=1) + "\n")
         os.replace(temporary, self.path)
         sync_folder(self.path.parent)
-        self.file.close()  # and with it the lock
-
-    def discard(self) -> None:
-        """Remove the unfinished file, unless it is another process's."""
-        if self.file is not None:
-            _hidden(self.path).unlink(missing_ok=True)
-            with suppress(OSError):  # a full disk refuses what is still buffered
-                self.file.close()
 
 
 def _hidden(path: Path) -> Path:
@@ -152,28 +142,18 @@ def _open_alone(path: Path) -> BinaryIO:
 def new_beton(path: Path, capacity: int) -> Iterator[BetonWriter]:
     """Give a BetonWriter to add to and to close; whatever goes wrong, no unfinished file stays.
 
-    Raises DataError if the folder cannot be written or the disk is full.
+    Raises FileError if the folder cannot be written or the disk is full, and DataError if another
+    process is writing the file.
     """
-    writer = BetonWriter(path, capacity)
-    try:
-        writer.open()
-        yield writer
-    except BaseException as error:
-        writer.discard()
-        if not isinstance(error, OSError):
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_alone(path)
+        try:
+            yield BetonWriter(path, file, capacity)
+        except BaseException:
+            _hidden(path).unlink(missing_ok=True)
             raise
-        remedy = "make room, or " if error.errno in FULL else ""
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); {remedy}choose another folder"
-        ) from None
-
-
-def _flush(file: BinaryIO) -> None:
-    """Bring the file to the disk, and out of the page cache where the system allows it.
-
-    So reading it back tests the disk.
-    """
-    file.flush()
-    os.fsync(file.fileno())
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            with suppress(OSError):  # a full disk refuses what is still buffered
+                file.close()  # and with it the lock
