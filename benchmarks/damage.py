@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from benchmarks import common
 from benchmarks.photographs import SOURCE, photographs
 from proxynorm.cli import option
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions, load_rgb
 from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import list_source

@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import common
-from benchmarks.contenders import Work, run_epoch
-from benchmarks.loader import CPU_SPEED, OURS, SPEED, check, store
+from benchmarks.loader import CONTENDERS, OURS, Work, check, measure, store
 from benchmarks.photographs import SOURCE, photographs
 from proxynorm.cli import option
 from proxynorm.data.images import StorageOptions
@@ -48,17 +47,15 @@ def main(options: Options) -> None:
     check(options)
     workers = options.workers or share_of_cores()
     listing = photographs(options.source, options.images)
-    table, works = [], []
+    table, epochs = [], {}
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         for number, way in enumerate(STORED):
             folder = Path(name) / str(number)
             samples = store(listing, folder, StorageOptions(**way), workers)
             table.append({**way, "bytes_per_image": round(float(samples.size.mean()))})
-            works.append(Work(str(folder), options.size, options.batch, workers))
-        # The first epoch opens and reads the files and is not counted.
-        epochs = [[run_epoch(OURS, work) for work in works] for _ in range(options.rounds + 1)][1:]
-    for row, runs in zip(table, zip(*epochs)):
-        for key, seconds in ((SPEED, "seconds"), (CPU_SPEED, "cpu_seconds")):
-            row[key] = round(median(run["images"] / run[seconds] for run in runs), 1)
+            work = Work(str(folder), options.size, options.batch, workers)
+            epochs[number] = CONTENDERS[OURS](work)
+        for number, speeds in measure(epochs, options.rounds).items():
+            table[number]["images_per_second"] = round(median(speeds), 1)
     common.show(table)
     common.write_figures(options, {"workers": workers, "table": table})

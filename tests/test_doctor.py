@@ -11,7 +11,7 @@ import torch
 from proxynorm import commands, doctor
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.doctor import MISSING, OK, WARNING, Finding

@@ -84,7 +84,7 @@ def _write(listing: Listing, output: Path, *how: object) -> Samples:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from proxynorm.data.ffcv.preparation import prepare
+    from proxynorm.data.ffcv.writer import prepare
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

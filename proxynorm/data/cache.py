@@ -18,11 +18,7 @@ def cache_folder(given: str | None) -> Path:
 
     Raises FileError if it cannot be made.
     """
-    default = (
-        os.environ.get("PROXYNORM_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "proxynorm"
-    )
-    folder = Path(given or default).expanduser()
+    folder = Path(given or os.environ.get("PROXYNORM_CACHE") or "~/.cache/proxynorm").expanduser()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

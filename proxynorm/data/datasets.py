@@ -14,7 +14,7 @@ from unicodedata import normalize
 from proxynorm.data import fashion_mnist
 from proxynorm.data.cache import cached_beton
 from proxynorm.data.ffcv.beton import Samples, read_beton
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.readers import BetonReader, Reader

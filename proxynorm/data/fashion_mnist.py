@@ -30,16 +30,11 @@ PACKAGE = "apt-get install dataset-fashion-mnist"
 
 def open_fashion_mnist(spec: DataSpec, loader: LoaderSpec) -> tuple[MemoryReader, MemoryReader]:
     """Return the readers of both parts. Raises ConfigError for what grey images do not allow."""
-    if spec.augmentation == "inception" or spec.randaugment is not None:
-        raise ConfigError(
-            "data.augmentation=inception and randaugment are for photographs (data=folder); "
-            "Fashion-MNIST takes pad_crop or none"
-        )
     sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
-    if min(sides) < SIDE:
+    if spec.augmentation == "inception" or spec.randaugment is not None or min(sides) < SIDE:
         raise ConfigError(
-            f"Fashion-MNIST's images are {SIDE} pixels wide and are padded, not shrunk: give "
-            f"data.image_size and data.eval_size of at least {SIDE}"
+            "Fashion-MNIST takes data.augmentation=pad_crop or none, no randaugment, and sides of "
+            f"at least {SIDE} pixels (data.image_size, data.eval_size): its images are padded"
         )
     folder = find_fashion_mnist(spec.root, spec.cache)
     readers = []

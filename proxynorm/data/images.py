@@ -16,26 +16,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from proxynorm.cli import first_line
 from proxynorm.data.ffcv.beton import JPEG, PAGE_SIZE, RAW
 from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
 from proxynorm.data.spec import check_ranges
 
-# A fixed list: Pillow's others are no photographs (icons, PDF), or start programs (EPS).
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
-    *((".avif",) if features.check("avif") else ()),  # Pillow's own since 11.3
-)
 Image.init()  # registers the plugins
+# Pillow's other formats are no photographs (icons, PDF), or start programs (EPS).
+KNOWN = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+FORMATS = [name for name in KNOWN if name in Image.OPEN]
+EXTENSIONS = tuple(
+    sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+)
 # Of damaged files. For the whole process, as threads share its filters.
 warnings.filterwarnings("ignore", module="PIL")
-FORMATS = [
-    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000"),
-    *(("AVIF",) if features.check("avif") else ()),
-]
 SMALL = 64 * 64
 LONGEST_SIDE = 65_535
 RANGES = {"max_side": (1, LONGEST_SIDE), "jpeg_quality": (1, 100), "jpeg_probability": (0, 1)}

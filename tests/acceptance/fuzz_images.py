@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from proxynorm.data import images
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import BadImage, StorageOptions, load_rgb
 from proxynorm.data.sources import list_source
 

@@ -12,7 +12,7 @@ from PIL import Image
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import manifest_path, sums_path
 from proxynorm.data.ffcv.native import ffcv_available
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from tests.helpers import need

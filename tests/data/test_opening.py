@@ -15,7 +15,7 @@ from PIL import Image
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.data.ffcv.beton import RAW, manifest_path, read_beton, sums_path
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
 from proxynorm.data.sources import list_source

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError
-from tests.data.ffcv.test_preparation import run_script
+from tests.data.ffcv.test_writer import run_script
 
 
 def flat_copy(photos, folder: Path) -> dict[str, str]:

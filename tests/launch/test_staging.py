@@ -10,7 +10,7 @@ import pytest
 
 from proxynorm.cli import guard
 from proxynorm.data.ffcv.beton import FIELD, HEADER, RECORD, manifest_path, read_beton, sums_path
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from proxynorm.data import open_data
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.errors import CheckpointError

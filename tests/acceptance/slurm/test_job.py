@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.train.run_folder import read_metrics

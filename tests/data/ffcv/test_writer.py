@@ -21,8 +21,7 @@ from PIL import Image
 import proxynorm
 from proxynorm import commands
 from proxynorm.data.ffcv.beton import JPEG, RAW, read_beton
-from proxynorm.data.ffcv.preparation import prepare
-from proxynorm.data.ffcv.writer import new_beton
+from proxynorm.data.ffcv.writer import new_beton, prepare
 from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, load_rgb
 from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError, DataError, FileError
