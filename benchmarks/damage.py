@@ -72,7 +72,7 @@ MAKERS = DAMAGED | UNUSUAL
 class Options(common.Options):
     source: str | None = option(None, SOURCE)
     images: int = option(10_000, "how many images; of each kind, one in 600 and at least one")
-    workers: int | None = option(None, "processes; all cores if left out")
+    workers: int | None = option(None, "threads; all cores if left out")
 
 
 def main(options: Options) -> int:

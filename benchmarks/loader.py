@@ -50,8 +50,6 @@ class Options(common.Options):
     batch: int = option(64, "images a batch")
     workers: int | None = option(None, "threads or processes of each loader; all cores if left out")
     rounds: int = option(7, "epochs of each loader, taken in turns")
-    max_side: int | None = option(500, "longest side of the JPEGs, pixels; null: as it is")
-    jpeg_quality: int = option(90, "their quality")
 
 
 def main(options: Options) -> None:
@@ -59,9 +57,8 @@ def main(options: Options) -> None:
     check(options)
     workers = options.workers or share_of_cores()
     listing = photographs(options.source, options.images)
-    storage = StorageOptions(options.max_side, options.jpeg_quality)
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
-        size = lay_out(listing, Path(name), storage, workers)
+        size = lay_out(listing, Path(name), workers)
         print(f"{len(listing.images)} images of {size} bytes; {workers} workers", flush=True)
         work = Work(name, options.size, options.batch, workers)
         speeds = measure({name: make(work) for name, make in CONTENDERS.items()}, options.rounds)
@@ -86,12 +83,12 @@ def store(listing: Listing, folder: Path, storage: StorageOptions, workers: int)
     return samples
 
 
-def lay_out(listing: Listing, folder: Path, storage: StorageOptions, workers: int) -> int:
+def lay_out(listing: Listing, folder: Path, workers: int) -> int:
     """Make folder/train.beton and, of its JPEGs, folder/train/CLASS/*, and val alike.
 
     Returns the mean bytes of an image.
     """
-    samples = store(listing, folder, storage, workers)
+    samples = store(listing, folder, StorageOptions(), workers)
     data = samples.path.read_bytes()
     for row, (start, size) in enumerate(zip(samples.pointer.tolist(), samples.size.tolist())):
         path = folder / "train" / listing.classes[listing.targets[row]] / f"{row:07d}.jpg"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks import common
+from benchmarks import common, loader
 from benchmarks.loader import CONTENDERS, OURS, Work, check, measure, store
-from benchmarks.photographs import SOURCE, photographs
+from benchmarks.photographs import photographs
 from proxynorm.cli import option
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
@@ -34,12 +34,8 @@ STORED = [
 
 
 @dataclass
-class Options(common.Options):
-    source: str | None = option(None, SOURCE)
+class Options(loader.Options):
     images: int = option(1024, "how many of its images, drawn at random, or made")
-    size: int = option(224, "side of the crop, pixels")
-    batch: int = option(64, "images a batch")
-    workers: int | None = option(None, "threads; all cores if left out")
     rounds: int = option(5, "epochs of each file, taken in turns")
 
 

@@ -114,14 +114,7 @@ def _common_classes(
     elif names:
         bare = evaluation if train.classes else train
         refuse_other_order(str(bare.path), names, "the other file")
-    count = 1 + int(max(train.targets.max(), evaluation.targets.max()))
-    names = names or numbered(count)
-    if count > len(names):
-        raise DataError(
-            f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the "
-            "files again"
-        )
-    return names
+    return names or numbered(1 + int(max(train.targets.max(), evaluation.targets.max())))
 
 
 def numbered(count: int) -> tuple[str, ...]:

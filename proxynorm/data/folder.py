@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from proxynorm.cli import first_line
 from proxynorm.data.augment import View
-from proxynorm.data.images import BadImage, ImageRef, load_rgb
+from proxynorm.data.images import ImageRef, load_rgb
 from proxynorm.data.randomness import seeded
 from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, fingerprint, nothing
 from proxynorm.data.sources import Listing, printable
@@ -92,9 +91,9 @@ class FolderReader(Reader):
 
 def _extract(path: bytes) -> bytes:
     """Return a file's length, and BLOCK bytes of its middle and of its end; b"" if it is gone."""
+    if not os.path.isfile(path):
+        return b""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
         with open(path, "rb") as file:
             number, length = file.fileno(), os.stat(path).st_size
             places = max(0, (length - BLOCK) // 2), max(0, length - BLOCK)
@@ -136,10 +135,8 @@ class _Decoder(Dataset):
             try:
                 image = load_rgb(ImageRef(path, path))
                 pixels[place] = _crop(image, self.view, job.keys[place : place + 1], job.size)
-            except BadImage as reason:
-                bad[int(place)] = str(reason)
-            except Exception as error:
-                bad[int(place)] = f"cannot be cropped ({error})"
+            except Exception as reason:  # BadImage, or such as MemoryError while it is cropped
+                bad[int(place)] = first_line(reason)
         images = torch.from_numpy(self.view.finish(pixels, job.keys, job.size))
         if get_worker_info() is not None:
             try:

@@ -47,8 +47,7 @@ UPRIGHT = {
 # Cameras pad the end of the data. More bytes left over mean that the decoder lost its way.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
-# libturbojpeg's numbers: pixel formats, and the colour spaces (CMYK, YCCK) of four channels.
-TJ_RGB, TJ_CMYK, TJ_CMYK_COLOURSPACES = 0, 11, (3, 4)
+TJ_RGB, TJ_CMYK = 0, 11  # libturbojpeg's numbers of pixel formats
 
 
 class BadImage(Exception):
@@ -121,7 +120,7 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if strict and image.format in ("JPEG", "MPO"):  # MPO: with a second picture behind it
-            _check_jpeg(data)
+            _check_jpeg(data, image)
         image.load()
         turn = _turn(image)
         rgb = _to_rgb(image)
@@ -160,7 +159,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check_jpeg(data: bytes) -> None:
+def _check_jpeg(data: bytes, image: Image.Image) -> None:
     """Raise BadImage for what libjpeg only warns of, where FFCV brings libturbojpeg along.
 
     Decoding at an eighth of the size is fast and reads every coefficient.
@@ -168,23 +167,18 @@ def _check_jpeg(data: bytes) -> None:
     if not ffcv_available():
         return
     library = ffcv_library()
+    width, height = (-(-side // 8) for side in image.size)
+    kind = TJ_CMYK if image.mode == "CMYK" else TJ_RGB
+    pixels = ctypes.create_string_buffer(width * height * 4)
+    length = ctypes.c_ulong(len(data))
     # One decompressor an image: after a damaged header it would go on within it at the next image.
     handle = ctypes.c_void_p(library.tjInitDecompress())
-
-    def told() -> str:
-        return (library.tjGetErrorStr2(handle) or b"unknown error").decode("ascii", "replace")
-
     try:
-        length, out = ctypes.c_ulong(len(data)), [ctypes.c_int() for _ in range(4)]
-        if library.tjDecompressHeader3(handle, data, length, *map(ctypes.byref, out)) != 0:
-            raise BadImage(f"has a damaged JPEG header ({told()})")
-        width, height = (-(-side.value // 8) for side in out[:2])
-        kind = TJ_CMYK if out[3].value in TJ_CMYK_COLOURSPACES else TJ_RGB
-        pixels = ctypes.create_string_buffer(width * height * 4)
         if library.tjDecompress2(handle, data, length, pixels, width, 0, height, kind, 0) != 0:
-            stray = STRAY_BYTES.fullmatch(told())
+            reason = (library.tjGetErrorStr2(handle) or b"unknown error").decode("ascii", "replace")
+            stray = STRAY_BYTES.fullmatch(reason)
             if stray is None or int(stray[1]) > STRAY_BYTES_ALLOWED:
-                raise BadImage(f"has damaged JPEG data ({told()})")
+                raise BadImage(f"has damaged JPEG data ({reason})")
     finally:
         library.tjDestroy(handle)
 

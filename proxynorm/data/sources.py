@@ -43,16 +43,12 @@ class Listing(NamedTuple):
 class _File(NamedTuple):
     """A file of a source.
 
-    path: relative to the source; a class tar counts as a folder. is_file: it is no link in a tar.
+    path: relative to the source; a class tar counts as a folder. is_image: by its name; no link.
     """
 
     path: PurePosixPath
     ref: ImageRef
-    is_file: bool = True
-
-    @property
-    def is_image(self) -> bool:
-        return self.is_file and _is_image(self.ref.name)
+    is_image: bool
 
 
 def _is_image(name: str) -> bool:
@@ -98,7 +94,8 @@ def list_images(source: Path) -> Listing:
     Raises DataError if there are none.
     """
     if source.is_file():
-        return Listing(source, ("",), [_file_ref(str(source))], np.zeros(1, dtype=np.int64))
+        image = ImageRef(str(source), printable(source))
+        return Listing(source, ("",), [image], np.zeros(1, dtype=np.int64))
     files = _folder_files(source)
     images = [file for file in files if file.is_image]
     if not images:
@@ -155,8 +152,7 @@ def _kinds(aside: Iterable[str]) -> str:
         for name in aside
     )
     named = [f"{count} {kind}" for kind, count in kinds.most_common(KINDS_NAMED)]
-    others = kinds.total() - sum(count for _, count in kinds.most_common(KINDS_NAMED))
-    return ", ".join(named + ([f"{others} of other kinds"] if others else [])) or "no files"
+    return ", ".join(named + ["…"] * (len(kinds) > KINDS_NAMED)) or "no files"
 
 
 def _refuse(error: OSError) -> None:
@@ -185,12 +181,9 @@ def _folder_files(source: Path) -> list[_File]:
             folders[:] = [] if top == source else _visible(folders)
             for name in _visible(names):
                 path = os.path.join(place, name)
-                files.append(_File(PurePosixPath(os.path.relpath(path, source)), _file_ref(path)))
+                inside = PurePosixPath(os.path.relpath(path, source))
+                files.append(_File(inside, ImageRef(path, printable(path)), _is_image(name)))
     return files
-
-
-def _file_ref(path: str) -> ImageRef:
-    return ImageRef(path, printable(path))
 
 
 def _tar_files(source: Path) -> list[_File]:
@@ -231,7 +224,8 @@ def _members(
                 yield from _members(source, inner, place.with_suffix(""), offset)
         else:
             ref = ImageRef(str(source), f"{source}:{printable(place)}", offset, member.size)
-            yield _File(inside / place.name if inside else place, ref, member.isfile())
+            path = inside / place.name if inside else place
+            yield _File(path, ref, member.isfile() and _is_image(name))
 
 
 def _by_labels(source: Path, files: list[_File], labels: Path) -> Listing:

@@ -14,7 +14,6 @@ from benchmarks.loader import CONTENDERS, Work, measure
 from benchmarks.photographs import HEIGHT, WIDTH, make_images, photographs
 from proxynorm import commands
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.images import StorageOptions
 from tests.data.conftest import needs_ffcv, photograph, write_folder
 
 
@@ -56,7 +55,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):
 @needs_ffcv
 def test_all_loaders_are_given_the_same_images(source, tmp_path):
     listing = photographs(str(source), 20)
-    size = loader.lay_out(listing, tmp_path / "work", StorageOptions(), 1)
+    size = loader.lay_out(listing, tmp_path / "work", 1)
     samples = read_beton(tmp_path / "work" / "val.beton")
     files = sorted((tmp_path / "work" / "train").rglob("*.jpg"), key=lambda path: path.name)
     assert len(samples) == len(files) == 20
@@ -69,7 +68,7 @@ def test_all_loaders_are_given_the_same_images(source, tmp_path):
 @needs_ffcv
 def test_every_loader_is_measured(source, tmp_path):
     """Two of them, which need not compile anything first."""
-    loader.lay_out(photographs(str(source), 24), tmp_path / "work", StorageOptions(), 1)
+    loader.lay_out(photographs(str(source), 24), tmp_path / "work", 1)
     work, threads = Work(str(tmp_path / "work"), 64, 8, 0), torch.get_num_threads()
     names = ["proxynorm torchvision", "torchvision DataLoader"]
     speeds = measure({name: CONTENDERS[name](work) for name in names}, 2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ class Samples:
     size: np.ndarray
     targets: np.ndarray
     sums: np.ndarray
-    manifest: dict = field(default_factory=dict)
+    manifest: dict
 
     def __len__(self) -> int:
         return len(self.mode)
@@ -155,7 +155,8 @@ def read_beton(path: Path) -> Samples:
         return _read_samples(path)
     except (IndexError, ValueError, OSError, OverflowError, MemoryError):
         raise DataError(
-            f"{path}: truncated, damaged or no .beton file of version {VERSION}; write it again"
+            f"{path}: truncated, damaged or no .beton file of version {VERSION} with the fields "
+            "image (RGB) and label; write it again"
         ) from None
 
 
@@ -166,11 +167,7 @@ def _read_samples(path: Path) -> Samples:
     _check(header["version"] == VERSION and count > 0)
     fields = np.fromfile(path, dtype=FIELD, count=int(header["num_fields"]), offset=HEADER.itemsize)
     names = [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in fields["name"]]
-    if names != ["image", "label"] or fields["type_id"].tolist() != [IMAGE_FIELD, INT_FIELD]:
-        raise DataError(
-            f"{path}: holds the fields {names}; expected an RGB image field 'image' and an "
-            "integer field 'label'"
-        )
+    _check(names == ["image", "label"] and fields["type_id"].tolist() == [IMAGE_FIELD, INT_FIELD])
     offset = HEADER.itemsize + fields.nbytes
     _check(offset + count * RECORD.itemsize <= length)
     records = np.fromfile(path, dtype=RECORD, count=count, offset=offset)

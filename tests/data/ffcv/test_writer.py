@@ -266,7 +266,8 @@ def test_two_interrupts_in_a_row_end_a_run(tmp_path):
             start_new_session=True,
         )
         deadline = time.monotonic() + 30
-        while not list(folder.glob(".*.tmp")) and time.monotonic() < deadline:
+        while not any(path.stat().st_size for path in folder.glob(".*.tmp")):
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         os.killpg(process.pid, first)
         time.sleep(0.1)
