@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, timing in turns, separate processes, tables and files."""
+"""Shared by the benchmarks: options, timing in turns, tables and files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -85,12 +83,6 @@ def take_turns(
 def ratio(figures: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return median(a / b for a, b in zip(figures, base, strict=True))
-
-
-def new_process() -> ProcessPoolExecutor:
-    """A fresh Python process, to which functions are submitted. Use it in a with statement."""
-    # spawn, not fork: the child must not inherit torch's threads or memory.
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 def show(rows: Sequence[Mapping[str, object]]) -> None:

@@ -23,10 +23,10 @@ from PIL import Image, ImageOps
 from benchmarks import common
 from benchmarks.photographs import SOURCE, photographs
 from proxynorm.cli import option
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions, load_rgb
 from proxynorm.data.opening import share_of_cores
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError
 
 CLASSES, SIZE, HUGE = 10, (160, 120), (4000, 3000)
@@ -72,7 +72,7 @@ MAKERS = DAMAGED | UNUSUAL
 class Options(common.Options):
     source: str | None = option(None, SOURCE)
     images: int = option(10_000, "how many images; of each kind, one in 600 and at least one")
-    workers: int | None = option(None, "processes; all cores if left out")
+    workers: int | None = option(None, "threads; all cores if left out")
 
 
 def main(options: Options) -> int:
@@ -81,17 +81,16 @@ def main(options: Options) -> int:
         raise ConfigError(f"images={options.images}: give at least {2 * len(MAKERS)}")
     workers = options.workers or share_of_cores()
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
-        folder = Path(name)
-        planted = plant(options, folder / "images")
+        planted = plant(options, Path(name) / "images")
         start = time.perf_counter()
-        listing = list_folder(folder / "images")
-        done = prepare(listing, folder / "out.beton", StorageOptions(), "skip", workers)
+        listing = list_source(Path(name) / "images")
+        samples = prepare(listing, Path(name) / "out.beton", StorageOptions(), "skip", workers)
         elapsed = time.perf_counter() - start
-    named = set(done.skipped)
+    named = set(samples.manifest["skipped"])
     damaged = {path for path, kind in planted.items() if kind in DAMAGED}
     found: dict[str, Any] = {
         "images": len(listing.images),
-        "written": done.count,
+        "written": len(samples),
         "seconds": round(elapsed, 1),
         "planted": dict(sorted(Counter(planted.values()).items())),
         "missed": sorted(planted[path] for path in damaged - named),

@@ -28,8 +28,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks import common
 from proxynorm.cli import option
 from proxynorm.data import Batch, open_data
-from proxynorm.data.cache import cache_folder
-from proxynorm.data.fashion_mnist import find_fashion_mnist, read_fashion_mnist
+from proxynorm.data.readers import MemoryReader
 from proxynorm.train.build import seeded_model
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.distributed import Process, choose_device
@@ -134,16 +133,16 @@ def our_loop(trainer: Trainer, batches: Iterable[Batch]) -> None:
 class Pictures(torch.utils.data.Dataset):
     """Fashion-MNIST as PIL images, as torchvision's data sets give them; timm sets transform."""
 
-    def __init__(self) -> None:
-        folder = find_fashion_mnist(None, cache_folder(None))
-        self.images, self.targets = read_fashion_mnist(folder, "train")
+    def __init__(self, reader: MemoryReader) -> None:
+        self.reader = reader
         self.transform: Callable = np.asarray
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.reader.images)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
+        image = Image.fromarray(self.reader.images[index, :, :, 0])
+        return self.transform(image), int(self.reader.targets[index])
 
 
 def timm_steps(options: Options, trainer: Trainer) -> Iterator[None]:
@@ -151,7 +150,8 @@ def timm_steps(options: Options, trainer: Trainer) -> Iterator[None]:
     info, side = trainer.data.info, trainer.settings.data.image_size
     device = trainer.process.device
     if options.source is None:
-        dataset, model = Pictures(), seeded_model(trainer.settings, info)
+        dataset = Pictures(trainer.data.train.reader)
+        model = seeded_model(trainer.settings, info)
     else:
         dataset = timm.data.create_dataset("", f"{options.source}/train")
         classes = {"num_classes": len(info.classes), "in_chans": info.channels}
@@ -183,21 +183,22 @@ def timm_steps(options: Options, trainer: Trainer) -> Iterator[None]:
 
 def compare(figures: dict[str, list[float]]) -> list[dict]:
     """A row a contender and ratio: what, images_per_second (median), ratio, of what."""
-    bases = {
-        "bare loop": figures[BARE],
-        "min(loader, bare loop)": list(map(min, figures[LOADER], figures[BARE])),
-        "min(loader, our step)": list(map(min, figures[LOADER], figures[STEP])),
-        "timm's training": figures[TIMM],
-        "": None,
-    }
-    pairs = [(BARE, ""), (STEP, "bare loop"), (LOADER, ""), (OURS, "min(loader, bare loop)")]
-    pairs += [(TIMM, ""), (OURS, "min(loader, our step)"), (OURS, "timm's training")]
+    bare, step, loader = figures[BARE], figures[STEP], figures[LOADER]
+    pairs = [
+        (BARE, None, ""),
+        (STEP, bare, "bare loop"),
+        (LOADER, None, ""),
+        (OURS, list(map(min, loader, bare)), "min(loader, bare loop)"),
+        (TIMM, None, ""),
+        (OURS, list(map(min, loader, step)), "min(loader, our step)"),
+        (OURS, figures[TIMM], "timm's training"),
+    ]
     return [
         {
             "what": what,
             "images_per_second": median(figures[what]),
-            "ratio": bases[of] and common.ratio(figures[what], bases[of]),
+            "ratio": base and common.ratio(figures[what], base),
             "of": of,
         }
-        for what, of in pairs
+        for what, base, of in pairs
     ]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from proxynorm.data.cache import cache_folder
 from proxynorm.data.randomness import permutation
-from proxynorm.data.sources import Listing, list_folder
+from proxynorm.data.sources import Listing, list_source
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 16
 SOURCE = "folder of class folders; left out: images are made, once, into the cache"
@@ -25,9 +25,10 @@ def photographs(source: str | None, count: int) -> Listing:
         folder = make_images(cache_folder(None) / "benchmark-images", count)
     else:
         folder = Path(source)
-    listing = list_folder(folder)
+    listing = list_source(folder)
     rows = np.sort(permutation(0, 0, len(listing.images))[:count])
-    return Listing(listing.classes, [listing.images[row] for row in rows], listing.targets[rows])
+    images = [listing.images[row] for row in rows]
+    return listing._replace(images=images, targets=listing.targets[rows])
 
 
 def make_images(folder: Path, count: int) -> Path:

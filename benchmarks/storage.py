@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks import common
-from benchmarks.contenders import Work, run_epoch
-from benchmarks.loader import CPU_SPEED, OURS, SPEED, check, store
-from benchmarks.photographs import SOURCE, photographs
+from benchmarks import common, loader
+from benchmarks.loader import CONTENDERS, OURS, Work, check, measure, store
+from benchmarks.photographs import photographs
 from proxynorm.cli import option
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
@@ -35,12 +34,8 @@ STORED = [
 
 
 @dataclass
-class Options(common.Options):
-    source: str | None = option(None, SOURCE)
+class Options(loader.Options):
     images: int = option(1024, "how many of its images, drawn at random, or made")
-    size: int = option(224, "side of the crop, pixels")
-    batch: int = option(64, "images a batch")
-    workers: int | None = option(None, "threads; all cores if left out")
     rounds: int = option(5, "epochs of each file, taken in turns")
 
 
@@ -48,17 +43,15 @@ def main(options: Options) -> None:
     check(options)
     workers = options.workers or share_of_cores()
     listing = photographs(options.source, options.images)
-    table, works = [], []
+    table, epochs = [], {}
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
         for number, way in enumerate(STORED):
             folder = Path(name) / str(number)
             samples = store(listing, folder, StorageOptions(**way), workers)
             table.append({**way, "bytes_per_image": round(float(samples.size.mean()))})
-            works.append(Work(str(folder), options.size, options.batch, workers))
-        # The first epoch opens and reads the files and is not counted.
-        epochs = [[run_epoch(OURS, work) for work in works] for _ in range(options.rounds + 1)][1:]
-    for row, runs in zip(table, zip(*epochs)):
-        for key, seconds in ((SPEED, "seconds"), (CPU_SPEED, "cpu_seconds")):
-            row[key] = round(median(run["images"] / run[seconds] for run in runs), 1)
+            work = Work(str(folder), options.size, options.batch, workers)
+            epochs[number] = CONTENDERS[OURS](work)
+        for number, speeds in measure(epochs, options.rounds).items():
+            table[number]["images_per_second"] = round(median(speeds), 1)
     common.show(table)
     common.write_figures(options, {"workers": workers, "table": table})

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 # `-m quick`: the folders of unit tests, without the files that start processes or read many images.
 QUICK_FOLDERS = ("nn", "models", "conversion", "data", "analysis", "paper")
-NOT_QUICK = ("test_fashion_mnist", "test_import", "test_opening", "test_power", "test_preparation")
+NOT_QUICK = ("test_fashion_mnist", "test_import", "test_opening", "test_power", "test_writer")
 # Kept on one worker of pytest-xdist: they share a cluster or an expensive fixture, or measure time.
 ON_ONE_WORKER = (
     "acceptance/slurm",

@@ -11,9 +11,9 @@ import torch
 from proxynorm import commands, doctor
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.errors import ConfigError
 from proxynorm.train.build import build_model
@@ -43,7 +43,7 @@ def small_betons(tmp_path) -> Path:
     """train.beton and val.beton, 12 and 6 photographs of three classes."""
     root = write_folder(tmp_path / "photos", 4, 2)
     for part in ("train", "val"):
-        prepare(list_folder(root / part), tmp_path / f"{part}.beton", StorageOptions())
+        prepare(list_source(root / part), tmp_path / f"{part}.beton", StorageOptions())
     return tmp_path
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_manifest_does_not_end_the_doctor(monkeypatch, capsys, small_b
     assert run_script(monkeypatch, "data=beton", f"data.root={small_betons}", "batch=4") == 2
     lines = capsys.readouterr().out.splitlines()
     (told,) = (line for line in lines if line.startswith(MISSING))
-    assert "train.beton: its manifest or sums are damaged" in told and "overwrite=true" in told
+    assert "train.beton: does not fit its manifest" in told and "overwrite=true" in told
     assert lines[-1].split()[1] == "slurm"
 
 

@@ -15,11 +15,11 @@ from proxynorm.data import Data
 def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[PowerRow]:
     """Decompose the power on images spread evenly over the evaluation set."""
     device = next(model.parameters()).device
-    loader = data.eval_loader(batch, 0, 1)
+    split = data.evaluation
     # The set may be ordered by class, so that its first images would not stand for it.
-    rows = loader.split.rows[:: max(1, len(loader.split.rows) // images)][:images]
-    loader.split = replace(loader.split, rows=rows)
-    prepared = (data.prepare(b, device, torch.float32, torch.contiguous_format) for b in loader)
+    rows = split.rows[:: max(1, len(split.rows) // images)][:images]
+    batches = replace(data, evaluation=replace(split, rows=rows)).eval_loader(batch)
+    prepared = (data.prepare(b, device, torch.float32, torch.contiguous_format) for b in batches)
     # The last batch is padded with images that are not valid, and damaged images are not.
     valid = (b.images[b.valid.to(device)] for b in prepared)
     return power_decomposition(model, (images for images in valid if len(images)))

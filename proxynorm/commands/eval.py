@@ -78,7 +78,7 @@ def main(options: Options) -> int:
             process,
             choose_dtype(settings, process.device),
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
-            damaged=data.damage.reasons,
+            damaged=data.failures,
         )
         for name, reason in data.failures.items():
             print(f"left out: {name}: {reason}", file=sys.stderr)

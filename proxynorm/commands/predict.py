@@ -34,7 +34,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from proxynorm.data.validation import open_images
+    from proxynorm.data.opening import open_images
     from proxynorm.errors import DataError
     from proxynorm.files import write_text
     from proxynorm.train.restore import Source, checkpoint_path, evaluation_specs, restore

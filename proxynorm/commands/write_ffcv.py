@@ -19,7 +19,7 @@ from proxynorm.cli import option, script
 from proxynorm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from proxynorm.data.ffcv.preparation import Prepared
+    from proxynorm.data.ffcv.beton import Samples
     from proxynorm.data.sources import Listing
 
 SOURCE = "folder of class folders, flat folder (with labels=), or uncompressed tar file"
@@ -27,7 +27,6 @@ LABELS = "CSV of FILE,CLASS, or the folder of ImageNet's devkit, for images with
 ON_BAD = "raise: stop at the first damaged image; skip: leave damaged images out and list them"
 MAX_SIDE = "shrink images whose longer side exceeds this, pixels; null: never"
 RAW = "share of images stored as JPEG; the others are raw: faster to read, larger"
-STRICT = "also refuse JPEG data that decodes with warnings (needs FFCV's library)"
 
 
 @dataclass
@@ -39,8 +38,7 @@ class Options:
     max_side: int | None = option(500, MAX_SIDE)
     jpeg_quality: int = option(90, "1..100")
     jpeg_probability: float = option(1.0, RAW)
-    strict: bool = option(True, STRICT)
-    workers: int | None = option(None, "processes; all cores if left out")
+    workers: int | None = option(None, "threads; all cores if left out")
     overwrite: bool = option(False, "replace an existing output")
 
 
@@ -61,9 +59,7 @@ def main(options: Options) -> int:
         raise ConfigError(f"output={output}: exists; give another name or overwrite=true")
     if options.workers is not None and options.workers < 1:
         raise ConfigError(f"workers={options.workers}: give at least 1")
-    storage = StorageOptions(
-        options.max_side, options.jpeg_quality, options.jpeg_probability, options.strict
-    )
+    storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability)
     labels = Path(options.labels).expanduser() if options.labels else None
     listing = list_source(Path(options.source).expanduser(), labels)
     for note in listing.notes:
@@ -83,12 +79,12 @@ def _stop(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _write(listing: Listing, output: Path, *how: object) -> Prepared:
+def _write(listing: Listing, output: Path, *how: object) -> Samples:
     """Write the file behind a progress bar; how: prepare's further arguments."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from proxynorm.data.ffcv.preparation import prepare
+    from proxynorm.data.ffcv.writer import prepare
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -96,12 +92,14 @@ def _write(listing: Listing, output: Path, *how: object) -> Prepared:
         return prepare(listing, output, *how, lambda images: bar.update(task, completed=images))
 
 
-def _report(done: Prepared) -> None:
-    for note in done.notes:
+def _report(samples: Samples) -> None:
+    for note in samples.empty_classes(samples.path):
         print(f"warning: {note}", file=sys.stderr)
-    for name, reason in done.skipped.items():
+    skipped = samples.manifest["skipped"]
+    for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
-    print(f"{done.count} images written and verified, {len(done.skipped)} skipped: {done.path}")
+    count = len(samples)
+    print(f"{count} images written and verified, {len(skipped)} skipped: {samples.path}")
 
 
 def entry() -> None:

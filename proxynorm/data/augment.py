@@ -58,8 +58,7 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
     int64 (N, 4): top, left, height, width.
     """
     side = np.maximum(1, (ratio * np.minimum(heights, widths)).astype(np.int64))
-    boxes = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
-    return boxes.astype(np.int64)
+    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
 def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:

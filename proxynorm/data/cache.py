@@ -10,45 +10,36 @@ from pathlib import Path
 
 from proxynorm.data.ffcv.beton import Samples, read_beton
 from proxynorm.errors import DataError
-from proxynorm.files import locked
+from proxynorm.files import locked, writing
 
 
 def cache_folder(given: str | None) -> Path:
-    """Return the given folder, $PROXYNORM_CACHE, or ~/.cache/proxynorm; made if missing."""
-    default = (
-        os.environ.get("PROXYNORM_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "proxynorm"
-    )
-    folder = Path(given or default).expanduser()
-    try:
+    """Return the given folder, $PROXYNORM_CACHE, or ~/.cache/proxynorm; made if missing.
+
+    Raises FileError if it cannot be made.
+    """
+    folder = Path(given or os.environ.get("PROXYNORM_CACHE") or "~/.cache/proxynorm").expanduser()
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be made ({error.strerror}); set data.cache to another folder"
-        ) from None
     return folder
 
 
-def cached_beton(folder: Path, stem: str, signature: str, make: Callable[[Path], None]) -> Samples:
+def cached_beton(
+    given: str | None, stem: str, signature: str, make: Callable[[Path], Samples]
+) -> Samples:
     """Return the .beton file that make(path) writes; made if it is missing or damaged.
 
-    signature: all that the file depends on; another signature is another file.
+    given: see cache_folder; signature: all that the file depends on; another one is another file.
     """
+    folder = cache_folder(given)
     # File names need not be UTF-8.
     digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     path = folder / f"{stem}-{digest}.beton"
-    try:
-        with locked(path.with_suffix(".lock")):
-            if path.is_file():
-                with suppress(DataError):
-                    samples = read_beton(path)
-                    if samples.manifest:
-                        return samples
-                path.unlink()
-            make(path)
-            return read_beton(path)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be written or locked ({error.strerror}); set data.cache to another "
-            "folder"
-        ) from None
+    with writing(path), locked(path.with_suffix(".lock")):
+        if path.is_file():
+            with suppress(DataError):
+                samples = read_beton(path)
+                if samples.manifest:
+                    return samples
+            path.unlink()
+        return make(path)

@@ -9,25 +9,25 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from proxynorm.data import fashion_mnist
-from proxynorm.data.cache import cache_folder, cached_beton
+from proxynorm.data.cache import cached_beton
 from proxynorm.data.ffcv.beton import Samples, read_beton
-from proxynorm.data.ffcv.preparation import prepare, without_images
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.folder import FolderReader
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.loaders import Failures
-from proxynorm.data.names import code_points, look_alike
 from proxynorm.data.readers import BetonReader, Reader
-from proxynorm.data.sources import Listing, list_folder
+from proxynorm.data.sources import Listing, list_source, spelled
 from proxynorm.data.spec import DataSpec, LoaderSpec
 from proxynorm.errors import DataError
 
+ODD_NAMED = 4  # classes that only one part has, in a message
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Called with the spec, the loader, whose name ("ffcv" or "torchvision") and workers are decided,
-# and the failures; returns the readers of the training and of the evaluation images.
-Opener = Callable[[DataSpec, LoaderSpec, Failures], tuple[Reader, Reader]]
+# Called with the spec and the loader, whose name ("ffcv" or "torchvision") and workers are decided;
+# returns the readers of the training and of the evaluation images.
+Opener = Callable[[DataSpec, LoaderSpec], tuple[Reader, Reader]]
 
 
 class DataSet(NamedTuple):
@@ -43,41 +43,46 @@ class DataSet(NamedTuple):
     needs_root: bool = True
 
 
-def _open_folder(spec: DataSpec, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
+def _open_files(spec: DataSpec, loader: LoaderSpec) -> tuple[Reader, Reader]:
+    """Open root/train and root/val, folders of class folders or .beton files."""
     root = Path(spec.root).expanduser()
-    if not os.path.isdir(root):
-        raise DataError(
-            f"{root}: no such folder; give data.root with train/CLASS/*.jpg and val/CLASS/*.jpg"
-        )
-    train, evaluation = (list_folder(root / part) for part in ("train", "val"))
-    _same_classes(root, train.classes, evaluation.classes)
+    ending = ".beton" if spec.name == "beton" else ""
+    train, evaluation = (find_images(root / f"{part}{ending}") for part in ("train", "val"))
+    classes = _common_classes(root, train, evaluation)
     return (
-        folder_reader(spec, root / "train", train, loader, failures),
-        folder_reader(spec, root / "val", evaluation, loader, failures),
+        images_reader(spec, train, classes, loader),
+        images_reader(spec, evaluation, classes, loader),
     )
 
 
-def folder_reader(
-    spec: DataSpec, folder: Path, listing: Listing, loader: LoaderSpec, failures: Failures
+def find_images(path: Path) -> Listing | Samples:
+    """Read the table of a .beton file, or list a folder of class folders. Raises DataError."""
+    return read_beton(path) if path.suffix == ".beton" else list_source(path)
+
+
+def images_reader(
+    spec: DataSpec, found: Listing | Samples, classes: tuple[str, ...], loader: LoaderSpec
 ) -> Reader:
-    """Return the reader of a folder's images by the backend `loader` names.
+    """Return the reader of what find_images found, by the backend `loader` names.
 
-    FFCV's converts them to a .beton file, kept in the cache while the images stay as they are.
+    FFCV's converts a folder to a .beton file, kept in the cache while the images stay as they are.
     """
+    if isinstance(found, Samples):
+        return BetonReader(found, classes, loader)
     if loader.name == "torchvision":
-        return FolderReader(listing, str(folder), loader)
+        return FolderReader(found, loader)
     options = StorageOptions()
-    signature = "\n".join([repr(options), *(_file_signature(i.path) for i in listing.images)])
+    signature = "\n".join([repr(options), *(_file_signature(i.path) for i in found.images)])
     samples = cached_beton(
-        cache_folder(spec.cache),
-        f"folder-{folder.name}",
+        spec.cache,
+        f"folder-{found.source.name}",
         signature,
-        lambda path: prepare(listing, path, options, spec.on_bad, loader.workers),
+        lambda path: prepare(found, path, options, spec.on_bad, loader.workers),
     )
-    for name, reason in samples.manifest["skipped"].items():
-        failures.record(name, reason)
-    notes = (*listing.notes, *_empty_classes(folder, samples))
-    return BetonReader(samples, listing.classes, loader, str(folder), notes)
+    reader = BetonReader(samples, classes, loader)
+    reader.source, reader.skipped = str(found.source), samples.manifest["skipped"]
+    reader.notes = (*found.notes, *samples.empty_classes(found.source))
+    return reader
 
 
 def _file_signature(path: str) -> str:
@@ -88,42 +93,28 @@ def _file_signature(path: str) -> str:
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _open_beton(spec: DataSpec, loader: LoaderSpec, failures: Failures) -> tuple[Reader, Reader]:
-    root = Path(spec.root).expanduser()
-    train, evaluation = (read_beton(root / f"{part}.beton") for part in ("train", "val"))
-    train_names, names = train.classes, evaluation.classes
-    if train_names and names:
-        _same_classes(root, train_names, names)
-    elif names := train_names or names:
-        bare = evaluation if train_names else train
+def _common_classes(
+    root: Path, train: Listing | Samples, evaluation: Listing | Samples
+) -> tuple[str, ...]:
+    """Return the names of the classes of both parts; a file of FFCV's own writer has none.
+
+    Raises DataError if they are not the same.
+    """
+    names = train.classes or evaluation.classes
+    if train.classes and evaluation.classes:
+        if train.classes != evaluation.classes:
+            odd = set(train.classes) ^ set(evaluation.classes)
+            told = [
+                f"{spelled(name)} only in {'train' if name in train.classes else 'val'}"
+                for name in sorted(odd, key=lambda name: normalize("NFC", name))
+            ]
+            raise DataError(
+                f"{root}: train and val hold different classes: {', '.join(told[:ODD_NAMED])}"
+            )
+    elif names:
+        bare = evaluation if train.classes else train
         refuse_other_order(str(bare.path), names, "the other file")
-    count = 1 + int(max(train.target.max(), evaluation.target.max()))
-    names = names or numbered(count)
-    if count > len(names):
-        raise DataError(
-            f"{root}: holds the label {count - 1} but names only {len(names)} classes; write the "
-            "files again"
-        )
-    return beton_reader(train, names, loader), beton_reader(evaluation, names, loader)
-
-
-def beton_reader(samples: Samples, classes: tuple[str, ...], loader: LoaderSpec) -> BetonReader:
-    """Return the reader of a .beton file; its notes tell what was left out when it was written."""
-    notes = _empty_classes(samples.path, samples)
-    damaged = len(samples.manifest.get("skipped", ()))
-    others = samples.manifest.get("left_aside", {}).get("count", 0)
-    if damaged + others:
-        told = (
-            f"{samples.path}: written without {damaged} damaged images and {others} other files; "
-            "its manifest lists them"
-        )
-        notes = (told, *notes)
-    return BetonReader(samples, classes, loader, notes=notes)
-
-
-def _empty_classes(source: Path, samples: Samples) -> tuple[str, ...]:
-    counts = samples.manifest.get("count_per_class", {})
-    return without_images(source, [name for name, count in counts.items() if not count])
+    return names or numbered(1 + int(max(train.targets.max(), evaluation.targets.max())))
 
 
 def numbered(count: int) -> tuple[str, ...]:
@@ -139,38 +130,20 @@ def refuse_other_order(bare: str, named: Sequence[str], other: str) -> None:
     """
     if not all(name.isdecimal() for name in named):
         return
-    by_number = sorted(named, key=int)
-    label = next((n for n, name in enumerate(sorted(named)) if name != by_number[n]), None)
-    if label is None:
-        return
-    raise DataError(
-        f"{bare}: has no manifest to name its classes, which {other} sorts as text "
-        f"({', '.join(sorted(named)[: label + 1])}, …): its label {label} may mean another class "
-        f"than {sorted(named)[label]}; write it again with scripts/write_ffcv.py"
-    )
-
-
-def _same_classes(root: Path, train: tuple[str, ...], evaluation: tuple[str, ...]) -> None:
-    if train == evaluation:
-        return
-    odd = sorted(set(train) ^ set(evaluation))
-    for name in sorted(set(train) - set(evaluation)):
-        if twin := look_alike(name, set(evaluation) - set(train)):
-            raise DataError(
-                f"{root}: a class looks the same in train and val, but its name is "
-                f"{code_points(name)} in train and {code_points(twin)} in val; rename one of them"
-            )
-    where = "train" if odd and odd[0] in train else "val"
-    raise DataError(
-        f"{root}: train and val hold different classes "
-        f"({f'{odd[0]}, only in {where}' if odd else 'in another order'})"
-    )
+    by_text, by_number = sorted(named), sorted(named, key=int)
+    if by_text != by_number:
+        label = next(n for n, name in enumerate(by_text) if name != by_number[n])
+        raise DataError(
+            f"{bare}: has no manifest to name its classes, which {other} sorts as text "
+            f"({', '.join(by_text[: label + 1])}, …): its label {label} may mean another class "
+            f"than {by_text[label]}; write it again with scripts/write_ffcv.py"
+        )
 
 
 DATASETS = {
     "fashion_mnist": DataSet(
         fashion_mnist.open_fashion_mnist, fashion_mnist.MEAN, fashion_mnist.STD, needs_root=False
     ),
-    "folder": DataSet(_open_folder),
-    "beton": DataSet(_open_beton),
+    "folder": DataSet(_open_files),
+    "beton": DataSet(_open_files),
 }

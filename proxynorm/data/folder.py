@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from proxynorm.cli import first_line
 from proxynorm.data.augment import View
-from proxynorm.data.images import BadImage, ImageRef, load_rgb
-from proxynorm.data.names import printable
+from proxynorm.data.images import ImageRef, load_rgb
 from proxynorm.data.randomness import seeded
-from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, fingerprint, nothing, wait
-from proxynorm.data.sources import Listing
+from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, fingerprint, nothing
+from proxynorm.data.sources import Listing, printable
 from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import ConfigError, DataError
 
@@ -37,8 +37,8 @@ class FolderReader(Reader):
 
     backend = "torchvision"
 
-    def __init__(self, listing: Listing, source: str, loader: LoaderSpec) -> None:
-        super().__init__(source, listing.classes, listing.targets)
+    def __init__(self, listing: Listing, loader: LoaderSpec) -> None:
+        super().__init__(str(listing.source), listing.classes, listing.targets)
         self.loader, self.notes = loader, listing.notes
         # One block of bytes, so that worker processes share it instead of copying a million
         # strings.
@@ -51,14 +51,10 @@ class FolderReader(Reader):
             yield from super().stream(jobs, view)
             return
         batches = self._worker_batches(jobs, view)
-
-        def take(seconds: float) -> Decoded | DataError | str | None:
-            return _next_if_there(batches)
-
-        while (result := wait(take, self.loader, self.source, each_second)) is not END:
-            if isinstance(result, DataError):
-                raise result
-            yield result
+        while (found := self.wait(lambda: _next_if_there(batches), each_second)) is not END:
+            if isinstance(found, DataError):
+                raise found
+            yield found
 
     def _worker_batches(self, jobs: Iterable[Job], view: View) -> Iterator[Decoded | DataError]:
         prefetch, workers = self.loader.prefetch, self.loader.workers
@@ -95,15 +91,14 @@ class FolderReader(Reader):
 
 def _extract(path: bytes) -> bytes:
     """Return a file's length, and BLOCK bytes of its middle and of its end; b"" if it is gone."""
+    if not os.path.isfile(path):
+        return b""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
         with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            places = (max(0, (length - BLOCK) // 2), max(0, length - BLOCK))
-            return length.to_bytes(8, "little") + b"".join(
-                os.pread(file.fileno(), BLOCK, place) for place in places
-            )
+            number, length = file.fileno(), os.stat(path).st_size
+            places = max(0, (length - BLOCK) // 2), max(0, length - BLOCK)
+            blocks = [os.pread(number, BLOCK, place) for place in places]
+            return b"".join([length.to_bytes(8, "little"), *blocks])
     except OSError:
         return b""
 
@@ -116,10 +111,9 @@ def _next_if_there(results: Iterator[Decoded | DataError]) -> Decoded | DataErro
         # DataLoader can be asked again after its timeout.
         if "timed out" in str(error):
             return None
-        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"a loader worker ended ({reason}), most likely for lack of memory; give fewer "
-            "loader.workers, or a smaller batch or micro_batch"
+            f"a loader worker ended ({first_line(error)}), most likely for lack of memory; give "
+            "fewer loader.workers, or a smaller batch or micro_batch"
         ) from None
 
 
@@ -141,18 +135,22 @@ class _Decoder(Dataset):
             try:
                 image = load_rgb(ImageRef(path, path))
                 pixels[place] = _crop(image, self.view, job.keys[place : place + 1], job.size)
-            except BadImage as reason:
-                bad[int(place)] = str(reason)
-            except Exception as error:
-                bad[int(place)] = f"cannot be cropped ({error})"
+            except Exception as reason:  # BadImage, or such as MemoryError while it is cropped
+                bad[int(place)] = first_line(reason)
         images = torch.from_numpy(self.view.finish(pixels, job.keys, job.size))
         if get_worker_info() is not None:
             try:
                 # Done here, not by the queue, whose thread would drop the batch on an error: then
                 # the run would wait for it for ever.
                 images.share_memory_()
-            except RuntimeError as error:
-                return _no_shared_memory(error, images.numel())
+            except RuntimeError:
+                free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
+                return DataError(
+                    "shared memory is full: a loader worker cannot pass on a batch of "
+                    f"{images.numel() / 1e6:.1f} MB ({free / 1e6:.1f} MB are free in "
+                    f"{SHARED_MEMORY}); enlarge it (docker run --shm-size=8g), or give "
+                    "loader.workers=0 or loader=ffcv"
+                )
         return Decoded(job, images, bad)
 
 
@@ -168,19 +166,6 @@ def _crop(image: Image.Image, view: View, key: np.ndarray, size: int) -> Image.I
         with seeded(int(key[0])):
             image = rand_augment(view.spec.randaugment, view.colour)(image)
     return image
-
-
-def _no_shared_memory(error: RuntimeError, size: int) -> DataError:
-    """Return the error for a batch of `size` bytes that shared memory does not take."""
-    try:
-        space = os.statvfs(SHARED_MEMORY)
-        room = f"{space.f_bavail * space.f_frsize / 1e6:.1f} MB are free in {SHARED_MEMORY}"
-    except OSError:
-        room = str(error).partition("\n")[0]
-    return DataError(
-        f"shared memory is full: a loader worker cannot pass on a batch of {size / 1e6:.1f} MB "
-        f"({room}); enlarge it (docker run --shm-size=8g), or give loader.workers=0 or loader=ffcv"
-    )
 
 
 def rand_augment(config: str, colour: tuple[int, ...]):

@@ -13,29 +13,28 @@ import re
 import stat
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from proxynorm.cli import first_line
 from proxynorm.data.ffcv.beton import JPEG, PAGE_SIZE, RAW
-from proxynorm.data.ffcv.native import ffcv_library
-from proxynorm.errors import ConfigError
+from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
+from proxynorm.data.spec import check_ranges
 
-# A fixed list: Pillow's others are no photographs (icons, PDF), or start programs (EPS).
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
-    *((".avif",) if features.check("avif") else ()),  # Pillow's own since 11.3
-)
 Image.init()  # registers the plugins
-FORMATS = [
-    *("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000"),
-    *(("AVIF",) if features.check("avif") else ()),
-]
+# Pillow's other formats are no photographs (icons, PDF), or start programs (EPS).
+KNOWN = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+FORMATS = [name for name in KNOWN if name in Image.OPEN]
+EXTENSIONS = tuple(
+    sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+)
+# Of damaged files. For the whole process, as threads share its filters.
+warnings.filterwarnings("ignore", module="PIL")
 SMALL = 64 * 64
 LONGEST_SIDE = 65_535
+RANGES = {"max_side": (1, LONGEST_SIDE), "jpeg_quality": (1, 100), "jpeg_probability": (0, 1)}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,8 +47,7 @@ UPRIGHT = {
 # Cameras pad the end of the data. More bytes left over mean that the decoder lost its way.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
-# libturbojpeg's numbers: pixel formats, and the colour spaces (CMYK, YCCK) of four channels.
-TJ_RGB, TJ_CMYK, TJ_CMYK_COLOURSPACES = 0, 11, (3, 4)
+TJ_RGB, TJ_CMYK = 0, 11  # libturbojpeg's numbers of pixel formats
 
 
 class BadImage(Exception):
@@ -74,21 +72,15 @@ class StorageOptions:
 
     max_side: longer sides are shrunk to it, pixels; None: never. jpeg_quality: 1..100.
     jpeg_probability: the share of images stored as JPEG; the others are raw (faster, larger), as
-    are all images of at most 64x64 pixels. strict: JPEG data that decodes with warnings is bad.
+    are all images of at most 64x64 pixels.
     """
 
     max_side: int | None = 500
     jpeg_quality: int = 90
     jpeg_probability: float = 1.0
-    strict: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_side is not None and not 1 <= self.max_side <= LONGEST_SIDE:
-            raise ConfigError(f"max_side={self.max_side}: give 1 to {LONGEST_SIDE} pixels, or null")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ConfigError(f"jpeg_quality={self.jpeg_quality}: give 1 to 100")
-        if not 0 <= self.jpeg_probability <= 1:
-            raise ConfigError(f"jpeg_probability={self.jpeg_probability}: give a share from 0 to 1")
+        check_ranges(self, RANGES)
 
 
 class Stored(NamedTuple):
@@ -126,22 +118,18 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
     """
     data = read_bytes(ref)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if strict and image.format in ("JPEG", "MPO"):  # MPO: with a second picture behind it
-                _check_jpeg(data)
-            image.load()
-            turn = _turn(image)
-            rgb = _to_rgb(image)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if strict and image.format in ("JPEG", "MPO"):  # MPO: with a second picture behind it
+            _check_jpeg(data, image)
+        image.load()
+        turn = _turn(image)
+        rgb = _to_rgb(image)
     except BadImage:
         raise
     except UnidentifiedImageError:
         raise BadImage("is no image of a known format") from None
-    except Image.DecompressionBombError:
-        raise BadImage("has more pixels than can be decoded safely") from None
     except Exception as error:
-        raise BadImage(f"cannot be decoded ({_first_line(error)})") from None
+        raise BadImage(f"cannot be decoded ({first_line(error)})") from None
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -154,10 +142,6 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -175,47 +159,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-@cache
-def _turbojpeg() -> ctypes.CDLL | None:
-    """Return libturbojpeg, which FFCV's library brings along; None without FFCV."""
-    try:
-        library = ffcv_library()
-    except ConfigError:
-        return None
-    library.tjInitDecompress.restype = ctypes.c_void_p
-    library.tjGetErrorStr2.restype = ctypes.c_char_p
-    library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
-    return library
-
-
-def _check_jpeg(data: bytes) -> None:
-    """Raise BadImage for what libjpeg only warns of.
+def _check_jpeg(data: bytes, image: Image.Image) -> None:
+    """Raise BadImage for what libjpeg only warns of, where FFCV brings libturbojpeg along.
 
     Decoding at an eighth of the size is fast and reads every coefficient.
     """
-    library = _turbojpeg()
-    if library is None:
+    if not ffcv_available():
         return
+    library = ffcv_library()
+    width, height = (-(-side // 8) for side in image.size)
+    kind = TJ_CMYK if image.mode == "CMYK" else TJ_RGB
+    pixels = ctypes.create_string_buffer(width * height * 4)
+    length = ctypes.c_ulong(len(data))
     # One decompressor an image: after a damaged header it would go on within it at the next image.
     handle = ctypes.c_void_p(library.tjInitDecompress())
     try:
-        length, out = ctypes.c_ulong(len(data)), [ctypes.c_int() for _ in range(4)]
-        if library.tjDecompressHeader3(handle, data, length, *map(ctypes.byref, out)) != 0:
-            raise BadImage(f"has a damaged JPEG header ({_tj_error(library, handle)})")
-        width, height = (-(-side.value // 8) for side in out[:2])
-        kind = TJ_CMYK if out[3].value in TJ_CMYK_COLOURSPACES else TJ_RGB
-        pixels = ctypes.create_string_buffer(width * height * 4)
         if library.tjDecompress2(handle, data, length, pixels, width, 0, height, kind, 0) != 0:
-            message = _tj_error(library, handle)
-            stray = STRAY_BYTES.fullmatch(message)
+            reason = (library.tjGetErrorStr2(handle) or b"unknown error").decode("ascii", "replace")
+            stray = STRAY_BYTES.fullmatch(reason)
             if stray is None or int(stray[1]) > STRAY_BYTES_ALLOWED:
-                raise BadImage(f"has damaged JPEG data ({message})")
+                raise BadImage(f"has damaged JPEG data ({reason})")
     finally:
         library.tjDestroy(handle)
-
-
-def _tj_error(library: ctypes.CDLL, handle: ctypes.c_void_p) -> str:
-    return (library.tjGetErrorStr2(handle) or b"unknown error").decode("ascii", "replace")
 
 
 def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
@@ -223,21 +188,17 @@ def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
 
     Raises BadImage, whatever is wrong.
     """
-    image = load_rgb(ref, options.strict)
+    image = load_rgb(ref, strict=True)
     longest = max(image.size)
     if options.max_side is not None and longest > options.max_side:
         size = tuple(max(1, round(side * options.max_side / longest)) for side in image.size)
         image = image.resize(size, Image.Resampling.BOX)
     width, height = image.size
-    if max(width, height) > LONGEST_SIDE:
-        raise BadImage(f"is longer than {LONGEST_SIDE} pixels; use max_side")
-    raw_size = 3 * width * height
-    if raw_size <= PAGE_SIZE and (width * height <= SMALL or draw >= options.jpeg_probability):
-        return Stored(image.tobytes(), height, width, RAW)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=options.jpeg_quality)
-    if buffer.tell() > PAGE_SIZE:
-        raise BadImage(
-            f"takes {buffer.tell()} bytes as JPEG, more than a page of {PAGE_SIZE}; use max_side"
-        )
-    return Stored(buffer.getvalue(), height, width, JPEG)
+    data, mode = image.tobytes(), RAW
+    if len(data) > PAGE_SIZE or (width * height > SMALL and draw < options.jpeg_probability):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=options.jpeg_quality)
+        data, mode = buffer.getvalue(), JPEG
+    if len(data) > PAGE_SIZE or max(width, height) > LONGEST_SIDE:
+        raise BadImage("is too large for a .beton file; use max_side")
+    return Stored(data, height, width, mode)

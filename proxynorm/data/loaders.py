@@ -12,30 +12,13 @@ import numpy as np
 import torch
 
 from proxynorm.data.augment import View
-from proxynorm.data.randomness import evaluation_batches, micro_batches, permutation, sample_keys
+from proxynorm.data.randomness import permutation, sample_keys
 from proxynorm.data.readers import Decoded, Job, Reader, nothing
 from proxynorm.data.spec import Batch, DataInfo, DataSpec
 from proxynorm.errors import ConfigError, DataError
 
 # So many damaged images in a row end the run even under on_bad=skip.
 STAND_INS_TRIED = 1000
-
-
-class Failures:
-    """Damaged images: under "raise" one stops the run, under "skip" each is left out and listed."""
-
-    def __init__(self, on_bad: str) -> None:
-        self.on_bad = on_bad
-        self.reasons: dict[str, str] = {}
-
-    def record(self, name: str, reason: str) -> None:
-        """Note a damaged image. Raises DataError under the policy "raise"."""
-        if self.on_bad == "raise":
-            raise DataError(
-                f"{name}: {reason}; mend it (a .beton file: write it again), or set "
-                "data.on_bad=skip (eval.py: on_bad=skip)"
-            )
-        self.reasons[name] = reason
 
 
 @dataclass(frozen=True)
@@ -45,175 +28,37 @@ class Split:
     reader: Reader
     rows: np.ndarray
 
-    def batch(self, decoded: Decoded, failures: Failures) -> Batch:
-        """Return a job's batch; a damaged image is invalid, never replaced by another's pixels."""
-        job, images, bad = decoded
-        for place, reason in bad.items():
-            failures.record(self.reader.name(int(job.rows[place])), reason)
-        valid = job.rows >= 0
-        valid[list(bad)] = False
-        targets = np.where(valid, self.reader.targets[job.rows], 0)
-        return Batch(images, *map(torch.from_numpy, (targets, job.rows, valid)))
-
-
-@dataclass
-class TrainLoader:
-    """Training micro-batches; see Data.train_loader."""
-
-    data: Data
-    batch: int
-    micro_batch: int
-    seed: int
-    rank: int
-    world_size: int
-    running: list[Iterator[Decoded]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.spec, self.rows = self.data.spec, self.data.train.rows
-        self.crop_seed = self.seed if self.spec.deterministic else secrets.randbits(64)
-        if min(self.batch, self.micro_batch) < 1:
-            raise ConfigError(
-                f"batch={self.batch} micro_batch={self.micro_batch}: both must be at least 1"
-            )
-        if self.batch % (self.world_size * self.micro_batch):
-            raise ConfigError(
-                f"batch={self.batch} is not divisible by {self.world_size} process(es) x "
-                f"micro_batch={self.micro_batch}"
-            )
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"batch={self.batch} exceeds the {len(self.rows)} training images; give a "
-                "smaller batch"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Weight updates in an epoch; the images of a last, partial batch are left out."""
-        return len(self.rows) // self.batch
-
-    def image_size(self, epoch: int) -> int:
-        """Return the side of the training crop in this epoch, pixels.
-
-        It grows in multiples of 32 (ffcv-imagenet's recipe).
-        """
-        spec = self.spec
-        if spec.ramp is None or epoch >= spec.ramp[1]:
-            return spec.image_size
-        grown = np.interp(epoch, spec.ramp, (spec.start_size, spec.image_size))
-        return spec.start_size if epoch <= spec.ramp[0] else round(grown / 32) * 32
-
-    def epoch(
-        self, epoch: int, start_step: int = 0, each_second: Callable[[], None] = nothing
-    ) -> Iterator[Batch]:
-        """Yield the epoch's batches of micro_batch images from start_step on; seeking is free.
-
-        Under on_bad="skip" a batch lacks its damaged images; if none is left, the next sound image
-        of the epoch takes their place. each_second is called while a batch is waited for.
-        """
-        data, order = self.data, self.rows[permutation(self.seed, epoch, len(self.rows))]
-        share = micro_batches(
-            order, self.batch, self.micro_batch, start_step, self.rank, self.world_size
-        )
-        jobs = (self._job(rows, epoch) for rows in share)
-        stream = data.train.reader.stream(jobs, data.view, each_second)
-        self.running.append(stream)
-        try:
-            for decoded in stream:
-                batch = data.train.batch(decoded, data.damage)
-                yield _only_valid(batch) or self._stand_in(order, batch, epoch)
-        finally:
-            stream.close()
-            self.running.remove(stream)
-
-    def _job(self, rows: np.ndarray, epoch: int) -> Job:
-        return Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
-
-    def _stand_in(self, order: np.ndarray, batch: Batch, epoch: int) -> Batch:
-        """Return a batch of the sound image that follows a wholly damaged batch in the order.
-
-        An empty batch has no mean loss, and no process may leave out a backward pass. The choice
-        depends on the order alone, so a resumed run makes the same one.
-        """
-        data, reader = self.data, self.data.train.reader
-        place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
-        for row in np.roll(order, -place)[:STAND_INS_TRIED]:
-            decoded = reader.decode(self._job(np.array([row]), epoch), data.view)
-            if found := _only_valid(data.train.batch(decoded, data.damage)):
-                return found
-        raise DataError(
-            f"{reader.source}: {min(STAND_INS_TRIED, len(order))} images in a row are damaged "
-            f"(such as {next(reversed(data.damage.reasons))}); mend the images"
-        )
-
-    def close(self) -> None:
-        """End every epoch that was left early, with its threads and processes."""
-        for stream in list(self.running):
-            stream.close()
-
-
-def _only_valid(batch: Batch) -> Batch | None:
-    if bool(batch.valid.all()):
-        return batch
-    return Batch(*(part[batch.valid] for part in batch)) if bool(batch.valid.any()) else None
-
-
-@dataclass
-class EvalLoader:
-    """Evaluation batches with a mask; see Data.eval_loader."""
-
-    data: Data
-    batch_size: int
-    rank: int
-    world_size: int
-    each_second: Callable[[], None] = nothing
-
-    def __post_init__(self) -> None:
-        self.split = self.data.evaluation
-        if self.batch_size < 1:
-            raise ConfigError(f"evaluation batch size {self.batch_size}: give at least 1")
-        # No larger than a rank's share, so that a small set is not mostly padding.
-        share = math.ceil(len(self.split.rows) / self.world_size)
-        self.batch_size = min(self.batch_size, share)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.split.rows) / (self.batch_size * self.world_size))
-
-    def __iter__(self) -> Iterator[Batch]:
-        data, split = self.data, self.split
-        stream = split.reader.stream(self._jobs(), data.view.for_evaluation(), self.each_second)
-        try:
-            for decoded in stream:
-                yield split.batch(decoded, data.damage)
-        finally:
-            stream.close()
-
-    def _jobs(self) -> Iterator[Job]:
-        rows, spec = self.split.rows, self.data.spec
-        share = evaluation_batches(len(rows), self.batch_size, self.rank, self.world_size)
-        for positions in share:
-            taken = np.where(positions >= 0, rows[positions], -1)
-            keys = np.zeros(len(taken), dtype=np.uint64)
-            yield Job(taken, keys, spec.eval_size or spec.image_size)
-
 
 @dataclass
 class Data:
     """An opened data set: what open_data returns.
 
-    warnings: what the user should be told, one line each.
+    warnings: what the user should be told, one line each; failures: damaged images that this
+    process has met under on_bad="skip", name -> reason.
     """
 
     spec: DataSpec
     info: DataInfo
     train: Split
     evaluation: Split
-    damage: Failures
     warnings: tuple[str, ...] = ()
+    failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        colour = tuple(round(255 * value) for value in self.info.mean)
-        self.view = View(self.spec, colour)
+        self.view = View(self.spec, tuple(round(255 * value) for value in self.info.mean))
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        for reader in (self.train.reader, self.evaluation.reader):
+            for name, reason in reader.skipped.items():
+                self._note_damage(name, reason)
+
+    def _note_damage(self, name: str, reason: str) -> None:
+        """Note a damaged image. Raises DataError under on_bad="raise"."""
+        if self.spec.on_bad == "raise":
+            raise DataError(
+                f"{name}: {reason}; mend it (a .beton file: write it again), or set "
+                "data.on_bad=skip (eval.py: on_bad=skip)"
+            )
+        self.failures[name] = reason
 
     @property
     def backend(self) -> str:
@@ -238,17 +83,11 @@ class Data:
 
         It has not if the images were read in another way: from a folder, say, and now a .beton.
         """
-        kinds = (prints.get(part, "").partition(":")[0] for prints in (stored, self.fingerprints))
-        return len(set(kinds)) == 1
+        return stored.get(part, "").startswith(self.fingerprints[part].partition(":")[0] + ":")
 
     @property
     def _splits(self) -> dict[str, Split]:
         return {"train": self.train, "eval": self.evaluation}
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """Damaged images met by this process under on_bad="skip": name -> reason."""
-        return dict(self.damage.reasons)
 
     def train_loader(
         self, batch: int, micro_batch: int, seed: int, rank: int = 0, world_size: int = 1
@@ -267,12 +106,34 @@ class Data:
         rank: int = 0,
         world_size: int = 1,
         each_second: Callable[[], None] = nothing,
-    ) -> EvalLoader:
-        """Return evaluation batches, equally many on every rank.
+    ) -> Iterator[Batch]:
+        """Yield evaluation batches, equally many on every rank.
 
         Over all ranks each image is valid in exactly one row.
         """
-        return EvalLoader(self, batch_size, rank, world_size, each_second)
+        if batch_size < 1:
+            raise ConfigError(f"evaluation batch size {batch_size}: give at least 1")
+        rows, size = self.evaluation.rows, self.spec.eval_size or self.spec.image_size
+        # No larger than a rank's share, so that a small set is not mostly padding.
+        batch_size = min(batch_size, math.ceil(len(rows) / world_size))
+        count = math.ceil(len(rows) / (batch_size * world_size))
+        padded = np.full(count * world_size * batch_size, -1)
+        padded[: len(rows)] = rows
+        share = padded.reshape(count, world_size, batch_size)[:, rank]
+        jobs = (Job(taken, np.zeros(batch_size, dtype=np.uint64), size) for taken in share)
+        reader = self.evaluation.reader
+        for decoded in reader.stream(jobs, self.view.for_evaluation(), each_second):
+            yield self.batch(reader, decoded)
+
+    def batch(self, reader: Reader, decoded: Decoded) -> Batch:
+        """Return a job's batch; a damaged image is invalid, never replaced by another's pixels."""
+        job, images, bad = decoded
+        for place, reason in bad.items():
+            self._note_damage(reader.name(int(job.rows[place])), reason)
+        valid = job.rows >= 0
+        valid[list(bad)] = False
+        targets = np.where(valid, reader.targets[job.rows], 0)
+        return Batch(images, *map(torch.from_numpy, (targets, job.rows, valid)))
 
     def prepare(
         self,
@@ -308,6 +169,93 @@ class Data:
                 value.float().to(device) for value in (1 / (255 * std), -mean / std)
             )
         return self._on_device[device]
+
+
+@dataclass
+class TrainLoader:
+    """Training micro-batches; see Data.train_loader."""
+
+    data: Data
+    batch: int
+    micro_batch: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        spec, self.reader, self.rows = self.data.spec, self.data.train.reader, self.data.train.rows
+        self.crop_seed = self.seed if spec.deterministic else secrets.randbits(64)
+        smallest = min(self.batch, self.micro_batch)
+        if smallest < 1 or self.batch % (self.world_size * self.micro_batch):
+            raise ConfigError(
+                f"batch={self.batch} is no multiple of {self.world_size} process(es) x "
+                f"micro_batch={self.micro_batch}, each at least 1"
+            )
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"batch={self.batch} exceeds the {len(self.rows)} training images; give a "
+                "smaller batch"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Weight updates in an epoch; the images of a last, partial batch are left out."""
+        return len(self.rows) // self.batch
+
+    def image_size(self, epoch: int) -> int:
+        """Return the side of the training crop in this epoch, pixels.
+
+        It grows in multiples of 32 (ffcv-imagenet's recipe).
+        """
+        spec = self.data.spec
+        if spec.ramp is None or epoch >= spec.ramp[1]:
+            return spec.image_size
+        grown = np.interp(epoch, spec.ramp, (spec.start_size, spec.image_size))
+        return spec.start_size if epoch <= spec.ramp[0] else round(grown / 32) * 32
+
+    def epoch(
+        self, epoch: int, start_step: int = 0, each_second: Callable[[], None] = nothing
+    ) -> Iterator[Batch]:
+        """Yield the epoch's batches of micro_batch images from start_step on; seeking is free.
+
+        Under on_bad="skip" a batch lacks its damaged images; if none is left, the next sound image
+        of the epoch takes their place. each_second is called while a batch is waited for.
+        """
+        order = self.rows[permutation(self.seed, epoch, len(self.rows))]
+        # A rank takes its contiguous share of a step, whose images so are the same on any number.
+        used = order[: self.steps_per_epoch * self.batch]
+        steps = used.reshape(self.steps_per_epoch, self.world_size, -1, self.micro_batch)
+        share = steps[start_step:, self.rank].reshape(-1, self.micro_batch)
+        jobs = (self._job(rows, epoch) for rows in share)
+        for decoded in self.reader.stream(jobs, self.data.view, each_second):
+            batch = self.data.batch(self.reader, decoded)
+            yield _only_valid(batch) or self._stand_in(order, batch, epoch)
+
+    def _job(self, rows: np.ndarray, epoch: int) -> Job:
+        return Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
+
+    def _stand_in(self, order: np.ndarray, batch: Batch, epoch: int) -> Batch:
+        """Return a batch of the sound image that follows a wholly damaged batch in the order.
+
+        An empty batch has no mean loss, and no process may leave out a backward pass. The choice
+        depends on the order alone, so a resumed run makes the same one.
+        """
+        data, reader = self.data, self.reader
+        place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
+        for row in np.roll(order, -place)[:STAND_INS_TRIED]:
+            decoded = reader.decode(self._job(np.array([row]), epoch), data.view)
+            if found := _only_valid(data.batch(reader, decoded)):
+                return found
+        raise DataError(
+            f"{reader.source}: {min(STAND_INS_TRIED, len(order))} images in a row are damaged "
+            f"(such as {next(reversed(data.failures))}); mend the images"
+        )
+
+
+def _only_valid(batch: Batch) -> Batch | None:
+    if bool(batch.valid.all()):
+        return batch
+    return Batch(*(part[batch.valid] for part in batch)) if bool(batch.valid.any()) else None
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

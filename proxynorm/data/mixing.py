@@ -35,23 +35,16 @@ class Mixing:
         num_classes: int,
         cutmix_lambda: float | None = None,
     ) -> None:
-        if cutmix_lambda is not None and cutmix_alpha:
+        fits = cutmix_lambda is None or OFFSET / SLOPE <= cutmix_lambda < 1
+        if not fits or (cutmix_lambda is not None and cutmix_alpha):
             raise ConfigError(
-                f"cutmix={cutmix_alpha} and cutmix_lambda={cutmix_lambda} are two ways to CutMix; "
-                "give one"
-            )
-        if cutmix_lambda is not None and not OFFSET / SLOPE <= cutmix_lambda < 1:
-            raise ConfigError(
-                f"cutmix_lambda={cutmix_lambda}: give {OFFSET / SLOPE:.2f} to below 1, or null"
+                f"cutmix_lambda={cutmix_lambda} cutmix={cutmix_alpha}: give one of them, "
+                f"cutmix_lambda from {OFFSET / SLOPE:.2f} to below 1"
             )
         self.num_classes, self.smoothing, self.cutmix_lambda = num_classes, smoothing, cutmix_lambda
+        options = {"switch_prob": switch_prob, "num_classes": num_classes}
         self.mixup = Mixup(
-            mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
-            prob=prob,
-            switch_prob=switch_prob,
-            label_smoothing=smoothing,
-            num_classes=num_classes,
+            mixup_alpha, cutmix_alpha, prob=prob, label_smoothing=smoothing, **options
         )
         self.mixup.mixup_enabled = max(mixup_alpha, cutmix_alpha) > 0
 

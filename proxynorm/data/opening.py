@@ -1,20 +1,40 @@
-"""open_data: from a DataSpec to an opened data set."""
+"""From a DataSpec to an opened data set: to train on, to evaluate alone, or without classes."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from proxynorm.data.datasets import DATASETS
+from proxynorm.cli import nearest
+from proxynorm.data.datasets import (
+    DATASETS,
+    find_images,
+    images_reader,
+    numbered,
+    refuse_other_order,
+)
 from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
-from proxynorm.data.folder import rand_augment
-from proxynorm.data.loaders import Data, Failures, Split
+from proxynorm.data.folder import FolderReader, rand_augment
+from proxynorm.data.loaders import Data, Split
 from proxynorm.data.randomness import permutation
-from proxynorm.data.readers import BetonReader, Reader
+from proxynorm.data.readers import Reader
+from proxynorm.data.sources import list_images
 from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, check_specs, one_of
-from proxynorm.errors import ConfigError
+from proxynorm.errors import ConfigError, DataError
+
+CLASSES = ("all", "subset", "index")
+
+
+class Validation(NamedTuple):
+    """Opened images; columns: the logits, int64 (K,), that belong to data.info.classes."""
+
+    data: Data
+    columns: np.ndarray
 
 
 def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
@@ -26,8 +46,7 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     data_set = DATASETS[spec.name]
     if data_set.needs_root and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
-    failures = Failures(spec.on_bad)
-    train, evaluation = data_set.open(spec, decided(spec, loader or LoaderSpec()), failures)
+    train, evaluation = data_set.open(spec, _decided(spec, loader or LoaderSpec()))
     mean, std = tuple(spec.mean or data_set.mean), tuple(spec.std or data_set.std)
     if not len(mean) == len(std) == train.channels or min(std) <= 0:
         raise ConfigError(
@@ -37,14 +56,117 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     splits = _splits(spec, train, evaluation)
     counts = (len(split.rows) for split in splits)
     info = DataInfo(spec.name, train.classes, train.channels, *counts, mean, std)
-    notes, available = warnings(train, evaluation), len(train.targets) - spec.holdout
+    notes, available = (*train.notes, *evaluation.notes), len(train.targets) - spec.holdout
     if spec.limit is not None and spec.limit > available:
         told = f"exceeds the {available} training images, which are all taken"
         notes = (f"data.limit={spec.limit} {told}", *notes)
-    return Data(spec, info, *splits, failures, notes)
+    return Data(spec, info, *splits, notes)
 
 
-def decided(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
+def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:
+    """Return the rows to train and to evaluate on.
+
+    limit takes the front of a seeded shuffle, holdout its end.
+    """
+    count = len(train.targets)
+    if spec.holdout >= count:
+        raise ConfigError(
+            f"data.holdout={spec.holdout} leaves none of the {count} training images to train on"
+        )
+    shuffled = permutation(spec.limit_seed, 0, count)
+    rest = count - spec.holdout
+    rows = np.sort(shuffled[: min(spec.limit or rest, rest)])
+    if spec.holdout:
+        return Split(train, rows), Split(train, np.sort(shuffled[rest:]))
+    return Split(train, rows), Split(evaluation, np.arange(len(evaluation.targets)))
+
+
+def open_validation(
+    spec: DataSpec, loader: LoaderSpec, trained: Sequence[str], classes: str = "all"
+) -> Validation:
+    """Open the evaluation images at spec.root alone, for a network that knows `trained` classes.
+
+    They are class folders in a folder or in its val/, or a .beton file, or val.beton in a folder.
+    classes: "all": the folders are the trained classes; "subset": some of them, and only their
+    logits count (ImageNet-A, -R); "index": they are the numbers of the classes (ImageNet-V2).
+    spec.mean and spec.std: the training's. Raises ConfigError or DataError.
+    """
+    one_of("classes", classes, CLASSES)
+    root = Path(spec.root).expanduser()
+    root = next((root / part for part in ("val.beton", "val") if (root / part).exists()), root)
+    name = "beton" if root.suffix == ".beton" else "folder"
+    spec = replace(spec, name=name, randaugment=None)
+    loader, found = _decided(spec, loader), find_images(root)
+    present = found.classes or numbered(1 + int(found.targets.max()))
+    reader = images_reader(spec, found, present, loader)
+    if classes != "index":
+        # A network that was trained on a file without manifest knows its classes by number alone.
+        by_number = tuple(trained) == numbered(len(trained))
+        if found.classes and by_number:
+            refuse_other_order("the data that the network was trained on", trained, str(root))
+        elif not found.classes and not by_number:
+            refuse_other_order(str(root), trained, "the trained network")
+    numbers = _class_numbers(root, present, list(trained), classes)
+    columns = np.arange(len(trained))
+    if classes == "subset":
+        columns = np.sort(numbers)
+        numbers = np.searchsorted(columns, numbers)
+    reader.targets = numbers[reader.targets]
+    return Validation(_evaluation_data(spec, reader, [trained[i] for i in columns]), columns)
+
+
+def _class_numbers(
+    root: Path, present: Sequence[str], trained: list[str], classes: str
+) -> np.ndarray:
+    """Return the trained class, int64 (N,), that each present class is. Raises DataError."""
+    known = {name: number for number, name in enumerate(trained)}
+    if classes == "index":
+        numbers = {name: int(name) for name in present if name.isdecimal()}
+        known = {name: number for name, number in numbers.items() if number < len(trained)}
+    if unknown := [name for name in present if name not in known]:
+        advice = nearest(unknown[0], trained[:20])
+        if classes == "index":
+            advice = f"classes=index takes folders as numbers from 0 to {len(trained) - 1}"
+        elif all(name.isdecimal() for name in present):
+            advice = "classes=index takes folders as numbers of classes"
+        raise DataError(
+            f"{root}: the network knows no class {unknown[0]} ({len(unknown)} such of "
+            f"{len(present)}); {advice}"
+        )
+    absent = [name for name in trained if name not in present]
+    if absent and classes == "all":
+        raise DataError(
+            f"{root}: {len(absent)} of the {len(trained)} classes are missing (the first: "
+            f"{absent[0]}); classes=subset evaluates over those that are there"
+        )
+    return np.array([known[name] for name in present], dtype=np.int64)
+
+
+def open_images(spec: DataSpec, loader: LoaderSpec, images: Path) -> tuple[Data, list[str]]:
+    """Open the images in and below a folder, or one file, without classes.
+
+    Returns the data and the files' names by row. Raises DataError.
+    """
+    spec = replace(spec, name="folder", on_bad="skip", randaugment=None)
+    reader = FolderReader(list_images(images), _decided(spec, replace(loader, name="torchvision")))
+    names = [reader.name(row) for row in range(len(reader.targets))]
+    return _evaluation_data(spec, reader, [""]), names
+
+
+def _evaluation_data(spec: DataSpec, reader: Reader, classes: Sequence[str]) -> Data:
+    """Return the Data of one reader's images. Raises DataError for a network of grey images."""
+    if len(spec.mean) != reader.channels:
+        raise DataError(
+            f"{reader.source}: images of {reader.channels} channels, but the network was "
+            f"trained on images of {len(spec.mean)}"
+        )
+    count = len(reader.targets)
+    split = Split(reader, np.arange(count))
+    info = DataInfo(spec.name, tuple(classes), reader.channels, 0, count, spec.mean, spec.std)
+    return Data(spec, info, split, split, reader.notes)
+
+
+def _decided(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
     """Check both, and return the loader with its backend and its number of workers decided.
 
     Raises ConfigError.
@@ -74,15 +196,6 @@ def _choose_backend(spec: DataSpec, asked: str) -> str:
     return "ffcv"
 
 
-def warnings(*readers: Reader) -> tuple[str, ...]:
-    """Return what the user should be told of the readers' images, one line each."""
-    betons = [reader.samples for reader in readers if isinstance(reader, BetonReader)]
-    bare = ", ".join(str(samples.path) for samples in betons if not samples.manifest)
-    told = f"{bare}: no manifest, so classes, labels and later damage cannot be checked"
-    notes = tuple(note for reader in readers for note in reader.notes)
-    return (told, *notes) if bare else notes
-
-
 def share_of_cores() -> int:
     """Return this process's share of the node's cores, among the processes of the run on it."""
     cores = (
@@ -95,21 +208,3 @@ def share_of_cores() -> int:
             return cores  # SLURM has bound the task to its share (task/affinity)
         cores = min(cores, allocated)  # not bound: every task sees the cores of all
     return max(1, cores // processes)
-
-
-def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:
-    """Return the rows to train and to evaluate on.
-
-    limit takes the front of a seeded shuffle, holdout its end.
-    """
-    count = len(train.targets)
-    if spec.holdout >= count:
-        raise ConfigError(
-            f"data.holdout={spec.holdout} leaves none of the {count} training images to train on"
-        )
-    shuffled = permutation(spec.limit_seed, 0, count)
-    rest = count - spec.holdout
-    rows = np.sort(shuffled[: min(spec.limit or rest, rest)])
-    if spec.holdout:
-        return Split(train, rows), Split(train, np.sort(shuffled[rest:]))
-    return Split(train, rows), Split(evaluation, np.arange(len(evaluation.targets)))

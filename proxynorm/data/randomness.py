@@ -46,32 +46,6 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.argsort(sample_keys(seed ^ 0x6F72646572, epoch, np.arange(count)), kind="stable")
 
 
-def micro_batches(
-    order: np.ndarray, batch: int, micro_batch: int, start_step: int, rank: int, world_size: int
-):
-    """Yield rank's micro-batches, (micro_batch,) slices of order, up to the last full batch.
-
-    Step t takes order[t*batch:(t+1)*batch]; a rank takes its contiguous share of it; so the samples
-    of a step are the same for every world size.
-    """
-    share = batch // world_size
-    for step in range(start_step, len(order) // batch):
-        first = step * batch + rank * share
-        for start in range(first, first + share, micro_batch):
-            yield order[start : start + micro_batch]
-
-
-def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int):
-    """Yield rank's batches (batch_size,) of positions 0..count-1, -1 where padded.
-
-    Every rank yields as many batches, and each position comes once over all ranks.
-    """
-    stride = batch_size * world_size
-    for start in range(0, count, stride):
-        positions = start + rank * batch_size + np.arange(batch_size)
-        yield np.where(positions < count, positions, -1)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators from which timm draws, and restore them for their other users."""

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -60,12 +60,15 @@ class Reader:
     """Images and targets, int64 (N,), behind row numbers 0..N-1.
 
     source: the file or folder that the user gave; notes: what to tell the user, one line each;
-    backend: "memory", "torchvision" or "ffcv". A new one needs `decode`, `name`, `fingerprint`.
+    skipped: damaged images that have no row, name -> reason; backend: "memory", "torchvision" or
+    "ffcv". A new one needs `decode`, `name`, `fingerprint`.
     """
 
     backend = "memory"
     channels = 3
+    loader = LoaderSpec()
     notes: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = {}
 
     def __init__(self, source: str, classes: tuple[str, ...], targets: np.ndarray) -> None:
         self.source, self.classes, self.targets = source, classes, targets
@@ -95,27 +98,22 @@ class Reader:
         """
         raise NotImplementedError
 
+    def wait(self, take: Callable[[], Result | None], each_second: Callable[[], None]) -> Result:
+        """Return what `take` does, called again as long as it returns None, after POLL_SECONDS.
 
-def wait(
-    take: Callable[[float], Result | None],
-    loader: LoaderSpec,
-    source: str,
-    each_second: Callable[[], None],
-) -> Result:
-    """Return what take(seconds) does, called again as long as it returns None.
-
-    A signal handler that sets a flag is heeded here by each_second, which may raise. Raises
-    DataError after loader.timeout seconds.
-    """
-    deadline = time.monotonic() + loader.timeout
-    while (result := take(POLL_SECONDS)) is None:
-        each_second()
-        if time.monotonic() > deadline:
-            raise DataError(
-                f"{source}: no images for {loader.timeout:g} s; its disk does not answer, or a "
-                "loader worker hangs: try loader.workers=0, or a longer loader.timeout"
-            )
-    return result
+        A signal handler that sets a flag is heeded here by each_second, which may raise. Raises
+        DataError after loader.timeout seconds.
+        """
+        deadline = time.monotonic() + self.loader.timeout
+        while (result := take()) is None:
+            each_second()
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"{self.source}: no images for {self.loader.timeout:g} s; its disk does not "
+                    "answer, or a loader worker hangs: try loader.workers=0, or a longer "
+                    "loader.timeout"
+                )
+        return result
 
 
 def fingerprint(kind: str, *parts: np.ndarray) -> str:
@@ -147,33 +145,14 @@ class MemoryReader(Reader):
         return fingerprint("pixels of images", self.images[rows])
 
 
-class _Pending(NamedTuple):
-    """A job begun: status (N,) as kernel.decode_samples gives it, once all tasks are done."""
-
-    job: Job
-    images: np.ndarray
-    status: np.ndarray
-    tasks: list[Future]
-
-
 class BetonReader(Reader):
-    """A .beton file, read by FFCV's decoder in loader.workers threads (at least one).
-
-    source: what the file was made of, if that is what the user gave.
-    """
+    """A .beton file, read by FFCV's decoder in loader.workers threads (at least one)."""
 
     backend = "ffcv"
 
-    def __init__(
-        self,
-        samples: Samples,
-        classes: tuple[str, ...],
-        loader: LoaderSpec,
-        source: str | None = None,
-        notes: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(source or str(samples.path), classes, samples.target)
-        self.samples, self.loader, self.notes = samples, loader, notes
+    def __init__(self, samples: Samples, classes: tuple[str, ...], loader: LoaderSpec) -> None:
+        super().__init__(str(samples.path), classes, samples.targets)
+        self.samples, self.loader, self.notes = samples, loader, samples.notes
         self.workers = max(1, loader.workers)
         s, file = samples, np.memmap(samples.path, dtype=np.uint8, mode="r")
         self.stored = (file, s.mode, s.height, s.width, s.pointer, s.size, s.sums)
@@ -185,19 +164,23 @@ class BetonReader(Reader):
     def stream(
         self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = nothing
     ) -> Iterator[Decoded]:
-        pending: deque[_Pending] = deque()
+        pending: deque[tuple[Job, np.ndarray, np.ndarray, list[Future]]] = deque()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="beton")
 
         def finish() -> Decoded:
             job, images, status, tasks = pending.popleft()
-            wait(lambda seconds: _done(tasks, seconds), self.loader, self.source, each_second)
+            self.wait(lambda: _done(tasks), each_second)
             bad = {int(place): REASONS[int(status[place])] for place in np.flatnonzero(status)}
             return Decoded(job, torch.from_numpy(view.finish(images, job.keys, job.size)), bad)
 
         try:
             for job in jobs:
-                pending.append(self._begin(pool, job, view))
-                if len(pending) > self._ahead(len(pending[0].tasks)):
+                images, status, tasks = self._begin(pool, job, view)
+                pending.append((job, images, status, tasks))
+                ahead = max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // len(tasks))
+                if self.loader.prefetch is not None:
+                    ahead = self.loader.prefetch
+                if len(pending) > ahead:
                     yield finish()
             while pending:
                 yield finish()
@@ -205,14 +188,14 @@ class BetonReader(Reader):
             # Not waiting: a thread may hang in a read that never returns.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ahead(self, tasks: int) -> int:
-        """Return how many batches of so many tasks to begin before they are asked for."""
-        if self.loader.prefetch is not None:
-            return self.loader.prefetch
-        return max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // tasks)
+    def _begin(
+        self, pool: ThreadPoolExecutor, job: Job, view: View
+    ) -> tuple[np.ndarray, np.ndarray, list[Future]]:
+        """Share a job's images out among the threads.
 
-    def _begin(self, pool: ThreadPoolExecutor, job: Job, view: View) -> _Pending:
-        """Share a job's images out among the threads."""
+        Returns images (N, S, S, C) and status (N,), as kernel.decode_samples gives them once all
+        tasks are done, and the tasks.
+        """
         count, s = len(job.rows), self.samples
         boxes = view.boxes(job.keys, s.height[job.rows], s.width[job.rows])
         # A fresh buffer each time: nothing that was handed out is written again. Page-locked
@@ -228,7 +211,7 @@ class BetonReader(Reader):
             )
             for start in range(0, count, length)
         ]
-        return _Pending(job, images, status, tasks)
+        return images, status, tasks
 
     def name(self, row: int) -> str:
         return f"{self.samples.path}: image {row}"
@@ -241,9 +224,9 @@ class BetonReader(Reader):
         return fingerprint("sizes of images", s.size[rows], s.height[rows], s.width[rows])
 
 
-def _done(tasks: list[Future], seconds: float) -> bool | None:
-    """Return True once all tasks are done, None if they are not after `seconds`."""
-    done, waiting = futures.wait(tasks, seconds)
+def _done(tasks: list[Future]) -> bool | None:
+    """Return True once all tasks are done, None if they are not after POLL_SECONDS."""
+    done, waiting = futures.wait(tasks, POLL_SECONDS)
     for task in done:
         task.result()
     return None if waiting else True

@@ -7,6 +7,7 @@ import os
 import posixpath
 import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -15,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from proxynorm.data.images import EXTENSIONS, ImageRef
-from proxynorm.data.names import code_points, look_alike, printable
-from proxynorm.errors import ConfigError, DataError
+from proxynorm.errors import DataError
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 BOXES = re.compile(r"\S+( +\d+){4}( .*)?")  # n01440764 and a box in pixels, once or more
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 KINDS_NAMED = 6
 TOP = PurePosixPath(".")
 
@@ -27,10 +28,11 @@ TOP = PurePosixPath(".")
 class Listing(NamedTuple):
     """Labelled images in a fixed order.
 
-    classes: names, sorted; images and targets, int64 (N,): one per image; aside: files that were
-    left out; notes: what the user should be told, one line each.
+    source: the folder or tar; classes: names, sorted; images and targets, int64 (N,): one per
+    image; aside: files that were left out; notes: what the user should be told, one line each.
     """
 
+    source: Path
     classes: tuple[str, ...]
     images: list[ImageRef]
     targets: np.ndarray
@@ -39,18 +41,14 @@ class Listing(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A file of a source, and the folder (relative to the source) or class tar that it lies in.
+    """A file of a source.
 
-    is_file: it is no link in a tar.
+    path: relative to the source; a class tar counts as a folder. is_image: by its name; no link.
     """
 
-    folder: PurePosixPath
+    path: PurePosixPath
     ref: ImageRef
-    is_file: bool = True
-
-    @property
-    def is_image(self) -> bool:
-        return self.is_file and _is_image(self.ref.name)
+    is_image: bool
 
 
 def _is_image(name: str) -> bool:
@@ -60,40 +58,34 @@ def _is_image(name: str) -> bool:
 def list_source(source: Path, labels: Path | None = None) -> Listing:
     """List a folder of class folders, a tar of them, or, with `labels`, images without class.
 
-    labels: a CSV with columns file name and class (Kaggle's LOC_val_solution.csv is one), or the
-    folder of ImageNet's devkit. Raises DataError if anything is missing, empty or contradictory.
+    A tar, which is read in place, may also hold class tars (ILSVRC2012_img_train.tar). labels: a
+    CSV with columns file name and class (Kaggle's LOC_val_solution.csv is one), or the folder of
+    ImageNet's devkit. Raises DataError if anything is missing, empty or contradictory.
     """
     source = Path(source)
-    if os.path.isfile(source) and tarfile.is_tarfile(source):
-        return list_tar(source, labels)
-    if not os.path.isdir(source):
-        raise DataError(f"{source}: no such folder or tar file")
-    if not labels:
-        return list_folder(source)
-    files = _folder_files(source)
-    images = [file.ref for file in files if file.is_image and file.folder == TOP]
-    aside = [file.ref.name for file in files if not (file.is_image and file.folder == TOP)]
-    if not images and any(file.is_image for file in files):
-        raise DataError(
-            f"{source}: holds its images in folders; if these are the classes, drop labels={labels}"
-        )
-    return list_flat(images, labels, source, aside)
-
-
-def list_folder(folder: Path) -> Listing:
-    """List folder/CLASS/*. Raises DataError without folder or classes, or for an empty class."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: no such folder")
-    files = _folder_files(folder)
-    classes = {PurePosixPath(name) for name in next(_walk(folder))[1]}
+    is_tar = os.path.isfile(source) and tarfile.is_tarfile(source)
+    files = _tar_files(source) if is_tar else _folder_files(source)
+    if labels:
+        return _by_labels(source, files, labels)
+    holding = {file.path.parent for file in files if file.is_image}
+    top = PurePosixPath(posixpath.commonpath(holding)) if is_tar and holding else TOP
+    folders = holding if is_tar else map(PurePosixPath, _subfolders(source))
+    classes = {top / place.relative_to(top).parts[0] for place in folders if place != top}
     if not classes:
         raise DataError(
-            f"{folder}: holds no class folders; expected {folder}/CLASS/*.jpg "
-            "(scripts/write_ffcv.py takes a flat folder with labels=)"
+            f"{source}: holds no class folders; expected {source}/CLASS/*.jpg, or labels= for "
+            "images without class (scripts/write_ffcv.py)"
         )
-    if empty := classes - {file.folder for file in files if file.is_image}:
-        raise _no_images(folder, min(empty), files)
-    return _by_class(folder, files, classes)
+    if empty := classes - holding:
+        name = min(empty)
+        kinds = _kinds(file.ref.name for file in files if name in file.path.parents)
+        raise DataError(
+            f"{printable(source / name)}: class without images ({kinds}); images end in "
+            f"{' '.join(EXTENSIONS)}; fill it or remove it, or give the folder of class folders"
+        )
+    chosen = [file for file in files if file.is_image and file.path.parent in classes]
+    names = [printable(file.path.parent.name) for file in chosen]
+    return _listing(source, files, chosen, names, set(names))
 
 
 def list_images(source: Path) -> Listing:
@@ -102,64 +94,53 @@ def list_images(source: Path) -> Listing:
     Raises DataError if there are none.
     """
     if source.is_file():
-        images, aside = [_file_ref(str(source))], []
-    elif source.is_dir():
-        files = _folder_files(source)
-        images = [file.ref for file in files if file.is_image]
-        aside = [file.ref.name for file in files if not file.is_image]
-    else:
-        raise DataError(f"{source}: no such folder or file")
+        image = ImageRef(str(source), printable(source))
+        return Listing(source, ("",), [image], np.zeros(1, dtype=np.int64))
+    files = _folder_files(source)
+    images = [file for file in files if file.is_image]
     if not images:
-        kinds = f" but {_kinds(aside)}" if aside else ""
-        raise DataError(f"{source}: holds no images{kinds}; images end in {' '.join(EXTENSIONS)}")
-    return _listing(source, [""] * len(images), images, aside)
-
-
-def _no_images(source: Path, name: PurePosixPath, files: list[_File]) -> DataError:
-    """Return the error for a class folder without images."""
-    below = [file for file in files if name in (file.folder, *file.folder.parents)]
-    if any(file.is_image for file in below):
-        example = f", such as {source}/train" if (source / "train").is_dir() else ""
-        return DataError(
-            f"{source}: holds folders of folders; give one whose folders hold images{example}"
+        kinds = _kinds(file.ref.name for file in files)
+        raise DataError(
+            f"{source}: holds no images ({kinds}); images end in {' '.join(EXTENSIONS)}"
         )
-    kinds = f" ({_kinds(file.ref.name for file in below)})" if below else ""
-    return DataError(
-        f"{printable(source / name)}: class without images{kinds}; images end in "
-        f"{' '.join(EXTENSIONS)}; fill it or remove the folder"
-    )
-
-
-def _by_class(source: Path, files: list[_File], classes: set[PurePosixPath]) -> Listing:
-    """List the images directly in their class folders."""
-    chosen = [file for file in files if file.is_image and file.folder in classes]
-    aside = [file.ref.name for file in files if not (file.is_image and file.folder in classes)]
-    names = [printable(file.folder.name) for file in chosen]
-    return _listing(source, names, [file.ref for file in chosen], aside)
+    return _listing(source, files, images, [""] * len(images), {""})
 
 
 def _listing(
-    source: Path,
-    names: list[str],
-    images: list[ImageRef],
-    aside: Iterable[str],
-    classes: Iterable[str] = (),
-    notes: Iterable[str] = (),
+    source: Path, files: list[_File], chosen: list[_File], names: list[str], classes: set[str]
 ) -> Listing:
-    """Number the classes of the images (`names`, one each) and note what the user should know."""
-    sorted_classes = tuple(sorted({*names, *classes}))
+    """Number the classes of the chosen files (`names`, one each) and note what should be known."""
+    sorted_classes = tuple(sorted(classes))
     number = {name: target for target, name in enumerate(sorted_classes)}
     targets = np.array([number[name] for name in names], dtype=np.int64)
-    notes, aside = list(notes), tuple(map(printable, aside))
+    kept, notes = {file.ref for file in chosen}, []
+    aside = tuple(file.ref.name for file in files if file.ref not in kept)
     if aside:
-        total = len(aside) + len(images)
-        notes.append(f"{source}: {len(aside)} of {total} files are left out: {_kinds(aside)}")
+        notes.append(f"{source}: {len(aside)} of {len(files)} files are left out: {_kinds(aside)}")
+    # é is one code point or e and an accent; macOS and Linux tools write different ones.
+    forms: dict[str, str] = {}
     for name in sorted_classes:
-        if twin := look_alike(name, sorted_classes[number[name] + 1 :]):
-            notes.append(
-                f"{source}: two classes look alike, {code_points(name)} and {code_points(twin)}"
-            )
-    return Listing(sorted_classes, images, targets, aside, tuple(notes))
+        twin = forms.setdefault(unicodedata.normalize("NFC", name), name)
+        if twin != name:
+            notes.append(f"{source}: two classes look alike, {spelled(twin)} and {spelled(name)}")
+    return Listing(
+        source, sorted_classes, [file.ref for file in chosen], targets, aside, tuple(notes)
+    )
+
+
+def printable(name: str | bytes | os.PathLike) -> str:
+    """Return a file name as one line of text: bytes that are not UTF-8 become escapes (caf\\xe9).
+
+    Python keeps such bytes as lone surrogates, which neither a terminal nor a JSON file takes.
+    Control characters are escaped too, as a name with a line feed would break a line in two.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
+
+
+def spelled(name: str) -> str:
+    """Return a name, and its code points if it goes beyond ASCII: café (caf\\xe9)."""
+    return name if name.isascii() else f"{name} ({ascii(name)[1:-1]})"
 
 
 def _kinds(aside: Iterable[str]) -> str:
@@ -171,74 +152,106 @@ def _kinds(aside: Iterable[str]) -> str:
         for name in aside
     )
     named = [f"{count} {kind}" for kind, count in kinds.most_common(KINDS_NAMED)]
-    others = kinds.total() - sum(count for _, count in kinds.most_common(KINDS_NAMED))
-    return ", ".join(named + ([f"{others} of other kinds"] if others else []))
+    return ", ".join(named + ["…"] * (len(kinds) > KINDS_NAMED)) or "no files"
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield each folder from `folder` down, its folders and its files, sorted, none hidden.
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{printable(error.filename)}: cannot be listed ({error.strerror})") from None
 
-    Links to folders are followed at the top only. Raises DataError for an unreadable folder.
+
+def _visible(names: list[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return _visible(next(os.walk(folder, onerror=_refuse))[1])
+
+
+def _folder_files(source: Path) -> list[_File]:
+    """Return all files in and below a folder, none hidden.
+
+    Links to folders are followed at the top only. Raises DataError for a folder that is missing or
+    cannot be read.
     """
+    if not os.path.isdir(source):
+        raise DataError(f"{source}: no such folder or tar file")
+    files = []
+    for top in (source, *(source / name for name in _subfolders(source))):
+        for place, folders, names in os.walk(top, onerror=_refuse):
+            folders[:] = [] if top == source else _visible(folders)
+            for name in _visible(names):
+                path = os.path.join(place, name)
+                inside = PurePosixPath(os.path.relpath(path, source))
+                files.append(_File(inside, ImageRef(path, printable(path)), _is_image(name)))
+    return files
 
-    def refuse(error: OSError) -> None:
+
+def _tar_files(source: Path) -> list[_File]:
+    """Return the files of an uncompressed tar and of the tars in it, sorted, none hidden.
+
+    Raises DataError if it is compressed or damaged, or holds an image twice.
+    """
+    try:
+        with tarfile.open(source, "r:") as archive:
+            found = _members(source, archive)
+            files = sorted(found, key=lambda file: (file.path.parent.name, file.ref))
+    except Exception as error:  # tarfile raises many kinds on a damaged file
         raise DataError(
-            f"{printable(error.filename)}: cannot be listed ({error.strerror}); "
-            "make it readable, or remove it"
+            f"{source}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
+            "compressed, else fetch it again"
         ) from None
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield place, folders, sorted(name for name in files if not name.startswith("."))
-
-
-def _folder_files(folder: Path) -> list[_File]:
-    """Return all files in and below a folder, none hidden."""
-    place, folders, beside = next(_walk(folder))
-    found = [(place, name) for name in beside]
-    for top in folders:
-        found += [(place, name) for place, _, names in _walk(folder / top) for name in names]
-    return [
-        _File(PurePosixPath(os.path.relpath(place, folder)), _file_ref(os.path.join(place, name)))
-        for place, name in found
-    ]
+    for name, count in Counter(file.ref.name for file in files if file.is_image).most_common(1):
+        if count > 1:
+            raise DataError(f"{name}: is in the tar file {count} times; make the archive anew")
+    return files
 
 
-def _file_ref(path: str) -> ImageRef:
-    return ImageRef(path, printable(path))
+def _members(
+    source: Path, archive: tarfile.TarFile, inside: PurePosixPath | None = None, start: int = 0
+) -> Iterator[_File]:
+    """Yield the files of a tar and of the tars in it, without hidden ones.
+
+    inside: the class tar within the tar at `source` that `archive` is, from byte `start` on.
+    """
+    for member in archive:
+        name = posixpath.normpath(member.name)
+        if member.isdir() or any(part.startswith(".") for part in name.split("/")):
+            continue
+        place = PurePosixPath(name) if inside is None else inside / name
+        offset = start + member.offset_data
+        if member.isfile() and place.suffix == ".tar":
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                yield from _members(source, inner, place.with_suffix(""), offset)
+        else:
+            ref = ImageRef(str(source), f"{source}:{printable(place)}", offset, member.size)
+            path = inside / place.name if inside else place
+            yield _File(path, ref, member.isfile() and _is_image(name))
 
 
-def list_flat(images: list[ImageRef], labels: Path, source: Path, aside: list[str]) -> Listing:
-    """List images without class folders by a CSV or the devkit; DataError if one has no label."""
-    if not images:
+def _by_labels(source: Path, files: list[_File], labels: Path) -> Listing:
+    """List the images of the outermost folder that has any, by a CSV or the devkit."""
+    folders = [file.path.parent for file in files if file.is_image]
+    if not folders:
         raise DataError(f"{source}: holds no images ({' '.join(EXTENSIONS)})")
-    # A file in a tar is called TAR:NAME.
-    stems = [Path(image.name.removeprefix(f"{source}:")).stem for image in images]
-    table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels, set(stems))
-    for stem, image in zip(stems, images):
+    place = min(folders, key=lambda folder: len(folder.parts))
+    chosen = [file for file in files if file.is_image and file.path.parent == place]
+    stems = [printable(file.path.stem) for file in chosen]
+    known = set(stems)
+    table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels, known)
+    for stem, file in zip(stems, chosen):
         if stem not in table:
-            twin = look_alike(stem, table)
-            hint = f" (but {code_points(twin)} for {code_points(stem)})" if twin else ""
-            raise DataError(f"{image.name}: has no label in {labels}{hint}")
+            raise DataError(
+                f"{file.ref.name}: has no label in {labels}; drop labels= if the folders of the "
+                "images are their classes"
+            )
     names = [table[stem] for stem in stems]
-    notes = _unused_labels(table, set(stems), set(names), labels)
-    return _listing(source, names, images, aside, table.values(), notes)
-
-
-def _unused_labels(
-    table: dict[str, str], stems: set[str], present: set[str], labels: Path
-) -> list[str]:
-    """Return a line on labels without image and classes without any, which keep their numbers."""
-    unused = [stem for stem in table if stem not in stems]
-    if not unused:
-        return []
-    line = f"{len(unused)} of the {len(table)} labels in {labels} have no image"
-    line += f" (the first: {unused[0]})"
-    classes = set(table.values())
-    if absent := sorted(classes - present):
-        line += f"; {len(absent)} of the {len(classes)} classes have none and are kept"
-        line += f" (the first: {absent[0]})"
-    return [line]
+    # Classes of which there is no image keep their numbers.
+    listing = _listing(source, files, chosen, names, set(table.values()))
+    if unused := [stem for stem in table if stem not in known]:
+        note = f"{len(unused)} of the {len(table)} labels in {labels} have no image"
+        note += f" (the first: {unused[0]})"
+        listing = listing._replace(notes=(*listing.notes, note))
+    return listing
 
 
 def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
@@ -250,42 +263,32 @@ def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file or folder") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: is no list of labels, lines of FILE,CLASS ({error})") from None
-    pairs = [_label(path, number, row) for number, row in lines]
-    if pairs and pairs[0][0] not in stems:
-        del pairs[0]
     table: dict[str, str] = {}
-    for stem, name in pairs:
-        if table.setdefault(stem, name) != name:
+    for place, (number, row) in enumerate(lines):
+        name, label = (cell.strip() for cell in [*row, ""][:2])
+        if not name or not label:
             raise DataError(
-                f"{path}: gives {stem} two classes, {table[stem]} and {name}; leave the right one"
+                f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them "
+                "by a comma"
+            )
+        stem = Path(name).stem
+        label = label.split()[0] if BOXES.fullmatch(label) else label
+        if place == 0 and stem not in stems:
+            continue
+        if table.setdefault(stem, label) != label:
+            raise DataError(
+                f"{path}: gives {stem} two classes, {table[stem]} and {label}; leave the right one"
             )
     return table
 
 
-def _label(path: Path, number: int, row: list[str]) -> tuple[str, str]:
-    """Return file stem and class from a line of a CSV. Raises DataError."""
-    if len(row) < 2 or not row[0].strip() or not row[1].strip():
-        raise DataError(
-            f"{path}, line {number}: '{','.join(row)[:60]}' is not FILE,CLASS; separate them by a "
-            "comma"
-        )
-    name = row[1].strip()
-    return Path(row[0].strip()).stem, name.split()[0] if BOXES.fullmatch(name) else name
-
-
 def _read_devkit(folder: Path) -> dict[str, str]:
     """Return file stem -> WNID from ImageNet's devkit: its folder, or one above or below it."""
+    from scipy.io import loadmat  # here, as it takes a moment that training need not wait
+
     data = next(folder.rglob(GROUND_TRUTH), folder / GROUND_TRUTH).parent
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise ConfigError(
-            "reading ImageNet's devkit needs scipy: pip install scipy, or give labels=FILE.csv"
-        ) from None
     try:
         numbers = [int(line) for line in (data / GROUND_TRUTH).read_text().split()]
         synsets = loadmat(str(data / "meta.mat"), squeeze_me=True)["synsets"]
@@ -297,77 +300,3 @@ def _read_devkit(folder: Path) -> dict[str, str]:
         raise DataError(
             f"{folder}: is not ImageNet's devkit, with {GROUND_TRUTH} and meta.mat ({error})"
         ) from None
-
-
-def list_tar(path: Path, labels: Path | None) -> Listing:
-    """List an uncompressed tar, which is read in place.
-
-    It holds class tars (ILSVRC2012_img_train.tar), CLASS/* files or, with labels, files without
-    class. Raises DataError if it is compressed, damaged or empty, or holds a file twice or class
-    folders in several places, such as train/CLASS and val/CLASS.
-    """
-    try:
-        with tarfile.open(path, "r:") as archive:
-            files = sorted(_tar_files(path, archive), key=lambda file: (file.folder.name, file.ref))
-    except Exception as error:  # tarfile raises many kinds on a damaged file
-        raise DataError(
-            f"{path}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
-            "compressed, else fetch it again"
-        ) from None
-    images = [file for file in files if file.is_image]
-    for name, count in Counter(file.ref.name for file in images).most_common(1):
-        if count > 1:
-            name = name.removeprefix(f"{path}:")
-            raise DataError(f"{path}: holds {name} {count} times; make the archive anew")
-    if labels is not None:
-        aside = [file.ref.name for file in files if not file.is_image]
-        return list_flat([file.ref for file in images], labels, path, aside)
-    return _by_class(path, files, _class_folders(path, Counter(file.folder for file in images)))
-
-
-def _tar_files(
-    path: Path, archive: tarfile.TarFile, inside: PurePosixPath | None = None, start: int = 0
-) -> Iterator[_File]:
-    """Yield the files of a tar and of the tars in it, without hidden ones.
-
-    inside: the class tar within the tar at `path` that `archive` is, from byte `start` on.
-    """
-    for member in archive:
-        name = posixpath.normpath(member.name)
-        if member.isdir() or any(part.startswith(".") for part in name.split("/")):
-            continue
-        place = PurePosixPath(name) if inside is None else inside / name
-        offset = start + member.offset_data
-        if member.isfile() and place.suffix == ".tar":
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                yield from _tar_files(path, inner, place.with_suffix(""), offset)
-        else:
-            ref = ImageRef(str(path), f"{path}:{printable(place)}", offset, member.size)
-            yield _File(inside or place.parent, ref, member.isfile())
-
-
-def _class_folders(path: Path, folders: Counter[PurePosixPath]) -> set[PurePosixPath]:
-    """Return the class folders among the folders in a tar; DataError if they lie in several places.
-
-    folders: how many images each holds. As in a folder, images beside the class folders, or in
-    folders below them, belong to no class.
-    """
-    places: Counter[PurePosixPath] = Counter()
-    for folder, count in folders.items():
-        if folder.name:
-            places[folder.parent] += count
-    if not places:
-        raise DataError(
-            f"{path}: holds no images in class folders or class tars; give labels= if its images "
-            "have a list"
-        )
-    top = places.most_common(1)[0][0]
-    classes = {folder for folder in folders if folder.name and folder.parent == top}
-    for folder in folders:
-        in_a_class = folder in classes or classes.intersection(folder.parents)
-        if not (in_a_class or top.is_relative_to(folder)):
-            raise DataError(
-                f"{path}: holds class folders in several places ({top}/ and {folder.parent}/); "
-                "make an archive of one of them"
-            )
-    return classes

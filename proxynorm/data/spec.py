@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,10 +14,17 @@ from proxynorm.errors import ConfigError
 AUGMENTATIONS = ("pad_crop", "inception", "none")
 BACKENDS = ("auto", "ffcv", "torchvision")
 BAD_POLICIES = ("raise", "skip")
-LEAST = {
-    **dict.fromkeys(("data.image_size", "data.eval_size", "data.start_size", "data.limit"), 1),
-    **dict.fromkeys(("data.padding", "data.holdout", "loader.workers", "loader.prefetch"), 0),
-    "loader.timeout": 1,
+# Least and largest values of the numbers.
+SIDE, SHARE, COUNT = (1, 65_535), (0.001, 1), (0, math.inf)
+RANGES = {
+    "data": {
+        **dict.fromkeys(("image_size", "eval_size", "start_size"), SIDE),
+        **dict.fromkeys(("eval_ratio", "min_area"), SHARE),
+        **dict.fromkeys(("padding", "holdout"), COUNT),
+        "limit": (1, math.inf),
+        "random_erasing": (0, 1),
+    },
+    "loader": {"workers": COUNT, "prefetch": COUNT, "timeout": (1, math.inf)},
 }
 
 
@@ -125,18 +133,8 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     one_of("data.augmentation", spec.augmentation, AUGMENTATIONS)
     one_of("data.on_bad", spec.on_bad, BAD_POLICIES)
     one_of("loader.name", loader.name, BACKENDS)
-    for key, least in LEAST.items():
-        group, _, name = key.partition(".")
-        value = getattr(spec if group == "data" else loader, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{key}={value}: give at least {least}")
-    for key in ("eval_ratio", "min_area"):
-        if not 0 < getattr(spec, key) <= 1:
-            raise ConfigError(f"data.{key}={getattr(spec, key)}: give a share above 0, at most 1")
-    if not 0 <= spec.random_erasing <= 1:
-        raise ConfigError(
-            f"data.random_erasing={spec.random_erasing}: give a probability from 0 to 1"
-        )
+    check_ranges(spec, RANGES["data"], "data.")
+    check_ranges(loader, RANGES["loader"], "loader.")
     start, ramp = spec.start_size, spec.ramp
     if start is None and ramp is None:
         return
@@ -152,3 +150,14 @@ def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
     """Raise ConfigError if the value of `key` is none of the allowed ones."""
     if value not in allowed:
         raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}")
+
+
+def check_ranges(
+    options: object, ranges: Mapping[str, tuple[float, float]], prefix: str = ""
+) -> None:
+    """Raise ConfigError for the first attribute of `options` that is out of its range."""
+    for name, (least, most) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            words = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise ConfigError(f"{prefix}{name}={value}: give {words}")

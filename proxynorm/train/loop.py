@@ -321,7 +321,7 @@ class Trainer:
             process,
             self.dtype,
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
-            damaged=data.damage.reasons,
+            damaged=data.failures,
             each_batch=self.leave_if_stopped,
         )
         self.state.last_result = asdict(result)

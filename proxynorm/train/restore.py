@@ -12,7 +12,7 @@ from torch import nn
 
 from proxynorm.cli import first_line
 from proxynorm.data import Data, DataSpec, LoaderSpec, open_data
-from proxynorm.data.validation import Validation, open_validation
+from proxynorm.data.opening import Validation, open_validation
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model

@@ -92,7 +92,6 @@ def train_in(
             )
     finally:
         trainer.display.close()
-        trainer.loader.close()
     damaged = {image: why for part in process.gather(data.failures) for image, why in part.items()}
     if process.is_main:
         for image, why in list(damaged.items())[:10]:

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from proxynorm.data import images
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import BadImage, StorageOptions, load_rgb
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 
 # Format, ending, options. EXIF lies in the first four.
 FORMATS = (
@@ -123,7 +123,7 @@ def fuzz(folder: Path, count: int, workers: int = 1) -> Counter:
     write_mutants(folder / "images", count)
     for ending, content in originals():  # a class needs an image that is whole
         (folder / "images" / "a" / f"whole.{ending}").write_bytes(content)
-    listing = list_folder(folder / "images")
+    listing = list_source(folder / "images")
     outcomes: Counter[str] = Counter()
     for ref in listing.images:
         try:
@@ -135,12 +135,12 @@ def fuzz(folder: Path, count: int, workers: int = 1) -> Counter:
             assert image.mode == "RGB" and min(image.size) > 0
             outcomes["read by torchvision's reader"] += 1
     done = prepare(listing, folder / "x.beton", StorageOptions(), "skip", workers)
-    for reason in done.skipped.values():
+    for reason in done.manifest["skipped"].values():
         assert_one_line(reason)
-    assert done.count + len(done.skipped) == len(listing.images)
-    assert not any("whole." in name for name in done.skipped)
-    outcomes["written to the .beton file"] = done.count
-    outcomes["named by the writer"] = len(done.skipped)
+    assert len(done) + len(done.manifest["skipped"]) == len(listing.images)
+    assert not any("whole." in name for name in done.manifest["skipped"])
+    outcomes["written to the .beton file"] = len(done)
+    outcomes["named by the writer"] = len(done.manifest["skipped"])
     return outcomes
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import manifest_path, sums_path
 from proxynorm.data.ffcv.native import ffcv_available
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from tests.helpers import need
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture
 def written(photos, tmp_path) -> Path:
     """train.beton of the training photographs, which a test may damage."""
-    prepare(list_folder(photos / "train"), tmp_path / "train.beton", StorageOptions())
+    prepare(list_source(photos / "train"), tmp_path / "train.beton", StorageOptions())
     return tmp_path / "train.beton"
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.data.ffcv.beton import RAW, manifest_path, read_beton, sums_path
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.opening import share_of_cores
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError, DataError
 from tests.data.conftest import (
     BACKENDS,
@@ -101,7 +101,7 @@ def not_an_image(root):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (no_folder, "data: no such folder"),
+        (no_folder, "data/train: no such folder"),
         (empty_class, "train/ant: class without images"),
         (other_classes, "different classes"),
         (no_val, "val: no such folder"),
@@ -156,7 +156,7 @@ def test_conversion_skips_and_is_made_again_when_a_file_changes(tmp_path):
 @pytest.fixture
 def betons(photos, tmp_path):
     for part in ("train", "val"):
-        prepare(list_folder(photos / part), tmp_path / f"{part}.beton", StorageOptions())
+        prepare(list_source(photos / part), tmp_path / f"{part}.beton", StorageOptions())
     return tmp_path
 
 
@@ -183,7 +183,7 @@ def test_an_image_damaged_after_preparation_stops_or_is_skipped(betons, sums):
 @needs_ffcv
 def test_one_changed_bit_in_a_raw_image_is_found(photos, tmp_path):
     for part in ("train", "val"):
-        prepare(list_folder(photos / part), tmp_path / f"{part}.beton", StorageOptions(max_side=40))
+        prepare(list_source(photos / part), tmp_path / f"{part}.beton", StorageOptions(max_side=40))
     samples = read_beton(tmp_path / "train.beton")
     assert (samples.mode == RAW).all()
     change_byte(tmp_path / "train.beton", int(samples.pointer[7]) + 100)
@@ -195,7 +195,7 @@ def test_one_changed_bit_in_a_raw_image_is_found(photos, tmp_path):
 def test_files_with_other_classes_do_not_evaluate_together(betons, tmp_path):
     other = write_folder(tmp_path / "other", 1, 1, ("ant", "bee", "dog"))
     (betons / "val.beton").unlink()
-    prepare(list_folder(other / "val"), betons / "val.beton", StorageOptions())
+    prepare(list_source(other / "val"), betons / "val.beton", StorageOptions())
     with pytest.raises(DataError, match="different classes"):
         opened(betons, betons, "ffcv", "beton")
 
@@ -231,7 +231,7 @@ def test_no_image_crosses_a_page(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("proxynorm.data.ffcv.writer.PAGE_SIZE", 1 << 15)
     monkeypatch.setattr("proxynorm.data.images.PAGE_SIZE", 1 << 15)
     prepare(
-        list_folder(photos / "train"), tmp_path / "x.beton", StorageOptions(jpeg_probability=0.5)
+        list_source(photos / "train"), tmp_path / "x.beton", StorageOptions(jpeg_probability=0.5)
     )
     samples = read_beton(tmp_path / "x.beton")
     assert (samples.pointer >> 15 == (samples.pointer + samples.size - 1) >> 15).all()
@@ -349,12 +349,13 @@ def test_a_limit_beyond_the_images_is_told(photos, cache, backend):
 
 
 @needs_ffcv
-def test_files_without_manifest_are_told_in_one_line(betons):
+def test_files_without_manifest_are_told_in_one_line_each(betons):
     assert opened(betons, betons, "ffcv", "beton").warnings == ()
     for part in ("train", "val"):
         remove_companions(betons / f"{part}.beton")
-    (line,) = opened(betons, betons, "ffcv", "beton").warnings
-    assert line.startswith(f"{betons}/train.beton, {betons}/val.beton: no manifest, so ")
+    lines = opened(betons, betons, "ffcv", "beton").warnings
+    for part, line in zip(("train", "val"), lines, strict=True):
+        assert line.startswith(f"{betons}/{part}.beton: no manifest, so ")
 
 
 @needs_ffcv

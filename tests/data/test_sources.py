@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError
-from tests.data.ffcv.test_preparation import run_script
+from tests.data.ffcv.test_writer import run_script
 
 
 def flat_copy(photos, folder: Path) -> dict[str, str]:
@@ -135,13 +135,11 @@ def test_labels_without_image_and_classes_of_them_alone_are_told(
         "workers=1",
     )
     assert run_script(monkeypatch, *arguments) == 0
-    (told,) = (
-        line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")
-    )
-    assert told == (
-        f"warning: 3 of the 15 labels in {table} have no image (the first: gone1); "
-        "1 of the 4 classes have none and are kept (the first: dog)"
-    )
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert told == [
+        f"warning: 3 of the 15 labels in {table} have no image (the first: gone1)",
+        f"warning: {tmp_path}/x.beton: no image is left of 1 class(es), such as dog",
+    ]
     assert json.loads((tmp_path / "x.beton.json").read_text())["count_per_class"]["dog"] == 0
 
 
@@ -165,12 +163,11 @@ def test_a_line_that_is_no_label_is_named(photos, tmp_path, more, message):
 def test_labels_for_class_folders_and_folders_of_folders_are_explained(photos, tmp_path):
     (tmp_path / "labels.csv").write_text("000,ant\n")
     with pytest.raises(
-        DataError, match="holds its images in folders; if these are the classes, drop labels="
+        DataError, match="ant/001.jpg: has no label in .*; drop labels= if the folders"
     ):
         list_source(photos / "train", tmp_path / "labels.csv")
-    with pytest.raises(
-        DataError, match=f"holds folders of folders; give one .* such as {photos}/train$"
-    ):
+    told = f"{photos}/train: class without images .36 image.* or give the folder of class folders"
+    with pytest.raises(DataError, match=told):
         list_source(photos)
 
 
@@ -207,14 +204,14 @@ def test_a_tar_takes_what_a_folder_takes(tmp_path, prefix):
     [
         (
             ["train/ant/a.jpg", "train/bee/a.jpg", "val/ant/b.jpg"],
-            r"several places \(train/ and val/\)",
+            r"x.tar/train: class without images \(2 image",
         ),
-        (["imagenet/train/ant/a.jpg", "imagenet/val/ant/b.jpg"], "several places"),
-        (["ant/a.jpg", "bee/a.jpg", "val/ant/b.jpg"], r"several places \(\./ and val/\)"),
-        (["ant/a.jpg", "bee/a.jpg", "ant/a.jpg"], "holds ant/a.jpg 2 times"),
-        (["ant/a.jpg", "bee/a.jpg", "./ant/a.jpg"], "holds ant/a.jpg 2 times"),
-        (["a.jpg", "b.jpg"], "no images in class folders"),
-        (["ant/a.txt"], "no images in class folders"),
+        (["imagenet/train/ant/a.jpg", "imagenet/val/ant/b.jpg"], "class without images"),
+        (["ant/a.jpg", "bee/a.jpg", "val/ant/b.jpg"], "x.tar/val: class without images"),
+        (["ant/a.jpg", "bee/a.jpg", "ant/a.jpg"], "x.tar:ant/a.jpg: is in the tar file 2 times"),
+        (["ant/a.jpg", "bee/a.jpg", "./ant/a.jpg"], "x.tar:ant/a.jpg: is in the tar file 2 times"),
+        (["a.jpg", "b.jpg"], "holds no class folders"),
+        (["ant/a.txt"], "holds no class folders"),
     ],
 )
 def test_a_tar_that_contradicts_itself_is_refused(tmp_path, names, message):
@@ -226,8 +223,8 @@ def test_a_tar_that_contradicts_itself_is_refused(tmp_path, names, message):
 @pytest.mark.parametrize(
     "outer, inner, message",
     [
-        (["train/ant.tar", "val/ant.tar"], ["a.jpg"], "several places"),
-        (["ant.tar", "ant.tar"], ["a.jpg"], "holds ant/a.jpg 2 times"),
+        (["train/ant.tar", "val/ant.tar"], ["a.jpg"], "class without images"),
+        (["ant.tar", "ant.tar"], ["a.jpg"], "x.tar:ant/a.jpg: is in the tar file 2 times"),
         (["ant.tar", "bee.tar"], ["a.jpg", "._a.jpg"], None),
         (["ant.tar", "bee.tar"], ["./deeper/a.jpg", "deeper/.x.jpg"], None),
     ],

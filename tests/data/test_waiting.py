@@ -105,7 +105,7 @@ run("train")
     ("module", "name", "after", "told"),
     [
         ("folder", "load_rgb", 5, "stopped at step 1, waiting for images, by SIGTERM; saved"),
-        ("datasets", "list_folder", 0, "stopped by SIGTERM; run again to go on"),
+        ("datasets", "list_source", 0, "stopped by SIGTERM; run again to go on"),
     ],
 )
 def test_a_signal_is_heeded_while_images_are_waited_for(tmp_path, module, name, after, told):

@@ -10,9 +10,9 @@ import pytest
 
 from proxynorm.cli import guard
 from proxynorm.data.ffcv.beton import FIELD, HEADER, RECORD, manifest_path, read_beton, sums_path
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError
 from proxynorm.launch import staging
 from tests.data.conftest import write_folder
@@ -24,7 +24,7 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "the data"
     photos = write_folder(folder / "photos", 3, 2)
     for part in ("train", "val"):
-        prepare(list_folder(photos / part), folder / f"{part}.beton", StorageOptions())
+        prepare(list_source(photos / part), folder / f"{part}.beton", StorageOptions())
     return folder
 
 
@@ -67,7 +67,8 @@ def test_other_data_has_another_copy(root, node):
 
 
 @pytest.mark.parametrize(
-    ("where", "message"), [("label", "labels, addresses"), ("image", "1 of 9 images are damaged")]
+    ("where", "message"),
+    [("label", "not fit its manifest"), ("image", "1 of 9 images are damaged")],
 )
 def test_damage_is_found_and_nothing_stays(root, node, where, message):
     """The first image's class, or a byte of an image, is another than when the file was written."""

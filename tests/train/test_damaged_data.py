@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from proxynorm.data.ffcv.beton import read_beton
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError, DataError
 from tests.data.conftest import needs_ffcv, remove_companions, write_folder
 from tests.helpers import ROOT
@@ -33,7 +33,7 @@ def damaged(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     photos = write_folder(folder / "photos", 12, 4)
     for part, rows in (("train", BAD), ("val", (5,))):
-        prepare(list_folder(photos / part), folder / f"{part}.beton", StorageOptions())
+        prepare(list_source(photos / part), folder / f"{part}.beton", StorageOptions())
         samples = read_beton(folder / f"{part}.beton")
         with open(folder / f"{part}.beton", "r+b") as file:
             for row in rows:
@@ -106,7 +106,7 @@ def test_files_without_manifest_are_told_by_training_and_evaluation(
     folder = shutil.copytree(damaged, tmp_path / "bare")
     for part in ("train", "val"):
         remove_companions(folder / f"{part}.beton")
-    told = f"warning: {folder}/train.beton, {folder}/val.beton: no manifest"
+    told = f"warning: {folder}/train.beton: no manifest"
     run = run_small(*overrides(folder, "data.on_bad=skip", "max_steps=1"))
     assert run.status == 0 and capsys.readouterr().out.count(told) == 1
     monkeypatch.setattr(sys, "argv", ["eval.py", f"run={run.folder}", "device=cpu"])
@@ -121,12 +121,12 @@ def test_what_is_trained_on_is_never_another_image(damaged):
     from proxynorm.data import DataSpec, LoaderSpec, open_data
 
     prepare(
-        list_folder(damaged / "photos" / "train"),
+        list_source(damaged / "photos" / "train"),
         damaged / "whole" / "train.beton",
         StorageOptions(),
     )
     prepare(
-        list_folder(damaged / "photos" / "val"), damaged / "whole" / "val.beton", StorageOptions()
+        list_source(damaged / "photos" / "val"), damaged / "whole" / "val.beton", StorageOptions()
     )
     seen = []
     for root in (damaged, damaged / "whole"):

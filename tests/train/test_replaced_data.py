@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from proxynorm.data import open_data
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.errors import CheckpointError
 from proxynorm.train import checkpoint
 from tests.data.conftest import needs_ffcv, remove_companions, write_folder
@@ -38,7 +38,7 @@ def photographs(folder: Path) -> Path:
 
 def betons(folder: Path) -> Path:
     for part in PARTS:
-        prepare(list_folder(folder / "photos" / part), folder / f"{part}.beton", StorageOptions())
+        prepare(list_source(folder / "photos" / part), folder / f"{part}.beton", StorageOptions())
     return folder
 
 

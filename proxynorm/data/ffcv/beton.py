@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ DIGEST = "sha256_of_head_sums_and_manifest"
 class Samples:
     """The table of N samples; one array (N,) per property.
 
-    mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; target: class; sums:
+    mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; targets: classes; sums:
     checksums, empty if there are none; manifest: {} if there is none.
     """
 
@@ -59,9 +59,9 @@ class Samples:
     width: np.ndarray
     pointer: np.ndarray
     size: np.ndarray
-    target: np.ndarray
+    targets: np.ndarray
     sums: np.ndarray
-    manifest: dict = field(default_factory=dict)
+    manifest: dict
 
     def __len__(self) -> int:
         return len(self.mode)
@@ -70,6 +70,26 @@ class Samples:
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; () if there is no manifest, as beside FFCV's own files."""
         return tuple(self.manifest.get("classes", ()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user of the file should be told, one line each."""
+        if not self.manifest:
+            told = "no manifest, so classes, labels and later damage cannot be checked"
+            return (f"{self.path}: {told}",)
+        damaged = len(self.manifest.get("skipped", ()))
+        others = self.manifest.get("left_aside", {}).get("count", 0)
+        if not damaged + others:
+            return self.empty_classes(self.path)
+        told = f"written without {damaged} damaged images and {others} other files"
+        return (f"{self.path}: {told}; its manifest lists them", *self.empty_classes(self.path))
+
+    def empty_classes(self, source: Path) -> tuple[str, ...]:
+        """Return a line on the classes of which no image is left; they keep their numbers."""
+        counts = self.manifest.get("count_per_class", {})
+        if not (empty := [name for name, count in counts.items() if not count]):
+            return ()
+        return (f"{source}: no image is left of {len(empty)} class(es), such as {empty[0]}",)
 
 
 def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
@@ -98,18 +118,18 @@ def byte_sum(data: np.ndarray) -> int:
 WEIGHT, WEIGHT_TAIL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
-def changed_images(samples: Samples) -> dict[str, str]:
-    """Read every image's bytes; return those that changed since they were written: name -> reason.
+def changed_images(samples: Samples) -> list[str]:
+    """Read every image's bytes; return the names of those that changed since they were written.
 
     Nothing is known of a file without checksums.
     """
     file = np.memmap(samples.path, dtype=np.uint8, mode="r")
     spans = zip(samples.pointer, samples.pointer + samples.size, samples.sums)
-    return {
-        f"{samples.path}: image {row}": CHANGED
+    return [
+        f"{samples.path}: image {row}"
         for row, (start, end, expected) in enumerate(spans)
         if byte_sum(file[start:end]) != expected
-    }
+    ]
 
 
 def sums_path(path: Path) -> Path:
@@ -134,83 +154,63 @@ def read_beton(path: Path) -> Samples:
     try:
         return _read_samples(path)
     except (IndexError, ValueError, OSError, OverflowError, MemoryError):
-        raise _damaged(path) from None
+        raise DataError(
+            f"{path}: truncated, damaged or no .beton file of version {VERSION} with the fields "
+            "image (RGB) and label; write it again"
+        ) from None
 
 
 def _read_samples(path: Path) -> Samples:
     length = path.stat().st_size
     header = np.fromfile(path, dtype=HEADER, count=1)[0]
     count = int(header["num_samples"])
-    _check(path, header["version"] == VERSION and count > 0)
+    _check(header["version"] == VERSION and count > 0)
     fields = np.fromfile(path, dtype=FIELD, count=int(header["num_fields"]), offset=HEADER.itemsize)
     names = [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in fields["name"]]
-    if names != ["image", "label"] or fields["type_id"].tolist() != [IMAGE_FIELD, INT_FIELD]:
-        raise DataError(
-            f"{path}: holds the fields {names}; expected an RGB image field 'image' and an "
-            "integer field 'label'"
-        )
+    _check(names == ["image", "label"] and fields["type_id"].tolist() == [IMAGE_FIELD, INT_FIELD])
     offset = HEADER.itemsize + fields.nbytes
-    _check(path, offset + count * RECORD.itemsize <= length)
+    _check(offset + count * RECORD.itemsize <= length)
     records = np.fromfile(path, dtype=RECORD, count=count, offset=offset)
-    image, target = records["image"], np.ascontiguousarray(records["label"])
-    mode, height, width, pointer = (
-        np.ascontiguousarray(image[name]) for name in ("mode", "height", "width", "data_ptr")
-    )
+    columns = *(records["image"][name] for name in IMAGE.names), records["label"]
+    mode, width, height, pointer, targets = map(np.ascontiguousarray, columns)
     size = _sizes(path, header, pointer)
-    _check(path, bool((pointer + size <= length).all()) and bool((target >= 0).all()))
+    _check(bool((pointer + size <= length).all()) and bool((targets >= 0).all()))
     pixels = height.astype(np.uint64) * width * np.uint64(3)
-    _check(path, bool((size == pixels)[mode == RAW].all()))
+    _check(bool((size == pixels)[mode == RAW].all()))
     head = header.tobytes() + fields.tobytes() + records.tobytes()
     manifest, sums = _read_companions(path, head, count, length)
-    return Samples(path, mode, height, width, pointer, size, target, sums, manifest)
+    return Samples(path, mode, height, width, pointer, size, targets, sums, manifest)
 
 
 def _sizes(path: Path, header: np.void, pointer: np.ndarray) -> np.ndarray:
     """Return the samples' sizes in bytes, from the table of allocations."""
     table = np.fromfile(path, dtype=ALLOCATION, offset=int(header["alloc_table_ptr"]))
     table = table[np.argsort(table["ptr"])]
-    _check(path, len(table) >= len(pointer))
+    _check(len(table) >= len(pointer))
     row = np.minimum(np.searchsorted(table["ptr"], pointer), len(table) - 1)
-    _check(path, bool((table["ptr"][row] == pointer).all()))
+    _check(bool((table["ptr"][row] == pointer).all()))
     return np.ascontiguousarray(table["size"][row])
 
 
 def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[dict, np.ndarray]:
     """Read manifest and checksums and compare them with the file; FFCV's own file has neither."""
-    if not manifest_path(path).is_file():
-        if sums_path(path).is_file():
-            raise DataError(
-                f"{path}: its manifest {manifest_path(path).name} is missing; put it back, or "
-                "write the file again"
-            )
+    if not manifest_path(path).is_file() and not sums_path(path).is_file():
         return {}, np.zeros(0, dtype=np.uint64)
     try:
-        manifest = json.loads(manifest_path(path).read_text())
-        sums = np.load(sums_path(path))
-        stored = manifest[DIGEST]
+        manifest, sums = json.loads(manifest_path(path).read_text()), np.load(sums_path(path))
+        whole = manifest["bytes"] == length and np.shape(sums) == (count,)
+        if whole and digest(head, sums, manifest) == manifest[DIGEST]:
+            return manifest, sums
+        reason = "they were not written together: one is damaged, edited or replaced"
     except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{path}: its manifest or sums are damaged or of an older proxynorm "
-            f"({type(error).__name__}: {error}); write the file again"
-        ) from None
-    if manifest.get("bytes") != length or np.shape(sums) != (count,):
-        raise DataError(
-            f"{path}: differs from its manifest (truncated or replaced); write the file again"
-        )
-    if digest(head, sums, manifest) != stored:
-        raise DataError(
-            f"{path}: its labels, addresses, sums or manifest are not those that were written "
-            "together (damaged, edited or replaced); write the file again"
-        )
-    return manifest, sums
-
-
-def _check(path: Path, fine: bool) -> None:
-    if not fine:
-        raise _damaged(path)
-
-
-def _damaged(path: Path) -> DataError:
-    return DataError(
-        f"{path}: truncated, damaged or no .beton file of version {VERSION}; write it again"
+        reason = f"{type(error).__name__}: {error}"
+    raise DataError(
+        f"{path}: does not fit its manifest {manifest_path(path).name} and checksums "
+        f"{sums_path(path).name} ({reason}); put back those written with it, or write the file "
+        "again"
     )
+
+
+def _check(fine: bool) -> None:
+    if not fine:
+        raise ValueError

@@ -41,6 +41,8 @@ def ffcv_library() -> ctypes.CDLL:
     set_threads = getattr(library, "_ZN2cv13setNumThreadsEi", None)
     if set_threads is not None:
         set_threads(1)
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjGetErrorStr2.restype = ctypes.c_char_p
     return library
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from proxynorm.data.ffcv.preparation import prepare
+from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
-from proxynorm.data.sources import list_folder
+from proxynorm.data.sources import list_source
 from proxynorm.train.run_folder import read_metrics
 from proxynorm.train.words import quoted
 from tests.acceptance.slurm.cluster import SETTLED
@@ -186,7 +186,7 @@ def test_data_is_staged_to_the_node_once(slurm, submit, tmp_path):
     for part in ("train", "val"):
         photos = write_folder(tmp_path / "photos", 8, 4) if part == "train" else tmp_path / "photos"
         prepare(
-            list_folder(photos / part), tmp_path / "the data" / f"{part}.beton", StorageOptions()
+            list_source(photos / part), tmp_path / "the data" / f"{part}.beton", StorageOptions()
         )
     (tmp_path / "node").mkdir()
     words = [
