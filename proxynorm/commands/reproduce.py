@@ -141,7 +141,7 @@ def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
     """The runs without the finished ones that are kept as archives alone, which it prints."""
     left = []
     for run in runs:
-        now = records.kept_status(run, results)
+        now = cost.kept_status(run, results)
         if now and now.state == "done":
             print(f"{run.name}: finished, {now.note}", flush=True)
         else:

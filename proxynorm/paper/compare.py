@@ -54,7 +54,7 @@ class Outcome:
 def cell_samples(table: Table, records: Sequence[Record]) -> dict[str, Sample]:
     """The sample of every cell, empty where nothing has been run."""
     values: dict[str, list[float]] = {cell.name: [] for cell in table.expand()}
-    for record in sorted(records, key=lambda record: record.seed):
+    for record in sorted(records, key=lambda record: record.run.seed):
         values[record.cell].append(record.summary[table.metric])
     return {name: Sample(tuple(found)) for name, found in values.items()}
 

@@ -14,7 +14,7 @@ from proxynorm.analysis.power_files import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
 from proxynorm.paper.compare import Outcome, Sample, cell_samples, closing, compare
-from proxynorm.paper.records import FAILURE, Record, as_record, kept_files
+from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Cell, Table, TableRun
 
@@ -55,13 +55,13 @@ def gather(
     """Read what the runs left, in their folders or in `results`. words: as in Findings."""
     records, running, failed = [], Counter(), Counter()
     for run in runs:
-        files = kept_files(run, results)
-        if files is None:
+        record = read_record(run, results)
+        if record is None:
             running[run.cell.name] += run_status(run).state == "running"
-        elif FAILURE in files:
+        elif record.failure:
             failed[run.cell.name] += 1
         else:
-            records.append(as_record(run, files))
+            records.append(record)
     samples = cell_samples(table, records)
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
     outcomes, told = compare(table, samples), protocol(table, results)

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from proxynorm.errors import ConfigError, ProxynormError
-from proxynorm.launch.finished import finished_files
-from proxynorm.paper.records import FAILURE, archive_path, read_archive
+from proxynorm.errors import ConfigError
+from proxynorm.launch.finished import reading
+from proxynorm.paper.records import read_record
 from proxynorm.paper.table import TableRun
+from proxynorm.train.config import compose_config, settings_from
+from proxynorm.train.settings import identity
 
 
 class Mismatch(NamedTuple):
@@ -39,44 +41,29 @@ def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
 
 def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatch]:
     """The finished runs whose recipe differs from the table's. Raises DataError, ConfigError."""
-    stated = cache(stated_recipe)  # composing is slow; a cell's seeds share it
+
+    @cache  # composing is slow; a cell's seeds share it
+    def stated(arguments: Sequence[str]) -> dict[str, Any]:
+        config = compose_config(arguments)
+        if OmegaConf.is_missing(config.data, "root"):
+            config.data.root = None
+        return recipe(config)
+
     others = []
     for run in runs:
-        place, files = run.folder, finished_files(run.folder)
-        if files is None and (archive := archive_path(run, results)).exists():
-            place, files = archive, read_archive(archive)
-        if files is None or FAILURE in files:
+        record = read_record(run, results)
+        if record is None or record.failure:
             continue
         now = {**stated(run.kind), "seed": run.seed}
-        was = stored_recipe(files["config.yaml"], place)
+        with reading(record.place):  # keys that an old file lacks have defaults
+            was = recipe(OmegaConf.create(yaml.safe_load(record.files["config.yaml"])))
         differing = (k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
         if key := next(differing, None):
-            others.append(Mismatch(run, place, key, was.get(key), now.get(key)))
+            others.append(Mismatch(run, record.place, key, was.get(key), now.get(key)))
     return others
 
 
 def recipe(config: DictConfig) -> dict[str, Any]:
     """The keys that decide the training."""
-    from proxynorm.train.config import settings_from
-    from proxynorm.train.settings import identity
-
     settings = settings_from(config)
     return {**identity(settings), "max_steps": settings.max_steps}
-
-
-def stated_recipe(arguments: Sequence[str]) -> dict[str, Any]:
-    """The recipe of a run's arguments."""
-    from proxynorm.train.config import compose_config
-
-    config = compose_config(arguments)
-    if OmegaConf.is_missing(config.data, "root"):
-        config.data.root = None
-    return recipe(config)
-
-
-def stored_recipe(config: bytes, place: Path) -> dict[str, Any]:
-    """The recipe of a config.yaml; keys that an old one lacks have defaults. Raises ConfigError."""
-    try:
-        return recipe(OmegaConf.create(yaml.safe_load(config)))
-    except (ProxynormError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{place}: config.yaml is damaged ({error}); remove it") from error

@@ -11,10 +11,10 @@ from statistics import mean
 from typing import Any
 
 from proxynorm.errors import ConfigError
-from proxynorm.paper.records import FAILURE, kept_files
+from proxynorm.paper.records import read_record
 from proxynorm.paper.table import Table, TableRun, chosen_path, load_table
 
-DIVERGED = b": not finite, "  # in the error line of a run whose loss or gradient became infinite
+DIVERGED = ": not finite, "  # in the error line of a run whose loss or gradient became infinite
 Point = tuple[float, ...]
 
 
@@ -64,12 +64,12 @@ def mean_metric(
     scores: dict[str, dict[Point, list[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for run in runs:
-        files, labels = kept_files(run, results), run.cell.labels
+        record, labels = read_record(run, results), run.cell.labels
         # A run that failed for another reason than divergence is missing.
-        if files is None or DIVERGED not in files.get(FAILURE, DIVERGED):
+        if record is None or DIVERGED not in (record.failure or DIVERGED):
             missing.append(run.name)
             continue
-        score = -math.inf if FAILURE in files else json.loads(files["summary.json"])[table.metric]
+        score = -math.inf if record.failure else record.summary[table.metric]
         point = tuple(float(labels[axis]) for axis in table.search.axes)
         scores[str(labels[table.search.by])][point].append(score)
     if missing:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from proxynorm.cli import first_line
 from proxynorm.files import write_text
 from proxynorm.paper.findings import Findings, comparison_grid, verdicts
-from proxynorm.paper.records import FAILURE, as_record, kept_files
+from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.report import cell_table, comparison_table
 from proxynorm.paper.table import TableRun
 from proxynorm.train.config import settings_from
@@ -107,18 +107,18 @@ def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> 
             continue
         if marker.exists() and marker.read_text() == f"{mode}\n":
             continue
-        files = kept_files(run, results)
-        if files is None or FAILURE in files or not upload_run(run, files, mode, marker.parent):
+        record = read_record(run, results)
+        if record is None or record.failure or not upload_run(record, mode, marker.parent):
             continue
         write_text(marker, f"{mode}\n")
         names.append(run.name)
     return names
 
 
-def upload_run(run: TableRun, files: dict[str, bytes], mode: str, place: Path) -> bool:
+def upload_run(record: Record, mode: str, place: Path) -> bool:
     """Replay a run's rows into W&B; whether W&B took them."""
     place.mkdir(parents=True, exist_ok=True)
-    config = yaml.safe_load(files["config.yaml"])
+    run, config = record.run, yaml.safe_load(record.files["config.yaml"])
     settings = settings_from(OmegaConf.create(config))
     own = [tag for tag in settings.logger.tags or () if not tag.startswith(("table=", "cell="))]
     tags = (*own, f"table={run.table}", f"cell={run.cell.name}")
@@ -126,7 +126,6 @@ def upload_run(run: TableRun, files: dict[str, bytes], mode: str, place: Path) -
     tracker = Tracker(replace(settings, logger=logger), place, run.name, config, resumed=True)
     if tracker.run is None:
         return False
-    record = as_record(run, files)
     for row in record.rows:
         tracker.log(row)
     tracker.finish(record.summary)

@@ -16,8 +16,8 @@ from proxynorm.errors import ConfigError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.status import run_status
 from proxynorm.paper.findings import gather
-from proxynorm.paper.plan import plan, status
-from proxynorm.paper.records import archive_path, collect, kept_status
+from proxynorm.paper.plan import kept_status, plan, status
+from proxynorm.paper.records import archive_path, collect
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import TINY, reproduce, write_run
