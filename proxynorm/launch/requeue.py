@@ -1,7 +1,7 @@
 """Decide whether a stopped run is queued again: python -m proxynorm.launch.requeue LIMIT OVERRIDE…
 
-Status 0: yes. Status 1, with the reason in one line: the job was queued again LIMIT times without
-one weight update. The count lies in the run folder with the job's id; another job starts anew.
+Status 0: yes. Status 2, with the reason in one line: the job was queued again LIMIT times without
+one weight update. The run folder holds the restart at which its step was first seen.
 """
 
 from __future__ import annotations
@@ -11,35 +11,29 @@ import os
 import sys
 from collections.abc import Sequence
 
-from proxynorm.errors import ProxynormError
+from proxynorm.cli import guard
+from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import folder_of
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> None:
     limit, *overrides = arguments
-    settings = settings_from(compose_config(overrides))
-    folder = folder_of(settings)
+    folder = folder_of(settings_from(compose_config(overrides)))
     folder.mkdir(parents=True, exist_ok=True)
-    paths, job = [folder / "requeues.json", folder / "summary.json"], os.environ["SLURM_JOB_ID"]
+    paths = folder / "requeues.json", folder / "summary.json"
     former, summary = (json.loads(p.read_text()) if p.is_file() else {} for p in paths)
-    step = summary.get("steps", 0)
-    same = (former.get("job"), former.get("step")) == (job, step)
-    fruitless = former["fruitless"] + 1 if same else 0
-    write_json(folder / "requeues.json", {"job": job, "step": step, "fruitless": fruitless})
-    if fruitless < int(limit):
-        return 0
-    print(
-        f"error: not queued again: {folder} stays at step {step}, {limit} times queued again; "
-        "give it more time"
-    )
-    return 1
+    step, restart = summary.get("steps", 0), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    first = former.get("restart", 0) if former.get("step") == step else restart
+    first = min(first, restart)  # another job starts anew
+    write_json(paths[0], {"step": step, "restart": first})
+    if restart - first >= int(limit):
+        raise ConfigError(
+            f"not queued again: {folder} stays at step {step}, {limit} times queued again; "
+            "give it more time"
+        )
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ProxynormError as error:
-        print(f"error: not queued again: {error}")
-        sys.exit(1)
+    guard(lambda: main(sys.argv[1:]))

@@ -29,16 +29,20 @@ def stage(root: Path, node: Path) -> Path:
 
     Raises DataError if a file is missing or damaged, or there is no room.
     """
-    files, home = beton_files(root), own_folder(node)
-    target = home / digest(files)
+    names = [beside(root / part) for part in PARTS for beside in (Path, manifest_path, sums_path)]
+    files = {path.absolute(): path.stat() for path in names if path.is_file()}
+    # Other files, sizes or dates are other data, with a copy of its own.
+    known = "".join(f"{path} {now.st_size} {now.st_mtime_ns}\n" for path, now in files.items())
+    home = own_folder(node)
+    target = home / hashlib.sha256(known.encode()).hexdigest()[:16]
+    temporary = home / f".{target.name}"
     with locked(home / f"{target.name}.lock"):
         if target.is_dir():
             return target
         for part in PARTS:
             read_beton(root / part)  # damage at the source shows before gigabytes are copied
-        temporary = home / f".{target.name}"
         shutil.rmtree(temporary, ignore_errors=True)  # left by a job that was killed
-        needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(home).free
+        needed, free = sum(now.st_size for now in files.values()), shutil.disk_usage(home).free
         if free < 1.05 * needed:
             raise DataError(
                 f"{home}: {free / 1e9:.2f} GB free, the .beton files take {needed / 1e9:.2f} GB; "
@@ -49,33 +53,15 @@ def stage(root: Path, node: Path) -> Path:
             for path in files:
                 shutil.copyfile(path, temporary / path.name)
             for part in PARTS:
-                check_copy(root / part, temporary / part)
+                if changed := changed_images(read_beton(temporary / part)):
+                    raise DataError(
+                        f"{root / part}: {len(changed)} images are damaged, or were while they "
+                        f"were copied to {home}"
+                    )
             temporary.rename(target)
-        except BaseException:
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
     return target
-
-
-def beton_files(root: Path) -> list[Path]:
-    """The .beton files in `root` and their companions. Raises DataError if a .beton is missing."""
-    betons = [root / part for part in PARTS]
-    for path in betons:
-        if not path.is_file():
-            raise DataError(
-                f"{path}: no such file; STAGE copies .beton files, made by scripts/write_ffcv.py"
-            )
-    companions = [beside(path) for path in betons for beside in (manifest_path, sums_path)]
-    return [*betons, *(path for path in companions if path.is_file())]
-
-
-def digest(files: Sequence[Path]) -> str:
-    """A name for the data: of the files' names, sizes and dates."""
-    state = hashlib.sha256()
-    for path in files:
-        known = path.stat()
-        state.update(f"{path.absolute()} {known.st_size} {known.st_mtime_ns}\n".encode())
-    return state.hexdigest()[:16]
 
 
 def own_folder(node: Path) -> Path:
@@ -91,16 +77,6 @@ def own_folder(node: Path) -> Path:
     if home.stat().st_uid != os.getuid():
         raise DataError(f"{home} belongs to another user; choose another folder for STAGE")
     return home
-
-
-def check_copy(source: Path, copy: Path) -> None:
-    """Raises DataError unless the copy matches its checksums, which FFCV's own files lack."""
-    samples = read_beton(copy)
-    if samples.manifest and (damaged := changed_images(samples)):
-        raise DataError(
-            f"{source}: {len(damaged)} of {len(samples)} images are damaged, "
-            f"or were while they were copied to {copy.parent}"
-        )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -148,7 +148,7 @@ def last_error(log: Path) -> str:
     """The log's line that explains why its run ended."""
     told = [line for line in own_lines(log) if not line.startswith(("$ ", "# "))]
     told = told or [line for line in log_lines(log) if SLURM_LINE.match(line)]
-    return told[-1].removeprefix("error: ") if told else f"no output in {log}"
+    return told[-1].removeprefix("error: ") if told else "no output"
 
 
 def own_lines(log: Path) -> list[str]:

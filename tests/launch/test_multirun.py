@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.proxynorm_launchers import SLURM, LocalLauncher
 from proxynorm.errors import ConfigError
-from proxynorm.launch import multirun
+from proxynorm.launch import local, multirun
 from proxynorm.launch.multirun import submit, sweep_runs, train_here
 from proxynorm.train.config import check_arguments, compose_config, settings_from
 from proxynorm.train.settings import run_name
@@ -125,7 +125,7 @@ def here(tmp_path, monkeypatch, capfd):
     """Sweeps over batch sizes with a stand-in for train.py; returns (failures, output)."""
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(multirun, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(local, "TRAIN", (sys.executable, str(script)))
 
     def go(*batches, more=()):
         points = [[f"batch={batch}", "seed=1", *more] for batch in batches]
