@@ -36,8 +36,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_json, write_text
 from proxynorm.launch.estimate import estimator
 from proxynorm.launch.local import run_locally
-from proxynorm.launch.slurm import SlurmOptions
-from proxynorm.launch.sweep import launch_array
+from proxynorm.launch.slurm import SlurmOptions, launch_array
 from proxynorm.paper import plan as cost
 from proxynorm.paper import records, search
 from proxynorm.paper.recipe import refuse_other_recipes

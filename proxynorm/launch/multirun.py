@@ -14,9 +14,8 @@ from proxynorm.errors import ConfigError
 from proxynorm.launch.estimate import estimator
 from proxynorm.launch.local import killed, train
 from proxynorm.launch.runs import Run, say
-from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.slurm import SlurmOptions, launch_array
 from proxynorm.launch.status import last_error
-from proxynorm.launch.sweep import launch_array
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
 from proxynorm.train.settings import folder_of

@@ -10,8 +10,8 @@ from pathlib import Path
 from proxynorm.analysis.tables import text_table
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.launch.estimate import describe, duration, estimator
+from proxynorm.launch.slurm import Jobs
 from proxynorm.launch.status import STATES, Status, done_status, run_status
-from proxynorm.launch.sweep import Jobs
 from proxynorm.paper.recipe import other_recipes
 from proxynorm.paper.records import kept_record
 from proxynorm.paper.search import protocol

@@ -11,8 +11,8 @@ from proxynorm.cli import guard, parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import DataError
 from proxynorm.launch.local import run_locally
+from proxynorm.launch.slurm import is_due
 from proxynorm.launch.status import run_status
-from proxynorm.launch.sweep import is_due
 from proxynorm.paper.plan import plan, status
 from proxynorm.paper.records import archive_path, collect, kept_record, read_record, write_archive
 from proxynorm.paper.table import table_runs

@@ -11,9 +11,8 @@ import pytest
 from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
 from proxynorm.launch.estimate import estimator
-from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.slurm import Jobs, SlurmOptions, launch_array
 from proxynorm.launch.status import run_status
-from proxynorm.launch.sweep import Jobs, launch_array
 from proxynorm.paper.plan import status
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
