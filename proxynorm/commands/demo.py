@@ -19,7 +19,7 @@ from proxynorm.paper.recipe import refuse_other_recipes
 from proxynorm.paper.records import collect
 from proxynorm.paper.report import beside_bn, write_report
 from proxynorm.paper.table import load_table, read_chosen, table_runs
-from proxynorm.paper.tracking import log_report
+from proxynorm.paper.tracking import log_comparison
 
 NEXT = """
 What next:
@@ -59,7 +59,7 @@ def main(options: Options) -> int:
     findings = gather(table, runs, options.results)
     target = Path(options.results) / table.name if options.record else folder / "report"
     write_report(findings, target, force=True)
-    log_report(findings, options.wandb, target, folder)
+    log_comparison(findings, options.wandb, target, folder)
     header, *rows = beside_bn(findings)
     print(f"\n{text_table(header, rows)}\n\n{target}/report.md, curves.png, cells.png")
     print(as_installed(NEXT.format(run=runs[-1].folder)))

@@ -173,14 +173,14 @@ def collect(options: Options) -> int:
 def report(options: Options) -> int:
     from proxynorm.paper.findings import gather, verdicts
     from proxynorm.paper.report import write_report
-    from proxynorm.paper.tracking import log_report
+    from proxynorm.paper.tracking import log_comparison
 
     table, runs = selected_runs(options, check=True)
     selection = "selection" if options.seeds or options.cells else ""
     findings = gather(table, runs, options.results, words(options, "seeds", "cells", "train"))
     folder = Path(options.results) / table.name / selection
     write_report(findings, folder, options.force)
-    log_report(findings, options.wandb, folder, Path(options.root) / table.name)
+    log_comparison(findings, options.wandb, folder, Path(options.root) / table.name)
     print(*verdicts(findings), folder / "report.md", sep="\n")
     return 0
 
