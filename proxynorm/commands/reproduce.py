@@ -214,12 +214,15 @@ def claims(options: Options) -> int:
 
 
 def docs(options: Options) -> int:
-    from proxynorm.paper.blocks import render_blocks
+    from proxynorm.paper.blocks import rendered
 
     if not (ROOT / "README.md").is_file():
         raise ConfigError("docs renders the pages of the repository: git clone it and run there")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        if render_blocks(path, Path(options.results)):
+        text = path.read_text()
+        new = rendered(text, Path(options.results))
+        if new != text:
+            write_text(path, new)
             print(path)
     return 0
 

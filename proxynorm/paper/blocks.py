@@ -6,37 +6,22 @@ import re
 from pathlib import Path
 
 from proxynorm.analysis.tables import markdown_table
-from proxynorm.errors import DataError
-from proxynorm.files import write_text
 from proxynorm.paper.compare import span
 from proxynorm.paper.findings import gather
 from proxynorm.paper.report import wide_table
-from proxynorm.paper.table import load_table, reported_runs, table_names
+from proxynorm.paper.table import load_table, reported_runs
 
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render_blocks(path: Path, results: Path) -> bool:
-    """Replace the tables in a Markdown file by those of results/NAME; whether any changed.
+def rendered(text: str, results: Path) -> str:
+    """The text of a Markdown file with its tables replaced by those of results/NAME.
 
-    Raises DataError for a block of an unknown table.
+    Raises ConfigError for a block of an unknown table.
     """
-    text = path.read_text()
-    new = rendered(text, path, results)
-    if new != text:
-        write_text(path, new)
-    return new != text
-
-
-def rendered(text: str, path: Path, results: Path) -> str:
-    """The text with its blocks rendered anew."""
-
-    def render(match: re.Match) -> str:
-        if match["name"] not in table_names():
-            raise DataError(f"{path}: no table '{match['name']}'")
-        return f"{match[1]}\n{result_table(match['name'], results)}\n\n{match[3]}"
-
-    return BLOCK.sub(render, text)
+    return BLOCK.sub(
+        lambda match: f"{match[1]}\n{result_table(match['name'], results)}\n\n{match[3]}", text
+    )
 
 
 def result_table(name: str, results: Path) -> str:
