@@ -60,8 +60,7 @@ def main(options: Options) -> int:
     target = Path(options.results) / table.name if options.record else folder / "report"
     write_report(findings, target, force=True)
     log_comparison(findings, options.wandb, target, folder)
-    header, *rows = beside_bn(findings)
-    print(f"\n{text_table(header, rows)}\n\n{target}/report.md, curves.png, cells.png")
+    print(f"\n{text_table(beside_bn(findings))}\n\n{target}/report.md, curves.png, cells.png")
     print(as_installed(NEXT.format(run=runs[-1].folder)))
     print(*verdicts(findings), sep="\n")
     return 0

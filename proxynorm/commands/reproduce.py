@@ -48,6 +48,7 @@ from proxynorm.paper.table import (
     reported_runs,
     table_runs,
 )
+from proxynorm.train.config import compose_config, settings_from
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,8 +117,6 @@ def status(options: Options) -> int:
 
 
 def launch(options: Options) -> int:
-    from proxynorm.train.config import compose_config, settings_from
-
     if options.launcher not in ("local", "slurm"):
         raise ConfigError(f"launcher={options.launcher}: valid: local, slurm")
     table, runs = selected_runs(options, check=True)
@@ -214,7 +213,7 @@ def claims(options: Options) -> int:
 
 
 def docs(options: Options) -> int:
-    from proxynorm.paper.blocks import rendered
+    from proxynorm.paper.report import rendered
 
     if not (ROOT / "README.md").is_file():
         raise ConfigError("docs renders the pages of the repository: git clone it and run there")
@@ -227,18 +226,8 @@ def docs(options: Options) -> int:
     return 0
 
 
-COMMANDS = {
-    "plan": plan,
-    "run": launch,
-    "launch": launch,
-    "status": status,
-    "choose": choose,
-    "collect": collect,
-    "report": report,
-    "upload": upload,
-    "claims": claims,
-    "docs": docs,
-}
+FUNCTIONS = (plan, launch, status, choose, collect, report, upload, claims, docs)
+COMMANDS = {"run": launch, **{function.__name__: function for function in FUNCTIONS}}
 
 
 def main(options: Options) -> int:

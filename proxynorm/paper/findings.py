@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from proxynorm.analysis.power import PowerRow
-from proxynorm.analysis.power_files import from_metrics, mean_rows
+from proxynorm.analysis.power_monitor import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
 from proxynorm.paper.compare import Outcome, Sample, cell_samples, closing, compare

@@ -39,14 +39,14 @@ def plan(
     lines = [*filter(None, lines), ""]
     if verbose:
         return "\n".join(lines + [f"[{now.state}] {run.command}" for run, now in statuses])
-    rows = []
+    rows = [["cell", "done", "hours a run", "hours left"]]
     for cell in dict.fromkeys(run.cell.name for run in runs):
         own = [run for run in runs if run.cell.name == cell]
         todo = [run for run in left if run.cell.name == cell]
         hours = estimate(own[0]).seconds / 3600
         count = f"{len(own) - len(todo)}/{len(own)}"
         rows.append([cell, count, f"{hours:.2f}", f"{hours * len(todo):.2f}"])
-    return "\n".join([*lines, text_table(["cell", "done", "hours a run", "hours left"], rows)])
+    return "\n".join([*lines, text_table(rows)])
 
 
 def status(runs: Sequence[TableRun], results: Path) -> str:

@@ -13,11 +13,18 @@ from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
 from proxynorm.cli import as_installed
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, welch
+from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, span, welch
 from proxynorm.paper.figures import draw_figures
-from proxynorm.paper.findings import Findings, comparison_grid, last_powers, loss_ratio, verdicts
+from proxynorm.paper.findings import (
+    Findings,
+    comparison_grid,
+    gather,
+    last_powers,
+    loss_ratio,
+    verdicts,
+)
 from proxynorm.paper.records import Record
-from proxynorm.paper.table import Cell
+from proxynorm.paper.table import Cell, load_table, reported_runs
 
 LABELS = {
     "P": "poster",
@@ -32,6 +39,7 @@ POWER_NOTE = (
     "means over seeds."
 )
 Grid = list[list[str]]  # the header, then the rows
+BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
@@ -239,3 +247,26 @@ def commands(findings: Findings) -> str:
         lines = search + lines
     cells = [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells]
     return "\n".join([*lines, "", *cells])
+
+
+def rendered(text: str, results: Path) -> str:
+    """The text of a Markdown file with its tables replaced by those of results/NAME.
+
+    They stand between <!-- table NAME --> and <!-- end -->. Raises ConfigError for an unknown one.
+    """
+    return BLOCK.sub(
+        lambda match: f"{match[1]}\n{result_table(match['name'], results)}\n\n{match[3]}", text
+    )
+
+
+def result_table(name: str, results: Path) -> str:
+    """The table's cells, mean ± standard deviation and seeds, from its kept runs alone."""
+    table = load_table(name)
+    runs = reported_runs(table, results / "no run folders", results)
+    findings = gather(table, runs, results)
+    if not findings.records:
+        return "No run is kept yet."
+    counts = sorted({sample.n for sample in findings.samples.values()})
+    note = f"{table.metric} (%) on {table.split}, mean ± standard deviation, "
+    note += f"{span(counts)} seeds a cell."
+    return f"{markdown_table(wide_table(findings))}\n\n{note}"

@@ -47,7 +47,7 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
     logger = settings_from(compose_config(runs[0].arguments)).logger
     project = {"project": logger.project, "entity": logger.entity}
     log_comparison(findings, logger.mode, folder, folder, **project)
-    return f"{text_table(grid[0], grid[1:])}\n\n" + "\n".join([*verdicts(findings), str(path)])
+    return f"{text_table(grid)}\n\n" + "\n".join([*verdicts(findings), str(path)])
 
 
 def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:

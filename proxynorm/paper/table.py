@@ -201,19 +201,15 @@ def load_table(name: str, seeds: int | None = None) -> Table:
         for key, kind in {"references": Reference, "comparisons": Comparison}.items():
             content[key] = [kind(**item) for item in content.get(key, [])]
         content["seeds"] = content["seeds"] if seeds is None else seeds
-        content.setdefault("split", default_split(content["train"]))
+        given = dict(word.split("=", 1) for word in content["train"] if "=" in word)
+        held_out = given.get("data.holdout", "0")
+        words = f"{held_out} training images that were held out"
+        content.setdefault("split", "the test set" if held_out == "0" else words)
         table = Table(name=path.stem, file=name if name.endswith(".yaml") else "", **content)
         check_table(table)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     return table
-
-
-def default_split(overrides: Sequence[str]) -> str:
-    """The images that runs with these overrides are evaluated on, in words."""
-    given = dict(word.split("=", 1) for word in overrides if "=" in word)
-    count = given.get("data.holdout", "0")
-    return "the test set" if count == "0" else f"{count} training images that were held out"
 
 
 def check_table(table: Table) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from proxynorm.errors import ConfigError
-from proxynorm.paper.blocks import rendered
+from proxynorm.paper.report import rendered
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"

@@ -3,7 +3,6 @@
 import pytest
 
 from proxynorm.commands.reproduce import Options, claims
-from proxynorm.paper.blocks import result_table
 from proxynorm.paper.claims import (
     Claim,
     claim_status,
@@ -13,6 +12,7 @@ from proxynorm.paper.claims import (
     random_net_figures,
 )
 from proxynorm.paper.compare import Outcome, Sample, cell_samples, compare
+from proxynorm.paper.report import result_table
 from proxynorm.paper.table import load_table, table_names
 from tests.helpers import ROOT
 
