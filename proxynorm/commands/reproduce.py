@@ -120,7 +120,11 @@ def launch(options: Options) -> int:
     if options.launcher not in ("local", "slurm"):
         raise ConfigError(f"launcher={options.launcher}: valid: local, slurm")
     table, runs = selected_runs(options, check=True)
-    runs = not_kept(runs, options.results)
+    kept = {run.name: cost.kept_status(run, options.results) for run in runs}
+    kept = {name: now.note for name, now in kept.items() if now and now.state == "done"}
+    for name, note in kept.items():
+        print(f"{name}: finished, {note}", flush=True)
+    runs = [run for run in runs if run.name not in kept]
     if not runs:
         return 0
     try:  # a mistake in the overrides is told once, not by each run
@@ -133,18 +137,6 @@ def launch(options: Options) -> int:
     keys = ("table", "root", "results", "seeds", "cells", "train", "wandb")
     report = ["report", *words(options, *keys)] if options.report else []
     return launch_array(runs, table.name, options, estimate, report)
-
-
-def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
-    """The runs without the finished ones that are kept as archives alone, which it prints."""
-    left = []
-    for run in runs:
-        now = cost.kept_status(run, results)
-        if now and now.state == "done":
-            print(f"{run.name}: finished, {now.note}", flush=True)
-        else:
-            left.append(run)
-    return left
 
 
 def choose(options: Options) -> int:

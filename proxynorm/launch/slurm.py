@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +131,7 @@ def launch_array(
             job = submit_plan(due, name, options)
             if report:
                 queued = {task[0] for run in runs if (task := jobs.queued(run.name))}
-                submit_report(sorted({job, *queued}), name, runs_dir / "logs", options, report)
+                submit_report({job, *queued}, name, runs_dir / "logs", options, report)
     if failed:
         say(f"{len(failed)} failed runs are left out; retry_failed=true submits them again")
     return 1 if failed or any(now.state == "damaged" for _, now in statuses) else 0
@@ -149,19 +149,23 @@ def is_due(run: Run, now: Status, retry_failed: bool) -> bool:
 
 def plan_paths(runs_dir: Path) -> list[Path]:
     """The plan files, oldest first."""
-    return sorted((runs_dir / "slurm").glob("plan-*.json"), key=plan_number)
-
-
-def plan_number(plan: Path) -> int:
-    return int(plan.stem.removeprefix("plan-"))
+    return sorted((runs_dir / "slurm").glob("plan-*.json"), key=lambda path: int(path.stem[5:]))
 
 
 def submit_plan(due: Sequence[Run], name: str, options: SlurmOptions) -> str:
-    """Write the plan of the runs, submit its array and add the job's id to it; the id."""
+    """Write the plan of the runs, submit its array and add the job's id to it; the id.
+
+    Raises ConfigError in a wheel.
+    """
+    if not TRAIN_SCRIPT.is_file():
+        raise ConfigError("SLURM jobs start from slurm/train.sbatch: git clone, and launch there")
     runs_dir = due[0].folder.parent
-    number = 1 + max(map(plan_number, plan_paths(runs_dir)), default=0)
-    plan = runs_dir / "slurm" / f"plan-{number}.json"
-    command = array_command(plan, len(due), name, runs_dir / "logs", options)
+    former = plan_paths(runs_dir)
+    plan = runs_dir / "slurm" / f"plan-{int(former[-1].stem[5:]) + 1 if former else 1}.json"
+    limit = f"%{options.limit}" if options.limit else ""
+    command = sbatch_command(name, runs_dir / "logs" / "slurm-%A_%a.log", options.stage)
+    command += [f"--array=0-{len(due) - 1}{limit}", *requests(options), *options.sbatch]
+    command += [str(TRAIN_SCRIPT), "--sweep", str(plan)]
     if options.dry_run:
         commands = [f"  [{index}] {run.command}" for index, run in enumerate(due)]
         say("\n".join([shlex.join(command), *commands]))
@@ -179,10 +183,14 @@ def submit_plan(due: Sequence[Run], name: str, options: SlurmOptions) -> str:
 
 
 def submit_report(
-    jobs: Sequence[str], name: str, logs: Path, options: SlurmOptions, report: Sequence[str]
+    jobs: Iterable[str], name: str, logs: Path, options: SlurmOptions, report: Sequence[str]
 ) -> None:
     """Submit the report after the arrays `jobs` have ended, well or not."""
-    command = report_command(jobs, name, logs, options, report)
+    command = sbatch_command(f"{name}-report", logs / "slurm-report-%j.log")
+    command += [f"--partition={options.partition}"] if options.partition else []
+    # The report needs neither the runs' GPUs nor their time.
+    command += [word for word in options.sbatch if word.startswith(FOR_REPORT)]
+    command += [f"--dependency=afterany:{':'.join(sorted(jobs))}", str(REPORT_SCRIPT), *report]
     if options.dry_run:
         say(shlex.join(command))
     else:
@@ -190,34 +198,12 @@ def submit_report(
         say(f"submitted job {job}, the report after it: {logs}/slurm-report-{job}.log")
 
 
-def array_command(
-    plan: Path, count: int, name: str, logs: Path, options: SlurmOptions
-) -> list[str]:
-    """The sbatch command for the `count` runs of a plan file. Raises ConfigError in a wheel."""
-    if not TRAIN_SCRIPT.is_file():
-        raise ConfigError("SLURM jobs start from slurm/train.sbatch: git clone, and launch there")
-    limit = f"%{options.limit}" if options.limit else ""
-    words = sbatch_command(name, logs, "slurm-%A_%a.log", options.stage)
-    words += [f"--array=0-{count - 1}{limit}", *requests(options), *options.sbatch]
-    return [*words, str(TRAIN_SCRIPT), "--sweep", str(plan)]
-
-
-def report_command(
-    jobs: Sequence[str], name: str, logs: Path, options: SlurmOptions, report: Sequence[str]
-) -> list[str]:
-    """The sbatch command for the report after the arrays `jobs`."""
-    words = sbatch_command(f"{name}-report", logs, "slurm-report-%j.log")
-    words += [f"--partition={options.partition}"] if options.partition else []
-    # The report needs neither the runs' GPUs nor their time.
-    words += [word for word in options.sbatch if word.startswith(FOR_REPORT)]
-    return [*words, f"--dependency=afterany:{':'.join(jobs)}", str(REPORT_SCRIPT), *report]
-
-
-def sbatch_command(name: str, logs: Path, log: str, stage: str | None = None) -> list[str]:
-    """The words that all commands begin with."""
+def sbatch_command(name: str, log: Path, stage: str | None = None) -> list[str]:
+    """The words that both commands begin with."""
     variables = [f"PROXYNORM_ROOT={ROOT}", *([f"STAGE={stage}"] if stage else [])]
-    folder = str(logs).replace("%", "%%")  # in sbatch's file names, % begins a substitution
-    words = ["sbatch", "--parsable", f"--job-name={name}", f"--output={folder}/{log}"]
+    # In sbatch's file names, % begins a substitution.
+    output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
+    words = ["sbatch", "--parsable", f"--job-name={name}", f"--output={output}"]
     return ["env", *variables, *words]
 
 

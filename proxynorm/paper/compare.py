@@ -102,7 +102,11 @@ def outcome(
         return Outcome(comparison, first, second, None, None, None, "not run")
     difference = first.mean - second.mean
     if min(first.n, second.n) < 2:
-        words = single_verdict(difference, spread)
+        words = "spread unknown"
+        if spread is not None:  # two standard deviations of a difference
+            beyond = abs(difference) >= 2 * math.sqrt(2) * spread
+            words = f"{'beyond' if beyond else 'below'} the seed spread"
+        words = f"single seed, {words}"
         return Outcome(comparison, first, second, difference, None, None, words)
     interval, p = welch(first, second)
     words = verdict(comparison.expect, interval, margin)
@@ -117,14 +121,6 @@ def welch(first: Sample, second: Sample) -> tuple[tuple[float, float], float]:
     test = stats.ttest_ind(first.values, second.values, equal_var=False)
     low, high = test.confidence_interval(0.95)
     return (float(low), float(high)), float(test.pvalue)
-
-
-def single_verdict(difference: float, spread: float | None) -> str:
-    """The verdict on two single runs: within two standard deviations of their difference or not."""
-    if spread is None:
-        return "single seed, spread unknown"
-    below = abs(difference) < 2 * math.sqrt(2) * spread
-    return f"single seed, {'below' if below else 'beyond'} the seed spread"
 
 
 def verdict(expect: str, interval: tuple[float, float], margin: float) -> str:

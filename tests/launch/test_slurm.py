@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,27 +39,6 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
             slurm.requests(wrong)
 
 
-def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
-    further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
-    further.append("--dependency=afterany:1")
-    options = SlurmOptions(sbatch=further)
-    words = slurm.report_command(["7"], "t", Path("logs"), options, ["report"])
-    assert {"--account=lab", "--qos=high", "--dependency=afterany:7"} <= set(words)
-    assert not [
-        word
-        for word in words
-        if word.startswith(("--gres", "--time", "--nice", "--dependency=afterany:1"))
-    ]
-
-
-def test_paths_are_literal_in_sbatch_s_file_names():
-    command = slurm.array_command(
-        Path("p.json"), 3, "t", Path("100% %j"), SlurmOptions(limit=2, stage="/dev/shm")
-    )
-    assert "--output=100%% %%j/slurm-%A_%a.log" in command and "--array=0-2%2" in command
-    assert command[:4] == ["env", f"PROXYNORM_ROOT={slurm.ROOT}", "STAGE=/dev/shm", "sbatch"]
-
-
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """Stand-ins for SLURM's commands in the path; the returned function sets what they print."""
@@ -85,6 +65,28 @@ def launch(capsys):
         return code, capsys.readouterr().out.splitlines()
 
     return go
+
+
+def test_the_report_s_job_waits_for_the_array_and_asks_for_little(tiny, tmp_path, launch):
+    further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
+    further.append("--dependency=afterany:1")
+    runs = table_runs(tiny, tmp_path / "runs")
+    words = shlex.split(launch(runs, ["report"], sbatch=further, dry_run=True)[1][-1])
+    assert {"--account=lab", "--qos=high", "--dependency=afterany:ARRAY"} <= set(words)
+    assert not [
+        word
+        for word in words
+        if word.startswith(("--gres", "--time", "--nice", "--dependency=afterany:1"))
+    ]
+
+
+def test_paths_are_literal_in_sbatch_s_file_names(tiny, tmp_path, launch):
+    runs = table_runs(tiny, tmp_path / "100% %j")
+    options = {"limit": 2, "stage": "/dev/shm", "dry_run": True}
+    command = shlex.split(launch(runs, **options)[1][1])
+    logs = f"{tmp_path}/100%% %%j/tiny/logs"
+    assert f"--output={logs}/slurm-%A_%a.log" in command and "--array=0-3%2" in command
+    assert command[:4] == ["env", f"PROXYNORM_ROOT={slurm.ROOT}", "STAGE=/dev/shm", "sbatch"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mpmath import betainc
 from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
-from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
+from proxynorm.paper.compare import Sample, cell_status, outcome
 from proxynorm.paper.findings import gather, loss_ratio
 from proxynorm.paper.records import Record, archive_path, collect, kept_record, read_record
 from proxynorm.paper.report import wide_table, write_report
@@ -74,9 +74,9 @@ def test_a_single_seed_is_measured_against_the_known_spread():
         compare("higher", sample(91.0), sample(90.9), spread=0.2).verdict
         == "single seed, below the seed spread"
     )
-    assert single_verdict(2.0, 0.2) == "single seed, beyond the seed spread" and single_verdict(
-        2.0, None
-    ).endswith("unknown")
+    far = sample(92.0), sample(90.0)
+    assert compare("higher", *far, spread=0.2).verdict == "single seed, beyond the seed spread"
+    assert compare("higher", *far).verdict == "single seed, spread unknown"
 
 
 def test_equal_values_without_spread_have_p_1():
