@@ -106,14 +106,12 @@ def words(options: Options, *keys: str) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
-def plan(options: Options) -> int:
+def plan(options: Options) -> None:
     print(cost.plan(*selected_runs(options), Path(options.results), options.jobs, options.verbose))
-    return 0
 
 
-def status(options: Options) -> int:
+def status(options: Options) -> None:
     print(cost.status(selected_runs(options)[1], Path(options.results)))
-    return 0
 
 
 def launch(options: Options) -> int:
@@ -139,7 +137,7 @@ def launch(options: Options) -> int:
     return launch_array(runs, table.name, options, estimate, report)
 
 
-def choose(options: Options) -> int:
+def choose(options: Options) -> None:
     table, runs = selected_runs(options, check=True)
     found = search.choose(table, runs, options.results)
     path = Path(options.results) / table.name / "chosen.json"
@@ -151,17 +149,15 @@ def choose(options: Options) -> int:
         where = f"the best value of {' and '.join(axes)} lies at the edge of the search"
         print(f"warning: {place}: {where}", file=sys.stderr)
     print(path)
-    return 0
 
 
-def collect(options: Options) -> int:
+def collect(options: Options) -> None:
     table, runs = selected_runs(options, check=True)
     kept = sum(records.collect(run, options.results) for run in runs)
     print(f"{kept} runs collected into {Path(options.results) / table.name / 'runs'}")
-    return 0
 
 
-def report(options: Options) -> int:
+def report(options: Options) -> None:
     from proxynorm.paper.findings import gather, verdicts
     from proxynorm.paper.report import write_report
     from proxynorm.paper.tracking import log_comparison
@@ -173,10 +169,9 @@ def report(options: Options) -> int:
     write_report(findings, folder, options.force)
     log_comparison(findings, options.wandb, folder, Path(options.root) / table.name)
     print(*verdicts(findings), folder / "report.md", sep="\n")
-    return 0
 
 
-def upload(options: Options) -> int:
+def upload(options: Options) -> None:
     from proxynorm.paper.tracking import upload as put
 
     table, runs = selected_runs(options)
@@ -184,10 +179,9 @@ def upload(options: Options) -> int:
     names = put(runs, Path(options.results), options.wandb, folder)
     where = f"; W&B's files: {folder}" if names else ""
     print(f"{len(names)} runs uploaded ({options.wandb}){where}")
-    return 0
 
 
-def claims(options: Options) -> int:
+def claims(options: Options) -> None:
     from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
     from proxynorm.paper.findings import gather
 
@@ -201,10 +195,9 @@ def claims(options: Options) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, claims_report(outcomes, random_net_figures(options.results)))
     print(path)
-    return 0
 
 
-def docs(options: Options) -> int:
+def docs(options: Options) -> None:
     from proxynorm.paper.report import rendered
 
     if not (ROOT / "README.md").is_file():
@@ -215,7 +208,6 @@ def docs(options: Options) -> int:
         if new != text:
             write_text(path, new)
             print(path)
-    return 0
 
 
 FUNCTIONS = (plan, launch, status, choose, collect, report, upload, claims, docs)
@@ -225,7 +217,7 @@ COMMANDS = {"run": launch, **{function.__name__: function for function in FUNCTI
 def main(options: Options) -> int:
     if options.command not in COMMANDS:
         raise ConfigError(f"no command '{options.command}'; {nearest(options.command, COMMANDS)}")
-    return COMMANDS[options.command](options)
+    return COMMANDS[options.command](options) or 0
 
 
 def entry() -> None:

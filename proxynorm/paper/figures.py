@@ -21,7 +21,7 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     cells, table = findings.measured(), findings.table
     if not cells:
         return {}
-    label = f"{'top-1' if table.metric == 'top1' else table.metric} (%) on {table.split}"
+    label = f"top-1 (%) on {table.split}"
     styles = cell_styles({cell.name: cell.norm for cell in cells})
     samples = {cell.name: findings.samples[cell.name].values for cell in cells}
     references = {item.cell: item.value for item in table.references}

@@ -89,7 +89,7 @@ def verdicts(findings: Findings) -> list[str]:
 
 def comparison_grid(findings: Findings) -> list[list[Any]]:
     """A row for each cell, in numbers, with its difference to the cell of Batch Norm."""
-    rows: list[list[Any]] = [["cell", "norm", findings.table.metric, "std", "n", "minus bn"]]
+    rows: list[list[Any]] = [["cell", "norm", "top1", "std", "n", "minus bn"]]
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
         difference = None if bn is None else sample.mean - bn.mean

@@ -45,7 +45,7 @@ def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[
         edges = [axis for axis, value, values in columns if value in (min(values), max(values))]
         if edges:
             at_edge[place] = edges
-    metric = f"{table.metric} on {table.split}"
+    metric = f"top1 on {table.split}"
     found = {"chosen": chosen, "tried": tried, "at_edge": at_edge}
     return {"table": table.name, "metric": metric, "seeds": table.seeds, **found}
 
@@ -65,7 +65,7 @@ def mean_metric(
         if record is None or DIVERGED not in (record.failure or DIVERGED):
             missing.append(run.name)
             continue
-        score = -math.inf if record.failure else record.summary[table.metric]
+        score = -math.inf if record.failure else record.summary["top1"]
         point = tuple(float(labels[axis]) for axis in table.search.axes)
         scores[str(labels[table.search.by])][point].append(score)
     if missing:

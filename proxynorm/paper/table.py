@@ -93,9 +93,7 @@ class Table:
     tuned:       overrides found by a search
     seeds:       runs of each cell
     rows, columns: the axes down and across in the report
-    metric:      the key of summary.json that is reported, in percent
-    split:       the images the metric is measured on, in words; by default as data.holdout says
-    margin:      points by which a cell may fall behind another and still match it
+    split:       the images top-1 is measured on, in words; by default as data.holdout says
     tolerance:   largest distance from a reference, in points, that counts as within
     seed_std:    known standard deviation between seeds, in points; source in seed_std_source
     file:        the YAML file, if it is not one of TABLES
@@ -120,9 +118,7 @@ class Table:
     references: list[Reference] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     relative: dict[str, dict[Any, float]] = field(default_factory=dict)
-    metric: str = "top1"
     split: str = ""
-    margin: float = 0.3
     tolerance: float = 0.5
     seed_std: float | None = None
     seed_std_source: str = ""

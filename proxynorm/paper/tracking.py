@@ -41,7 +41,7 @@ def log_comparison(
     config = {
         "table": table.name,
         "title": table.title,
-        "metric": f"{table.metric} on {table.split}",
+        "metric": f"top1 on {table.split}",
         "seeds": table.seeds,
         "protocol": findings.protocol,
         "runs": len(findings.records),

