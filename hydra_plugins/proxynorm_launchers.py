@@ -7,11 +7,10 @@ array. Hydra imports this file whenever train.py starts, so slow imports wait un
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
@@ -46,17 +45,10 @@ class LocalLauncher(Launcher):
         self.command = f"{as_installed('python train.py -m')} {shlex.join(given.task)}"
         self.folder = Path(config.hydra.sweep.dir)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
-        from proxynorm.cli import fail
-        from proxynorm.errors import ProxynormError
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:
+        from proxynorm.cli import guard
 
-        try:
-            status = self.run([[*overrides, *self.shared] for overrides in job_overrides])
-        except ProxynormError as error:
-            fail(error)
-        if status:
-            sys.exit(status)
-        return []
+        guard(lambda: self.run([[*overrides, *self.shared] for overrides in job_overrides]))
 
     def run(self, sweep: list[list[str]]) -> int:
         """Train and compare; 2 if runs failed by the user's mistakes alone, 1 if others did."""

@@ -34,7 +34,6 @@ from pathlib import Path
 from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json, write_text
-from proxynorm.launch.estimate import estimator
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.slurm import SlurmOptions, launch_array
 from proxynorm.paper import plan as cost
@@ -131,10 +130,9 @@ def launch(options: Options) -> int:
         raise ConfigError(f"cell {runs[0].cell.name}: {error}") from error
     if options.launcher == "local":
         return run_locally(runs, options.jobs, options.threads)
-    estimate = estimator(runs, options.gpus or 1, table.stated_seconds, table.hardware)
     keys = ("table", "root", "results", "seeds", "cells", "train", "wandb")
     report = ["report", *words(options, *keys)] if options.report else []
-    return launch_array(runs, table.name, options, estimate, report)
+    return launch_array(runs, table.name, options, report)
 
 
 def choose(options: Options) -> None:

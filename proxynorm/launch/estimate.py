@@ -1,4 +1,4 @@
-"""How long runs will take: as runs of the same kind took, else as their table states."""
+"""How long runs will take: as runs of the same kind took, else as is stated of them."""
 
 from __future__ import annotations
 
@@ -7,44 +7,25 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from proxynorm.errors import DataError
 from proxynorm.launch.finished import reading
-from proxynorm.launch.runs import Run
+from proxynorm.launch.runs import Estimate, Run
 from proxynorm.launch.status import read_progress
 
 START_SECONDS = 60.0  # for starting a run: queueing, imports, opening the data
 
 
-class Estimate(NamedTuple):
-    """Seconds of a run with its start (None: unknown) and where the number comes from."""
-
-    seconds: float | None
-    origin: str
-
-
-def estimator(
-    runs: Sequence[Run],
-    processes: int = 1,
-    stated: Callable[[Run], float] | None = None,
-    hardware: str = "",
-) -> Callable[[Run], Estimate]:
-    """An estimator by what the folders of `runs` tell of runs with that many processes.
-
-    stated: the seconds that a table states for a run, on the hardware `hardware`.
-    """
+def estimator(runs: Sequence[Run], processes: int = 1) -> Callable[[Run], Estimate]:
+    """An estimator by what the folders of `runs` tell of runs with that many processes."""
     measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for run in runs:
         if seconds := folder_seconds(run.folder, processes):
             measured[run.kind].append(seconds)
 
     def estimate(run: Run) -> Estimate:
-        if run.kind in measured:
-            return Estimate(median(measured[run.kind]), "measured")
-        if stated is not None:
-            return Estimate(stated(run), f"estimate for {hardware}")
-        return Estimate(None, "nothing like it was measured")
+        found = measured.get(run.kind)
+        return Estimate(median(found), "measured") if found else run.stated
 
     return estimate
 

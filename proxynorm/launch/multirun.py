@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.estimate import estimator
 from proxynorm.launch.local import killed, train
 from proxynorm.launch.runs import Run, say
 from proxynorm.launch.slurm import SlurmOptions, launch_array
@@ -106,4 +105,4 @@ def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> tuple[
     runs, failures = sweep_runs(sweep)
     if failures:
         raise ConfigError(str(failures[0]))
-    return runs, launch_array(runs, "proxynorm", asked, estimator(runs, asked.gpus or 1))
+    return runs, launch_array(runs, "proxynorm", asked)

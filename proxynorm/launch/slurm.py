@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.files import locked, write_json
-from proxynorm.launch.estimate import Estimate, describe
+from proxynorm.launch.estimate import describe, estimator
 from proxynorm.launch.runs import Run, say
 from proxynorm.launch.status import Status, own_lines, run_status
 
@@ -104,11 +104,7 @@ class Jobs:
 
 
 def launch_array(
-    runs: Sequence[Run],
-    name: str,
-    options: SlurmOptions,
-    estimate: Callable[[Run], Estimate],
-    report: Sequence[str] = (),
+    runs: Sequence[Run], name: str, options: SlurmOptions, report: Sequence[str] = ()
 ) -> int:
     """Submit the runs that are neither finished nor queued nor running, and a report after them.
 
@@ -126,6 +122,7 @@ def launch_array(
         statuses = [(run, jobs.status(run)) for run in runs]
         due = [run for run, now in statuses if is_due(run, now, options.retry_failed)]
         failed = [run for run, now in statuses if now.state == "failed" and run not in due]
+        estimate = estimator(runs, options.gpus or 1)
         say(describe(due, estimate) if due else "nothing to submit")
         if due:
             job = submit_plan(due, name, options)

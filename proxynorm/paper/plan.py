@@ -25,7 +25,7 @@ def plan(
     statuses = all_statuses(runs, results, run_status)
     left = [run for run, now in statuses if now.state not in ("done", "other")]
     done = sum(now.state == "done" for _, now in statuses)
-    estimate = estimator(runs, 1, table.stated_seconds, table.hardware)
+    estimate = estimator(runs)
     seconds = sum(estimate(run).seconds for run in left)
     lines = [
         f"{table.name}: {table.title}",

@@ -15,7 +15,7 @@ import yaml
 
 from proxynorm.cli import nearest
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import Run
+from proxynorm.launch.runs import Estimate, Run
 from proxynorm.train.words import quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
@@ -129,10 +129,11 @@ class Table:
         """The table's argument on a command line: its name, or its file's path as given."""
         return shlex.quote(f"table={self.file or self.name}")
 
-    def stated_seconds(self, run: TableRun) -> float:
-        """The time of a run as the table states it."""
-        factors = [self.relative.get(axis, {}).get(v, 1) for axis, v in run.cell.labels.items()]
-        return 60 * self.minutes * math.prod(factors)
+    def estimate(self, cell: Cell) -> Estimate:
+        """The time of a cell's run as the table states it."""
+        factors = [self.relative.get(axis, {}).get(v, 1) for axis, v in cell.labels.items()]
+        seconds = 60 * self.minutes * math.prod(factors)
+        return Estimate(seconds, f"estimate for {self.hardware}")
 
     def expand(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
         """The cells in order.
@@ -246,7 +247,8 @@ def table_runs(
         words = (f"seed={seed}", f"name={quoted(name)}", f"runs_dir={quoted(str(folder))}")
         words += (f"logger.group={quoted(table.name)}", f"logger.tags=[{tags}]")
         arguments = (*cell.overrides, *words, *overrides)
-        runs.append(TableRun(folder / name, arguments, table.name, cell, seed))
+        stated = table.estimate(cell)
+        runs.append(TableRun(folder / name, arguments, table.name, cell, seed, stated=stated))
     return runs
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
-from proxynorm.launch.estimate import estimator
 from proxynorm.launch.slurm import Jobs, SlurmOptions, launch_array
 from proxynorm.launch.status import run_status
 from proxynorm.paper.plan import status
@@ -61,7 +60,7 @@ def launch(capsys):
     """Submits runs; returns the exit status and the lines said."""
 
     def go(runs, report=(), **options):
-        code = launch_array(runs, "tiny", SlurmOptions(**options), estimator(runs), report)
+        code = launch_array(runs, "tiny", SlurmOptions(**options), report)
         return code, capsys.readouterr().out.splitlines()
 
     return go
@@ -96,7 +95,7 @@ def launched(tiny, tmp_path, commands, launch):
     assert launch(runs) == (
         0,
         [
-            "4 runs to do, time unknown (nothing like it was measured)",
+            "4 runs to do, 24 s (estimate for one CPU core)",
             f"submitted array 7 of 4 runs: {tmp_path}/runs/tiny/slurm/plan-1.json",
         ],
     )
