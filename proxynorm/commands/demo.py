@@ -15,8 +15,7 @@ from proxynorm.cli import as_installed, option, script
 from proxynorm.commands import power
 from proxynorm.launch.local import run_locally
 from proxynorm.paper.findings import gather, verdicts
-from proxynorm.paper.recipe import refuse_other_recipes
-from proxynorm.paper.records import collect
+from proxynorm.paper.records import collect, refuse_other_recipes
 from proxynorm.paper.report import beside_bn, write_report
 from proxynorm.paper.table import load_table, read_chosen, table_runs
 from proxynorm.paper.tracking import log_comparison

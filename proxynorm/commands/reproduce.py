@@ -38,7 +38,7 @@ from proxynorm.launch.local import run_locally
 from proxynorm.launch.slurm import SlurmOptions, launch_array
 from proxynorm.paper import plan as cost
 from proxynorm.paper import records, search
-from proxynorm.paper.recipe import refuse_other_recipes
+from proxynorm.paper.records import refuse_other_recipes
 from proxynorm.paper.table import (
     Table,
     TableRun,

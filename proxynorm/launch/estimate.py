@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from proxynorm.errors import DataError
-from proxynorm.launch.finished import reading
 from proxynorm.launch.runs import Estimate, Run
-from proxynorm.launch.status import read_progress
+from proxynorm.launch.status import read_progress, reading
 
 START_SECONDS = 60.0  # for starting a run: queueing, imports, opening the data
 

@@ -9,7 +9,6 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from proxynorm.paper.records import Record
 from proxynorm.paper.table import Comparison, Reference, Table
 
 MARGIN = 0.3  # points by which a cell may fall behind another and still match it
@@ -51,14 +50,6 @@ class Outcome:
     interval: tuple[float, float] | None
     p: float | None
     verdict: str
-
-
-def cell_samples(table: Table, records: Sequence[Record]) -> dict[str, Sample]:
-    """The sample of every cell, empty where nothing has been run."""
-    values: dict[str, list[float]] = {cell.name: [] for cell in table.expand()}
-    for record in sorted(records, key=lambda record: record.run.seed):
-        values[record.cell].append(record.summary["top1"])
-    return {name: Sample(tuple(found)) for name, found in values.items()}
 
 
 def cell_status(

@@ -13,7 +13,7 @@ from proxynorm.analysis.power import PowerRow
 from proxynorm.analysis.power_monitor import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
-from proxynorm.paper.compare import Outcome, Sample, cell_samples, closing, compare
+from proxynorm.paper.compare import Outcome, Sample, closing, compare
 from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Cell, Table, TableRun
@@ -62,7 +62,10 @@ def gather(
             failed[run.cell.name] += 1
         else:
             records.append(record)
-    samples = cell_samples(table, records)
+    values: dict[str, list[float]] = {cell.name: [] for cell in table.expand()}
+    for record in sorted(records, key=lambda record: record.run.seed):
+        values[record.cell].append(record.summary["top1"])
+    samples = {name: Sample(tuple(found)) for name, found in values.items()}
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
     outcomes, told = compare(table, samples), protocol(table, results)
     return Findings(table, cells, records, samples, outcomes, running, failed, told, tuple(words))

@@ -12,8 +12,7 @@ from proxynorm.errors import ConfigError, DataError
 from proxynorm.launch.estimate import describe, duration, estimator
 from proxynorm.launch.slurm import Jobs
 from proxynorm.launch.status import STATES, Status, done_status, run_status
-from proxynorm.paper.recipe import other_recipes
-from proxynorm.paper.records import kept_record
+from proxynorm.paper.records import kept_record, other_recipes
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Table, TableRun
 

@@ -11,7 +11,8 @@ from proxynorm.paper.claims import (
     load_claims,
     random_net_figures,
 )
-from proxynorm.paper.compare import Outcome, Sample, cell_samples, compare
+from proxynorm.paper.compare import Outcome, Sample
+from proxynorm.paper.findings import gather
 from proxynorm.paper.report import result_table
 from proxynorm.paper.table import load_table, table_names
 from tests.helpers import ROOT
@@ -21,7 +22,7 @@ RESULTS = ROOT / "results"
 
 def outcomes_without_runs():
     tables = {name: load_table(name) for claim in load_claims() for name in claim.tables}
-    return {name: compare(table, cell_samples(table, [])) for name, table in tables.items()}
+    return {name: gather(table, [], RESULTS).outcomes for name, table in tables.items()}
 
 
 def test_claims_name_tests_that_exist():

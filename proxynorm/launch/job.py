@@ -1,30 +1,36 @@
-"""Copy .beton files to a node's own disk: python -m proxynorm.launch.staging FOLDER OVERRIDE…
+"""What slurm/train.sbatch does besides training: python -m proxynorm.launch.job ACTION ARGUMENT…
 
-Jobs that come at the same time wait for one copy; later ones find it. It stays when the job ends:
-remove FOLDER/proxynorm-UID when it is no longer needed. Prints the override that points data.root
-at the copy, or nothing for data that need not be staged.
+stage FOLDER OVERRIDE… copies .beton files to a node's own disk. Jobs that come at the same time
+wait for one copy; later ones find it. It stays when the job ends: remove FOLDER/proxynorm-UID when
+it is no longer needed. Prints the override that points data.root at the copy, or nothing for data
+that need not be staged.
+
+requeue LIMIT OVERRIDE… decides whether a stopped run is queued again. Status 0: yes. Status 2, with
+the reason in one line: the job was queued again LIMIT times without one weight update. The run
+folder holds the restart at which its step was first seen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from proxynorm.cli import guard
 from proxynorm.data.ffcv.beton import changed_images, manifest_path, read_beton, sums_path
-from proxynorm.errors import DataError
-from proxynorm.files import locked
+from proxynorm.errors import ConfigError, DataError
+from proxynorm.files import locked, write_json
 from proxynorm.train.config import compose_config, settings_from
+from proxynorm.train.settings import folder_of
 from proxynorm.train.words import quoted
 
 PARTS = ("train.beton", "val.beton")
 
 
-def stage(root: Path, node: Path) -> Path:
+def copy_data(root: Path, node: Path) -> Path:
     """Copy the .beton files of `root` below `node` once, checked; returns the copy's folder.
 
     Raises DataError if a file is missing or damaged, or there is no room.
@@ -79,20 +85,37 @@ def own_folder(node: Path) -> Path:
     return home
 
 
-def main(arguments: Sequence[str]) -> int:
-    folder, *overrides = arguments
+def stage(folder: str, *overrides: str) -> None:
+    """Print the override for a copy of the run's data below `folder`."""
     data = settings_from(compose_config(overrides)).data
     if data.name == "fashion_mnist":
         print("staging: Fashion-MNIST is small; nothing is copied", file=sys.stderr)
-        return 0
+        return
     if data.name != "beton":
         raise DataError(
             f"STAGE copies .beton files, not data={data.name}: make them with scripts/write_ffcv.py"
         )
-    copy = stage(Path(data.root).expanduser(), Path(os.path.expandvars(folder)))
+    copy = copy_data(Path(data.root).expanduser(), Path(os.path.expandvars(folder)))
     print(f"data.root={quoted(str(copy))}")
-    return 0
+
+
+def requeue(limit: str, *overrides: str) -> None:
+    """Raise ConfigError if the run of the overrides is not to be queued again."""
+    folder = folder_of(settings_from(compose_config(overrides)))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "requeues.json", folder / "summary.json"
+    former, summary = (json.loads(p.read_text()) if p.is_file() else {} for p in paths)
+    step, restart = summary.get("steps", 0), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    first = former.get("restart", 0) if former.get("step") == step else restart
+    first = min(first, restart)  # another job starts anew
+    write_json(paths[0], {"step": step, "restart": first})
+    if restart - first >= int(limit):
+        raise ConfigError(
+            f"not queued again: {folder} stays at step {step}, {limit} times queued again; "
+            "give it more time"
+        )
 
 
 if __name__ == "__main__":
-    guard(lambda: main(sys.argv[1:]))
+    action, *arguments = sys.argv[1:]
+    guard(lambda: {"stage": stage, "requeue": requeue}[action](*arguments))
