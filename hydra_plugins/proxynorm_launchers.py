@@ -16,7 +16,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.errors import ConfigError
+from proxynorm.launch.slurm import SlurmOptions, launch_array
 
 SLURM = asdict(SlurmOptions())  # hydra.launcher.KEY=…
 
@@ -69,12 +70,17 @@ class SlurmLauncher(LocalLauncher):
     """Submit the runs that are neither finished nor queued; compare them once all are finished."""
 
     def run(self, sweep: list[list[str]]) -> int:
-        from proxynorm.launch.multirun import submit
+        """Submit and return the exit status. Raises ConfigError for a run that cannot be built."""
+        from proxynorm.launch.multirun import sweep_runs
         from proxynorm.launch.runs import say
         from proxynorm.launch.status import run_status
         from proxynorm.paper.sweep import answer
 
-        runs, status = submit(sweep, self.options)
+        runs, failures = sweep_runs(sweep)
+        if failures:
+            raise ConfigError(str(failures[0]))
+        options = SlurmOptions(**{**self.options, "sbatch": list(self.options["sbatch"])})
+        status = launch_array(runs, "proxynorm", options)
         if all(run_status(run).state == "done" for run in runs):
             say(answer(runs, self.folder, self.name, self.command))
         return status

@@ -1,4 +1,4 @@
-"""A Hydra multirun: its runs one after the other on this machine, or as an array of SLURM jobs."""
+"""A Hydra multirun: its runs, and how they are trained one after the other on this machine."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch.local import killed, train
 from proxynorm.launch.runs import Run, say
-from proxynorm.launch.slurm import SlurmOptions, launch_array
 from proxynorm.launch.status import last_error
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
@@ -94,15 +93,3 @@ def train_run(run: Run, number: int) -> tuple[int, str]:
         if stop:
             sys.exit(REQUEUE)
         return status, killed(status) if status < 0 else last_error(Path(errors.name))
-
-
-def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> tuple[list[Run], int]:
-    """Submit the sweep's runs to SLURM; return them and the exit status.
-
-    options: SlurmOptions' fields. Raises ConfigError for a run that cannot be built.
-    """
-    asked = SlurmOptions(**{**options, "sbatch": list(options["sbatch"])})
-    runs, failures = sweep_runs(sweep)
-    if failures:
-        raise ConfigError(str(failures[0]))
-    return runs, launch_array(runs, "proxynorm", asked)
