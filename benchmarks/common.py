@@ -87,7 +87,7 @@ def ratio(figures: Sequence[float], base: Sequence[float]) -> float:
 
 def show(rows: Sequence[Mapping[str, object]]) -> None:
     """Print rows as a table; the keys of the first are its header."""
-    print(text_table(list(rows[0]), [list(map(_cell, row.values())) for row in rows]), flush=True)
+    print(text_table([[*rows[0]], *(list(map(_cell, row.values())) for row in rows)]), flush=True)
 
 
 def _cell(value: object) -> str:

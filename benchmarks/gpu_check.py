@@ -55,27 +55,34 @@ def main(arguments: list[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         return fail("torch finds no CUDA device; device=cpu runs small cases without one")
     machine = Machine(device, small=device.type == "cpu")
-    start, results = time.monotonic(), {}
-    print(f"# {device_name(device)}\n", flush=True)
+    name = device_name(device)
+    path = Path(options["results"]) / (options["name"] or name.lower().replace(" ", "_"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results, text = {}, []
+
+    def tell(part: str) -> None:
+        text.append(part)
+        print(part, flush=True)
+
+    tell(f"# {name}\n")
     if machine.small:
-        print("On a CPU: small cases, for correctness alone; speed means nothing here.\n")
-    text = []
+        tell("On a CPU: small cases, for correctness alone; speed means nothing here.\n")
+    start = time.monotonic()
     for title, check in CHECKS.items():
         machine.deadline = start + 60 * minutes * ENDS.get(title, 1.0)
         rows, skipped = collect(machine, title, check(machine))
         results[title] = {"rows": rows, "skipped": skipped}
-        parts = [f"## {title}\n"]
+        tell(f"## {title}\n")
         if rows:
-            parts.append(
-                markdown_table([[*rows[0]], *(list(map(str, row.values())) for row in rows)])
-            )
+            grid = [[*rows[0]], *(list(map(str, row.values())) for row in rows)]
+            tell(f"{markdown_table(grid)}\n")
         if skipped:
-            parts.append(f"\nSkipped: {skipped}.")
-        text.append("\n".join(parts) + "\n")
-        print(text[-1], flush=True)
-    verdict = "\n".join(f"- wrong: {what}" for what in machine.failures) or "Nothing is wrong."
-    print(verdict)
-    write(options, device, {"checks": results, "failures": machine.failures}, [*text, verdict])
+            tell(f"Skipped: {skipped}.\n")
+    tell("\n".join(f"- wrong: {what}" for what in machine.failures) or "Nothing is wrong.")
+    content = {"checks": results, "failures": machine.failures}
+    Path(f"{path}.json").write_text(json.dumps(content, indent=1) + "\n")
+    Path(f"{path}.md").write_text("\n".join(text) + "\n")
+    print(f"\nwritten: {path}.md and .json")
     return 1 if machine.failures else 0
 
 
@@ -91,16 +98,6 @@ def collect(machine: Machine, title: str, check: Iterator[dict]) -> tuple[list[d
         machine.expect(False, f"{title}: {type(error).__name__}: {str(error).splitlines()[:1]}")
         traceback.print_exc()
     return rows, None
-
-
-def write(options: dict, device: torch.device, content: dict, text: list[str]) -> None:
-    name = options["name"] or device_name(device).lower().replace(" ", "_")
-    folder = Path(options["results"])
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.joinpath(f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    heading = f"# {device_name(device)}\n"
-    folder.joinpath(f"{name}.md").write_text("\n".join([heading, *text]) + "\n")
-    print(f"\nwritten: {folder / name}.md and .json")
 
 
 def fail(message: str) -> int:

@@ -5,8 +5,8 @@
 
 Ratios are medians over rounds of the ratio within a round, to torch's norm in the same format and
 mode: "torch ln" is torch's group_norm with one group and the activation in place, "torch bn"
-torch's batch norm likewise. Our norms are frozen for inference. precision=bf16 or fp16 runs under
-autocast. Bytes kept for the backward pass are the memory benchmark's.
+torch's batch norm likewise. Our norms are frozen for inference. Bytes kept for the backward pass
+are the memory benchmark's.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NormAct2d, proxy_moments
 from proxynorm.train.distributed import choose_device
-from proxynorm.train.evaluate import autocast
 from proxynorm.train.memory import keep_freed_memory
 
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = [TORCH_BN, TORCH_LN, "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute"]
 NORMS += ["gn", "gn_pn", "in", "in_pn"]
 Variant = tuple[str, str, str]  # norm, format, mode
@@ -52,14 +50,12 @@ class Options(common.ModelOptions):
     norms: list[str] = option(NORMS, "norms; also NORM+recompute; torch bn, torch ln: torch's own")
     formats: list[str] = option(list(FORMATS), "memory formats: nchw, channels_last")
     modes: list[str] = option(["eager"], "eager, compiled")
-    precision: str = option("float32", "float32, bf16, fp16 (the last two under autocast)")
     rounds: int = option(9, "steps of each, taken in turns")
     keep_memory: bool = option(True, "CPU: malloc keeps freed memory, as in training")
 
 
 def main(options: Options) -> None:
-    choices = {"modes": ("eager", "compiled"), "precision": PRECISIONS}
-    common.check(options, norms=ALL_NORMS, formats=FORMATS, **choices)
+    common.check(options, norms=ALL_NORMS, formats=FORMATS, modes=("eager", "compiled"))
     device = choose_device(options.device)
     # Otherwise glibc returns large blocks to the system, and every step faults the pages in again.
     if options.keep_memory:
@@ -73,9 +69,8 @@ def main(options: Options) -> None:
         net = build(norm, options.model, memory_format, device)
         images = random_images(options.batch, options.size, memory_format, device)
         run = torch.compile if mode == "compiled" else lambda module: module
-        arguments = (images, PRECISIONS[options.precision])
-        actions[variant, "train"] = partial(train, run(net), *arguments)
-        actions[variant, "inference"] = partial(infer, run(for_inference(net)), *arguments)
+        actions[variant, "train"] = partial(train, run(net), images)
+        actions[variant, "inference"] = partial(infer, run(for_inference(net)), images)
         if "_pn" in norm:
             actions[variant, "moments"] = partial(moments, net)
     try:
@@ -90,18 +85,16 @@ def main(options: Options) -> None:
     common.write_figures(options, {"rows": rows, "threads": torch.get_num_threads()})
 
 
-def train(net: nn.Module, images: Tensor, dtype: torch.dtype) -> None:
+def train(net: nn.Module, images: Tensor) -> None:
     """Forward, loss, backward."""
     net.zero_grad(set_to_none=True)
     targets = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    with autocast(images.device, dtype):
-        loss = cross_entropy(net(images), targets)
-    loss.backward()
+    cross_entropy(net(images), targets).backward()
 
 
-def infer(net: nn.Module, images: Tensor, dtype: torch.dtype) -> None:
-    with autocast(images.device, dtype), torch.inference_mode():
-        net(images)
+@torch.inference_mode()
+def infer(net: nn.Module, images: Tensor) -> None:
+    net(images)
 
 
 def moments(net: nn.Module) -> None:

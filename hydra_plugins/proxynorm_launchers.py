@@ -7,17 +7,17 @@ array. Hydra imports this file whenever train.py starts, so slow imports wait un
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.errors import ConfigError
+from proxynorm.launch.slurm import SlurmOptions, launch_array
 
 SLURM = asdict(SlurmOptions())  # hydra.launcher.KEY=…
 
@@ -46,17 +46,10 @@ class LocalLauncher(Launcher):
         self.command = f"{as_installed('python train.py -m')} {shlex.join(given.task)}"
         self.folder = Path(config.hydra.sweep.dir)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list:
-        from proxynorm.cli import fail
-        from proxynorm.errors import ProxynormError
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> NoReturn:
+        from proxynorm.cli import guard
 
-        try:
-            status = self.run([[*overrides, *self.shared] for overrides in job_overrides])
-        except ProxynormError as error:
-            fail(error)
-        if status:
-            sys.exit(status)
-        return []
+        guard(lambda: self.run([[*overrides, *self.shared] for overrides in job_overrides]))
 
     def run(self, sweep: list[list[str]]) -> int:
         """Train and compare; 2 if runs failed by the user's mistakes alone, 1 if others did."""
@@ -77,12 +70,17 @@ class SlurmLauncher(LocalLauncher):
     """Submit the runs that are neither finished nor queued; compare them once all are finished."""
 
     def run(self, sweep: list[list[str]]) -> int:
-        from proxynorm.launch.multirun import submit
+        """Submit and return the exit status. Raises ConfigError for a run that cannot be built."""
+        from proxynorm.launch.multirun import sweep_runs
         from proxynorm.launch.runs import say
         from proxynorm.launch.status import run_status
         from proxynorm.paper.sweep import answer
 
-        runs, status = submit(sweep, self.options)
+        runs, failures = sweep_runs(sweep)
+        if failures:
+            raise ConfigError(str(failures[0]))
+        options = SlurmOptions(**{**self.options, "sbatch": list(self.options["sbatch"])})
+        status = launch_array(runs, "proxynorm", options)
         if all(run_status(run).state == "done" for run in runs):
             say(answer(runs, self.folder, self.name, self.command))
         return status

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from proxynorm.analysis.style import (
-    draw_band,
-    legend_beside,
-    new_figure,
-    norm_label,
-    norm_style,
-    save_figure,
-)
+from proxynorm.analysis.style import draw_band, legend_beside, new_figure, norm_label, norm_style
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 Styles = Mapping[str, Mapping[str, Any]]
 LOSS_POINTS = 60  # of a curve: the loss of single batches is noise
 
 
-def plot_curves(
-    runs: Mapping[str, Sequence[Rows]],
-    path: Path,
-    styles: Styles | None = None,
-    formats: Sequence[str] = (),
-) -> None:
+def curves_figure(runs: Mapping[str, Sequence[Rows]], styles: Styles | None = None) -> Figure:
     """Draw training loss and evaluated top-1 against epochs, seeds as bands.
 
     runs: the rows of each seed, by label; a label that names a norm is drawn in the norm's style,
@@ -52,7 +40,7 @@ def plot_curves(
         figure.suptitle(next(iter(runs)))
     else:
         legend_beside(grid[0, -1])
-    save_figure(figure, path, formats)
+    return figure
 
 
 def event_curve(rows: Rows, event: str, key: str) -> tuple[list[float], list[float]]:
@@ -87,14 +75,12 @@ def show_later_loss(axes: Axes, curves: Sequence[tuple[list, list]]) -> None:
         axes.set_ylim(min(late) - margin, max(late) + margin)
 
 
-def plot_cells(
+def cells_figure(
     samples: Mapping[str, Sequence[float]],
     references: Mapping[str, float],
     styles: Styles,
     label: str,
-    path: Path,
-    formats: Sequence[str] = (),
-) -> None:
+) -> Figure:
     """A row for each cell: every run faint, mean ± one standard deviation bold, reference a bar."""
     figure, ((axes,),) = new_figure(7, 0.8 + 0.28 * len(samples))
     for row, (cell, values) in enumerate(samples.items()):
@@ -108,15 +94,12 @@ def plot_cells(
     axes.set_yticks(range(len(samples)), [norm_label(cell) for cell in samples])
     axes.set_ylim(len(samples) - 0.5, -0.5)  # the first on top
     axes.set(xlabel=label)
-    save_figure(figure, path, formats)
+    return figure
 
 
-def plot_against(
-    panels: Mapping[str, Mapping[str, Mapping[float | None, Sequence[float]]]],
-    label: str,
-    path: Path,
-    formats: Sequence[str] = (),
-) -> None:
+def batch_figure(
+    panels: Mapping[str, Mapping[str, Mapping[float | None, Sequence[float]]]], label: str
+) -> Figure:
     """Draw accuracy against a batch size, the paper's axis: a panel an axis, seeds as bands.
 
     panels: {axis in words: {norm: {value: runs}}}; the value None, of a norm that does not know
@@ -140,4 +123,4 @@ def plot_against(
         axes.set(xlabel=words)
     grid[0, 0].set_ylabel(label)
     legend_beside(grid[0, -1])
-    save_figure(figure, path, formats)
+    return figure

@@ -13,8 +13,8 @@ They sum to 1 up to the norm's ε.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,26 +62,6 @@ class PowerSums:
         return tuple(term.mean().item() for term in (p1, p2, p3, p4))
 
 
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, but Batch Norm on the batch's statistics, for a while."""
-    training = {module: module.training for module in model.modules()}
-    norms = [module for module in model.modules() if isinstance(module, NormAct2d)]
-    norms = [norm for norm in norms if getattr(norm, "running_mean", None) is not None]
-    running = [(norm.running_mean, norm.running_var) for norm in norms]
-    model.eval()
-    # Without running statistics Batch Norm falls back on the batch's.
-    for norm in norms:
-        norm.running_mean = norm.running_var = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for norm, (mean, var) in zip(norms, running, strict=True):
-            norm.running_mean, norm.running_var = mean, var
-        for module, mode in training.items():
-            module.training = mode
-
-
 @torch.no_grad()
 def power_decomposition(
     model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]
@@ -92,12 +72,13 @@ def power_decomposition(
     in training.
 
     Args:
-        model: a model with NormAct2d layers; left as it was.
+        model: a model with NormAct2d layers; a copy is measured.
         batches: images (N, C, H, W) ready for the model, or tuples that begin with them.
 
     Raises:
         ValueError: the model has no NormAct2d with a norm, or there are no images.
     """
+    model = copy.deepcopy(model).eval()
     modules = model.named_modules()
     norms = {name: m for name, m in modules if isinstance(m, NormAct2d) and not m.spec.is_none}
     if not norms:
@@ -115,16 +96,16 @@ def power_decomposition(
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(collect(name)) for name, module in norms.items()]
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(collect(name))
+        if getattr(norm, "running_mean", None) is not None:
+            # Without running statistics Batch Norm falls back on the batch's.
+            norm.running_mean = norm.running_var = None  # type: ignore[assignment]
     device = next(model.parameters()).device
-    try:
-        # A compiled model would not call the hooks.
-        with measuring(model), torch.compiler.set_stance("force_eager"):
-            for batch in batches:
-                model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    # A compiled model would not call the hooks.
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     if not sums:
         raise ValueError("no images to decompose the power on")
     return [

@@ -1,15 +1,20 @@
-"""The power decomposition while a network trains, and the warning when channels collapse."""
+"""The power decomposition of a run: measured, logged, read, averaged; the warning of collapse."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
 
-from proxynorm.analysis.power import PowerRow, power_decomposition
+from proxynorm.analysis.power import TERMS, PowerRow, power_decomposition
+from proxynorm.analysis.tables import csv_table
 from proxynorm.data import Data
+from proxynorm.files import write_text
 
 
 def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[PowerRow]:
@@ -36,3 +41,37 @@ def collapse_warning(rows: Sequence[PowerRow], threshold: float) -> str | None:
         f"worst {worst.name} (depth {worst.depth}) with {worst.p1:.3f}; "
         "a proxy-normalized norm (norm=…_pn) keeps channels normalized"
     )
+
+
+def to_metrics(rows: Sequence[PowerRow]) -> dict[str, float]:
+    """Flat keys p1/NAME … p4/NAME, in the order of depth, for a row of metrics.jsonl."""
+    return {f"{term}/{row.name}": getattr(row, term) for term in TERMS for row in rows}
+
+
+def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
+    """The inverse of `to_metrics`; other keys are ignored."""
+    names = [key.partition("/")[2] for key in row if key.startswith("p1/")]
+    return [
+        PowerRow(name, depth, *(row[f"{term}/{name}"] for term in TERMS))
+        for depth, name in enumerate(names, 1)
+    ]
+
+
+def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
+    """The mean over nets of equal shape, norm by norm."""
+    means = []
+    for rows in zip(*nets, strict=True):
+        terms = (fmean(getattr(row, term) for row in rows) for term in TERMS)
+        means.append(PowerRow(rows[0].name, rows[0].depth, *terms))
+    return means
+
+
+def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:
+    """Write a line a panel and norm: `panel` (name of the first column), name, depth, p1 … p4."""
+    grid: list[list[object]] = [[panel, "name", "depth", *TERMS]]
+    grid += [
+        [title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)]
+        for title, rows in panels.items()
+        for row in rows
+    ]
+    write_text(path, csv_table(grid))

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from proxynorm.analysis.power import TERMS, PowerRow
-from proxynorm.analysis.style import (
-    cell_styles,
-    draw_band,
-    legend_beside,
-    norm_label,
-    panel_figure,
-    save_figure,
-)
+from proxynorm.analysis.style import cell_styles, draw_band, legend_beside, norm_label, panel_figure
 
 DEPTH, SHARE = "depth (norm layers)", "share of power"
 P1_AXIS = f"P1, constant channels ({SHARE})"
@@ -53,13 +45,11 @@ def power_figure(
     return figure
 
 
-def plot_p1(
+def p1_figure(
     panels: Mapping[str, Mapping[str, Sequence[Sequence[PowerRow]]]],
-    path: Path,
     norms: Mapping[str, str] | None = None,
     mean_field: Mapping[str, Sequence[float]] | None = None,
-    formats: Sequence[str] = (),
-) -> None:
+) -> Figure:
     """Draw P1 against depth: a line a norm or cell, the mean over its nets, and their range.
 
     panels: {title: {label: the rows of each net}}; norms: the norm of each label, where it is not
@@ -79,12 +69,10 @@ def plot_p1(
         axes.set_ylim(-0.02, 1.02 if mean_field else None)
         axes.margins(x=0.01)
         legend_beside(axes)
-    save_figure(figure, path, formats)
+    return figure
 
 
-def plot_p1_by_epoch(
-    cells: Mapping[str, Mapping[float, Sequence[float]]], path: Path, formats: Sequence[str] = ()
-) -> None:
+def p1_by_epoch_figure(cells: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     """Draw P1 against depth while networks train: a panel a cell, a line an epoch.
 
     cells: {cell: {epoch: P1 of each norm}}.
@@ -99,4 +87,4 @@ def plot_p1_by_epoch(
     for axes in grid[:, 0]:
         axes.set_ylabel(f"P1 ({SHARE})")
     figure.colorbar(scale, ax=grid, label="epoch")
-    save_figure(figure, path, formats)
+    return figure

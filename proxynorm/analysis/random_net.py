@@ -6,9 +6,10 @@ import math
 
 import torch
 from numpy.polynomial.hermite_e import hermegauss
-from torch import Tensor, nn
+from torch import nn
 
 from proxynorm.nn import NormAct2d, norm_spec, standardize_weights
+from proxynorm.nn.closed_forms import leaky_relu
 
 
 def random_net(
@@ -67,15 +68,8 @@ def mean_field_p1(layers: int, beta_std: float = 0.2, gamma_std: float = 0.2) ->
     found, p = [], 0.0
     for _ in range(layers):
         shift, scale = gamma * math.sqrt(p) * m + beta, gamma.abs() * math.sqrt(1 - p)
-        mean, square = _relu_moments(shift, scale)
-        p = min(((share * mean**2).sum() / (share * square).sum()).item(), 1.0)
+        mean, var = leaky_relu(shift, scale, slope=0)
+        constant = (share * mean**2).sum()
+        p = (constant / (constant + (share * var).sum())).item()
         found.append(p)
     return found
-
-
-def _relu_moments(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """E[φ] and E[φ²] of a ReLU of N(a, s²)."""
-    s = s.clamp_min(1e-12)
-    z = a / s
-    cdf, density = torch.special.ndtr(z), torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    return a * cdf + s * density, (a * a + s * s) * cdf + a * s * density

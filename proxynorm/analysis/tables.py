@@ -10,18 +10,15 @@ from collections.abc import Sequence
 Grid = Sequence[Sequence[str]]
 
 
-def text_table(header: Sequence[str], rows: Grid) -> str:
+def text_table(grid: Grid) -> str:
     """Columns padded to their widest cell: the first to the left, the others to the right."""
-    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    header, *rows = grid
+    lines = []
+    for first, *others in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
 def markdown_table(grid: Grid) -> str:

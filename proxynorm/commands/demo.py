@@ -15,11 +15,10 @@ from proxynorm.cli import as_installed, option, script
 from proxynorm.commands import power
 from proxynorm.launch.local import run_locally
 from proxynorm.paper.findings import gather, verdicts
-from proxynorm.paper.recipe import refuse_other_recipes
-from proxynorm.paper.records import collect
+from proxynorm.paper.records import collect, refuse_other_recipes
 from proxynorm.paper.report import beside_bn, write_report
 from proxynorm.paper.table import load_table, read_chosen, table_runs
-from proxynorm.paper.tracking import log_report
+from proxynorm.paper.tracking import log_comparison
 
 NEXT = """
 What next:
@@ -59,9 +58,8 @@ def main(options: Options) -> int:
     findings = gather(table, runs, options.results)
     target = Path(options.results) / table.name if options.record else folder / "report"
     write_report(findings, target, force=True)
-    log_report(findings, options.wandb, target, folder)
-    header, *rows = beside_bn(findings)
-    print(f"\n{text_table(header, rows)}\n\n{target}/report.md, curves.png, cells.png")
+    log_comparison(findings, options.wandb, target, folder)
+    print(f"\n{text_table(beside_bn(findings))}\n\n{target}/report.md, curves.png, cells.png")
     print(as_installed(NEXT.format(run=runs[-1].folder)))
     print(*verdicts(findings), sep="\n")
     return 0

@@ -19,9 +19,8 @@ import torch
 import yaml
 
 from proxynorm.analysis.power import PowerRow, power_decomposition
-from proxynorm.analysis.power_files import from_metrics, mean_rows, write_csv
-from proxynorm.analysis.power_monitor import measure
-from proxynorm.analysis.power_plots import plot_p1, power_figure
+from proxynorm.analysis.power_monitor import from_metrics, mean_rows, measure, write_csv
+from proxynorm.analysis.power_plots import p1_figure, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.analysis.style import norm_label, save_figure
 from proxynorm.cli import nearest, option, script
@@ -103,7 +102,8 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
     shown = {norm: found[norm] for norm in pairs or found}
     mean_field = {norm: curve for norm, curve in expected.items() if norm in shown}
     title = f"Random nets: {', '.join(map(norm_label, shown))}, mean and range of {options.nets}"
-    plot_p1({title: shown}, folder / "p1.png", mean_field=mean_field, formats=VECTOR)
+    figure = p1_figure({title: shown}, mean_field=mean_field)
+    save_figure(figure, folder / "p1.png", VECTOR)
 
     def distance(rows: list[PowerRow]) -> float:
         return max(abs(row.p1 - p) for row, p in zip(rows, field, strict=True))

@@ -34,13 +34,11 @@ from pathlib import Path
 from proxynorm.cli import nearest, option, script
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json, write_text
-from proxynorm.launch.estimate import estimator
 from proxynorm.launch.local import run_locally
-from proxynorm.launch.slurm import SlurmOptions
-from proxynorm.launch.sweep import launch_array
+from proxynorm.launch.slurm import SlurmOptions, launch_array
 from proxynorm.paper import plan as cost
 from proxynorm.paper import records, search
-from proxynorm.paper.recipe import refuse_other_recipes
+from proxynorm.paper.records import refuse_other_recipes
 from proxynorm.paper.table import (
     Table,
     TableRun,
@@ -49,6 +47,7 @@ from proxynorm.paper.table import (
     reported_runs,
     table_runs,
 )
+from proxynorm.train.config import compose_config, settings_from
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,23 +105,23 @@ def words(options: Options, *keys: str) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
-def plan(options: Options) -> int:
+def plan(options: Options) -> None:
     print(cost.plan(*selected_runs(options), Path(options.results), options.jobs, options.verbose))
-    return 0
 
 
-def status(options: Options) -> int:
+def status(options: Options) -> None:
     print(cost.status(selected_runs(options)[1], Path(options.results)))
-    return 0
 
 
 def launch(options: Options) -> int:
-    from proxynorm.train.config import compose_config, settings_from
-
     if options.launcher not in ("local", "slurm"):
         raise ConfigError(f"launcher={options.launcher}: valid: local, slurm")
     table, runs = selected_runs(options, check=True)
-    runs = not_kept(runs, options.results)
+    kept = {run.name: cost.kept_status(run, options.results) for run in runs}
+    kept = {name: now.note for name, now in kept.items() if now and now.state == "done"}
+    for name, note in kept.items():
+        print(f"{name}: finished, {note}", flush=True)
+    runs = [run for run in runs if run.name not in kept]
     if not runs:
         return 0
     try:  # a mistake in the overrides is told once, not by each run
@@ -131,25 +130,12 @@ def launch(options: Options) -> int:
         raise ConfigError(f"cell {runs[0].cell.name}: {error}") from error
     if options.launcher == "local":
         return run_locally(runs, options.jobs, options.threads)
-    estimate = estimator(runs, options.gpus or 1, table.stated_seconds, table.hardware)
     keys = ("table", "root", "results", "seeds", "cells", "train", "wandb")
     report = ["report", *words(options, *keys)] if options.report else []
-    return launch_array(runs, table.name, options, estimate, report)
+    return launch_array(runs, table.name, options, report)
 
 
-def not_kept(runs: list[TableRun], results: str) -> list[TableRun]:
-    """The runs without the finished ones that are kept as archives alone, which it prints."""
-    left = []
-    for run in runs:
-        now = records.kept_status(run, results)
-        if now and now.state == "done":
-            print(f"{run.name}: finished, {now.note}", flush=True)
-        else:
-            left.append(run)
-    return left
-
-
-def choose(options: Options) -> int:
+def choose(options: Options) -> None:
     table, runs = selected_runs(options, check=True)
     found = search.choose(table, runs, options.results)
     path = Path(options.results) / table.name / "chosen.json"
@@ -161,32 +147,29 @@ def choose(options: Options) -> int:
         where = f"the best value of {' and '.join(axes)} lies at the edge of the search"
         print(f"warning: {place}: {where}", file=sys.stderr)
     print(path)
-    return 0
 
 
-def collect(options: Options) -> int:
+def collect(options: Options) -> None:
     table, runs = selected_runs(options, check=True)
     kept = sum(records.collect(run, options.results) for run in runs)
     print(f"{kept} runs collected into {Path(options.results) / table.name / 'runs'}")
-    return 0
 
 
-def report(options: Options) -> int:
+def report(options: Options) -> None:
     from proxynorm.paper.findings import gather, verdicts
     from proxynorm.paper.report import write_report
-    from proxynorm.paper.tracking import log_report
+    from proxynorm.paper.tracking import log_comparison
 
     table, runs = selected_runs(options, check=True)
     selection = "selection" if options.seeds or options.cells else ""
     findings = gather(table, runs, options.results, words(options, "seeds", "cells", "train"))
     folder = Path(options.results) / table.name / selection
     write_report(findings, folder, options.force)
-    log_report(findings, options.wandb, folder, Path(options.root) / table.name)
+    log_comparison(findings, options.wandb, folder, Path(options.root) / table.name)
     print(*verdicts(findings), folder / "report.md", sep="\n")
-    return 0
 
 
-def upload(options: Options) -> int:
+def upload(options: Options) -> None:
     from proxynorm.paper.tracking import upload as put
 
     table, runs = selected_runs(options)
@@ -194,10 +177,9 @@ def upload(options: Options) -> int:
     names = put(runs, Path(options.results), options.wandb, folder)
     where = f"; W&B's files: {folder}" if names else ""
     print(f"{len(names)} runs uploaded ({options.wandb}){where}")
-    return 0
 
 
-def claims(options: Options) -> int:
+def claims(options: Options) -> None:
     from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
     from proxynorm.paper.findings import gather
 
@@ -211,38 +193,29 @@ def claims(options: Options) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, claims_report(outcomes, random_net_figures(options.results)))
     print(path)
-    return 0
 
 
-def docs(options: Options) -> int:
-    from proxynorm.paper.blocks import render_blocks
+def docs(options: Options) -> None:
+    from proxynorm.paper.report import rendered
 
     if not (ROOT / "README.md").is_file():
         raise ConfigError("docs renders the pages of the repository: git clone it and run there")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        if render_blocks(path, Path(options.results)):
+        text = path.read_text()
+        new = rendered(text, Path(options.results))
+        if new != text:
+            write_text(path, new)
             print(path)
-    return 0
 
 
-COMMANDS = {
-    "plan": plan,
-    "run": launch,
-    "launch": launch,
-    "status": status,
-    "choose": choose,
-    "collect": collect,
-    "report": report,
-    "upload": upload,
-    "claims": claims,
-    "docs": docs,
-}
+FUNCTIONS = (plan, launch, status, choose, collect, report, upload, claims, docs)
+COMMANDS = {"run": launch, **{function.__name__: function for function in FUNCTIONS}}
 
 
 def main(options: Options) -> int:
     if options.command not in COMMANDS:
         raise ConfigError(f"no command '{options.command}'; {nearest(options.command, COMMANDS)}")
-    return COMMANDS[options.command](options)
+    return COMMANDS[options.command](options) or 0
 
 
 def entry() -> None:

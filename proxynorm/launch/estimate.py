@@ -1,4 +1,4 @@
-"""How long runs will take: as runs of the same kind took, else as their table states."""
+"""How long runs will take: as runs of the same kind took, else as is stated of them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,24 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
-from proxynorm.launch.runs import Run
-from proxynorm.launch.status import last_training_row, read_config
+from proxynorm.errors import DataError
+from proxynorm.launch.runs import Estimate, Run
+from proxynorm.launch.status import read_progress, reading
 
 START_SECONDS = 60.0  # for starting a run: queueing, imports, opening the data
 
 
-class Estimate(NamedTuple):
-    """Seconds of a run with its start (None: unknown) and where the number comes from."""
-
-    seconds: float | None
-    origin: str
-
-
-def estimator(
-    runs: Sequence[Run],
-    processes: int = 1,
-    stated: Callable[[Run], float] | None = None,
-    hardware: str = "",
-) -> Callable[[Run], Estimate]:
-    """An estimator by what the folders of `runs` tell of runs with that many processes.
-
-    stated: the seconds that a table states for a run, on the hardware `hardware`.
-    """
+def estimator(runs: Sequence[Run], processes: int = 1) -> Callable[[Run], Estimate]:
+    """An estimator by what the folders of `runs` tell of runs with that many processes."""
     measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for run in runs:
-        if (seconds := folder_seconds(run.folder, processes)) is not None:
+        if seconds := folder_seconds(run.folder, processes):
             measured[run.kind].append(seconds)
 
     def estimate(run: Run) -> Estimate:
-        if run.kind in measured:
-            return Estimate(median(measured[run.kind]), "measured")
-        if stated is not None:
-            return Estimate(stated(run), f"estimate for {hardware}")
-        return Estimate(None, "nothing like it was measured")
+        found = measured.get(run.kind)
+        return Estimate(median(found), "measured") if found else run.stated
 
     return estimate
 
@@ -53,14 +35,13 @@ def folder_seconds(folder: Path, processes: int) -> float | None:
     A run with another number of processes tells none.
     """
     try:
-        row = last_training_row(folder)
-        environment = json.loads((folder / "environment.json").read_bytes())
-        if row is None or environment.get("world_size", 1) != processes:
-            return None
-        epochs, _ = read_config(folder)
-        images = row["images"] / row["epoch"] * epochs
-        return images / row["images_per_second"] + START_SECONDS
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
+        with reading(folder):
+            environment = json.loads((folder / "environment.json").read_bytes())
+            now = read_progress(folder)
+            seconds = now.seconds(now.total) if now else None
+            same = environment.get("world_size", 1) == processes
+            return seconds + START_SECONDS if seconds and same else None
+    except DataError:  # told where the run's status is
         return None
 
 
@@ -74,12 +55,10 @@ def duration(seconds: float) -> str:
 
 def describe(runs: Sequence[Run], estimate: Callable[[Run], Estimate]) -> str:
     """The number of runs, their time together and where it comes from."""
-    if not runs:
-        return "nothing to do"
     estimates = [estimate(run) for run in runs]
     known = [item.seconds for item in estimates if item.seconds is not None]
     time = duration(sum(known)) if known else "time unknown"
     if 0 < len(known) < len(runs):
         time = f"at least {time}"
     origins = "; ".join(sorted({item.origin for item in estimates}))
-    return f"{len(runs)} runs to do, {time} ({origins})"
+    return f"{len(runs)} runs to do, {time} ({origins})" if runs else "nothing to do"

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch.runs import TRAIN, Run, say
@@ -47,16 +48,19 @@ def train_if_due(run: Run, threads: int, stop: StopRequest) -> str:
     say(f"{run.name}: {left.get(now.state, 'resuming' if now.progress else 'starting')}")
     if now.state in left:
         return f"{run.name}: {now.error}" if now.state == "damaged" else ""
-    begun, status = time.monotonic(), train(run, threads, stop)
-    reason = last_error(run.log)
-    if status == 2 and IN_USE in reason:
-        say(f"{run.name}: running elsewhere")
-        return ""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
     with open(run.log, "a") as log:
+        print(f"$ {run.command}", file=log, flush=True)
+        begun, limits = time.monotonic(), dict.fromkeys(THREADS, str(threads))
+        status = train(run, stop, limits, stdout=log, stderr=log)
+        reason = last_error(run.log)
+        if status == 2 and IN_USE in reason:
+            say(f"{run.name}: running elsewhere")
+            return ""
         print(f"# exit status {status}", file=log)
-    failed = status not in (0, *STOPPED)
+    failed = status not in STOPPED
     if status == -signal.SIGKILL:
-        words = reason = f"killed (signal {-status}); run again"
+        words = reason = killed(status)
     elif failed:
         words = f"failed with status {status}: {reason}"
     else:
@@ -65,27 +69,25 @@ def train_if_due(run: Run, threads: int, stop: StopRequest) -> str:
     return f"{run.name}: {reason}  ({run.log})" if failed else ""
 
 
-def train(run: Run, threads: int, stop: StopRequest) -> int:
-    """Run train.py, its output appended to the run's log; the exit status."""
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.log, "a") as log:
-        print(f"$ {run.command}", file=log, flush=True)
-        process = subprocess.Popen(
-            [*TRAIN, *run.arguments],
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **dict.fromkeys(THREADS, str(threads))},
-            start_new_session=True,  # Ctrl-C reaches the run once, through `wait`
-        )
-    return wait(process, stop)
+def train(run: Run, stop: StopRequest, environment: Mapping[str, str], **streams: Any) -> int:
+    """Run train.py, passing a stop signal on to it; the exit status.
 
-
-def wait(process: subprocess.Popen, stop: StopRequest) -> int:
-    """Wait for a run, passing a stop signal on to it; the exit status."""
+    environment: further variables; streams: stdout=, stderr= of Popen.
+    """
+    process = subprocess.Popen(
+        [*TRAIN, *run.arguments],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        start_new_session=True,  # Ctrl-C reaches the run once, through this process
+        **streams,
+    )
     while process.poll() is None:
         if stop:
             process.send_signal(signal.SIGTERM)
             return process.wait()
         time.sleep(POLL_SECONDS)
     return process.returncode
+
+
+def killed(status: int) -> str:
+    return f"killed (signal {-status}); run again"

@@ -1,22 +1,19 @@
-"""A Hydra multirun: its runs one after the other on this machine, or as an array of SLURM jobs."""
+"""A Hydra multirun: its runs, and how they are trained one after the other on this machine."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from proxynorm.errors import ConfigError
-from proxynorm.launch.estimate import estimator
-from proxynorm.launch.local import wait
-from proxynorm.launch.runs import TRAIN, Run, say
-from proxynorm.launch.slurm import SlurmOptions
-from proxynorm.launch.status import FAULT_LINE
-from proxynorm.launch.sweep import launch_array
+from proxynorm.launch.local import killed, train
+from proxynorm.launch.runs import Run, say
+from proxynorm.launch.status import last_error
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
 from proxynorm.train.settings import folder_of
@@ -74,8 +71,6 @@ def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
         words = own_words(run.arguments, sweep)
         say(f"\n[{number}/{len(runs)}] {words}")
         status, reason = train_run(run, number)
-        if status == REQUEUE:
-            sys.exit(REQUEUE)
         if status:
             failures.append(Failure(words, status, reason))
     return runs, failures
@@ -84,48 +79,17 @@ def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
 def train_run(run: Run, number: int) -> tuple[int, str]:
     """Train a run on this terminal; return its exit status and the last line of its errors.
 
-    Stop signals are passed on, and answered with status 75.
+    Exits with status 75 after a stop signal, which is passed on to the run.
     """
-    environment = {**os.environ, RESTARTS: f"{os.environ.get(RESTARTS, 0)}.{number}"}
-    told: list[str] = []
-    with stop_request() as stop:
-        process = subprocess.Popen(
-            [*TRAIN, *run.arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the run once, through this process
+    restarts = {RESTARTS: f"{os.environ.get(RESTARTS, 0)}.{number}"}
+    with tempfile.NamedTemporaryFile() as errors, stop_request() as stop:
+        # Shows the errors and keeps them; in a session of its own it outlives Ctrl-C, as the run.
+        command = ["tee", errors.name]
+        tee = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
         )
-        reader = threading.Thread(target=pass_on, args=(process.stderr, told))
-        reader.start()
-        try:
-            wait(process, stop)
-        finally:
-            process.kill()  # after a second Ctrl-C
-            reader.join()
-    status = REQUEUE if stop else process.returncode
-    if status < 0:
-        return status, f"killed (signal {-status}); run again"
-    return status, told[-1] if told else f"exit status {status}"
-
-
-def pass_on(stream: Any, told: list[str]) -> None:
-    """Copy a run's errors to this process's, and keep the lines that explain."""
-    for line in stream:
-        sys.stderr.write(line)
-        sys.stderr.flush()
-        if line.strip() and FAULT_LINE not in line:
-            told.append(line.strip().removeprefix("error: "))
-
-
-def submit(sweep: Sequence[Sequence[str]], options: Mapping[str, Any]) -> tuple[list[Run], int]:
-    """Submit the sweep's runs to SLURM; return them and the exit status.
-
-    options: SlurmOptions' fields. Raises ConfigError for a run that cannot be built.
-    """
-    asked = SlurmOptions(**{**options, "sbatch": list(options["sbatch"])})
-    runs, failures = sweep_runs(sweep)
-    if failures:
-        raise ConfigError(str(failures[0]))
-    return runs, launch_array(runs, "proxynorm", asked, estimator(runs, asked.gpus or 1))
+        with tee:
+            status = train(run, stop, restarts, stderr=tee.stdin)
+        if stop:
+            sys.exit(REQUEUE)
+        return status, killed(status) if status < 0 else last_error(Path(errors.name))

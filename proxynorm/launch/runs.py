@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from proxynorm.cli import as_installed
 
@@ -24,12 +25,22 @@ def say(text: str) -> None:
         print(f"{text}\n", end="", flush=True)
 
 
+class Estimate(NamedTuple):
+    """Seconds of a run with its start (None: unknown) and where the number comes from."""
+
+    seconds: float | None
+    origin: str
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: its folder and the arguments of train.py, Hydra's quoting included."""
 
     folder: Path
     arguments: tuple[str, ...]
+    stated: Estimate = field(
+        default=Estimate(None, "nothing like it was measured"), kw_only=True
+    )  # holds until runs of its kind are measured
 
     @property
     def name(self) -> str:

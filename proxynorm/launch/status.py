@@ -1,32 +1,48 @@
-"""The status of a run, from its folder and its log."""
+"""The status of a run, from its folder, whose files are read and checked here, and its log."""
 
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import signal
 import socket
+import tarfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from proxynorm.errors import DataError
-from proxynorm.launch.finished import finished_files, parse
+import yaml
+
+from proxynorm.errors import DataError, ProxynormError
 from proxynorm.launch.runs import Run
 from proxynorm.train.preemption import REQUEUE
 
 STATES = "done other running queued preempted stopped failed damaged missing".split()
 IN_USE = " is in use by "  # how train.py refuses a run folder that another process holds
-FAULT_LINE = "ended with the fault above"  # train.py's last line after a traceback
 # Exit statuses after a requested stop: saved, or stopped before training began.
-STOPPED = (REQUEUE, -signal.SIGTERM, -signal.SIGINT)
+STOPPED = (0, REQUEUE, -signal.SIGTERM, -signal.SIGINT)
 # Killed, or signalled under srun before the handlers were installed: not the run's own failure.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 KILLED = (-signal.SIGKILL, *(128 + number for number in SIGNALS))
 EXIT_LINE = re.compile(r"^# exit status (-?\d+)$")
+# Lines that only report the end: the launchers' own, and train.py's last one after a traceback.
+END_LINE = re.compile(r"^# exit status|.*ended with the fault above")
 SLURM_LINE = re.compile(r"^(srun|slurmstepd(-\S+)?): ")
+
+# The files that are kept of a run, with the keys that readers rely on.
+KEPT = {
+    "config.yaml": {"seed", "epochs"},
+    "environment.json": {"python", "processor", "cores", "threads", "gpus", "packages", "git"},
+    "metrics.jsonl": {"event", "step", "epoch"},
+    "summary.json": {"completed", "steps", "total_steps", "top1", "loss", "train_seconds"},
+}
+READ_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError)
+READ_ERRORS += (EOFError, yaml.YAMLError, tarfile.TarError, lzma.LZMAError, ProxynormError)
 
 
 @dataclass(frozen=True)
@@ -50,18 +66,102 @@ class Status:
         return self.error or "  ".join(filter(None, [job, self.progress, self.note]))
 
 
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Raise DataError, in one line, if the block finds `place`, a file or folder, damaged."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{place} is damaged ({reason}); remove it and run again") from error
+
+
+def finished_files(folder: Path) -> dict[str, bytes] | None:
+    """Read the files KEPT of a completed run; None if it is not completed. Raises DataError."""
+    files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).is_file()}
+    if "summary.json" not in files:
+        return None
+    with reading(folder / "summary.json"):  # without it, the run continues from its checkpoint
+        (summary,) = parse(files, "summary.json")
+    if not summary["completed"]:
+        return None
+    with reading(folder):
+        check_files(files)
+    return files
+
+
+def check_files(files: Mapping[str, bytes]) -> None:
+    """Raise ValueError unless the files KEPT of a finished run are there, parse and agree."""
+    parsed = {name: parse(files, name) for name in KEPT}
+    (summary,) = parsed["summary.json"]
+    evaluations = [row for row in parsed["metrics.jsonl"] if row["event"] == "eval"]
+    last = evaluations[-1] if evaluations else {}
+    # Metrics cut between two lines still parse, but lack the evaluation of the summary.
+    if [last.get(key) for key in ("step", "top1", "loss")] != [
+        summary[key] for key in ("steps", "top1", "loss")
+    ]:
+        raise ValueError("metrics.jsonl: its last evaluation is not that of summary.json")
+
+
+def parse(files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:
+    """Parse a file: its rows or its one mapping, with the keys of KEPT. Raises ValueError."""
+    if name not in files:
+        raise ValueError(f"{name} is missing")
+    parts = files[name].splitlines() if name == "metrics.jsonl" else [files[name]]
+    try:
+        values = [(yaml.safe_load if name == "config.yaml" else json.loads)(part) for part in parts]
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    for value in values:
+        if not isinstance(value, dict) or KEPT[name] - value.keys():
+            raise ValueError(f"{name}: not an object with {', '.join(sorted(KEPT[name]))}")
+    return values
+
+
+class Progress(NamedTuple):
+    """How far a run is, by its last training row. images: of a step; speed: images a second."""
+
+    step: int
+    total: int
+    images: float
+    loss: float | None
+    speed: float | None  # absent from the first row after a start
+
+    def seconds(self, steps: int) -> float | None:
+        """The time that so many steps take, if it is known."""
+        return steps * self.images / self.speed if self.speed else None
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """The progress of the run in `folder`; None before its first row. Raises DataError."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    with reading(folder):
+        # The last line may just be growing.
+        lines = path.read_bytes().rpartition(b"\n")[0]
+        rows = [row for row in parse({path.name: lines}, path.name) if row["event"] == "train"]
+        if not rows:
+            return None
+        (config,) = parse({"config.yaml": (folder / "config.yaml").read_bytes()}, "config.yaml")
+        row, step = rows[-1], rows[-1]["step"]
+        total = round(step / row["epoch"] * config["epochs"])
+        total = min(total, config.get("max_steps") or total)
+        speed = row.get("images_per_second")
+        return Progress(step, total, row["images"] / step, row["loss"], speed)
+
+
 def done_status(summary: dict[str, Any], note: str = "") -> Status:
     """The status of a finished run with this summary."""
     steps = summary["steps"]
-    return Status("done", progress(steps, steps, summary["loss"], summary["top1"]), note=note)
+    return Status("done", words(steps, steps, summary["loss"], summary["top1"]), note=note)
 
 
-def progress(step: int, total: int, loss: float | None, top1: float | None = None) -> str:
+def words(step: int, total: int, loss: float | None, top1: float | None = None) -> str:
     """The step, and what is finite of the loss and top-1, in words."""
-    words = [f"step {step}/{total}"]
-    words += [f"loss {loss:.4f}"] if loss is not None else []
-    words += [f"top1 {top1:.2f}"] if top1 is not None else []
-    return "  ".join(words)
+    figures = [f"loss {loss:.4f}"] if loss is not None else []
+    figures += [f"top1 {top1:.2f}"] if top1 is not None else []
+    return "  ".join([f"step {step}/{total}", *figures])
 
 
 def run_status(run: Run, elsewhere: bool = True) -> Status:
@@ -72,52 +172,16 @@ def run_status(run: Run, elsewhere: bool = True) -> Status:
         running = is_held(run.folder / ".lock", elsewhere)
         lines = log_lines(run.log)
         exited = EXIT_LINE.match(lines[-1]) if lines else None
-        if exited and not running:
-            error = last_error(run.log)
-            if is_failure(int(exited[1]), error):
-                return Status("failed", error=error)
-        return unfinished_status(run.folder, running)
+        if exited and not running and is_failure(int(exited[1]), error := last_error(run.log)):
+            return Status("failed", error=error)
+        if (now := read_progress(run.folder)) is None:
+            return Status("running" if running else "missing")
+        text, left = words(now.step, now.total, now.loss), now.seconds(now.total - now.step)
+        if running and left is not None:
+            text += f"  ETA {timedelta(seconds=round(left))}"
+        return Status("running" if running else "stopped", text)
     except DataError as error:
         return Status("damaged", error=str(error))
-
-
-def unfinished_status(folder: Path, running: bool) -> Status:
-    """The status of an unfinished run, by its last training row. Raises DataError."""
-    try:
-        row = last_training_row(folder)
-        if row is None:
-            return Status("running" if running else "missing")
-        step, (epochs, most) = row["step"], read_config(folder)
-        total = round(step / row["epoch"] * epochs)
-        total = min(total, most or total)
-        words = progress(step, total, row["loss"])
-        speed = row.get("images_per_second")  # absent from the first row after a start
-        if running and speed:
-            left = (total - step) * row["images"] / step / speed
-            words += f"  ETA {timedelta(seconds=round(left))}"
-        return Status("running" if running else "stopped", words)
-    except (ValueError, OSError, LookupError, TypeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{folder}: metrics.jsonl or config.yaml is damaged ({reason}); "
-            "remove the folder and run again"
-        ) from None
-
-
-def last_training_row(folder: Path) -> dict[str, Any] | None:
-    """The last complete training row of metrics.jsonl, which may just be growing."""
-    path = folder / "metrics.jsonl"
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    rows = parse({path.name: whole}, path.name)
-    return next((row for row in reversed(rows) if row["event"] == "train"), None)
-
-
-def read_config(folder: Path) -> tuple[float, int | None]:
-    """epochs and max_steps of a run folder's configuration. Raises Damaged, OSError."""
-    files = {"config.yaml": (folder / "config.yaml").read_bytes()}
-    (config,) = parse(files, "config.yaml")
-    return config["epochs"], config.get("max_steps")
 
 
 def is_failure(status: int, error: str) -> bool:
@@ -128,7 +192,7 @@ def is_failure(status: int, error: str) -> bool:
     """
     if status in KILLED:
         return "oom" in error.lower()
-    return status not in (0, *STOPPED) and IN_USE not in error
+    return status not in STOPPED and IN_USE not in error
 
 
 def is_held(lock: Path, elsewhere: bool) -> bool:
@@ -151,7 +215,7 @@ def last_error(log: Path) -> str:
     """The log's line that explains why its run ended."""
     told = [line for line in own_lines(log) if not line.startswith(("$ ", "# "))]
     told = told or [line for line in log_lines(log) if SLURM_LINE.match(line)]
-    return told[-1].removeprefix("error: ") if told else f"no output in {log}"
+    return told[-1].removeprefix("error: ") if told else "no output"
 
 
 def own_lines(log: Path) -> list[str]:
@@ -159,9 +223,7 @@ def own_lines(log: Path) -> list[str]:
     return [
         line
         for line in log_lines(log)
-        if not EXIT_LINE.match(line)
-        and FAULT_LINE not in line
-        and (not SLURM_LINE.match(line) or "oom" in line.lower())
+        if not END_LINE.match(line) and (not SLURM_LINE.match(line) or "oom" in line.lower())
     ]
 
 
@@ -171,5 +233,6 @@ def log_lines(log: Path) -> list[str]:
         return []
     with open(log, "rb") as stream:
         stream.seek(max(0, log.stat().st_size - 20000))
-        text = stream.read().decode(errors="replace")
-    return [line for line in text.splitlines() if line.strip()]
+        return [
+            line for line in stream.read().decode(errors="replace").splitlines() if line.strip()
+        ]

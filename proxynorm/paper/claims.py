@@ -11,8 +11,6 @@ from pathlib import Path
 import yaml
 
 from proxynorm.analysis.tables import markdown_table
-from proxynorm.cli import nearest
-from proxynorm.errors import ConfigError
 from proxynorm.paper.compare import Outcome, p_value
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
@@ -37,19 +35,6 @@ class Claim:
 
 def load_claims() -> list[Claim]:
     return [Claim(**item) for item in yaml.safe_load(CLAIMS.read_text())]
-
-
-def claim_outcomes(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
-    """The outcomes of the claim's comparisons, from those of each table. Raises ConfigError."""
-    named = {
-        f"{table}: {outcome.comparison.first} - {outcome.comparison.second}": outcome
-        for table in claim.tables
-        for outcome in outcomes[table]
-    }
-    for item in claim.comparisons:
-        if item not in named:
-            raise ConfigError(f"{CLAIMS.name}: no comparison '{item}'; {nearest(item, named)}")
-    return [named[item] for item in claim.comparisons]
 
 
 def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
@@ -100,10 +85,15 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
 
 
 def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
-    """The claims as a Markdown table. figures: of random_net_figures."""
+    """The claims as a Markdown table. outcomes: by table; figures: of random_net_figures."""
+    named = {
+        f"{table}: {outcome.comparison.first} - {outcome.comparison.second}": outcome
+        for table, compared in outcomes.items()
+        for outcome in compared
+    }
     rows = [["claim", "evidence here", "status"]]
     for claim in load_claims():
-        found = claim_outcomes(claim, outcomes)
+        found = [named[item] for item in claim.comparisons]
         rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
     return (
         f"# The poster's claims\n\n{markdown_table(rows)}\n\n"

@@ -9,13 +9,14 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from proxynorm.paper.records import Record
 from proxynorm.paper.table import Comparison, Reference, Table
+
+MARGIN = 0.3  # points by which a cell may fall behind another and still match it
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The metric of a cell's runs, in seed order."""
+    """The top-1 of a cell's runs, in seed order."""
 
     values: tuple[float, ...]
 
@@ -51,14 +52,6 @@ class Outcome:
     verdict: str
 
 
-def cell_samples(table: Table, records: Sequence[Record]) -> dict[str, Sample]:
-    """The sample of every cell, empty where nothing has been run."""
-    values: dict[str, list[float]] = {cell.name: [] for cell in table.expand()}
-    for record in sorted(records, key=lambda record: record.seed):
-        values[record.cell].append(record.summary[table.metric])
-    return {name: Sample(tuple(found)) for name, found in values.items()}
-
-
 def cell_status(
     table: Table, sample: Sample, running: int, failed: int, reference: Reference | None
 ) -> str:
@@ -89,23 +82,25 @@ def compare(table: Table, samples: Mapping[str, Sample]) -> list[Outcome]:
     """The outcome of each of the table's comparisons."""
     spread = seed_spread(table, samples)
     return [
-        outcome(item, samples[item.first], samples[item.second], table.margin, spread)
+        outcome(item, samples[item.first], samples[item.second], spread)
         for item in table.comparisons
     ]
 
 
-def outcome(
-    comparison: Comparison, first: Sample, second: Sample, margin: float, spread: float | None
-) -> Outcome:
+def outcome(comparison: Comparison, first: Sample, second: Sample, spread: float | None) -> Outcome:
     """Difference, Welch's test and verdict; `spread` judges single runs."""
     if not (first.n and second.n):
         return Outcome(comparison, first, second, None, None, None, "not run")
     difference = first.mean - second.mean
     if min(first.n, second.n) < 2:
-        words = single_verdict(difference, spread)
+        words = "spread unknown"
+        if spread is not None:  # two standard deviations of a difference
+            beyond = abs(difference) >= 2 * math.sqrt(2) * spread
+            words = f"{'beyond' if beyond else 'below'} the seed spread"
+        words = f"single seed, {words}"
         return Outcome(comparison, first, second, difference, None, None, words)
     interval, p = welch(first, second)
-    words = verdict(comparison.expect, interval, margin)
+    words = verdict(comparison.expect, interval)
     return Outcome(comparison, first, second, difference, interval, p, words)
 
 
@@ -119,23 +114,15 @@ def welch(first: Sample, second: Sample) -> tuple[tuple[float, float], float]:
     return (float(low), float(high)), float(test.pvalue)
 
 
-def single_verdict(difference: float, spread: float | None) -> str:
-    """The verdict on two single runs: within two standard deviations of their difference or not."""
-    if spread is None:
-        return "single seed, spread unknown"
-    below = abs(difference) < 2 * math.sqrt(2) * spread
-    return f"single seed, {'below' if below else 'beyond'} the seed spread"
-
-
-def verdict(expect: str, interval: tuple[float, float], margin: float) -> str:
+def verdict(expect: str, interval: tuple[float, float]) -> str:
     """shown, contradicted or not shown.
 
     higher, lower: the interval lies on that side of zero. equal: the first is not worse than the
-    second by `margin` points or more, so that it matches or exceeds it.
+    second by MARGIN points or more, so that it matches or exceeds it.
     """
     low, high = interval
     if expect == "equal":
-        return "shown" if low > -margin else "contradicted" if high < -margin else "not shown"
+        return "shown" if low > -MARGIN else "contradicted" if high < -MARGIN else "not shown"
     if expect == "lower":
         low, high = -high, -low
     return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"

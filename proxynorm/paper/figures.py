@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxynorm.analysis.plots import plot_against, plot_cells, plot_curves
-from proxynorm.analysis.power_plots import plot_p1, plot_p1_by_epoch
-from proxynorm.analysis.style import cell_styles
+from matplotlib.figure import Figure
+
+from proxynorm.analysis.plots import batch_figure, cells_figure, curves_figure
+from proxynorm.analysis.power_plots import p1_by_epoch_figure, p1_figure
+from proxynorm.analysis.style import cell_styles, save_figure
 from proxynorm.paper.findings import Findings, against_batch, last_powers, p1_by_epoch
 from proxynorm.paper.table import Cell
 
 MOST_CURVES = 20
-PDF = ("pdf",)
 
 
 def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
@@ -20,20 +21,43 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     cells, table = findings.measured(), findings.table
     if not cells:
         return {}
-    label = f"{'top-1' if table.metric == 'top1' else table.metric} (%) on {table.split}"
+    label = f"top-1 (%) on {table.split}"
     styles = cell_styles({cell.name: cell.norm for cell in cells})
     samples = {cell.name: findings.samples[cell.name].values for cell in cells}
     references = {item.cell: item.value for item in table.references}
-    plot_cells(samples, references, styles, label, folder / "cells.png", PDF)
-    found = {"cells.png": f"{label}: every run faint, mean ± one standard deviation bold"}
+    figure = cells_figure(samples, references, styles, label)
+    found = {"cells": (figure, f"{label}: every run faint, mean ± one standard deviation bold")}
     if len(cells) <= MOST_CURVES:
         runs = {cell.name: [record.rows for record in findings.of_cell(cell)] for cell in cells}
-        plot_curves(runs, folder / "curves.png", styles, PDF)
-        found["curves.png"] = "training, mean over seeds and their range"
+        caption = "training, mean over seeds and their range"
+        found["curves"] = (curves_figure(runs, styles), caption)
     if panels := against_batch(findings):
-        plot_against(panels, label, folder / "batch.png", PDF)
-        found["batch.png"] = f"{label} against batch size, mean over seeds and their range"
-    return found | draw_powers(findings, folder)
+        caption = f"{label} against batch size, mean over seeds and their range"
+        found["batch"] = (batch_figure(panels, label), caption)
+    found |= power_figures(findings)
+    for name, (figure, _) in found.items():
+        save_figure(figure, folder / f"{name}.png", ("pdf",))
+    return {f"{name}.png": caption for name, (_, caption) in found.items()}
+
+
+def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
+    """Draw the powers that the runs logged; {name: figure, caption}."""
+    last = last_powers(findings)
+    if not 0 < len(last) <= MOST_CURVES:
+        return {}
+    cells = [cell for cell in findings.cells if cell.name in last]
+    norms = {cell.name: cell.norm for cell in cells}
+    panels = {
+        title: {name: last[name] for name in names} for title, names in by_axis(cells).items()
+    }
+    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in cells}
+    shared = {cell: found for cell, found in epochs.items() if found}
+    depth = "P1 after training by depth, mean over seeds and their range"
+    epoch = "P1 by depth while training, mean over seeds, a line an epoch"
+    return {
+        "power": (p1_figure(panels, norms), depth),
+        "power_epochs": (p1_by_epoch_figure(shared), epoch),
+    }
 
 
 def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -47,23 +71,3 @@ def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
             cell.name for cell in cells if axes[cell.name] in (chosen, set()) and cell.norm in norms
         ]
     return panels
-
-
-def draw_powers(findings: Findings, folder: Path) -> dict[str, str]:
-    """Draw the powers that the runs logged; {PNG file: caption}."""
-    last = last_powers(findings)
-    if not 0 < len(last) <= MOST_CURVES:
-        return {}
-    cells = [cell for cell in findings.cells if cell.name in last]
-    norms = {cell.name: cell.norm for cell in cells}
-    panels = {
-        title: {name: last[name] for name in names} for title, names in by_axis(cells).items()
-    }
-    plot_p1(panels, folder / "power.png", norms, formats=PDF)
-    epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in cells}
-    shared = {cell: found for cell, found in epochs.items() if found}
-    plot_p1_by_epoch(shared, folder / "power_epochs.png", PDF)
-    return {
-        "power.png": "P1 after training by depth, mean over seeds and their range",
-        "power_epochs.png": "P1 by depth while training, mean over seeds, a line an epoch",
-    }

@@ -10,11 +10,11 @@ from statistics import fmean
 from typing import Any
 
 from proxynorm.analysis.power import PowerRow
-from proxynorm.analysis.power_files import from_metrics, mean_rows
+from proxynorm.analysis.power_monitor import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
-from proxynorm.paper.compare import Outcome, Sample, cell_samples, closing, compare
-from proxynorm.paper.records import FAILURE, Record, as_record, kept_files
+from proxynorm.paper.compare import Outcome, Sample, closing, compare
+from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Cell, Table, TableRun
 
@@ -55,14 +55,17 @@ def gather(
     """Read what the runs left, in their folders or in `results`. words: as in Findings."""
     records, running, failed = [], Counter(), Counter()
     for run in runs:
-        files = kept_files(run, results)
-        if files is None:
+        record = read_record(run, results)
+        if record is None:
             running[run.cell.name] += run_status(run).state == "running"
-        elif FAILURE in files:
+        elif record.failure:
             failed[run.cell.name] += 1
         else:
-            records.append(as_record(run, files))
-    samples = cell_samples(table, records)
+            records.append(record)
+    values: dict[str, list[float]] = {cell.name: [] for cell in table.expand()}
+    for record in sorted(records, key=lambda record: record.run.seed):
+        values[record.cell].append(record.summary["top1"])
+    samples = {name: Sample(tuple(found)) for name, found in values.items()}
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
     outcomes, told = compare(table, samples), protocol(table, results)
     return Findings(table, cells, records, samples, outcomes, running, failed, told, tuple(words))
@@ -89,7 +92,7 @@ def verdicts(findings: Findings) -> list[str]:
 
 def comparison_grid(findings: Findings) -> list[list[Any]]:
     """A row for each cell, in numbers, with its difference to the cell of Batch Norm."""
-    rows: list[list[Any]] = [["cell", "norm", findings.table.metric, "std", "n", "minus bn"]]
+    rows: list[list[Any]] = [["cell", "norm", "top1", "std", "n", "minus bn"]]
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
         difference = None if bn is None else sample.mean - bn.mean

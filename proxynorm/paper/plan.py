@@ -10,10 +10,9 @@ from pathlib import Path
 from proxynorm.analysis.tables import text_table
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.launch.estimate import describe, duration, estimator
-from proxynorm.launch.status import STATES, Status, run_status
-from proxynorm.launch.sweep import Jobs
-from proxynorm.paper.recipe import other_recipes
-from proxynorm.paper.records import kept_status
+from proxynorm.launch.slurm import Jobs
+from proxynorm.launch.status import STATES, Status, done_status, run_status
+from proxynorm.paper.records import kept_record, other_recipes
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Table, TableRun
 
@@ -22,10 +21,10 @@ def plan(
     table: Table, runs: Sequence[TableRun], results: Path, jobs: int = 1, verbose: bool = False
 ) -> str:
     """A line for each cell with its hours; with `verbose` the command of each run instead."""
-    statuses = list(zip(runs, all_statuses(runs, results, run_status)))
+    statuses = all_statuses(runs, results, run_status)
     left = [run for run, now in statuses if now.state not in ("done", "other")]
     done = sum(now.state == "done" for _, now in statuses)
-    estimate = estimator(runs, 1, table.stated_seconds, table.hardware)
+    estimate = estimator(runs)
     seconds = sum(estimate(run).seconds for run in left)
     lines = [
         f"{table.name}: {table.title}",
@@ -39,14 +38,14 @@ def plan(
     lines = [*filter(None, lines), ""]
     if verbose:
         return "\n".join(lines + [f"[{now.state}] {run.command}" for run, now in statuses])
-    rows = []
+    rows = [["cell", "done", "hours a run", "hours left"]]
     for cell in dict.fromkeys(run.cell.name for run in runs):
         own = [run for run in runs if run.cell.name == cell]
         todo = [run for run in left if run.cell.name == cell]
         hours = estimate(own[0]).seconds / 3600
         count = f"{len(own) - len(todo)}/{len(own)}"
         rows.append([cell, count, f"{hours:.2f}", f"{hours * len(todo):.2f}"])
-    return "\n".join([*lines, text_table(["cell", "done", "hours a run", "hours left"], rows)])
+    return "\n".join([*lines, text_table(rows)])
 
 
 def status(runs: Sequence[TableRun], results: Path) -> str:
@@ -57,9 +56,9 @@ def status(runs: Sequence[TableRun], results: Path) -> str:
         print(f"warning: {error}; showing the run folders' states alone", file=sys.stderr)
         ask = run_status
     statuses = all_statuses(runs, results, ask)
-    counts = Counter(now.state for now in statuses)
+    counts = Counter(now.state for _, now in statuses)
     total = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    begun = [(run, now) for run, now in zip(runs, statuses) if now.state != "missing"]
+    begun = [(run, now) for run, now in statuses if now.state != "missing"]
     if not begun:
         return total
     first = max(len(run.name) for run, _ in begun)
@@ -70,7 +69,7 @@ def status(runs: Sequence[TableRun], results: Path) -> str:
 
 def all_statuses(
     runs: Sequence[TableRun], results: Path, ask: Callable[[TableRun], Status]
-) -> list[Status]:
+) -> list[tuple[TableRun, Status]]:
     """The status of each run; "other" is a finished run of another recipe than the table's."""
     statuses = {}
     for run in runs:
@@ -81,4 +80,14 @@ def all_statuses(
     done = [run for run in runs if statuses[run.name].state == "done"]
     for other in other_recipes(done, results):
         statuses[other.run.name] = Status("other", note=str(other))
-    return list(statuses.values())
+    return [(run, statuses[run.name]) for run in runs]
+
+
+def kept_status(run: TableRun, results: str | Path) -> Status | None:
+    """The status of a run kept as an archive alone; None for any other. Raises DataError."""
+    record, note = None if run.folder.exists() else kept_record(run, results), f"kept in {results}"
+    if record is None:
+        return None
+    if record.failure:
+        return Status("failed", error=f"{record.failure} ({note})")
+    return done_status(record.summary, note)

@@ -1,43 +1,70 @@
-"""Runs that have ended, from their folders or from the archives in results/TABLE/runs."""
+"""Runs that have ended: read, kept as archives in results/TABLE/runs, and held to their recipe."""
 
 from __future__ import annotations
 
 import io
 import json
-import lzma
 import re
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from proxynorm.errors import DataError
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from proxynorm.errors import ConfigError, DataError
 from proxynorm.files import write_atomic
-from proxynorm.launch.finished import KEPT, Damaged, check_files, finished_files
-from proxynorm.launch.status import Status, done_status, run_status
+from proxynorm.launch.status import KEPT, check_files, finished_files, reading, run_status
 from proxynorm.paper.table import TableRun
+from proxynorm.train.config import compose_config, settings_from
+from proxynorm.train.settings import identity
 
 FAILURE = "failure.txt"  # replaces the summary of a failed run: the reason
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: cell, seed, summary, environment and the rows of metrics.jsonl."""
+    """A run that has ended: its files, by name, from `place`, its folder or its archive."""
 
-    cell: str
-    seed: int
-    summary: dict[str, Any]
-    environment: dict[str, Any]
-    rows: list[dict[str, Any]]
+    run: TableRun
+    place: Path
+    files: dict[str, bytes]
+
+    @property
+    def cell(self) -> str:
+        return self.run.cell.name
+
+    @property
+    def failure(self) -> str:
+        """Why the run failed; "" if it finished."""
+        return self.files.get(FAILURE, b"").decode().strip()
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.files["summary.json"])
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return json.loads(self.files["environment.json"])
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
 
 
-def archive_path(run: TableRun, results: str | Path) -> Path:
-    """Where the run is kept: a tar archive that unpacks to its folder."""
-    return Path(results) / run.table / "runs" / f"{run.name}.tar.xz"
+def read_record(run: TableRun, results: str | Path) -> Record | None:
+    """The record of a run, from its folder, else from its archive; None if it has not ended.
+
+    Raises DataError for damaged files.
+    """
+    return folder_record(run) or kept_record(run, results)
 
 
-def run_files(run: TableRun) -> dict[str, bytes] | None:
-    """The files to keep of a finished or failed run; None for any other. Raises DataError."""
+def folder_record(run: TableRun) -> Record | None:
+    """The record of a run that its folder holds, or the log beside it."""
     files = finished_files(run.folder)
     if files is None:
         now = run_status(run)
@@ -51,58 +78,36 @@ def run_files(run: TableRun) -> dict[str, bytes] | None:
     if "config.yaml" in files:  # the path of the runs on this machine is nobody else's
         line = f"runs_dir: runs/{run.table}".encode()
         files["config.yaml"] = re.sub(rb"(?m)^runs_dir: .*$", line, files["config.yaml"])
-    return files
+    return Record(run, run.folder, files)
 
 
-def kept_files(run: TableRun, results: str | Path) -> dict[str, bytes] | None:
-    """The run's files from its folder, else from its archive; None if it has not ended.
-
-    Raises DataError for damaged files.
-    """
-    path, files = archive_path(run, results), run_files(run)
-    return read_archive(path) if files is None and path.exists() else files
+def archive_path(run: TableRun, results: str | Path) -> Path:
+    """Where the run is kept: a tar archive that unpacks to its folder."""
+    return Path(results) / run.table / "runs" / f"{run.name}.tar.xz"
 
 
-def kept_status(run: TableRun, results: str | Path) -> Status | None:
-    """The status of a run kept as an archive alone; None for any other. Raises DataError."""
+def kept_record(run: TableRun, results: str | Path) -> Record | None:
+    """The record of a run that its archive holds."""
     path = archive_path(run, results)
-    if run.folder.exists() or not path.exists():
+    if not path.exists():
         return None
-    files, note = read_archive(path), f"kept in {results}"
-    if FAILURE in files:
-        return Status("failed", error=f"{files[FAILURE].decode().strip()} ({note})")
-    return done_status(json.loads(files["summary.json"]), note)
-
-
-def as_record(run: TableRun, files: dict[str, bytes]) -> Record:
-    """The record of a finished run's files."""
-    rows = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
-    summary, environment = (json.loads(files[f"{key}.json"]) for key in ("summary", "environment"))
-    return Record(run.cell.name, run.seed, summary, environment, rows)
-
-
-def read_archive(path: Path) -> dict[str, bytes]:
-    """The files of an archive by name. Raises DataError if it is damaged or incomplete."""
-    try:
+    with reading(path):
         with tarfile.open(path, "r:xz") as archive:
             members = [member for member in archive if member.isfile()]
             files = {Path(item.name).name: archive.extractfile(item).read() for item in members}
         if FAILURE not in files:
             check_files(files)
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, Damaged) as error:
-        raise DataError(
-            f"{path} is damaged ({error}); remove it, and collect the run again"
-        ) from error
-    return files
+    return Record(run, path, files)
 
 
 def collect(run: TableRun, results: str | Path) -> bool:
     """Keep a finished or failed run as an archive; False if there is nothing new to keep."""
-    files, path = run_files(run), archive_path(run, results)
-    if files is None or (path.exists() and read_archive(path) == files):
+    record, kept = folder_record(run), kept_record(run, results)
+    if record is None or (kept and kept.files == record.files):
         return False
+    path = archive_path(run, results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda stream: write_archive(stream, run.name, files))
+    write_atomic(path, lambda stream: write_archive(stream, run.name, record.files))
     return True
 
 
@@ -113,3 +118,54 @@ def write_archive(stream: io.BufferedIOBase, folder: str, files: dict[str, bytes
             member = tarfile.TarInfo(f"{folder}/{name}")
             member.size, member.mode = len(content), 0o644
             archive.addfile(member, io.BytesIO(content))
+
+
+class Mismatch(NamedTuple):
+    """A finished run, where it lies, and the first key in which it differs from its table."""
+
+    run: TableRun
+    place: Path
+    key: str
+    trained: Any
+    stated: Any
+
+    def __str__(self) -> str:
+        return f"trained with {self.key}={self.trained}, the table says {self.stated}"
+
+
+def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
+    """Raises ConfigError naming the finished runs of another recipe, and the remedy."""
+    if others := other_recipes(runs, results):
+        first, places = others[0], ", ".join(str(other.place) for other in others)
+        remedy = f"remove {places}, or state their recipe, as train=[{first.key}={first.trained}]"
+        raise ConfigError(f"{first.run.name} was {first}; {remedy}")
+
+
+def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatch]:
+    """The finished runs whose recipe differs from the table's. Raises DataError, ConfigError."""
+
+    @cache  # composing is slow; a cell's seeds share it
+    def stated(arguments: Sequence[str]) -> dict[str, Any]:
+        config = compose_config(arguments)
+        if OmegaConf.is_missing(config.data, "root"):
+            config.data.root = None
+        return recipe(config)
+
+    others = []
+    for run in runs:
+        record = read_record(run, results)
+        if record is None or record.failure:
+            continue
+        now = {**stated(run.kind), "seed": run.seed}
+        with reading(record.place):  # keys that an old file lacks have defaults
+            was = recipe(OmegaConf.create(yaml.safe_load(record.files["config.yaml"])))
+        differing = (k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
+        if key := next(differing, None):
+            others.append(Mismatch(run, record.place, key, was.get(key), now.get(key)))
+    return others
+
+
+def recipe(config: DictConfig) -> dict[str, Any]:
+    """The keys that decide the training."""
+    settings = settings_from(config)
+    return {**identity(settings), "max_steps": settings.max_steps}

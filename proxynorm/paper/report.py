@@ -13,11 +13,18 @@ from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
 from proxynorm.cli import as_installed
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.paper.compare import Outcome, cell_status, p_value, seed_spread, welch
+from proxynorm.paper.compare import MARGIN, Outcome, cell_status, p_value, seed_spread, span, welch
 from proxynorm.paper.figures import draw_figures
-from proxynorm.paper.findings import Findings, comparison_grid, last_powers, loss_ratio, verdicts
+from proxynorm.paper.findings import (
+    Findings,
+    comparison_grid,
+    gather,
+    last_powers,
+    loss_ratio,
+    verdicts,
+)
 from proxynorm.paper.records import Record
-from proxynorm.paper.table import Cell
+from proxynorm.paper.table import Cell, load_table, reported_runs
 
 LABELS = {
     "P": "poster",
@@ -32,6 +39,7 @@ POWER_NOTE = (
     "means over seeds."
 )
 Grid = list[list[str]]  # the header, then the rows
+BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
@@ -86,7 +94,7 @@ def wide_table(findings: Findings) -> Grid:
         (label(cell, down), label(cell, table.columns)): str(findings.samples[cell.name])
         for cell in findings.cells
     }
-    unnamed = "any" if table.columns else f"{table.metric} %"
+    unnamed = "any" if table.columns else "top1 %"
     header = ["", *(column or unnamed for column in columns)]
     return [header, *([row, *(shown.get((row, column), "") for column in columns)] for row in rows)]
 
@@ -95,7 +103,7 @@ def cell_table(findings: Findings) -> Grid:
     """A row for each cell: mean ± std, n, reference and difference if any, loss ratio, status."""
     table = findings.table
     references = {reference.cell: reference for reference in table.references}
-    header = ["cell", f"{table.metric} %", "n"]
+    header = ["cell", "top1 %", "n"]
     header += ["reference", "difference"] if references else []
     grid = [[*header, "loss ratio", "status"]]
     for cell in findings.cells:
@@ -116,7 +124,7 @@ def beside_bn(findings: Findings) -> Grid:
 
     And its 95 % interval, where both have several seeds.
     """
-    grid = [["", f"{findings.table.metric} %", "n", "minus bn", "95 % interval"]]
+    grid = [["", "top1 %", "n", "minus bn", "95 % interval"]]
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
         difference = interval = ""
@@ -139,7 +147,7 @@ def explanation(findings: Findings) -> str:
     ratios = [r for record in findings.records if (r := loss_ratio(record)) is not None]
     flat = sum(abs(ratio - 1) <= FLAT for ratio in ratios)
     text = (
-        f"{table.metric} in percent on {table.split}, mean ± standard deviation over n seeds (of "
+        f"top1 in percent on {table.split}, mean ± standard deviation over n seeds (of "
         f"{table.seeds}). Loss ratio: mean training loss of the last tenth over the tenth before; "
         f"it is within {100 * FLAT:g} % of 1, and the loss flat, in {flat} of {len(ratios)} runs."
     )
@@ -154,8 +162,7 @@ def explanation(findings: Findings) -> str:
 
 def power_table(findings: Findings) -> Grid:
     """A row for each cell that logged powers: P1 after training."""
-    metric = f"{findings.table.metric} %"
-    grid = [["cell", metric, "P1, mean", "P1, largest", "P1, last norm", "n"]]
+    grid = [["cell", "top1 %", "P1, mean", "P1, largest", "P1, last norm", "n"]]
     for cell, nets in last_powers(findings).items():
         curves = [[row.p1 for row in rows] for rows in nets]
         means = (fmean(map(figure, curves)) for figure in (fmean, max, lambda curve: curve[-1]))
@@ -187,7 +194,7 @@ def comparison_notes(findings: Findings) -> str:
     table, spread = findings.table, seed_spread(findings.table, findings.samples)
     text = (
         "Differences in points; Welch's t-test, two-sided, not corrected for the number of "
-        f"comparisons. equal: shown if the interval stays above −{table.margin:g} points (matches "
+        f"comparisons. equal: shown if the interval stays above −{MARGIN:g} points (matches "
         "or exceeds)."
     )
     if spread is not None:
@@ -239,3 +246,26 @@ def commands(findings: Findings) -> str:
         lines = search + lines
     cells = [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells]
     return "\n".join([*lines, "", *cells])
+
+
+def rendered(text: str, results: Path) -> str:
+    """The text of a Markdown file with its tables replaced by those of results/NAME.
+
+    They stand between <!-- table NAME --> and <!-- end -->. Raises ConfigError for an unknown one.
+    """
+    return BLOCK.sub(
+        lambda match: f"{match[1]}\n{result_table(match['name'], results)}\n\n{match[3]}", text
+    )
+
+
+def result_table(name: str, results: Path) -> str:
+    """The table's cells, mean ± standard deviation and seeds, from its kept runs alone."""
+    table = load_table(name)
+    runs = reported_runs(table, results / "no run folders", results)
+    findings = gather(table, runs, results)
+    if not findings.records:
+        return "No run is kept yet."
+    counts = sorted({sample.n for sample in findings.samples.values()})
+    note = f"top1 (%) on {table.split}, mean ± standard deviation, "
+    note += f"{span(counts)} seeds a cell."
+    return f"{markdown_table(wide_table(findings))}\n\n{note}"

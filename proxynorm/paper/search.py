@@ -11,10 +11,10 @@ from statistics import mean
 from typing import Any
 
 from proxynorm.errors import ConfigError
-from proxynorm.paper.records import FAILURE, kept_files
+from proxynorm.paper.records import read_record
 from proxynorm.paper.table import Table, TableRun, chosen_path, load_table
 
-DIVERGED = b": not finite, "  # in the error line of a run whose loss or gradient became infinite
+DIVERGED = ": not finite, "  # in the error line of a run whose loss or gradient became infinite
 Point = tuple[float, ...]
 
 
@@ -28,30 +28,26 @@ def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[
     """
     if table.search is None:
         raise ConfigError(f"table {table.name} is not a search; nothing is chosen from it")
-    axes, tried = table.search.axes, mean_metric(table, runs, results)
-    best = {place: max(points, key=points.get) for place, points in tried.items()}
-    edges = {place: at_edge(best[place], list(points), axes) for place, points in tried.items()}
-    return {
-        "table": table.name,
-        "metric": f"{table.metric} on {table.split}",
-        "seeds": table.seeds,
-        "chosen": {place: dict(zip(axes, point, strict=True)) for place, point in best.items()},
-        "tried": {
-            place: {" ".join(map(str, point)): shown(score) for point, score in points.items()}
-            for place, points in tried.items()
-        },
-        "at_edge": {place: found for place, found in edges.items() if found},
-    }
-
-
-def at_edge(best: Point, tried: Sequence[Point], axes: Sequence[str]) -> list[str]:
-    """The axes on which `best` is the smallest or the largest value tried."""
-    columns = zip(axes, best, zip(*tried, strict=True), strict=True)
-    return [axis for axis, value, values in columns if value in (min(values), max(values))]
-
-
-def shown(score: float) -> float | str:
-    return round(score, 4) if math.isfinite(score) else "diverged"
+    axes = table.search.axes
+    chosen, tried, at_edge = {}, {}, {}
+    for place, points in mean_metric(table, runs, results).items():
+        best = max(points, key=points.get)
+        if points[best] == -math.inf:
+            raise ConfigError(
+                f"table {table.name}: every value tried for {place} diverged; extend the search"
+            )
+        chosen[place] = dict(zip(axes, best, strict=True))
+        tried[place] = {
+            " ".join(map(str, point)): "diverged" if score == -math.inf else round(score, 4)
+            for point, score in points.items()
+        }
+        columns = zip(axes, best, zip(*points))
+        edges = [axis for axis, value, values in columns if value in (min(values), max(values))]
+        if edges:
+            at_edge[place] = edges
+    metric = f"top1 on {table.split}"
+    found = {"chosen": chosen, "tried": tried, "at_edge": at_edge}
+    return {"table": table.name, "metric": metric, "seeds": table.seeds, **found}
 
 
 def mean_metric(
@@ -64,12 +60,12 @@ def mean_metric(
     scores: dict[str, dict[Point, list[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for run in runs:
-        files, labels = kept_files(run, results), run.cell.labels
+        record, labels = read_record(run, results), run.cell.labels
         # A run that failed for another reason than divergence is missing.
-        if files is None or DIVERGED not in files.get(FAILURE, DIVERGED):
+        if record is None or DIVERGED not in (record.failure or DIVERGED):
             missing.append(run.name)
             continue
-        score = -math.inf if FAILURE in files else json.loads(files["summary.json"])[table.metric]
+        score = -math.inf if record.failure else record.summary["top1"]
         point = tuple(float(labels[axis]) for axis in table.search.axes)
         scores[str(labels[table.search.by])][point].append(score)
     if missing:
@@ -77,13 +73,7 @@ def mean_metric(
             f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
             f"scripts/reproduce.py run {table.argument}"
         )
-    means = {place: {p: mean(v) for p, v in points.items()} for place, points in scores.items()}
-    for place, points in means.items():
-        if max(points.values()) == -math.inf:
-            raise ConfigError(
-                f"table {table.name}: every value tried for {place} diverged; extend the search"
-            )
-    return means
+    return {place: {p: mean(v) for p, v in points.items()} for place, points in scores.items()}
 
 
 def protocol(table: Table, results: str | Path) -> str:

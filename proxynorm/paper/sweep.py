@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ from proxynorm.analysis.tables import markdown_table, text_table
 from proxynorm.files import write_text
 from proxynorm.launch.runs import Run
 from proxynorm.paper.figures import draw_figures
-from proxynorm.paper.findings import comparison_grid, gather, verdicts
+from proxynorm.paper.findings import gather, verdicts
 from proxynorm.paper.report import beside_bn, provenance
 from proxynorm.paper.table import Cell, Table, TableRun, cell_name
 from proxynorm.paper.tracking import log_comparison
@@ -31,7 +32,7 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
     path, as text; "" if no run has finished. Raises DataError for the damaged files of a run.
     """
     table, table_runs = as_table(runs, name)
-    findings = gather(table, table_runs, folder / "results")
+    findings = gather(replace(table, title=command), table_runs, folder / "results")
     if not findings.measured():
         return ""
     path = folder / "comparison.md"
@@ -44,17 +45,9 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
     parts += ["Runs: " + ", ".join(run.name for run in runs), provenance(findings.records)]
     write_text(path, "\n\n".join(filter(None, parts)) + "\n")
     logger = settings_from(compose_config(runs[0].arguments)).logger
-    log_comparison(
-        name,
-        logger.mode,
-        folder,
-        {"comparison": comparison_grid(findings)},
-        [folder / file for file in figures],
-        {"command": command},
-        project=logger.project,
-        entity=logger.entity,
-    )
-    return f"{text_table(grid[0], grid[1:])}\n\n" + "\n".join([*verdicts(findings), str(path)])
+    project = {"project": logger.project, "entity": logger.entity}
+    log_comparison(findings, logger.mode, folder, folder, **project)
+    return f"{text_table(grid)}\n\n" + "\n".join([*verdicts(findings), str(path)])
 
 
 def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:

@@ -15,7 +15,7 @@ import yaml
 
 from proxynorm.cli import nearest
 from proxynorm.errors import ConfigError
-from proxynorm.launch.runs import Run
+from proxynorm.launch.runs import Estimate, Run
 from proxynorm.train.words import quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
@@ -93,9 +93,7 @@ class Table:
     tuned:       overrides found by a search
     seeds:       runs of each cell
     rows, columns: the axes down and across in the report
-    metric:      the key of summary.json that is reported, in percent
-    split:       the images the metric is measured on, in words; by default as data.holdout says
-    margin:      points by which a cell may fall behind another and still match it
+    split:       the images top-1 is measured on, in words; by default as data.holdout says
     tolerance:   largest distance from a reference, in points, that counts as within
     seed_std:    known standard deviation between seeds, in points; source in seed_std_source
     file:        the YAML file, if it is not one of TABLES
@@ -120,9 +118,7 @@ class Table:
     references: list[Reference] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     relative: dict[str, dict[Any, float]] = field(default_factory=dict)
-    metric: str = "top1"
     split: str = ""
-    margin: float = 0.3
     tolerance: float = 0.5
     seed_std: float | None = None
     seed_std_source: str = ""
@@ -133,10 +129,11 @@ class Table:
         """The table's argument on a command line: its name, or its file's path as given."""
         return shlex.quote(f"table={self.file or self.name}")
 
-    def stated_seconds(self, run: TableRun) -> float:
-        """The time of a run as the table states it."""
-        factors = [self.relative.get(axis, {}).get(v, 1) for axis, v in run.cell.labels.items()]
-        return 60 * self.minutes * math.prod(factors)
+    def estimate(self, cell: Cell) -> Estimate:
+        """The time of a cell's run as the table states it."""
+        factors = [self.relative.get(axis, {}).get(v, 1) for axis, v in cell.labels.items()]
+        seconds = 60 * self.minutes * math.prod(factors)
+        return Estimate(seconds, f"estimate for {self.hardware}")
 
     def expand(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
         """The cells in order.
@@ -201,19 +198,15 @@ def load_table(name: str, seeds: int | None = None) -> Table:
         for key, kind in {"references": Reference, "comparisons": Comparison}.items():
             content[key] = [kind(**item) for item in content.get(key, [])]
         content["seeds"] = content["seeds"] if seeds is None else seeds
-        content.setdefault("split", default_split(content["train"]))
+        given = dict(word.split("=", 1) for word in content["train"] if "=" in word)
+        held_out = given.get("data.holdout", "0")
+        words = f"{held_out} training images that were held out"
+        content.setdefault("split", "the test set" if held_out == "0" else words)
         table = Table(name=path.stem, file=name if name.endswith(".yaml") else "", **content)
         check_table(table)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     return table
-
-
-def default_split(overrides: Sequence[str]) -> str:
-    """The images that runs with these overrides are evaluated on, in words."""
-    given = dict(word.split("=", 1) for word in overrides if "=" in word)
-    count = given.get("data.holdout", "0")
-    return "the test set" if count == "0" else f"{count} training images that were held out"
 
 
 def check_table(table: Table) -> None:
@@ -254,7 +247,8 @@ def table_runs(
         words = (f"seed={seed}", f"name={quoted(name)}", f"runs_dir={quoted(str(folder))}")
         words += (f"logger.group={quoted(table.name)}", f"logger.tags=[{tags}]")
         arguments = (*cell.overrides, *words, *overrides)
-        runs.append(TableRun(folder / name, arguments, table.name, cell, seed))
+        stated = table.estimate(cell)
+        runs.append(TableRun(folder / name, arguments, table.name, cell, seed, stated=stated))
     return runs
 
 

@@ -15,8 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from proxynorm.analysis.power_files import to_metrics
-from proxynorm.analysis.power_monitor import collapse_warning, measure
+from proxynorm.analysis.power_monitor import collapse_warning, measure, to_metrics
 from proxynorm.data import Batch, Data
 from proxynorm.data.loaders import on_device
 from proxynorm.train import build, checkpoint

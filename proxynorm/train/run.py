@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from proxynorm.analysis.plots import plot_curves
+from proxynorm.analysis.plots import curves_figure
+from proxynorm.analysis.style import save_figure
 from proxynorm.data import Data, open_data
 from proxynorm.errors import DataError, FileError
 from proxynorm.files import write_json, write_text
@@ -169,6 +170,6 @@ def overview(trainer: Trainer) -> str:
 def draw_curves(run: RunFolder) -> None:
     """Draw the curves, or warn: the next start of the finished run tries again."""
     try:
-        plot_curves({run.path.name: [read_metrics(run.metrics)]}, run.curves)
+        save_figure(curves_figure({run.path.name: [read_metrics(run.metrics)]}), run.curves)
     except (DataError, FileError) as error:
         print(f"warning: the curves are not drawn: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from proxynorm.analysis.power_files import from_metrics
+from proxynorm.analysis.power_monitor import from_metrics
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
 from proxynorm.train.settings import Settings, wrong_choice

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from proxynorm import create_model, power_decomposition
 from proxynorm.analysis.power import PowerRow
-from proxynorm.analysis.power_files import mean_rows
+from proxynorm.analysis.power_monitor import mean_rows
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.nn import NormAct2d
 

@@ -11,9 +11,15 @@ from torch import nn
 
 from proxynorm import NormAct2d, create_model, power_decomposition
 from proxynorm.analysis.power import PowerRow
-from proxynorm.analysis.power_files import from_metrics, mean_rows, to_metrics, write_csv
-from proxynorm.analysis.power_monitor import collapse_warning, measure
-from proxynorm.analysis.power_plots import plot_p1, power_figure
+from proxynorm.analysis.power_monitor import (
+    collapse_warning,
+    from_metrics,
+    mean_rows,
+    measure,
+    to_metrics,
+    write_csv,
+)
+from proxynorm.analysis.power_plots import p1_figure, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.analysis.style import norm_label, norm_style, save_figure
 from proxynorm.data import DataSpec, LoaderSpec, open_data
@@ -164,7 +170,7 @@ def test_figures_are_the_same_bytes_again(tmp_path):
         save_figure(figure, tmp_path / f"{name}.png", ["pdf"])
         nets = {"ln": [rows, rows], "ln_pn": [rows, rows]}
         field = {"ln": [0.1, 0.2, 0.3]}
-        plot_p1({"P1": nets}, tmp_path / f"{name}.svg", mean_field=field)
+        save_figure(p1_figure({"P1": nets}, mean_field=field), tmp_path / f"{name}.svg")
     for suffix in ("png", "pdf", "svg"):
         one, two = ((tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two"))
         assert one == two

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from proxynorm.launch import estimate as module
-from proxynorm.launch.estimate import Estimate, describe, duration, estimator
+from proxynorm.launch.estimate import describe, duration, estimator
+from proxynorm.launch.runs import Estimate, Run
 from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import write_run
 
@@ -18,20 +19,19 @@ def runs(tiny, tmp_path):
 
 
 def test_times_come_from_runs_of_the_kind_else_from_the_table(tiny, runs):
-    def of_table():
-        return estimator(runs, 1, tiny.stated_seconds, tiny.hardware)
-
     stated = Estimate(6, "estimate for one CPU core")
-    assert of_table()(runs[0]) == stated
+    assert estimator(runs)(runs[0]) == stated
     write_run(runs[0], 50.0)
-    assert of_table()(runs[2]) == Estimate(pytest.approx(MEASURED), "measured")
-    assert of_table()(runs[1]) == stated
-    assert estimator(runs)(runs[1]) == Estimate(None, "nothing like it was measured")
+    assert estimator(runs)(runs[2]) == Estimate(pytest.approx(MEASURED), "measured")
+    assert estimator(runs)(runs[1]) == stated
+    unknown = Estimate(None, "nothing like it was measured")
+    assert estimator(runs)(Run(runs[1].folder, runs[1].arguments)) == unknown
 
 
 def test_runs_of_another_number_of_processes_tell_nothing(runs):
     write_run(runs[0], 50.0)
-    assert estimator(runs)(runs[0]).seconds and not estimator(runs, 8)(runs[0]).seconds
+    assert estimator(runs)(runs[0]).origin == "measured"
+    assert estimator(runs, 8)(runs[0]) == runs[0].stated
 
 
 def test_stated_times_follow_the_network_and_the_image_size():
@@ -39,8 +39,7 @@ def test_stated_times_follow_the_network_and_the_image_size():
 
     def hours(name):
         table = load_table(name)
-        runs = table_runs(table, "no runs")
-        return {run.cell.name: table.stated_seconds(run) / 3600 for run in runs}
+        return {cell.name: table.estimate(cell).seconds / 3600 for cell in table.expand()}
 
     norms, sizes = hours("imagenet_norms"), hours("efficientnet_g16")
     share = norms["efficientnet_b0-bn-baseline"] / norms["resnet50-bn-baseline"]

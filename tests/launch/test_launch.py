@@ -11,13 +11,13 @@ import time
 import pytest
 
 from proxynorm.cli import parse_options
-from proxynorm.commands.reproduce import Options, main, not_kept
+from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.status import run_status
 from proxynorm.paper.findings import gather
-from proxynorm.paper.plan import plan, status
-from proxynorm.paper.records import archive_path, collect, kept_status
+from proxynorm.paper.plan import kept_status, plan, status
+from proxynorm.paper.records import archive_path, collect
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
 from tests.tiny_table import TINY, reproduce, write_run
@@ -200,7 +200,7 @@ def test_a_kept_run_is_trained_again_once_its_archive_is_gone(
     assert "bn-s0: starting" in run() and starts(runs) == [1, 1, 1, 1]
 
 
-def test_a_kept_failure_is_told_and_tried_again(one_kept, stand_in):
+def test_a_kept_failure_is_told_and_tried_again(tiny, one_kept, tmp_path, stand_in):
     runs, results = one_kept
     runs[1].log.parent.mkdir(exist_ok=True)
     runs[1].log.write_text("NonFiniteError: no\n# exit status 1\n")
@@ -208,7 +208,8 @@ def test_a_kept_failure_is_told_and_tried_again(one_kept, stand_in):
     runs[1].log.unlink()
     assert kept_status(runs[1], results).state == "failed"
     assert f"NonFiniteError: no (kept in {results})" in status(runs, results)
-    assert not_kept(runs, str(results)) == runs[1:]
+    words = ["command=run", f"table={tiny.file}", f"root={tmp_path}/runs", f"results={results}"]
+    assert main(parse_options(Options, words)) == 0 and starts(runs) == [0, 1, 1, 1]
 
 
 @pytest.mark.slow

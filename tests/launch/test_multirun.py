@@ -8,10 +8,10 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from hydra_plugins.proxynorm_launchers import SLURM, LocalLauncher
+from hydra_plugins.proxynorm_launchers import SLURM, LocalLauncher, SlurmLauncher
 from proxynorm.errors import ConfigError
-from proxynorm.launch import multirun
-from proxynorm.launch.multirun import submit, sweep_runs, train_here
+from proxynorm.launch import local, multirun
+from proxynorm.launch.multirun import sweep_runs, train_here
 from proxynorm.train.config import check_arguments, compose_config, settings_from
 from proxynorm.train.settings import run_name
 
@@ -43,7 +43,7 @@ def test_the_point_that_cannot_be_built_is_named():
     assert len(runs) == 1 and failure.status == 2
     assert (failure.words, failure.reason[:30]) == ("batch=10", "batch=10 is not divisible by m")
     with pytest.raises(ConfigError, match="^batch=10: batch=10 is not divisible"):
-        submit(points, {"sbatch": []})
+        SlurmLauncher(sbatch=[]).run(points)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def sweep(tmp_path, monkeypatch):
 
     def go(points=points, **options):
         with pytest.raises(ConfigError, match="sbatch not found"):
-            submit(points, {"sbatch": [], **options})
+            SlurmLauncher(sbatch=[], **options).run(points)
 
     return go
 
@@ -89,13 +89,14 @@ def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, mon
 
 
 def test_a_dry_run_submits_nothing(tmp_path, capsys):
-    submit([[f"runs_dir={tmp_path}/runs"]], {**SLURM, "dry_run": True, "time": "30"})
+    options = {**SLURM, "dry_run": True, "time": "30"}
+    SlurmLauncher(**options).run([[f"runs_dir={tmp_path}/runs"]])
     assert " sbatch " in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 def test_impossible_resources_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="gpus=3: must be a multiple of nodes=2"):
-        submit([[f"runs_dir={tmp_path}"]], {"nodes": 2, "gpus": 3, "sbatch": []})
+        SlurmLauncher(nodes=2, gpus=3, sbatch=[]).run([[f"runs_dir={tmp_path}"]])
 
 
 def test_the_m_may_stand_anywhere():
@@ -125,7 +126,7 @@ def here(tmp_path, monkeypatch, capfd):
     """Sweeps over batch sizes with a stand-in for train.py; returns (failures, output)."""
     script = tmp_path / "train.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(multirun, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(local, "TRAIN", (sys.executable, str(script)))
 
     def go(*batches, more=()):
         points = [[f"batch={batch}", "seed=1", *more] for batch in batches]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
 from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
-from proxynorm.launch.estimate import estimator
-from proxynorm.launch.slurm import SlurmOptions
+from proxynorm.launch.slurm import Jobs, SlurmOptions, launch_array
 from proxynorm.launch.status import run_status
-from proxynorm.launch.sweep import Jobs, launch_array
 from proxynorm.paper.plan import status
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
@@ -39,27 +38,6 @@ def test_requests_have_sbatch_s_names_and_a_process_for_each_gpu():
             slurm.requests(wrong)
 
 
-def test_the_report_s_job_waits_for_the_array_and_asks_for_little():
-    further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
-    further.append("--dependency=afterany:1")
-    options = SlurmOptions(sbatch=further)
-    words = slurm.report_command(["7"], "t", Path("logs"), options, ["report"])
-    assert {"--account=lab", "--qos=high", "--dependency=afterany:7"} <= set(words)
-    assert not [
-        word
-        for word in words
-        if word.startswith(("--gres", "--time", "--nice", "--dependency=afterany:1"))
-    ]
-
-
-def test_paths_are_literal_in_sbatch_s_file_names():
-    command = slurm.array_command(
-        Path("p.json"), 3, "t", Path("100% %j"), SlurmOptions(limit=2, stage="/dev/shm")
-    )
-    assert "--output=100%% %%j/slurm-%A_%a.log" in command and "--array=0-2%2" in command
-    assert command[:4] == ["env", f"PROXYNORM_ROOT={slurm.ROOT}", "STAGE=/dev/shm", "sbatch"]
-
-
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """Stand-ins for SLURM's commands in the path; the returned function sets what they print."""
@@ -82,10 +60,32 @@ def launch(capsys):
     """Submits runs; returns the exit status and the lines said."""
 
     def go(runs, report=(), **options):
-        code = launch_array(runs, "tiny", SlurmOptions(**options), estimator(runs), report)
+        code = launch_array(runs, "tiny", SlurmOptions(**options), report)
         return code, capsys.readouterr().out.splitlines()
 
     return go
+
+
+def test_the_report_s_job_waits_for_the_array_and_asks_for_little(tiny, tmp_path, launch):
+    further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
+    further.append("--dependency=afterany:1")
+    runs = table_runs(tiny, tmp_path / "runs")
+    words = shlex.split(launch(runs, ["report"], sbatch=further, dry_run=True)[1][-1])
+    assert {"--account=lab", "--qos=high", "--dependency=afterany:ARRAY"} <= set(words)
+    assert not [
+        word
+        for word in words
+        if word.startswith(("--gres", "--time", "--nice", "--dependency=afterany:1"))
+    ]
+
+
+def test_paths_are_literal_in_sbatch_s_file_names(tiny, tmp_path, launch):
+    runs = table_runs(tiny, tmp_path / "100% %j")
+    options = {"limit": 2, "stage": "/dev/shm", "dry_run": True}
+    command = shlex.split(launch(runs, **options)[1][1])
+    logs = f"{tmp_path}/100%% %%j/tiny/logs"
+    assert f"--output={logs}/slurm-%A_%a.log" in command and "--array=0-3%2" in command
+    assert command[:4] == ["env", f"PROXYNORM_ROOT={slurm.ROOT}", "STAGE=/dev/shm", "sbatch"]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def launched(tiny, tmp_path, commands, launch):
     assert launch(runs) == (
         0,
         [
-            "4 runs to do, time unknown (nothing like it was measured)",
+            "4 runs to do, 24 s (estimate for one CPU core)",
             f"submitted array 7 of 4 runs: {tmp_path}/runs/tiny/slurm/plan-1.json",
         ],
     )

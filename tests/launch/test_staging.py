@@ -14,8 +14,10 @@ from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError
-from proxynorm.launch import staging
+from proxynorm.launch import job
 from tests.data.conftest import write_folder
+
+FILES = {f"{p}.beton{end}" for p in ("train", "val") for end in ("", ".json", ".sums.npy")}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,11 @@ def node(tmp_path):
 
 
 def test_the_copy_is_made_once_and_whole(root, node, monkeypatch):
-    target = staging.stage(root, node)
-    assert {path.name for path in target.iterdir()} == {
-        path.name for path in staging.beton_files(root)
-    }
+    target = job.copy_data(root, node)
+    assert {path.name for path in target.iterdir()} == FILES
     assert (read_beton(target / "train.beton").sums == read_beton(root / "train.beton").sums).all()
     monkeypatch.setattr(shutil, "copyfile", None)
-    assert staging.stage(root, node) == target
+    assert job.copy_data(root, node) == target
 
 
 def test_jobs_that_come_at_once_wait_for_one_copy(root, node, monkeypatch):
@@ -56,19 +56,18 @@ def test_jobs_that_come_at_once_wait_for_one_copy(root, node, monkeypatch):
         shutil, "copyfile", lambda source, target: copies.append(source) or copy(source, target)
     )
     with ThreadPoolExecutor(4) as pool:
-        targets = set(pool.map(lambda _: staging.stage(root, node), range(4)))
-    assert len(targets) == 1 and len(copies) == len(staging.beton_files(root))
+        targets = set(pool.map(lambda _: job.copy_data(root, node), range(4)))
+    assert len(targets) == 1 and len(copies) == len(FILES)
 
 
 def test_other_data_has_another_copy(root, node):
-    first = staging.stage(root, node)
+    first = job.copy_data(root, node)
     os.utime(root / "val.beton", ns=(1, 1))
-    assert staging.stage(root, node) != first
+    assert job.copy_data(root, node) != first
 
 
 @pytest.mark.parametrize(
-    ("where", "message"),
-    [("label", "not fit its manifest"), ("image", "1 of 9 images are damaged")],
+    ("where", "message"), [("label", "not fit its manifest"), ("image", "1 images are damaged")]
 )
 def test_damage_is_found_and_nothing_stays(root, node, where, message):
     """The first image's class, or a byte of an image, is another than when the file was written."""
@@ -80,40 +79,43 @@ def test_damage_is_found_and_nothing_stays(root, node, where, message):
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(DataError, match=message):
-        staging.stage(root, node)
-    assert all(path.suffix == ".lock" for path in staging.own_folder(node).iterdir())
+        job.copy_data(root, node)
+    assert all(path.suffix == ".lock" for path in job.own_folder(node).iterdir())
 
 
 def test_files_of_another_writer_are_copied_too(root, node):
     for part in ("train", "val"):
         manifest_path(root / f"{part}.beton").unlink()
         sums_path(root / f"{part}.beton").unlink()
-    copy = staging.stage(root, node) / "val.beton"
+    copy = job.copy_data(root, node) / "val.beton"
     assert copy.read_bytes() == (root / "val.beton").read_bytes()
 
 
 def test_the_leftovers_of_a_killed_job_are_removed(root, node):
-    name = staging.digest(staging.beton_files(root))
-    (staging.own_folder(node) / f".{name}").mkdir()
-    assert staging.stage(root, node).name == name and not list(staging.own_folder(node).glob(".*"))
+    target = job.copy_data(root, node)
+    (target / "val.beton").unlink()
+    target.rename(target.with_name(f".{target.name}"))
+    assert job.copy_data(root, node) == target and (target / "val.beton").is_file()
+    assert not list(job.own_folder(node).glob(".*"))
 
 
 def test_too_little_room_and_no_folder_are_told_before_copying(root, node, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(DataError, match=r"0.00 GB free, the .beton files take"):
-        staging.stage(root, node)
+        job.copy_data(root, node)
     with pytest.raises(DataError, match="cannot be written"):
-        staging.stage(root, node / "nowhere")
+        job.copy_data(root, node / "nowhere")
     with pytest.raises(DataError, match="write_ffcv"):
-        staging.stage(root / "photos", node)
+        job.copy_data(root / "photos", node)
 
 
 def test_the_command_prints_the_override(root, node, capsys, monkeypatch):
     monkeypatch.setenv("NODE_DISK", str(node))
-    assert staging.main(["$NODE_DISK", "data=beton", f"data.root={root}"]) == 0
-    assert capsys.readouterr().out == f"data.root={staging.stage(root, node)}\n"
-    assert staging.main([str(node)]) == 0 and capsys.readouterr().out == ""
+    job.stage("$NODE_DISK", "data=beton", f"data.root={root}")
+    assert capsys.readouterr().out == f"data.root={job.copy_data(root, node)}\n"
+    job.stage(str(node))
+    assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit) as ended:
-        guard(lambda: staging.main([str(node), "data=folder", f"data.root={root}/photos"]))
+        guard(lambda: job.stage(str(node), "data=folder", f"data.root={root}/photos"))
     assert ended.value.code == 2

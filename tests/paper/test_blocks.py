@@ -2,8 +2,8 @@
 
 import pytest
 
-from proxynorm.errors import DataError
-from proxynorm.paper.blocks import render_blocks, rendered
+from proxynorm.errors import ConfigError
+from proxynorm.paper.report import rendered
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"
@@ -12,21 +12,18 @@ RESULTS = ROOT / "results"
 def test_committed_blocks_are_current():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = path.read_text()
-        assert rendered(text, path, RESULTS) == text, f"python scripts/reproduce.py docs: {path}"
+        assert rendered(text, RESULTS) == text, f"python scripts/reproduce.py docs: {path}"
 
 
-def test_a_block_is_replaced_by_the_table_of_results_and_the_rest_stays(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("before\n<!-- table former_norms -->\nold\n<!-- end -->\nafter\n")
-    assert render_blocks(path, RESULTS) and not render_blocks(path, RESULTS)
-    lines = path.read_text().splitlines()
+def test_a_block_is_replaced_by_the_table_of_results_and_the_rest_stays():
+    text = rendered("before\n<!-- table former_norms -->\nold\n<!-- end -->\nafter\n", RESULTS)
+    assert rendered(text, RESULTS) == text
+    lines = text.splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
     assert "| bn | 91.22 ± 0.26 |" in lines
     assert "top1 (%) on the test set, mean ± standard deviation, 5 seeds a cell." in lines
 
 
-def test_an_unknown_table_is_refused(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("<!-- table nowhere -->\n<!-- end -->\n")
-    with pytest.raises(DataError, match="no table 'nowhere'"):
-        render_blocks(path, RESULTS)
+def test_an_unknown_table_is_refused():
+    with pytest.raises(ConfigError, match="no table 'nowhere'"):
+        rendered("<!-- table nowhere -->\n<!-- end -->\n", RESULTS)

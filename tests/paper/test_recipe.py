@@ -9,8 +9,7 @@ from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError
 from proxynorm.paper.plan import plan, status
-from proxynorm.paper.recipe import refuse_other_recipes
-from proxynorm.paper.records import collect
+from proxynorm.paper.records import collect, refuse_other_recipes
 from proxynorm.paper.table import load_table, table_runs
 from proxynorm.train import config
 from tests.tiny_table import TINY, write_run

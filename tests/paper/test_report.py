@@ -1,6 +1,7 @@
 """From finished runs to the report: statistics, verdicts, bytes."""
 
 import filecmp
+import json
 import shlex
 import shutil
 from dataclasses import replace
@@ -11,9 +12,9 @@ from mpmath import betainc
 from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
-from proxynorm.paper.compare import Sample, cell_status, outcome, single_verdict
+from proxynorm.paper.compare import Sample, cell_status, outcome
 from proxynorm.paper.findings import gather, loss_ratio
-from proxynorm.paper.records import Record, archive_path, collect, kept_files, read_archive
+from proxynorm.paper.records import Record, archive_path, collect, kept_record, read_record
 from proxynorm.paper.report import wide_table, write_report
 from proxynorm.paper.search import choose, protocol
 from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
@@ -26,7 +27,7 @@ def sample(*values):
 
 
 def compare(expect, first, second, spread=None):
-    return outcome(Comparison("a", "b", expect, "claim"), first, second, 0.3, spread)
+    return outcome(Comparison("a", "b", expect, "claim"), first, second, spread)
 
 
 def test_mean_and_standard_deviation_over_seeds():
@@ -73,9 +74,9 @@ def test_a_single_seed_is_measured_against_the_known_spread():
         compare("higher", sample(91.0), sample(90.9), spread=0.2).verdict
         == "single seed, below the seed spread"
     )
-    assert single_verdict(2.0, 0.2) == "single seed, beyond the seed spread" and single_verdict(
-        2.0, None
-    ).endswith("unknown")
+    far = sample(92.0), sample(90.0)
+    assert compare("higher", *far, spread=0.2).verdict == "single seed, beyond the seed spread"
+    assert compare("higher", *far).verdict == "single seed, spread unknown"
 
 
 def test_equal_values_without_spread_have_p_1():
@@ -155,7 +156,7 @@ def test_a_kept_configuration_names_no_path_of_its_machine(tiny, finished, tmp_p
     path = finished[0].folder / "config.yaml"
     path.write_text(f"seed: 0\nruns_dir: {tmp_path}/runs/tiny\nepochs: 1\n")
     collect(finished[0], tmp_path / "results")
-    kept = read_archive(archive_path(finished[0], tmp_path / "results"))["config.yaml"]
+    kept = kept_record(finished[0], tmp_path / "results").files["config.yaml"]
     assert kept == b"seed: 0\nruns_dir: runs/tiny\nepochs: 1\n" and not collect(
         finished[0], tmp_path / "results"
     )
@@ -243,7 +244,7 @@ def test_a_damaged_archive_is_named(tiny, finished, tmp_path):
     path = archive_path(run, tmp_path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="bn-s0.tar.xz is damaged"):
-        kept_files(run, tmp_path)
+        read_record(run, tmp_path)
 
 
 def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
@@ -289,11 +290,17 @@ def test_a_report_of_fewer_runs_does_not_replace_a_fuller_one(tiny, finished, tm
     assert "1 runs, 0.01 hours" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_the_loss_ratio_is_that_of_the_last_two_tenths():
+def test_the_loss_ratio_is_that_of_the_last_two_tenths(tmp_path):
     losses = [3.0] * 16 + [2.0, 2.0, 1.0, 1.5]
     rows = [{"event": "train", "step": step, "loss": v} for step, v in enumerate(losses, 1)]
-    assert loss_ratio(Record("bn", 0, {"steps": 20}, {}, rows)) == pytest.approx(1.25 / 2)
-    assert loss_ratio(Record("bn", 0, {"steps": 20}, {}, rows[:4])) is None
+
+    def ratio(rows):
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        files = {"summary.json": b'{"steps": 20}', "metrics.jsonl": lines}
+        return loss_ratio(Record(None, tmp_path, files))
+
+    assert ratio(rows) == pytest.approx(1.25 / 2)
+    assert ratio(rows[:4]) is None
 
 
 def test_the_protocol_tells_whether_every_norm_got_the_same_search():

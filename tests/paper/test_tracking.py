@@ -11,7 +11,7 @@ from proxynorm.paper.findings import gather
 from proxynorm.paper.records import collect
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import table_runs
-from proxynorm.paper.tracking import log_comparison, log_report
+from proxynorm.paper.tracking import log_comparison
 from tests.tiny_table import write_run
 from tests.wandb_files import read_offline
 
@@ -29,7 +29,7 @@ def finished(tiny, tmp_path):
 def test_a_report_is_a_comparison_run_with_tables_and_figures(tiny, finished, tmp_path):
     findings = gather(tiny, finished, tmp_path)
     write_report(findings, tmp_path / "report")
-    log_report(findings, "offline", tmp_path / "report", tmp_path / "logged")
+    log_comparison(findings, "offline", tmp_path / "report", tmp_path / "logged")
     found = read_offline(tmp_path / "logged")
     assert (found["name"], found["group"], found["job"]) == (
         "tiny-comparison",
@@ -70,17 +70,17 @@ def test_kept_runs_are_uploaded_once_in_the_group_of_their_table(tiny, finished,
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no\ngood"), TypeError("x"), OSError("disk")])
-def test_whatever_fails_in_wandb_leaves_the_report(tmp_path, monkeypatch, capsys, fault):
+def test_whatever_fails_in_wandb_leaves_the_report(tiny, tmp_path, monkeypatch, capsys, fault):
     def init(**options):
         raise fault
 
     monkeypatch.setattr("wandb.init", init)
-    log_comparison("sweep", "offline", tmp_path, {"cells": [["a"], ["1"]]}, [])
+    log_comparison(gather(tiny, [], tmp_path), "offline", tmp_path, tmp_path)
     said = capsys.readouterr().err
-    assert said.startswith(f"warning: sweep-comparison is not on W&B: {type(fault).__name__}: ")
+    assert said.startswith(f"warning: tiny-comparison is not on W&B: {type(fault).__name__}: ")
     assert said.count("\n") == 1
 
 
-def test_an_unknown_mode_is_refused(tmp_path):
+def test_an_unknown_mode_is_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="logger.mode"):
-        log_comparison("sweep", "ofline", tmp_path, {}, [])
+        log_comparison(gather(tiny, [], tmp_path), "ofline", tmp_path, tmp_path)

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
-from proxynorm.launch.finished import finished_files
 from proxynorm.launch.runs import Run
-from proxynorm.launch.sweep import plan_paths
+from proxynorm.launch.slurm import plan_paths
+from proxynorm.launch.status import finished_files
 from proxynorm.paper.findings import gather
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
