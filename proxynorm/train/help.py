@@ -93,18 +93,16 @@ def experiments(names: Sequence[str]) -> list[str]:
 
 
 def fold(names: Sequence[str]) -> list[str]:
-    """Return each name as its family: three or more that differ in one number are b{0..5}."""
-    families: dict[tuple[str, str], list[int]] = {}
+    """Return each name as its family: three or more that differ in one number are b{0,1,2}."""
+    families: dict[tuple[str, str], list[str]] = {}
     for name in names:
         for match in re.finditer(r"\d+", name):
             ends = name[: match.start()], name[match.end() :]
-            families.setdefault(ends, []).append(int(match[0]))
+            families.setdefault(ends, []).append(match[0])
     folded = {name: name for name in names}
-    for (before, after), found in families.items():
-        if len(found) > 2:
-            numbers = sorted(found)
-            dense = numbers[-1] - numbers[0] == len(numbers) - 1
-            inner = f"{numbers[0]}..{numbers[-1]}" if dense else ",".join(map(str, numbers))
+    for (before, after), numbers in families.items():
+        if len(numbers) > 2:
+            inner = ",".join(sorted(numbers, key=int))
             folded |= {f"{before}{n}{after}": f"{before}{{{inner}}}{after}" for n in numbers}
     return list(folded.values())
 

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from proxynorm.errors import ConfigError
 from proxynorm.train.config import check_arguments, compose_config, flat_keys, groups, settings_from
 from proxynorm.train.settings import run_name
-from proxynorm.train.words import HOME, SYNONYMS, keep_text, text_keys
+from proxynorm.train.words import HOME, SYNONYMS, TEXT_KEYS, keep_text
 
 ODD = ["123456_1", "1.10", "1e3", "0x10", "1_000", "007", "yes", "True", "nan", ".5", "-1", "a,b"]
 ODD += ["it's", 'say "x"', "a b", " a", "run=3", "a#b", "~x", "50%", "a\\b", "a\\", "[x]", "{x}"]
@@ -81,7 +81,7 @@ def test_wandb_s_variables_are_heard_but_the_command_line_beats_them(monkeypatch
 
 
 def test_text_is_what_the_settings_declare_as_text():
-    keys = set(text_keys())
+    keys = set(TEXT_KEYS)
     assert {"name", "runs_dir", "data.root", "logger.entity", "logger.tags", "model.name"} <= set(
         keys
     )
