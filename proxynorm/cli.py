@@ -58,11 +58,11 @@ def as_installed(text: str) -> str:
     return re.sub(r"(?:python )?(?:scripts/(\w+)|\b(train|eval))\.py", r"proxynorm \1\2", text)
 
 
-def fail(error: BaseException) -> NoReturn:
-    """Print one line on standard error and exit with status 2."""
+def fail(error: ProxynormError) -> NoReturn:
+    """Print one line on standard error and exit with the error's status."""
     # One write: other processes may print at the same time.
     sys.stderr.write(f"error: {as_installed(' '.join(str(error).split()))}\n")
-    sys.exit(2)
+    sys.exit(error.status)
 
 
 def split_list(text: str) -> list[str]:
@@ -138,8 +138,13 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:
-        leave_pipe()
-        raise
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        if not pipe.poll(0):  # it is another pipe that broke
+            raise
+        # The interpreter flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
@@ -149,16 +154,6 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
         if error.filename is None:
             raise
         fail(FileError(f"{error.filename}: {error.strerror}"))
-
-
-def leave_pipe() -> None:
-    """Exit with status 141, as by SIGPIPE, if standard output has no reader any more."""
-    pipe = select.poll()
-    pipe.register(sys.stdout.fileno(), 0)
-    if pipe.poll(0):
-        # The interpreter flushes standard output once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
 
 
 def script(options: type, action: Callable[[Any], int | None], description: str) -> NoReturn:

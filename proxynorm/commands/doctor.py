@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from packaging.requirements import Requirement
 
 from proxynorm.cli import as_installed, guard
 from proxynorm.data import Data, DataSpec, LoaderSpec, fashion_mnist, open_data
-from proxynorm.data.datasets import DATASETS
 from proxynorm.data.ffcv.native import INSTALL, ffcv_library
 from proxynorm.data.loaders import Split
 from proxynorm.data.randomness import permutation
@@ -42,6 +40,11 @@ from proxynorm.train.tracker import choose_mode
 OK, WARNING, MISSING = "ok", "warning", "missing"
 SAMPLED_IMAGES = 256
 IMAGENET = {"classes": 1000, "training images": 1_281_167, "evaluation images": 50_000}
+REMEDIES = {  # for data that cannot be opened
+    "fashion_mnist": f"data.root=null and {fashion_mnist.PACKAGE}",
+    "beton": "python scripts/write_ffcv.py source=DIR output=ROOT/PART.beton overwrite=true, and "
+    "data.root=ROOT",
+}
 LEFT_OUT = 0.02  # the share of ImageNet that may be missing, as damaged images are
 
 
@@ -75,7 +78,8 @@ def examine(settings: Settings, experiment: str | None = None) -> Iterator[Findi
             yield from check_amount(settings, experiment, found)
             yield from check_weights(settings, data)
     except ProxynormError as error:
-        yield unopened(settings.data, error)
+        remedy = REMEDIES.get(settings.data.name, "data.root=DIR")
+        yield Finding(MISSING, "data", str(error), remedy)
     yield check_wandb(settings)
     yield check_slurm()
 
@@ -122,19 +126,15 @@ def check_cuda(settings: Settings, hardware: str | None) -> Finding:
         names = ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.0f} GB" for gpu in found)
         return Finding(OK, "cuda", f"{torch.version.cuda}: {names}{asked}")
     needed = settings.device.startswith("cuda")
-    reinstall = "pip install --force-reinstall torch torchvision"
-    if not shutil.which("nvidia-smi"):
+    if shutil.which("nvidia-smi"):
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
+        text = f"this torch, built for {built}, sees no GPU"
+        remedy = "unset CUDA_VISIBLE_DEVICES, or install the torch that pytorch.org names for "
+        remedy += "your driver, which nvidia-smi tells"
+    else:
         text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
         cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs" if hardware else ""
         remedy = "device=auto" if needed else cluster
-    elif torch.version.cuda is None:
-        text = "this torch is built for CPUs"
-        remedy = f"{reinstall}, with the index that pytorch.org names for your driver"
-    elif os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        text, remedy = "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
-    else:
-        text = f"the driver does not serve this torch, built for CUDA {torch.version.cuda}"
-        remedy = f"nvidia-smi; then update the driver, or {reinstall} built for an older CUDA"
     status = MISSING if needed else WARNING if remedy else OK
     return Finding(status, "cuda", text + asked, remedy)
 
@@ -161,20 +161,6 @@ def open_for_a_look(spec: DataSpec) -> Data | None:
         return None
     loader = LoaderSpec("ffcv", 1) if spec.name == "beton" else LoaderSpec("torchvision", 0)
     return open_data(dataclasses.replace(spec, on_bad="skip"), loader)
-
-
-def unopened(spec: DataSpec, error: ProxynormError) -> Finding:
-    """The finding for a data set that cannot be opened."""
-    if spec.root is None and DATASETS[spec.name].needs_root:
-        made = ", made with scripts/write_ffcv.py" if spec.name == "beton" else ""
-        return Finding(MISSING, "data", "data.root is not given", f"data.root=DIR{made}")
-    remedy = "data.root=DIR"
-    if spec.name == "fashion_mnist":
-        remedy = f"data.root=null and {fashion_mnist.PACKAGE}"
-    elif spec.name == "beton":
-        output = Path(spec.root or "DIR") / "PART.beton"
-        remedy = f"python scripts/write_ffcv.py source=DIR output={output} overwrite=true"
-    return Finding(MISSING, "data", str(error), remedy)
 
 
 def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:

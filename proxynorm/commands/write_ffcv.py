@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxynorm.cli import option, script
+from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,12 @@ def main(options: Options) -> int:
     workers = options.workers or share_of_cores()
     content = f"{len(listing.images)} images, {len(listing.classes)} classes"
     print(f"{content}, {workers} workers -> {output}", flush=True)
-    _report(_write(listing, output, storage, options.on_bad, workers))
+    done = _write(listing, output, storage, options.on_bad, workers)
+    for note in done.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    for name, reason in done.skipped.items():
+        print(f"skipped {name}: {reason}")
+    print(f"{done.count} images written and verified, {len(done.skipped)} skipped: {done.path}")
     return 0
 
 
@@ -94,15 +99,3 @@ def _write(listing: Listing, output: Path, *how: object) -> Prepared:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("checking and writing", total=len(listing.images))
         return prepare(listing, output, *how, lambda images: bar.update(task, completed=images))
-
-
-def _report(done: Prepared) -> None:
-    for note in done.notes:
-        print(f"warning: {note}", file=sys.stderr)
-    for name, reason in done.skipped.items():
-        print(f"skipped {name}: {reason}")
-    print(f"{done.count} images written and verified, {len(done.skipped)} skipped: {done.path}")
-
-
-def entry() -> None:
-    script(Options, main, __doc__)

@@ -15,7 +15,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS, norm_spec
@@ -45,7 +44,7 @@ def choice(default: Any, *others: Any) -> Any:
 class NormSettings:
     """The norm by name (proxynorm.nn.NORMS) and its options; None is the model's default."""
 
-    name: str = "ln_pn"
+    name: str = choice("ln_pn", *NORMS)
     groups: int | None = number(None, "at least 1")
     eps: float | None = number(None, "at least 0 and finite")
     proxy_eps: float = number(0.03, "at least 0 and finite")
@@ -267,8 +266,6 @@ def check(settings: Settings) -> Settings:
         raise ConfigError(
             f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
         )
-    if settings.norm.name not in NORMS:
-        raise ConfigError(f"norm.name={settings.norm.name}: {nearest(settings.norm.name, NORMS)}")
     if warmup > settings.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs={warmup:g} is longer than the {settings.epochs} epochs"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import yaml
 
 from proxynorm.cli import in_quotes, nearest, split_list
 from proxynorm.errors import ConfigError
-from proxynorm.train.settings import CHOICES, DECLARED, wrong_choice
+from proxynorm.train.settings import DECLARED
 
 ARGUMENT = re.compile(r"(?P<key>[+~]*(?P<name>[\w./-]+)(@[\w.:]*)?)=(?P<value>.*)", re.DOTALL)
 FUNCTION = re.compile(
     r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|str|int|float|bool|json_str)\("
 )
 
-FORM = "arguments have the form key=value"
 # What there is besides a group's options.
 BESIDES = {
     "model": ", or any other name that timm has",
@@ -93,13 +93,10 @@ def search_path(arguments: Iterable[str]) -> list[str]:
 
     As a key it reaches every place that composes the run, SLURM's jobs included.
     """
-    rest, folders, words = [], [], iter(arguments)
-    for word in words:
-        option, separator, value = word.partition("=")
-        if option in ("--config-dir", "-cd"):
-            folders.append(value if separator else next(words, ""))
-        else:
-            rest.append(word)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", action="append", default=[], dest="folders")
+    given, rest = parser.parse_known_args(list(arguments))
+    folders = given.folders
     for folder in folders:
         if not os.path.isdir(folder):
             raise ConfigError(f"--config-dir={folder}: no such folder")
@@ -107,9 +104,7 @@ def search_path(arguments: Iterable[str]) -> list[str]:
     return [*rest, f"{SEARCH}=[{paths}]"] if folders else rest
 
 
-def key_advice(
-    key: str, known: Collection[str], groups: Mapping[str, list[str]], value: str = "…"
-) -> str:
+def key_advice(key: str, known: Collection[str], groups: Collection[str]) -> str:
     """Return the end of an error message: the key that is meant by `key`, or the nearest ones."""
     parent, _, word = key.replace("-", "_").lower().rpartition(".")
     valid = {*known, *groups}
@@ -120,31 +115,6 @@ def key_advice(
     meant = [key] if key in valid else [name for name in dict.fromkeys(meant) if name in valid]
     if meant and (word != "name" or key in valid):
         near = [name for name in meant if name.rpartition(".")[0] == parent] or meant
-        return f"write {' or '.join(written(name, word, value, groups) for name in near)}"
+        return f"write {' or '.join(f'{name}=…' for name in near)}"
     inside = [name for name in known if name.rpartition(".")[0] == parent]
     return nearest(key, inside if parent and inside else {n for n in valid if "." not in n})
-
-
-def written(key: str, word: str, value: str, groups: Mapping[str, list[str]]) -> str:
-    """Return key=value, or what the key takes if that value is none of its own."""
-    if key in CHOICES and value not in map(str.lower, map(str, CHOICES[key])):
-        return f"{key}=…, {wrong_choice(key, value)}"
-    if key in groups and key != "model" and value != "…" and value not in groups[key]:
-        return f"{key}=…, {nearest(value, groups[key])}{BESIDES.get(key, '')}"
-    if key not in CHOICES and word in HOME and value.lower() in ("true", "false"):
-        value = "…"  # pretrained=true is weights, but not weights=true
-    return f"{key}={value}"
-
-
-def dashed_advice(
-    arguments: Sequence[str], known: Collection[str], groups: Mapping[str, list[str]]
-) -> str:
-    """Return what to write instead of options with dashes: norm=ln_pn for --norm ln_pn."""
-    for argument, following in zip(arguments, [*arguments[1:], "-"]):
-        option, _, value = argument.partition("=")
-        if option.startswith("-") and option not in ("-m", "--multirun"):
-            value = value or ("…" if following.startswith("-") else following)
-            advice = key_advice(option.strip("-"), known, groups, value)
-            is_unknown = advice.startswith(("did you mean", "valid: "))
-            return FORM if is_unknown else advice
-    return FORM
