@@ -1,7 +1,7 @@
 """The commands of `proxynorm NAME`; train.py, eval.py and scripts/*.py start the same code.
 
 Each is a module of this package with a dataclass Options and a function main(options), or with a
-function entry(), which reads sys.argv itself.
+function entry(), which reads sys.argv itself. Both may return an exit status.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def run(name: str) -> None:
         # In a checkout, most likely the environment is not active.
         remedy = "source .venv/bin/activate, or install proxynorm's extra [train]"
         sys.exit(_fail(f"{name} needs {error.name}, which {sys.executable} lacks: {remedy}"))
-    if hasattr(module, "entry"):
-        return module.entry()
-    from proxynorm.cli import script
+    from proxynorm.cli import guard, script
 
+    if hasattr(module, "entry"):
+        guard(module.entry)
     script(module.Options, module.main, module.__doc__)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
-from proxynorm.cli import as_installed, guard
+from proxynorm.cli import as_installed
 from proxynorm.data import Data, DataSpec, LoaderSpec, fashion_mnist, open_data
 from proxynorm.data.ffcv.native import INSTALL, ffcv_library
 from proxynorm.data.loaders import Split
@@ -104,12 +104,8 @@ def check_packages() -> Finding:
     for item in map(Requirement, lines):
         if item.marker is not None and not item.marker.evaluate({"extra": "train"}):
             continue
-        try:
-            version = metadata.version(item.name)
-        except metadata.PackageNotFoundError:
-            bad.append(f"{item.name}{item.specifier}")
-            continue
-        if item.specifier.contains(version, prereleases=True):
+        version = next((d.version for d in metadata.distributions(name=item.name)), None)
+        if version is not None and item.specifier.contains(version, prereleases=True):
             found.append(f"{item.name} {version}")
         else:
             bad.append(f"{item.name}{item.specifier} (found: {version})")
@@ -256,7 +252,7 @@ def check_slurm() -> Finding:
     return Finding(OK, "slurm", f"partition, nodes, GPUs: {text}")
 
 
-def main() -> int:
+def entry() -> int:
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(as_installed(__doc__.strip()))
@@ -274,7 +270,3 @@ def main() -> int:
         print(as_installed(str(finding)), flush=True)
         missing |= finding.status == MISSING
     return 2 if missing else 0
-
-
-def entry() -> None:
-    guard(main)

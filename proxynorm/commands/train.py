@@ -40,10 +40,6 @@ def run(config: DictConfig) -> int:
 
 
 def entry() -> None:
-    guard(start)
-
-
-def start() -> None:
     """Check the command line, print the help if it asks for it, else train."""
     sys.argv[1:] = words = check_arguments(sys.argv[1:])
     if {"-h", "--help"} & set(words):

@@ -12,13 +12,14 @@ from proxynorm.analysis.plots import plot_curves
 from proxynorm.data import open_data
 from proxynorm.errors import DataError, FileError
 from proxynorm.files import write_json, write_text
+from proxynorm.nn import norm_spec
 from proxynorm.train.distributed import environment_ranks, processes
 from proxynorm.train.finetune import carry, read_weights, restore_eps, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, stop_request
 from proxynorm.train.resume import finished, resume
 from proxynorm.train.run_folder import RunFolder, environment, read_metrics
-from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
+from proxynorm.train.settings import Settings, check, folder_of
 from proxynorm.train.tracker import Tracker
 
 
@@ -117,7 +118,8 @@ def start_from_weights(trainer: Trainer) -> list[str]:
 def summarize(trainer: Trainer, damaged_images: int) -> dict[str, Any]:
     """Return the content of summary.json."""
     settings, state = trainer.settings, trainer.state
-    norm_batch = (settings.norm_batch or trainer.micro_batch) if uses_batch_norm(settings) else None
+    shared = norm_spec(settings.norm.name).batch_statistics
+    norm_batch = (settings.norm_batch or trainer.micro_batch) if shared else None
     ended = state.step == trainer.last_step or trainer.out_of_patience()
     return {
         "name": trainer.run.path.name,

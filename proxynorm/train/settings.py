@@ -211,7 +211,8 @@ class Settings:
                 "mixup and CutMix mix the images of a micro-batch, and micro_batch is 1; give a "
                 "larger one, or regularization.mixup=0 and regularization.cutmix=0"
             )
-        if uses_batch_norm(self) and isinstance(norm_batch, int) and micro % norm_batch:
+        shared = norm_spec(self.norm.name).batch_statistics
+        if shared and isinstance(norm_batch, int) and micro % norm_batch:
             raise ConfigError(
                 f"norm_batch={norm_batch} does not divide the {micro} images of a process's "
                 "forward (micro_batch); choose a divisor of it, or another batch, micro_batch or "
@@ -285,11 +286,6 @@ def wrong_choice(key: str, value: Any) -> str | None:
         return f"valid: {words}; several values need -m"
     file = "; a run goes on from its own folder (name=), weights=FILE starts from a file"
     return f"valid: {words}{file if key == 'resume' else ''}"
-
-
-def uses_batch_norm(settings: Settings) -> bool:
-    """Return whether images share the norm's statistics, so that norm_batch matters."""
-    return norm_spec(settings.norm.name).batch_statistics
 
 
 def identity(settings: Settings) -> dict[str, Any]:

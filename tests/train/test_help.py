@@ -7,7 +7,7 @@ import re
 import pytest
 
 from proxynorm.train.config import groups
-from proxynorm.train.help import common, fold, help_text
+from proxynorm.train.help import fold, help_text
 
 ARGUMENTS = [[f"{group}={name}"] for group in ("optim", "schedule") for name in groups()[group]]
 ARGUMENTS += [["data=folder"], ["data=beton", "loader=ffcv"], ["experiment=imagenet_resnet50"]]
@@ -54,4 +54,3 @@ def test_names_are_folded_as_a_shell_unfolds_them():
         "v2",
         "none",
     ]
-    assert common(["B0, at 16 pixels", "B5, at 32 pixels"]) == "B0…5, at 16…32 pixels"
