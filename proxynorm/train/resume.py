@@ -134,8 +134,8 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
         return None
     try:
         summary = json.loads(run.summary.read_text())
-        completed, steps, total, _ = map(summary.__getitem__, SUMMARY_KEYS)
-    except (ValueError, KeyError, AttributeError, TypeError):
+        completed, steps, total, _ = (summary[key] for key in SUMMARY_KEYS)
+    except (ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{run.summary} is damaged; remove it, and the run goes on from its checkpoint"
         ) from None

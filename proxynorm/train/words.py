@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import ArgumentParser
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -93,10 +92,13 @@ def search_path(arguments: Iterable[str]) -> list[str]:
 
     As a key it reaches every place that composes the run, SLURM's jobs included.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", action="append", default=[], dest="folders")
-    given, rest = parser.parse_known_args(list(arguments))
-    folders = given.folders
+    rest, folders, words = [], [], iter(arguments)
+    for word in words:
+        option, separator, value = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folders.append(value if separator else next(words, ""))
+        else:
+            rest.append(word)
     for folder in folders:
         if not os.path.isdir(folder):
             raise ConfigError(f"--config-dir={folder}: no such folder")
