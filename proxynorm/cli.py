@@ -7,7 +7,6 @@ and exit status 2; `--help` prints the options.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import select
@@ -20,7 +19,6 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
 from proxynorm.errors import ConfigError, FileError, ProxynormError
 
@@ -60,52 +58,52 @@ def as_installed(text: str) -> str:
     return re.sub(r"(?:python )?(?:scripts/(\w+)|\b(train|eval))\.py", r"proxynorm \1\2", text)
 
 
-def fail(error: BaseException) -> NoReturn:
-    """Print one line on standard error and exit with status 2."""
+def fail(error: ProxynormError) -> NoReturn:
+    """Print one line on standard error and exit with the error's status."""
     # One write: other processes may print at the same time.
     sys.stderr.write(f"error: {as_installed(' '.join(str(error).split()))}\n")
-    sys.exit(2)
+    sys.exit(error.status)
 
 
 def split_list(text: str) -> list[str]:
-    """Split at commas, but not at those in quotes or brackets."""
-    found = re.findall(r"""\s*('(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|(?:\[[^\]]*]|[^,])+)""", text)
+    """Split [a,b], or a,b without brackets, at the commas that are in no quotes or brackets."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    found = re.findall(r"""\s*('(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|(?:\[[^\]]*]|[^,])+)""", inner)
     return [item.strip() for item in found if item.strip()]
+
+
+def in_quotes(text: str) -> bool:
+    """Return whether a text stands in quotes."""
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
 
 
 def parse_options(options: type, arguments: list[str]) -> Any:
     """Create the dataclass `options` from key=value strings. Raises ConfigError."""
-    defaults, words = OmegaConf.structured(options), []
-    types = get_type_hints(options)
+    types, values = get_type_hints(options), {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
         if not separator:
             raise ConfigError(f"'{argument}' is not of the form key=value; {nearest(name, types)}")
-        if name.split(".")[0] not in types:
+        if name not in types:
             raise ConfigError(f"no option '{name}'; {nearest(name, types)}")
-        words.append(f"{name}={as_yaml(text, types.get(name))}")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.from_dotlist(words)))
+        values[name] = read_value(text, types[name])
+    try:  # OmegaConf makes numbers and truth values of the texts
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), values))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}= is missing; see --help") from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
 
 
-def as_yaml(text: str, kind: Any) -> str:
-    """Return `text` as YAML of type `kind`, so that text is not read as a number or a mapping.
-
-    A list needs no brackets; what is in quotes already, and null, stay as they are.
-    """
-    kinds = (kind, *get_args(kind))
-    if list[str] in kinds:  # norms=ln means norms=[ln]
+def read_value(text: str, kind: Any) -> Any:
+    """Return null as None, text without its quotes, and a list, which needs no brackets."""
+    if text == "null":
+        return None
+    if list[str] in (kind, *get_args(kind)):  # norms=ln means norms=[ln]
         if text.startswith("[") and not text.endswith("]"):
-            return text  # for YAML to refuse
-        inner = text[1:-1] if text.startswith("[") else text
-        return f"[{', '.join(as_yaml(item, str) for item in split_list(inner))}]"
-    in_quotes = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text if str not in kinds or in_quotes or text == "null" else json.dumps(text)
+            raise ConfigError(f"{text}: a bracket is not closed")
+        return [read_value(item, str) for item in split_list(text)]
+    return text[1:-1] if in_quotes(text) else text
 
 
 def options_help(options: type) -> str:
@@ -140,8 +138,13 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:
-        leave_pipe()
-        raise
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        if not pipe.poll(0):  # it is another pipe that broke
+            raise
+        # The interpreter flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)
@@ -151,16 +154,6 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
         if error.filename is None:
             raise
         fail(FileError(f"{error.filename}: {error.strerror}"))
-
-
-def leave_pipe() -> None:
-    """Exit with status 141, as by SIGPIPE, if standard output has no reader any more."""
-    pipe = select.poll()
-    pipe.register(sys.stdout.fileno(), 0)
-    if pipe.poll(0):
-        # The interpreter flushes standard output once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
 
 
 def script(options: type, action: Callable[[Any], int | None], description: str) -> NoReturn:

@@ -2,7 +2,9 @@
 
 
 class ProxynormError(Exception):
-    """Base of the errors that end a command with one line and exit status 2."""
+    """Base of the errors that end a command with one line and exit status 2, or 1 for a fault."""
+
+    status = 2
 
 
 class ConfigError(ProxynormError):

@@ -7,7 +7,6 @@ import fcntl
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,13 +36,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    """Return the permissions that new files of this process lack."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 def write_atomic(
     path: Path, write: Callable[[BinaryIO], object], before_rename: Callable[[], None] | None = None
 ) -> None:
@@ -51,19 +43,18 @@ def write_atomic(
 
     On failure `path` is untouched. Raises FileError if it cannot be written.
     """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     with writing(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
-            os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp's files are private
-            with os.fdopen(descriptor, "wb") as stream:
+            with open(temporary, "wb") as stream:
                 write(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             if before_rename:
                 before_rename()
-            os.replace(name, path)
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +14,7 @@ from torch import nn
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train.build import build_model
 from proxynorm.train.config import settings_from
-from proxynorm.train.restore import checkpoint_path, restore
-from proxynorm.train.settings import Settings
+from proxynorm.train.restore import Restored, checkpoint_path, restore
 
 HUB = "hf-hub:"  # timm's prefix
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -26,19 +24,6 @@ class Trained(nn.Module):
     """A network with a description of its inputs: the type of load's result to type checkers."""
 
     pretrained_cfg: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A loaded export.
-
-    model: in evaluation mode; inputs: classes, channels, size (pixels), and mean and std per
-    channel on the 0..1 scale; metrics: the run's summary.
-    """
-
-    model: Trained
-    inputs: dict[str, Any]
-    metrics: dict[str, Any]
 
 
 def load(path: str | Path) -> Trained:
@@ -60,18 +45,14 @@ def load(path: str | Path) -> Trained:
             raise CheckpointError(f"{path}: {' '.join(str(error).split())[:200]}") from error
     path = Path(path).expanduser()
     if path.suffix == ".safetensors" or (path / CONFIG).is_file():
-        return load_export(path).model
+        return _described(load_export(path))
     if not path.exists():
         raise CheckpointError(f"{path}: no such run folder, export or checkpoint")
-    restored = restore(path if path.is_file() else checkpoint_path(str(path), None))
-    return _described(restored.model, restored.settings, restored.content["inputs"])
+    return _described(restore(path if path.is_file() else checkpoint_path(str(path), None)))
 
 
-def load_export(path: str | Path) -> Exported:
-    """Load an export folder, or its .safetensors file, with its description.
-
-    Raises CheckpointError.
-    """
+def load_export(path: str | Path) -> Restored:
+    """Load an export folder, or its .safetensors file. Raises CheckpointError."""
     path = Path(path).expanduser()
     weights = path if path.suffix == ".safetensors" else path / WEIGHTS
     config = weights.with_name(CONFIG)
@@ -82,7 +63,7 @@ def load_export(path: str | Path) -> Exported:
         content = json.loads(config.read_text())
         settings, inputs = settings_from(OmegaConf.create(content["config"])), content["inputs"]
         model = build_model(settings, len(inputs["classes"]), inputs["channels"])
-        metrics = content["metrics"]
+        content["metrics"]
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{config} is not a proxynorm export's ({error})") from error
     try:
@@ -90,17 +71,17 @@ def load_export(path: str | Path) -> Exported:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{weights} is damaged or of another network: {reason}") from error
-    return Exported(_described(model.eval(), settings, inputs), inputs, metrics)
+    return Restored(settings, model.eval(), content)
 
 
-def _described(model: nn.Module, settings: Settings, inputs: dict[str, Any]) -> Trained:
+def _described(restored: Restored) -> Trained:
     """Attach timm's description of the inputs, so that timm's create_transform serves the model."""
-    data, channels = settings.data, inputs["channels"]
+    inputs, data = restored.inputs, restored.settings.data
     size = data.eval_size or data.image_size
-    trained = cast(Trained, model)
+    trained = cast(Trained, restored.model)
     trained.pretrained_cfg = {
-        "architecture": settings.model["name"],
-        "input_size": (channels, size, size),
+        "architecture": restored.settings.model["name"],
+        "input_size": (inputs["channels"], size, size),
         "mean": tuple(inputs["mean"]),
         "std": tuple(inputs["std"]),
         "crop_pct": data.eval_ratio,

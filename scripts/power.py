@@ -1,11 +1,6 @@
 """Measure the power decomposition: `proxynorm power`, proxynorm/commands/power.py."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where it is not installed
-
-from proxynorm.commands import run
+from _checkout import run
 
 if __name__ == "__main__":
     run("power")

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxynorm import commands, doctor
+from proxynorm import commands
+from proxynorm.commands import doctor
+from proxynorm.commands.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.data import fashion_mnist
 from proxynorm.data.ffcv.beton import read_beton
 from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
-from proxynorm.doctor import MISSING, OK, WARNING, Finding
 from proxynorm.errors import ConfigError
 from proxynorm.train.build import build_model
 from proxynorm.train.config import compose_config, settings_from
@@ -53,13 +54,10 @@ def test_the_default_experiment_can_run_here(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} <= {OK, WARNING}
     assert {line.split()[1] for line in lines} == {
-        "python",
         "packages",
         "cuda",
         "ffcv",
         "data",
-        "disk",
-        "memory",
         "wandb",
         "slurm",
     }
@@ -86,7 +84,7 @@ def test_weights_to_start_from_are_looked_at(tmp_path, monkeypatch, capsys):
 def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, capsys, tmp_path):
     assert run_script(monkeypatch, "experiment=imagenet_resnet50") == 2
     out = capsys.readouterr().out
-    assert "data.root is not given; fix: data.root=DIR, made with scripts/write_ffcv.py" in out
+    assert "; fix: python scripts/write_ffcv.py source=DIR output=" in out
     assert "the experiment asks for 8 GPUs" in out
     (missing,) = look("experiment=imagenet_resnet50", f"data.root={tmp_path}")
     assert missing.status == MISSING and "train.beton: no such file" in missing.text
@@ -104,21 +102,14 @@ def test_every_line_that_is_not_ok_names_a_command(monkeypatch, capsys, small_be
         assert all("; fix: " in line for line in lines if not line.startswith(OK))
 
 
-@pytest.mark.parametrize(
-    ("cuda", "hidden", "remedy"),
-    [
-        (None, "0", "pip install --force-reinstall torch"),
-        ("13.0", "", "unset CUDA_VISIBLE_DEVICES"),
-        ("13.0", "0", "nvidia-smi"),
-    ],
-)
-def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, cuda, hidden, remedy):
+@pytest.mark.parametrize(("cuda", "built"), [(None, "CPUs"), ("13.0", "CUDA 13.0")])
+def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, cuda, built):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    (finding,) = doctor.check_cuda(settings(), None)
-    assert finding.status == WARNING and finding.remedy.startswith(remedy)
+    finding = doctor.check_cuda(settings(), None)
+    assert finding.status == WARNING and f"built for {built}, sees no GPU" in finding.text
+    assert "CUDA_VISIBLE_DEVICES" in finding.remedy and "nvidia-smi" in finding.remedy
 
 
 def test_data_that_is_not_the_experiments_is_said():
@@ -196,27 +187,13 @@ def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):
         raise ConfigError("loader.name=ffcv: FFCV is not installed; install it with: …")
 
     monkeypatch.setattr(doctor, "ffcv_library", absent)
-    (needless,), (needed,) = (
-        list(doctor.check_ffcv(settings(*keys))) for keys in ((), ("loader=ffcv",))
-    )
+    needless, needed = (doctor.check_ffcv(settings(*keys)) for keys in ((), ("loader=ffcv",)))
     assert needless.status == WARNING and "the torchvision loader serves" in needless.text
     assert (
         needed.status == MISSING
         and "FFCV is not installed" in needed.text
         and "apt-get install" in needed.remedy
     )
-
-
-def test_a_full_disk_and_a_small_memory_are_said(monkeypatch, tmp_path):
-    needed = doctor.room(tmp_path / "not" / "yet", 1e30, "checkpoints")
-    assert needed.status == MISSING and "runs_dir=" in needed.remedy
-    monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
-    (finding,) = doctor.check_memory(
-        settings("experiment=imagenet_resnet50", f"data.root={tmp_path}")
-    )
-    assert finding.status == WARNING and "does not fit" in finding.text
-    asked = settings("data=folder", f"data.root={tmp_path}", "model.width=8")
-    assert [finding.status for finding in doctor.check_disk(asked, None)] == [OK]
 
 
 def test_missing_fashion_mnist_is_a_warning_with_the_package(monkeypatch, tmp_path):

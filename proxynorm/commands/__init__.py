@@ -1,6 +1,7 @@
 """The commands of `proxynorm NAME`; train.py, eval.py and scripts/*.py start the same code.
 
-Each is a module of this package with a function `entry()`, which reads sys.argv and exits.
+Each is a module of this package with a dataclass Options and a function main(options), or with a
+function entry(), which reads sys.argv itself. Both may return an exit status.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def run(name: str) -> None:
         # In a checkout, most likely the environment is not active.
         remedy = "source .venv/bin/activate, or install proxynorm's extra [train]"
         sys.exit(_fail(f"{name} needs {error.name}, which {sys.executable} lacks: {remedy}"))
-    module.entry()
+    from proxynorm.cli import guard, script
+
+    if hasattr(module, "entry"):
+        guard(module.entry)
+    script(module.Options, module.main, module.__doc__)
 
 
 def _fail(message: str) -> int:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from proxynorm.cli import entry as table_row
-from proxynorm.cli import fail, guard, nearest, script
+from proxynorm.cli import nearest, script
 from proxynorm.errors import ConfigError
 
 # The checkout, if this is one: benchmarks/ is outside of the installed package.
@@ -36,22 +35,19 @@ def entry() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         rows = "".join(table_row(key, text, 11) for key, text in BENCHMARKS.items())
-        guard(lambda: print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}", end=""))
+        print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}", end="")
+        return
     if name not in BENCHMARKS:
-        fail(ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}"))
+        raise ConfigError(f"no benchmark '{name}'; {nearest(name, BENCHMARKS)}")
     del sys.argv[1]
     if not (ROOT / "benchmarks").is_dir():
-        fail(ConfigError("benchmarks are in the repository: git clone it and run there"))
+        raise ConfigError("benchmarks are in the repository: git clone it and run there")
     sys.path.insert(0, str(ROOT))
     module = import_module(f"benchmarks.{name}")
-    script(module.Options, lambda options: run(module, options), module.__doc__)
 
-
-def run(module: ModuleType, options: Any) -> int | None:
-    """Run a benchmark. Makes the folder of its file first, so that no measurement is lost."""
-    if options.json:
-        try:
+    def run(options: Any) -> int | None:
+        if options.json:  # made first, so that no measurement is lost
             Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"json={options.json}: {error.strerror}") from None
-    return module.main(options)
+        return module.main(options)
+
+    script(module.Options, run, module.__doc__)

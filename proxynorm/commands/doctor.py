@@ -10,22 +10,249 @@ something is missing without which the run cannot start, else 0.
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import platform
 import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
 
-from proxynorm.cli import as_installed, guard
-from proxynorm.errors import ConfigError
+import numpy as np
+import torch
+from packaging.requirements import Requirement
+
+from proxynorm.cli import as_installed
+from proxynorm.data import Data, DataSpec, LoaderSpec, fashion_mnist, open_data
+from proxynorm.data.ffcv.native import INSTALL, ffcv_library
+from proxynorm.data.loaders import Split
+from proxynorm.data.randomness import permutation
+from proxynorm.errors import ConfigError, ProxynormError
+from proxynorm.train.build import build_model
 from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
+from proxynorm.train.finetune import PUBLISHED, carry, read_weights, source_of
+from proxynorm.train.settings import Settings, folder_of
+from proxynorm.train.tracker import choose_mode
+
+OK, WARNING, MISSING = "ok", "warning", "missing"
+SAMPLED_IMAGES = 256
+IMAGENET = {"classes": 1000, "training images": 1_281_167, "evaluation images": 50_000}
+REMEDIES = {  # for data that cannot be opened
+    "fashion_mnist": f"data.root=null and {fashion_mnist.PACKAGE}",
+    "beton": "python scripts/write_ffcv.py source=DIR output=ROOT/PART.beton overwrite=true, and "
+    "data.root=ROOT",
+}
+LEFT_OUT = 0.02  # the share of ImageNet that may be missing, as damaged images are
 
 
-def hardware_of(experiment: str) -> str | None:
+@dataclass(frozen=True)
+class Finding:
+    """status: OK, WARNING or MISSING (the experiment cannot run); remedy: a command."""
+
+    status: str
+    subject: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = f"; fix: {self.remedy}" if self.remedy else ""
+        return f"{self.status:<8} {self.subject:<9} {self.text}{remedy}"
+
+
+def examine(settings: Settings, experiment: str | None = None) -> Iterator[Finding]:
+    """Find what is there and what is missing.
+
+    The data set is opened once, by the functions that training uses.
+    """
+    yield check_packages()
+    yield check_cuda(settings, hardware_of(experiment))
+    yield check_ffcv(settings)
+    try:
+        data = open_for_a_look(settings.data)
+        yield from check_data(data, settings.data.on_bad)
+        if data is not None:
+            found = len(data.info.classes), data.info.train_count, data.info.eval_count
+            yield from check_amount(settings, experiment, found)
+            yield from check_weights(settings, data)
+    except ProxynormError as error:
+        remedy = REMEDIES.get(settings.data.name, "data.root=DIR")
+        yield Finding(MISSING, "data", str(error), remedy)
+    yield check_wandb(settings)
+    yield check_slurm()
+
+
+def hardware_of(experiment: str | None) -> str | None:
     """The hardware that the head of one of our experiments' files asks for."""
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
     found = re.search(r"^# hardware: (.*)", path.read_text(), re.M) if path.is_file() else None
     return found and found[1]
 
 
-def main() -> int:
+def check_packages() -> Finding:
+    """The interpreter and the packages that training requires."""
+    python = f"python {platform.python_version()} on {platform.platform()}"
+    install = "install proxynorm's extra [train]; in a checkout: pip install -e '.[train]'"
+    try:
+        lines = metadata.requires("proxynorm") or []
+    except metadata.PackageNotFoundError:
+        text = f"{python}; proxynorm runs from a folder, not installed"
+        return Finding(WARNING, "packages", text, install)
+    found, bad = [python], []
+    for item in map(Requirement, lines):
+        if item.marker is not None and not item.marker.evaluate({"extra": "train"}):
+            continue
+        version = next((d.version for d in metadata.distributions(name=item.name)), None)
+        if version is not None and item.specifier.contains(version, prereleases=True):
+            found.append(f"{item.name} {version}")
+        else:
+            bad.append(f"{item.name}{item.specifier} (found: {version})")
+    if bad:
+        return Finding(MISSING, "packages", ", ".join(bad), install)
+    return Finding(OK, "packages", ", ".join(found))
+
+
+def check_cuda(settings: Settings, hardware: str | None) -> Finding:
+    """The GPUs, beside what the experiment's head asks for."""
+    asked = f"; the experiment asks for {hardware}" if hardware else ""
+    if torch.cuda.is_available():
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        names = ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.0f} GB" for gpu in found)
+        return Finding(OK, "cuda", f"{torch.version.cuda}: {names}{asked}")
+    needed = settings.device.startswith("cuda")
+    if shutil.which("nvidia-smi"):
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
+        text = f"this torch, built for {built}, sees no GPU"
+        remedy = "unset CUDA_VISIBLE_DEVICES, or install the torch that pytorch.org names for "
+        remedy += "your driver, which nvidia-smi tells"
+    else:
+        text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
+        cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs" if hardware else ""
+        remedy = "device=auto" if needed else cluster
+    status = MISSING if needed else WARNING if remedy else OK
+    return Finding(status, "cuda", text + asked, remedy)
+
+
+def check_ffcv(settings: Settings) -> Finding:
+    """FFCV's library."""
+    needed = settings.data.name == "beton" or settings.loader.name == "ffcv"
+    try:
+        ffcv_library()
+        return Finding(OK, "ffcv", metadata.version("ffcv"))
+    except ConfigError as error:
+        reason = str(error).partition(": ")[2].partition(";")[0]
+        text = reason if needed else f"{reason}; the torchvision loader serves"
+        return Finding(MISSING if needed else WARNING, "ffcv", text, INSTALL.partition(": ")[2])
+
+
+def open_for_a_look(spec: DataSpec) -> Data | None:
+    """Open the data set as training does; None if the first run will download it.
+
+    A folder is only listed, not converted for FFCV, and a damaged image does not end the look.
+    """
+    installed = spec.root is not None or fashion_mnist.DEBIAN_FOLDER.is_dir()
+    if spec.name == "fashion_mnist" and not installed:
+        return None
+    loader = LoaderSpec("ffcv", 1) if spec.name == "beton" else LoaderSpec("torchvision", 0)
+    return open_data(dataclasses.replace(spec, on_bad="skip"), loader)
+
+
+def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:
+    """Decode a sample of the images as training does, and say what was found.
+
+    on_bad: the run's, as the look itself leaves damaged images out.
+    """
+    if data is None:
+        text = "Fashion-MNIST is not installed; the first run downloads it"
+        yield Finding(WARNING, "data", text, fashion_mnist.PACKAGE)
+        return
+    for line in data.warnings:
+        remedy = "mend the folder, write the .beton files again, or change the key"
+        yield Finding(WARNING, "data", line, remedy)
+    for split in (data.train, data.evaluation):
+        order = permutation(0, 0, len(split.rows))[:SAMPLED_IMAGES]
+        sample = Split(split.reader, np.sort(split.rows[order]))
+        before = len(data.failures)
+        for _ in dataclasses.replace(data, evaluation=sample).eval_loader(64):
+            pass
+        text = f"{split.reader.source}: {len(split.rows)} images, {len(order)} of them looked at"
+        bad = list(data.failures.items())[before:]
+        if not bad:
+            yield Finding(OK, "data", text)
+            continue
+        text += f", {len(bad)} damaged ({': '.join(bad[0])})"
+        if on_bad == "skip" and len(bad) < len(order):
+            yield Finding(WARNING, "data", text, "repair them, or train without them")
+        else:
+            skip = "" if on_bad == "skip" else "data.on_bad=skip, or "
+            yield Finding(MISSING, "data", text, f"{skip}repair or remove them")
+
+
+def check_amount(
+    settings: Settings, experiment: str | None, found: tuple[int, int, int]
+) -> Iterator[Finding]:
+    """Enough data for one batch, and ImageNet for ImageNet's recipes; found: as in IMAGENET."""
+    spec = settings.data
+    if settings.batch > found[1]:
+        text = f"batch={settings.batch} exceeds the {found[1]} training images"
+        yield Finding(MISSING, "data", text, f"batch={found[1]}")
+    if not (experiment or "").startswith("imagenet_") or spec.limit or spec.holdout:
+        return
+    sizes = zip(found, IMAGENET.items())
+    off = [f"{n:,} {what} instead of {m:,}" for n, (what, m) in sizes if abs(n - m) > LEFT_OUT * m]
+    if off:
+        text = f"experiment={experiment} is ImageNet's recipe, and this is not ImageNet"
+        own = f"python train.py data={spec.name} model={settings.model['name']}"
+        remedy = f"data.root=DIR of ImageNet, or your own recipe: {own}"
+        yield Finding(WARNING, "data", f"{text}: {', '.join(off)}", remedy)
+
+
+def check_weights(settings: Settings, data: Data) -> Iterator[Finding]:
+    """That a new run can start from a file or run; another one has all in its checkpoints."""
+    source = source_of(settings)
+    if source in (None, PUBLISHED):
+        return
+    classes, channels = data.info.classes, data.info.channels
+    try:
+        if (folder_of(settings) / "checkpoints").is_dir():
+            return
+        weights = read_weights(source, settings, len(classes), channels)
+        model = build_model(settings, len(classes), channels)
+        notes = carry(model, weights, settings, list(classes))["notes"]
+        yield Finding(OK, "weights", "; ".join(notes))
+    except ProxynormError as error:
+        yield Finding(MISSING, "weights", str(error))
+
+
+def check_wandb(settings: Settings) -> Finding:
+    """Where W&B logs to."""
+    mode = choose_mode(settings.logger.mode)
+    if mode == "offline":
+        text = "no key: runs are logged offline, into their folders"
+        return Finding(WARNING, "wandb", text, "wandb login (or logger=none)")
+    return Finding(OK, "wandb", "off for this experiment" if mode == "disabled" else mode)
+
+
+def check_slurm() -> Finding:
+    """SLURM's commands, and its controller's answer."""
+    if not shutil.which("sbatch"):
+        text = "sbatch is not here, so slurm/*.sbatch cannot be submitted"
+        local = "torchrun --standalone --nproc-per-node=8 train.py …"
+        return Finding(WARNING, "slurm", text, f"ssh LOGIN-NODE; without SLURM: {local}")
+    command = ["sinfo", "--noheader", "--format=%P %D %G"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
+        text = f"installed, but its controller does not answer: {reason}"
+        return Finding(WARNING, "slurm", text, "systemctl start slurmctld slurmd")
+    text = "; ".join(done.stdout.splitlines()) or "none"
+    return Finding(OK, "slurm", f"partition, nodes, GPUs: {text}")
+
+
+def entry() -> int:
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(as_installed(__doc__.strip()))
@@ -37,16 +264,9 @@ def main() -> int:
             raise
         # The rest can be checked all the same; the missing folder becomes a finding.
         settings = settings_from(compose_config([*arguments, "data.root=null"]))
-    from proxynorm.doctor import MISSING, examine
-
     named = [item.value() for item in parse(arguments) if item.key_or_group == "experiment"]
-    experiment = named[-1] if named else None
     missing = False
-    for finding in examine(settings, experiment and hardware_of(experiment), experiment):
+    for finding in examine(settings, named[-1] if named else None):
         print(as_installed(str(finding)), flush=True)
         missing |= finding.status == MISSING
     return 2 if missing else 0
-
-
-def entry() -> None:
-    guard(main)

@@ -8,61 +8,45 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
-from proxynorm.cli import option, script
+import torch
+
+from proxynorm.analysis.confusion import Counted, write_confusion
+from proxynorm.cli import option
 from proxynorm.files import finite
+from proxynorm.train.build import choose_dtype, choose_memory_format
+from proxynorm.train.distributed import processes
+from proxynorm.train.evaluate import evaluate
+from proxynorm.train.restore import (
+    RunOptions,
+    checkpoint_path,
+    open_evaluation_data,
+    other_images,
+    restore,
+)
 
 
 @dataclass
-class Options:
-    run: str | None = option(None, "run folder")
-    checkpoint: str | None = option(None, "or a checkpoint file inside a run folder")
-    weights: str = option("last", "with run=: last or best")
+class Options(RunOptions):
     root: str | None = option(None, "folder or .beton file of the images; default: as in training")
     classes: str = option(
         "all", "of root's folders: all; subset: logits of these alone; index: they are numbers"
     )
-    size: int | None = option(None, "side of the images in pixels; default: as in training")
-    ratio: float | None = option(None, "the crop's share of the shorter side; default: as trained")
     output: str | None = option(None, "folder for per_class.csv, confusion.csv and confusion.png")
-    batch: int = option(0, "images per process and forward; 0: as in training")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N")
-    precision: str | None = option(None, "fp32, bf16, fp16, auto; default: as in training")
     on_bad: str | None = option(None, "damaged images: raise, skip; default: as in training")
     cache: str | None = option(None, "folder of files made on the fly; default: as in training")
     loader: str | None = option(None, "ffcv, torchvision, auto; default: as in training")
-    workers: int | None = option(None, "loader workers")
 
 
 def main(options: Options) -> int:
-    import torch
-
-    from proxynorm.analysis.confusion import Counted, write_confusion
-    from proxynorm.train.build import choose_dtype, choose_memory_format
-    from proxynorm.train.distributed import processes
-    from proxynorm.train.evaluate import evaluate
-    from proxynorm.train.restore import (
-        Source,
-        checkpoint_path,
-        open_evaluation_data,
-        other_images,
-        restore,
-    )
-    from proxynorm.train.settings import check
-
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
     with processes(options.device) as process:
-        restored = restore(path)
-        trained = restored.settings
-        settings = replace(
-            trained,
-            precision=options.precision or trained.precision,
-            eval_batch=options.batch or trained.eval_batch,
+        restored = restore(path).given(
+            options, options.loader, on_bad=options.on_bad, cache=options.cache
         )
-        check(settings)
-        source = Source(**{key: getattr(options, key) for key in Source.__dataclass_fields__})
-        data, columns = open_evaluation_data(restored, source)
+        settings = restored.settings
+        data, columns = open_evaluation_data(restored, options.root, options.classes)
         notes = () if options.root else other_images(restored, data)
         for line in (*data.warnings, *notes) if process.is_main else ():
             print(f"warning: {line}", file=sys.stderr)
@@ -88,7 +72,3 @@ def main(options: Options) -> int:
                 write_confusion(options.output, data.info.classes, matrix.cpu().numpy())
             print(json.dumps(finite(asdict(result))))
     return 0
-
-
-def entry() -> None:
-    script(Options, main, __doc__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proxynorm.cli import option, script
+from proxynorm.cli import option
 
 
 @dataclass
@@ -32,7 +32,3 @@ def main(options: Options) -> None:
         from proxynorm.hub import push
 
         print(push(output, options.push, options.private))
-
-
-def entry() -> None:
-    script(Options, main, __doc__)

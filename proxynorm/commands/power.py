@@ -12,7 +12,7 @@ too. The powers of a table's networks are in its report: scripts/reproduce.py re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from proxynorm.analysis.power_monitor import from_metrics, mean_rows, measure, w
 from proxynorm.analysis.power_plots import p1_figure, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.analysis.style import norm_label, save_figure
-from proxynorm.cli import nearest, option, script
+from proxynorm.cli import nearest, option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NORMS
@@ -53,26 +53,18 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raise ConfigError for an option of the other kind, or a value that cannot be measured."""
-    other, here = ("random nets", "with run=") if options.run else ("run=", "of random nets")
-    for item in fields(options):  # the help text of an option of one kind begins with it
-        given = getattr(options, item.name) != getattr(Options(), item.name)
-        if given and item.metadata["help"].startswith(f"{other}: "):
-            raise ConfigError(f"{item.name}= says nothing {here}: leave it out")
+    """Raise ConfigError for a value that cannot be measured."""
     least = dict.fromkeys(("images", "batch", "width", "depth", "size", "nets"), 1)
     for name, bound in {**least, "beta_std": 0, "gamma_std": 0}.items():
         if not bound <= getattr(options, name) < math.inf:
             words = f"must be at least {bound} and finite"
             raise ConfigError(f"{name}={getattr(options, name)}: {words}")
-    if not options.norms:
-        raise ConfigError("norms=[]: name at least one")
     if options.groups is not None and (options.groups < 1 or options.width % options.groups):
         raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
     known = set(NORMS) - {"none"}
-    for norm in options.norms:
+    for norm in options.norms or [""]:
         if norm not in known:
-            named = f"norms=[{','.join(options.norms)}]: no norm '{norm}' to measure behind"
-            raise ConfigError(f"{named}; {nearest(norm, known)}")
+            raise ConfigError(f"norms: no norm '{norm}' to measure behind; {nearest(norm, known)}")
 
 
 def decompose_random_nets(options: Options, device: torch.device) -> dict[str, list]:
@@ -144,7 +136,3 @@ def main(options: Options) -> None:
     except ValueError as error:  # a network without norms, or channels that groups do not divide
         raise ConfigError(str(error)) from error
     print(folder / "power.png")
-
-
-def entry() -> None:
-    script(Options, main, __doc__)

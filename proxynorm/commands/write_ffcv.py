@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxynorm.cli import option, script
+from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +67,14 @@ def main(options: Options) -> int:
     workers = options.workers or share_of_cores()
     content = f"{len(listing.images)} images, {len(listing.classes)} classes"
     print(f"{content}, {workers} workers -> {output}", flush=True)
-    _report(_write(listing, output, storage, options.on_bad, workers))
+    samples = _write(listing, output, storage, options.on_bad, workers)
+    for note in samples.empty_classes(samples.path):
+        print(f"warning: {note}", file=sys.stderr)
+    skipped = samples.manifest["skipped"]
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}")
+    count = f"{len(samples)} images written and verified, {len(skipped)} skipped"
+    print(f"{count}: {samples.path}")
     return 0
 
 
@@ -90,17 +97,3 @@ def _write(listing: Listing, output: Path, *how: object) -> Samples:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("checking and writing", total=len(listing.images))
         return prepare(listing, output, *how, lambda images: bar.update(task, completed=images))
-
-
-def _report(samples: Samples) -> None:
-    for note in samples.empty_classes(samples.path):
-        print(f"warning: {note}", file=sys.stderr)
-    skipped = samples.manifest["skipped"]
-    for name, reason in skipped.items():
-        print(f"skipped {name}: {reason}")
-    count = len(samples)
-    print(f"{count} images written and verified, {len(skipped)} skipped: {samples.path}")
-
-
-def entry() -> None:
-    script(Options, main, __doc__)

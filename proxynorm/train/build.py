@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from proxynorm.cli import first_line
 from proxynorm.data import DataInfo
-from proxynorm.data.mixing import Mixing
 from proxynorm.models import create_model
 from proxynorm.nn import inductor_options, norm_spec, recompute
 from proxynorm.train.finetune import LOADING
-from proxynorm.train.settings import RegularizationSettings, Settings
+from proxynorm.train.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,19 +22,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def build_model(settings: Settings, num_classes: int, channels: int) -> nn.Module:
     """Create the configured network, with random weights. Raises ConfigError."""
     arguments = {key: value for key, value in settings.model.items() if key not in LOADING}
-    name, norm, eps = arguments.pop("name"), settings.norm, settings.norm.eps
-    if eps is None and settings.model.get("pretrained") and "efficientnet" in name:
-        eps = 1e-5  # timm's, not the paper's: runs of version 0.1 do not record it
+    name, norm = arguments.pop("name"), asdict(settings.norm)
+    if norm["eps"] is None and settings.model.get("pretrained") and "efficientnet" in name:
+        norm["eps"] = 1e-5  # timm's, not the paper's: runs of version 0.1 do not record it
     return create_model(
         name,
-        norm=norm.name,
+        norm=norm.pop("name"),
         num_classes=num_classes,
         in_chans=channels,
-        groups=norm.groups,
-        eps=eps,
-        proxy_eps=norm.proxy_eps,
-        moments=norm.moments,
-        nodes=norm.nodes,
+        **norm,
         norm_batch=settings.norm_batch,
         drop_rate=settings.regularization.dropout,
         drop_path_rate=settings.regularization.stochastic_depth,
@@ -46,21 +42,6 @@ def seeded_model(settings: Settings, info: DataInfo) -> nn.Module:
     """Create the network with weights drawn from the run's seed."""
     torch.manual_seed(settings.seed)
     return build_model(settings, len(info.classes), info.channels)
-
-
-def create_mixing(given: RegularizationSettings, classes: int) -> Mixing | None:
-    """Create mixup and CutMix, if configured."""
-    if not given.mixes:
-        return None
-    return Mixing(
-        given.mixup,
-        given.cutmix,
-        given.mix_probability,
-        given.switch_probability,
-        given.label_smoothing,
-        classes,
-        given.cutmix_lambda,
-    )
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.main import get_args_parser
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from proxynorm.cli import first_line, nearest, split_list
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import Settings, check
-from proxynorm.train.words import BESIDES, SEARCH, dashed_advice, keep_text, key_advice, search_path
+from proxynorm.train.words import BESIDES, SEARCH, keep_text, key_advice, search_path
 
 # A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -55,12 +55,7 @@ def settings_from(config: DictConfig) -> Settings:
         advice = key_advice(key, flat_keys(typed), groups())
         raise ConfigError(f"no key '{key}'; {advice}") from error
     except OmegaConfBaseException as error:
-        key, words = error.full_key, first_line(error)
-        if "is not a ListConfig" in words:
-            words = f"must be a list, as {key}=[{OmegaConf.select(config, key)}]"
-        elif "Dict[" in words:
-            words = f"must be a mapping, as {key}={{{OmegaConf.select(config, key)}}}"
-        raise ConfigError(f"{key}: {words}") from error
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     # Two regularizers act on images: the data pipeline applies them.
     given = settings.regularization
     data = dataclasses.replace(
@@ -77,17 +72,19 @@ def compose_config(overrides: Iterable[str]) -> DictConfig:
     parsed = parse(overrides)
     options, others, values = groups(search_folders(parsed)), [], []
     for override in parsed:
-        if group_of(override) in options:
+        if is_group := group_of(override) in options:
             check_choice(override, options)
-        (values if sets_value(override, options) else others).append(override)
+        is_plain = override.type == OverrideType.CHANGE and not override.package
+        is_key = is_plain and not is_group and not is_hydras(override.key_or_group)
+        (values if is_key else others).append(override)
     # Composing takes 0.2 s, and a table has hundreds of cells: compose each combination of group
     # choices once, and set the values in a copy, as Hydra does.
     config = copy.deepcopy(_compose(*(item.input_line for item in others)))
     known = flat_keys(config) if values else []
     for override in values:
-        key, text = override.key_or_group, override.input_line.partition("=")[2]
+        key = override.key_or_group
         if key not in known:
-            raise ConfigError(f"no key '{key}'; {key_advice(key, known, options, text)}")
+            raise ConfigError(f"no key '{key}'; {key_advice(key, known, options)}")
         try:
             OmegaConf.update(config, key, override.value(), merge=True)
         except OmegaConfBaseException as error:
@@ -125,7 +122,7 @@ def parse(arguments: Iterable[str], sweep: bool = False) -> list[Override]:
             override = parser.parse_override(word)
         except HydraException as error:
             if "=" not in word or word.startswith("-"):
-                raise ConfigError(f"'{word}': {advice_on_dashes(arguments)}") from error
+                raise ConfigError(f"'{word}': {dashed_advice(arguments)}") from error
             raise ConfigError(f"{word}: the value cannot be read; put it in quotes") from error
         if override.is_sweep_override() and not sweep:
             raise ConfigError(f"{word}: several values need -m, as in: python train.py -m {word}")
@@ -133,22 +130,21 @@ def parse(arguments: Iterable[str], sweep: bool = False) -> list[Override]:
     return parsed
 
 
-def advice_on_dashes(arguments: Sequence[str]) -> str:
-    """Return what to write instead of options with dashes."""
-    return dashed_advice(arguments, flat_keys(compose_config([])), groups())
+def dashed_advice(arguments: Sequence[str]) -> str:
+    """Return what to write instead of an option with dashes: norm=… for --norm ln_pn."""
+    for argument in arguments:
+        if argument.startswith("-") and argument not in ("-m", "--multirun"):
+            word = argument.partition("=")[0].strip("-")
+            advice = key_advice(word, flat_keys(compose_config([])), groups())
+            if advice.startswith("write "):
+                return advice
+    return "arguments have the form key=value"
 
 
 def search_folders(parsed: Iterable[Override]) -> tuple[str, ...]:
     """Return the folders, besides configs/, in which the overrides let Hydra look for options."""
     lists = (override.value() for override in parsed if override.key_or_group == SEARCH)
     return tuple(str(item).removeprefix("file://") for items in lists for item in items)
-
-
-def sets_value(override: Override, options: Mapping[str, list[str]]) -> bool:
-    """Return whether the override sets a key: nothing is chosen, added, deleted or Hydra's own."""
-    added = override.is_add() or override.is_force_add() or override.is_delete()
-    key = override.key_or_group
-    return not (added or override.package or group_of(override) in options or is_hydras(key))
 
 
 @cache
@@ -218,7 +214,7 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     """
 
     def refuse(message: str) -> NoReturn:  # argparse would print a page of usage
-        advice = f"{advice_on_dashes(arguments)}; the options are --help, -m (sweep)"
+        advice = f"{dashed_advice(arguments)}; the options are --help, -m (sweep)"
         raise ConfigError(f"{message}; {advice}, --config-dir=DIR and --cfg job (print)")
 
     parser = get_args_parser()

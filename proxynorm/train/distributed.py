@@ -30,6 +30,8 @@ LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's 
 class PeerError(ProxynormError):
     """Another process of the run failed."""
 
+    status = 1
+
 
 @dataclass(frozen=True)
 class Process:

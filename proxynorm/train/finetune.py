@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -125,7 +125,7 @@ def carry(
 ) -> dict[str, Any]:
     """Copy into `model` what fits; return the record of it for checkpoints.
 
-    The record: weights (their name), eps (the norms', if it came with them), notes (lines on what
+    The record: weights (their name), eps (the norms', if it came with them), notes (a line on what
     was carried and what was not). Raises ConfigError if more than classifier and norms differ.
     """
     target, head = model.state_dict(), classifier_names(model)
@@ -149,26 +149,21 @@ def carry(
             f"(first: {differing[0]}); only the classifier and the norms may"
         )
     model.load_state_dict({**target, **carried})
-    anew, unused = target.keys() - carried, given.keys() - set(map(plain_name, carried))
-    if without_place := sorted(key for key in unused if not under(key, norms | head)):
-        count = len(without_place)
-        notes.append(f"{count} tensors of the file have no place here (first: {without_place[0]})")
     kept = any(under(key, head) for key in carried)
     notes.append("classifier kept" if kept else f"new classifier for {len(classes)} classes")
-    lines = [f"started from {name}: {len(carried)} of {len(target)} tensors; {'; '.join(notes)}"]
-    changes = (("starts anew", kinds(anew, norms)), ("left out", kinds(unused, norms)))
-    words = "; ".join(f"{what}: {found}" for what, found in changes if found)
-    if words or weights.norm not in (None, norm.name):
-        words = words or "all its tensors kept"
-        lines.append(f"norm {weights.norm or 'of the file'} → {norm.name}: {words}")
-    start = {"weights": name, "notes": lines, "eps": weights.eps if norm.eps is None else None}
+    if weights.norm not in (None, norm.name):
+        notes.append(f"norm {weights.norm} → {norm.name}")
+    anew, unused = target.keys() - carried, given.keys() - set(map(plain_name, carried))
+    for what, keys in (("new", anew), ("left out", unused)):
+        kinds = [key.rpartition(".")[2] for key in sorted(keys) if not under(key, head)]
+        if kinds:
+            names = ", ".join(sorted(set(kinds)))
+            notes.append(f"{what}: {len(kinds)} tensors ({names})")
+    line = f"started from {name}: {len(carried)} of {len(target)} tensors; {'; '.join(notes)}"
+    eps = weights.eps if norm.eps is None else None
+    start = {"weights": name, "notes": [line], "eps": eps}
     restore_eps(model, start)
     return start
-
-
-def kinds(keys: Iterable[str], norms: set[str]) -> str:
-    """Return the last parts of the norms' keys, such as proxy_bias, once each."""
-    return ", ".join(sorted({key.rpartition(".")[2] for key in keys if under(key, norms)}))
 
 
 def restore_eps(model: nn.Module, start: dict[str, Any] | None) -> None:

@@ -82,37 +82,27 @@ def title(path: Path) -> str:
     return next((line[2:] for line in lines if line.startswith("# ") and "@" not in line), "")
 
 
-def experiments(names: Sequence[str]) -> list[str]:
-    """Return a line for each family of experiments."""
-    families: dict[str, list[str]] = {}
+def experiments(names: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each family of experiments, with what its first member is."""
+    families: dict[str, str] = {}
     for name, family in zip(names, fold(names), strict=True):
-        families.setdefault(family, []).append(title(CONFIGS / "experiment" / f"{name}.yaml"))
-    width = max(map(len, families))
-    short = {name: common(titles).partition(":")[0] for name, titles in families.items()}
-    return [f"  {name:<{width}}  {text}\n" for name, text in short.items()]
+        families.setdefault(family, title(CONFIGS / "experiment" / f"{name}.yaml"))
+    column = max(map(len, families)) + 4
+    for family, text in families.items():
+        several = ", …" if "{" in family else ""
+        yield entry(family, text.partition(":")[0] + several, column)
 
 
 def fold(names: Sequence[str]) -> list[str]:
-    """Return each name as its family: three or more that differ in one number are b{0..5}."""
-    families: dict[tuple[str, str], list[int]] = {}
+    """Return each name as its family: three or more that differ in one number are b{0,1,2}."""
+    families: dict[tuple[str, str], list[str]] = {}
     for name in names:
         for match in re.finditer(r"\d+", name):
             ends = name[: match.start()], name[match.end() :]
-            families.setdefault(ends, []).append(int(match[0]))
+            families.setdefault(ends, []).append(match[0])
     folded = {name: name for name in names}
-    for (before, after), found in families.items():
-        if len(found) > 2:
-            numbers = sorted(found)
-            dense = numbers[-1] - numbers[0] == len(numbers) - 1
-            inner = f"{numbers[0]}..{numbers[-1]}" if dense else ",".join(map(str, numbers))
+    for (before, after), numbers in families.items():
+        if len(numbers) > 2:
+            inner = ",".join(sorted(numbers, key=int))
             folded |= {f"{before}{n}{after}": f"{before}{{{inner}}}{after}" for n in numbers}
     return list(folded.values())
-
-
-def common(titles: Sequence[str]) -> str:
-    """Return the first title, with the range of the words in which the others differ."""
-    words = []
-    for column in zip(*(title.split() for title in titles), strict=False):
-        rest = column[-1].removeprefix(re.match(r"\D*", column[0])[0])
-        words.append(column[0] if len(set(column)) == 1 else f"{column[0].rstrip(',')}…{rest}")
-    return " ".join(words)

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from proxynorm.analysis.power_monitor import collapse_warning, measure, to_metrics
 from proxynorm.data import Batch, Data
 from proxynorm.data.loaders import on_device
+from proxynorm.data.mixing import Mixing
 from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate
@@ -65,7 +66,18 @@ class Trainer:
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
-        self.mixing = build.create_mixing(settings.regularization, len(data.info.classes))
+        given = settings.regularization
+        self.mixing = None
+        if given.mixes:
+            self.mixing = Mixing(
+                given.mixup,
+                given.cutmix,
+                given.mix_probability,
+                given.switch_probability,
+                given.label_smoothing,
+                len(data.info.classes),
+                given.cutmix_lambda,
+            )
         self.state = self.fresh_state()
         self.display = Display(self.last_step, settings.epochs, visible=process.is_main)
         self.tracker: Tracker | None = None  # of the first process, from `fit` on

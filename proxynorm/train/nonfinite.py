@@ -15,6 +15,8 @@ SHOWN = 5
 class NonFiniteError(ProxynormError):
     """Training ended before a non-finite update touched the weights; every process raises it."""
 
+    status = 1
+
 
 def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.dtype) -> list[str]:
     """Return the first layers whose output is not finite, in forward order, or "the input images".
@@ -59,16 +61,11 @@ def describe(
     step: its number; skipped: updates that were skipped before; layers: the affected ones of every
     process, by rank.
     """
-    ranks: dict[str, list[str]] = {}
-    for rank, names in enumerate(layers):
-        if names:
-            ranks.setdefault(", ".join(names), []).append(str(rank))
-    several = len(layers) > 1
-    places = [
-        f"first in {names}" + (f" of process {', '.join(found)}" if several else "")
-        for names, found in ranks.items()
-    ]
-    where = "; ".join(places) or "in the loss or the backward pass: every activation is finite"
+    where = "in the loss or the backward pass: every activation is finite"
+    if found := {rank: names for rank, names in enumerate(layers) if names}:
+        names = ", ".join(dict.fromkeys(name for names in found.values() for name in names))
+        ranks = f" of process {', '.join(map(str, found))}" if len(layers) > 1 else ""
+        where = f"first in {names}{ranks}"
     limit = f"; {skipped} updates were skipped before, which is the limit" if skipped else ""
     return (
         f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {learning_rate:g}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from inspect import signature
 from typing import Any
 
@@ -63,19 +64,15 @@ def load_optimizer(optimizer: Optimizer, content: dict[str, Any]) -> None:
 
 def create_schedule(optimizer: Optimizer, settings: Settings, steps_per_epoch: int) -> Scheduler:
     """Create the schedule, a function of the number of updates alone: set it by `step_update`."""
-    schedule = settings.schedule
+    given = asdict(settings.schedule)
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=schedule.name,
+        sched=given.pop("name"),
         num_epochs=settings.epochs,
-        warmup_epochs=schedule.warmup_epochs,
-        warmup_lr=schedule.warmup_lr,
-        min_lr=schedule.min_lr,
-        decay_rate=schedule.decay_rate,
-        decay_epochs=schedule.decay_epochs,
-        decay_milestones=schedule.milestones or [],
+        decay_milestones=given.pop("milestones") or [],
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
+        **given,
     )
     return scheduler
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 PLAIN_SECONDS = 10.0
 COLUMNS = ("epoch", "step", "train loss", "loss", "top-1", "top-5", "images/s", "seconds")
 ROW = "{:>9} {:>9} {:>10} {:>8} {:>7} {:>7} {:>9} {:>8}"
 FIGURES = {  # the most wanted first: a narrow terminal shows the first ones
+    "epoch": "epoch {epoch:.2f}",
     "loss": "loss {loss:.4f}",
     "eta_seconds": "ETA {eta}",
     "images_per_second": "{images_per_second:.0f} images/s",
@@ -36,17 +39,24 @@ class Display:
         self.total_steps, self.epochs, self.visible = total_steps, epochs, visible
         self.console = Console(highlight=False, soft_wrap=True)
         self.last_line = time.monotonic()
-        self.status = self.console.status("starting")
+        self.moving = Progress(
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
+            console=self.console,
+            transient=True,
+            disable=not (visible and self.console.is_terminal),
+            expand=True,
+        )
+        self.task = self.moving.add_task("starting", total=total_steps)
         self.training: dict[str, Any] = {}  # the last figures of training
 
     def start(self) -> None:
         """Print the table's header and start the moving line."""
         self.print(ROW.format(*COLUMNS))
-        if self.visible and self.console.is_terminal:
-            self.status.start()
+        self.moving.start()
 
     def close(self) -> None:
-        self.status.stop()
+        self.moving.stop()
 
     def print(self, text: str) -> None:
         if self.visible:
@@ -56,20 +66,11 @@ class Display:
     def update(self, row: dict[str, Any]) -> None:
         """Show a training row; without a terminal at most every ten seconds."""
         self.training |= row
-        if self.console.is_terminal:
-            self.status.update(self.line(row))
-        elif time.monotonic() - self.last_line >= PLAIN_SECONDS:
+        text = "  ".join(figures(row))
+        self.moving.update(self.task, completed=row["step"], description=text)
+        if not self.console.is_terminal and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
-            self.print(f"  step {row['step']}/{self.total_steps}  {'  '.join(figures(row))}")
-
-    def line(self, row: dict[str, Any]) -> str:
-        """Format epoch and step, and as many figures as the terminal is wide."""
-        line = f"epoch {row['epoch']:.2f}  {row['step']}/{self.total_steps}"
-        for part in figures(row):
-            if len(line) + len(part) + 4 > self.console.width:  # the spinner takes two columns
-                break
-            line += f"  {part}"
-        return line
+            self.print(f"  step {row['step']}/{self.total_steps}  {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Print an evaluation's row, with the last figures of training unless just resumed."""

@@ -1,4 +1,4 @@
-"""A trained network from its run folder alone."""
+"""A trained network from its run folder or checkpoint alone, and the images to evaluate it on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from torch import nn
 
-from proxynorm.cli import first_line
+from proxynorm.cli import first_line, option
 from proxynorm.data import Data, DataSpec, LoaderSpec, open_data
 from proxynorm.data.opening import Validation, open_validation
 from proxynorm.errors import CheckpointError, ConfigError
@@ -18,16 +18,58 @@ from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model
 from proxynorm.train.config import settings_from
 from proxynorm.train.finetune import restore_eps
-from proxynorm.train.settings import Settings
+from proxynorm.train.settings import Settings, check
+
+
+@dataclass
+class RunOptions:
+    """Options of the commands that compute with a trained run."""
+
+    run: str | None = option(None, "run folder")
+    checkpoint: str | None = option(None, "or a checkpoint file inside a run folder")
+    weights: str = option("last", "with run=: last or best")
+    size: int | None = option(None, "side of the images in pixels; default: as in training")
+    ratio: float | None = option(None, "the crop's share of the shorter side; default: as trained")
+    batch: int = option(0, "images per process and forward; 0: as in training")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N")
+    precision: str | None = option(None, "fp32, bf16, fp16, auto; default: as in training")
+    workers: int | None = option(None, "loader workers")
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A run's settings, the network with the evaluated weights, and the checkpoint's content."""
+    """A run's settings, the network with the evaluated weights, and the file's content."""
 
     settings: Settings
     model: nn.Module
     content: dict[str, Any]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The images: classes, channels, and mean and std per channel on the 0..1 scale."""
+        return self.content["inputs"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The result of an exported run."""
+        return self.content["metrics"]
+
+    def given(self, options: RunOptions, loader: str | None = None, **data: Any) -> Restored:
+        """Return this with what the options, `loader` and `data` give in its settings' place."""
+        settings = _replaced(
+            self.settings,
+            data=_replaced(
+                self.settings.data, eval_size=options.size, eval_ratio=options.ratio, **data
+            ),
+            loader=_replaced(self.settings.loader, name=loader, workers=options.workers),
+            precision=options.precision,
+            eval_batch=options.batch or None,
+        )
+        return replace(self, settings=check(settings))
+
+
+def _replaced(record: Any, **values: Any) -> Any:
+    return replace(record, **{key: value for key, value in values.items() if value is not None})
 
 
 def checkpoint_path(run: str | None, file: str | None, weights: str = "last") -> Path:
@@ -46,13 +88,7 @@ def checkpoint_path(run: str | None, file: str | None, weights: str = "last") ->
 
 def restore(path: Path) -> Restored:
     """Rebuild the network of a run's checkpoint file. Raises CheckpointError."""
-    try:
-        content = checkpoint.load(path)
-    except CheckpointError as error:
-        previous = path.with_name("previous.pt")
-        if path.name != "last.pt" or not previous.is_file():
-            raise
-        raise CheckpointError(f"{error}; the one before it: checkpoint={previous}") from error
+    content = checkpoint.load(path)
     if "settings" in content:
         settings = settings_from(OmegaConf.create(content["settings"]))
     else:  # of version 0.1
@@ -83,54 +119,35 @@ def different_classes(stored: list[str], present: list[str]) -> str:
     return f"{len(stored)} → {len(present)}, {next(pairs, 'one list is longer')}"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where evaluation images come from, and how they are cut; None: as in training.
-
-    classes: see open_validation.
-    """
-
-    root: str | None = None
-    classes: str = "all"
-    size: int | None = None
-    ratio: float | None = None
-    on_bad: str | None = None
-    cache: str | None = None
-    loader: str | None = None
-    workers: int | None = None
+def evaluation_specs(restored: Restored) -> tuple[DataSpec, LoaderSpec]:
+    """Return the data and loader settings, with the mean and std that were trained on."""
+    inputs, settings = restored.inputs, restored.settings
+    stored = {key: tuple(inputs[key]) for key in ("mean", "std")}
+    return replace(settings.data, **stored), settings.loader
 
 
-def open_evaluation_data(restored: Restored, source: Source = Source()) -> Validation:
-    """Open the run's data set, or the images of source.root alone.
+def open_evaluation_data(
+    restored: Restored, root: str | None = None, classes: str = "all"
+) -> Validation:
+    """Open the run's data set, or the images of `root` alone; classes: see open_validation.
 
     Raises ConfigError or DataError, and CheckpointError if the data set's classes are others.
     """
-    data, loader = evaluation_specs(restored, source)
-    classes = restored.content["inputs"]["classes"]
-    if source.root is None and source.classes != "all":
-        raise ConfigError(f"classes={source.classes} needs root=FOLDER of validation images")
-    if source.root is not None and (source.classes != "all" or not is_whole(data)):
-        return open_validation(data, loader, classes, source.classes)
+    data, loader = evaluation_specs(restored)
+    trained = restored.inputs["classes"]
+    if root is None and classes != "all":
+        raise ConfigError(f"classes={classes} needs root=FOLDER of validation images")
+    if root is not None:
+        data = replace(data, root=root)
+        if classes != "all" or not is_whole(data):
+            return open_validation(data, loader, trained, classes)
     opened = open_data(data, loader)
-    if classes != (present := list(opened.info.classes)):
+    if trained != (present := list(opened.info.classes)):
         raise CheckpointError(
             "the checkpoint was trained on another data set "
-            f"(classes: {different_classes(classes, present)})"
+            f"(classes: {different_classes(trained, present)})"
         )
-    return Validation(opened, np.arange(len(classes)))
-
-
-def evaluation_specs(restored: Restored, source: Source) -> tuple[DataSpec, LoaderSpec]:
-    """Return the run's data and loader settings with what `source` gives in their place."""
-    settings, inputs = restored.settings, restored.content["inputs"]
-    data = {"root": source.root, "eval_size": source.size, "eval_ratio": source.ratio}
-    data |= {"on_bad": source.on_bad, "cache": source.cache}
-    data |= {"mean": tuple(inputs["mean"]), "std": tuple(inputs["std"])}
-    loader = {"name": source.loader, "workers": source.workers}
-    return (
-        replace(settings.data, **{k: v for k, v in data.items() if v is not None}),
-        replace(settings.loader, **{k: v for k, v in loader.items() if v is not None}),
-    )
+    return Validation(opened, np.arange(len(trained)))
 
 
 def is_whole(data: DataSpec) -> bool:
@@ -143,6 +160,6 @@ def is_whole(data: DataSpec) -> bool:
 
 def other_images(restored: Restored, data: Data) -> list[str]:
     """Return a warning if the evaluation images are not those of the run."""
-    replaced = data.replaced(restored.content["inputs"].get("images", {}))
+    replaced = data.replaced(restored.inputs.get("images", {}))
     words = "holds other images than those that the run was evaluated on"
     return [f"{replaced['eval']} {words}"] if "eval" in replaced else []

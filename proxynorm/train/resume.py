@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from proxynorm.train.loop import Trainer
 
 ANEW = "choose another name=, or resume=never"
+SUMMARY_KEYS = ("completed", "steps", "total_steps", "top1")  # what readers rely on
 COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "stale")
 
 
@@ -131,10 +132,15 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
     """
     if settings.resume == "never" or not run.summary.exists():
         return None
-    summary = run.read_summary()
-    target = min(summary["total_steps"], settings.max_steps or summary["total_steps"])
+    try:
+        summary = json.loads(run.summary.read_text())
+        completed, steps, total, _ = (summary[key] for key in SUMMARY_KEYS)
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{run.summary} is damaged; remove it, and the run goes on from its checkpoint"
+        ) from None
     patient = settings.patience is None or summary.get("stale", 0) < settings.patience
-    if not summary["completed"] or (summary["steps"] < target and patient):
+    if not completed or (steps < min(total, settings.max_steps or total) and patient):
         return None
     content, _ = checkpoint.load_latest(run.checkpoints)
     if content is None:  # only the checkpoints were removed
@@ -159,6 +165,8 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
     for fault in faults:
         say(fault)
     if content is None:
+        if settings.resume in ("must", "extend"):
+            raise CheckpointError(f"resume={settings.resume}: {run.path} holds no checkpoint")
         if run.summary.exists():
             raise CheckpointError(
                 f"{run.path} holds a run, but neither last.pt nor previous.pt: "
@@ -192,12 +200,6 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
     return True
 
 
-def require_checkpoint(settings: Settings, run: RunFolder) -> None:
-    """Raise CheckpointError if the run must continue, but there is nothing to continue."""
-    if settings.resume in ("must", "extend") and not (run.last.exists() or run.previous.exists()):
-        raise CheckpointError(f"resume={settings.resume}: {run.path} holds no checkpoint")
-
-
 def extends(content: dict[str, Any], settings: Settings) -> bool:
     """Return whether the checkpoint's run is to go on to more epochs than it was given."""
     return settings.resume == "extend" and content["identity"]["epochs"] < settings.epochs
@@ -213,13 +215,15 @@ def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, An
             "whether the images are those that the run began on is unknown: "
             "they were read in another way then"
         )
-    before = run.read_environment()
-    if before is None:
+    try:
+        before = bits(json.loads(run.environment.read_text()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         lines.append(
             f"{run.environment} is missing or damaged: "
             "whether machine and versions are the same is unknown"
         )
-    elif changed := differences(bits(before), bits(now)):
+        return lines
+    if changed := differences(before, bits(now)):
         lines.append(
             "resuming on another machine or version: the same images and steps, "
             f"not the same bits ({changed})"

@@ -10,16 +10,17 @@ from omegaconf import OmegaConf
 
 from proxynorm.analysis.plots import curves_figure
 from proxynorm.analysis.style import save_figure
-from proxynorm.data import Data, open_data
+from proxynorm.data import open_data
 from proxynorm.errors import DataError, FileError
 from proxynorm.files import write_json, write_text
-from proxynorm.train.distributed import Process, environment_ranks, processes
+from proxynorm.nn import norm_spec
+from proxynorm.train.distributed import environment_ranks, processes
 from proxynorm.train.finetune import carry, read_weights, restore_eps, source_of
 from proxynorm.train.loop import Trainer
-from proxynorm.train.preemption import REQUEUE, Preempted, StopRequest, stop_request
-from proxynorm.train.resume import finished, require_checkpoint, resume
+from proxynorm.train.preemption import REQUEUE, Preempted, stop_request
+from proxynorm.train.resume import finished, resume
 from proxynorm.train.run_folder import RunFolder, environment, read_metrics
-from proxynorm.train.settings import Settings, check, folder_of, uses_batch_norm
+from proxynorm.train.settings import Settings, check, folder_of
 from proxynorm.train.tracker import Tracker
 
 
@@ -42,27 +43,18 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
                     if not run.curves.exists():
                         draw_curves(run)
                 return 0
-            require_checkpoint(settings, run)
             if process.is_main:
                 run.acquire()
             try:
                 process.barrier()  # the others read the folder only once it is locked
-                return train_in(run, settings, config, process, data, stop)
+                return train_in(Trainer(settings, process, data, run, stop), config)
             finally:
                 run.release()
 
 
-def train_in(
-    run: RunFolder,
-    settings: Settings,
-    config: dict[str, Any],
-    process: Process,
-    data: Data,
-    stop: StopRequest,
-) -> int:
+def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
     """Train inside the locked run folder; return the exit status."""
-    trainer = Trainer(settings, process, data, run, stop)
-    say = trainer.display.print
+    run, process, data, say = trainer.run, trainer.process, trainer.data, trainer.display.print
     machine = {"device": str(process.device), "world_size": process.world_size}
     now = {**environment(), **machine} if process.is_main else {}
     resumed = resume(trainer, now)
@@ -70,18 +62,20 @@ def train_in(
     process.barrier()  # all have read the checkpoint before the folder is cleared
     tracker = None
     if process.is_main:
-        run.remove_leftovers() if resumed else run.clear()
+        if not resumed:
+            run.clear()
         config = {**config, "weights": trainer.settings.weights}
         write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))
         write_json(run.environment, now)
-        tracker = Tracker(settings, run.path, run.path.name, config, resumed)
+        tracker = Tracker(trainer.settings, run.path, run.path.name, config, resumed)
     for line in (overview(trainer), *notes, *(f"warning: {line}" for line in data.warnings)):
         say(line)
     state, status = trainer.state, 0
     try:
         trainer.fit(tracker)
     except Preempted as reason:
-        signal = stop.received.name if stop.received else "a signal to another process"
+        received = trainer.stop.received
+        signal = received.name if received else "a signal to another process"
         say(f"{reason} by {signal}; saved; run again to go on")
         status = REQUEUE
     else:
@@ -124,7 +118,8 @@ def start_from_weights(trainer: Trainer) -> list[str]:
 def summarize(trainer: Trainer, damaged_images: int) -> dict[str, Any]:
     """Return the content of summary.json."""
     settings, state = trainer.settings, trainer.state
-    norm_batch = (settings.norm_batch or trainer.micro_batch) if uses_batch_norm(settings) else None
+    shared = norm_spec(settings.norm.name).batch_statistics
+    norm_batch = (settings.norm_batch or trainer.micro_batch) if shared else None
     ended = state.step == trainer.last_step or trainer.out_of_patience()
     return {
         "name": trainer.run.path.name,

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -17,14 +18,13 @@ from typing import Any
 
 import torch
 
-from proxynorm.errors import CheckpointError, ConfigError, DataError
+from proxynorm.errors import ConfigError, DataError
 from proxynorm.files import finite, write_text, writing
 
 # The packages and the machine's properties that floating-point results may depend on.
 NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")
 MACHINE = ("python", "processor", "gpus", "cuda", "threads", "device")
 PACKAGES = ("proxynorm", *NUMERIC, "hydra-core", "wandb")
-SUMMARY_KEYS = ("completed", "steps", "total_steps", "top1")  # what readers rely on
 
 
 class RunFolder:
@@ -68,6 +68,8 @@ class RunFolder:
         with writing(lock):
             self._lock.truncate(0)
             self._lock.write(f"{socket.gethostname()} pid {os.getpid()}".encode())
+        for item in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            item.unlink()  # of a killed writer
 
     def release(self) -> None:
         if self._lock is not None:
@@ -80,32 +82,6 @@ class RunFolder:
         for path in (*files, self.summary, self.curves):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
-        self.remove_leftovers()
-
-    def remove_leftovers(self) -> None:
-        """Delete the temporary files of a killed writer."""
-        for item in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            item.unlink()
-
-    def read_environment(self) -> dict[str, Any] | None:
-        """Read environment.json; None if it is missing or damaged."""
-        try:
-            stored = json.loads(self.environment.read_text())
-            return stored if isinstance(stored["packages"], dict) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def read_summary(self) -> dict[str, Any]:
-        """Read summary.json. Raises CheckpointError if it is damaged."""
-        try:
-            summary = json.loads(self.summary.read_text())
-        except ValueError:
-            summary = None
-        if not isinstance(summary, dict) or any(key not in summary for key in SUMMARY_KEYS):
-            raise CheckpointError(
-                f"{self.summary} is damaged; remove it, and the run goes on from its checkpoint"
-            )
-        return summary
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop the rows after weight update `step`, and an evaluation at it that is repeated."""
@@ -118,25 +94,18 @@ class RunFolder:
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one complete line to metrics.jsonl, or nothing; null stands for NaN and infinity.
+        """Add a line to metrics.jsonl; null stands for NaN and infinity.
 
-        Raises FileError if the disk is full.
+        Raises FileError if the disk is full: the run ends, and its next start drops a line that is
+        incomplete.
         """
-        line = (json.dumps(finite(row)) + "\n").encode()
-        with writing(self.metrics), open(self.metrics, "ab", buffering=0) as stream:
-            size = stream.tell()
-            try:
-                while line:  # a disk that fills up takes a part and refuses the rest
-                    line = line[stream.write(line) :]
-            except OSError:
-                stream.truncate(size)
-                raise
+        with writing(self.metrics), open(self.metrics, "a") as stream:
+            stream.write(json.dumps(finite(row)) + "\n")
 
     def sync_metrics(self) -> None:
         """Flush the rows to disk."""
-        if self.metrics.exists():
-            with writing(self.metrics), open(self.metrics, "rb") as stream:
-                os.fsync(stream.fileno())
+        with writing(self.metrics), open(self.metrics, "a") as stream:
+            os.fsync(stream.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -154,7 +123,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """Return versions, hardware and source commit."""
-    versions = {}
+    versions, commit = {}, git("rev-parse", "HEAD")
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
@@ -167,7 +136,9 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "git": git_state(),
+        "git": {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))}
+        if commit
+        else {},
     }
 
 
@@ -175,12 +146,6 @@ def bits(environment: dict[str, Any]) -> dict[str, Any]:
     """Return the part of an environment that floating-point results may depend on."""
     machine = {key: environment.get(key) for key in MACHINE}
     return machine | {key: environment["packages"].get(key) for key in NUMERIC}
-
-
-def git_state() -> dict[str, Any]:
-    """Return the source tree's commit and whether it was dirty; empty outside a checkout."""
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))} if commit else {}
 
 
 def git(*arguments: str) -> str | None:
@@ -197,8 +162,6 @@ def git(*arguments: str) -> str | None:
 
 def processor_name() -> str:
     """Return the processor's model as the system names it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")
+    found = re.search(r"(?m)^model name\s*: (.*)$", file.read_text()) if file.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from proxynorm.cli import nearest
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS, norm_spec
@@ -45,7 +44,7 @@ def choice(default: Any, *others: Any) -> Any:
 class NormSettings:
     """The norm by name (proxynorm.nn.NORMS) and its options; None is the model's default."""
 
-    name: str = "ln_pn"
+    name: str = choice("ln_pn", *NORMS)
     groups: int | None = number(None, "at least 1")
     eps: float | None = number(None, "at least 0 and finite")
     proxy_eps: float = number(0.03, "at least 0 and finite")
@@ -202,19 +201,18 @@ class Settings:
 
         Raises ConfigError if the batch, or Batch Norm's batch, does not divide evenly.
         """
-        if self.batch % world_size:
-            raise ConfigError(f"batch={self.batch} is not divisible by the {world_size} processes")
-        share, norm_batch = self.batch // world_size, self.norm_batch
-        micro = self.micro_batch or share
-        if share % micro:
-            each = f"of {world_size} processes with {share} images " if world_size > 1 else ""
-            raise ConfigError(f"batch={self.batch} {each}is not divisible by micro_batch={micro}")
+        micro, norm_batch = self.micro_batch or max(1, self.batch // world_size), self.norm_batch
+        if self.batch % (world_size * micro):
+            processes = f"{world_size} processes × " if world_size > 1 else ""
+            words = f"is not divisible by {processes}micro_batch={micro}"
+            raise ConfigError(f"batch={self.batch} {words}")
         if micro == 1 and self.regularization.mixes:
             raise ConfigError(
                 "mixup and CutMix mix the images of a micro-batch, and micro_batch is 1; give a "
                 "larger one, or regularization.mixup=0 and regularization.cutmix=0"
             )
-        if uses_batch_norm(self) and isinstance(norm_batch, int) and micro % norm_batch:
+        shared = norm_spec(self.norm.name).batch_statistics
+        if shared and isinstance(norm_batch, int) and micro % norm_batch:
             raise ConfigError(
                 f"norm_batch={norm_batch} does not divide the {micro} images of a process's "
                 "forward (micro_batch); choose a divisor of it, or another batch, micro_batch or "
@@ -223,18 +221,21 @@ class Settings:
         return micro
 
 
-def _limits(kind: type, name: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys whose settings declare `name`, and what they declare."""
-    for declared in dataclasses.fields(kind):
-        key = f"{prefix}{declared.name}"
-        if dataclasses.is_dataclass(declared.default_factory):
-            yield from _limits(declared.default_factory, name, f"{key}.")
-        elif name in declared.metadata:
-            yield key, declared.metadata[name]
+def _declared(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Yield each setting's dotted key and its declaration."""
+    hints = get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _declared(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item
 
 
-CHOICES: dict[str, tuple[Any, ...]] = dict(_limits(Settings, "choices"))
-RANGE_OF: dict[str, str] = dict(_limits(Settings, "range"))
+DECLARED = dict(_declared(Settings))
+CHOICES, RANGE_OF = (
+    {key: item.metadata[name] for key, item in DECLARED.items() if name in item.metadata}
+    for name in ("choices", "range")
+)
 
 # Keys that do not change what is trained: they may change when a run is resumed, and are no part
 # of its name.
@@ -266,8 +267,6 @@ def check(settings: Settings) -> Settings:
         raise ConfigError(
             f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
         )
-    if settings.norm.name not in NORMS:
-        raise ConfigError(f"norm.name={settings.norm.name}: {nearest(settings.norm.name, NORMS)}")
     if warmup > settings.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs={warmup:g} is longer than the {settings.epochs} epochs"
@@ -289,22 +288,15 @@ def wrong_choice(key: str, value: Any) -> str | None:
     return f"valid: {words}{file if key == 'resume' else ''}"
 
 
-def uses_batch_norm(settings: Settings) -> bool:
-    """Return whether images share the norm's statistics, so that norm_batch matters."""
-    return norm_spec(settings.norm.name).batch_statistics
-
-
 def identity(settings: Settings) -> dict[str, Any]:
     """Return the part of the settings that decides what is trained, as flat key → value."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
             name = f"{prefix}{key}"
-            if name in INCIDENTAL or (name in OPTIONAL and value is None):
-                continue
-            if isinstance(value, dict):
+            if isinstance(value, dict) and name not in INCIDENTAL:
                 yield from flat(value, f"{name}.")
-            else:
+            elif name not in INCIDENTAL and not (name in OPTIONAL and value is None):
                 yield name, list(value) if isinstance(value, tuple) else value
 
     return dict(flat(dataclasses.asdict(dataclasses.replace(settings, **FIXED))))

@@ -154,7 +154,7 @@ def test_predictions_of_a_folder(halves, capsys, tmp_path):
     (images / "notes.txt").write_text("")
     output = str(tmp_path / "out.csv")
     options = {"run": str(folder / "scratch"), "device": "cpu", "workers": 0}
-    predict_command.main(predict_command.Options(str(images), output, **options))
+    predict_command.main(predict_command.Options(images=str(images), output=output, **options))
     printed = capsys.readouterr()
     assert "199 of 200 images\n" in printed.out
     assert f"warning: {images}: 1 of 201 files are left out: 1 .txt\n" in printed.err
@@ -169,4 +169,5 @@ def test_predictions_of_a_folder(halves, capsys, tmp_path):
     totals = [sum(float(row[f"p_{i}"]) for i in range(1, 6)) for row in good]
     assert totals == pytest.approx([1] * 199, abs=1e-3)
     with pytest.raises(DataError, match="none of 1 images could be read"):
-        predict_command.main(predict_command.Options(f"{images}/Bag/0.png", output, **options))
+        options["images"] = f"{images}/Bag/0.png"
+        predict_command.main(predict_command.Options(output=output, **options))

@@ -15,7 +15,7 @@ from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import evaluate
 from proxynorm.train.loop import Trainer
 from proxynorm.train.nonfinite import NonFiniteError
-from proxynorm.train.restore import Source, open_evaluation_data, restore
+from proxynorm.train.restore import RunOptions, open_evaluation_data, restore
 from tests.helpers import assert_same_run
 
 
@@ -88,7 +88,7 @@ def test_overfitting_one_batch(run_small):
 def test_evaluation_restored_from_the_folder_alone(run_small):
     run = run_small("regularization.ema_decay=0.5", "norm=bn_pn")
     restored = restore(run.folder / "checkpoints" / "last.pt")
-    data = open_evaluation_data(restored, Source(loader="torchvision", workers=0)).data
+    data = open_evaluation_data(restored.given(RunOptions(workers=0), "torchvision")).data
     process = Process(0, 1, torch.device("cpu"))
     result = evaluate(
         restored.model,

@@ -43,7 +43,7 @@ def run_script(monkeypatch, *arguments) -> int:
         (("loader", "source=/proc/none"), "/proc/none: no such folder"),
         (("storage", "images=3"), "images=3: give at least batch=64"),
         (("damage", "images=5"), "images=5: give at least 24"),
-        (("startup", "json=/proc/none/startup.json"), "json=/proc/none/startup.json: No such file"),
+        (("startup", "json=/proc/none/startup.json"), "/proc/none: No such file"),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, arguments, message):

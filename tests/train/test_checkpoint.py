@@ -89,14 +89,15 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.load(tmp_path / "nowhere.pt")
 
 
-def test_a_row_that_is_cut_short_by_a_full_disk_is_taken_back(tmp_path):
-    """An unbuffered write may write a part: no half line may stay before the next one."""
+def test_a_row_that_is_cut_short_by_a_full_disk_is_dropped_by_the_next_start(tmp_path):
     run = RunFolder(tmp_path)
-    run.append({"step": 1})
+    run.append({"event": "train", "step": 1})
     with (
         file_size_limit(run.metrics.stat().st_size + 4),
         pytest.raises(FileError, match="metrics.jsonl: File too large"),
     ):
-        run.append({"step": 2})
-    run.append({"step": 3})
+        run.append({"event": "train", "step": 2})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1]
+    run.rewind(1, 1)
+    run.append({"event": "train", "step": 3})
     assert [row["step"] for row in read_metrics(run.metrics)] == [1, 3]

@@ -82,7 +82,7 @@ def test_every_norm_has_a_file():
         ("name=.", "must be a plain folder name"),
         ("name=", "name=: must be a plain folder name"),
         ("logger.mode=foo", "logger.mode=foo: valid: auto, online, offline, disabled"),
-        ("schedule=multistep schedule.milestones=5", "must be a list, as schedule.milestones=[5]"),
+        ("schedule=multistep schedule.milestones=5", "schedule.milestones: Invalid value assigned"),
         ("schedule.name=foo", "schedule.name=foo: valid: cosine, step"),
         ("+foo=1", "no key 'foo'; valid: batch"),
         ("+data.rot=1", "no key 'data.rot'; did you mean 'data.root'?"),

@@ -114,7 +114,7 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 def test_user_error_in_every_process_is_status_2(tmp_path):
     result = run(torchrun(2, tmp_path, "batch=25"))
     assert result.returncode != 0
-    assert "batch=25 is not divisible by the 2 processes" in result.stderr
+    assert "batch=25 is not divisible by 2 processes × micro_batch=12" in result.stderr
 
 
 @pytest.mark.slow

@@ -27,14 +27,14 @@ def test_modules_that_compute_nothing_take_no_place():
     ]
 
 
-def test_processes_with_the_same_layers_are_told_together():
+def test_layers_and_processes_are_told_together():
     def words(layers: list[list[str]]) -> str:
         return describe(6, 0, float("nan"), 1.0, 0.1, layers)
 
     many = words([["stem", "head"]] * 64)
     assert "not finite, first in stem, head of process 0, 1, 2, " in many
     mixed = words([["stem"], ["stem"], ["head"], [], ["stem"]])
-    assert "first in stem of process 0, 1, 4; first in head of process 2; the weights" in mixed
+    assert "first in stem, head of process 0, 1, 2, 4; the weights" in mixed
     alone = words([["stem"]])
     assert "first in stem; the weights" in alone and DIVERGED in alone, (
         "a search knows a diverged run by these words"

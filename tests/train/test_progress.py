@@ -37,17 +37,16 @@ def line(monkeypatch, width: int) -> str:
     console = Console(file=output, force_terminal=True, width=width, highlight=False)
     monkeypatch.setattr(progress, "Console", lambda **arguments: console)
     display = Display(450000, 100)
-    display.status.stop()
     display.update(ROW)
     with console.capture() as capture:
-        console.print(display.status.renderable)
+        console.print(display.moving.get_renderable())
     return Text.from_ansi(capture.get()).plain.rstrip("\n")
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 120, 200])
 def test_the_step_counter_is_whole_at_any_width(monkeypatch, width):
     shown = line(monkeypatch, width)
-    assert "12345/450000" in shown and "\n" not in shown and "…" not in shown
+    assert "12345/450000" in shown and "\n" not in shown
 
 
 def test_a_wide_terminal_shows_everything(monkeypatch):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
+from pathlib import Path
 
 import pytest
 
+from proxynorm import files
 from proxynorm.errors import CheckpointError, FileError
 from proxynorm.train import run as run_module
 from proxynorm.train import run_folder
@@ -23,14 +24,12 @@ def full_disk(monkeypatch):
     """full_disk(name): no room for a file of that name."""
 
     def fill(full: str) -> None:
-        original = tempfile.mkstemp
-
-        def mkstemp(prefix: str, **arguments):
-            if prefix == f".{full}.":
+        def no_room(path, *arguments, **options):
+            if Path(path).name.startswith(f".{full}."):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return original(prefix=prefix, **arguments)
+            return open(path, *arguments, **options)
 
-        monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+        monkeypatch.setattr(files, "open", no_room, raising=False)
 
     return fill
 

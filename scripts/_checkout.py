@@ -1,0 +1,8 @@
+"""Find the package in this checkout, also where it is not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from proxynorm.commands import run as run
