@@ -27,9 +27,8 @@ class NormOptions:
     # images that share bn's statistics; None: the micro-batch; "global": the micro-batches of all
     # processes together
     norm_batch: NormBatch = None
-    moments: str = (
-        "auto"  # how PN's moments are integrated: "auto", "exact" or "grid" (the paper's)
-    )
+    # how PN's moments are integrated: "auto", "exact" or "grid" (the paper's)
+    moments: str = "auto"
     nodes: int = 256  # nodes of the grid
 
     def __post_init__(self) -> None:
