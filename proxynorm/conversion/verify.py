@@ -93,7 +93,7 @@ def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
 def _record(
     model: nn.Module, call: Run, surgery: Surgery | None = None, every_module: bool = False
 ) -> _Outputs:
-    """What a copy returned in both modes; if wanted, all modules but norms and their stand-ins.
+    """The outputs of a copy in both modes; if wanted, all modules but norms and their stand-ins.
 
     Where the network fails, there is no output of its own.
     """

@@ -73,7 +73,7 @@ class Samples:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user of the file should be told, one line each."""
+        """Warnings for the user of the file, one line each."""
         if not self.manifest:
             told = "no manifest, so classes, labels and later damage cannot be checked"
             return (f"{self.path}: {told}",)
