@@ -27,7 +27,6 @@ BENCHMARKS = {
     "engine": "our training loop against a bare one, its loader alone, and timm's parts",
     "startup": "seconds from the command to the first weight update, with a warm cache",
     "storage": "size against speed of .beton files, by longest side and JPEG quality",
-    "damage": "preparation of images with planted damage: every bad one named, no good one",
 }
 
 

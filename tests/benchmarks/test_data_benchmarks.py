@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import damage, loader, startup, storage
+from benchmarks import loader, startup, storage
 from benchmarks.loader import CONTENDERS, Work, measure
 from benchmarks.photographs import HEIGHT, WIDTH, make_images, photographs
 from proxynorm import commands
@@ -42,7 +42,6 @@ def run_script(monkeypatch, *arguments) -> int:
         (("loader", "rounds=0"), "rounds=0: give at least 1"),
         (("loader", "source=/proc/none"), "/proc/none: no such folder"),
         (("storage", "images=3"), "images=3: give at least batch=64"),
-        (("damage", "images=5"), "images=5: give at least 24"),
         (("startup", "json=/proc/none/startup.json"), "/proc/none: No such file"),
     ],
 )
@@ -81,29 +80,6 @@ def test_ratios_are_taken_round_by_round():
     ours, other = loader.rows(speeds)
     assert other["loader"] == "torchvision DataLoader" and other["ours_over_it"] == 2.5
     assert ours["ours_over_it"] == 1
-
-
-@needs_ffcv
-def test_damage_is_found_and_nothing_else(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(damage, "HUGE", (1500, 1000))
-    file = tmp_path / "found.json"
-    assert damage.main(damage.Options(str(file), str(source), images=60, workers=1)) == 0
-    found = json.loads(file.read_text())
-    assert set(found["planted"]) == set(damage.DAMAGED) | set(damage.UNUSUAL)
-    assert set(found["planted"].values()) == {1} and found["written"] == 54
-    assert found["missed"] == found["wrongly_named"] == []
-
-
-@needs_ffcv
-@pytest.mark.parametrize("kind", ["zero bytes", "grey"])
-def test_damage_that_is_judged_wrongly_is_status_1(source, tmp_path, monkeypatch, kind):
-    """A kind that counts as the other."""
-    monkeypatch.setattr(damage, "HUGE", (1500, 1000))
-    monkeypatch.setattr(damage, "DAMAGED", {*damage.DAMAGED} ^ {kind})
-    file = tmp_path / "found.json"
-    assert damage.main(damage.Options(str(file), str(source), images=60, workers=1)) == 1
-    found = json.loads(file.read_text())
-    assert found["missed"] + found["wrongly_named"] == [kind]
 
 
 @needs_ffcv
