@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from statistics import median
@@ -57,6 +58,39 @@ def test_differences_in_prose_are_those_of_the_report(text, table):
     report = (RESULTS / table / "report.md").read_text()
     for difference in differences:
         assert re.search(rf"\| [+-]{re.escape(difference)} \|", report), difference
+
+
+def test_the_chosen_pairs_are_those_of_the_search():
+    found = load("mini_search/chosen.json")
+    report = {row[0]: row[1] for row in rows((RESULTS / "mini_search/report.md").read_text())}
+    for norm, pair in found["chosen"].items():
+        rate, decay = pair.values()
+        top1 = report[f"{norm}-base_lr{rate}-weight_decay{decay}"].split(" ± ")[0]
+        assert [norm, str(rate), str(decay), top1] in rows(prose(RESULTS_PAGE, "The search"))
+    best = {norm: max(tried.values()) for norm, tried in found["tried"].items()}
+    assert f"LN+PN is now {best['bn'] - best['ln_pn']:.2f} points" in RESULTS_PAGE
+    assert f"and {best['ln_ws'] - best['ln_pn']:.2f} in the search" in RESULTS_PAGE
+    assert [f"{best[norm]:.2f}" for norm in ("bn", "ln_pn", "ln")] == re.findall(
+        r"(\d\d\.\d\d)\s+with (?:BN|LN)", README
+    )
+    for norm in ("bn", "ln_ws"):
+        assert best[norm] - sorted(found["tried"][norm].values())[-2] < 0.05
+
+
+def test_the_figures_of_the_study_are_those_of_its_report():
+    text = prose(RESULTS_PAGE, "What training does to P1")
+    powers = [row for row in rows((RESULTS / "study/report.md").read_text()) if len(row) == 6]
+    quoted = [row for row in rows(text) if len(row) == 3 and row[1][:2] == "0."]
+    assert len(quoted) == 8
+    for cell, mean, largest in quoted:
+        assert [cell, mean, largest] in [[row[0], *row[2:4]] for row in powers]
+    with open(RESULTS / "study/cells.csv") as file:
+        top1 = {row["cell"]: float(row["top1"]) for row in csv.DictReader(file)}
+    pairs = """ln_pn ln; ln_pn-standardized ln_pn; ln_pn-width64 ln_pn; ln-width64 ln;
+        ln_pn-width32 ln-width32; ln_pn-width64 ln-width64; ln_ws ln_pn; ln_ws_pn ln_ws;
+        ln_ws_pn ln_pn; ln_ws_pn bn"""
+    for first, second in (pair.split() for pair in pairs.split(";")):
+        assert f"{abs(top1[first] - top1[second]):.2f}" in text, (first, second)
 
 
 @pytest.mark.parametrize("model", ["resnet50", "efficientnet_b0"])
