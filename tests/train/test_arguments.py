@@ -1,4 +1,4 @@
-"""The words of a command line: text stays as typed, and other programs' words find our keys."""
+"""Arguments of train.py: text stays as typed, and other programs' words lead to our keys."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from proxynorm.errors import ConfigError
+from proxynorm.train.arguments import KEY_OF, SYNONYMS, TEXT_KEYS, quote_arguments
 from proxynorm.train.config import check_arguments, compose_config, flat_keys, groups, settings_from
 from proxynorm.train.settings import run_name
-from proxynorm.train.words import HOME, SYNONYMS, TEXT_KEYS, keep_text
 
 ODD = ["123456_1", "1.10", "1e3", "0x10", "1_000", "007", "yes", "True", "nan", ".5", "-1", "a,b"]
 ODD += ["it's", 'say "x"', "a b", " a", "run=3", "a#b", "~x", "50%", "a\\b", "a\\", "[x]", "{x}"]
@@ -58,7 +58,9 @@ def test_two_names_that_a_number_would_confuse_are_two_runs(run_small):
 
 
 def test_a_sweep_s_texts_stay_apart():
-    words = keep_text(["name=1_0,b", "logger.tags=[1_0],[b]", "norm=bn,ln"], groups(), sweep=True)
+    words = quote_arguments(
+        ["name=1_0,b", "logger.tags=[1_0],[b]", "norm=bn,ln"], groups(), sweep=True
+    )
     assert words == ["name='1_0',b", "logger.tags=['1_0'],[b]", "norm=bn,ln"]
     parsed = OverridesParser.create().parse_overrides(words)
     assert all(item.is_sweep_override() for item in parsed)
@@ -67,8 +69,8 @@ def test_a_sweep_s_texts_stay_apart():
 
 def test_quoting_twice_changes_nothing():
     words = [f"name={text}" for text in ODD] + ["logger.tags=[1_0,a]", "experiment=2024_01"]
-    once = keep_text(words, groups())
-    assert keep_text(once, groups()) == once
+    once = quote_arguments(words, groups())
+    assert quote_arguments(once, groups()) == once
 
 
 def test_wandb_s_variables_are_heard_but_the_command_line_beats_them(monkeypatch):
@@ -153,7 +155,7 @@ def test_options_with_dashes_are_answered_by_doctor_too():
 def test_synonyms_lead_to_keys_and_are_none():
     """A word leads to one key, which exists."""
     words = [word for words in SYNONYMS["keys"].values() for word in words.split()]
-    assert len(words) == len(set(words)) == len(HOME)
+    assert len(words) == len(set(words)) == len(KEY_OF)
     known = {*flat_keys(compose_config([])), *groups()}
     assert not set(words) & known
     assert set(SYNONYMS["keys"]) <= known

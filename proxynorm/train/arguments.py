@@ -1,4 +1,4 @@
-"""The words of a command line: text stays text, and other programs' words lead to our keys."""
+"""Arguments of train.py: text stays as typed, and other programs' words lead to our keys."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ FUNCTION = re.compile(
     r"(choice|range|interval|glob|shuffle|sort|tag|extend_list|str|int|float|bool|json_str)\("
 )
 
-# What there is besides a group's options.
-BESIDES = {
+# What a group takes besides its options: the end of an error message.
+OTHER_CHOICES = {
     "model": ", or any other name that timm has",
     "optim": "; optim.name= takes any optimizer of timm's",
     "checkpoint": "; weights=FILE starts from a file",
 }
-SEARCH = "hydra.searchpath"  # Hydra's key of further configuration folders
+SEARCH_PATH = "hydra.searchpath"  # Hydra's key for further configuration folders
 
-# Words of other programs, by the key that they mean here, or by the answer to them.
 SYNONYMS = yaml.safe_load(Path(__file__).with_name("synonyms.yaml").read_text())
-HOME, NOTES = (
+# A word of another program → our key, or the answer to it if there is no such key.
+KEY_OF, ANSWERS = (
     {word: target for target, words in SYNONYMS[part].items() for word in words.split()}
     for part in ("keys", "answers")
 )
@@ -42,7 +42,7 @@ TEXT_KEYS["model.name"] = False  # a model's own arguments have no declared type
 
 
 def quoted(text: str) -> str:
-    """Quote `text` as one value of Hydra's override grammar, unless it is plainly a word."""
+    """Quote `text` for Hydra's override grammar, unless Hydra reads it as one text anyway."""
     number_or_null = text.lower() in ("null", "true", "false", "nan", "inf")
     if re.fullmatch(r"\.{0,2}/?[A-Za-z_][\w./-]*", text) and not number_or_null:
         return text
@@ -52,15 +52,17 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-def keep_text(arguments: Iterable[str], groups: Collection[str], sweep: bool = False) -> list[str]:
+def quote_arguments(
+    arguments: Iterable[str], groups: Collection[str], sweep: bool = False
+) -> list[str]:
     """Quote the values of text keys and group choices, which Hydra would read as numbers.
 
-    Its grammar makes 1234561 of name=123456_1, and takes no second = or # in a path. null, what is
-    quoted already and Hydra's functions stay as they are. A comma separates values for a group,
-    and in a sweep for any key; otherwise it belongs to the text.
+    Hydra reads name=123456_1 as the number 1234561, and refuses a second = or a # in a path. null,
+    quoted text and Hydra's functions stay as they are. A comma separates the values of a group, and
+    in a sweep those of any key; otherwise it is part of the text.
     """
 
-    def kept(argument: str) -> str:
+    def quote(argument: str) -> str:
         match = ARGUMENT.fullmatch(argument)
         if match is None or not match["value"] or FUNCTION.match(match["value"]):
             return argument
@@ -71,26 +73,26 @@ def keep_text(arguments: Iterable[str], groups: Collection[str], sweep: bool = F
         elif name in groups or (is_list is not None and sweep):
             value = value if value.startswith("[") else quoted_items(value)
         elif is_list is not None:
-            value = typed(value)
+            value = quoted_once(value)
         return f"{match['key']}={value}"
 
-    return [kept(argument) for argument in arguments]
+    return [quote(argument) for argument in arguments]
 
 
-def typed(text: str) -> str:
-    """Quote a text of the command line unless it is null or quoted already."""
+def quoted_once(text: str) -> str:
+    """Quote a text unless it is null or quoted already."""
     return text if text == "null" or in_quotes(text) else quoted(text)
 
 
 def quoted_items(text: str) -> str:
-    """Quote each item of a list of texts, written with or without brackets."""
-    return ",".join(map(typed, split_list(text)))
+    """Quote each text of a list, which may have brackets around it."""
+    return ",".join(map(quoted_once, split_list(text)))
 
 
-def search_path(arguments: Iterable[str]) -> list[str]:
-    """Replace --config-dir=DIR by the configuration key it stands for. Raises ConfigError.
+def config_dir_as_key(arguments: Iterable[str]) -> list[str]:
+    """Replace --config-dir=DIR by Hydra's key for it. Raises ConfigError if DIR does not exist.
 
-    As a key it reaches every place that composes the run, SLURM's jobs included.
+    A key is passed on with the other overrides of a run, for example to SLURM's jobs.
     """
     rest, folders, words = [], [], iter(arguments)
     for word in words:
@@ -103,20 +105,26 @@ def search_path(arguments: Iterable[str]) -> list[str]:
         if not os.path.isdir(folder):
             raise ConfigError(f"--config-dir={folder}: no such folder")
     paths = ",".join(quoted(os.path.abspath(folder)) for folder in folders)
-    return [*rest, f"{SEARCH}=[{paths}]"] if folders else rest
+    return [*rest, f"{SEARCH_PATH}=[{paths}]"] if folders else rest
 
 
 def key_advice(key: str, known: Collection[str], groups: Collection[str]) -> str:
-    """Return the end of an error message: the key that is meant by `key`, or the nearest ones."""
+    """Return the end of an error message: the key that was meant by `key`, or the nearest ones."""
     parent, _, word = key.replace("-", "_").lower().rpartition(".")
+    if word in ANSWERS:
+        return ANSWERS[word]
     valid = {*known, *groups}
-    if word in NOTES:
-        return NOTES[word]
-    # momentum=0.9 leaves out the name of the group.
-    meant = [HOME.get(word), *(name for name in known if name.endswith(f".{word}"))]
-    meant = [key] if key in valid else [name for name in dict.fromkeys(meant) if name in valid]
-    if meant and (word != "name" or key in valid):
-        near = [name for name in meant if name.rpartition(".")[0] == parent] or meant
-        return f"write {' or '.join(f'{name}=…' for name in near)}"
-    inside = [name for name in known if name.rpartition(".")[0] == parent]
-    return nearest(key, inside if parent and inside else {n for n in valid if "." not in n})
+    if key in valid:  # it was given with dashes, as in --norm ln_pn
+        return f"write {key}=…"
+
+    # momentum=0.9 lacks its group. Every group has a key called name.
+    in_groups = [name for name in known if name.endswith(f".{word}") and word != "name"]
+    meant = [name for name in dict.fromkeys([KEY_OF.get(word), *in_groups]) if name in valid]
+    if meant:
+        return f"write {' or '.join(f'{name}=…' for name in keys_in(parent, meant) or meant)}"
+    return nearest(key, keys_in(parent, valid) or keys_in("", valid))
+
+
+def keys_in(group: str, keys: Iterable[str]) -> list[str]:
+    """Return the keys that lie directly in a group, or at the top for ""."""
+    return [key for key in keys if key.rpartition(".")[0] == group]
