@@ -39,7 +39,7 @@ def line(monkeypatch, width: int) -> str:
     display = Display(450000, 100)
     display.update(ROW)
     with console.capture() as capture:
-        console.print(display.moving.get_renderable())
+        console.print(display.bar.get_renderable())
     return Text.from_ansi(capture.get()).plain.rstrip("\n")
 
 
