@@ -115,17 +115,17 @@ def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, cuda, built):
 def test_data_that_is_not_the_experiments_is_said():
     """Twelve images of three classes are neither ImageNet nor enough for a batch of 1024."""
     asked = settings("experiment=imagenet_resnet50", "data.root=x")
-    short, other = doctor.check_amount(asked, "imagenet_resnet50", (3, 12, 6))
+    short, other = doctor.check_counts(asked, "imagenet_resnet50", (3, 12, 6))
     assert short.status == MISSING and short.remedy == "batch=12"
     assert other.status == WARNING
     assert "3 classes instead of 1,000, 12 training images instead of" in other.text
-    assert list(doctor.check_amount(settings("batch=12"), None, (3, 12, 6))) == []
+    assert list(doctor.check_counts(settings("batch=12"), None, (3, 12, 6))) == []
 
 
 def test_imagenet_with_a_few_images_left_out_is_imagenet():
     asked = settings("experiment=imagenet_resnet50", "data.root=x")
     for train, findings in ((1_281_167, 0), (1_281_000, 0), (1_000_000, 1)):
-        found = doctor.check_amount(asked, "imagenet_resnet50", (1000, train, 50_000))
+        found = doctor.check_counts(asked, "imagenet_resnet50", (1000, train, 50_000))
         assert len(list(found)) == findings
 
 
@@ -164,7 +164,7 @@ def test_data_files_are_held_against_their_manifest(small_betons):
     data[int(samples.pointer[3]) + 200] ^= 1
     path.write_bytes(data)
     _, train, _ = look(*asked)
-    assert train.status == MISSING and "12 of them looked at, 1 damaged" in train.text
+    assert train.status == MISSING and "12 of them decoded, 1 damaged" in train.text
     path.write_bytes(data[:-5])
     (finding,) = look(*asked)
     assert finding.status == MISSING and "truncated" in finding.text

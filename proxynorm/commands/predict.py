@@ -36,7 +36,7 @@ class Options(RunOptions):
 
 def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
-    restored = restore(path).given(options)
+    restored = restore(path).with_options(options)
     data, names = open_images(*evaluation_specs(restored), Path(options.images))
     classes = restored.inputs["classes"]
     best = dict(predictions(restored, data, choose_device(options.device)))
@@ -64,7 +64,7 @@ def main(options: Options) -> int:
 def predictions(
     restored: Restored, data: Data, device: torch.device
 ) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """Yield the row of each readable image, and its likeliest classes with their probabilities."""
+    """Yield the row of each readable image, with its likeliest classes and their probabilities."""
     settings = restored.settings
     dtype = choose_dtype(settings, device)
     memory_format = choose_memory_format(settings, device)

@@ -15,7 +15,7 @@ from proxynorm.errors import DataError, FileError
 from proxynorm.files import write_json, write_text
 from proxynorm.nn import norm_spec
 from proxynorm.train.distributed import environment_ranks, processes
-from proxynorm.train.finetune import carry, read_weights, restore_eps, source_of
+from proxynorm.train.finetune import carry_over, read_weights, restore_eps, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, stop_request
 from proxynorm.train.resume import finished, resume
@@ -25,14 +25,14 @@ from proxynorm.train.tracker import Tracker
 
 
 def train(settings: Settings, config: dict[str, Any]) -> int:
-    """Train, or continue, the run that `settings` describes; `config` is stored as it is.
+    """Train or resume the run that `settings` describes; `config` goes to its config.yaml.
 
     Returns the exit status: 0 done, 75 stopped by a signal after saving.
     """
     check(settings)
     settings.micro_batch_for(environment_ranks()[2])
     with processes(settings.device) as process:
-        # Outside of stop_request: a signal ends the conversion of a folder at once.
+        # Before stop_request: a signal ends the conversion of a folder at once.
         data, run = open_data(settings.data, settings.loader), RunFolder(folder_of(settings))
         with stop_request() as stop:
             done = process.share(finished(run, settings, data) if process.is_main else None)
@@ -46,7 +46,7 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
             if process.is_main:
                 run.acquire()
             try:
-                process.barrier()  # the others read the folder only once it is locked
+                process.barrier()  # the others read the folder once it is locked
                 return train_in(Trainer(settings, process, data, run, stop), config)
             finally:
                 run.release()
@@ -59,7 +59,7 @@ def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
     now = {**environment(), **machine} if process.is_main else {}
     resumed = resume(trainer, now)
     notes = [] if resumed else start_from_weights(trainer)
-    process.barrier()  # all have read the checkpoint before the folder is cleared
+    process.barrier()  # the folder is cleared once all have read the checkpoint
     tracker = None
     if process.is_main:
         if not resumed:
@@ -99,16 +99,16 @@ def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
 
 
 def start_from_weights(trainer: Trainer) -> list[str]:
-    """Give a new run the weights that it starts from, if any; return what was carried."""
+    """Load the weights that a new run starts from, if any; return notes for the user."""
     settings, state, process = trainer.settings, trainer.state, trainer.process
     if (source := source_of(settings)) is None:
         return []
     info = trainer.data.info
-    for turn in (True, False):  # the first process downloads; the others find the file in the cache
-        if process.is_main is turn:
+    for main in (True, False):  # the first process downloads; the others find the file in the cache
+        if process.is_main is main:
             weights = read_weights(source, settings, len(info.classes), info.channels)
         process.barrier()
-    state.start = carry(state.model, weights, settings, list(info.classes))
+    state.start = carry_over(state.model, weights, settings, list(info.classes))
     if state.ema is not None:
         state.ema.set(state.model)
         restore_eps(state.ema.module, state.start)
@@ -163,7 +163,7 @@ def overview(trainer: Trainer) -> str:
 
 
 def draw_curves(run: RunFolder) -> None:
-    """Draw the curves, or warn: the next start of the finished run tries again."""
+    """Draw the curves, or warn; the next start of the finished run tries again."""
     try:
         save_figure(curves_figure({run.path.name: [read_metrics(run.metrics)]}), run.curves)
     except (DataError, FileError) as error:

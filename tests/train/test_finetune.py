@@ -27,7 +27,7 @@ STEPS = "max_steps=2"
 
 
 def carried(norm: str, source: str, classes: int = 10, **settings):
-    """A new network, and what `carry` said of the weights of another norm's network."""
+    """A new network, and what `carry_over` said of the weights of another norm's network."""
     arguments = {"depth": 8, "width": 8, "in_chans": 1}
     old = create_model("resnet20v2", source, 10, **arguments)
     with torch.no_grad():
@@ -36,7 +36,8 @@ def carried(norm: str, source: str, classes: int = 10, **settings):
     new = create_model("resnet20v2", norm, classes, **arguments)
     given = Settings(model={"name": "resnet20v2"}, norm=NormSettings(norm), weights="FILE")
     weights = Weights(old.state_dict(), norm=source, **settings)
-    return old, new, finetune.carry(new, weights, given, list(map(str, range(classes))))["notes"]
+    start = finetune.carry_over(new, weights, given, list(map(str, range(classes))))
+    return old, new, start["notes"]
 
 
 def test_all_is_carried_into_the_same_network():
@@ -82,7 +83,7 @@ def test_as_many_but_other_classes_get_a_new_classifier_too():
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
     weights = Weights(old.state_dict(), classes=["cat", "dog"])
-    notes = finetune.carry(new, weights, settings, ["bus", "car"])["notes"]
+    notes = finetune.carry_over(new, weights, settings, ["bus", "car"])["notes"]
     assert "new classifier for 2 classes" in notes[0]
     assert not torch.equal(old.fc.weight, new.fc.weight)
 
@@ -92,14 +93,14 @@ def test_another_network_is_refused():
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
     with pytest.raises(ConfigError, match=r"weights=FILE: another network: \d+ of \d+ tensors"):
-        finetune.carry(new, Weights(old.state_dict()), settings, ["a", "b"])
+        finetune.carry_over(new, Weights(old.state_dict()), settings, ["a", "b"])
 
 
 def test_colour_weights_are_adapted_to_grey_images():
     old = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8, in_chans=1)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
-    notes = finetune.carry(new, Weights(old.state_dict()), settings, ["a", "b"])["notes"]
+    notes = finetune.carry_over(new, Weights(old.state_dict()), settings, ["a", "b"])["notes"]
     assert "first convolution adapted from 3 to 1 channel(s)" in notes[0]
     assert torch.allclose(new.stem.weight, old.stem.weight.sum(1, keepdim=True))
 

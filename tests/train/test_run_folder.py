@@ -121,7 +121,7 @@ def test_a_run_killed_before_its_first_save_begins_anew(run_small, monkeypatch, 
         run_small("name=a")
     assert (tmp_path / "a" / "metrics.jsonl").exists()
     assert [row["step"] for row in run_small("name=a", "max_steps=3").rows] == [1, 2, 3, 3]
-    assert "has no checkpoint: the run starts anew" in capsys.readouterr().out
+    assert "has no checkpoint: the run starts over" in capsys.readouterr().out
 
 
 def test_other_versions_are_told(run_small, capsys, monkeypatch):
