@@ -136,10 +136,13 @@ def carry_over(
     carried, notes = {}, []
     for key, own in target.items():
         found = given.get(plain_name(key))
-        if found is not None and own.ndim == 4 and own.shape[1] != 3 == found.shape[1]:
+        if found is None:
+            continue
+        are_kernels = own.ndim == found.ndim == 4
+        if are_kernels and found.shape[1] == 3 and own.shape[1] != 3:
             found = adapt_input_conv(own.shape[1], found)
             notes.append(f"first convolution adapted from 3 to {own.shape[1]} channel(s)")
-        if found is not None and found.shape == own.shape:
+        if found.shape == own.shape:
             carried[key] = found
     name, norm = source_of(settings), settings.norm
     differing = [key for key in target if key not in carried and not under(key, norms | head)]

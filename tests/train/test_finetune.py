@@ -96,6 +96,15 @@ def test_another_network_is_refused():
         finetune.carry_over(new, Weights(old.state_dict()), settings, ["a", "b"])
 
 
+def test_layers_of_another_kind_are_refused():
+    """As VGG11's features.16, a convolution, and that of VGG11-BN, a norm."""
+    network = create_model("resnet20v2", "ln", 2, depth=8, width=8)
+    tensors = {key: value.flatten() for key, value in network.state_dict().items()}
+    settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
+    with pytest.raises(ConfigError, match="weights=FILE: another network"):
+        finetune.carry_over(network, Weights(tensors), settings, ["a", "b"])
+
+
 def test_colour_weights_are_adapted_to_grey_images():
     old = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8, in_chans=1)
