@@ -1,4 +1,4 @@
-"""The training step: what it waits for, and what an update that is not finite leaves behind."""
+"""The training step: what it waits for, and what a non-finite update leaves unchanged."""
 
 from __future__ import annotations
 
