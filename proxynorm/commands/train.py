@@ -27,7 +27,7 @@ def run(config: DictConfig) -> int:
     try:
         return train(settings, OmegaConf.to_container(config, resolve=True))
     except NonFiniteError:
-        if environment_ranks()[0] != 0:  # every process raises it, and the first one reports it
+        if environment_ranks().rank != 0:  # every process raises it, and the first one reports it
             sys.exit(1)
         raise
     except ProxynormError:

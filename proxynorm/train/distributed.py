@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,22 +100,31 @@ class Process:
             dist.barrier()
 
 
-def environment_ranks() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) as torchrun or a multi-task srun step sets them.
+class Ranks(NamedTuple):
+    """A process's rank in the run and on its machine, and the number of processes."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def environment_ranks() -> Ranks:
+    """Return the ranks as torchrun or a multi-task srun step sets them.
 
     Raises ConfigError if srun started several tasks without a rendezvous address.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+        return Ranks(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
                 "srun started several tasks, but MASTER_ADDR and MASTER_PORT are not set: "
                 "use slurm/train.sbatch, or set them to the first node and a free port"
             )
-        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
-    return 0, 0, 1
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        return Ranks(*(int(env[name]) for name in names))
+    return Ranks(0, 0, 1)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -20,7 +20,7 @@ from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, stop_request
 from proxynorm.train.resume import finished, resume
 from proxynorm.train.run_folder import RunFolder, environment, read_metrics
-from proxynorm.train.settings import Settings, check, folder_of
+from proxynorm.train.settings import Settings, folder_of
 from proxynorm.train.tracker import Tracker
 
 
@@ -29,8 +29,7 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
 
     Returns the exit status: 0 done, 75 stopped by a signal after saving.
     """
-    check(settings)
-    settings.micro_batch_for(environment_ranks()[2])
+    settings.micro_batch_for(environment_ranks().world_size)  # raises before the processes join
     with processes(settings.device) as process:
         # Before stop_request: a signal ends the conversion of a folder at once.
         data, run = open_data(settings.data, settings.loader), RunFolder(folder_of(settings))
@@ -54,13 +53,29 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
 
 def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
     """Train inside the locked run folder; return the exit status."""
-    run, process, data, say = trainer.run, trainer.process, trainer.data, trainer.display.print
+    run, process, say = trainer.run, trainer.process, trainer.display.print
+    tracker = begin(trainer, config)
+    status = fit(trainer, tracker)
+    failures = process.gather(trainer.data.failures)
+    damaged = {image: reason for part in failures for image, reason in part.items()}
+    if process.is_main:
+        for image, reason in list(damaged.items())[:10]:
+            say(f"left out: {image}: {reason}")
+        summary = summarize(trainer, len(damaged))
+        write_json(run.summary, summary)
+        tracker.finish(summary, exit_code=status)
+        draw_curves(run)
+    return status
+
+
+def begin(trainer: Trainer, config: dict[str, Any]) -> Tracker | None:
+    """Resume or start the run, write its first files and print what it is."""
+    run, process, tracker = trainer.run, trainer.process, None
     machine = {"device": str(process.device), "world_size": process.world_size}
     now = {**environment(), **machine} if process.is_main else {}
     resumed = resume(trainer, now)
     notes = [] if resumed else start_from_weights(trainer)
     process.barrier()  # the folder is cleared once all have read the checkpoint
-    tracker = None
     if process.is_main:
         if not resumed:
             run.clear()
@@ -68,34 +83,31 @@ def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
         write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))
         write_json(run.environment, now)
         tracker = Tracker(trainer.settings, run.path, run.path.name, config, resumed)
-    for line in (overview(trainer), *notes, *(f"warning: {line}" for line in data.warnings)):
-        say(line)
-    state, status = trainer.state, 0
+    warnings = [f"warning: {line}" for line in trainer.data.warnings]
+    for line in (overview(trainer), *notes, *warnings):
+        trainer.display.print(line)
+    return tracker
+
+
+def fit(trainer: Trainer, tracker: Tracker | None) -> int:
+    """Train; if that ends before the last step, print why. Return the exit status."""
+    state, say = trainer.state, trainer.display.print
     try:
         trainer.fit(tracker)
     except Preempted as reason:
         received = trainer.stop.received
         signal = received.name if received else "a signal to another process"
         say(f"{reason} by {signal}; saved; run again to go on")
-        status = REQUEUE
-    else:
-        if trainer.out_of_patience() and state.step < trainer.last_step:
-            say(
-                f"stopped early, at step {state.step} of {trainer.last_step}: {state.stale} "
-                f"evaluation{'s' if state.stale > 1 else ''} without a better top-1 than "
-                f"{state.best_top1:.2f} %; the learning rate had not reached its end"
-            )
+        return REQUEUE
     finally:
         trainer.display.close()
-    damaged = {image: why for part in process.gather(data.failures) for image, why in part.items()}
-    if process.is_main:
-        for image, why in list(damaged.items())[:10]:
-            say(f"left out: {image}: {why}")
-        summary = summarize(trainer, len(damaged))
-        write_json(run.summary, summary)
-        tracker.finish(summary, exit_code=status)
-        draw_curves(run)
-    return status
+    if trainer.out_of_patience() and state.step < trainer.last_step:
+        say(
+            f"stopped early, at step {state.step} of {trainer.last_step}: {state.stale} "
+            f"evaluation{'s' if state.stale > 1 else ''} without a better top-1 than "
+            f"{state.best_top1:.2f} %; the learning rate had not reached its end"
+        )
+    return 0
 
 
 def start_from_weights(trainer: Trainer) -> list[str]:
