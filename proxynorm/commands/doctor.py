@@ -32,7 +32,7 @@ from proxynorm.data.loaders import Split
 from proxynorm.data.randomness import permutation
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.build import build_model
-from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
+from proxynorm.train.config import CONFIGS, choices, compose_config, settings_from
 from proxynorm.train.finetune import PUBLISHED, carry_over, read_weights, source_of
 from proxynorm.train.settings import Settings, folder_of
 from proxynorm.train.tracker import choose_mode
@@ -131,8 +131,10 @@ def check_cuda(settings: Settings, hardware: str | None) -> Finding:
     if shutil.which("nvidia-smi"):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
         text = f"this torch, built for {built}, sees no GPU"
-        remedy = "unset CUDA_VISIBLE_DEVICES, or install the torch that pytorch.org names for "
-        remedy += "the driver that nvidia-smi shows"
+        remedy = (
+            "unset CUDA_VISIBLE_DEVICES, or install the torch that pytorch.org names for the "
+            "driver that nvidia-smi shows"
+        )
     else:
         text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
         cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs" if hardware else ""
@@ -171,7 +173,7 @@ def check_data(data: Data, on_bad: str) -> Iterator[Finding]:
     on_bad: the run's own setting; `data` skips damaged images.
     """
     for line in data.warnings:
-        remedy = "mend the folder, write the .beton files again, or change the key"
+        remedy = "repair the folder, write the .beton files again, or change the key"
         yield Finding(WARNING, "data", line, remedy)
     for split in (data.train, data.evaluation):
         order = permutation(0, 0, len(split.rows))[:SAMPLED_IMAGES]
@@ -195,20 +197,26 @@ def check_data(data: Data, on_bad: str) -> Iterator[Finding]:
 def check_counts(
     settings: Settings, experiment: str | None, counts: tuple[int, int, int]
 ) -> Iterator[Finding]:
-    """Check that there is a batch of images, and ImageNet for its recipes; counts: as IMAGENET."""
+    """Check that there are images for a batch, and all of ImageNet for its recipes.
+
+    counts: of classes, training images and evaluation images.
+    """
     spec = settings.data
     if settings.batch > counts[1]:
         text = f"batch={settings.batch} exceeds the {counts[1]} training images"
         yield Finding(MISSING, "data", text, f"batch={counts[1]}")
     if not (experiment or "").startswith("imagenet_") or spec.limit or spec.holdout:
         return
-    sizes = zip(counts, IMAGENET.items())
-    off = [f"{n:,} {what} instead of {m:,}" for n, (what, m) in sizes if abs(n - m) > TOLERANCE * m]
-    if off:
+    differing = [
+        f"{count:,} {what} instead of {expected:,}"
+        for count, (what, expected) in zip(counts, IMAGENET.items())
+        if abs(count - expected) > TOLERANCE * expected
+    ]
+    if differing:
         text = f"experiment={experiment} is ImageNet's recipe, and this is not ImageNet"
         own = f"python train.py data={spec.name} model={settings.model['name']}"
         remedy = f"data.root=DIR of ImageNet, or your own recipe: {own}"
-        yield Finding(WARNING, "data", f"{text}: {', '.join(off)}", remedy)
+        yield Finding(WARNING, "data", f"{text}: {', '.join(differing)}", remedy)
 
 
 def check_weights(settings: Settings, data: Data) -> Iterator[Finding]:
@@ -267,9 +275,8 @@ def entry() -> int:
             raise
         # The rest can still be checked; the missing folder becomes a finding.
         settings = settings_from(compose_config([*arguments, "data.root=null"]))
-    named = [item.value() for item in parse(arguments) if item.key_or_group == "experiment"]
     missing = False
-    for finding in examine(settings, named[-1] if named else None):
+    for finding in examine(settings, choices(arguments)["experiment"]):
         print(as_installed(str(finding)), flush=True)
         missing |= finding.status == MISSING
     return 2 if missing else 0

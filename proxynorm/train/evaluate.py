@@ -81,5 +81,5 @@ def evaluate(
         raise DataError(f"evaluation saw {int(count)} images, the data set has {expected}")
     if not count:
         named = [f"{name}: {reason}; " for name, reason in (damaged or {}).items()][-1:]
-        raise DataError("".join(named) + "every evaluation image is damaged; mend them")
+        raise DataError("".join(named) + "every evaluation image is damaged; repair them")
     return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

@@ -187,7 +187,7 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
         before, epochs = content["identity"]["epochs"], settings.epochs
         trainer.state.extended.append({"step": step, "from_epochs": before, "epochs": epochs})
         trainer.state.stale = 0
-        say(f"extended from {before} to {epochs} epochs: from step {step} on their schedule holds")
+        say(f"extended at step {step} from {before} to {epochs} epochs, with their schedule")
     if trainer.process.is_main:
         if faults:
             run.last.unlink(missing_ok=True)  # it is damaged and must not become previous.pt
@@ -212,7 +212,7 @@ def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, An
         lines.append(f"resuming with {world_size} process(es), was {content['world_size']}")
     if not trainer.data.comparable(content["inputs"].get("images", {}), "train"):
         lines.append(
-            "whether the images are those that the run began on is unknown: "
+            "unknown whether the images are those that the run began with: "
             "they were read in another way then"
         )
     try:
@@ -220,7 +220,7 @@ def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, An
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         lines.append(
             f"{run.environment} is missing or damaged: "
-            "whether machine and versions are the same is unknown"
+            "unknown whether the machine and the versions are the same"
         )
         return lines
     if changed := differences(before, numeric_environment(now)):
@@ -244,16 +244,22 @@ def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
 
 def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path: Path) -> None:
     """Raise CheckpointError if a checkpoint was trained with other settings or on other data."""
-    stored, now = content["identity"], identity(settings)
+    stored, current = content["identity"], identity(settings)
     if settings.weights is None and "weights" in stored:  # a resumed run need not repeat weights=
-        now["weights"] = stored["weights"]
+        current["weights"] = stored["weights"]
+    epochs = stored["epochs"]
     if extends(content, settings):
-        now["epochs"] = stored["epochs"]
-    if changed := differences(stored, now):
-        longer = stored == {**now, "epochs": stored["epochs"]} and stored["epochs"] < now["epochs"]
+        current["epochs"] = epochs
+    if changed := differences(stored, current):
+        longer = stored == {**current, "epochs": epochs} and epochs < current["epochs"]
         go_on = ", or resume=extend to go on to more epochs" if longer else ""
         raise CheckpointError(f"{path} holds another run ({changed}); {START_OVER}{go_on}")
-    stored, present = content["inputs"], describe_data(data)
+    check_same_data(content["inputs"], data, path)
+
+
+def check_same_data(stored: dict[str, Any], data: Data, path: Path) -> None:
+    """Raise CheckpointError if `data` are not those that a checkpoint describes as `stored`."""
+    present = describe_data(data)
     for key in ("classes", "train_count", "eval_count", "mean", "std", "labels"):
         was, now = stored.get(key, present[key]), present[key]
         if was != now:

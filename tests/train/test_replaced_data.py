@@ -113,7 +113,7 @@ def test_moved_data_are_the_same(run_small, tmp_path):
 
 @needs_ffcv
 def test_images_that_cannot_be_compared_are_a_warning(run_small, tmp_path, capsys):
-    told = "whether the images are those that the run began on is unknown"
+    told = "unknown whether the images are those that the run began with"
     photographs(tmp_path)
     run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
     run = run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=3"))

@@ -154,6 +154,6 @@ def test_a_damaged_environment_is_a_warning(run_small, capsys, text):
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
     assert (
-        "environment.json is missing or damaged: whether machine and versions are the same is "
-        "unknown" in capsys.readouterr().out
+        "environment.json is missing or damaged: unknown whether the machine and the versions are "
+        "the same" in capsys.readouterr().out
     )
