@@ -32,19 +32,16 @@ KEY_OF, ANSWERS = (
     {word: target for target, words in SYNONYMS[part].items() for word in words.split()}
     for part in ("keys", "answers")
 )
-# The keys that hold text (False) or a list of texts (True).
-TEXT_KEYS = {
-    key: item.type.startswith("list")
-    for key, item in DECLARED.items()
-    if item.type.removesuffix(" | None") in ("str", "list[str]")
-}
-TEXT_KEYS["model.name"] = False  # a model's own arguments have no declared type
+TYPES = {key: item.type.removesuffix(" | None") for key, item in DECLARED.items()}
+TEXT_KEYS = {key for key, kind in TYPES.items() if kind == "str"}
+TEXT_KEYS.add("model.name")  # a model's own arguments have no declared type
+TEXT_LISTS = {key for key, kind in TYPES.items() if kind == "list[str]"}
 
 
 def quoted(text: str) -> str:
     """Quote `text` for Hydra's override grammar, unless Hydra reads it as one text anyway."""
-    number_or_null = text.lower() in ("null", "true", "false", "nan", "inf")
-    if re.fullmatch(r"\.{0,2}/?[A-Za-z_][\w./-]*", text) and not number_or_null:
+    is_literal = text.lower() in ("null", "true", "false", "nan", "inf")
+    if re.fullmatch(r"\.{0,2}/?[A-Za-z_][\w./-]*", text) and not is_literal:
         return text
     # In a quoted value, a backslash escapes only before a quote and at the end.
     escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", text)
@@ -64,15 +61,15 @@ def quote_arguments(
 
     def quote(argument: str) -> str:
         match = ARGUMENT.fullmatch(argument)
-        if match is None or not match["value"] or FUNCTION.match(match["value"]):
+        if match is None or match["value"] in ("", "null") or FUNCTION.match(match["value"]):
             return argument
-        name, value, is_list = match["name"], match["value"], TEXT_KEYS.get(match["name"])
-        if is_list and value != "null":
+        name, value = match["name"], match["value"]
+        if name in TEXT_LISTS:
             lists = re.split(r"(?<=]),(?=\[)", value) if sweep else [value]
             value = ",".join(f"[{quoted_items(items)}]" for items in lists)
-        elif name in groups or (is_list is not None and sweep):
+        elif name in groups or (sweep and name in TEXT_KEYS):
             value = value if value.startswith("[") else quoted_items(value)
-        elif is_list is not None:
+        elif name in TEXT_KEYS:
             value = quoted_once(value)
         return f"{match['key']}={value}"
 

@@ -93,7 +93,7 @@ def fixed_shapes(settings: Settings) -> bool:
 def compile_mode(
     settings: Settings, device: torch.device, accumulation: int
 ) -> tuple[str | None, str | None]:
-    """Return torch.compile's mode (None: run eagerly), and a notice if the user asked for another.
+    """Return torch.compile's mode (None: run eagerly), and a notice if settings ask for another.
 
     compile=auto compiles on CUDA, where it saves passes over feature maps.
     """

@@ -8,7 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from proxynorm.errors import ConfigError
-from proxynorm.train.arguments import KEY_OF, SYNONYMS, TEXT_KEYS, quote_arguments
+from proxynorm.train.arguments import KEY_OF, SYNONYMS, TEXT_KEYS, TEXT_LISTS, quote_arguments
 from proxynorm.train.config import check_arguments, compose_config, flat_keys, groups, settings_from
 from proxynorm.train.settings import run_name
 
@@ -83,11 +83,10 @@ def test_the_command_line_overrides_wandb_variables(monkeypatch):
 
 
 def test_text_keys_follow_the_declared_types():
-    keys = set(TEXT_KEYS)
-    assert {"name", "runs_dir", "data.root", "logger.entity", "logger.tags", "model.name"} <= set(
-        keys
-    )
-    assert not {"batch", "optim.lr", "norm_batch", "compile", "data.mean"} & keys
+    assert {"name", "runs_dir", "data.root", "logger.entity", "model.name"} <= TEXT_KEYS
+    assert {"logger.tags", "freeze"} == TEXT_LISTS
+    others = {"batch", "optim.lr", "norm_batch", "compile", "data.mean"}
+    assert not others & (TEXT_KEYS | TEXT_LISTS)
 
 
 @pytest.mark.parametrize(
