@@ -123,11 +123,11 @@ def options_help(options: type) -> str:
 
 def help_entry(left: str, text: str, column: int = COLUMN) -> str:
     """Return a word with its explanation beside it, or below it if the word is long."""
-    indent = " " * column
-    beside = len(left) < column - 3 or not text
-    first = f"  {left:<{column - 2}}" if beside else indent
-    body = textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=indent)
-    return f"{body or first.rstrip()}\n" if beside else f"  {left}\n{body}\n"
+    head, indent = f"  {left}", " " * column
+    body = textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    if len(head) < column - 1:
+        return f"{head:<{column}}{body[column:]}".rstrip() + "\n"
+    return f"{head}\n{body}".rstrip() + "\n"
 
 
 def guard(action: Callable[[], int | None]) -> NoReturn:

@@ -122,10 +122,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """Return the versions, the hardware and the source commit."""
-    versions, commit = {}, git("rev-parse", "HEAD")
+    versions, source = {}, {}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
+    if commit := git("rev-parse", "HEAD"):
+        source = {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))}
     return {
         "python": sys.version.split()[0],
         "packages": versions,
@@ -135,9 +137,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "git": {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))}
-        if commit
-        else {},
+        "git": source,
     }
 
 
