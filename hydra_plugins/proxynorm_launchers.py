@@ -1,7 +1,7 @@
 """Hydra's launchers for a sweep: python train.py -m norm=bn,ln_pn batch=32,256
 
 hydra/launcher=local (the default) trains one run after the other; hydra/launcher=slurm submits an
-array. Hydra imports this file whenever train.py starts, so slow imports wait until it launches.
+array of jobs. Hydra imports this file whenever train.py starts, so functions do the slow imports.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from omegaconf import DictConfig
 from proxynorm.errors import ConfigError
 from proxynorm.launch.slurm import SlurmOptions, launch_array
 
-SLURM = asdict(SlurmOptions())  # hydra.launcher.KEY=…
+SLURM = asdict(SlurmOptions())  # the keys hydra.launcher.KEY=…
 
 
 class LocalLauncher(Launcher):
-    """Train the sweep's runs, each in a process of its own, then compare them."""
+    """Train the runs of a sweep, each in its own process, then compare them."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -32,14 +32,14 @@ class LocalLauncher(Launcher):
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         from proxynorm.cli import as_installed
-        from proxynorm.train.words import SEARCH
+        from proxynorm.train.arguments import SEARCH_PATH
 
         given = config.hydra.overrides
-        # Hydra leaves the folders of --config-dir out of a run's own overrides.
-        self.shared = [word for word in given.hydra if word.startswith(SEARCH)]
-        # A comma alone is no sweep: logger.tags=[a,b]. Nor does seed=range(3) have any.
-        words = OverridesParser.create().parse_overrides(given.task)
-        keys = [word.key_or_group for word in words if word.is_sweep_override()]
+        # Hydra does not pass its own keys, such as the search path, on to the runs.
+        self.shared = [word for word in given.hydra if word.startswith(SEARCH_PATH)]
+        # Commas do not tell: logger.tags=[a,b] is no sweep, and seed=range(3) is one.
+        overrides = OverridesParser.create().parse_overrides(given.task)
+        keys = [override.key_or_group for override in overrides if override.is_sweep_override()]
         self.name = "-".join(["sweep", *(key for key in keys if key != "seed")])
         if config.logger.group is None:
             self.shared.append(f"logger.group={self.name}")
@@ -52,7 +52,10 @@ class LocalLauncher(Launcher):
         guard(lambda: self.run([[*overrides, *self.shared] for overrides in job_overrides]))
 
     def run(self, sweep: list[list[str]]) -> int:
-        """Train and compare; 2 if runs failed by the user's mistakes alone, 1 if others did."""
+        """Train and compare the runs.
+
+        Returns 0, 2 if runs failed only by the user's mistakes, or 1 if there were other failures.
+        """
         from proxynorm.launch.multirun import train_here
         from proxynorm.launch.runs import is_main, say
         from proxynorm.paper.sweep import answer
@@ -61,9 +64,10 @@ class LocalLauncher(Launcher):
         failed = "\n".join(f"- {failure}" for failure in failures)
         if runs and is_main():
             say(f"\n{answer(runs, self.folder, self.name, self.command, failed)}")
-        if failures:
-            say(f"\n{len(failures)} of {len(sweep)} runs failed:\n{failed}")
-        return 1 if any(failure.status != 2 for failure in failures) else 2 * bool(failures)
+        if not failures:
+            return 0
+        say(f"\n{len(failures)} of {len(sweep)} runs failed:\n{failed}")
+        return 2 if all(failure.status == 2 for failure in failures) else 1
 
 
 class SlurmLauncher(LocalLauncher):

@@ -1,7 +1,7 @@
-"""Command lines of the form key=value, for scripts that are not Hydra entries.
+"""Command lines of the form key=value, for the commands that do not use Hydra.
 
-A script declares its options as a dataclass of `option` fields. A wrong name or value is one line
-and exit status 2; `--help` prints the options.
+A command declares its options as a dataclass of `option` fields. A wrong name or value is reported
+in one line, with exit status 2; `--help` prints the options.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from proxynorm.errors import ConfigError, FileError, ProxynormError
 
-WIDTH, COLUMN = 80, 27  # of help texts, and where the explanations begin
+WIDTH, COLUMN = 80, 27  # the width of help texts, and where their explanations begin
 
 
 def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
-    """Return the end of an error message: the nearest of `choices` and `others`, all `choices`."""
+    """Return the end of an error message: the nearest name, and all `choices`.
+
+    others: valid names that are too many to list.
+    """
     choices = sorted(choices)
     close = get_close_matches(name.lower(), [*choices, *others], n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
@@ -47,7 +50,7 @@ def first_line(error: BaseException) -> str:
 
 
 def as_installed(text: str) -> str:
-    """Name the scripts in a text as the user calls them: `proxynorm NAME` where it was so started.
+    """Replace the scripts in a text by `proxynorm NAME` if the command was started that way.
 
     An installed package has no scripts/.
     """
@@ -60,20 +63,20 @@ def as_installed(text: str) -> str:
 
 def fail(error: ProxynormError) -> NoReturn:
     """Print one line on standard error and exit with the error's status."""
-    # One write: other processes may print at the same time.
+    # A single write, because other processes may print at the same time.
     sys.stderr.write(f"error: {as_installed(' '.join(str(error).split()))}\n")
     sys.exit(error.status)
 
 
 def split_list(text: str) -> list[str]:
-    """Split [a,b], or a,b without brackets, at the commas that are in no quotes or brackets."""
+    """Split "a,b" or "[a,b]" at the commas outside of quotes and inner brackets."""
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     found = re.findall(r"""\s*('(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|(?:\[[^\]]*]|[^,])+)""", inner)
     return [item.strip() for item in found if item.strip()]
 
 
 def in_quotes(text: str) -> bool:
-    """Return whether a text stands in quotes."""
+    """Return whether a text has quotes around it."""
     return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
 
 
@@ -87,7 +90,7 @@ def parse_options(options: type, arguments: list[str]) -> Any:
         if name not in types:
             raise ConfigError(f"no option '{name}'; {nearest(name, types)}")
         values[name] = read_value(text, types[name])
-    try:  # OmegaConf makes numbers and truth values of the texts
+    try:  # OmegaConf converts the texts to the types of the fields
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), values))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}= is missing; see --help") from None
@@ -96,7 +99,7 @@ def parse_options(options: type, arguments: list[str]) -> Any:
 
 
 def read_value(text: str, kind: Any) -> Any:
-    """Return null as None, text without its quotes, and a list, which needs no brackets."""
+    """Return None for null, a text without its quotes, or a list, whose brackets are optional."""
     if text == "null":
         return None
     if list[str] in (kind, *get_args(kind)):  # norms=ln means norms=[ln]
@@ -107,7 +110,7 @@ def read_value(text: str, kind: Any) -> Any:
 
 
 def options_help(options: type) -> str:
-    """Format an aligned entry per option: name=default and its help."""
+    """Return the help texts of the options, each with its default, in two columns."""
     rows = []
     for field in dataclasses.fields(options):
         factory = field.default_factory
@@ -115,23 +118,23 @@ def options_help(options: type) -> str:
         shown = {"???": "…", "None": ""}.get(str(default), default)
         rows.append((f"{field.name}={shown}", field.metadata.get("help", "")))
     column = min(COLUMN, max(len(left) for left, _ in rows) + 4)
-    return "".join(entry(left, right, column) for left, right in rows).rstrip()
+    return "".join(help_entry(left, right, column) for left, right in rows).rstrip()
 
 
-def entry(left: str, text: str, column: int = COLUMN) -> str:
-    """Format a word with its explanation beside it, or below it if the word is long."""
-    indent = " " * column
-    beside = len(left) < column - 3 or not text
-    first = f"  {left:<{column - 2}}" if beside else indent
-    body = textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=indent)
-    return f"{body or first.rstrip()}\n" if beside else f"  {left}\n{body}\n"
+def help_entry(left: str, text: str, column: int = COLUMN) -> str:
+    """Return a word with its explanation beside it, or below it if the word is long."""
+    head, indent = f"  {left}", " " * column
+    body = textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    if len(head) < column - 1:
+        return f"{head:<{column}}{body[column:]}".rstrip() + "\n"
+    return f"{head}\n{body}".rstrip() + "\n"
 
 
 def guard(action: Callable[[], int | None]) -> NoReturn:
     """Run `action` and exit with its status.
 
-    User errors, such as a file that cannot be written, exit with one line and status 2, Ctrl-C
-    with one line and 130. A closed pipe, as with `| head`, exits silently with 141.
+    User errors, such as a file that cannot be written, print one line and exit with status 2.
+    Ctrl-C prints one line and exits with 130. A closed pipe, as with `| head`, is silent: 141.
     """
     try:
         status = action() or 0
@@ -140,9 +143,9 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         pipe = select.poll()
         pipe.register(sys.stdout.fileno(), 0)
-        if not pipe.poll(0):  # it is another pipe that broke
+        if not pipe.poll(0):  # not standard output but another pipe
             raise
-        # The interpreter flushes standard output once more when it exits.
+        # The interpreter flushes standard output again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
@@ -157,11 +160,11 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
 
 
 def script(options: type, action: Callable[[Any], int | None], description: str) -> NoReturn:
-    """Run a script: parse its arguments, run `action(options)`, exit with its status."""
+    """Parse the arguments, run `action(options)` and exit with its status, or print the help."""
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         text = re.sub(
-            r"(?m)^\S.*(?:\n\S.*)*",  # paragraphs; what is indented stays as it is
+            r"(?m)^\S.*(?:\n\S.*)*",  # paragraphs; indented lines stay as they are
             lambda paragraph: textwrap.fill(paragraph[0], WIDTH),
             as_installed(description.strip()),
         )

@@ -1,8 +1,8 @@
-"""User errors. Each message is one line: what is wrong, where, and what to do."""
+"""Errors that end a command. The message is one line: what is wrong, where, and what to do."""
 
 
 class ProxynormError(Exception):
-    """Base of the errors that end a command with one line and exit status 2, or 1 for a fault."""
+    """Base class. The exit status is 2 for the user's mistakes; a fault sets it to 1."""
 
     status = 2
 
@@ -16,8 +16,8 @@ class DataError(ProxynormError):
 
 
 class FileError(ProxynormError):
-    """A file cannot be written: the disk is full, or permissions are missing."""
+    """A file cannot be written, because the disk is full or permissions are missing."""
 
 
 class CheckpointError(ProxynormError):
-    """A checkpoint is missing, unreadable or belongs to another run."""
+    """A checkpoint is missing, is unreadable or belongs to another run."""

@@ -1,4 +1,4 @@
-"""Durable files, which are whole or not there, and lock files."""
+"""Files that are written atomically and durably, and lock files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from uuid import uuid4
 
 from proxynorm.errors import FileError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise FileError, in one line, for an OSError while the block writes `path`."""
+    """Turn an OSError of the block, which writes `path`, into a FileError."""
     try:
         yield
     except OSError as error:
-        remedy = "; make room and run again" if error.errno in FULL else ""
+        remedy = "; make room and run again" if error.errno in DISK_FULL else ""
         raise FileError(f"cannot write {path}: {error.strerror or error}{remedy}") from error
 
 
@@ -40,9 +40,9 @@ def sync_folder(folder: Path) -> None:
 def write_atomic(
     path: Path, write: Callable[[BinaryIO], object], before_rename: Callable[[], None] | None = None
 ) -> None:
-    """Write a temporary file by `write`, fsync it and rename it to `path`.
+    """Call `write` on a temporary file, fsync it and rename it to `path`.
 
-    On failure `path` is untouched. Raises FileError if it cannot be written.
+    Raises FileError if it cannot be written; `path` is then untouched.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     with writing(path):
@@ -66,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, with None, in nested values."""
+    """Replace NaN and infinities, which JSON lacks, by None in nested values."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -81,7 +81,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock file and hold it; the system releases it if the process dies."""
+    """Wait for a lock file and hold it; the system releases it if the process dies."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

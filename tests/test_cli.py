@@ -1,4 +1,4 @@
-"""key=value command lines, as a user meets them: exit statuses, one-line errors, help."""
+"""key=value command lines as the user sees them: exit statuses, one-line errors, help."""
 
 from __future__ import annotations
 
@@ -85,15 +85,13 @@ def test_train_help_is_readable():
     assert "norm=gn: Group Norm" in result.stdout and "norm=ln_pn batch=32" in result.stdout
 
 
-DOORS = ["train.py", "eval.py", *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*.py"))]
+SCRIPTS = {"train.py", "eval.py", *(f"scripts/{path.name}" for path in ROOT.glob("scripts/*.py"))}
+SCRIPTS -= {"scripts/gpu_check.py", "scripts/_checkout.py"}  # no commands of the package
 
 
-NO_DOORS = {"scripts/gpu_check.py", "scripts/_checkout.py"}
-
-
-@pytest.mark.parametrize("script", sorted(set(DOORS) - NO_DOORS))
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_a_forgotten_environment_is_one_line(script, tmp_path):
-    """-S -E: Python without the packages of any environment, as the system's own is."""
+    """-S -E: Python without the packages of any environment, like the system's own."""
     result = command("-S", "-E", str(ROOT / script), cwd=tmp_path)
     assert_user_error(result, "source .venv/bin/activate")
 
@@ -114,7 +112,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
-def test_a_signal_before_anything_is_loaded_asks_to_be_queued_again(name):
+def test_a_signal_during_the_imports_exits_with_75(name):
     result = command("-c", SIGNAL_ON_IMPORT.replace("{name}", name))
     assert (result.returncode, result.stderr) == (75, f"stopped by {name}; run again to go on\n")
 
@@ -145,7 +143,7 @@ def test_wrong_norm():
         ("norms=[bn,lm]", "no norm 'lm' to measure behind; did you mean 'ln'"),
     ],
 )
-def test_wrong_values_of_power_are_told_before_anything_is_measured(tmp_path, argument, message):
+def test_wrong_values_of_power_are_reported_before_measuring(tmp_path, argument, message):
     result = command(
         "scripts/power.py",
         argument,
@@ -201,8 +199,8 @@ def test_help_of_the_installed_commands_fits_80_columns(name, monkeypatch, capsy
         "scripts/benchmark.py --help",
     ],
 )
-def test_a_reader_that_leaves_is_no_fault(tmp_path, words):
-    """As `| head` does: neither a traceback nor a message at the interpreter's exit."""
+def test_a_closed_pipe_is_no_fault(tmp_path, words):
+    """As with `| head`: neither a traceback nor a message when the interpreter exits."""
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
@@ -226,7 +224,7 @@ def test_another_broken_pipe_is_a_fault():
         guard(action)
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
         guard(lambda: (tmp_path / "file" / "deep").mkdir(parents=True))
@@ -235,7 +233,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_a_run_from_the_command_line(tmp_path):
-    """Train, find it finished, evaluate it: the last evaluation again."""
+    """Train; train again and find it finished; evaluate with the result of the last evaluation."""
     arguments = [
         "train.py",
         "model.depth=8",

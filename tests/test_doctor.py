@@ -1,4 +1,4 @@
-"""The doctor: a finding a line, and what is missing is named with its remedy."""
+"""The doctor prints a finding per line, and a remedy for what is missing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ def settings(*overrides: str):
     return settings_from(compose_config(overrides))
 
 
-def look(*overrides: str) -> list[Finding]:
-    """What examine finds of the data."""
-    found = doctor.examine(settings(*overrides))
-    return [finding for finding in found if finding.subject == "data"]
+def data_findings(*overrides: str) -> list[Finding]:
+    findings = doctor.examine(settings(*overrides))
+    return [finding for finding in findings if finding.subject == "data"]
 
 
 def run_script(monkeypatch, *arguments) -> int:
@@ -63,7 +62,7 @@ def test_the_default_experiment_can_run_here(monkeypatch, capsys):
     }
 
 
-def test_weights_to_start_from_are_looked_at(tmp_path, monkeypatch, capsys):
+def test_weights_to_start_from_are_checked(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path / "photos", 4, 2)
     file = tmp_path / "start.pt"
     asked = (
@@ -86,7 +85,7 @@ def test_an_experiment_without_data_is_status_2_with_the_command(monkeypatch, ca
     out = capsys.readouterr().out
     assert "; fix: python scripts/write_ffcv.py source=DIR output=" in out
     assert "the experiment asks for 8 GPUs" in out
-    (missing,) = look("experiment=imagenet_resnet50", f"data.root={tmp_path}")
+    (missing,) = data_findings("experiment=imagenet_resnet50", f"data.root={tmp_path}")
     assert missing.status == MISSING and "train.beton: no such file" in missing.text
     assert missing.remedy.startswith("python scripts/write_ffcv.py source=DIR output=")
 
@@ -112,37 +111,37 @@ def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, cuda, built):
     assert "CUDA_VISIBLE_DEVICES" in finding.remedy and "nvidia-smi" in finding.remedy
 
 
-def test_data_that_is_not_the_experiments_is_said():
+def test_data_other_than_the_experiments_are_reported():
     """Twelve images of three classes are neither ImageNet nor enough for a batch of 1024."""
     asked = settings("experiment=imagenet_resnet50", "data.root=x")
-    short, other = doctor.check_amount(asked, "imagenet_resnet50", (3, 12, 6))
+    short, other = doctor.check_counts(asked, "imagenet_resnet50", (3, 12, 6))
     assert short.status == MISSING and short.remedy == "batch=12"
     assert other.status == WARNING
     assert "3 classes instead of 1,000, 12 training images instead of" in other.text
-    assert list(doctor.check_amount(settings("batch=12"), None, (3, 12, 6))) == []
+    assert list(doctor.check_counts(settings("batch=12"), None, (3, 12, 6))) == []
 
 
 def test_imagenet_with_a_few_images_left_out_is_imagenet():
     asked = settings("experiment=imagenet_resnet50", "data.root=x")
     for train, findings in ((1_281_167, 0), (1_281_000, 0), (1_000_000, 1)):
-        found = doctor.check_amount(asked, "imagenet_resnet50", (1000, train, 50_000))
+        found = doctor.check_counts(asked, "imagenet_resnet50", (1000, train, 50_000))
         assert len(list(found)) == findings
 
 
 def test_damaged_images_in_a_folder_are_found(tmp_path):
     root = write_folder(tmp_path / "photos", 4, 2)
     asked = ("data=folder", f"data.root={root}", "batch=4", "model.depth=8")
-    assert [finding.status for finding in look(*asked)] == [OK, OK]
+    assert [finding.status for finding in data_findings(*asked)] == [OK, OK]
     (root / "val" / "bee" / "000.jpg").write_bytes(b"")
-    train, evaluation = look(*asked)
+    train, evaluation = data_findings(*asked)
     assert train.status == OK and evaluation.status == MISSING
     assert "1 damaged" in evaluation.text and "bee/000.jpg: is empty" in evaluation.text
     assert "data.on_bad=skip" in evaluation.remedy
-    _, evaluation = look(*asked, "data.on_bad=skip")  # the run leaves it out
+    _, evaluation = data_findings(*asked, "data.on_bad=skip")  # the run leaves it out
     assert evaluation.status == WARNING and "on_bad" not in evaluation.remedy
     for path in (root / "val").glob("*/*.jpg"):
         path.write_bytes(b"")
-    assert look(*asked, "data.on_bad=skip")[1].status == MISSING
+    assert data_findings(*asked, "data.on_bad=skip")[1].status == MISSING
 
 
 def test_a_wrong_argument_is_one_line(monkeypatch, capsys):
@@ -151,22 +150,22 @@ def test_a_wrong_argument_is_one_line(monkeypatch, capsys):
 
 
 @needs_ffcv
-def test_data_files_are_held_against_their_manifest(small_betons):
+def test_data_files_are_compared_with_their_manifest(small_betons):
     asked = ("data=beton", f"data.root={small_betons}", "batch=4", "model.depth=8")
-    assert [finding.status for finding in look(*asked)] == [OK, OK]
+    assert [finding.status for finding in data_findings(*asked)] == [OK, OK]
     (small_betons / "val.beton.json").rename(small_betons / "kept.json")
     (small_betons / "val.beton.sums.npy").unlink()
-    warning, *found = look(*asked)
+    warning, *found = data_findings(*asked)
     assert warning.status == WARNING and "no manifest" in warning.text
     assert [finding.status for finding in found] == [OK, OK]
     path = small_betons / "train.beton"
     data, samples = bytearray(path.read_bytes()), read_beton(path)
     data[int(samples.pointer[3]) + 200] ^= 1
     path.write_bytes(data)
-    _, train, _ = look(*asked)
-    assert train.status == MISSING and "12 of them looked at, 1 damaged" in train.text
+    _, train, _ = data_findings(*asked)
+    assert train.status == MISSING and "12 of them decoded, 1 damaged" in train.text
     path.write_bytes(data[:-5])
-    (finding,) = look(*asked)
+    (finding,) = data_findings(*asked)
     assert finding.status == MISSING and "truncated" in finding.text
     assert "overwrite=true" in finding.remedy
 
@@ -198,9 +197,9 @@ def test_ffcv_is_required_only_where_it_is_asked_for(monkeypatch):
 
 def test_missing_fashion_mnist_is_a_warning_with_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "none")
-    (finding,) = look()
+    (finding,) = data_findings()
     assert finding.status == WARNING and finding.remedy == "apt-get install dataset-fashion-mnist"
-    (finding,) = look(f"data.root={tmp_path}")
+    (finding,) = data_findings(f"data.root={tmp_path}")
     assert finding.status == MISSING
 
 

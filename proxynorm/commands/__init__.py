@@ -1,13 +1,14 @@
-"""The commands of `proxynorm NAME`; train.py, eval.py and scripts/*.py start the same code.
+"""The commands of `proxynorm NAME`; train.py, eval.py and scripts/*.py run the same code.
 
-Each is a module of this package with a dataclass Options and a function main(options), or with a
-function entry(), which reads sys.argv itself. Both may return an exit status.
+Each is a module of this package. It has either a dataclass Options and a function main(options), or
+a function entry() that reads sys.argv itself. Both may return an exit status.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 COMMANDS = {
     "train": "train a network, resume a run, sweep",
@@ -33,24 +34,24 @@ def main() -> None:
     usage = ["usage: proxynorm COMMAND [key=value …]", "", *rows, "", "Each takes --help."]
     if name in ("-h", "--help"):
         return print(*usage, sep="\n")
-    sys.exit(_fail(f"no command '{name}'; valid: {', '.join(COMMANDS)}"))
+    _fail(f"no command '{name}'; valid: {', '.join(COMMANDS)}")
 
 
 def run(name: str) -> None:
     """Run a command with the arguments in sys.argv[1:]."""
     if name == "train":
-        from proxynorm.train.preemption import leave_on_signals
+        from proxynorm.train.preemption import exit_on_signals
 
-        leave_on_signals()  # before the imports, which take seconds
+        exit_on_signals()  # before the imports, which take seconds
     try:
         module = import_module(f"proxynorm.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
-        # Without its extras, proxynorm is the layer alone.
+        # Without the extra [train], only the layer's dependencies are installed.
         if error.name is None or error.name.partition(".")[0] == "proxynorm":
             raise
-        # In a checkout, most likely the environment is not active.
+        # In a checkout, the environment is probably not active.
         remedy = "source .venv/bin/activate, or install proxynorm's extra [train]"
-        sys.exit(_fail(f"{name} needs {error.name}, which {sys.executable} lacks: {remedy}"))
+        _fail(f"{name} needs {error.name}, which {sys.executable} lacks: {remedy}")
     from proxynorm.cli import guard, script
 
     if hasattr(module, "entry"):
@@ -58,6 +59,7 @@ def run(name: str) -> None:
     script(module.Options, module.main, module.__doc__)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str) -> NoReturn:
+    """Exit as proxynorm.cli.fail does, which cannot be imported without OmegaConf."""
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)

@@ -11,8 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from proxynorm.cli import entry as table_row
-from proxynorm.cli import nearest, script
+from proxynorm.cli import help_entry, nearest, script
 from proxynorm.errors import ConfigError
 
 # The checkout, if this is one: benchmarks/ is outside of the installed package.
@@ -33,7 +32,7 @@ BENCHMARKS = {
 def entry() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        rows = "".join(table_row(key, text, 11) for key, text in BENCHMARKS.items())
+        rows = "".join(help_entry(key, text, 11) for key, text in BENCHMARKS.items())
         print(f"{__doc__.strip()}\n\nBenchmarks:\n{rows}", end="")
         return
     if name not in BENCHMARKS:

@@ -4,8 +4,8 @@
   python scripts/doctor.py experiment=imagenet_resnet50 data.root=DIR norm=bn
 
 Takes the arguments of train.py and checks what that run would need.
-Each line says ok, warning or missing, and how to fix it. Exit status 2 if
-something is missing without which the run cannot start, else 0.
+Each line says ok, warning or missing, and how to fix it. The exit status is 2
+if the run cannot start without something that is missing, else 0.
 """
 
 from __future__ import annotations
@@ -32,25 +32,28 @@ from proxynorm.data.loaders import Split
 from proxynorm.data.randomness import permutation
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.build import build_model
-from proxynorm.train.config import CONFIGS, compose_config, parse, settings_from
-from proxynorm.train.finetune import PUBLISHED, carry, read_weights, source_of
+from proxynorm.train.config import CONFIGS, choices, compose_config, settings_from
+from proxynorm.train.finetune import PUBLISHED, carry_over, read_weights, source_of
 from proxynorm.train.settings import Settings, folder_of
 from proxynorm.train.tracker import choose_mode
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 SAMPLED_IMAGES = 256
 IMAGENET = {"classes": 1000, "training images": 1_281_167, "evaluation images": 50_000}
-REMEDIES = {  # for data that cannot be opened
+REMEDIES = {  # for data that cannot be opened, by data.name
     "fashion_mnist": f"data.root=null and {fashion_mnist.PACKAGE}",
     "beton": "python scripts/write_ffcv.py source=DIR output=ROOT/PART.beton overwrite=true, and "
     "data.root=ROOT",
 }
-LEFT_OUT = 0.02  # the share of ImageNet that may be missing, as damaged images are
+TOLERANCE = 0.02  # the share of ImageNet that may be missing, for example damaged images
 
 
 @dataclass(frozen=True)
 class Finding:
-    """status: OK, WARNING or MISSING (the experiment cannot run); remedy: a command."""
+    """The result of a check.
+
+    status: OK, WARNING or MISSING (the experiment cannot run); remedy: how to fix it.
+    """
 
     status: str
     subject: str
@@ -63,7 +66,7 @@ class Finding:
 
 
 def examine(settings: Settings, experiment: str | None = None) -> Iterator[Finding]:
-    """Find what is there and what is missing.
+    """Yield the findings of all checks.
 
     The data set is opened once, by the functions that training uses.
     """
@@ -71,11 +74,14 @@ def examine(settings: Settings, experiment: str | None = None) -> Iterator[Findi
     yield check_cuda(settings, hardware_of(experiment))
     yield check_ffcv(settings)
     try:
-        data = open_for_a_look(settings.data)
-        yield from check_data(data, settings.data.on_bad)
-        if data is not None:
-            found = len(data.info.classes), data.info.train_count, data.info.eval_count
-            yield from check_amount(settings, experiment, found)
+        data = open_without_conversion(settings.data)
+        if data is None:
+            text = "Fashion-MNIST is not installed; the first run downloads it"
+            yield Finding(WARNING, "data", text, fashion_mnist.PACKAGE)
+        else:
+            yield from check_data(data, settings.data.on_bad)
+            counts = len(data.info.classes), data.info.train_count, data.info.eval_count
+            yield from check_counts(settings, experiment, counts)
             yield from check_weights(settings, data)
     except ProxynormError as error:
         remedy = REMEDIES.get(settings.data.name, "data.root=DIR")
@@ -85,14 +91,14 @@ def examine(settings: Settings, experiment: str | None = None) -> Iterator[Findi
 
 
 def hardware_of(experiment: str | None) -> str | None:
-    """The hardware that the head of one of our experiments' files asks for."""
+    """Return the hardware that an experiment's file asks for in its first lines."""
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
     found = re.search(r"^# hardware: (.*)", path.read_text(), re.M) if path.is_file() else None
     return found and found[1]
 
 
 def check_packages() -> Finding:
-    """The interpreter and the packages that training requires."""
+    """Check the interpreter and the packages that training requires."""
     python = f"python {platform.python_version()} on {platform.platform()}"
     install = "install proxynorm's extra [train]; in a checkout: pip install -e '.[train]'"
     try:
@@ -115,7 +121,7 @@ def check_packages() -> Finding:
 
 
 def check_cuda(settings: Settings, hardware: str | None) -> Finding:
-    """The GPUs, beside what the experiment's head asks for."""
+    """Check the GPUs; hardware: what the experiment asks for."""
     asked = f"; the experiment asks for {hardware}" if hardware else ""
     if torch.cuda.is_available():
         found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -125,8 +131,10 @@ def check_cuda(settings: Settings, hardware: str | None) -> Finding:
     if shutil.which("nvidia-smi"):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
         text = f"this torch, built for {built}, sees no GPU"
-        remedy = "unset CUDA_VISIBLE_DEVICES, or install the torch that pytorch.org names for "
-        remedy += "your driver, which nvidia-smi tells"
+        remedy = (
+            "unset CUDA_VISIBLE_DEVICES, or install the torch that pytorch.org names for the "
+            "driver that nvidia-smi shows"
+        )
     else:
         text = f"no GPU: training runs on {os.cpu_count()} CPU cores"
         cluster = "sbatch slurm/train.sbatch, on a cluster with GPUs" if hardware else ""
@@ -136,7 +144,7 @@ def check_cuda(settings: Settings, hardware: str | None) -> Finding:
 
 
 def check_ffcv(settings: Settings) -> Finding:
-    """FFCV's library."""
+    """Check FFCV's library."""
     needed = settings.data.name == "beton" or settings.loader.name == "ffcv"
     try:
         ffcv_library()
@@ -147,10 +155,10 @@ def check_ffcv(settings: Settings) -> Finding:
         return Finding(MISSING if needed else WARNING, "ffcv", text, INSTALL.partition(": ")[2])
 
 
-def open_for_a_look(spec: DataSpec) -> Data | None:
+def open_without_conversion(spec: DataSpec) -> Data | None:
     """Open the data set as training does; None if the first run will download it.
 
-    A folder is only listed, not converted for FFCV, and a damaged image does not end the look.
+    A folder is not converted for FFCV, and damaged images are skipped.
     """
     installed = spec.root is not None or fashion_mnist.DEBIAN_FOLDER.is_dir()
     if spec.name == "fashion_mnist" and not installed:
@@ -159,17 +167,13 @@ def open_for_a_look(spec: DataSpec) -> Data | None:
     return open_data(dataclasses.replace(spec, on_bad="skip"), loader)
 
 
-def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:
-    """Decode a sample of the images as training does, and say what was found.
+def check_data(data: Data, on_bad: str) -> Iterator[Finding]:
+    """Check a sample of the images by decoding them as training does.
 
-    on_bad: the run's, as the look itself leaves damaged images out.
+    on_bad: the run's own setting; `data` skips damaged images.
     """
-    if data is None:
-        text = "Fashion-MNIST is not installed; the first run downloads it"
-        yield Finding(WARNING, "data", text, fashion_mnist.PACKAGE)
-        return
     for line in data.warnings:
-        remedy = "mend the folder, write the .beton files again, or change the key"
+        remedy = "repair the folder, write the .beton files again, or change the key"
         yield Finding(WARNING, "data", line, remedy)
     for split in (data.train, data.evaluation):
         order = permutation(0, 0, len(split.rows))[:SAMPLED_IMAGES]
@@ -177,7 +181,7 @@ def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:
         before = len(data.failures)
         for _ in dataclasses.replace(data, evaluation=sample).eval_loader(64):
             pass
-        text = f"{split.reader.source}: {len(split.rows)} images, {len(order)} of them looked at"
+        text = f"{split.reader.source}: {len(split.rows)} images, {len(order)} of them decoded"
         bad = list(data.failures.items())[before:]
         if not bad:
             yield Finding(OK, "data", text)
@@ -190,27 +194,33 @@ def check_data(data: Data | None, on_bad: str) -> Iterator[Finding]:
             yield Finding(MISSING, "data", text, f"{skip}repair or remove them")
 
 
-def check_amount(
-    settings: Settings, experiment: str | None, found: tuple[int, int, int]
+def check_counts(
+    settings: Settings, experiment: str | None, counts: tuple[int, int, int]
 ) -> Iterator[Finding]:
-    """Enough data for one batch, and ImageNet for ImageNet's recipes; found: as in IMAGENET."""
+    """Check that there are images for a batch, and all of ImageNet for its recipes.
+
+    counts: of classes, training images and evaluation images.
+    """
     spec = settings.data
-    if settings.batch > found[1]:
-        text = f"batch={settings.batch} exceeds the {found[1]} training images"
-        yield Finding(MISSING, "data", text, f"batch={found[1]}")
+    if settings.batch > counts[1]:
+        text = f"batch={settings.batch} exceeds the {counts[1]} training images"
+        yield Finding(MISSING, "data", text, f"batch={counts[1]}")
     if not (experiment or "").startswith("imagenet_") or spec.limit or spec.holdout:
         return
-    sizes = zip(found, IMAGENET.items())
-    off = [f"{n:,} {what} instead of {m:,}" for n, (what, m) in sizes if abs(n - m) > LEFT_OUT * m]
-    if off:
+    differing = [
+        f"{count:,} {what} instead of {expected:,}"
+        for count, (what, expected) in zip(counts, IMAGENET.items())
+        if abs(count - expected) > TOLERANCE * expected
+    ]
+    if differing:
         text = f"experiment={experiment} is ImageNet's recipe, and this is not ImageNet"
         own = f"python train.py data={spec.name} model={settings.model['name']}"
         remedy = f"data.root=DIR of ImageNet, or your own recipe: {own}"
-        yield Finding(WARNING, "data", f"{text}: {', '.join(off)}", remedy)
+        yield Finding(WARNING, "data", f"{text}: {', '.join(differing)}", remedy)
 
 
 def check_weights(settings: Settings, data: Data) -> Iterator[Finding]:
-    """That a new run can start from a file or run; another one has all in its checkpoints."""
+    """Check that a new run can start from its file or run; a resumed run does not need it."""
     source = source_of(settings)
     if source in (None, PUBLISHED):
         return
@@ -220,14 +230,14 @@ def check_weights(settings: Settings, data: Data) -> Iterator[Finding]:
             return
         weights = read_weights(source, settings, len(classes), channels)
         model = build_model(settings, len(classes), channels)
-        notes = carry(model, weights, settings, list(classes))["notes"]
+        notes = carry_over(model, weights, settings, list(classes))["notes"]
         yield Finding(OK, "weights", "; ".join(notes))
     except ProxynormError as error:
         yield Finding(MISSING, "weights", str(error))
 
 
 def check_wandb(settings: Settings) -> Finding:
-    """Where W&B logs to."""
+    """Check where W&B logs to."""
     mode = choose_mode(settings.logger.mode)
     if mode == "offline":
         text = "no key: runs are logged offline, into their folders"
@@ -236,9 +246,9 @@ def check_wandb(settings: Settings) -> Finding:
 
 
 def check_slurm() -> Finding:
-    """SLURM's commands, and its controller's answer."""
+    """Check SLURM's commands and its controller."""
     if not shutil.which("sbatch"):
-        text = "sbatch is not here, so slurm/*.sbatch cannot be submitted"
+        text = "no sbatch command, so slurm/*.sbatch cannot be submitted"
         local = "torchrun --standalone --nproc-per-node=8 train.py …"
         return Finding(WARNING, "slurm", text, f"ssh LOGIN-NODE; without SLURM: {local}")
     command = ["sinfo", "--noheader", "--format=%P %D %G"]
@@ -253,6 +263,7 @@ def check_slurm() -> Finding:
 
 
 def entry() -> int:
+    """Print the findings; return 2 if something is missing."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(as_installed(__doc__.strip()))
@@ -262,11 +273,10 @@ def entry() -> int:
     except ConfigError as error:
         if "data.root must be given" not in str(error):
             raise
-        # The rest can be checked all the same; the missing folder becomes a finding.
+        # The rest can still be checked; the missing folder becomes a finding.
         settings = settings_from(compose_config([*arguments, "data.root=null"]))
-    named = [item.value() for item in parse(arguments) if item.key_or_group == "experiment"]
     missing = False
-    for finding in examine(settings, named[-1] if named else None):
+    for finding in examine(settings, choices(arguments)["experiment"]):
         print(as_installed(str(finding)), flush=True)
         missing |= finding.status == MISSING
     return 2 if missing else 0

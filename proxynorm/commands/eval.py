@@ -1,7 +1,7 @@
 """Evaluate a trained run: python eval.py run=runs/NAME, or checkpoint=FILE.
 
-root=DIR evaluates on other images: a data set as in training, or validation images alone, a folder
-of class folders or a .beton file. The last line of the output is one JSON object.
+root=DIR evaluates on other images: a data set as in training, or validation images alone (a folder
+of class folders, or a .beton file). The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from proxynorm.train.restore import (
 class Options(RunOptions):
     root: str | None = option(None, "folder or .beton file of the images; default: as in training")
     classes: str = option(
-        "all", "of root's folders: all; subset: logits of these alone; index: they are numbers"
+        "all", "all: root has all classes; subset: some, only their logits count; index: by number"
     )
     output: str | None = option(None, "folder for per_class.csv, confusion.csv and confusion.png")
     on_bad: str | None = option(None, "damaged images: raise, skip; default: as in training")
@@ -42,14 +42,15 @@ class Options(RunOptions):
 def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
     with processes(options.device) as process:
-        restored = restore(path).given(
+        restored = restore(path).with_options(
             options, options.loader, on_bad=options.on_bad, cache=options.cache
         )
         settings = restored.settings
         data, columns = open_evaluation_data(restored, options.root, options.classes)
         notes = () if options.root else other_images(restored, data)
-        for line in (*data.warnings, *notes) if process.is_main else ():
-            print(f"warning: {line}", file=sys.stderr)
+        if process.is_main:
+            for line in (*data.warnings, *notes):
+                print(f"warning: {line}", file=sys.stderr)
         memory_format = choose_memory_format(settings, process.device)
         model = restored.model.to(process.device, memory_format=memory_format)
         counted = Counted(model, columns, process.device)

@@ -6,8 +6,6 @@ probabilities, or why it could not be read.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from proxynorm.analysis.tables import csv_table
 from proxynorm.cli import option
 from proxynorm.data import Data
 from proxynorm.data.opening import open_images
@@ -36,21 +35,17 @@ class Options(RunOptions):
 
 def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
-    restored = restore(path).given(options)
+    restored = restore(path).with_options(options)
     data, names = open_images(*evaluation_specs(restored), Path(options.images))
     classes = restored.inputs["classes"]
     best = dict(predictions(restored, data, choose_device(options.device)))
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    columns = [
-        f"{word}_{i}" for i in range(1, 1 + min(TOP, len(classes))) for word in ("class", "p")
-    ]
-    table.writerow(["image", *columns, "error"])
+    ranks = range(1, 1 + min(TOP, len(classes)))
+    columns = [f"{word}_{rank}" for rank in ranks for word in ("class", "p")]
+    table = [["image", *columns, "error"]]
     for row, name in enumerate(names):
         ranked = [cell for k, p in best.get(row, ()) for cell in (classes[k], f"{p:.4f}")]
-        error = data.failures.get(name, "")
-        table.writerow([name, *(ranked or [""] * len(columns)), error])
-    write_text(Path(options.output), text.getvalue())
+        table.append([name, *(ranked or [None] * len(columns)), data.failures.get(name)])
+    write_text(Path(options.output), csv_table(table))
     for line in data.warnings:
         print(f"warning: {line}", file=sys.stderr)
     for name, reason in data.failures.items():
@@ -64,7 +59,7 @@ def main(options: Options) -> int:
 def predictions(
     restored: Restored, data: Data, device: torch.device
 ) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """Yield the row of each readable image, and its likeliest classes with their probabilities."""
+    """Yield the row of each readable image, with its likeliest classes and their probabilities."""
     settings = restored.settings
     dtype = choose_dtype(settings, device)
     memory_format = choose_memory_format(settings, device)

@@ -17,7 +17,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> int:
-    """Train; name the run folder behind the traceback of a fault."""
+    """Train and return the exit status; after the traceback of a fault, name the run folder."""
     from proxynorm.train.distributed import environment_ranks
     from proxynorm.train.nonfinite import NonFiniteError
     from proxynorm.train.run import train
@@ -27,7 +27,7 @@ def run(config: DictConfig) -> int:
     try:
         return train(settings, OmegaConf.to_container(config, resolve=True))
     except NonFiniteError:
-        if environment_ranks()[0] != 0:  # every process raises it: the first one reports it
+        if environment_ranks().rank != 0:  # every process raises it, and the first one reports it
             sys.exit(1)
         raise
     except ProxynormError:
@@ -40,7 +40,7 @@ def run(config: DictConfig) -> int:
 
 
 def entry() -> None:
-    """Check the command line, print the help if it asks for it, else train."""
+    """Check the command line, then print the help or train."""
     sys.argv[1:] = words = check_arguments(sys.argv[1:])
     if {"-h", "--help"} & set(words):
         from proxynorm.train.help import help_text

@@ -23,9 +23,9 @@ from proxynorm.cli import guard
 from proxynorm.data.ffcv.beton import changed_images, manifest_path, read_beton, sums_path
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.files import locked, write_json
+from proxynorm.train.arguments import quoted
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import folder_of
-from proxynorm.train.words import quoted
 
 PARTS = ("train.beton", "val.beton")
 

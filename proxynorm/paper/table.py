@@ -16,7 +16,7 @@ import yaml
 from proxynorm.cli import nearest
 from proxynorm.errors import ConfigError
 from proxynorm.launch.runs import Estimate, Run
-from proxynorm.train.words import quoted
+from proxynorm.train.arguments import quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
 # A link to results/; a wheel holds the files chosen.json alone.

@@ -1,4 +1,4 @@
-"""From settings to a network, and to how it is computed: precision, memory format, compilation."""
+"""The network of a run, and how it is computed: precision, memory format, compilation."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def seeded_model(settings: Settings, info: DataInfo) -> nn.Module:
 
 
 def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """Return the compute precision; auto is bf16 on GPUs that have it, else fp16, fp32 on CPU."""
+    """Return the compute precision; auto is fp32 on a CPU, bf16 on a GPU that has it, else fp16."""
     if settings.precision != "auto":
         return DTYPES[settings.precision]
     if device.type == "cpu":
         return torch.float32
-    # Emulated, as before Ampere, bf16 is slower than float32.
+    # Emulated bf16, as before Ampere, is slower than float32.
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
 
@@ -69,14 +69,14 @@ def choose_memory_format(settings: Settings, device: torch.device) -> torch.memo
     return torch.channels_last if name == "channels_last" else torch.contiguous_format
 
 
-def set_switches(settings: Settings, device: torch.device) -> None:
+def choose_kernels(settings: Settings, device: torch.device) -> None:
     """Choose CUDA's kernels: the fastest, or those that give the same bits each time."""
     if device.type != "cuda":
         return  # a CPU sums in one order
     same_bits = settings.deterministic
     torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
     torch.backends.cudnn.allow_tf32 = True
-    # Trying all kernels pays where the shapes come again; each new one costs a second.
+    # Trying all kernels pays off if shapes recur; each new shape costs a second.
     torch.backends.cudnn.benchmark = fixed_shapes(settings) and not same_bits
     if same_bits:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS's first call
@@ -86,14 +86,14 @@ def set_switches(settings: Settings, device: torch.device) -> None:
 
 
 def fixed_shapes(settings: Settings) -> bool:
-    """Return whether all training batches have one shape: no growing images, none left out."""
+    """Return whether all training batches have one shape: images neither grow nor are left out."""
     return settings.data.ramp is None and settings.data.on_bad == "raise"
 
 
 def compile_mode(
     settings: Settings, device: torch.device, accumulation: int
 ) -> tuple[str | None, str | None]:
-    """Return torch.compile's mode, None to run eagerly, and a line where it is not what was asked.
+    """Return torch.compile's mode (None: run eagerly), and a notice if settings ask for another.
 
     compile=auto compiles on CUDA, where it saves passes over feature maps.
     """
@@ -103,7 +103,7 @@ def compile_mode(
     if settings.recompute:
         return None, "recompute=true: the network runs eagerly, not compiled"
     if mode == "reduce-overhead" and (accumulation > 1 or not fixed_shapes(settings)):
-        # A CUDA graph replays on fixed addresses: no second forward before the update, one shape.
+        # A CUDA graph replays on fixed addresses: one shape, no second forward before the update.
         why = "needs a single micro-batch per update and images of one size; default is used"
         return "default", f"compile_mode=reduce-overhead {why}"
     return mode, None
@@ -116,9 +116,10 @@ def choose_execution(
     accumulation: int,
     say: Callable[[str], None],
 ) -> None:
-    """Let `model` compute with recomputation or compiled, in place.
+    """Set up recomputation or compilation of `model`, in place.
 
-    What is not as asked is said in a line. If inductor fails, the run goes on eagerly.
+    Prints a notice by `say` if that is not what the user asked for. If inductor fails, the run goes
+    on eagerly.
     """
     mode, notice = compile_mode(settings, device, accumulation)
     if notice:
@@ -135,10 +136,10 @@ def choose_execution(
         except Exception as error:
             if model._compiled_call_impl is not None:
                 say(f"torch.compile failed, the run goes on eagerly: {first_line(error)}")
-            model._compiled_call_impl = None  # this call ends in the graph as it was captured
+            model._compiled_call_impl = None  # later calls; this one runs the captured graph
             return graph
 
-    # The backward pass, too, is compiled before anything runs, so that its failure is seen here.
+    # Compile the backward pass before anything runs, too, so that its failure is caught here.
     torch._functorch.config.force_non_lazy_backward_lowering = True
-    # Kernels for a shape by itself are faster than those for all shapes.
+    # Kernels for one shape are faster than those for all shapes.
     model.compile(backend=inductor_or_eager, dynamic=False if fixed_shapes(settings) else None)

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, verified on loading, with the previous one kept."""
+"""Checkpoints: written atomically, verified when loaded, and the previous one is kept."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from proxynorm.errors import CheckpointError, FileError
 from proxynorm.files import write_atomic
 
 FORMAT = 1
-NOT_PLAIN = (
-    "it is no file of torch.save, or holds objects besides tensors (save model.state_dict())"
-)
+NOT_PLAIN = "not a file of torch.save, or with objects besides tensors (save model.state_dict())"
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Write `content` to `path`; move the former file to `previous`.
+    """Write `content` to `path`, after moving the former file to `previous`.
 
-    Raises CheckpointError if the disk is full.
+    Raises CheckpointError if the file cannot be written.
     """
 
     def write(stream: BinaryIO) -> None:
         try:
             torch.save({"format": FORMAT, **content}, stream)
-        except RuntimeError as error:  # torch's archive writer hides the system's error
+        except RuntimeError as error:  # torch's archive writer wraps the OSError
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -46,9 +44,9 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a file's content, on the CPU. Raises CheckpointError if it is damaged or no mapping.
+    """Return a file's content, on the CPU. Raises CheckpointError if it is not a readable mapping.
 
-    Nothing in it is executed: tensors and plain values alone are read.
+    Only tensors and plain values are read, so no code in the file is executed.
     """
     try:
         if zipfile.is_zipfile(path):  # torch.load does not verify the archive's checksums
@@ -57,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
                     raise ValueError(f"damaged, by the checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's own words would advise to execute what is in the file.
+        # torch's own message advises to load with weights_only=False, which executes code.
         unpickling = isinstance(error, pickle.UnpicklingError)
         reason = NOT_PLAIN if unpickling else first_line(error)
         raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error
@@ -90,6 +88,6 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
                 faults.append(str(error))
     if faults:
         raise CheckpointError(
-            f"no readable checkpoint: {'; '.join(faults)}; resume=never starts anew"
+            f"no readable checkpoint: {'; '.join(faults)}; resume=never starts over"
         )
     return None, []

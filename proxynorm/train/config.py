@@ -1,4 +1,4 @@
-"""How Hydra's configuration becomes settings; its mistakes become one line."""
+"""From Hydra's configuration to settings, with mistakes reported in one line."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from proxynorm.cli import first_line, nearest, split_list
 from proxynorm.errors import ConfigError
+from proxynorm.train.arguments import (
+    OTHER_CHOICES,
+    SEARCH_PATH,
+    config_dir_as_key,
+    key_advice,
+    quote_arguments,
+)
 from proxynorm.train.settings import Settings, check
-from proxynorm.train.words import BESIDES, SEARCH, keep_text, key_advice, search_path
 
-# A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
-_PACKAGE = Path(__file__).resolve().parents[1]
-_PLACES = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
-CONFIGS = next(folder for folder in _PLACES if (folder / "train.yaml").is_file())
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in a checkout a link to configs/
 
-# ${env_list:WANDB_TAGS}: a variable of the environment as a list of texts.
+# ${env_list:WANDB_TAGS} is an environment variable as a list of texts.
 OmegaConf.register_new_resolver(
     "env_list", lambda name: split_list(os.environ.get(name, "")), replace=True
 )
@@ -39,7 +42,7 @@ OmegaConf.register_new_resolver(
 def settings_from(config: DictConfig) -> Settings:
     """Return the checked settings of a configuration. Raises ConfigError naming the wrong key."""
     typed = OmegaConf.structured(Settings)
-    # The dataclasses are frozen; merging writes into their nodes.
+    # Frozen dataclasses become read-only nodes, which merging writes to.
     for node in (typed, *(typed._get_node(key) for key in typed)):
         OmegaConf.set_readonly(node, False)
     try:
@@ -47,7 +50,7 @@ def settings_from(config: DictConfig) -> Settings:
             raise ConfigError(f"{', '.join(missing)} must be given, as {missing[0]}=…")
         values = OmegaConf.to_container(config, resolve=True)
         if isinstance(scales := OmegaConf.select(config, "optim.lr_scale"), DictConfig):
-            # YAML makes a number of a part's name such as 1.
+            # YAML reads a part's name such as 1 as a number.
             values["optim"]["lr_scale"] = {str(key): value for key, value in scales.items()}
         settings = OmegaConf.to_object(OmegaConf.merge(typed, values))
     except ConfigKeyError as error:
@@ -56,7 +59,7 @@ def settings_from(config: DictConfig) -> Settings:
         raise ConfigError(f"no key '{key}'; {advice}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
-    # Two regularizers act on images: the data pipeline applies them.
+    # Two regularizers change images, so the data pipeline applies them.
     given = settings.regularization
     data = dataclasses.replace(
         settings.data, randaugment=given.randaugment, random_erasing=given.random_erasing
@@ -65,17 +68,17 @@ def settings_from(config: DictConfig) -> Settings:
 
 
 def compose_config(overrides: Iterable[str]) -> DictConfig:
-    """Compose the configuration under `overrides`: the arguments of train.py.
+    """Compose the configuration that the arguments of train.py describe.
 
     Raises ConfigError with the nearest valid name.
     """
     parsed = parse(overrides)
     options, others, values = groups(search_folders(parsed)), [], []
     for override in parsed:
-        if is_group := group_of(override) in options:
+        if is_group := override.key_or_group in options:
             check_choice(override, options)
         is_plain = override.type == OverrideType.CHANGE and not override.package
-        is_key = is_plain and not is_group and not is_hydras(override.key_or_group)
+        is_key = is_plain and not is_group and not is_hydra_key(override.key_or_group)
         (values if is_key else others).append(override)
     # Composing takes 0.2 s, and a table has hundreds of cells: compose each combination of group
     # choices once, and set the values in a copy, as Hydra does.
@@ -93,31 +96,31 @@ def compose_config(overrides: Iterable[str]) -> DictConfig:
 
 
 def choices(arguments: Iterable[str]) -> dict[str, str]:
-    """Return the option of each group that the arguments of train.py, and their recipe, choose."""
-    config = _compose(*hydra_words(arguments), return_hydra_config=True)
+    """Return the option of each group that the arguments of train.py, or their recipe, choose."""
+    config = _compose(*hydra_arguments(arguments), return_hydra_config=True)
     return dict(config.hydra.runtime.choices)
 
 
 @cache
-def _compose(*words: str, **options: bool) -> DictConfig:
-    """Return Hydra's configuration under words of its grammar; callers copy it."""
+def _compose(*overrides: str, **options: bool) -> DictConfig:
+    """Return Hydra's configuration for overrides in its grammar; copy it before changing it."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return compose("train", list(words), **options)
+            return compose("train", list(overrides), **options)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(first_line(error)) from error
 
 
-def hydra_words(arguments: Iterable[str], sweep: bool = False) -> list[str]:
+def hydra_arguments(arguments: Iterable[str], sweep: bool = False) -> list[str]:
     """Return arguments in Hydra's grammar: --config-dir as a key, text in quotes."""
-    return keep_text(search_path(arguments), groups(), sweep)
+    return quote_arguments(config_dir_as_key(arguments), groups(), sweep)
 
 
 def parse(arguments: Iterable[str], sweep: bool = False) -> list[Override]:
-    """Parse key=value arguments as Hydra does, text as it was typed. Raises ConfigError."""
+    """Parse key=value arguments as Hydra does, but text stays as typed. Raises ConfigError."""
     parser, parsed, arguments = OverridesParser.create(), [], list(arguments)
-    for word in hydra_words(arguments, sweep):
+    for word in hydra_arguments(arguments, sweep):
         try:
             override = parser.parse_override(word)
         except HydraException as error:
@@ -131,7 +134,7 @@ def parse(arguments: Iterable[str], sweep: bool = False) -> list[Override]:
 
 
 def dashed_advice(arguments: Sequence[str]) -> str:
-    """Return what to write instead of an option with dashes: norm=… for --norm ln_pn."""
+    """Return what to write instead of an option with dashes: norm=… instead of --norm ln_pn."""
     for argument in arguments:
         if argument.startswith("-") and argument not in ("-m", "--multirun"):
             word = argument.partition("=")[0].strip("-")
@@ -142,14 +145,14 @@ def dashed_advice(arguments: Sequence[str]) -> str:
 
 
 def search_folders(parsed: Iterable[Override]) -> tuple[str, ...]:
-    """Return the folders, besides configs/, in which the overrides let Hydra look for options."""
-    lists = (override.value() for override in parsed if override.key_or_group == SEARCH)
+    """Return the user's configuration folders, which overrides add to configs/."""
+    lists = (override.value() for override in parsed if override.key_or_group == SEARCH_PATH)
     return tuple(str(item).removeprefix("file://") for items in lists for item in items)
 
 
 @cache
 def groups(folders: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """Return each configuration group with its options, those in the user's `folders` included."""
+    """Return each configuration group with its options, including those in the user's `folders`."""
     found: dict[str, set[str]] = {}
     for folder in (CONFIGS, *map(Path, folders)):
         for path in folder.glob("*/**/*.yaml"):
@@ -158,30 +161,26 @@ def groups(folders: tuple[str, ...] = ()) -> dict[str, list[str]]:
     return {group: sorted(found[group]) for group in sorted(found)}
 
 
-def group_of(override: Override) -> str:
-    return override.key_or_group.split("@")[0]
-
-
 def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
     """Raise ConfigError unless the override chooses an option that exists."""
-    group, value = group_of(override), override.value()
+    group, value = override.key_or_group, override.value()
     if group not in options or value is None or str(value) in options[group]:
         return
     others = []
     if group == "model":
-        import timm  # a second, which names of our own do not wait for
+        import timm  # takes a second, which our own models do without
 
         if timm.is_model(str(value)):
-            # As if configs/model had a file of this name, which says no more than timm.yaml.
+            # As if configs/model had a file of this name, with the content of timm.yaml.
             ConfigStore.instance().store(str(value), {"name": str(value)}, group=group)
             return
         others = timm.list_models()
-    near = nearest(str(value), options[group], others) + BESIDES.get(group, "")
+    near = nearest(str(value), options[group], others) + OTHER_CHOICES.get(group, "")
     raise ConfigError(f"{group}={value}: no such {group}; {near}")
 
 
 def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Return all keys, dotted, of the nodes and of the leaves."""
+    """Return the dotted keys of all nodes and leaves."""
     keys = []
     for key in config:
         name, value = f"{prefix}{key}", config._get_node(key)
@@ -192,7 +191,7 @@ def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def sweep_points(overrides: list[str]) -> list[list[str]]:
-    """Return lists of plain overrides that together try each swept value once."""
+    """Return a few points of a sweep, each a list of plain overrides, that try every value once."""
     values = [
         [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
@@ -207,27 +206,27 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
-    """Check the command line of train.py, and return it as Hydra is to read it.
+    """Check the command line of train.py, and return it in Hydra's grammar.
 
-    Raises ConfigError for a mistake, before Hydra prints a traceback. In a sweep, a value that is
-    wrong alone is left to its run, which fails while the others go on.
+    Raises ConfigError for a mistake, for which Hydra would print a traceback. In a sweep it raises
+    only if all runs are wrong: otherwise the wrong ones fail while the others train.
     """
 
-    def refuse(message: str) -> NoReturn:  # argparse would print a page of usage
+    def refuse(message: str) -> NoReturn:  # instead of argparse's page of usage
         advice = f"{dashed_advice(arguments)}; the options are --help, -m (sweep)"
         raise ConfigError(f"{message}; {advice}, --config-dir=DIR and --cfg job (print)")
 
     parser = get_args_parser()
     parser.error = refuse
-    # Hydra's parser takes -m at the front, whatever comes after.
-    words = sorted(search_path(arguments), key=lambda word: word not in ("-m", "--multirun"))
+    # Hydra's parser accepts -m anywhere only if it comes first.
+    words = sorted(config_dir_as_key(arguments), key=lambda word: word not in ("-m", "--multirun"))
     parsed = parser.parse_args(words)
     if parsed.config_path or parsed.config_name:
         refuse("--config-path and --config-name would replace the configuration")
-    words = hydra_words(words, parsed.multirun)
+    words = hydra_arguments(words, parsed.multirun)
     if parsed.help or parsed.hydra_help:
         return words
-    overrides = [item for item in parsed.overrides if not is_hydras(item) or SEARCH in item]
+    overrides = [item for item in parsed.overrides if not is_hydra_key(item) or SEARCH_PATH in item]
     errors, points = [], sweep_points(overrides) if parsed.multirun else [overrides]
     for point in points:
         config = compose_config(point)
@@ -240,6 +239,6 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def is_hydras(argument: str) -> bool:
-    """Return whether an argument is about Hydra itself, such as the launcher."""
+def is_hydra_key(argument: str) -> bool:
+    """Return whether an argument configures Hydra itself, such as its launcher."""
     return argument.lstrip("+~").startswith("hydra")

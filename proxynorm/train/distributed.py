@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun or srun started."""
+"""The processes of a run: a single one, or those that torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,10 @@ from proxynorm.cli import first_line
 from proxynorm.errors import ConfigError, ProxynormError
 from proxynorm.train.memory import keep_freed_memory
 
-FAULT = "fault"  # key in the store
+FAULT = "fault"  # the store's key for the first fault, as JSON [rank, message]
 TIMEOUT = timedelta(minutes=30)  # the longest wait for a peer that loads, compiles or saves
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # for a process to notice by itself that a peer is gone, as gloo does
+GRACE_SECONDS = 10.0  # for a process to notice a lost peer itself, as gloo does
 LOST = re.compile("connection (closed|reset) by peer", re.IGNORECASE)  # gloo's message
 
 
@@ -54,7 +54,7 @@ class Process:
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether it is set in any process.
 
-        Over gloo, on the host: NCCL would wait for all that the GPU has to do before.
+        It runs over gloo, on the host: NCCL would wait for all earlier work of the GPU.
         """
         if self.world_size == 1:
             return flags
@@ -85,7 +85,7 @@ class Process:
                 dist.broadcast(buffer, src=0)
 
     def parallel(self, model: torch.nn.Module, static_graph: bool) -> torch.nn.Module:
-        """Return `model` with gradients averaged over the processes; static_graph: see torch's."""
+        """Wrap `model` to average gradients over the processes; static_graph: see torch's DDP."""
         if self.world_size == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
@@ -100,22 +100,31 @@ class Process:
             dist.barrier()
 
 
-def environment_ranks() -> tuple[int, int, int]:
-    """Return (rank, local rank, world size) as torchrun or a multi-task srun step sets them.
+class Ranks(NamedTuple):
+    """A process's rank in the run and on its machine, and the number of processes."""
 
-    Raises ConfigError if srun's tasks have no address to meet at.
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def environment_ranks() -> Ranks:
+    """Return the ranks as torchrun or a multi-task srun step sets them.
+
+    Raises ConfigError if srun started several tasks without a rendezvous address.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
+        return Ranks(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
                 "srun started several tasks, but MASTER_ADDR and MASTER_PORT are not set: "
                 "use slurm/train.sbatch, or set them to the first node and a free port"
             )
-        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"])
-    return 0, 0, 1
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        return Ranks(*(int(env[name]) for name in names))
+    return Ranks(0, 0, 1)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -147,8 +156,8 @@ def processes(device_name: str) -> Iterator[Process]:
     if world_size == 1:
         yield Process(0, 1, device)
         return
-    # torchrun's agent keeps one store for all restarts: without a prefix for each, a restarted
-    # worker finds the addresses of dead ones.
+    # torchrun's agent keeps one store for all restarts. Without a prefix for each restart, workers
+    # would find the addresses of dead ones.
     store, *_ = next(dist.rendezvous("env://", rank, world_size))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, on_gpu = dist.PrefixStore(f"restart-{restarts}", store), device.type == "cuda"
@@ -157,35 +166,35 @@ def processes(device_name: str) -> Iterator[Process]:
         store=store,
         rank=rank,
         world_size=world_size,
-        device_id=device if on_gpu else None,  # connects NCCL at once, to this GPU and no other
+        device_id=device if on_gpu else None,  # connects NCCL at once, and only to this GPU
         timeout=TIMEOUT,
     )
-    with shared_fate(store, rank):
+    with fail_together(store, rank):
         yield Process(rank, world_size, device)
-    # Not after a fault: it would wait for operations that a lost process never joins.
+    # Not after a fault: it would wait for a lost process.
     dist.destroy_process_group()
 
 
 @contextmanager
-def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
-    """Run the block; if one process fails, end all with its message (PeerError).
+def fail_together(store: dist.Store, rank: int) -> Iterator[None]:
+    """Run the block; if one process fails, end all of them with its message (PeerError).
 
-    A thread ends a process that hangs in a collective operation, as NCCL's do.
+    A thread ends processes that hang in a collective operation, as they do with NCCL.
     """
     ended = threading.Event()
-    # Its own connection: a question waits behind another thread's on the same store.
-    watched = store.clone()
-    threading.Thread(target=_end_with_peers, args=(watched, rank, ended), daemon=True).start()
+    # A connection of its own, because requests of two threads on one connection block each other.
+    connection = store.clone()
+    threading.Thread(target=_exit_with_peers, args=(connection, rank, ended), daemon=True).start()
     try:
         yield
     except Exception as error:
-        is_users = isinstance(error, ProxynormError)
-        kind = "" if is_users else f"{type(error).__name__}: "
+        is_ours = isinstance(error, ProxynormError)
+        kind = "" if is_ours else f"{type(error).__name__}: "
         fault = json.dumps([rank, kind + first_line(error)])
         first = None
         with suppress(RuntimeError):  # the store is gone
-            first = json.loads(store.compare_set(FAULT, "", fault))  # another's stays
-        if not is_users and first is not None and first[0] != rank:
+            first = json.loads(store.compare_set(FAULT, "", fault))  # keeps an earlier fault
+        if not is_ours and first is not None and first[0] != rank:
             raise PeerError(_message(*first)) from None
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
             raise PeerError("another process was killed, or its machine is gone") from None
@@ -194,8 +203,8 @@ def shared_fate(store: dist.Store, rank: int) -> Iterator[None]:
         ended.set()
 
 
-def _end_with_peers(store: dist.Store, rank: int, ended: threading.Event) -> None:
-    """End this process if another one failed and this one does not end by itself."""
+def _exit_with_peers(store: dist.Store, rank: int, ended: threading.Event) -> None:
+    """Exit if another process failed and this one does not end by itself."""
     while not ended.wait(POLL_SECONDS):
         try:
             fault = json.loads(store.get(FAULT)) if store.check([FAULT]) else None

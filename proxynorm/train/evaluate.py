@@ -1,4 +1,4 @@
-"""Exact evaluation: every image counts once, on any number of processes."""
+"""Exact evaluation: every image counts once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Sum (top-1 hits, top-5 hits, loss) over the valid rows of (N, K) logits.
+    """Return the sums of top-1 hits, top-5 hits and loss over the valid rows of (N, K) logits.
 
-    Returns float64 (3,), so that the sums do not depend on how images are batched.
+    They are float64 (3,), so that they do not depend on how images are batched.
     """
-    # Masked, not selected: how many rows are valid is not known on the host without waiting.
+    # Masked, not selected: the host would wait for the number of valid rows.
     logits = logits.float()
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     hits &= valid[:, None]
@@ -57,8 +57,8 @@ def evaluate(
 ) -> Result:
     """Evaluate `model` in eval mode over `batches`; `prepare` moves and normalizes a batch.
 
-    damaged: name -> reason of the images left out so far. Raises DataError if all processes
-    together saw none, or not `expected` images.
+    damaged: name → reason of the images left out so far. Raises DataError if all processes
+    together saw no image, or not `expected` ones.
     """
     training = model.training
     model.eval()
@@ -81,5 +81,5 @@ def evaluate(
         raise DataError(f"evaluation saw {int(count)} images, the data set has {expected}")
     if not count:
         named = [f"{name}: {reason}; " for name, reason in (damaged or {}).items()][-1:]
-        raise DataError("".join(named) + "every evaluation image is damaged; mend them")
+        raise DataError("".join(named) + "every evaluation image is damaged; repair them")
     return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count))

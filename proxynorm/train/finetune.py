@@ -1,4 +1,4 @@
-"""Fine-tuning: start from weights, freeze parts, find parts by their names."""
+"""Fine-tuning: weights to start from, frozen parts, and parts found by name."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from proxynorm.nn import NormAct2d
 from proxynorm.train import checkpoint
 from proxynorm.train.settings import Settings
 
-PUBLISHED = "timm"
+PUBLISHED = "timm"  # in weights=: the weights that timm publishes for the model
 BODY = "body"  # in freeze=: everything but the classifier
-# Arguments of timm's networks that load weights. A run keeps them in its configuration, but its
-# network is built without them: the checkpoint has the weights.
+# Arguments with which timm's networks load weights. They stay in a run's configuration, but its
+# network is built without them, because its checkpoints have the weights.
 LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-# Where weights lie in a file: ours, timm's, and the common wrappers; averaged ones first.
+# Keys of a file (ours, timm's, others') that hold its weights; averaged weights come first.
 WRAPPERS = ("ema", "state_dict_ema", "model_ema", "state_dict", "model")
 ONLINE_SECONDS = 5.0
 
@@ -48,14 +48,14 @@ class Weights:
 
 
 def source_of(settings: Settings) -> str | None:
-    """Return what the run starts from, if not from random weights."""
+    """Return what the run starts from, or None for random weights."""
     model = settings.model
     published = PUBLISHED if model.get("pretrained") else None
     return settings.weights or model.get("checkpoint_path") or published
 
 
 def read_weights(source: str, settings: Settings, classes: int, channels: int) -> Weights:
-    """Read a run folder, an exported folder, a file, or timm's published weights.
+    """Read weights from a run folder, an exported folder, a file, or timm's published ones.
 
     Raises ConfigError or CheckpointError.
     """
@@ -102,31 +102,31 @@ def published_weights(settings: Settings, classes: int, channels: int) -> Weight
         ) from error
     tensors = model.state_dict()
     if getattr(model, "pretrained_cfg", {}).get("num_classes") != classes:
-        head = classifier_names(model)  # timm has drawn a new one
+        head = classifier_names(model)  # a new one, with random weights
         tensors = {key: value for key, value in tensors.items() if not under(key, head)}
     found = {module.eps for module in model.modules() if isinstance(module, NormAct2d)}
     return Weights(tensors, norm="bn", eps=found.pop() if len(found) == 1 else None)
 
 
 def set_offline_if_unreachable() -> None:
-    """Let huggingface_hub look in its cache alone if there is no network: it retries a minute."""
-    if getproxies():  # only the proxy reaches the hub
+    """Restrict huggingface_hub to its cache if there is no network: it would retry for a minute."""
+    if getproxies():  # only the proxy can reach the hub
         return
-    place = urlsplit(hub.ENDPOINT)
+    url = urlsplit(hub.ENDPOINT)
     try:
-        address = (place.hostname, place.port or 443)
+        address = (url.hostname, url.port or 443)
         socket.create_connection(address, timeout=ONLINE_SECONDS).close()
     except OSError:
         hub.HF_HUB_OFFLINE = True
 
 
-def carry(
+def carry_over(
     model: nn.Module, weights: Weights, settings: Settings, classes: list[str]
 ) -> dict[str, Any]:
-    """Copy into `model` what fits; return the record of it for checkpoints.
+    """Copy the weights that fit into `model`; return a record of them for checkpoints.
 
-    The record: weights (their name), eps (the norms', if it came with them), notes (a line on what
-    was carried and what was not). Raises ConfigError if more than classifier and norms differ.
+    The record has their source as weights, the norms' ε as eps (None: the model's own), and as
+    notes a line for the user. Raises ConfigError if more than the classifier and the norms differ.
     """
     target, head = model.state_dict(), classifier_names(model)
     norms = {name for name, module in model.named_modules() if isinstance(module, NormAct2d)}
@@ -136,10 +136,13 @@ def carry(
     carried, notes = {}, []
     for key, own in target.items():
         found = given.get(plain_name(key))
-        if found is not None and own.ndim == 4 and own.shape[1] != 3 == found.shape[1]:
+        if found is None:
+            continue
+        are_kernels = own.ndim == found.ndim == 4
+        if are_kernels and found.shape[1] == 3 and own.shape[1] != 3:
             found = adapt_input_conv(own.shape[1], found)
             notes.append(f"first convolution adapted from 3 to {own.shape[1]} channel(s)")
-        if found is not None and found.shape == own.shape:
+        if found.shape == own.shape:
             carried[key] = found
     name, norm = source_of(settings), settings.norm
     differing = [key for key in target if key not in carried and not under(key, norms | head)]
@@ -153,8 +156,8 @@ def carry(
     notes.append("classifier kept" if kept else f"new classifier for {len(classes)} classes")
     if weights.norm not in (None, norm.name):
         notes.append(f"norm {weights.norm} → {norm.name}")
-    anew, unused = target.keys() - carried, given.keys() - set(map(plain_name, carried))
-    for what, keys in (("new", anew), ("left out", unused)):
+    new, unused = target.keys() - carried, given.keys() - set(map(plain_name, carried))
+    for what, keys in (("new", new), ("left out", unused)):
         kinds = [key.rpartition(".")[2] for key in sorted(keys) if not under(key, head)]
         if kinds:
             names = ", ".join(sorted(set(kinds)))
@@ -167,7 +170,7 @@ def carry(
 
 
 def restore_eps(model: nn.Module, start: dict[str, Any] | None) -> None:
-    """Give the norms the ε of the weights that the run began with; start: see `carry`."""
+    """Give the norms the ε of the weights that the run began with; start: see `carry_over`."""
     if start is not None and start["eps"] is not None:
         for module in model.modules():
             if isinstance(module, NormAct2d):
@@ -178,12 +181,12 @@ def restore_eps(model: nn.Module, start: dict[str, Any] | None) -> None:
 
 
 def plain_name(key: str) -> str:
-    """Return a tensor's name without weight standardization's wrapping."""
+    """Return a tensor's name without the wrapper that weight standardization adds."""
     return key.replace(".parametrizations.weight.original", ".weight")
 
 
 def prefixes(name: str) -> Iterator[str]:
-    """Yield the dotted name and those of the modules around it: a.b.c, a.b, a."""
+    """Yield a dotted name and those of the modules around it: a.b.c, a.b, a."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -195,7 +198,7 @@ def under(key: str, names: set[str]) -> bool:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern, as stem or layer1*, matches a name or a module around it."""
+    """Return whether a pattern such as stem or layer1* matches a name or a module around it."""
     return any(fnmatchcase(prefix, pattern) for prefix in prefixes(name))
 
 
@@ -207,7 +210,7 @@ def check_pattern(model: nn.Module, key: str, pattern: str) -> None:
 
 
 def classifier_names(model: nn.Module) -> set[str]:
-    """Return the names of the classifier's modules: what timm says, else the last linear layer."""
+    """Return the names of the classifier's modules: as timm says, else the last linear layer."""
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
         heads = list(found) if isinstance(found, (tuple, list)) else [found]
@@ -219,7 +222,7 @@ def classifier_names(model: nn.Module) -> set[str]:
 def freeze_parts(model: nn.Module, patterns: list[str] | None) -> list[nn.Module]:
     """Freeze the parameters of matching modules; return the modules, for `train_mode`.
 
-    Raises ConfigError if a pattern matches nothing, or if all is frozen.
+    Raises ConfigError if a pattern matches nothing, or if everything is frozen.
     """
     if not patterns:
         return []
@@ -240,10 +243,10 @@ def freeze_parts(model: nn.Module, patterns: list[str] | None) -> list[nn.Module
 
 
 def train_mode(network: nn.Module, frozen: list[nn.Module]) -> None:
-    """Put the network in training mode, its frozen modules in evaluation mode.
+    """Put the network in training mode and its frozen modules in evaluation mode.
 
-    There Batch Norm uses its running statistics and leaves them as they are; dropout is off.
+    A frozen Batch Norm uses its running statistics and does not change them; dropout is off.
     """
     network.train()
     for module in frozen:
-        module.training = False  # eval() would reach into parts that are not frozen
+        module.training = False  # eval() would also set submodules that are not frozen

@@ -25,9 +25,9 @@ from proxynorm.train.evaluate import Result, autocast, evaluate
 from proxynorm.train.finetune import freeze_parts, train_mode
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedule
-from proxynorm.train.preemption import Preempted, StopRequest, leave_at_once
+from proxynorm.train.preemption import Preempted, StopRequest, exit_at_once
 from proxynorm.train.progress import Display, StepTimer, profiled
-from proxynorm.train.readback import Readback, Undo, step_if
+from proxynorm.train.readback import Readback, Snapshot, step_if
 from proxynorm.train.resume import TrainState, record
 from proxynorm.train.run_folder import RunFolder
 from proxynorm.train.settings import Settings
@@ -35,19 +35,19 @@ from proxynorm.train.tracker import Tracker
 
 
 @dataclass
-class LastStep:
-    """A weight update whose figures the device is still computing; times: of its row, if due."""
+class PendingStep:
+    """A weight update whose figures have not been read back from the device."""
 
     figures: Readback  # loss, gradient norm, sum of the losses since the last row
     micro_batches: list[Batch]
     learning_rate: float
-    times: dict[str, float] | None = None
+    times: dict[str, float] | None = None  # for its row of metrics.jsonl, None: no row is due
 
 
 class Trainer:
-    """One run: `fit` trains from `state.step` to the last step.
+    """Trains one run: `fit` goes from `state.step` to the last step.
 
-    Every process has one; the files are written by the first.
+    Every process has a Trainer; the first one writes the files.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Trainer:
     ) -> None:
         self.settings, self.process, self.data = settings, process, data
         self.run, self.stop = run, stop
-        build.set_switches(settings, process.device)
+        build.choose_kernels(settings, process.device)
         self.dtype = build.choose_dtype(settings, process.device)
         self.memory_format = build.choose_memory_format(settings, process.device)
         self.micro_batch = settings.micro_batch_for(process.world_size)
@@ -80,18 +80,18 @@ class Trainer:
             )
         self.state = self.fresh_state()
         self.display = Display(self.last_step, settings.epochs, visible=process.is_main)
-        self.tracker: Tracker | None = None  # of the first process, from `fit` on
+        self.tracker: Tracker | None = None  # in the first process, set by `fit`
         build.choose_execution(
             self.state.model, settings, process.device, self.accumulation, self.display.print
         )
         # no_sync() changes the graph between the forwards of an update.
         self.network = process.parallel(self.state.model, static_graph=self.accumulation == 1)
-        self.last: LastStep | None = None
+        self.pending: PendingStep | None = None
         self.timer = StepTimer(process.device)
         self.saved_at = time.monotonic()
 
     def fresh_state(self) -> TrainState:
-        """Return the state before the first step: weights and optimizer as the seed makes them."""
+        """Return the state before the first step, with weights drawn from the seed."""
         settings, device = self.settings, self.process.device
         model = build.seeded_model(settings, self.data.info).to(
             device, memory_format=self.memory_format
@@ -114,7 +114,7 @@ class Trainer:
         self.display.start()
         if self.state.step == 0:
             self.log_power_if_due()
-        self.evaluate_if_due()  # a run that was stopped while evaluating evaluates first
+        self.evaluate_if_due()  # a run that was stopped during an evaluation repeats it
         steps = self.settings.debug.profile_steps if self.process.is_main else 0
         with profiled(steps, self.run.path) as after_step:
             while self.state.step < self.last_step and not self.out_of_patience():
@@ -125,38 +125,39 @@ class Trainer:
                         self.timer.data_arrived()
                         self.train_step(micro_batches)
                         after_step()
-                self.settle()
+                self.finish_pending()
                 self.state.train_seconds += self.timer.since_step()
                 self.evaluate_if_due()
 
     def train_step(self, micro_batches: list[Batch]) -> None:
-        """Make one weight update, take in the figures of the one before, then save if due.
+        """Make one weight update, read the figures of the previous one, and save if due.
 
-        Nothing here waits for the device but `settle`, and it for the step before: meanwhile the
-        device has this step's work. So the device itself decides whether an update is finite.
+        Only `finish_pending` waits for the device, and only for the previous step, while the device
+        works on this one. So the device itself decides whether an update is finite.
         """
         state = self.state
-        undo = self.undo()
+        snapshot = self.snapshot()
         loss = self.forward_backward(micro_batches)
         norm = self.gradient_norm()
-        # Every process must take the same branch. Asked before `settle`, as it notices a lost
-        # process, for which the device would wait.
+        # Every process must take the same branch. This comes first because it notices a lost
+        # process, for which `finish_pending` would wait.
         stop, save = self.process.any(bool(self.stop), self.save_is_due())
-        self.settle()
-        good = torch.isfinite(loss) & torch.isfinite(norm)
-        self.update_weights(norm, good)
-        if undo is not None:
-            undo.unless(good)
+        self.finish_pending()
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        self.update_weights(norm, finite)
+        if snapshot is not None:
+            snapshot.restore_unless(finite)
         state.optimizer.zero_grad(set_to_none=True)
-        state.loss_sum += torch.where(good, loss, 0.0)
+        state.loss_sum += torch.where(finite, loss, 0.0)
         figures = torch.stack([loss.double(), norm.double(), state.loss_sum])
-        self.last = LastStep(Readback(figures), micro_batches, base_rate(state.optimizer))
+        self.pending = PendingStep(Readback(figures), micro_batches, base_rate(state.optimizer))
         state.step += 1
         self.average_epoch()
         state.scheduler.step_update(state.step)
         state.train_seconds += self.timer.step_done()
         if self.is_due(1) or state.step % self.settings.log_every == 0:
-            self.last.times = self.timer.row(self.settings.batch, self.last_step - state.step)
+            steps_left = self.last_step - state.step
+            self.pending.times = self.timer.row(self.settings.batch, steps_left)
             state.loss_sum.zero_()
         if stop or save:
             self.save()
@@ -171,8 +172,8 @@ class Trainer:
             images, targets = self.inputs(batch, index)
             # Gradients are averaged over the processes once, in the last backward pass.
             last = index + 1 == len(micro_batches)
-            alone = last or self.process.world_size == 1
-            with nullcontext() if alone else self.network.no_sync():
+            sync = last or self.process.world_size == 1
+            with nullcontext() if sync else self.network.no_sync():
                 with autocast(self.process.device, self.dtype):
                     logits = self.network(images)
                 loss = self.criterion(logits.float(), targets) / len(micro_batches)
@@ -181,9 +182,9 @@ class Trainer:
         return self.process.sum(total) / self.process.world_size
 
     def seed_step(self) -> None:
-        """Make dropout and stochastic depth functions of seed, step and process."""
+        """Seed dropout and stochastic depth from the run's seed, the step and the process."""
         seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
-        # torch.manual_seed would query every kind of device, at each step.
+        # torch.manual_seed would query every kind of device at each step.
         torch.default_generator.manual_seed(seed)
         if self.process.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -198,7 +199,7 @@ class Trainer:
         return self.mixing(images, targets, self.settings.seed, number)
 
     def prepare(self, batch: Batch) -> Batch:
-        # Mixed in float32. Otherwise the first convolution's type, which autocast would make it.
+        # Images are mixed in float32. Otherwise they get the type that autocast would cast them to.
         dtype = self.dtype if self.mixing is None else torch.float32
         return self.data.prepare(batch, self.process.device, dtype, self.memory_format)
 
@@ -213,8 +214,8 @@ class Trainer:
         parameters = self.state.model.parameters()
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def update_weights(self, norm: torch.Tensor, good: torch.Tensor) -> None:
-        """Update weights and average; the device leaves the weights alone unless `good`."""
+    def update_weights(self, norm: torch.Tensor, finite: torch.Tensor) -> None:
+        """Update the weights if `finite`, which the device decides, and their average."""
         state, clip = self.state, self.settings.optim.clip_grad
         if clip is not None:
             nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, norm)
@@ -222,12 +223,12 @@ class Trainer:
             state.scaler.step(state.optimizer)
             state.scaler.update()
         else:
-            step_if(state.optimizer, good)
+            step_if(state.optimizer, finite)
         if state.ema is not None and self.settings.regularization.ema_every == "step":
             state.ema.update(state.model, step=state.step + 1)
 
     def average_epoch(self) -> None:
-        """Update the authors' average over epochs, which starts at the first epoch's weights."""
+        """Update the average over epochs; like the authors', it starts after the first one."""
         ema, step = self.state.ema, self.state.step
         by_epoch = self.settings.regularization.ema_every == "epoch"
         if ema is not None and by_epoch and step % self.steps_per_epoch == 0:
@@ -237,8 +238,8 @@ class Trainer:
         """Yield the micro-batches of each remaining step of the current epoch."""
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
         overfit = self.settings.debug.overfit
-        place = (0, 0) if overfit else (epoch, start)
-        batches = self.loader.epoch(*place, self.leave_while_waiting)
+        first = (0, 0) if overfit else (epoch, start)
+        batches = self.loader.epoch(*first, self.stop_while_waiting)
         with closing(batches):  # ends the loader's threads when the epoch is left early
             arriving = on_device(batches, self.process.device)
             while micro_batches := list(islice(arriving, self.accumulation)):
@@ -249,25 +250,25 @@ class Trainer:
 
     # Updates that are not finite
 
-    def undo(self) -> Undo | None:
-        """Under nonfinite=skip, keep what a forward pass and the average change beside weights."""
+    def snapshot(self) -> Snapshot | None:
+        """Under nonfinite=skip, copy the buffers and the average, which a skipped step changes."""
         if self.settings.nonfinite != "skip":
             return None
         tensors = [*self.state.model.buffers()]  # Batch Norm's running statistics
         if self.state.ema is not None and self.settings.regularization.ema_every == "step":
             tensors += self.state.ema.module.state_dict().values()
-        return Undo(tensors)
+        return Snapshot(tensors)
 
-    def settle(self) -> None:
-        """Take in the last step's figures: count it, skip it or stop; write its row if due."""
-        if self.last is None:
+    def finish_pending(self) -> None:
+        """Read the pending step's figures, handle it if it was not finite, write its row if due."""
+        if self.pending is None:
             return
-        step, self.last = self.last, None
+        step, self.pending = self.pending, None
         loss, norm, loss_sum = step.figures.read()
         state, finite = self.state, math.isfinite(loss) and math.isfinite(norm)
         if finite:
             state.loss_steps += 1
-        # An overflow under fp16 is the gradient scaler's to handle: it skips the update itself.
+        # Under fp16 gradients may overflow: the gradient scaler skips such an update.
         elif not (state.scaler.is_enabled() and math.isfinite(loss)):
             self.handle_nonfinite(step, loss, norm)
         if step.times is None:
@@ -278,8 +279,8 @@ class Trainer:
         skipped = {"skipped": state.skipped} if state.skipped else {}
         self.display.update(self.write("train", **figures, **skipped))
 
-    def handle_nonfinite(self, step: LastStep, loss: float, norm: float) -> None:
-        """Report an update that the device has skipped, or raise NonFiniteError."""
+    def handle_nonfinite(self, step: PendingStep, loss: float, norm: float) -> None:
+        """Report an update that the device skipped, or raise NonFiniteError."""
         state = self.state
         state.skipped += 1
         if self.settings.nonfinite == "skip" and state.skipped <= self.settings.nonfinite_limit:
@@ -288,7 +289,7 @@ class Trainer:
                 f"update skipped ({state.skipped})"
             )
             return
-        state.step -= 1  # as the weights are: those from before it
+        state.step -= 1  # the weights are those before the update
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
         layers = self.process.gather(affected(state.model, images, self.dtype))
         figures = (loss, norm, step.learning_rate)
@@ -297,7 +298,7 @@ class Trainer:
     # Evaluation
 
     def evaluate_if_due(self) -> None:
-        """At epoch ends (every eval_every-th) and at the last step: evaluate, log, save."""
+        """At the end of an epoch or the run: evaluate and log the power if due, and save."""
         state = self.state
         if state.step == 0 or state.evaluated == state.step:
             return
@@ -317,7 +318,7 @@ class Trainer:
         return step % (every_epochs * self.steps_per_epoch) == 0 or step == self.last_step
 
     def out_of_patience(self) -> bool:
-        """Return whether `patience` evaluations in a row brought no better top-1."""
+        """Return whether the last `patience` evaluations brought no better top-1."""
         patience = self.settings.patience
         return patience is not None and self.state.stale >= patience
 
@@ -327,13 +328,13 @@ class Trainer:
         process.align_buffers(model)
         result = evaluate(
             model,
-            data.eval_loader(batch, process.rank, process.world_size, self.leave_while_waiting),
+            data.eval_loader(batch, process.rank, process.world_size, self.stop_while_waiting),
             self.prepare,
             process,
             self.dtype,
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
             damaged=data.failures,
-            each_batch=self.leave_if_stopped,
+            each_batch=self.stop_if_asked,
         )
         self.state.last_result = asdict(result)
         times = {"seconds": time.monotonic() - start, "train_seconds": self.state.train_seconds}
@@ -341,28 +342,28 @@ class Trainer:
         self.display.epoch(self.write("eval", **asdict(result), **times))
         return result
 
-    def leave_if_stopped(self) -> None:
-        """Save and leave an evaluation when asked to stop; the resumed run repeats it."""
+    def stop_if_asked(self) -> None:
+        """Save and stop during an evaluation, which the resumed run repeats."""
         (stop,) = self.process.any(bool(self.stop))
         if stop:
             self.save()
             raise Preempted(f"stopped while evaluating step {self.state.step}")
 
-    def leave_while_waiting(self) -> None:
-        """Heed a stop signal in the middle of a step, while images are waited for.
+    def stop_while_waiting(self) -> None:
+        """Stop while waiting for images, in the middle of a step.
 
-        Several processes cannot save then, as the others may be anywhere: the run goes on from
-        the last checkpoint.
+        Several processes cannot save then, because the others may be at different steps: the run
+        resumes from the last checkpoint.
         """
         if not self.stop:
             return
         if self.process.world_size > 1:
-            leave_at_once(self.stop.received, None)
+            exit_at_once(self.stop.received, None)
         self.save()
         raise Preempted(f"stopped at step {self.state.step}, waiting for images,")
 
     def log_power_if_due(self) -> None:
-        """Log P1 … P4 of each norm, before training, every power.every_epochs and at the end."""
+        """Log P1 … P4 of each norm before training, every power.every_epochs, and at the end."""
         power = self.settings.power
         if power.every_epochs is None or not self.process.is_main:
             return
@@ -386,24 +387,24 @@ class Trainer:
         return row
 
     def save_is_due(self) -> bool:
-        """Return whether checkpoint.every_steps or every_minutes asks for a save at this step."""
+        """Return whether a save is due after this step."""
         given = self.settings.checkpoint
         by_step = given.every_steps is not None and (self.state.step + 1) % given.every_steps == 0
         minutes = (time.monotonic() - self.saved_at) / 60
         return by_step or (given.every_minutes is not None and minutes > given.every_minutes)
 
     def save(self) -> None:
-        """Save the state as last.pt, and keep the former last.pt as previous.pt."""
-        self.settle()
+        """Save the state as last.pt; the former last.pt becomes previous.pt."""
+        self.finish_pending()
         if self.process.is_main:
-            self.run.sync_metrics()  # a checkpoint must not be ahead of its rows
+            self.run.sync_metrics()  # the rows must be on disk before their checkpoint
             content = {**record(self), **self.state.state_dict(self.process.world_size)}
             checkpoint.save(self.run.last, content, self.run.previous)
         self.saved_at = time.monotonic()
         self.timer.restart()
 
     def save_best(self) -> None:
-        """Save the evaluated weights with their result as best.pt."""
+        """Save the evaluated weights and their result as best.pt."""
         if self.process.is_main:
             weights = {"model": self.state.evaluated_model.state_dict(), "ema": None}
             content = {**record(self), **weights, "step": self.state.step}

@@ -1,4 +1,4 @@
-"""The process's memory between two steps."""
+"""How malloc treats memory between two steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import torch
 
-# Parameters and values of mallopt(3): give no memory back, map no block by itself.
+# mallopt(3): give no memory back, and map no block by itself.
 M_TRIM_THRESHOLD, NEVER = -1, -1
 M_MMAP_MAX, NONE = -4, 0
 
@@ -15,9 +15,9 @@ M_MMAP_MAX, NONE = -4, 0
 def keep_freed_memory(device: torch.device) -> bool:
     """Let glibc's malloc keep freed memory for the next step on the CPU; return whether it does.
 
-    By default it returns most feature maps to the system after each step and gets them anew, page
-    by page (results/step/*_malloc.json beside *_channels_last.json). Malloc settings in the
-    environment have priority; other C libraries and CUDA are left alone.
+    By default malloc returns most feature maps to the system after each step and requests them
+    again, page by page (compare results/step/*_malloc.json with *_channels_last.json). Does nothing
+    with CUDA, another C library, or malloc settings in the environment.
     """
     settings = ("GLIBC_TUNABLES", "MALLOC_")
     if device.type != "cpu" or any(name.startswith(settings) for name in os.environ):

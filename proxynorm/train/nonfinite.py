@@ -1,4 +1,4 @@
-"""Report where a loss or gradient that is not finite began."""
+"""Reports of a non-finite loss or gradient: the layers where it began."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 5
 
 
 class NonFiniteError(ProxynormError):
-    """Training ended before a non-finite update touched the weights; every process raises it."""
+    """Training stopped before a non-finite update changed the weights; every process raises it."""
 
     status = 1
 
@@ -27,7 +27,7 @@ def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.d
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            # A module that returns its input, as an identity, is not where it began.
+            # A module that returns its input, such as Identity, is not where it began.
             unchanged = output is inputs[0] and not getattr(module, "inplace", False)
             checked = isinstance(output, torch.Tensor) and not unchanged
             if checked and not torch.isfinite(output).all():
@@ -56,10 +56,10 @@ def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.d
 def describe(
     step: int, skipped: int, loss: float, norm: float, learning_rate: float, layers: list[list[str]]
 ) -> str:
-    """Describe an update in one line.
+    """Describe a non-finite update in one line.
 
-    step: its number; skipped: updates that were skipped before; layers: the affected ones of every
-    process, by rank.
+    step: its number; skipped: how many updates were skipped before; layers: the affected layers of
+    every process, by rank.
     """
     where = "in the loss or the backward pass: every activation is finite"
     if found := {rank: names for rank, names in enumerate(layers) if names}:

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: timm's, with the recipes' batch-size rules."""
+"""Optimizer and learning-rate schedule: timm's, with the batch-size rules of the recipes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from proxynorm.nn import parameter_groups
 from proxynorm.train.finetune import check_pattern, classifier_names, matches, under
 from proxynorm.train.settings import OptimSettings, Settings
 
-LAYER_PARAMETERS = 12  # in a layer of a network that does not tell its layers; timm's number
+LAYER_PARAMETERS = 12  # per layer, for a network without group_matcher; timm's number
 
 
 def create_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
-    """Create the optimizer over the model's decay groups. Raises ConfigError."""
+    """Create the optimizer, which decays only what the paper decays. Raises ConfigError."""
     optim = settings.optim
     arguments = {"momentum": optim.momentum}
     if optim.eps is not None:
@@ -52,7 +52,7 @@ def create_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
 
 
 def load_optimizer(optimizer: Optimizer, content: dict[str, Any]) -> None:
-    """Load a state_dict. Which kernels compute the step stays this optimizer's own choice."""
+    """Load a state_dict, but keep the optimizer's own choice of kernels."""
     own = [
         {key: group[key] for key in ("fused", "foreach") if key in group}
         for group in optimizer.param_groups
@@ -63,7 +63,7 @@ def load_optimizer(optimizer: Optimizer, content: dict[str, Any]) -> None:
 
 
 def create_schedule(optimizer: Optimizer, settings: Settings, steps_per_epoch: int) -> Scheduler:
-    """Create the schedule, a function of the number of updates alone: set it by `step_update`."""
+    """Create the schedule, a function of the number of updates, which `step_update` sets."""
     given = asdict(settings.schedule)
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -80,9 +80,9 @@ def create_schedule(optimizer: Optimizer, settings: Settings, steps_per_epoch: i
 def scale_rates(
     model: nn.Module, groups: list[dict[str, Any]], optim: OptimSettings
 ) -> list[dict[str, Any]]:
-    """Split optimizer groups by the factor on each parameter's rate, timm's key lr_scale.
+    """Split optimizer groups by the factor on each parameter's learning rate: timm's key lr_scale.
 
-    A parameter under several patterns takes the product. Raises ConfigError.
+    A parameter that matches several patterns gets the product. Raises ConfigError.
     """
     if not optim.lr_scale and optim.layer_decay is None:
         return groups
@@ -105,7 +105,7 @@ def scale_rates(
 
 
 def layers_of(model: nn.Module) -> dict[str, int]:
-    """Return each parameter's layer, from the stem up, as timm counts them for layer decay."""
+    """Return each parameter's layer, counted from the stem as timm does for layer decay."""
     if hasattr(model, "group_matcher"):
         return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     head, names = classifier_names(model), [name for name, _ in model.named_parameters()]
@@ -115,21 +115,21 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 
 
 def base_rate(optimizer: Optimizer) -> float:
-    """Return the learning rate of a factor of 1, by the group of the largest factor."""
+    """Return the learning rate without lr_scale, computed from the group of the largest one."""
     group = max(optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))
     return group["lr"] / group.get("lr_scale", 1.0)
 
 
 class RMSpropTF(Optimizer):
-    """timm's RMSpropTF, the EfficientNet recipe's optimizer, over all tensors at once.
+    """timm's RMSpropTF, the EfficientNet recipe's optimizer, for all tensors at once.
 
-    It can skip a step on the device.
+    Unlike timm's, it can skip a step without waiting for the device.
 
     s ← s + (1 − α)(g² − s);  b ← μb + lr · g / sqrt(s + ε);  p ← p − b, where the gradient g
-    includes the weight decay (L2), s starts at one and b at zero. State keys are those of timm's.
+    includes the weight decay (L2), s starts at one and b at zero. The state has timm's keys.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler, and step_if, set found_inf instead of waiting
+    _step_supports_amp_scaling = True  # GradScaler and step_if set found_inf instead of waiting
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None  # unused: the loop unscales gradients before it clips them
 
@@ -146,7 +146,7 @@ class RMSpropTF(Optimizer):
         super().__init__(params, {"lr": lr, **options})
 
     def step(self, closure: None = None) -> None:
-        """Make one update; where found_inf is one, leave weights and state as they are."""
+        """Make one update, unless found_inf is one."""
         keep = None if self.found_inf is None else 1.0 - self.found_inf
         if keep is not None and keep.device.type == "cpu":  # the host knows: nothing to compute
             if not keep:
@@ -168,8 +168,8 @@ class RMSpropTF(Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         rate, rest, momentum = group["lr"], 1.0 - group["alpha"], group["momentum"]
         if keep is not None:
-            # Zero times NaN is NaN, but not for its bits: as integers, bad gradients become zero.
-            # With gradient, rates and the change of b gone, every sum below adds an exact zero.
+            # To skip: zero times NaN is NaN, so the gradients are set to zero as integers. The
+            # rates become zero and the momentum one, so that every sum below adds an exact zero.
             torch._foreach_mul_([g.view(torch.int32) for g in grads], keep.int())
             rate, rest, momentum = rate * keep, rest * keep, 1.0 - (1.0 - momentum) * keep
         if group["weight_decay"]:

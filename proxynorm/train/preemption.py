@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: a handler sets a flag; the loop saves at the next step.
+"""Stop signals: the handler sets a flag, and the loop saves and stops at its next step.
 
-Imports nothing heavy: a command listens before it imports torch.
+This module imports nothing slow, because `train` installs its handlers before it imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-REQUEUE = 75  # exit status of a run that a signal stopped
+REQUEUE = 75  # the exit status after a stop signal: start the run again
 
 
 class Preempted(Exception):
@@ -33,20 +33,20 @@ class StopRequest:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Record the signal; a second Ctrl-C quits at once."""
         if number == signal.SIGHUP:
-            leave_dead_terminal()
+            discard_output_without_terminal()
         if number == signal.SIGINT and self.received == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         self.received = signal.Signals(number)
 
 
-def heeded() -> list[signal.Signals]:
-    """Return the stop signals, but for SIGHUP where nohup has it ignored."""
+def signals_to_handle() -> list[signal.Signals]:
+    """Return the stop signals, without SIGHUP if nohup made the process ignore it."""
     return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
-def leave_dead_terminal() -> None:
-    """Send output to /dev/null where the terminal has gone: writing to it would raise an error."""
+def discard_output_without_terminal() -> None:
+    """Redirect output to /dev/null if its terminal was closed: writing to it raises an error."""
     for stream in (1, 2):
         with suppress(OSError):
             if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
@@ -57,7 +57,7 @@ def leave_dead_terminal() -> None:
 def stop_request() -> Iterator[StopRequest]:
     """Listen for stop signals during the block, then restore the former handlers."""
     request = StopRequest()
-    former = {number: signal.signal(number, request.handle) for number in heeded()}
+    former = {number: signal.signal(number, request.handle) for number in signals_to_handle()}
     try:
         yield request
     finally:
@@ -65,14 +65,14 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit with status 75: there is nothing to save yet."""
-    with suppress(OSError):  # the terminal may be what has gone
+def exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit with status 75 without saving: a signal handler."""
+    with suppress(OSError):  # the terminal may be closed
         os.write(2, f"stopped by {signal.Signals(number).name}; run again to go on\n".encode())
-    os._exit(REQUEUE)  # an exception might be swallowed by the import that it interrupts
+    os._exit(REQUEUE)  # an interrupted import might swallow an exception
 
 
-def leave_on_signals() -> None:
-    """Exit at once on a stop signal, unless a `stop_request` is open."""
-    for number in heeded():
-        signal.signal(number, leave_at_once)
+def exit_on_signals() -> None:
+    """Exit at once on a stop signal, except within a `stop_request` block."""
+    for number in signals_to_handle():
+        signal.signal(number, exit_at_once)

@@ -1,4 +1,4 @@
-"""The display of a run: times of its steps, a progress line, a table with a row per evaluation."""
+"""The display of a run: a progress line, a table with a row per evaluation, step times."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 10.0  # between two lines, without a terminal
 COLUMNS = ("epoch", "step", "train loss", "loss", "top-1", "top-5", "images/s", "seconds")
 ROW = "{:>9} {:>9} {:>10} {:>8} {:>7} {:>7} {:>9} {:>8}"
-FIGURES = {  # the most wanted first: a narrow terminal shows the first ones
+FIGURES = {  # the most important first: a narrow terminal cuts off the end
     "epoch": "epoch {epoch:.2f}",
     "loss": "loss {loss:.4f}",
     "eta_seconds": "ETA {eta}",
@@ -33,13 +33,13 @@ FIGURES = {  # the most wanted first: a narrow terminal shows the first ones
 
 
 class Display:
-    """Progress of one run: a moving line on a terminal, plain lines elsewhere."""
+    """The progress of one run: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total_steps: int, epochs: int, visible: bool = True) -> None:
         self.total_steps, self.epochs, self.visible = total_steps, epochs, visible
         self.console = Console(highlight=False, soft_wrap=True)
         self.last_line = time.monotonic()
-        self.moving = Progress(
+        self.bar = Progress(
             MofNCompleteColumn(),
             TextColumn("{task.description}", table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
@@ -47,16 +47,16 @@ class Display:
             disable=not (visible and self.console.is_terminal),
             expand=True,
         )
-        self.task = self.moving.add_task("starting", total=total_steps)
-        self.training: dict[str, Any] = {}  # the last figures of training
+        self.task = self.bar.add_task("starting", total=total_steps)
+        self.training: dict[str, Any] = {}  # the latest training figures
 
     def start(self) -> None:
-        """Print the table's header and start the moving line."""
+        """Print the table's header and start the progress bar."""
         self.print(ROW.format(*COLUMNS))
-        self.moving.start()
+        self.bar.start()
 
     def close(self) -> None:
-        self.moving.stop()
+        self.bar.stop()
 
     def print(self, text: str) -> None:
         if self.visible:
@@ -64,16 +64,16 @@ class Display:
             self.console.file.flush()
 
     def update(self, row: dict[str, Any]) -> None:
-        """Show a training row; without a terminal at most every ten seconds."""
+        """Show a training row; without a terminal, at most one every PLAIN_SECONDS."""
         self.training |= row
         text = "  ".join(figures(row))
-        self.moving.update(self.task, completed=row["step"], description=text)
+        self.bar.update(self.task, completed=row["step"], description=text)
         if not self.console.is_terminal and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             self.print(f"  step {row['step']}/{self.total_steps}  {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Print an evaluation's row, with the last figures of training unless just resumed."""
+        """Print an evaluation's row, with the latest training figures if there are any."""
         loss, rate = (self.training.get(key) for key in ("loss", "images_per_second"))
         values = (
             f"{row['epoch']:g}/{self.epochs}",
@@ -89,55 +89,56 @@ class Display:
 
 
 def figures(row: dict[str, Any]) -> list[str]:
-    """Format a training row's figures; the first row has no times."""
+    """Format a training row's figures; the first row may have no times."""
     left = timedelta(seconds=round(row.get("eta_seconds", 0)))
     return [part.format(**row, eta=left) for key, part in FIGURES.items() if key in row]
 
 
 class StepTimer:
-    """Times of the steps since the last row."""
+    """Times the steps since the last row of metrics.jsonl."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.warm = False  # the first step compiles and allocates: no row counts it
+        self.warm = False  # the first step compiles and allocates: it is in no row
         self.waits: list[float] = []
         self.steps: list[float] = []
         self.restart()
 
     def restart(self) -> None:
-        """Start the next step now: leave out an evaluation or a save."""
+        """Start the next step now, so that an evaluation or a save is not counted."""
         self.started = time.perf_counter()
 
     def since_step(self) -> float:
-        """Return the seconds since the last step ended, or the timer was restarted."""
+        """Return the seconds since the last step ended or the timer was restarted."""
         return time.perf_counter() - self.started
 
     def data_arrived(self) -> None:
         self.waits.append(self.since_step())
 
     def step_done(self) -> float:
-        """End the step; return its seconds, including the wait for data."""
+        """End the step and return its seconds, including the wait for data."""
         self.steps.append(self.since_step())
         self.restart()
         return self.steps[-1]
 
     def row(self, batch: int, steps_left: int) -> dict[str, float]:
-        """Return images/s, the share of time spent waiting for data, step-time percentiles (ms),
-        training time left (s, without evaluations) and peak GPU memory (GiB), and reset.
+        """Return the figures since the last row, and start over.
 
-        The times are left out if there was only the first step.
+        They are images/s, the share of time spent waiting for data, step times (ms), the training
+        time left (s, without evaluations) and the peak GPU memory (GiB). After the first step
+        alone there are no times.
         """
         first = 0 if self.warm else 1
         steps, waits, row = self.steps[first:], self.waits[first:], {}
         self.steps, self.waits, self.warm = [], [], True
         if steps:
             total = sum(steps)
-            times = quantiles(steps, n=20, method="inclusive") if len(steps) > 1 else steps * 19
+            p50, p95 = np.percentile(steps, [50, 95]).tolist()
             row = {
                 "images_per_second": round(batch * len(steps) / total, 1),
                 "data_wait": round(sum(waits) / total, 4),
-                "step_ms_p50": round(1e3 * times[9], 3),
-                "step_ms_p95": round(1e3 * times[18], 3),
+                "step_ms_p50": round(1e3 * p50, 3),
+                "step_ms_p95": round(1e3 * p95, 3),
                 "eta_seconds": round(steps_left * total / len(steps), 3),
             }
         if self.device.type == "cuda":
@@ -147,10 +148,10 @@ class StepTimer:
 
 @contextmanager
 def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
-    """Write a torch.profiler trace of `steps` steps to folder/trace.json.
+    """Write a torch.profiler trace of `steps` steps to folder/trace.json; none if steps is 0.
 
-    Yields a function to call after each step. The first step is left out, the second is warm-up.
-    With steps=0, does nothing.
+    Yields a function to call after each step. The trace begins with the third step: the first is
+    skipped, the second is the profiler's warm-up.
     """
     if not steps:
         yield lambda: None
@@ -161,7 +162,7 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
         profiler.export_chrome_trace(str(path))
         print(f"trace in {path}: open it in https://ui.perfetto.dev", flush=True)
 
-    # Otherwise Kineto logs its own steps, and a missing GPU as an error.
+    # Kineto would log its own steps, and a missing GPU as an error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:

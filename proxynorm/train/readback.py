@@ -1,4 +1,4 @@
-"""Figures read a step later, updates left out by the device itself. Needs torch alone."""
+"""Training without waiting for the GPU: delayed reads, and updates that the GPU itself skips."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from torch import Tensor
 
 
 class Readback:
-    """Sends figures to the host now; `read` waits for them, which a step later takes no time."""
+    """A copy of a tensor to the host, started now; `read` waits until it has arrived.
+
+    One training step later it has arrived already, and `read` takes no time.
+    """
 
     def __init__(self, figures: Tensor) -> None:
         on_gpu = figures.device.type == "cuda"
-        # A copy from the GPU runs beside the host only into page-locked memory.
+        # A copy from the GPU is asynchronous only into page-locked memory.
         self.host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=on_gpu)
         self.host.copy_(figures, non_blocking=True)
         self.arrived = None
         if on_gpu:
-            self.arrived = torch.cuda.Event(blocking=True)  # sleep, as loader threads need the core
+            # Blocking: the host sleeps while it waits, and leaves the core to loader threads.
+            self.arrived = torch.cuda.Event(blocking=True)
             self.arrived.record()
 
     def read(self) -> list[float]:
@@ -27,27 +31,27 @@ class Readback:
         return self.host.tolist()
 
 
-def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
-    """Step where `good`, a bool () on the device, holds; else leave weights and state untouched.
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Step if `finite`, else leave weights and optimizer state as they are.
 
-    torch's fused optimizers and our RMSpropTF decide on the device. For timm's other ones the host
-    waits for the device here.
+    finite: bool (), on the device. torch's fused optimizers and our RMSpropTF decide on the device;
+    with any other optimizer the host waits for the value.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        # The interface of torch's GradScaler, with a scale of one.
-        optimizer.grad_scale, optimizer.found_inf = None, (~good).float()
+        # As torch's GradScaler does it, without a scale.
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
         optimizer.step()
-    elif good:
+    elif finite:
         optimizer.step()
 
 
-class Undo:
-    """Keeps tensors as they are now, to put them back where a step turns out not to be finite."""
+class Snapshot:
+    """Copies of tensors, to restore them after a step that was not finite."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
-    def unless(self, good: Tensor) -> None:
-        """Put the tensors back unless `good`, a bool () that stays on the device."""
+    def restore_unless(self, finite: Tensor) -> None:
+        """Restore the tensors unless `finite`, bool (), which stays on the device."""
         for tensor, kept in self.pairs:
-            tensor.copy_(torch.where(good, tensor, kept))
+            tensor.copy_(torch.where(finite, tensor, kept))

@@ -1,4 +1,4 @@
-"""A trained network from its run folder or checkpoint alone, and the images to evaluate it on."""
+"""A trained network, from its run folder or checkpoint, and the images to evaluate it on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from proxynorm.train.settings import Settings, check
 
 @dataclass
 class RunOptions:
-    """Options of the commands that compute with a trained run."""
+    """Options of the commands that use a trained network."""
 
     run: str | None = option(None, "run folder")
     checkpoint: str | None = option(None, "or a checkpoint file inside a run folder")
@@ -38,7 +38,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Restored:
-    """A run's settings, the network with the evaluated weights, and the file's content."""
+    """A run restored from a file: its settings, its network, and the file's content."""
 
     settings: Settings
     model: nn.Module
@@ -46,7 +46,7 @@ class Restored:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The images: classes, channels, and mean and std per channel on the 0..1 scale."""
+        """The images: classes, channels, and mean and std per channel, on the scale 0 to 1."""
         return self.content["inputs"]
 
     @property
@@ -54,8 +54,8 @@ class Restored:
         """The result of an exported run."""
         return self.content["metrics"]
 
-    def given(self, options: RunOptions, loader: str | None = None, **data: Any) -> Restored:
-        """Return this with what the options, `loader` and `data` give in its settings' place."""
+    def with_options(self, options: RunOptions, loader: str | None = None, **data: Any) -> Restored:
+        """Return the run with its settings replaced by the options that are not None."""
         settings = _replaced(
             self.settings,
             data=_replaced(
@@ -91,7 +91,7 @@ def restore(path: Path) -> Restored:
     content = checkpoint.load(path)
     if "settings" in content:
         settings = settings_from(OmegaConf.create(content["settings"]))
-    else:  # of version 0.1
+    else:  # a checkpoint of version 0.1
         settings = stored_settings(path.resolve().parents[1] / "config.yaml")
     inputs = content["inputs"]
     model = build_model(settings, len(inputs["classes"]), inputs["channels"])
@@ -104,8 +104,8 @@ def stored_settings(path: Path) -> Settings:
     """Read a run's config.yaml. Raises CheckpointError if it is missing or damaged."""
     try:
         settings = settings_from(OmegaConf.create(path.read_text()))
-        settings.model["name"]  # an empty file lacks it
-    except Exception as error:  # whatever damage makes YAML, OmegaConf or a check raise
+        settings.model["name"]  # missing in an empty file
+    except Exception as error:  # a damaged file may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(
             f"{path}, the run's configuration, cannot be read ({reason}); put the run's own back"
@@ -114,13 +114,13 @@ def stored_settings(path: Path) -> Settings:
 
 
 def different_classes(stored: list[str], present: list[str]) -> str:
-    """Describe how two lists of classes differ: their lengths and the first difference."""
+    """Describe how two lists of classes differ: by their lengths and the first difference."""
     pairs = (f"first difference: {was} → {now}" for was, now in zip(stored, present) if was != now)
     return f"{len(stored)} → {len(present)}, {next(pairs, 'one list is longer')}"
 
 
 def evaluation_specs(restored: Restored) -> tuple[DataSpec, LoaderSpec]:
-    """Return the data and loader settings, with the mean and std that were trained on."""
+    """Return the data and loader settings, with the mean and std of the training."""
     inputs, settings = restored.inputs, restored.settings
     stored = {key: tuple(inputs[key]) for key in ("mean", "std")}
     return replace(settings.data, **stored), settings.loader
@@ -129,9 +129,9 @@ def evaluation_specs(restored: Restored) -> tuple[DataSpec, LoaderSpec]:
 def open_evaluation_data(
     restored: Restored, root: str | None = None, classes: str = "all"
 ) -> Validation:
-    """Open the run's data set, or the images of `root` alone; classes: see open_validation.
+    """Open the run's data set, or the images of `root`; classes: see open_validation.
 
-    Raises ConfigError or DataError, and CheckpointError if the data set's classes are others.
+    Raises ConfigError or DataError, or CheckpointError if the data set has other classes.
     """
     data, loader = evaluation_specs(restored)
     trained = restored.inputs["classes"]
@@ -139,7 +139,7 @@ def open_evaluation_data(
         raise ConfigError(f"classes={classes} needs root=FOLDER of validation images")
     if root is not None:
         data = replace(data, root=root)
-        if classes != "all" or not is_whole(data):
+        if classes != "all" or not has_training_images(data):
             return open_validation(data, loader, trained, classes)
     opened = open_data(data, loader)
     if trained != (present := list(opened.info.classes)):
@@ -150,8 +150,8 @@ def open_evaluation_data(
     return Validation(opened, np.arange(len(trained)))
 
 
-def is_whole(data: DataSpec) -> bool:
-    """Return whether a data set is all there, as training takes it, with its training images."""
+def has_training_images(data: DataSpec) -> bool:
+    """Return whether data.root holds a data set to train on, not validation images alone."""
     root, training = Path(data.root or "").expanduser(), {"folder": "train", "beton": "train.beton"}
     if data.name in training:
         return (root / training[data.name]).exists()

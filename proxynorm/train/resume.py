@@ -1,4 +1,4 @@
-"""The state that a run carries over an interruption, and the checks before it goes on."""
+"""The state of a run across interruptions, and the checks before it is resumed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from proxynorm.train import checkpoint
 from proxynorm.train.finetune import restore_eps
 from proxynorm.train.optimizer import load_optimizer
 from proxynorm.train.restore import different_classes, stored_settings
-from proxynorm.train.run_folder import RunFolder, bits
+from proxynorm.train.run_folder import RunFolder, numeric_environment
 from proxynorm.train.settings import Settings, identity
 
 if TYPE_CHECKING:
     from proxynorm.train.loop import Trainer
 
-ANEW = "choose another name=, or resume=never"
-SUMMARY_KEYS = ("completed", "steps", "total_steps", "top1")  # what readers rely on
+START_OVER = "choose another name=, or resume=never"
+SUMMARY_KEYS = ("completed", "steps", "total_steps", "top1")  # what a finished run needs
 COUNTERS = ("step", "evaluated", "best_top1", "train_seconds", "skipped", "loss_steps", "stale")
 
 
@@ -37,8 +37,8 @@ class TrainState:
 
     step: weight updates made; evaluated: the step last evaluated; stale: evaluations since the one
     with the best top-1; loss_sum, loss_steps: over the steps since the last row of metrics.jsonl,
-    the loss being the mean over all processes; start: what `finetune.carry` said of the weights
-    that the run began with; extended: its starts under resume=extend.
+    of the mean loss over all processes; start: the record of `finetune.carry_over`; extended: a
+    record of each start under resume=extend.
 
     No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
@@ -62,11 +62,11 @@ class TrainState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights to evaluate: the moving average if there is one."""
+        """The network to evaluate: the moving average if there is one."""
         return self.ema.module if self.ema is not None else self.model
 
     def state_dict(self, world_size: int) -> dict[str, Any]:
-        """Return the tensors and counters for a checkpoint, which has losses summed over ranks."""
+        """Return the state for a checkpoint, with loss_sum summed over the processes."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -78,7 +78,7 @@ class TrainState:
         }
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Continue from a checkpoint's content; older ones lack some of it."""
+        """Load a checkpoint's content; older checkpoints lack some of it."""
         self.start, self.extended = content.get("start"), content.get("extended") or []
         self.model.load_state_dict(content["model"])
         if self.ema is not None:
@@ -95,7 +95,7 @@ class TrainState:
 
 
 def record(trainer: Trainer) -> dict[str, Any]:
-    """Return what a checkpoint says of its run beside the state."""
+    """Return what a checkpoint records of its run, in addition to the state."""
     return {
         "identity": identity(trainer.settings),
         "settings": asdict(trainer.settings),  # so that the file is enough without its folder
@@ -107,7 +107,7 @@ def record(trainer: Trainer) -> dict[str, Any]:
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """Return the data's classes, counts, normalization and digests.
+    """Return the classes, counts, normalization and digests of the data.
 
     labels: a digest of the training labels, in order; images: see Data.fingerprints.
     """
@@ -126,7 +126,7 @@ def describe_data(data: Data) -> dict[str, Any]:
 
 
 def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] | None:
-    """Return the summary of a run with nothing left to do under `settings`, else None.
+    """Return the summary of a run that is finished under `settings`, else None.
 
     Raises CheckpointError if the folder holds another run.
     """
@@ -143,7 +143,7 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
     if not completed or (steps < min(total, settings.max_steps or total) and patient):
         return None
     content, _ = checkpoint.load_latest(run.checkpoints)
-    if content is None:  # only the checkpoints were removed
+    if content is None:  # the user removed the checkpoints
         stored = identity(stored_settings(run.config))
         content = {"identity": stored, "inputs": describe_data(data)}
     if extends(content, settings):
@@ -170,10 +170,10 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
         if run.summary.exists():
             raise CheckpointError(
                 f"{run.path} holds a run, but neither last.pt nor previous.pt: "
-                "restore one of them, or use resume=never to clear the folder and start anew"
+                "restore one of them, or use resume=never to clear the folder and start over"
             )
         if run.metrics.exists():
-            say(f"{run.path} has no checkpoint: the run starts anew")
+            say(f"{run.path} has no checkpoint: the run starts over")
         return False
     check_same_run(content, settings, trainer.data, run.path)
     if (step := content["counters"]["step"]) > trainer.last_step:
@@ -187,12 +187,12 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
         before, epochs = content["identity"]["epochs"], settings.epochs
         trainer.state.extended.append({"step": step, "from_epochs": before, "epochs": epochs})
         trainer.state.stale = 0
-        say(f"extended from {before} to {epochs} epochs: from step {step} on their schedule holds")
+        say(f"extended at step {step} from {before} to {epochs} epochs, with their schedule")
     if trainer.process.is_main:
         if faults:
-            run.last.unlink(missing_ok=True)  # damaged: it must not become previous.pt
+            run.last.unlink(missing_ok=True)  # it is damaged and must not become previous.pt
         if longer:
-            run.summary.unlink(missing_ok=True)  # it says that the run is finished
+            run.summary.unlink(missing_ok=True)  # or the run would count as finished
         run.rewind(step, trainer.state.evaluated)
         for line in resume_warnings(trainer, content, now):
             say(line)
@@ -201,29 +201,29 @@ def resume(trainer: Trainer, now: dict[str, Any]) -> bool:
 
 
 def extends(content: dict[str, Any], settings: Settings) -> bool:
-    """Return whether the checkpoint's run is to go on to more epochs than it was given."""
+    """Return whether resume=extend takes the checkpoint's run to more epochs."""
     return settings.resume == "extend" and content["identity"]["epochs"] < settings.epochs
 
 
 def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the reasons why the resumed run may differ from the unbroken one."""
+    """Return the reasons why the resumed run may differ from an uninterrupted one."""
     lines, run, world_size = [], trainer.run, trainer.process.world_size
     if content["world_size"] != world_size:
         lines.append(f"resuming with {world_size} process(es), was {content['world_size']}")
     if not trainer.data.comparable(content["inputs"].get("images", {}), "train"):
         lines.append(
-            "whether the images are those that the run began on is unknown: "
+            "unknown whether the images are those that the run began with: "
             "they were read in another way then"
         )
     try:
-        before = bits(json.loads(run.environment.read_text()))
+        before = numeric_environment(json.loads(run.environment.read_text()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         lines.append(
             f"{run.environment} is missing or damaged: "
-            "whether machine and versions are the same is unknown"
+            "unknown whether the machine and the versions are the same"
         )
         return lines
-    if changed := differences(before, bits(now)):
+    if changed := differences(before, numeric_environment(now)):
         lines.append(
             "resuming on another machine or version: the same images and steps, "
             f"not the same bits ({changed})"
@@ -234,7 +234,7 @@ def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, An
 def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
     """Return the keys in which two dictionaries differ, as 'key: stored → current; …'."""
 
-    def shown(value: Any) -> str:  # as in a configuration: null, true, a word
+    def shown(value: Any) -> str:  # as in a configuration: null, true, text
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
     pairs = {key: (stored.get(key), current.get(key)) for key in {**stored, **current}}
@@ -243,28 +243,34 @@ def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
 
 
 def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path: Path) -> None:
-    """Raise CheckpointError if a checkpoint is of other settings, or was trained on other data."""
-    stored, now = content["identity"], identity(settings)
-    if settings.weights is None and "weights" in stored:  # where it started needs no repeating
-        now["weights"] = stored["weights"]
+    """Raise CheckpointError if a checkpoint was trained with other settings or on other data."""
+    stored, current = content["identity"], identity(settings)
+    if settings.weights is None and "weights" in stored:  # a resumed run need not repeat weights=
+        current["weights"] = stored["weights"]
+    epochs = stored["epochs"]
     if extends(content, settings):
-        now["epochs"] = stored["epochs"]
-    if changed := differences(stored, now):
-        longer = stored == {**now, "epochs": stored["epochs"]} and stored["epochs"] < now["epochs"]
+        current["epochs"] = epochs
+    if changed := differences(stored, current):
+        longer = stored == {**current, "epochs": epochs} and epochs < current["epochs"]
         go_on = ", or resume=extend to go on to more epochs" if longer else ""
-        raise CheckpointError(f"{path} holds another run ({changed}); {ANEW}{go_on}")
-    stored, present = content["inputs"], describe_data(data)
+        raise CheckpointError(f"{path} holds another run ({changed}); {START_OVER}{go_on}")
+    check_same_data(content["inputs"], data, path)
+
+
+def check_same_data(stored: dict[str, Any], data: Data, path: Path) -> None:
+    """Raise CheckpointError if `data` are not those that a checkpoint describes as `stored`."""
+    present = describe_data(data)
     for key in ("classes", "train_count", "eval_count", "mean", "std", "labels"):
         was, now = stored.get(key, present[key]), present[key]
         if was != now:
             change = "not the same" if key == "labels" else f"{was} → {now}"
             change = different_classes(was, now) if key == "classes" else change
             raise CheckpointError(
-                f"{path} was trained on another data set ({key}: {change}); {ANEW}"
+                f"{path} was trained on another data set ({key}: {change}); {START_OVER}"
             )
     if replaced := data.replaced(stored.get("images", {})):
         sources = " and ".join(dict.fromkeys(replaced.values()))
         raise CheckpointError(
             f"{path} was trained on other images than those now in {sources}; "
-            f"restore the former images, or {ANEW}"
+            f"restore the former images, or {START_OVER}"
         )

@@ -15,24 +15,23 @@ from proxynorm.errors import DataError, FileError
 from proxynorm.files import write_json, write_text
 from proxynorm.nn import norm_spec
 from proxynorm.train.distributed import environment_ranks, processes
-from proxynorm.train.finetune import carry, read_weights, restore_eps, source_of
+from proxynorm.train.finetune import carry_over, read_weights, restore_eps, source_of
 from proxynorm.train.loop import Trainer
 from proxynorm.train.preemption import REQUEUE, Preempted, stop_request
 from proxynorm.train.resume import finished, resume
 from proxynorm.train.run_folder import RunFolder, environment, read_metrics
-from proxynorm.train.settings import Settings, check, folder_of
+from proxynorm.train.settings import Settings, folder_of
 from proxynorm.train.tracker import Tracker
 
 
 def train(settings: Settings, config: dict[str, Any]) -> int:
-    """Train, or continue, the run that `settings` describes; `config` is stored as it is.
+    """Train or resume the run that `settings` describes; `config` goes to its config.yaml.
 
     Returns the exit status: 0 done, 75 stopped by a signal after saving.
     """
-    check(settings)
-    settings.micro_batch_for(environment_ranks()[2])
+    settings.micro_batch_for(environment_ranks().world_size)  # raises before the processes join
     with processes(settings.device) as process:
-        # Outside of stop_request: a signal ends the conversion of a folder at once.
+        # Before stop_request: a signal ends the conversion of a folder at once.
         data, run = open_data(settings.data, settings.loader), RunFolder(folder_of(settings))
         with stop_request() as stop:
             done = process.share(finished(run, settings, data) if process.is_main else None)
@@ -46,7 +45,7 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
             if process.is_main:
                 run.acquire()
             try:
-                process.barrier()  # the others read the folder only once it is locked
+                process.barrier()  # the others read the folder once it is locked
                 return train_in(Trainer(settings, process, data, run, stop), config)
             finally:
                 run.release()
@@ -54,43 +53,14 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
 
 def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
     """Train inside the locked run folder; return the exit status."""
-    run, process, data, say = trainer.run, trainer.process, trainer.data, trainer.display.print
-    machine = {"device": str(process.device), "world_size": process.world_size}
-    now = {**environment(), **machine} if process.is_main else {}
-    resumed = resume(trainer, now)
-    notes = [] if resumed else start_from_weights(trainer)
-    process.barrier()  # all have read the checkpoint before the folder is cleared
-    tracker = None
+    run, process, say = trainer.run, trainer.process, trainer.display.print
+    tracker = begin(trainer, config)
+    status = fit(trainer, tracker)
+    failures = process.gather(trainer.data.failures)
+    damaged = {image: reason for part in failures for image, reason in part.items()}
     if process.is_main:
-        if not resumed:
-            run.clear()
-        config = {**config, "weights": trainer.settings.weights}
-        write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))
-        write_json(run.environment, now)
-        tracker = Tracker(trainer.settings, run.path, run.path.name, config, resumed)
-    for line in (overview(trainer), *notes, *(f"warning: {line}" for line in data.warnings)):
-        say(line)
-    state, status = trainer.state, 0
-    try:
-        trainer.fit(tracker)
-    except Preempted as reason:
-        received = trainer.stop.received
-        signal = received.name if received else "a signal to another process"
-        say(f"{reason} by {signal}; saved; run again to go on")
-        status = REQUEUE
-    else:
-        if trainer.out_of_patience() and state.step < trainer.last_step:
-            say(
-                f"stopped early, at step {state.step} of {trainer.last_step}: {state.stale} "
-                f"evaluation{'s' if state.stale > 1 else ''} without a better top-1 than "
-                f"{state.best_top1:.2f} %; the learning rate had not reached its end"
-            )
-    finally:
-        trainer.display.close()
-    damaged = {image: why for part in process.gather(data.failures) for image, why in part.items()}
-    if process.is_main:
-        for image, why in list(damaged.items())[:10]:
-            say(f"left out: {image}: {why}")
+        for image, reason in list(damaged.items())[:10]:
+            say(f"left out: {image}: {reason}")
         summary = summarize(trainer, len(damaged))
         write_json(run.summary, summary)
         tracker.finish(summary, exit_code=status)
@@ -98,17 +68,59 @@ def train_in(trainer: Trainer, config: dict[str, Any]) -> int:
     return status
 
 
+def begin(trainer: Trainer, config: dict[str, Any]) -> Tracker | None:
+    """Resume or start the run, write its first files and print what it is."""
+    run, process, tracker = trainer.run, trainer.process, None
+    machine = {"device": str(process.device), "world_size": process.world_size}
+    now = {**environment(), **machine} if process.is_main else {}
+    resumed = resume(trainer, now)
+    notes = [] if resumed else start_from_weights(trainer)
+    process.barrier()  # the folder is cleared once all have read the checkpoint
+    if process.is_main:
+        if not resumed:
+            run.clear()
+        config = {**config, "weights": trainer.settings.weights}
+        write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_json(run.environment, now)
+        tracker = Tracker(trainer.settings, run.path, run.path.name, config, resumed)
+    warnings = [f"warning: {line}" for line in trainer.data.warnings]
+    for line in (overview(trainer), *notes, *warnings):
+        trainer.display.print(line)
+    return tracker
+
+
+def fit(trainer: Trainer, tracker: Tracker | None) -> int:
+    """Train; if that ends before the last step, print why. Return the exit status."""
+    state, say = trainer.state, trainer.display.print
+    try:
+        trainer.fit(tracker)
+    except Preempted as reason:
+        received = trainer.stop.received
+        signal = received.name if received else "a signal to another process"
+        say(f"{reason} by {signal}; saved; run again to go on")
+        return REQUEUE
+    finally:
+        trainer.display.close()
+    if trainer.out_of_patience() and state.step < trainer.last_step:
+        say(
+            f"stopped early, at step {state.step} of {trainer.last_step}: {state.stale} "
+            f"evaluation{'s' if state.stale > 1 else ''} without a better top-1 than "
+            f"{state.best_top1:.2f} %; the learning rate had not reached its end"
+        )
+    return 0
+
+
 def start_from_weights(trainer: Trainer) -> list[str]:
-    """Give a new run the weights that it starts from, if any; return what was carried."""
+    """Load the weights that a new run starts from, if any; return notes for the user."""
     settings, state, process = trainer.settings, trainer.state, trainer.process
     if (source := source_of(settings)) is None:
         return []
     info = trainer.data.info
-    for turn in (True, False):  # the first process downloads; the others find the file in the cache
-        if process.is_main is turn:
+    for main in (True, False):  # the first process downloads; the others find the file in the cache
+        if process.is_main is main:
             weights = read_weights(source, settings, len(info.classes), info.channels)
         process.barrier()
-    state.start = carry(state.model, weights, settings, list(info.classes))
+    state.start = carry_over(state.model, weights, settings, list(info.classes))
     if state.ema is not None:
         state.ema.set(state.model)
         restore_eps(state.ema.module, state.start)
@@ -163,7 +175,7 @@ def overview(trainer: Trainer) -> str:
 
 
 def draw_curves(run: RunFolder) -> None:
-    """Draw the curves, or warn: the next start of the finished run tries again."""
+    """Draw the curves, or warn; the next start of the finished run tries again."""
     try:
         save_figure(curves_figure({run.path.name: [read_metrics(run.metrics)]}), run.curves)
     except (DataError, FileError) as error:

@@ -21,14 +21,14 @@ import torch
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.files import finite, write_text, writing
 
-# The packages and the machine's properties that floating-point results may depend on.
+# The packages and the properties of the machine that floating-point results may depend on.
 NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")
 MACHINE = ("python", "processor", "gpus", "cuda", "threads", "device")
 PACKAGES = ("proxynorm", *NUMERIC, "hydra-core", "wandb")
 
 
 class RunFolder:
-    """Paths and files of one run, under an exclusive lock while it trains."""
+    """The files of one run, with an exclusive lock while it trains."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class RunFolder:
     def acquire(self) -> None:
         """Create the folder and lock it.
 
-        Raises ConfigError if another process trains there, or if it cannot be written.
+        Raises ConfigError if another process trains in it, or if it cannot be written.
         """
         lock = self.path / ".lock"
         try:
@@ -69,7 +69,7 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(f"{socket.gethostname()} pid {os.getpid()}".encode())
         for item in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            item.unlink()  # of a killed writer
+            item.unlink()  # left by a process that was killed
 
     def release(self) -> None:
         if self._lock is not None:
@@ -77,27 +77,26 @@ class RunFolder:
             self._lock = None
 
     def clear(self) -> None:
-        """Delete a former run's files, and nothing else in the folder."""
+        """Delete the files of a former run, and nothing else in the folder."""
         files = (self.last, self.previous, self.best, self.metrics, self.environment)
         for path in (*files, self.summary, self.curves):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Drop the rows after weight update `step`, and an evaluation at it that is repeated."""
+        """Drop the rows after `step`, and an evaluation at `step` that will be repeated."""
 
-        def stays(row: dict[str, Any]) -> bool:
+        def is_kept(row: dict[str, Any]) -> bool:
             at_step = row["step"] == step and (row["event"] == "train" or evaluated == step)
             return row["step"] < step or at_step
 
-        rows = [row for row in read_metrics(self.metrics) if stays(row)]
+        rows = [row for row in read_metrics(self.metrics) if is_kept(row)]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl; null stands for NaN and infinity.
 
-        Raises FileError if the disk is full: the run ends, and its next start drops a line that is
-        incomplete.
+        Raises FileError if the disk is full. The next start of the run drops an incomplete line.
         """
         with writing(self.metrics), open(self.metrics, "a") as stream:
             stream.write(json.dumps(finite(row)) + "\n")
@@ -122,11 +121,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, hardware and source commit."""
-    versions, commit = {}, git("rev-parse", "HEAD")
+    """Return the versions, the hardware and the source commit."""
+    versions, source = {}, {}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
+    if commit := git("rev-parse", "HEAD"):
+        source = {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))}
     return {
         "python": sys.version.split()[0],
         "packages": versions,
@@ -136,22 +137,20 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
-        "git": {"commit": commit, "dirty": bool(git("status", "--porcelain", "-uno"))}
-        if commit
-        else {},
+        "git": source,
     }
 
 
-def bits(environment: dict[str, Any]) -> dict[str, Any]:
+def numeric_environment(environment: dict[str, Any]) -> dict[str, Any]:
     """Return the part of an environment that floating-point results may depend on."""
     machine = {key: environment.get(key) for key in MACHINE}
     return machine | {key: environment["packages"].get(key) for key in NUMERIC}
 
 
 def git(*arguments: str) -> str | None:
-    """Return what git says of the source tree; None outside a checkout and where git fails."""
+    """Return git's output about the source tree; None outside of a checkout or if git fails."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed: git would find a repository around site-packages
+    if not (root / ".git").exists():  # installed: git would find a repository around it
         return None
     command = ["git", "-C", str(root), *arguments]
     try:

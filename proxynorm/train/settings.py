@@ -1,4 +1,4 @@
-"""The settings of a training run, as plain typed values with what each may be.
+"""The settings of a training run: typed values with their choices and ranges.
 
 proxynorm.train.config turns Hydra's configuration into these.
 """
@@ -19,7 +19,7 @@ from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS, norm_spec
 
-# What a number may be, in words, by its test. null is left to the type.
+# The ranges of numbers, in words and as a test. Whether null is allowed depends on the type.
 RANGES: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "at least 0 and finite": lambda value: 0 <= value < math.inf,
@@ -31,12 +31,12 @@ RANGES: dict[str, Callable[[float], bool]] = {
 
 
 def number(default: Any, words: str) -> Any:
-    """Declare a setting with one of RANGES."""
+    """Declare a setting whose range is one of RANGES."""
     return field(default=default, metadata={"range": words})
 
 
 def choice(default: Any, *others: Any) -> Any:
-    """Declare a setting that has one of these values."""
+    """Declare a setting that takes one of these values."""
     return field(default=default, metadata={"choices": (default, *others)})
 
 
@@ -62,7 +62,7 @@ class OptimSettings:
     base_batch: int = number(128, "at least 1")
     momentum: float = number(0.9, "at least 0 and below 1")
     weight_decay: float = number(1e-4, "at least 0 and finite")
-    decay_per_image: float | None = None  # no longer in use: part of older runs' names
+    decay_per_image: float | None = None  # unused, but part of the names of older runs
     eps: float | None = number(None, "at least 0 and finite")
     alpha: float | None = number(None, "at least 0 and below 1")
     alpha_per_image: float | None = number(None, "at least 0 and finite")
@@ -110,7 +110,7 @@ class RegularizationSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When to save besides at epoch ends and on signals."""
+    """When to save, in addition to epoch ends and signals."""
 
     every_steps: int | None = number(None, "at least 1")
     every_minutes: float | None = number(None, "above 0 and finite")
@@ -138,7 +138,7 @@ class DebugSettings:
 
 @dataclass(frozen=True)
 class PowerSettings:
-    """When to decompose the power, and when to warn.
+    """The power decomposition of every norm during training.
 
     every_epochs: epochs between two decompositions, None: never; images: how many of the
     evaluation set; threshold: warn of a channel collapse where P1 exceeds it.
@@ -191,7 +191,7 @@ class Settings:
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate from the recipe's rule."""
+        """The peak learning rate, by the recipe's rule."""
         if self.optim.lr is not None:
             return self.optim.lr
         return self.optim.base_lr * self.batch / self.optim.base_batch
@@ -237,16 +237,17 @@ CHOICES, RANGE_OF = (
     for name in ("choices", "range")
 )
 
-# Keys that do not change what is trained: they may change when a run is resumed, and are no part
+# Keys that do not change what is trained. They may change when a run is resumed, and are not part
 # of its name.
 INCIDENTAL = ("power", "name", "runs_dir", "resume", "device", "logger", "loader", "checkpoint")
 INCIDENTAL += ("debug.profile_steps", "debug.name", "max_steps", "log_every", "eval_batch")
 INCIDENTAL += ("data.root", "data.cache", "patience", "compile_mode", "deterministic")
 
-# No part of the identity while they are null: they came later, and older runs keep their names.
+# Not part of the identity while they are null: they were added later, and older runs keep their
+# names.
 OPTIONAL = ("weights", "freeze", "optim.lr_scale", "optim.layer_decay")
 
-# Incidental too, but part of older runs' identities: always recorded as the default.
+# Incidental, but part of the identities of older runs: always recorded as the default.
 FIXED = {key: getattr(Settings, key) for key in ("nonfinite", "nonfinite_limit")}
 FIXED["compile"] = False
 
@@ -278,14 +279,15 @@ def check(settings: Settings) -> Settings:
 
 
 def wrong_choice(key: str, value: Any) -> str | None:
-    """Return what is valid for one of CHOICES instead of `value`, None if that is."""
+    """Return the end of an error message, or None if `value` is one of the key's CHOICES."""
     if value in CHOICES[key]:
         return None
     words = ", ".join(str(choice).lower() for choice in CHOICES[key])  # true, as YAML writes it
     if "," in str(value):
         return f"valid: {words}; several values need -m"
-    file = "; a run goes on from its own folder (name=), weights=FILE starts from a file"
-    return f"valid: {words}{file if key == 'resume' else ''}"
+    if key == "resume":
+        words += "; a run goes on from its own folder (name=), weights=FILE starts from a file"
+    return f"valid: {words}"
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -314,9 +316,10 @@ def run_name(settings: Settings) -> str:
 
 
 def folder_of(settings: Settings) -> Path:
-    """Return the run's folder; under resume=extend that of the run of fewer epochs.
+    """Return the run's folder; under resume=extend that of the run to extend.
 
-    A derived name depends on the epochs. Raises ConfigError if none, or several, could be meant.
+    A derived name depends on the epochs, so the run to extend is searched for by every smaller
+    number of epochs. Raises ConfigError if no or several runs are found.
     """
     parent, name = Path(settings.runs_dir), run_name(settings)
     if settings.resume == "extend" and settings.name is None:

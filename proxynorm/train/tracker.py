@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors metrics.jsonl. Its failures never stop a run."""
+"""Weights & Biases, which mirrors metrics.jsonl. Its failures never stop a run."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def choose_mode(mode: str) -> str:
 
 
 def start_run(mode: str, name: str, folder: Path, tags: Sequence[str], **options: Any) -> Any:
-    """Start a W&B run that writes below `folder` and prints nothing. options: of wandb.init.
+    """Start a W&B run that prints nothing and writes to `folder`; options: of wandb.init.
 
-    Returns None where it is disabled, and, with a warning, where W&B fails, whatever it raises.
+    Returns None if W&B is disabled, or, with a warning, if it fails.
     """
     if mode == "disabled":
         return None
@@ -46,18 +46,18 @@ def start_run(mode: str, name: str, folder: Path, tags: Sequence[str], **options
             mode=mode,
             name=name,
             dir=folder,
-            tags=[tag[:64] for tag in dict.fromkeys(tags)],  # W&B refuses longer ones
+            tags=[tag[:64] for tag in dict.fromkeys(tags)],  # W&B refuses longer tags
             settings=wandb.Settings(silent=True, console="off"),
             **options,
         )
-    except Exception as error:
+    except Exception as error:  # W&B must not stop a run, whatever it raises
         reason = shorten(f"{type(error).__name__}: {error}", 240)
         print(f"warning: {name} is not on W&B: {reason}", file=sys.stderr)
         return None
 
 
 class Tracker:
-    """One W&B run for one run folder, however often it is resumed."""
+    """The W&B run of a run folder: one, however often training is resumed."""
 
     def __init__(
         self, settings: Settings, folder: Path, name: str, config: dict[str, Any], resumed: bool
@@ -85,7 +85,7 @@ class Tracker:
             self.run.define_metric("*", step_metric="step")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Mirror one row, with figures named event/key; powers as an image and two numbers."""
+        """Log a row under names event/key; a power row becomes an image and two numbers."""
         if self.run is None:
             return
         figures = {k: v for k, v in row.items() if k not in ("event", "step")}
@@ -101,9 +101,9 @@ class Tracker:
 
 
 def power_summary(row: dict[str, Any], norm: str) -> dict[str, Any]:
-    """P1 … P4 against depth as an image, and the mean and largest P1.
+    """Return P1 … P4 against depth as an image, and the mean and largest P1.
 
-    A panel for every term of every norm would bury the rest.
+    A W&B panel for each term of each norm would bury the others.
     """
     import wandb
 

@@ -88,7 +88,7 @@ def test_overfitting_one_batch(run_small):
 def test_evaluation_restored_from_the_folder_alone(run_small):
     run = run_small("regularization.ema_decay=0.5", "norm=bn_pn")
     restored = restore(run.folder / "checkpoints" / "last.pt")
-    data = open_evaluation_data(restored.given(RunOptions(workers=0), "torchvision")).data
+    data = open_evaluation_data(restored.with_options(RunOptions(workers=0), "torchvision")).data
     process = Process(0, 1, torch.device("cpu"))
     result = evaluate(
         restored.model,

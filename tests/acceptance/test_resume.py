@@ -78,14 +78,14 @@ def test_signal_saves_and_resumes(run_small, monkeypatch, norm, number):
 
 def test_signal_during_evaluation_makes_it_again(run_small, monkeypatch):
     whole = run_small("name=whole", "eval_batch=10")
-    original = Trainer.leave_if_stopped
+    original = Trainer.stop_if_asked
 
     def interrupted(self: Trainer) -> None:
-        monkeypatch.setattr(Trainer, "leave_if_stopped", original)
+        monkeypatch.setattr(Trainer, "stop_if_asked", original)
         signal.raise_signal(signal.SIGTERM)
         original(self)
 
-    monkeypatch.setattr(Trainer, "leave_if_stopped", interrupted)
+    monkeypatch.setattr(Trainer, "stop_if_asked", interrupted)
     cut = run_small("name=cut", "eval_batch=10")
     assert cut.status == 75
     assert cut.last["counters"]["evaluated"] == 0
@@ -236,20 +236,20 @@ def test_foreign_files_survive_a_fresh_start(run_small, tmp_path):
 
 def test_signal_during_the_last_evaluation_is_not_the_end(run_small, monkeypatch):
     whole = run_small("name=whole")
-    original = Trainer.leave_if_stopped
+    original = Trainer.stop_if_asked
 
     def interrupted(self: Trainer) -> None:
         if self.state.step == 20:
-            monkeypatch.setattr(Trainer, "leave_if_stopped", original)
+            monkeypatch.setattr(Trainer, "stop_if_asked", original)
             signal.raise_signal(signal.SIGTERM)
         original(self)
 
-    monkeypatch.setattr(Trainer, "leave_if_stopped", interrupted)
+    monkeypatch.setattr(Trainer, "stop_if_asked", interrupted)
     cut = run_small("name=cut")
     assert (
         cut.status == 75 and not json.loads((cut.folder / "summary.json").read_text())["completed"]
     )
-    monkeypatch.setattr(Trainer, "leave_if_stopped", original)
+    monkeypatch.setattr(Trainer, "stop_if_asked", original)
     cut = run_small("name=cut")
     assert cut.status == 0 and json.loads((cut.folder / "summary.json").read_text())["completed"]
     assert_same_run(whole, cut)

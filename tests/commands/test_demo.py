@@ -1,4 +1,4 @@
-"""The demo, its training replaced: what it draws, prints last, keeps and logs."""
+"""The demo without its training: what it draws, prints last, keeps and logs."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_it_ends_in_a_table_figures_and_a_comparison_on_wandb(run_demo, tmp_path
     assert found["history"] >= {"comparison", "claims", "figure/cells", "figure/curves"}
 
 
-def test_a_second_time_it_says_the_same_and_record_keeps_the_runs(run_demo, tmp_path, capsys):
+def test_a_second_demo_has_the_same_verdict_and_record_keeps_the_runs(run_demo, tmp_path, capsys):
     assert run_demo("wandb=disabled") == 0
     first = capsys.readouterr().out.splitlines()
     assert run_demo("wandb=disabled", "record=true") == 0

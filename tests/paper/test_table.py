@@ -5,8 +5,8 @@ import pytest
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS
 from proxynorm.paper.table import load_table, read_chosen, table_names, table_runs
+from proxynorm.train.arguments import quoted
 from proxynorm.train.config import check_choice, compose_config, groups, parse, settings_from
-from proxynorm.train.words import quoted
 from tests.helpers import ROOT
 from tests.tiny_table import TINY
 

@@ -1,4 +1,4 @@
-"""torch.compile: where it is on, and what happens where it fails."""
+"""torch.compile: when it is on, and what happens if it fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ASKED = Settings(recompute=True, compile=True)
 
 
-def test_auto_compiles_on_a_gpu_alone():
+def test_auto_compiles_only_on_a_gpu():
     assert compile_mode(Settings(), CUDA, 1) == ("default", None)
     assert compile_mode(Settings(), CPU, 1) == (None, None)
     assert compile_mode(Settings(compile=True), CPU, 1) == ("default", None)
@@ -55,8 +55,8 @@ def test_a_failure_is_one_line_and_the_run_goes_on_eagerly(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_what_inductor_makes_is_what_runs(run_small, monkeypatch, capsys):
-    """Training and evaluation, with the graphs as they were captured in the place of kernels."""
+def test_the_output_of_inductor_is_what_runs(run_small, monkeypatch, capsys):
+    """In training and evaluation. The captured graphs stand in for compiled kernels."""
     graphs = []
 
     def captured(graph, inputs, options):

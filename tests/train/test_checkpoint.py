@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, safe to load."""
+"""Checkpoints: written atomically, verified, safe to load."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tmp_path):
-    """torch's archive writer reports its own bookkeeping in the place of what the system said."""
+    """torch's archive writer hides the system's error behind one of its own."""
     last = tmp_path / "last.pt"
     with (
         file_size_limit(100_000),
@@ -89,7 +89,7 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.load(tmp_path / "nowhere.pt")
 
 
-def test_a_row_that_is_cut_short_by_a_full_disk_is_dropped_by_the_next_start(tmp_path):
+def test_a_row_cut_short_by_a_full_disk_is_dropped_at_the_next_start(tmp_path):
     run = RunFolder(tmp_path)
     run.append({"event": "train", "step": 1})
     with (

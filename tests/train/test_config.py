@@ -32,7 +32,7 @@ def test_every_option_composes(group, name):
 
 
 @pytest.mark.parametrize("experiment", [[], ["experiment=imagenet_efficientnet_b2", "data.root=x"]])
-def test_overfitting_leaves_nothing_in_the_loss_s_way(experiment):
+def test_debug_overfit_turns_off_all_that_keeps_the_loss_up(experiment):
     settings = settings_from(compose_config([*experiment, "debug=overfit"]))
     assert (
         settings.debug.overfit
@@ -183,7 +183,7 @@ def test_run_name_follows_what_is_trained():
     assert "ln_pn" in name() and "b128" in name() and "s0" in name()
 
 
-def test_identity_holds_no_machine():
+def test_identity_does_not_depend_on_the_machine():
     flat = identity(settings_from(compose_config(["device=cpu", "data.root=/somewhere"])))
     assert not [
         key for key in flat if key.split(".")[0] in ("device", "logger", "loader", "runs_dir")

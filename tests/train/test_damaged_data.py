@@ -1,5 +1,5 @@
-"""Training on a file that was damaged after its preparation stops with one line, or goes on and
-counts, as asked."""
+"""Training on a file that was damaged after it was written: it stops with one line, or skips the
+damaged images and counts them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def test_it_stops_with_one_line_that_names_the_image(damaged, tmp_path):
+def test_training_stops_with_one_line_that_names_the_image(damaged, tmp_path):
     arguments = overrides(damaged, "logger=none", f"runs_dir={tmp_path}", "device=cpu")
     done = subprocess.run(
         [sys.executable, str(TRAIN), *arguments], check=False, capture_output=True, text=True
@@ -72,7 +72,7 @@ def test_it_stops_with_one_line_that_names_the_image(damaged, tmp_path):
     assert "data.on_bad=skip" in errors[0]
 
 
-def test_it_skips_and_counts(run_small, damaged):
+def test_training_skips_and_counts_damaged_images(run_small, damaged):
     run = run_small(*overrides(damaged, "data.on_bad=skip"))
     assert run.status == 0
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -81,9 +81,7 @@ def test_it_skips_and_counts(run_small, damaged):
     assert all(row["count"] == 11 for row in run.rows if row["event"] == "eval")
 
 
-def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(
-    run_small, damaged, monkeypatch, capsys
-):
+def test_evaluation_skips_what_the_run_skipped(run_small, damaged, monkeypatch, capsys):
     run = run_small(*overrides(damaged, "data.on_bad=skip"))
     arguments = ["eval.py", f"run={run.folder}", "device=cpu"]
     for policy, code in ([], 0), (["on_bad=raise"], 2):
@@ -99,10 +97,10 @@ def test_a_run_that_skipped_is_evaluated_without_what_it_skipped(
             assert shown.err.startswith("left out: ")
 
 
-def test_files_without_manifest_are_told_by_training_and_evaluation(
+def test_training_and_evaluation_warn_of_files_without_manifest(
     run_small, damaged, tmp_path, monkeypatch, capsys
 ):
-    """Nothing holds their classes, labels and images against what was written."""
+    """Their classes, labels and images cannot be compared with what was written."""
     folder = shutil.copytree(damaged, tmp_path / "bare")
     for part in ("train", "val"):
         remove_companions(folder / f"{part}.beton")
@@ -116,8 +114,8 @@ def test_files_without_manifest_are_told_by_training_and_evaluation(
     assert shown.err.count(told) == 1 and json.loads(shown.out)["count"] <= 12
 
 
-def test_what_is_trained_on_is_never_another_image(damaged):
-    """The images that come are those of the undamaged file, bit for bit."""
+def test_training_images_are_those_of_the_undamaged_file(damaged):
+    """Bit for bit, and without the damaged ones."""
     from proxynorm.data import DataSpec, LoaderSpec, open_data
 
     prepare(
@@ -149,7 +147,7 @@ def test_what_is_trained_on_is_never_another_image(damaged):
         ("regularization.mixup=0.5", "batch=2", "max_steps=18", "epochs=1"),
     ],
 )
-def test_a_micro_batch_with_one_image_left_or_none_does_not_end_the_run(run_small, damaged, more):
+def test_a_run_survives_micro_batches_with_one_image_or_none(run_small, damaged, more):
     run = run_small(*overrides(damaged, "data.on_bad=skip", *more))
     assert run.status == 0
     assert json.loads((run.folder / "summary.json").read_text())["completed"]
@@ -161,7 +159,7 @@ def test_mixing_micro_batches_of_one_is_refused(run_small, damaged):
         run_small(*overrides(damaged, *more))
 
 
-def test_only_damaged_evaluation_images_end_in_one_line(run_small, damaged, tmp_path):
+def test_an_evaluation_without_readable_images_is_one_line(run_small, damaged, tmp_path):
     folder = shutil.copytree(damaged, tmp_path / "all")
     samples = read_beton(folder / "val.beton")
     with open(samples.path, "r+b") as file:

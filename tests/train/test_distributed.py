@@ -72,7 +72,7 @@ def test_several_processes_train_as_one(run_small, tmp_path, processes):
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(tmp_path):
-    """torchrun restarts a killed worker; the run ends with the bits of an unbroken one."""
+    """torchrun restarts a killed worker; the run ends with the bits of an uninterrupted one."""
     options = (
         "norm=bn",
         "micro_batch=5",
@@ -170,8 +170,8 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_the_layers_of_the_process_that_is_not_finite_are_told_once(tmp_path):
-    """The other's gradients are not finite either, but its activations are: it is not blamed."""
+def test_a_process_that_is_not_finite_is_reported_once_with_its_layers(tmp_path):
+    """The other process has non-finite gradients, but finite activations: it is not named."""
     script = tmp_path / "not_a_number.py"
     script.write_text(NOT_A_NUMBER)
     command = torchrun(2, tmp_path, "name=a")
@@ -193,7 +193,7 @@ def test_the_layers_of_the_process_that_is_not_finite_are_told_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_changed_number_of_processes_is_said(run_small, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(run_small, tmp_path):
     assert run(torchrun(2, tmp_path, "name=a", "max_steps=7")).returncode == 0
     again = run_small("name=a")
     assert again.status == 0 and again.rows[-1]["step"] == 20
@@ -201,7 +201,7 @@ def test_changed_number_of_processes_is_said(run_small, tmp_path):
 
 @pytest.mark.slow
 def test_kill_minus_nine_at_random_moments(tmp_path):
-    """Killed again and again, the run ends with the bits of the unbroken one."""
+    """Killed again and again, the run ends with the bits of an uninterrupted one."""
     options = ["regularization.ema_decay=0.9", "checkpoint.every_steps=1", "epochs=12"]
     command = [sys.executable, "train.py", *SMALL, *options, f"runs_dir={tmp_path}"]
     metrics, generator = tmp_path / "killed" / "metrics.jsonl", random.Random(0)
@@ -238,7 +238,7 @@ def test_global_batch_norm_over_processes(run_small, tmp_path):
 
 
 def compare_compiled(rank: int, store: str) -> None:
-    """Raise unless a compiled network in this process and another gives what an eager one does."""
+    """Raise unless a compiled network on two processes computes what an eager one does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     torch.manual_seed(0)

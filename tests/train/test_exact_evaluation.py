@@ -27,7 +27,7 @@ def hundred_and_one(tmp_path_factory) -> Path:
 
 
 def evaluate_one(root: Path, folder: Path, rank: int, world_size: int) -> None:
-    """One process's part; rank 0 writes the result down."""
+    """Evaluate the share of one process; rank 0 writes the result to a file."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group(
@@ -55,7 +55,7 @@ def evaluate_one(root: Path, folder: Path, rank: int, world_size: int) -> None:
 
 
 def evaluate_on(root: Path, folder: Path, world_size: int) -> dict:
-    """The result on as many forked processes."""
+    """Return the result on `world_size` forked processes."""
     folder.mkdir()
     context = multiprocessing.get_context("fork")
     started = [

@@ -1,4 +1,4 @@
-"""Starting from weights: what is carried, what is new, what stays frozen, at which rates."""
+"""Starting from weights: what is taken over, what is new, what is frozen, at which rates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = "max_steps=2"
 
 
 def carried(norm: str, source: str, classes: int = 10, **settings):
-    """A new network, and what `carry` said of the weights of another norm's network."""
+    """Return a network, another one that took over its weights, and the notes about it."""
     arguments = {"depth": 8, "width": 8, "in_chans": 1}
     old = create_model("resnet20v2", source, 10, **arguments)
     with torch.no_grad():
@@ -36,10 +36,11 @@ def carried(norm: str, source: str, classes: int = 10, **settings):
     new = create_model("resnet20v2", norm, classes, **arguments)
     given = Settings(model={"name": "resnet20v2"}, norm=NormSettings(norm), weights="FILE")
     weights = Weights(old.state_dict(), norm=source, **settings)
-    return old, new, finetune.carry(new, weights, given, list(map(str, range(classes))))["notes"]
+    start = finetune.carry_over(new, weights, given, list(map(str, range(classes))))
+    return old, new, start["notes"]
 
 
-def test_all_is_carried_into_the_same_network():
+def test_the_same_network_takes_over_everything():
     old, new, notes = carried("bn_pn", "bn_pn")
     values = new.state_dict()
     assert all(torch.equal(value, values[key]) for key, value in old.state_dict().items())
@@ -61,7 +62,7 @@ def test_all_is_carried_into_the_same_network():
         ("ln_ws", "gn", None),
     ],
 )
-def test_another_norm_takes_what_it_has(source, norm, said):
+def test_another_norm_takes_over_what_it_shares(source, norm, said):
     old, new, notes = carried(norm, source)
     assert torch.equal(new.norm.weight, old.norm.weight)
     assert said is None or said in notes[0]
@@ -77,12 +78,12 @@ def test_other_classes_get_a_new_classifier():
     assert "new classifier for 3 classes" in notes[0] and new.fc.weight.shape[0] == 3
 
 
-def test_as_many_but_other_classes_get_a_new_classifier_too():
+def test_other_classes_of_the_same_number_get_a_new_classifier():
     old = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
     weights = Weights(old.state_dict(), classes=["cat", "dog"])
-    notes = finetune.carry(new, weights, settings, ["bus", "car"])["notes"]
+    notes = finetune.carry_over(new, weights, settings, ["bus", "car"])["notes"]
     assert "new classifier for 2 classes" in notes[0]
     assert not torch.equal(old.fc.weight, new.fc.weight)
 
@@ -92,20 +93,29 @@ def test_another_network_is_refused():
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
     with pytest.raises(ConfigError, match=r"weights=FILE: another network: \d+ of \d+ tensors"):
-        finetune.carry(new, Weights(old.state_dict()), settings, ["a", "b"])
+        finetune.carry_over(new, Weights(old.state_dict()), settings, ["a", "b"])
+
+
+def test_layers_of_another_kind_are_refused():
+    """As VGG11's features.16, a convolution, and that of VGG11-BN, a norm."""
+    network = create_model("resnet20v2", "ln", 2, depth=8, width=8)
+    tensors = {key: value.flatten() for key, value in network.state_dict().items()}
+    settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
+    with pytest.raises(ConfigError, match="weights=FILE: another network"):
+        finetune.carry_over(network, Weights(tensors), settings, ["a", "b"])
 
 
 def test_colour_weights_are_adapted_to_grey_images():
     old = create_model("resnet20v2", "ln", 2, depth=8, width=8)
     new = create_model("resnet20v2", "ln", 2, depth=8, width=8, in_chans=1)
     settings = Settings(model={"name": "resnet20v2"}, norm=NormSettings("ln"), weights="FILE")
-    notes = finetune.carry(new, Weights(old.state_dict()), settings, ["a", "b"])["notes"]
+    notes = finetune.carry_over(new, Weights(old.state_dict()), settings, ["a", "b"])["notes"]
     assert "first convolution adapted from 3 to 1 channel(s)" in notes[0]
     assert torch.allclose(new.stem.weight, old.stem.weight.sum(1, keepdim=True))
 
 
-def test_a_run_goes_on_from_weights_that_are_gone(run_small, monkeypatch, capsys):
-    """Started from a run's folder or file; resumed, evaluated and finished without it."""
+def test_a_run_needs_its_initial_weights_only_once(run_small, monkeypatch, capsys):
+    """It starts from a folder or file, and is resumed, evaluated and finished without it."""
     first = run_small("name=first", "norm=bn", STEPS)
     options = (f"weights={first.folder}", "norm=ln_pn", "seed=1", "checkpoint.every_steps=3")
     whole = run_small("name=whole", *options)
@@ -142,7 +152,7 @@ def test_the_first_step_starts_from_the_weights(run_small):
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_ema"])
-def test_files_of_others_are_read(tmp_path, wrapper):
+def test_files_of_other_programs_are_read(tmp_path, wrapper):
     tensors = {f"module.{key}": value for key, value in tensors_of("ln").items()}
     torch.save({wrapper: tensors, "epoch": 3} if wrapper else tensors, tmp_path / "w.pt")
     weights = read_weights(str(tmp_path / "w.pt"), Settings(), 10, 1)
@@ -174,7 +184,7 @@ class Evil:
         ([1, 2], "holds no weights by name"),
     ],
 )
-def test_a_file_that_is_no_weights_is_one_line(tmp_path, capsys, content, words):
+def test_a_file_without_weights_is_one_line(tmp_path, capsys, content, words):
     path = tmp_path / "w.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(CheckpointError, match=words) as error:
@@ -182,7 +192,7 @@ def test_a_file_that_is_no_weights_is_one_line(tmp_path, capsys, content, words)
     assert "\n" not in str(error.value) and capsys.readouterr().out == ""
 
 
-def test_published_weights_without_a_network_are_one_line_at_once(monkeypatch, tmp_path):
+def test_published_weights_while_offline_are_one_line_at_once(monkeypatch, tmp_path):
     def refused(*arguments, **options):
         raise OSError("no network")
 
@@ -198,7 +208,7 @@ def test_published_weights_without_a_network_are_one_line_at_once(monkeypatch, t
 
 
 def test_published_weights_are_carried_with_their_eps(monkeypatch, tmp_path, capsys):
-    """timm's EfficientNet has another ε than ours: the checkpoint remembers it."""
+    """timm's EfficientNet has another ε than ours, which the checkpoint records."""
     import timm
 
     original = timm.create_model
@@ -262,7 +272,7 @@ def test_rates_are_scaled_by_part(run_small):
     assert {round(group["lr"], 6) for group in groups} == {0.1, 1.0, 0.05, 0.025}
 
 
-def test_layer_decay_falls_from_the_classifier_down():
+def test_layer_decay_lowers_the_rates_towards_the_stem():
     model = create_model("resnet50", "bn", 10)
     groups = scale_rates(model, parameter_groups(model, 0.1), OptimSettings(layer_decay=0.5))
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
@@ -275,8 +285,8 @@ def test_layer_decay_falls_from_the_classifier_down():
     assert list(layers.values()) == sorted(layers.values())
 
 
-def test_an_unchanged_recipe_has_the_former_groups():
-    """Older checkpoints hold two groups without lr_scale."""
+def test_a_recipe_without_scales_keeps_its_two_groups():
+    """Older checkpoints have two groups without lr_scale."""
     model = create_model("resnet20v2", "bn", 10, depth=8, width=8)
     groups = parameter_groups(model, 0.1)
     assert scale_rates(model, groups, OptimSettings()) is groups
@@ -288,15 +298,15 @@ def test_classifiers_are_found():
 
 
 def run_other(folder, *overrides: str):
-    """Train another model than the small one for a step; return its run folder."""
+    """Train a model of its own for a step; return its run folder."""
     small = ("data.limit=8", "data.holdout=8", "batch=4", "max_steps=1", "logger=none", "name=a")
     config = compose_config([*small, f"runs_dir={folder}", *overrides])
     assert train(settings_from(config), OmegaConf.to_container(config, resolve=True)) == 0
     return folder / "a"
 
 
-def test_timm_s_own_ways_to_load_are_taken_over(tmp_path):
-    """model.checkpoint_path of older commands is weights=, and is not needed again."""
+def test_timms_arguments_that_load_weights_act_as_weights(tmp_path):
+    """model.checkpoint_path of older commands acts as weights=, and is not needed again."""
     path = tmp_path / "w.pt"
     torch.save(create_model("timm/resnet10t", "bn", 10, in_chans=1).state_dict(), path)
     options = ("model=timm", "model.name=resnet10t", "norm=bn", f"+model.checkpoint_path={path}")

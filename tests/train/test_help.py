@@ -25,7 +25,7 @@ def test_every_key_is_explained_in_80_columns(arguments):
     assert "(ln_pn)" in text and not re.search(r"=\?\?\?|None|True", text)
 
 
-def test_the_options_in_use_are_told():
+def test_the_options_in_use_are_shown():
     text = help_text(["experiment=imagenet_efficientnet_b0", "norm=gn", "data.root=/a", "batch=5"])
     for words in (
         "(efficientnet_b0)",

@@ -1,4 +1,4 @@
-"""What is freed after a step is there for the next one: no page is asked of the system again."""
+"""Memory freed after a step is kept for the next one: no page is requested a second time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_pages_are_kept_from_step_to_step():
     assert told == "True" and faults < 100
 
 
-def test_settings_of_the_environment_are_left():
+def test_malloc_settings_in_the_environment_have_priority():
     told, faults = told_and_faults(
         MALLOC_MMAP_THRESHOLD_="100000"
     )  # all maps straight from the system
@@ -54,5 +54,5 @@ def test_settings_of_the_environment_are_left():
     assert told_and_faults(GLIBC_TUNABLES="glibc.malloc.check=0")[0] == "False"
 
 
-def test_a_gpus_memory_is_not_mallocs():
+def test_nothing_is_set_for_a_gpu():
     assert not keep_freed_memory(torch.device("cuda"))

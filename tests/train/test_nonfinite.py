@@ -1,4 +1,4 @@
-"""What is told of a loss that is not finite: the layers where it begins, and on which processes."""
+"""The report of a non-finite loss: the layers where it begins, and on which processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from proxynorm.paper.search import DIVERGED
 from proxynorm.train.nonfinite import affected, describe
 
 
-def test_modules_that_compute_nothing_take_no_place():
+def test_modules_that_compute_nothing_are_not_reported():
     model = nn.Sequential(
         nn.Identity(),
         nn.Dropout(0.0),
@@ -27,7 +27,7 @@ def test_modules_that_compute_nothing_take_no_place():
     ]
 
 
-def test_layers_and_processes_are_told_together():
+def test_layers_and_processes_are_reported_together():
     def words(layers: list[list[str]]) -> str:
         return describe(6, 0, float("nan"), 1.0, 0.1, layers)
 

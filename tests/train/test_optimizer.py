@@ -35,7 +35,7 @@ def tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
-def test_rmsprop_is_timms(weight_decay):
+def test_rmsprop_equals_timms(weight_decay):
     ours, theirs = network(), network()
     options = {"lr": 0.02, "alpha": 0.9, "eps": 1e-3, "momentum": 0.9}
     options["weight_decay"] = weight_decay
@@ -52,8 +52,8 @@ def test_rmsprop_is_timms(weight_decay):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_the_masked_step_of_rmsprop_changes_nothing_or_is_the_plain_one(value):
-    """What a GPU computes where the host does not know whether the gradient is finite."""
+def test_the_masked_step_of_rmsprop_changes_nothing_or_equals_the_plain_one(value):
+    """As on a GPU, where the host does not know whether the gradient is finite."""
     nets, optimizers = [network(), network()], []
     for net in nets:
         optimizers.append(RMSpropTF(net.parameters(), lr=0.02, eps=1e-3, weight_decay=1e-2))
@@ -73,8 +73,8 @@ def test_the_masked_step_of_rmsprop_changes_nothing_or_is_the_plain_one(value):
 
 
 @pytest.mark.parametrize("name", ["momentum", "sgd", "rmsproptf", "adamw", "lamb", "lion"])
-def test_a_skipped_step_leaves_weights_and_the_next_steps_alone(name):
-    """Also the very first one, after which torch's fused SGD had uninitialized momentum."""
+def test_a_skipped_step_changes_neither_weights_nor_later_steps(name):
+    """Also the very first step, after which torch's fused SGD had uninitialized momentum."""
     settings = settings_from(compose_config([f"optim.name={name}", "optim.lr=0.01"]))
     runs = []
     for bad_steps in ((), (0, 2)):
@@ -92,8 +92,8 @@ def test_a_skipped_step_leaves_weights_and_the_next_steps_alone(name):
     assert all(map(torch.equal, *runs))
 
 
-def test_a_checkpoint_of_another_kernel_keeps_this_ones():
-    """Older checkpoints name none: without fused=True, found_inf would be passed over."""
+def test_loading_a_checkpoint_keeps_the_optimizers_kernel():
+    """Older checkpoints name no kernel. Without fused=True, found_inf would be ignored."""
     settings = settings_from(compose_config([]))
     net = network()
     optimizer = create_optimizer(net, settings)

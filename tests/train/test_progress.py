@@ -1,4 +1,4 @@
-"""The moving line: the step counter first, then the figures that fit. Step times; a trace."""
+"""The progress bar: the step counter first, then the figures that fit. Step times; a trace."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ROW = {
 
 
 def line(monkeypatch, width: int) -> str:
-    """What a terminal of `width` columns shows for ROW."""
+    """Return what a terminal of `width` columns shows for ROW."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=width, highlight=False)
     monkeypatch.setattr(progress, "Console", lambda **arguments: console)
     display = Display(450000, 100)
     display.update(ROW)
     with console.capture() as capture:
-        console.print(display.moving.get_renderable())
+        console.print(display.bar.get_renderable())
     return Text.from_ansi(capture.get()).plain.rstrip("\n")
 
 
@@ -73,7 +73,7 @@ def test_a_row_without_rates_is_shown_without_them(capsys):
     assert capsys.readouterr().out.split() == ["1/1", "1", "2.5000", "2.0000", "1.00", "2.00", "3"]
 
 
-def test_figures_leave_out_what_is_not_known():
+def test_unknown_figures_are_left_out():
     assert not [
         part
         for part in figures({key: ROW[key] for key in ROW if key != "gpu_memory_gib"})
@@ -95,7 +95,7 @@ with profiled(2, Path(sys.argv[1])) as after_step:
 
 
 def test_a_trace_is_written_and_named(tmp_path):
-    """In a process of its own: Kineto asks for its log level once, at the first profiler."""
+    """In a process of its own: Kineto reads its log level once, at the first profiler."""
     command = [sys.executable, "-c", TRACE, str(tmp_path)]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     path = tmp_path / "trace.json"
@@ -112,7 +112,7 @@ def test_without_steps_nothing_is_traced(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_step_of_a_start_is_in_no_rate():
+def test_rates_leave_out_the_first_step_of_a_start():
     """It compiles and allocates. A row of it alone has no rates."""
     timer = StepTimer(torch.device("cpu"))
     timer.steps, timer.waits = [12.0], [11.0]

@@ -1,4 +1,4 @@
-"""Each regularizer is a key of its own and does what it says, in the trainer that uses it."""
+"""Each regularizer has its own key and does what it says, in the trainer that uses it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEYS = {
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(*overrides) -> a Trainer of the small run, regularized by these alone."""
+    """make_trainer(*overrides): a Trainer of the small run without any other regularizers."""
 
     def make(*overrides: str) -> Trainer:
         settings = settings_from(
@@ -59,7 +59,7 @@ def make_trainer(tmp_path):
 
 
 def flat_images(count: int) -> Batch:
-    """Image n is all of brightness n + 1 and of class n modulo 10."""
+    """Image n has brightness n + 1 everywhere, and class n modulo 10."""
     images = (
         (torch.arange(count, dtype=torch.uint8) + 1)
         .view(-1, 1, 1, 1)
@@ -71,7 +71,7 @@ def flat_images(count: int) -> Batch:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_each_is_a_key_of_its_own(key):
+def test_each_regularizer_has_its_own_key(key):
     overrides = ["regularization=none", f"regularization.{key}={KEYS[key]}"]
     if key == "randaugment":
         overrides += ["data=folder", "data.root=x"]
@@ -81,7 +81,7 @@ def test_each_is_a_key_of_its_own(key):
     assert set(KEYS) == {field.name for field in dataclasses.fields(NONE)} - {"name"}
 
 
-def test_none_is_none(make_trainer):
+def test_without_regularizers_images_and_loss_are_plain(make_trainer):
     trainer = make_trainer()
     batch = next(trainer.loader.epoch(0))
     images, targets = trainer.inputs(batch, 0)
@@ -228,7 +228,7 @@ def test_randaugment_reaches_the_images_or_is_refused(make_trainer):
 
 
 def recorded_weights(monkeypatch) -> list[torch.Tensor]:
-    """Fills with the classifier's weights after every update of every run that follows."""
+    """A list that collects the classifier's weights after every update of the runs that follow."""
     weights = []
     update = Trainer.update_weights
 
@@ -274,7 +274,7 @@ def test_the_average_is_what_is_evaluated(run_small):
 
 
 def assert_stopping_changes_nothing(run_small, monkeypatch, step, *options):
-    """A run stopped after `step` steps and resumed is the unbroken one to the last bit."""
+    """A run that is stopped after `step` steps and resumed equals an uninterrupted one exactly."""
     whole = run_small(*options, "name=whole")
     take_step = Trainer.train_step
 

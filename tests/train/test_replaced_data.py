@@ -1,5 +1,5 @@
-"""A run does not go on, without a word, on other images than it was begun on, whatever their
-number, classes and labels."""
+"""A run is not resumed silently on other images than it began with, even if their number, classes
+and labels are the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTS = ("train", "val")
 
 
 def repaint(image: Path) -> None:
-    """Put another image of the same sides in the place of one."""
+    """Replace an image by another one of the same size."""
     with Image.open(image) as former:
         sides = former.size
     Image.fromarray(np.full((*sides[::-1], 3), 99, dtype=np.uint8)).save(image, quality=95)
@@ -74,7 +74,7 @@ def overrides(folder: Path, data: str, loader: str, *more: str) -> list[str]:
     ],
 )
 def test_replaced_images_are_refused(run_small, tmp_path, data, loader, bare, part):
-    """bare: files without sums, as FFCV's writer makes them."""
+    """bare: files without checksums, as FFCV's writer makes them."""
     photos = photographs(tmp_path)
 
     def write() -> None:
@@ -112,10 +112,8 @@ def test_moved_data_are_the_same(run_small, tmp_path):
 
 
 @needs_ffcv
-def test_images_read_in_another_way_and_runs_without_fingerprints_go_on_and_it_is_told(
-    run_small, tmp_path, capsys
-):
-    told = "whether the images are those that the run began on is unknown"
+def test_images_that_cannot_be_compared_are_a_warning(run_small, tmp_path, capsys):
+    told = "unknown whether the images are those that the run began with"
     photographs(tmp_path)
     run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
     run = run_small(*overrides(tmp_path, "folder", "ffcv", "max_steps=3"))
@@ -160,7 +158,7 @@ def test_only_images_that_are_read_count_and_a_file_is_named_once(run_small, tmp
         run_small(*overrides(tmp_path, "folder", loader, *words))
 
 
-def test_another_copy_of_fashion_mnist_is_told_by_its_pixels():
+def test_fashion_mnist_is_compared_by_its_pixels():
     from proxynorm.data.readers import MemoryReader
 
     images, targets = np.zeros((3, 4, 4, 1), dtype=np.uint8), np.arange(3)
@@ -173,7 +171,7 @@ def test_another_copy_of_fashion_mnist_is_told_by_its_pixels():
     assert first != changed.fingerprint(targets) and first != changed.fingerprint(targets[:2])
 
 
-def test_evaluation_on_other_images_is_told_in_a_line(run_small, tmp_path, monkeypatch, capsys):
+def test_evaluation_on_other_images_is_a_warning(run_small, tmp_path, monkeypatch, capsys):
     photos = photographs(tmp_path)
     run = run_small(*overrides(tmp_path, "folder", "torchvision", "max_steps=2"))
 

@@ -1,4 +1,4 @@
-"""Going on longer, stopping early, and a terminal that is gone."""
+"""Extending a run, stopping early, and a terminal that closes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def summary(run) -> dict:
 
 
 @pytest.mark.parametrize("step", [20, 23, 37])
-def test_an_extended_run_that_is_killed_equals_the_unbroken_one(run_small, monkeypatch, step):
-    """Killed before the first save of the extension too, when the checkpoint is of 2 epochs."""
+def test_an_extended_run_that_is_killed_equals_an_uninterrupted_one(run_small, monkeypatch, step):
+    """Also before the first save of the extension, when the checkpoint is that of 2 epochs."""
     options = ("regularization.ema_decay=0.9", "checkpoint.every_steps=3")
     run_small("name=whole", *options)
     whole = run_small("name=whole", *options, *LONGER)
@@ -41,8 +41,8 @@ def test_an_extended_run_that_is_killed_equals_the_unbroken_one(run_small, monke
     assert cut.last["extended"] == summary(cut)["extended"] == record
 
 
-def test_an_extended_run_is_not_the_run_of_as_many_epochs_at_once(run_small):
-    """The schedule differs: the rate had reached its end, and is that of four epochs again."""
+def test_an_extended_run_differs_from_as_many_epochs_at_once(run_small):
+    """The rate had already reached its end; then it follows the schedule of four epochs."""
     run_small("name=a")
     extended = run_small("name=a", *LONGER)
     at_once = run_small("name=b", "epochs=4")
@@ -62,7 +62,7 @@ def test_a_stopped_run_and_a_derived_name_are_extended_too(run_small, monkeypatc
     assert summary(stopped)["extended"] == [{"step": 14, "from_epochs": 2, "epochs": 4}]
 
 
-def test_what_an_extension_may_not_be_is_one_line(run_small, tmp_path):
+def test_an_impossible_extension_is_one_line(run_small, tmp_path):
     with pytest.raises(CheckpointError, match="resume=extend: .*a holds no checkpoint"):
         run_small("name=a", *LONGER)
     with pytest.raises(ConfigError, match="holds no such run of fewer epochs than epochs=4"):
@@ -116,19 +116,19 @@ def test_a_run_without_a_better_accuracy_stops_early(run_small, falling, monkeyp
     assert summary(longer)["steps"] == 40
 
 
-def test_one_evaluation_is_said_as_one(run_small, falling, capsys):
+def test_one_evaluation_is_written_in_the_singular(run_small, falling, capsys):
     run_small("epochs=3", "patience=1")
     assert ": 1 evaluation without a better top-1" in capsys.readouterr().out
 
 
-def test_a_better_accuracy_starts_the_count_anew(run_small, capsys):
+def test_a_better_accuracy_resets_the_count(run_small, capsys):
     run = run_small("epochs=3", "patience=3")
     assert summary(run)["steps"] == 30
     assert "stopped early" not in capsys.readouterr().out
 
 
-def test_a_lost_terminal_saves_the_run(tmp_path):
-    """The shell's end closes the terminal, and every write to it is an error from then on."""
+def test_a_run_whose_terminal_closes_is_saved(tmp_path):
+    """When the shell ends, the terminal closes, and every write to it is an error."""
     arguments = [
         *SMALL,
         "epochs=2000",

@@ -1,4 +1,4 @@
-"""What a run folder's small files stand: a full disk, damage, loss."""
+"""The small files of a run folder: a full disk, damage, loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers import file_size_limit
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """full_disk(name): no room for a file of that name."""
+    """full_disk(name): the disk is full for a file of that name."""
 
     def fill(full: str) -> None:
         def no_room(path, *arguments, **options):
@@ -38,7 +38,7 @@ def full_disk(monkeypatch):
     "name", ["config.yaml", "environment.json", "metrics.jsonl", "last.pt", "summary.json"]
 )
 def test_a_full_disk_is_one_line_and_loses_nothing(run_small, full_disk, monkeypatch, name):
-    """Whatever the file; metrics.jsonl is written anew when a run goes on."""
+    """For every file; metrics.jsonl is rewritten when a run is resumed."""
     if name != "config.yaml":
         run_small("name=a", "max_steps=3")
     full_disk(name)
@@ -94,7 +94,7 @@ def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(
     ],
 )
 def test_a_damaged_configuration_is_named(run_small, text, words):
-    """It is read where a finished run's checkpoints were removed; otherwise they are enough."""
+    """It is read if a finished run's checkpoints were removed; otherwise they are enough."""
     run = run_small("name=a", "max_steps=2")
     config, last = run.folder / "config.yaml", run.folder / "checkpoints" / "last.pt"
     config.unlink() if text is None else config.write_text(text)
@@ -115,17 +115,17 @@ def test_a_summary_without_its_keys_is_damaged(run_small, text):
     assert run_small("name=a", "max_steps=2").status == 0 and (run.folder / "summary.json").exists()
 
 
-def test_a_run_killed_before_its_first_save_begins_anew(run_small, monkeypatch, tmp_path, capsys):
+def test_a_run_killed_before_its_first_save_starts_over(run_small, monkeypatch, tmp_path, capsys):
     at_step(monkeypatch, 2, kill)
     with pytest.raises(Killed):
         run_small("name=a")
     assert (tmp_path / "a" / "metrics.jsonl").exists()
     assert [row["step"] for row in run_small("name=a", "max_steps=3").rows] == [1, 2, 3, 3]
-    assert "has no checkpoint: the run starts anew" in capsys.readouterr().out
+    assert "has no checkpoint: the run starts over" in capsys.readouterr().out
 
 
-def test_other_versions_are_told(run_small, capsys, monkeypatch):
-    """The environment is collected once a start."""
+def test_other_versions_are_a_warning(run_small, capsys, monkeypatch):
+    """The environment is collected once per start."""
     run = run_small("name=a", "max_steps=2")
     environment = json.loads((run.folder / "environment.json").read_text())
     packages = {key: value for key, value in environment["packages"].items() if key != "timm"}
@@ -148,12 +148,12 @@ def test_other_versions_are_told(run_small, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"packages": null}'])
-def test_a_damaged_environment_is_told(run_small, capsys, text):
+def test_a_damaged_environment_is_a_warning(run_small, capsys, text):
     run = run_small("name=a", "max_steps=2")
     (run.folder / "environment.json").write_text(text)
     capsys.readouterr()
     run_small("name=a", "max_steps=3")
     assert (
-        "environment.json is missing or damaged: whether machine and versions are the same is "
-        "unknown" in capsys.readouterr().out
+        "environment.json is missing or damaged: unknown whether the machine and the versions are "
+        "the same" in capsys.readouterr().out
     )

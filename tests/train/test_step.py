@@ -1,4 +1,4 @@
-"""The training step: what it waits for, and what an update that is not finite leaves behind."""
+"""The training step: what it waits for, and what a non-finite update leaves unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import evaluate
 from proxynorm.train.loop import Trainer
 from proxynorm.train.nonfinite import NonFiniteError
-from proxynorm.train.readback import Readback, Undo
+from proxynorm.train.readback import Readback, Snapshot
 
 # What a GPU's host must wait for: a value read, or a size that depends on values. Not `equal`,
 # with which shared moments are compared on the CPU alone (nn/fast/shared.py).
@@ -133,17 +133,17 @@ def test_an_infinite_gradient_in_2000_steps_leaves_the_weights_bit_for_bit(
         assert all(map(torch.equal, kept["before"], kept["after"]))
 
 
-def test_undo_restores_every_type_and_layout():
+def test_a_snapshot_restores_every_type_and_layout():
     floats = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     tensors = [floats, torch.randn(5), torch.tensor(7), torch.randn(())]
     before = copy.deepcopy(tensors)
-    for good in (True, False):
-        undo = Undo(tensors)
+    for finite in (True, False):
+        snapshot = Snapshot(tensors)
         for tensor in tensors:
             tensor.mul_(float("nan")) if tensor.is_floating_point() else tensor.add_(1)
-        undo.unless(torch.tensor(good))
+        snapshot.restore_unless(torch.tensor(finite))
         changed = [not torch.equal(a, b) for a, b in zip(tensors, before)]
-        assert changed == [good] * 4
+        assert changed == [finite] * 4
         for tensor, former in zip(tensors, before):
             tensor.copy_(former)
     assert floats.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What summary.json says of the normalization batch."""
+"""The normalization batch in summary.json."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ import pytest
         (("norm=ln_pn", "norm_batch=5"), None),
     ],
 )
-def test_the_normalization_batch_is_batch_norms_alone(run_small, overrides, expected):
+def test_only_batch_norm_has_a_normalization_batch(run_small, overrides, expected):
     run = run_small(*overrides, "max_steps=1")
     assert json.loads((run.folder / "summary.json").read_text())["norm_batch"] == expected

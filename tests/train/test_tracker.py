@@ -1,4 +1,4 @@
-"""Weights & Biases, which a run does without when it cannot be had."""
+"""Training goes on without Weights & Biases if it fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ wandb = pytest.importorskip("wandb")
 
 
 @pytest.mark.parametrize("fault", [ValueError, wandb.errors.UsageError, TypeError, OSError])
-def test_whatever_it_raises_training_goes_on_without(fault, monkeypatch, tmp_path, capsys):
+def test_training_goes_on_whatever_wandb_raises(fault, monkeypatch, tmp_path, capsys):
     def init(**arguments):
         raise fault("first line\nsecond line")
 

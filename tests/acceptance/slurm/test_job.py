@@ -18,8 +18,8 @@ import pytest
 from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.images import StorageOptions
 from proxynorm.data.sources import list_source
+from proxynorm.train.arguments import quoted
 from proxynorm.train.run_folder import read_metrics
-from proxynorm.train.words import quoted
 from tests.acceptance.slurm.cluster import SETTLED
 from tests.acceptance.slurm.conftest import needs_slurm
 from tests.data.conftest import needs_ffcv, write_folder

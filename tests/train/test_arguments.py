@@ -1,4 +1,4 @@
-"""The words of a command line: text stays as typed, and other programs' words find our keys."""
+"""Arguments of train.py: text stays as typed, and other programs' words lead to our keys."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from proxynorm.errors import ConfigError
+from proxynorm.train.arguments import KEY_OF, SYNONYMS, TEXT_KEYS, TEXT_LISTS, quote_arguments
 from proxynorm.train.config import check_arguments, compose_config, flat_keys, groups, settings_from
 from proxynorm.train.settings import run_name
-from proxynorm.train.words import HOME, SYNONYMS, TEXT_KEYS, keep_text
 
 ODD = ["123456_1", "1.10", "1e3", "0x10", "1_000", "007", "yes", "True", "nan", ".5", "-1", "a,b"]
 ODD += ["it's", 'say "x"', "a b", " a", "run=3", "a#b", "~x", "50%", "a\\b", "a\\", "[x]", "{x}"]
@@ -51,14 +51,16 @@ def test_null_quotes_and_interpolations_keep_their_meaning(monkeypatch):
     assert (settings.name, settings.data.root, settings.runs_dir) == (None, "1_0", "/s/r")
 
 
-def test_two_names_that_a_number_would_confuse_are_two_runs(run_small):
-    """name=123456_1 was 1234561, and the next such name was "finished" with its accuracy."""
+def test_names_that_look_like_one_number_are_two_runs(run_small):
+    """Hydra reads both names as the number 101: the second run would be found finished."""
     folders = {run_small(f"name={name}", "epochs=1").folder.name for name in ("1_01", "10_1")}
     assert folders == {"1_01", "10_1"}
 
 
-def test_a_sweep_s_texts_stay_apart():
-    words = keep_text(["name=1_0,b", "logger.tags=[1_0],[b]", "norm=bn,ln"], groups(), sweep=True)
+def test_texts_of_a_sweep_stay_separate():
+    words = quote_arguments(
+        ["name=1_0,b", "logger.tags=[1_0],[b]", "norm=bn,ln"], groups(), sweep=True
+    )
     assert words == ["name='1_0',b", "logger.tags=['1_0'],[b]", "norm=bn,ln"]
     parsed = OverridesParser.create().parse_overrides(words)
     assert all(item.is_sweep_override() for item in parsed)
@@ -67,11 +69,11 @@ def test_a_sweep_s_texts_stay_apart():
 
 def test_quoting_twice_changes_nothing():
     words = [f"name={text}" for text in ODD] + ["logger.tags=[1_0,a]", "experiment=2024_01"]
-    once = keep_text(words, groups())
-    assert keep_text(once, groups()) == once
+    once = quote_arguments(words, groups())
+    assert quote_arguments(once, groups()) == once
 
 
-def test_wandb_s_variables_are_heard_but_the_command_line_beats_them(monkeypatch):
+def test_the_command_line_overrides_wandb_variables(monkeypatch):
     for name, value in (("PROJECT", "2024_01"), ("TAGS", "1_0,mine"), ("RUN_GROUP", "g")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     logger = settings_from(compose_config([])).logger
@@ -80,12 +82,11 @@ def test_wandb_s_variables_are_heard_but_the_command_line_beats_them(monkeypatch
     assert (logger.project, logger.tags) == ("x", ["y"])
 
 
-def test_text_is_what_the_settings_declare_as_text():
-    keys = set(TEXT_KEYS)
-    assert {"name", "runs_dir", "data.root", "logger.entity", "logger.tags", "model.name"} <= set(
-        keys
-    )
-    assert not {"batch", "optim.lr", "norm_batch", "compile", "data.mean"} & keys
+def test_text_keys_follow_the_declared_types():
+    assert {"name", "runs_dir", "data.root", "logger.entity", "model.name"} <= TEXT_KEYS
+    assert {"logger.tags", "freeze"} == TEXT_LISTS
+    others = {"batch", "optim.lr", "norm_batch", "compile", "data.mean"}
+    assert not others & (TEXT_KEYS | TEXT_LISTS)
 
 
 @pytest.mark.parametrize(
@@ -140,43 +141,43 @@ def test_text_is_what_the_settings_declare_as_text():
         ("-m batch=10 micro_batch=3 seed=0,1", "batch=10 is not divisible by micro_batch=3"),
     ],
 )
-def test_what_others_call_it_is_answered_with_our_key(words, advice):
+def test_words_of_other_programs_are_answered_with_our_key(words, advice):
     with pytest.raises(ConfigError, match=re.escape(advice)):
         check_arguments(words.split())
 
 
-def test_options_with_dashes_are_answered_by_doctor_too():
+def test_the_doctor_also_answers_options_with_dashes():
     with pytest.raises(ConfigError, match="'--norm': write norm=…"):
         compose_config(["batch=8", "--norm", "bn"])
 
 
-def test_synonyms_lead_to_keys_and_are_none():
-    """A word leads to one key, which exists."""
+def test_synonyms_lead_to_keys_and_are_not_keys():
+    """A word leads to a single key, which exists."""
     words = [word for words in SYNONYMS["keys"].values() for word in words.split()]
-    assert len(words) == len(set(words)) == len(HOME)
+    assert len(words) == len(set(words)) == len(KEY_OF)
     known = {*flat_keys(compose_config([])), *groups()}
     assert not set(words) & known
     assert set(SYNONYMS["keys"]) <= known
 
 
-def test_a_value_that_is_wrong_in_one_run_of_a_sweep_is_left_to_that_run():
+def test_a_sweep_starts_if_only_some_runs_are_wrong():
     assert check_arguments(["-m", "batch=100,8", "micro_batch=8"])[0] == "-m"
 
 
-def test_a_part_whose_name_is_a_number_has_its_rate_and_no_tags_are_none():
+def test_the_rate_of_a_numbered_part_and_null_tags():
     settings = settings_from(compose_config(["optim.lr_scale={1:0.1}", "logger.tags=null"]))
     assert settings.optim.lr_scale == {"1": 0.1} and settings.logger.tags is None
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "regnety_002"])
-def test_any_name_of_timm_s_is_a_model(name):
+def test_any_timm_name_is_a_model(name):
     direct = settings_from(compose_config([f"model={name}"]))
     long = settings_from(compose_config(["model=timm", f"model.name={name}"]))
     assert direct == long and name in run_name(direct)
     assert check_arguments(["-m", f"model={name},resnet20v2"])
 
 
-def test_options_in_the_user_s_own_folder_count(tmp_path):
+def test_options_in_a_folder_of_the_user(tmp_path):
     (tmp_path / "norm").mkdir()
     (tmp_path / "norm" / "mine.yaml").write_text("name: gn_pn\ngroups: 4\n")
     (tmp_path / "experiment").mkdir()
