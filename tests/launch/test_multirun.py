@@ -41,7 +41,10 @@ def test_the_point_that_cannot_be_built_is_named():
     points = [["norm=ln", "batch=7", "micro_batch=7"], ["norm=ln", "batch=10", "micro_batch=7"]]
     runs, (failure,) = sweep_runs(points)
     assert len(runs) == 1 and failure.status == 2
-    assert (failure.words, failure.reason[:30]) == ("batch=10", "batch=10 is not divisible by m")
+    assert (failure.overrides, failure.reason[:30]) == (
+        "batch=10",
+        "batch=10 is not divisible by m",
+    )
     with pytest.raises(ConfigError, match="^batch=10: batch=10 is not divisible"):
         SlurmLauncher(sbatch=[]).run(points)
 
