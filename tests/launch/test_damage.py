@@ -13,7 +13,7 @@ from proxynorm.errors import DataError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.slurm import is_due
 from proxynorm.launch.status import run_status
-from proxynorm.paper.plan import plan, status
+from proxynorm.paper.plan import plan_text, status_text
 from proxynorm.paper.records import archive_path, collect, kept_record, read_record, write_archive
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
@@ -94,9 +94,9 @@ def test_report_and_collect_name_the_damaged_file(damaged, tmp_path, capsys, wor
 
 def test_status_and_plan_tell_it_and_go_on(damaged, tiny, tmp_path, capsys):
     runs, words = damaged
-    text = status(runs, tmp_path / "results")
+    text = status_text(runs, tmp_path / "results")
     assert re.search(f"damaged  {words}", text) and "1 done, 1 damaged, 2 missing" in text
-    text = plan(tiny, runs, tmp_path / "results", 1)
+    text = plan_text(tiny, runs, tmp_path / "results", 1)
     assert "4 runs; 1 done" in text and re.search(words, text)
 
 
@@ -129,7 +129,7 @@ def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
         DataError, match=r"bn-s0.tar.xz is damaged \(summary.json: .*; remove it and run again"
     ):
         read_record(run, tmp_path / "results")
-    assert "1 damaged, 3 missing" in status(
+    assert "1 damaged, 3 missing" in status_text(
         table_runs(tiny, tmp_path / "runs"), tmp_path / "results"
     )
 
@@ -147,9 +147,9 @@ def test_an_unfinished_run_of_damaged_files_is_told(tiny, tmp_path, name, change
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     (runs[0].folder / "summary.json").unlink()
-    assert "1 stopped, 3 missing" in status(runs, Path("no results"))
+    assert "1 stopped, 3 missing" in status_text(runs, Path("no results"))
     spoil(runs[0].folder / name, change)
-    assert "1 damaged, 3 missing" in status(runs, Path("no results"))
+    assert "1 damaged, 3 missing" in status_text(runs, Path("no results"))
     assert (
         "damaged" in (said := run_status(runs[0]).error) and "remove" in said and "\n" not in said
     )

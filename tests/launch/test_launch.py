@@ -16,7 +16,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.status import run_status
 from proxynorm.paper.findings import gather
-from proxynorm.paper.plan import kept_status, plan, status
+from proxynorm.paper.plan import kept_status, plan_text, status_text
 from proxynorm.paper.records import archive_path, collect
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
@@ -63,7 +63,7 @@ def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in
     code, lines, runs = launch()
     assert code == 1 and lines[-1].startswith("failed: bn-s1: ValueError: no such thing")
     assert [run_status(run).state for run in runs] == ["done", "done", "failed", "done"]
-    assert "ValueError: no such thing" in status(runs, runs[0].folder / "no results")
+    assert "ValueError: no such thing" in status_text(runs, runs[0].folder / "no results")
     stand_in()
     assert launch()[0] == 0 and starts(runs) == [1, 1, 2, 1]
 
@@ -136,9 +136,9 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
 def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
     results = tmp_path / "results"
-    assert "4 runs to do, 24 s (estimate for one CPU core)" in plan(tiny, runs, results, 1)
+    assert "4 runs to do, 24 s (estimate for one CPU core)" in plan_text(tiny, runs, results, 1)
     write_run(runs[0], 50.0)
-    text = plan(tiny, runs, results, 2)
+    text = plan_text(tiny, runs, results, 2)
     assert (
         "4 runs; 1 done" in text
         and "3 runs to do, 75 s (estimate for one CPU core; measured)" in text
@@ -148,14 +148,16 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
         ["bn", "1/2", "0.02", "0.02"],
         ["ln_pn", "0/2", "0.00", "0.00"],
     ]
-    text = plan(tiny, runs, results, verbose=True)
+    text = plan_text(tiny, runs, results, verbose=True)
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
 
 
 def test_the_commands_of_a_plan_are_those_that_run_executes(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs", overrides=["data.root=/a b"])
     commands = [
-        line for line in plan(tiny, runs, tmp_path, verbose=True).splitlines() if "train.py" in line
+        line
+        for line in plan_text(tiny, runs, tmp_path, verbose=True).splitlines()
+        if "train.py" in line
     ]
     assert len(commands) == 4 and all(line.endswith(" 'data.root=/a b'") for line in commands)
 
@@ -172,10 +174,10 @@ def one_kept(tiny, tmp_path):
 
 def test_a_run_that_is_kept_alone_counts_as_done(tiny, one_kept):
     runs, results = one_kept
-    assert f"kept in {results}" in status(runs, results) and "1 done, 3 missing" in status(
+    assert f"kept in {results}" in status_text(
         runs, results
-    )
-    assert "4 runs; 1 done" in plan(tiny, runs, results, 1)
+    ) and "1 done, 3 missing" in status_text(runs, results)
+    assert "4 runs; 1 done" in plan_text(tiny, runs, results, 1)
     runs[0].folder.mkdir()
     assert kept_status(runs[0], results) is None
 
@@ -207,7 +209,7 @@ def test_a_kept_failure_is_told_and_tried_again(tiny, one_kept, tmp_path, stand_
     assert collect(runs[1], results)
     runs[1].log.unlink()
     assert kept_status(runs[1], results).state == "failed"
-    assert f"NonFiniteError: no (kept in {results})" in status(runs, results)
+    assert f"NonFiniteError: no (kept in {results})" in status_text(runs, results)
     words = ["command=run", f"table={tiny.file}", f"root={tmp_path}/runs", f"results={results}"]
     assert main(parse_options(Options, words)) == 0 and starts(runs) == [0, 1, 1, 1]
 

@@ -13,7 +13,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
 from proxynorm.launch.slurm import Jobs, SlurmOptions, launch_array
 from proxynorm.launch.status import run_status
-from proxynorm.paper.plan import status
+from proxynorm.paper.plan import status_text
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
 
@@ -114,7 +114,7 @@ def test_states_come_from_the_queue_and_the_folders(launched, commands):
     write_run(launched[1], 50.0)
     (launched[0].folder / "summary.json").unlink()
     commands(squeue="7|0|PENDING|PartitionTimeLimit\n7|2|RUNNING|None\n")
-    text = status(launched, NO_RESULTS)
+    text = status_text(launched, NO_RESULTS)
     assert [Jobs(launched[0].folder.parent).status(run).state for run in launched] == [
         "preempted",
         "done",
@@ -159,7 +159,7 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
         "missing",
         "failed",
     ]
-    assert "module: command not found" in status(launched, NO_RESULTS)
+    assert "module: command not found" in status_text(launched, NO_RESULTS)
 
 
 def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands, launch):
@@ -198,7 +198,7 @@ def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
     assert (
-        status(launched, NO_RESULTS) == "4 missing"
+        status_text(launched, NO_RESULTS) == "4 missing"
         and "Unable to contact" in capsys.readouterr().err
     )
 
@@ -207,7 +207,7 @@ def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch, launch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
         launch(table_runs(tiny, tmp_path / "runs"))
-    assert status(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
+    assert status_text(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
 
 
 @pytest.mark.parametrize(

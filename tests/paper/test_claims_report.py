@@ -76,10 +76,7 @@ def test_notes_quote_the_random_nets_that_are_kept(tmp_path):
 )
 def test_status_is_the_weakest_verdict(verdicts, status):
     assert (
-        claim_status(
-            Claim("c"),
-            [Outcome(None, None, None, 0.0, None, None, verdict) for verdict in verdicts],
-        )
+        claim_status(Claim("c"), [Outcome(None, None, None, verdict, 0.0) for verdict in verdicts])
         == status
     )
     assert claim_status(Claim("c", needs="ImageNet"), []) == "needs ImageNet"
@@ -91,7 +88,7 @@ def test_the_reason_stands_beside_a_claim_that_is_not_shown():
     sample = Sample((1.0, 2.0))
 
     def told(verdict):
-        return evidence(claim, [Outcome(None, sample, sample, 0.0, None, 0.5, verdict)], {})
+        return evidence(claim, [Outcome(None, sample, sample, verdict, 0.0, p=0.5)], {})
 
     assert told("contradicted").endswith("; why: too short") and "why" not in told("shown")
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError
-from proxynorm.paper.plan import plan, status
+from proxynorm.paper.plan import plan_text, status_text
 from proxynorm.paper.records import collect, refuse_other_recipes
 from proxynorm.paper.table import load_table, table_runs
 from proxynorm.train import config
@@ -78,17 +78,17 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
     other_epochs(runs[0], 3)
     assert collect(runs[0], tmp_path / "results")
     for _ in ("the folder", "the archive alone"):
-        lines = status(runs, tmp_path / "results").splitlines()
+        lines = status_text(runs, tmp_path / "results").splitlines()
         assert lines[0].split(maxsplit=2) == [
             "bn-s0",
             "other",
             "trained with epochs=3, the table says 1",
         ]
         assert lines[-1] == "1 done, 1 other, 2 missing"
-        assert "1 done, 1 other" in status(
+        assert "1 done, 1 other" in status_text(
             with_overrides(tiny, tmp_path, "epochs=3"), tmp_path / "results"
         )
-        text = plan(tiny, runs, tmp_path / "results", verbose=True)
+        text = plan_text(tiny, runs, tmp_path / "results", verbose=True)
         assert (
             "= 4 runs; 1 done" in text
             and "bn-s0: another recipe, trained with epochs=3" in text
