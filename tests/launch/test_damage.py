@@ -54,7 +54,7 @@ DAMAGE = {
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request, tiny, tmp_path):
-    """The runs, two of them finished, the first of these damaged; and what is said of it."""
+    """The table's runs, of which two are finished and the first is damaged, and its error."""
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     write_run(runs[1], 50.0)
@@ -73,7 +73,7 @@ def spoil(path, change):
 
 
 def command(tmp_path, capsys, word):
-    """The command's exit status and what it wrote as an error."""
+    """Run a command and return its exit status and output."""
     words = [
         f"command={word}",
         f"table={tmp_path}/tiny.yaml",
@@ -92,7 +92,7 @@ def test_report_and_collect_name_the_damaged_file(damaged, tmp_path, capsys, wor
     assert not (tmp_path / "results").exists()
 
 
-def test_status_and_plan_tell_it_and_go_on(damaged, tiny, tmp_path, capsys):
+def test_status_and_plan_report_damage_and_continue(damaged, tiny, tmp_path, capsys):
     runs, words = damaged
     text = status_text(runs, tmp_path / "results")
     assert re.search(f"damaged  {words}", text) and "1 done, 1 damaged, 2 missing" in text
@@ -100,7 +100,7 @@ def test_status_and_plan_tell_it_and_go_on(damaged, tiny, tmp_path, capsys):
     assert "4 runs; 1 done" in text and re.search(words, text)
 
 
-def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in, capsys):
+def test_run_skips_a_damaged_run_and_says_what_to_remove(damaged, stand_in, capsys):
     runs, words = damaged
     assert run_locally(runs, 2) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -108,13 +108,13 @@ def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in, capsys):
     assert re.fullmatch(f"failed: bn-s0: {words}", lines[-1])
 
 
-def test_it_is_not_submitted(damaged, capsys):
+def test_a_damaged_run_is_not_submitted(damaged, capsys):
     runs, words = damaged
     assert not is_due(runs[0], run_status(runs[0]), True)
     assert re.fullmatch(f"bn-s0: {words}\n", capsys.readouterr().out)
 
 
-def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
+def test_a_damaged_file_in_an_archive_is_reported(tiny, tmp_path):
     run = table_runs(tiny, tmp_path / "runs")[0]
     write_run(run, 50.0)
     assert collect(run, tmp_path / "results")
@@ -143,7 +143,7 @@ def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
         ("config.yaml", None),
     ],
 )
-def test_an_unfinished_run_of_damaged_files_is_told(tiny, tmp_path, name, change):
+def test_a_damaged_unfinished_run_is_reported(tiny, tmp_path, name, change):
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     (runs[0].folder / "summary.json").unlink()

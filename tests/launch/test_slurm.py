@@ -57,7 +57,7 @@ def commands(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launch(capsys):
-    """Submits runs; returns the exit status and the lines said."""
+    """Submit runs and return the exit status and the output lines."""
 
     def go(runs, report=(), **options):
         code = launch_array(runs, "tiny", SlurmOptions(**options), report)
@@ -66,7 +66,7 @@ def launch(capsys):
     return go
 
 
-def test_the_report_s_job_waits_for_the_array_and_asks_for_little(tiny, tmp_path, launch):
+def test_the_job_of_the_report_waits_for_the_array_and_requests_little(tiny, tmp_path, launch):
     further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
     further.append("--dependency=afterany:1")
     runs = table_runs(tiny, tmp_path / "runs")
@@ -102,7 +102,7 @@ def launched(tiny, tmp_path, commands, launch):
     return runs
 
 
-def test_a_plan_holds_each_run_s_words(launched):
+def test_a_plan_holds_the_arguments_of_each_run(launched):
     content = json.loads((launched[0].folder.parent / "slurm/plan-1.json").read_text())
     assert content["job"] == "7" and [run["arguments"] for run in content["runs"]] == [
         list(run.arguments) for run in launched
@@ -140,7 +140,7 @@ def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launch
     )
 
 
-def test_what_failed_before_its_log_was_opened_is_told(launched):
+def test_a_failure_before_the_log_was_opened_is_reported(launched):
     (launched[0].folder.parent / "logs/slurm-7_0.log").write_text(
         "env.sh: line 3: module: command not found\n"
     )
@@ -162,7 +162,7 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
     assert "module: command not found" in status_text(launched, NO_RESULTS)
 
 
-def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands, launch):
+def test_queued_and_failed_runs_are_not_submitted_again(launched, commands, launch):
     launched[0].log.write_text("ValueError: no\n# exit status 1\n")
     commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n", sbatch="8\n")
     code, lines = launch(launched)
@@ -193,7 +193,7 @@ def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands
     assert not list((tmp_path / "runs/tiny/slurm").glob("plan-*"))
 
 
-def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys):
+def test_the_status_works_without_an_answer_from_slurm(launched, tmp_path, capsys):
     (tmp_path / "bin/squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
@@ -203,7 +203,7 @@ def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys
     )
 
 
-def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch, launch):
+def test_launching_without_slurm_is_an_error(tiny, tmp_path, monkeypatch, launch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
         launch(table_runs(tiny, tmp_path / "runs"))
