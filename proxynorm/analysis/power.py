@@ -1,4 +1,4 @@
-"""The power decomposition of the paper's Fig. 2: the parts of the unit power of a norm's output.
+"""The power decomposition of the paper's Fig. 2: it splits the unit power of a norm's output.
 
 On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation
 (population) over the positions of sample x and channel c:
@@ -27,7 +27,7 @@ TERMS = ("p1", "p2", "p3", "p4")
 
 @dataclass(frozen=True)
 class PowerRow:
-    """The four terms of one norm. depth: its place, from 1, in the order of the forward pass."""
+    """The four terms of a norm. depth: its position in the forward pass, from 1."""
 
     name: str
     depth: int
@@ -41,7 +41,7 @@ class PowerSums:
     """Sums over samples of μ, μ², σ and σ² of each channel, in float64."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        # MPS has no float64, so its sums live on the host.
+        # MPS has no float64, so its sums are kept on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.sums = torch.zeros(4, channels, dtype=torch.float64, device=self.device)
         self.count = 0
@@ -54,7 +54,7 @@ class PowerSums:
         self.count += len(y)
 
     def terms(self) -> tuple[float, float, float, float]:
-        """P1, P2, P3, P4."""
+        """Return P1, P2, P3, P4."""
         mean, mean_square, std, std_square = self.sums / self.count
         p1, p3 = mean.square(), std.square()
         # Rounding can leave a variance of 0 slightly negative.
@@ -68,12 +68,12 @@ def power_decomposition(
 ) -> list[PowerRow]:
     """Compute P1 … P4 of every NormAct2d with a norm, in the order of the forward pass.
 
-    Only sums are stored, however many the images. BN normalizes by the statistics of the batch, as
-    in training.
+    Memory does not grow with the number of images. BN normalizes by the statistics of each batch,
+    as in training.
 
     Args:
         model: a model with NormAct2d layers; a copy is measured.
-        batches: images (N, C, H, W) ready for the model, or tuples that begin with them.
+        batches: preprocessed images (N, C, H, W), or tuples that begin with them.
 
     Raises:
         ValueError: the model has no NormAct2d with a norm, or there are no images.
@@ -90,7 +90,7 @@ def power_decomposition(
 
     def collect(name: str) -> Callable[[NormAct2d, tuple[Tensor, ...]], None]:
         def hook(module: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
-            # Normalize once more: the layer's forward fuses the norm with what follows.
+            # Normalize separately: the layer's forward fuses the norm with the next steps.
             y = module.normalize(inputs[0])
             sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
 
@@ -99,7 +99,7 @@ def power_decomposition(
     for name, norm in norms.items():
         norm.register_forward_pre_hook(collect(name))
         if getattr(norm, "running_mean", None) is not None:
-            # Without running statistics Batch Norm falls back on the batch's.
+            # Without running statistics, Batch Norm uses those of the batch.
             norm.running_mean = norm.running_var = None  # type: ignore[assignment]
     device = next(model.parameters()).device
     # A compiled model would not call the hooks.
@@ -109,5 +109,5 @@ def power_decomposition(
     if not sums:
         raise ValueError("no images to decompose the power on")
     return [
-        PowerRow(name, depth, *found.terms()) for depth, (name, found) in enumerate(sums.items(), 1)
+        PowerRow(name, depth, *item.terms()) for depth, (name, item) in enumerate(sums.items(), 1)
     ]
