@@ -37,7 +37,7 @@ class Options:
     results: str = option("results", "folder of the values that the search has chosen")
     record: bool = option(False, "archive runs and report in RESULTS/demo, which docs/ quotes")
     wandb: str = option("auto", "W&B: online, offline, disabled; auto: online with a key")
-    train: list[str] = option([], "further overrides for every run, as train=[epochs=1]")
+    train: list[str] = option([], "further overrides for every run, such as train=[epochs=1]")
 
 
 def main(options: Options) -> int:

@@ -54,16 +54,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class TableOptions:
-    command: str = option(
-        "???",
-        "plan, run, launch, status, choose, collect, report, upload, claims, docs; first word",
-    )
+    command: str = option("???", "one of the commands above; the first argument")
     table: str = option("", "the table's name, or a YAML file; required")
-    root: str = option("runs", "folder of the tables' run folders")
+    root: str = option("runs", "folder of the run folders, ROOT/TABLE/NAME")
     results: str = option("results", "folder of chosen values, collected runs and reports")
     seeds: int | None = option(None, "runs per cell; default: the table's")
     cells: list[str] = option([], "only these cells")
-    train: list[str] = option([], "further overrides for every run, as train=[device=cuda]")
+    train: list[str] = option([], "further overrides for every run, such as train=[device=cuda]")
     verbose: bool = option(False, "plan: the command of each run")
     force: bool = option(False, "report: replace a report of more runs")
     wandb: str = option(
@@ -140,13 +137,13 @@ def launch(options: Options) -> int:
 
 def choose(options: Options) -> None:
     table, runs = selected_runs(options, check=True)
-    found = search.choose(table, runs, options.results)
+    choice = search.choose(table, runs, options.results)
     path = Path(options.results) / table.name / "chosen.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-    for group, values in found["chosen"].items():
-        print(f"{group}: {values}  of {found['tried'][group]}")
-    for group, axes in found["at_edge"].items():
+    write_json(path, choice)
+    for group, values in choice["chosen"].items():
+        print(f"{group}: {values}  of {choice['tried'][group]}")
+    for group, axes in choice["at_edge"].items():
         warning = f"the best value of {' and '.join(axes)} is at the edge of the search"
         print(f"warning: {group}: {warning}", file=sys.stderr)
     print(path)

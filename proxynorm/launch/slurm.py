@@ -46,14 +46,14 @@ class SlurmOptions:
     )
     partition: str | None = option(None, "slurm: partition")
     nodes: int | None = option(None, "slurm: nodes of a run")
-    gpus: int | None = option(None, "slurm: GPUs of a run, over all its nodes, a process each")
+    gpus: int | None = option(None, "slurm: GPUs of a run on all nodes together, one process each")
     cpus_per_task: int | None = option(None, "slurm: CPUs of a process")
     limit: int | None = option(None, "slurm: array tasks at a time")
     stage: str | None = option(
-        None, "slurm: folder on each node, as /dev/shm, into which .beton files are copied first"
+        None, "slurm: folder on each node, such as /dev/shm, to copy .beton files to first"
     )
     sbatch: list[str] = option(
-        [], "slurm: further arguments of sbatch, as sbatch=[--account=A,--mem=32G]"
+        [], "slurm: further arguments of sbatch, such as sbatch=[--account=A,--mem=32G]"
     )
     retry_failed: bool = option(False, "slurm: submit failed runs again")
     dry_run: bool = option(False, "slurm: print the sbatch command and its runs, submit nothing")

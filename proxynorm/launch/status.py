@@ -78,7 +78,7 @@ def finished_files(folder: Path) -> dict[str, bytes] | None:
     files = {name: (folder / name).read_bytes() for name in RUN_FILES if (folder / name).is_file()}
     if "summary.json" not in files:
         return None
-    # Without its summary, a run continues from its checkpoint: that file alone is to be removed.
+    # Only this file has to be removed if damaged: the run then continues from its checkpoint.
     with reading(folder / "summary.json"):
         (summary,) = parse(files, "summary.json")
     if not summary["completed"]:

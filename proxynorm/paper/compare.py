@@ -154,29 +154,27 @@ def gap_sentence(bn: Sample, plain: Sample, proxied: Sample, norm: str) -> str:
     gap, closed = bn.mean - plain.mean, proxied.mean - plain.mean
     between = f"{gap:.2f} points between {norm} and BN"
     if gap <= 0:
-        words = (
-            f"{norm} is not behind BN here ({-gap:+.2f} points): there is no gap for PN to close"
-        )
+        text = f"{norm} is not behind BN here ({-gap:+.2f} points): there is no gap for PN to close"
     elif within_spread(bn, plain):
-        words = f"The {between} are within the spread of the seeds; PN adds {closed:+.2f}"
-        words += ", within it too" if within_spread(proxied, plain) else ""
+        text = f"The {between} are within the spread of the seeds; PN adds {closed:+.2f}"
+        text += ", within it too" if within_spread(proxied, plain) else ""
     elif within_spread(proxied, plain):
-        words = f"PN does not close the {between}: it adds {closed:+.2f}"
-        words += ", within the spread of the seeds"
+        text = f"PN does not close the {between}: it adds {closed:+.2f}"
+        text += ", within the spread of the seeds"
     elif closed < 0:
-        words = f"PN widens the {between} by {-closed:.2f}"
+        text = f"PN widens the {between} by {-closed:.2f}"
     else:
-        words = f"PN closes {f'{closed:.2f} of' if closed < gap else 'all of'} the {between}; "
+        text = f"PN closes {f'{closed:.2f} of' if closed < gap else 'all of'} the {between}; "
         ahead = proxied.mean - bn.mean
         if within_spread(proxied, bn):
-            words += f"{norm}+PN and BN then differ by {ahead:+.2f}, within the spread of the seeds"
+            text += f"{norm}+PN and BN then differ by {ahead:+.2f}, within the spread of the seeds"
         else:
             side = "ahead of" if ahead > 0 else "behind"
-            words += f"{norm}+PN is {abs(ahead):.2f} {side} BN"
+            text += f"{norm}+PN is {abs(ahead):.2f} {side} BN"
     counts = sorted({sample.n for sample in (bn, plain, proxied)})
     seeds = "one seed each, spread unknown" if counts == [1] else f"n = {span(counts)}"
     untested = ", untested" if counts[0] == 1 < counts[-1] else ""
-    return f"{words} ({seeds}{untested})."
+    return f"{text} ({seeds}{untested})."
 
 
 def within_spread(first: Sample, second: Sample) -> bool:

@@ -136,11 +136,11 @@ def powers(record: Record) -> dict[float, list[PowerRow]]:
 
 def last_powers(findings: Findings) -> dict[str, list[list[PowerRow]]]:
     """Return the last power decomposition of each run, by cell, for cells that logged any."""
-    found: dict[str, list[list[PowerRow]]] = {}
+    by_cell: dict[str, list[list[PowerRow]]] = {}
     for record in findings.records:
         if logged := powers(record):
-            found.setdefault(record.cell, []).append(logged[max(logged)])
-    return found
+            by_cell.setdefault(record.cell, []).append(logged[max(logged)])
+    return by_cell
 
 
 def p1_by_epoch(records: Sequence[Record]) -> dict[float, list[float]]:
