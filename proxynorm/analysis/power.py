@@ -14,8 +14,9 @@ They sum to 1 up to the norm's ε.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -88,16 +89,13 @@ def power_decomposition(
         )
     sums: dict[str, PowerSums] = {}  # ordered by first call
 
-    def collect(name: str) -> Callable[[NormAct2d, tuple[Tensor, ...]], None]:
-        def hook(module: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
-            # Normalize separately: the layer's forward fuses the norm with the next steps.
-            y = module.normalize(inputs[0])
-            sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
-
-        return hook
+    def collect(name: str, module: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
+        # Normalize separately: the layer's forward fuses the norm with the next steps.
+        y = module.normalize(inputs[0])
+        sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
 
     for name, norm in norms.items():
-        norm.register_forward_pre_hook(collect(name))
+        norm.register_forward_pre_hook(partial(collect, name))
         if getattr(norm, "running_mean", None) is not None:
             # Without running statistics, Batch Norm uses those of the batch.
             norm.running_mean = norm.running_var = None  # type: ignore[assignment]
