@@ -32,9 +32,6 @@ class Estimate(NamedTuple):
     origin: str
 
 
-UNKNOWN = Estimate(None, "nothing like it was measured")
-
-
 @dataclass(frozen=True)
 class Run:
     """A training run.
@@ -45,7 +42,7 @@ class Run:
 
     folder: Path
     arguments: tuple[str, ...]
-    stated: Estimate = field(default=UNKNOWN, kw_only=True)
+    stated: Estimate = field(default=Estimate(None, "nothing like it was measured"), kw_only=True)
 
     @property
     def name(self) -> str:

@@ -18,15 +18,7 @@ CLAIMS = Path(__file__).with_name("claims.yaml")
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of claims.yaml.
-
-    tests:       names of tests in tests/acceptance/test_claims.py
-    comparisons: of tables, as TABLE: FIRST - SECOND
-    scope:       the conditions under which the claim is shown, if limited
-    note:        remarks; {NAME} stands for a number of random_net_figures
-    reason:      why the claim is not shown, if it is not
-    needs:       what a test of the claim needs, if it cannot be tested on a CPU
-    """
+    """A claim of claims.yaml, whose first lines explain the keys."""
 
     claim: str
     tests: list[str] = field(default_factory=list)

@@ -69,7 +69,7 @@ def mean_top1(
     for run in runs:
         record, labels = read_record(run, results), run.cell.labels
         # A run that failed for any other reason than divergence counts as missing.
-        if record is None or DIVERGED not in (record.failure or DIVERGED):
+        if record is None or (record.failure and DIVERGED not in record.failure):
             missing.append(run.name)
             continue
         score = -math.inf if record.failure else record.summary["top1"]
@@ -96,17 +96,17 @@ def protocol(table: Table, results: str | Path) -> str:
     for cell in search.expand():
         grids[str(cell.labels[by])].add(tuple(cell.labels[axis] for axis in axes))
     seeds = f"{search.seeds} seed{'s' if search.seeds > 1 else ''}"
-    (usual, _), *others = Counter(map(frozenset, grids.values())).most_common()
+    usual = Counter(map(frozenset, grids.values())).most_common(1)[0][0]
     count = f"{len(usual)} points of {' × '.join(axes)}, {seeds}: {search.seeds * len(usual)} runs"
-    path = chosen_path(search.name, results)
-    used = json.loads(path.read_text()).get("seeds") if table.tuned and path.is_file() else None
-    so_far = "" if used in (None, search.seeds) else f" Chosen so far with {used} of {seeds}."
-    if not others:
-        return f"Search {search.name}: every {by} got the same {count}.{so_far}"
     extra = [
         f"{group} ({search.seeds * len(grid)} runs)"
         for group, grid in grids.items()
         if grid != usual
     ]
-    other_grids = f"another grid for {', '.join(extra)}"
-    return f"Search {search.name}: each {by} got {count}; {other_grids}.{so_far}"
+    text = f"every {by} got the same {count}"
+    if extra:
+        text = f"each {by} got {count}; another grid for {', '.join(extra)}"
+    path = chosen_path(search.name, results)
+    used = json.loads(path.read_text()).get("seeds") if table.tuned and path.is_file() else None
+    so_far = "" if used in (None, search.seeds) else f" Chosen so far with {used} of {seeds}."
+    return f"Search {search.name}: {text}.{so_far}"

@@ -210,7 +210,7 @@ def load_table(name: str, seeds: int | None = None) -> Table:
 
 
 def check_table(table: Table) -> None:
-    """Raise ConfigError for a cell or an axis that the table names but does not have."""
+    """Raise ConfigError for unknown cells and axes, another `expect`, or less than one seed."""
     cells = table.expand()
     axes = {axis for cell in cells for axis in cell.labels}
     pairs = [(item.first, item.second) for item in table.comparisons]
