@@ -1,6 +1,6 @@
-"""A trained run as files for others: safetensors, config.json, a model card, ONNX.
+"""Export of a trained run: safetensors, config.json, a model card, ONNX.
 
-Each file is loaded back, and its logits are compared with the run's.
+Weights and ONNX are loaded back, and their logits are compared with the run's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from proxynorm.model_card import CARD, model_card
 from proxynorm.nn.freeze import freeze
 from proxynorm.train.restore import Restored, checkpoint_path, restore
 
-# Keys of a run's configuration that say where and how it ran, not what the model is.
-PLACES = ("runs_dir", "name", "logger", "loader", "checkpoint", "debug", "resume", "device")
+# Keys of a run's configuration that do not describe the model, but where and how it ran.
+INCIDENTAL = ("runs_dir", "name", "logger", "loader", "checkpoint", "debug", "resume", "device")
 ONNX_TOLERANCE = 1e-4
-load = load_export  # the name on the cards of version 0.1.0
+load = load_export  # used in the model cards of version 0.1.0
 
 
 def export_run(
@@ -37,14 +37,14 @@ def export_run(
 ) -> dict[str, float]:
     """Write a run's model to the folder `output`: model.safetensors, config.json, README.md.
 
-    weights: "last" or "best"; onnx: write model.onnx as well; licence: of the weights.
+    weights: "last" or "best"; onnx: also write model.onnx; licence: of the weights.
 
-    Returns the largest differences from the run's own logits, by file. Raises CheckpointError if
-    the run has no such checkpoint or summary, or if what was written does not give the same logits;
-    ConfigError where a library is missing.
+    Returns {file: largest difference from the run's logits}. Raises CheckpointError if the run has
+    no such checkpoint or no summary, or if an exported file gives other logits; ConfigError if a
+    library is missing.
     """
     for package in ("onnx", "onnxruntime", "onnxscript") if onnx else ():
-        if find_spec(package) is None:  # said before anything is written
+        if find_spec(package) is None:  # check before anything is written
             raise ConfigError(f"onnx=true needs {package}: install proxynorm's extra [export]")
     run, output = Path(run), Path(output)
     restored = restore(checkpoint_path(str(run), None, weights))
@@ -67,7 +67,7 @@ def export_run(
         raise CheckpointError(f"{path}: the logits differ from the run's by {difference:g}")
     differences = {path.name: difference}
     path = output / "model.onnx"
-    path.unlink(missing_ok=True)  # an earlier export's would contradict the new weights
+    path.unlink(missing_ok=True)  # that of an earlier export has other weights
     if onnx:
         differences[path.name] = _export_onnx(restored.model, path, images, logits)
     write_text(output / CARD, model_card(content, onnx, licence))
@@ -75,13 +75,13 @@ def export_run(
 
 
 def _describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
-    """The content of config.json: config, inputs, metrics."""
+    """Return the content of config.json: config, inputs, metrics."""
     config = OmegaConf.to_container(OmegaConf.create((run / "config.yaml").read_text()))
-    config = {key: value for key, value in config.items() if key not in PLACES}
+    config = {key: value for key, value in config.items() if key not in INCIDENTAL}
     if (eps := (restored.content.get("start") or {}).get("eps")) is not None:
-        config["norm"]["eps"] = eps  # came with the weights that the run began with
+        config["norm"]["eps"] = eps  # from the pretrained weights that the run started with
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "cache")}
-    if config.get("weights"):  # what the run started from, without the folders of this machine
+    if config.get("weights"):  # leave out the folders of this machine
         config["weights"] = Path(config["weights"]).name
     summary = json.loads((run / "summary.json").read_text())
     measured = ("top1", "top5", "loss", "count")
@@ -100,7 +100,7 @@ def _describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
 
 
 def _export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) -> float:
-    """Write the frozen model as ONNX; the largest difference from `logits` under onnxruntime."""
+    """Write the frozen model as ONNX. Returns its largest difference from `logits`."""
     import onnxruntime
 
     program = torch.onnx.export(
@@ -114,12 +114,12 @@ def _export_onnx(model: nn.Module, path: Path, images: Tensor, logits: Tensor) -
     )
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    # Another batch size than the export's shows that the batch is dynamic.
-    (found,) = session.run(None, {session.get_inputs()[0].name: images[:3].numpy()})
-    wanted = logits[:3]
-    difference = (wanted - torch.from_numpy(found)).abs().max().item()
-    # Written so that NaN is an error as well.
-    if not difference <= ONNX_TOLERANCE * max(1.0, wanted.abs().max().item()):
+    # A batch of another size than the exported one shows that the batch size is dynamic.
+    (output,) = session.run(None, {session.get_inputs()[0].name: images[:3].numpy()})
+    expected = logits[:3]
+    difference = (expected - torch.from_numpy(output)).abs().max().item()
+    # Not `difference >`, which is false for NaN.
+    if not difference <= ONNX_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise CheckpointError(
             f"{path}: the logits under onnxruntime differ from the run's by {difference:g}"
         )

@@ -21,10 +21,11 @@ def push(
     message: str = "Add model",
     api: HfApi | None = None,
 ) -> str:
-    """Upload an export folder to the Hub's repository OWNER/NAME, made if missing; its address.
+    """Upload an export folder to the Hub's repository OWNER/NAME and return its address.
 
-    As timm's push_to_hf_hub, it keeps a README.md that the repository already has. Raises
-    CheckpointError if the folder does not load, ConfigError without a token or if the Hub refuses.
+    The repository is created if needed. An existing README.md is kept, as in timm's push_to_hf_hub.
+    Raises CheckpointError if the folder does not load, ConfigError without a token or if the Hub
+    refuses.
     """
     folder = Path(folder)
     load_export(folder)
@@ -32,14 +33,14 @@ def push(
         raise ConfigError(f"push={repo_id}: no token; run hf auth login, or set HF_TOKEN")
     api = api or HfApi(library_name="proxynorm", library_version=proxynorm.__version__)
     try:
-        # The Hub adds the owner where it is left out.
+        # The Hub adds the owner if it is left out.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        found = [name for name in FILES if (folder / name).is_file()]
-        operations = [CommitOperationAdd(name, folder / name) for name in found]
+        names = [name for name in FILES if (folder / name).is_file()]
+        operations = [CommitOperationAdd(name, folder / name) for name in names]
         if not api.file_exists(repo_id, CARD):
             card = (folder / CARD).read_text().replace(HERE, f'"{HUB}{repo_id}"')
             operations.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(repo_id, operations, commit_message=message)
-    except Exception as error:  # the client's errors are those of its HTTP library, which changes
+    except Exception as error:  # the client raises errors of its HTTP library, whichever that is
         raise ConfigError(f"push={repo_id}: {' '.join(str(error).split())[:200]}") from error
     return f"https://huggingface.co/{repo_id}"

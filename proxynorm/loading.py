@@ -1,4 +1,4 @@
-"""Trained networks from what a run, an export or the Hugging Face Hub holds."""
+"""Load trained networks from runs, exports and the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Trained(nn.Module):
-    """A network with a description of its inputs: the type of load's result to type checkers."""
+    """The result of `load`, for type checkers: a network with a description of its inputs."""
 
     pretrained_cfg: dict[str, Any]
 
 
 def load(path: str | Path) -> Trained:
-    """Load a trained network, in evaluation mode.
+    """Load a trained network, in evaluation mode. Raises CheckpointError.
 
     path: a run folder (its last checkpoint) or one of its checkpoints, an export folder or its
     .safetensors file, or hf-hub:OWNER/NAME.
 
-    The network's `pretrained_cfg` says what it takes and gives, in timm's words: input_size, mean,
-    std, crop_pct, interpolation, num_classes, label_names. Raises CheckpointError.
+    The attribute `pretrained_cfg` of the network describes its inputs and outputs with timm's keys:
+    input_size, mean, std, crop_pct, interpolation, num_classes, label_names.
     """
     if str(path).startswith(HUB):
         from huggingface_hub import snapshot_download
@@ -41,7 +41,7 @@ def load(path: str | Path) -> Trained:
         try:
             repository = str(path).removeprefix(HUB)
             path = snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS])
-        except (OSError, ValueError) as error:  # not there, or not reachable
+        except (OSError, ValueError) as error:  # no such repository, or no connection
             raise CheckpointError(f"{path}: {' '.join(str(error).split())[:200]}") from error
     path = Path(path).expanduser()
     if path.suffix == ".safetensors" or (path / CONFIG).is_file():
@@ -63,7 +63,7 @@ def load_export(path: str | Path) -> Restored:
         content = json.loads(config.read_text())
         settings, inputs = settings_from(OmegaConf.create(content["config"])), content["inputs"]
         model = build_model(settings, len(inputs["classes"]), inputs["channels"])
-        content["metrics"]
+        content["metrics"]  # raises KeyError if it is missing
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{config} is not a proxynorm export's ({error})") from error
     try:
@@ -75,7 +75,7 @@ def load_export(path: str | Path) -> Restored:
 
 
 def _described(restored: Restored) -> Trained:
-    """Attach timm's description of the inputs, so that timm's create_transform serves the model."""
+    """Attach timm's description of the inputs, which timm's create_transform reads."""
     inputs, data = restored.inputs, restored.settings.data
     size = data.eval_size or data.image_size
     trained = cast(Trained, restored.model)

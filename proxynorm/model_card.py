@@ -1,4 +1,4 @@
-"""The README.md of an export: what the network is, how good it is, and how to use it."""
+"""The README.md of an export: a model card for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from proxynorm import __version__
 from proxynorm.train.run_folder import git
 
 CARD = "README.md"
-HERE = '"."'  # the card's load line, run in the folder of the card
+HERE = '"."'  # the path in the card's example, which runs in the folder of the card
 RECIPE = "model norm weights freeze optim schedule regularization data batch norm_batch".split()
 RECIPE += ["epochs", "max_steps", "seed"]
 
 
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
-    """Write the card from the content of config.json. licence: of the weights, Hub's identifier."""
+    """Return the card from the content of config.json. licence: the Hub's identifier of it."""
     config, inputs, metrics = content["config"], content["inputs"], content["metrics"]
     names = {key: config[key]["name"] for key in ("model", "norm", "data")}
     templates = [Path(__file__).with_name(name) for name in ("model_card.md", "model_card_onnx.md")]
@@ -51,7 +51,7 @@ def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
 
 
 def _front_matter(names: dict[str, str], metrics: dict[str, Any], licence: str) -> str:
-    """The metadata that the Hub shows: tags, licence, and the accuracy as an evaluation result."""
+    """Return the metadata that the Hub shows: tags, licence, accuracy."""
     accuracy = EvalResult(
         task_type="image-classification",
         dataset_type=names["data"],
@@ -71,7 +71,7 @@ def _front_matter(names: dict[str, str], metrics: dict[str, Any], licence: str) 
 
 
 def _cell(value: Any) -> str:
-    """A recipe's value as text: a group as its name and the keys that are not off."""
+    """Format a value of the recipe; for a group, its name and the keys that are set."""
     if not isinstance(value, dict):
         return json.dumps(value)
     given = {key: item for key, item in value.items() if item and key != "name"}
@@ -80,8 +80,8 @@ def _cell(value: Any) -> str:
 
 
 def _install() -> str:
-    """How to install this version: a line that runs as printed, else a sentence."""
-    # PEP 610: pip notes where a distribution came from.
+    """Return a command that installs this version or, if its address is unknown, a sentence."""
+    # pip records the origin of a distribution in direct_url.json (PEP 610).
     try:
         text = metadata.distribution("proxynorm").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
@@ -101,10 +101,10 @@ def _install() -> str:
 
 
 def _published(url: str | None, commit: str | None) -> str | None:
-    """A repository's address for pip, without secrets; None for one on this machine alone."""
+    """Return a repository's address for pip, without secrets; None if it is local."""
     url = url or ""
-    if "://" not in url and (match := re.fullmatch(r"(\w+@[\w.-]+):(.+)", url)):
-        url = f"ssh://{match[1]}/{match[2]}"  # git's short form, which pip does not take
+    if match := re.fullmatch(r"(\w+@[\w.-]+):(.+)", url):
+        url = f"ssh://{match[1]}/{match[2]}"  # pip does not accept git's short form
     parts = urlsplit(url)
     if parts.scheme not in ("https", "ssh") or not parts.hostname or commit is None:
         return None

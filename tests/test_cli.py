@@ -137,10 +137,10 @@ def test_wrong_norm():
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
         ),
         ("device=tpu", "valid: auto, cpu, cuda"),
-        ("norms=[bn,none]", "no norm 'none' to measure behind"),
-        ("norms=[]", "no norm '' to measure behind; valid: bn"),
+        ("norms=[bn,none]", "no norm 'none' to measure"),
+        ("norms=[]", "no norm '' to measure; valid: bn"),
         ("groups=7", "groups=7: must divide width=16"),
-        ("norms=[bn,lm]", "no norm 'lm' to measure behind; did you mean 'ln'"),
+        ("norms=[bn,lm]", "no norm 'lm' to measure; did you mean 'ln'"),
     ],
 )
 def test_wrong_values_of_power_are_reported_before_measuring(tmp_path, argument, message):

@@ -1,4 +1,4 @@
-"""Which class is taken for which: counts, accuracy per class, tables and a figure."""
+"""The confusion matrix: counts, accuracy per class, CSV files and a figure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from proxynorm.analysis.tables import csv_table
 from proxynorm.data import Batch
 from proxynorm.files import write_text
 
-LABELLED = 40  # classes whose names a figure has room for
+MOST_LABELS = 40  # more class names do not fit into the figure
 
 
 class Counted(nn.Module):
-    """A network that yields the logits of some classes, and counts what it took for what.
+    """A network with the logits of selected classes, which also counts a confusion matrix.
 
-    columns: the logits, int64 (K,), to yield; matrix: int64 (K, K), images by class and prediction.
+    columns: indices of the selected logits, int64 (K,).
+    matrix: numbers of images, int64 (K, K), by class and prediction.
     """
 
     def __init__(self, model: nn.Module, columns: np.ndarray, device: torch.device) -> None:
@@ -30,7 +31,7 @@ class Counted(nn.Module):
         self.matrix = torch.zeros(len(columns), len(columns), dtype=torch.int64, device=device)
 
     def see(self, batch: Batch) -> Batch:
-        """Remember the classes of the batch that comes next."""
+        """Remember the batch, whose images come next, for its classes."""
         self.batch = batch
         return batch
 
@@ -44,7 +45,7 @@ class Counted(nn.Module):
 
 
 def write_confusion(folder: str | Path, classes: Sequence[str], matrix: np.ndarray) -> None:
-    """Write per_class.csv, confusion.csv and confusion.png; a row of `matrix` is a true class."""
+    """Write per_class.csv, confusion.csv and confusion.png. Rows of `matrix` are true classes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[object, ...]] = [("class", "images", "correct", "top1")]
@@ -59,14 +60,14 @@ def write_confusion(folder: str | Path, classes: Sequence[str], matrix: np.ndarr
 
 
 def plot_confusion(path: Path, classes: Sequence[str], matrix: np.ndarray) -> None:
-    """Draw the share of each true class (row) that is taken for each class (column)."""
+    """Draw the share of each true class (row) that is predicted as each class (column)."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(4 + 0.3 * len(classes), 12)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis")
     axes.set(xlabel="predicted class", ylabel="true class")
-    if len(classes) <= LABELLED:
+    if len(classes) <= MOST_LABELS:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
     figure.colorbar(image, label="share of the true class", shrink=0.8)

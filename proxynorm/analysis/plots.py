@@ -1,4 +1,4 @@
-"""Figures of training: loss and accuracy against epochs, accuracy of cells and against batch."""
+"""Figures of training: loss and accuracy by epoch, accuracy by cell and by batch size."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from proxynorm.analysis.style import draw_band, legend_beside, new_figure, norm_
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 Styles = Mapping[str, Mapping[str, Any]]
-LOSS_POINTS = 60  # of a curve: the loss of single batches is noise
+LOSS_POINTS = 60  # per curve; the loss of single batches is noisy
 
 
 def curves_figure(runs: Mapping[str, Sequence[Rows]], styles: Styles | None = None) -> Figure:
-    """Draw training loss and evaluated top-1 against epochs, seeds as bands.
+    """Draw training loss and evaluated top-1 against epochs, with a band over seeds.
 
-    runs: the rows of each seed, by label; a label that names a norm is drawn in the norm's style,
-    unless `styles` has one for it. Runs that were evaluated once have no curve of top-1.
+    runs: {label: rows of each seed}. A label that names a norm is drawn in the norm's style, unless
+    `styles` has one for it. With several labels, top-1 is left out if no run was evaluated twice.
     """
     losses = {label: [loss_curve(rows) for rows in seeds] for label, seeds in runs.items()}
     top1 = {label: [event_curve(rows, "eval", "top1") for rows in s] for label, s in runs.items()}
-    several = len(runs) == 1 or any(len(x) > 1 for seeds in top1.values() for x, _ in seeds)
-    figure, grid = new_figure(10 if several else 6.5, 4, columns=1 + several)
+    show_top1 = len(runs) == 1 or any(len(x) > 1 for seeds in top1.values() for x, _ in seeds)
+    figure, grid = new_figure(10 if show_top1 else 6.5, 4, columns=1 + show_top1)
     for label in runs:
         style = (styles or {}).get(label) or norm_style(label)
         draw_seeds(grid[0, 0], losses[label], label=norm_label(label), **style)
-        if several:
+        if show_top1:
             draw_seeds(grid[0, 1], top1[label], label=norm_label(label), marker="o", ms=3, **style)
     grid[0, 0].set(xlabel="epoch", ylabel="training loss (cross-entropy, nats)")
     show_later_loss(grid[0, 0], [curve for seeds in losses.values() for curve in seeds])
-    if several:
+    if show_top1:
         grid[0, 1].set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)))
@@ -44,14 +44,14 @@ def curves_figure(runs: Mapping[str, Sequence[Rows]], styles: Styles | None = No
 
 
 def event_curve(rows: Rows, event: str, key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of a key in the rows of one event; a value that was not finite is null."""
+    """Return the epochs and the finite values of a key in the rows of an event."""
+    # A value that is not finite is logged as null.
     rows = [row for row in rows if row["event"] == event and row.get(key) is not None]
-    found = [(row["epoch"], row[key]) for row in rows]
-    return [epoch for epoch, _ in found], [value for _, value in found]
+    return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
 def loss_curve(rows: Rows) -> tuple[list[float], list[float]]:
-    """Epochs and training losses, each the mean of the rows around it."""
+    """Return epochs and training losses, averaged in groups of neighbouring rows."""
     epochs, losses = event_curve(rows, "train", "loss")
     if len(epochs) <= LOSS_POINTS:
         return epochs, losses
@@ -60,14 +60,14 @@ def loss_curve(rows: Rows) -> tuple[list[float], list[float]]:
 
 
 def draw_seeds(axes: Axes, seeds: Sequence[tuple[list, list]], **style: Any) -> None:
-    """Draw curves of equal runs as one band, up to where the shortest ends."""
+    """Draw the curves of a cell's seeds as one band that ends with the shortest."""
     shortest = min((x for x, _ in seeds), key=len)
     if shortest:
         draw_band(axes, shortest, [y[: len(shortest)] for _, y in seeds], **style)
 
 
 def show_later_loss(axes: Axes, curves: Sequence[tuple[list, list]]) -> None:
-    """Scale the axis to the losses after the first fifth, where the curves differ visibly."""
+    """Fit the axis to the losses after the first fifth of training, where curves lie close."""
     late = [y for x, values in curves for e, y in zip(x, values) if e >= 0.2 * x[-1]]
     late = [value for value in late if np.isfinite(value)]
     if late:
@@ -81,7 +81,7 @@ def cells_figure(
     styles: Styles,
     label: str,
 ) -> Figure:
-    """A row for each cell: every run faint, mean ± one standard deviation bold, reference a bar."""
+    """Draw a row per cell: each run faint, mean ± standard deviation bold, a reference as a bar."""
     figure, ((axes,),) = new_figure(7, 0.8 + 0.28 * len(samples))
     for row, (cell, values) in enumerate(samples.items()):
         color = styles[cell]["color"]
@@ -100,27 +100,26 @@ def cells_figure(
 def batch_figure(
     panels: Mapping[str, Mapping[str, Mapping[float | None, Sequence[float]]]], label: str
 ) -> Figure:
-    """Draw accuracy against a batch size, the paper's axis: a panel an axis, seeds as bands.
+    """Draw accuracy against batch sizes: a panel per axis, a line per norm, with bands over seeds.
 
-    panels: {axis in words: {norm: {value: runs}}}; the value None, of a norm that does not know
-    the axis, is drawn as a level.
+    panels: {axis label: {norm: {batch size: accuracy of each run}}}. The batch size is None for a
+    norm that does not depend on it, which is drawn as a horizontal line.
     """
     figure, grid = new_figure(5 * len(panels) + 1, 4, columns=len(panels), sharey=True)
-    for axes, (words, norms) in zip(grid[0], panels.items(), strict=True):
+    for axes, (axis_label, norms) in zip(grid[0], panels.items(), strict=True):
         ticks = sorted({x for values in norms.values() for x in values if x is not None})
         for norm, values in norms.items():
             style = {**norm_style(norm), "label": norm_label(norm)}
-            if known := sorted(x for x in values if x is not None):
-                count = min(len(values[x]) for x in known)
-                draw_band(
-                    axes, known, list(zip(*(values[x][:count] for x in known))), marker="o", **style
-                )
+            if sizes := sorted(x for x in values if x is not None):
+                count = min(len(values[x]) for x in sizes)
+                seeds = list(zip(*(values[x][:count] for x in sizes)))
+                draw_band(axes, sizes, seeds, marker="o", **style)
             else:
-                level = values[None]
-                draw_band(axes, [ticks[0], ticks[-1]], [[value] * 2 for value in level], **style)
+                seeds = [[value] * 2 for value in values[None]]
+                draw_band(axes, [ticks[0], ticks[-1]], seeds, **style)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set(xlabel=words)
+        axes.set(xlabel=axis_label)
     grid[0, 0].set_ylabel(label)
     legend_beside(grid[0, -1])
     return figure

@@ -1,4 +1,4 @@
-"""The power decomposition of the paper's Fig. 2: the parts of the unit power of a norm's output.
+"""The power decomposition of the paper's Fig. 2: it splits the unit power of a norm's output.
 
 On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation
 (population) over the positions of sample x and channel c:
@@ -14,8 +14,9 @@ They sum to 1 up to the norm's ε.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ TERMS = ("p1", "p2", "p3", "p4")
 
 @dataclass(frozen=True)
 class PowerRow:
-    """The four terms of one norm. depth: its place, from 1, in the order of the forward pass."""
+    """The four terms of a norm. depth: its position in the forward pass, from 1."""
 
     name: str
     depth: int
@@ -41,7 +42,7 @@ class PowerSums:
     """Sums over samples of μ, μ², σ and σ² of each channel, in float64."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        # MPS has no float64, so its sums live on the host.
+        # MPS has no float64, so its sums are kept on the CPU.
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.sums = torch.zeros(4, channels, dtype=torch.float64, device=self.device)
         self.count = 0
@@ -54,7 +55,7 @@ class PowerSums:
         self.count += len(y)
 
     def terms(self) -> tuple[float, float, float, float]:
-        """P1, P2, P3, P4."""
+        """Return P1, P2, P3, P4."""
         mean, mean_square, std, std_square = self.sums / self.count
         p1, p3 = mean.square(), std.square()
         # Rounding can leave a variance of 0 slightly negative.
@@ -68,12 +69,12 @@ def power_decomposition(
 ) -> list[PowerRow]:
     """Compute P1 … P4 of every NormAct2d with a norm, in the order of the forward pass.
 
-    Only sums are stored, however many the images. BN normalizes by the statistics of the batch, as
-    in training.
+    Memory does not grow with the number of images. BN normalizes by the statistics of each batch,
+    as in training.
 
     Args:
         model: a model with NormAct2d layers; a copy is measured.
-        batches: images (N, C, H, W) ready for the model, or tuples that begin with them.
+        batches: preprocessed images (N, C, H, W), or tuples that begin with them.
 
     Raises:
         ValueError: the model has no NormAct2d with a norm, or there are no images.
@@ -88,18 +89,15 @@ def power_decomposition(
         )
     sums: dict[str, PowerSums] = {}  # ordered by first call
 
-    def collect(name: str) -> Callable[[NormAct2d, tuple[Tensor, ...]], None]:
-        def hook(module: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
-            # Normalize once more: the layer's forward fuses the norm with what follows.
-            y = module.normalize(inputs[0])
-            sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
-
-        return hook
+    def collect(name: str, module: NormAct2d, inputs: tuple[Tensor, ...]) -> None:
+        # Normalize separately: the layer's forward fuses the norm with the next steps.
+        y = module.normalize(inputs[0])
+        sums.setdefault(name, PowerSums(y.shape[1], y.device)).add(y)
 
     for name, norm in norms.items():
-        norm.register_forward_pre_hook(collect(name))
+        norm.register_forward_pre_hook(partial(collect, name))
         if getattr(norm, "running_mean", None) is not None:
-            # Without running statistics Batch Norm falls back on the batch's.
+            # Without running statistics, Batch Norm uses those of the batch.
             norm.running_mean = norm.running_var = None  # type: ignore[assignment]
     device = next(model.parameters()).device
     # A compiled model would not call the hooks.
@@ -109,5 +107,5 @@ def power_decomposition(
     if not sums:
         raise ValueError("no images to decompose the power on")
     return [
-        PowerRow(name, depth, *found.terms()) for depth, (name, found) in enumerate(sums.items(), 1)
+        PowerRow(name, depth, *item.terms()) for depth, (name, item) in enumerate(sums.items(), 1)
     ]

@@ -1,4 +1,4 @@
-"""The power decomposition of a run: measured, logged, read, averaged; the warning of collapse."""
+"""The power decomposition of a training run: measurement, rows of metrics, CSV, a warning."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def measure(model: nn.Module, data: Data, images: int, batch: int) -> list[Power
     """Decompose the power on images spread evenly over the evaluation set."""
     device = next(model.parameters()).device
     split = data.evaluation
-    # The set may be ordered by class, so that its first images would not stand for it.
+    # The set may be ordered by class: its first images would not represent it.
     rows = split.rows[:: max(1, len(split.rows) // images)][:images]
     batches = replace(data, evaluation=replace(split, rows=rows)).eval_loader(batch)
     prepared = (data.prepare(b, device, torch.float32, torch.contiguous_format) for b in batches)
-    # The last batch is padded with images that are not valid, and damaged images are not.
+    # Padding of the last batch and damaged images are not valid.
     valid = (b.images[b.valid.to(device)] for b in prepared)
     return power_decomposition(model, (images for images in valid if len(images)))
 
 
 def collapse_warning(rows: Sequence[PowerRow], threshold: float) -> str | None:
-    """One line if P1 exceeds `threshold` in a norm, else None."""
+    """Return a warning in one line if P1 exceeds `threshold` in a norm, else None."""
     collapsed = [row for row in rows if row.p1 > threshold]
     if not collapsed:
         return None
@@ -44,12 +44,12 @@ def collapse_warning(rows: Sequence[PowerRow], threshold: float) -> str | None:
 
 
 def to_metrics(rows: Sequence[PowerRow]) -> dict[str, float]:
-    """Flat keys p1/NAME … p4/NAME, in the order of depth, for a row of metrics.jsonl."""
+    """Return the keys p1/NAME … p4/NAME of a row of metrics.jsonl, in the order of depth."""
     return {f"{term}/{row.name}": getattr(row, term) for term in TERMS for row in rows}
 
 
 def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
-    """The inverse of `to_metrics`; other keys are ignored."""
+    """Invert `to_metrics`. Other keys are ignored."""
     names = [key.partition("/")[2] for key in row if key.startswith("p1/")]
     return [
         PowerRow(name, depth, *(row[f"{term}/{name}"] for term in TERMS))
@@ -58,7 +58,7 @@ def from_metrics(row: Mapping[str, Any]) -> list[PowerRow]:
 
 
 def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
-    """The mean over nets of equal shape, norm by norm."""
+    """Average over networks of the same architecture, norm by norm."""
     means = []
     for rows in zip(*nets, strict=True):
         terms = (fmean(getattr(row, term) for row in rows) for term in TERMS)
@@ -67,7 +67,7 @@ def mean_rows(nets: Sequence[Sequence[PowerRow]]) -> list[PowerRow]:
 
 
 def write_csv(path: Path, panels: Mapping[str, Sequence[PowerRow]], panel: str) -> None:
-    """Write a line a panel and norm: `panel` (name of the first column), name, depth, p1 … p4."""
+    """Write a line per panel and norm. panel: the name of the first column."""
     grid: list[list[object]] = [[panel, "name", "depth", *TERMS]]
     grid += [
         [title, row.name, row.depth, *(f"{getattr(row, term):.6f}" for term in TERMS)]

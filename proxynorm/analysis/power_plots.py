@@ -1,4 +1,4 @@
-"""Figures of the power decomposition: the paper's Fig. 2, and P1 alone by depth and epoch."""
+"""Figures of the power decomposition: all terms by depth (Fig. 2), P1 by depth and epoch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def power_figure(
     panels: Mapping[str, Sequence[PowerRow]],
     mean_field: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
-    """The four terms, stacked, against depth, a panel a norm or step (the paper's Fig. 2).
+    """Draw the four terms, stacked, against depth: a panel per norm or step (the paper's Fig. 2).
 
-    mean_field: P1 that theory expects at each depth, by panel.
+    mean_field: {panel: P1 at each depth by mean-field theory}.
     """
-    figure, grid = panel_figure(len(panels), 3, (4.2, 2.7), least=6.5, margin=0.5)
+    figure, grid = panel_figure(len(panels), 3, (4.2, 2.7), min_width=6.5, extra_height=0.5)
     handles = {}
     for (title, power), axes in zip(panels.items(), grid.flat, strict=False):
         depths = [row.depth for row in power]
@@ -50,10 +50,10 @@ def p1_figure(
     norms: Mapping[str, str] | None = None,
     mean_field: Mapping[str, Sequence[float]] | None = None,
 ) -> Figure:
-    """Draw P1 against depth: a line a norm or cell, the mean over its nets, and their range.
+    """Draw P1 against depth: a line per norm or cell, the mean over its nets, with their range.
 
-    panels: {title: {label: the rows of each net}}; norms: the norm of each label, where it is not
-    the label itself; mean_field: as in power_figure.
+    panels: {title: {label: rows of each net}}; norms: {label: norm}, for labels that are no norms;
+    mean_field: {norm: P1 at each depth by mean-field theory}.
     """
     figure, grid = panel_figure(len(panels), 2, (7.5, 3.8))
     for axes, (title, nets) in zip(grid.flat, panels.items()):
@@ -73,11 +73,11 @@ def p1_figure(
 
 
 def p1_by_epoch_figure(cells: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
-    """Draw P1 against depth while networks train: a panel a cell, a line an epoch.
+    """Draw P1 against depth during training: a panel per cell, a line per epoch.
 
     cells: {cell: {epoch: P1 of each norm}}.
     """
-    figure, grid = panel_figure(len(cells), 4, (3.2, 2.5), least=5, margin=0.3)
+    figure, grid = panel_figure(len(cells), 4, (3.2, 2.5), min_width=5, extra_height=0.3)
     last = max(epoch for epochs in cells.values() for epoch in epochs) or 1
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, last), "viridis_r")
     for (cell, epochs), axes in zip(cells.items(), grid.flat, strict=False):

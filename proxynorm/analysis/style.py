@@ -1,4 +1,4 @@
-"""How figures look and how they are saved: matplotlib, without a display.
+"""The style of figures, and how they are saved: matplotlib, without a display.
 
 A norm and its proxy-normalized version share a colour: dashed without PN, solid with it.
 """
@@ -19,7 +19,7 @@ from proxynorm.files import write_atomic
 
 COLORS = {"bn": "#4477aa", "ln": "#ee6677", "gn": "#228833", "in": "#aa3377"}
 DASHES = {"": "--", "pn": "-", "ws": ":", "ws_pn": "-."}
-# Dates, versions and random identifiers, left out so that equal data give equal bytes.
+# Dates and versions are left out, so that equal data give equal bytes.
 METADATA = {
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},
@@ -28,9 +28,9 @@ METADATA = {
 
 
 def norm_label(norm: str) -> str:
-    """A norm's name as the paper writes it, ln_pn as LN+PN, and a cell's, ln_pn-depth44, with it.
+    """Return the name of a norm or cell as the paper writes it: LN+PN for ln_pn.
 
-    Any other name stays as it is.
+    ln_pn-depth44 becomes LN+PN, depth44. Any other name stays as it is.
     """
     name, dash, rest = norm.partition("-")
     if not norm_style(name):
@@ -39,7 +39,7 @@ def norm_label(norm: str) -> str:
 
 
 def norm_style(norm: str) -> dict[str, Any]:
-    """A norm's colour and dashes, as keyword arguments of Axes.plot; empty for any other name."""
+    """Return the colour and dashes of a norm, arguments of Axes.plot; {} for any other name."""
     base, _, variant = norm.partition("_")
     if base not in COLORS or variant not in DASHES:
         return {}
@@ -47,7 +47,7 @@ def norm_style(norm: str) -> dict[str, Any]:
 
 
 def cell_styles(norms: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The style of each cell, from its norm by cell name; cells of one norm differ in opacity."""
+    """Return the style of each cell. norms: {cell: norm}. Cells of one norm differ in opacity."""
     styles = {}
     for cell, norm in norms.items():
         alike = [other for other in norms if norms[other] == norm]
@@ -59,7 +59,7 @@ def cell_styles(norms: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of that many inches, and its grid of axes."""
+    """Return a figure of that size in inches, and its grid of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
@@ -68,23 +68,26 @@ def new_figure(
 
 
 def panel_figure(
-    count: int, most: int, size: tuple[float, float], least: float = 0, margin: float = 0
+    count: int,
+    max_columns: int,
+    size: tuple[float, float],
+    min_width: float = 0,
+    extra_height: float = 0,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `count` panels, at most `most` a row, each `size` wide and high, in inches.
-
-    least: width of the figure; margin: its height beside the panels. Returns it and its axes.
-    """
-    columns = min(count, most)
+    """Return a figure of `count` panels of that size in inches, and its grid of axes."""
+    columns = min(count, max_columns)
     rows = -(-count // columns)
-    width, height = max(size[0] * columns, least), size[1] * rows + margin
+    width, height = max(size[0] * columns, min_width), size[1] * rows + extra_height
     figure, grid = new_figure(width, height, rows, columns, sharey=True)
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     return figure, grid
 
 
-def draw_band(axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], **style: Any):
-    """Draw the mean over seeds as a line, a single point as a dot, and their range as a band."""
+def draw_band(
+    axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], **style: Any
+) -> None:
+    """Draw the mean over seeds as a line (a single point as a dot) and their range as a band."""
     values = np.asarray(seeds, dtype=float)
     marker = {"marker": "o", "ms": 3} if len(x) == 1 else {}
     (line,) = axes.plot(x, values.mean(0), **{"lw": 1.5, **marker, **style})
@@ -98,18 +101,16 @@ def legend_beside(axes: Axes) -> None:
 
 
 def as_image(figure: Figure) -> np.ndarray:
-    """The figure's pixels, (height, width, 3)."""
+    """Draw the figure and return its pixels, (height, width, 3). wandb.Image would need pyplot."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ()) -> None:
-    """Write a figure atomically as `path`, and beside it in each further one of `formats`."""
-    # A canvas of its own instead of pyplot, which needs a backend and keeps every figure alive.
-    FigureCanvasAgg(figure)
+    """Write a figure atomically to `path`, and to the same name in each of `formats`."""
     for file in (path, *(path.with_suffix(f".{name}") for name in formats)):
         kind = file.suffix.removeprefix(".")
         options = {"format": kind, "dpi": 120, "metadata": METADATA[kind]}
-        with matplotlib.rc_context({"svg.hashsalt": "proxynorm"}):
+        with matplotlib.rc_context({"svg.hashsalt": "proxynorm"}):  # else SVG has random ids
             write_atomic(file, lambda stream, options=options: figure.savefig(stream, **options))

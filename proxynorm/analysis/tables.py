@@ -1,4 +1,4 @@
-"""The same cells as an aligned text table, as Markdown, LaTeX and CSV."""
+"""Tables as aligned text, Markdown, LaTeX and CSV. The first row of a grid is the header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Grid = Sequence[Sequence[str]]
 
 
 def text_table(grid: Grid) -> str:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
+    """Align the first column to the left, the others to the right, and underline the header."""
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     header, *rows = grid
     lines = []
@@ -22,14 +22,14 @@ def text_table(grid: Grid) -> str:
 
 
 def markdown_table(grid: Grid) -> str:
-    """A header and its rows as a Markdown table, numbers to the right."""
+    """Format a grid as a Markdown table, all but the first column aligned to the right."""
     header, *rows = [[text.replace("|", "\\|") for text in row] for row in grid]
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def latex_table(grid: Grid) -> str:
-    r"""A header and its rows as a LaTeX tabular in booktabs' style (\usepackage{booktabs})."""
+    r"""Format a grid as a LaTeX tabular in the style of booktabs (\usepackage{booktabs})."""
     header, *rows = [" & ".join(map(_latex, row)) + r" \\" for row in grid]
     columns = "l" + "r" * (len(grid[0]) - 1)
     body = [r"\toprule", header, r"\midrule", *rows, r"\bottomrule"]
@@ -42,7 +42,7 @@ def _latex(text: str) -> str:
 
 
 def csv_table(grid: Sequence[Sequence[object]]) -> str:
-    """A header and its rows as CSV; None is an empty field."""
+    """Format a grid as CSV. None becomes an empty field."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(grid)
     return stream.getvalue()

@@ -1,7 +1,7 @@
-"""Measure: python scripts/benchmark.py loader [source=DIR] [json=FILE]
+"""Run a benchmark: python scripts/benchmark.py NAME [key=value …]
 
-The first word names the benchmark, key=value options follow.
-`benchmark.py NAME --help` lists them.
+Example: python scripts/benchmark.py loader source=DIR json=FILE
+`benchmark.py NAME --help` lists the options of a benchmark.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from proxynorm.cli import help_entry, nearest, script
 from proxynorm.errors import ConfigError
 
-# The checkout, if this is one: benchmarks/ is outside of the installed package.
+# The repository, if this is a checkout: a wheel does not contain benchmarks/.
 ROOT = Path(__file__).resolve().parents[2]
 # Each is a module of benchmarks/ with a dataclass Options and a function main(options).
 BENCHMARKS = {
@@ -44,7 +44,7 @@ def entry() -> None:
     module = import_module(f"benchmarks.{name}")
 
     def run(options: Any) -> int | None:
-        if options.json:  # made first, so that no measurement is lost
+        if options.json:  # a folder that cannot be made must not cost the measurement
             Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
         return module.main(options)
 

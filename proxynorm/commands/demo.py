@@ -1,7 +1,7 @@
 """Show the method in minutes: P1 in random nets, then bn, ln and ln_pn trained on Fashion-MNIST.
 
 Each norm has the learning rate and weight decay that the committed search chose for it
-(results/mini_search). Ends in a table, figures, what to run next, and a verdict in one sentence.
+(results/mini_search). The result is a table, figures, suggestions, and a verdict in one sentence.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SIZES = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size"
 
 @dataclass
 class Options:
-    seeds: int | None = option(None, "runs a norm; none given: the table's")
-    jobs: int = option(0, "runs at a time, a thread each; 0: as many as there are CPU cores")
+    seeds: int | None = option(None, "runs per norm; default: the table's")
+    jobs: int = option(0, "runs at a time, one thread each; 0: as many as there are CPU cores")
     root: str = option("runs", "folder of the run folders: ROOT/demo")
-    results: str = option("results", "folder of what the search has chosen")
-    record: bool = option(False, "keep runs and report in RESULTS/demo, which docs/ quotes")
+    results: str = option("results", "folder of the values that the search has chosen")
+    record: bool = option(False, "archive runs and report in RESULTS/demo, which docs/ quotes")
     wandb: str = option("auto", "W&B: online, offline, disabled; auto: online with a key")
-    train: list[str] = option([], "further overrides for every run, as train=[epochs=1]")
+    train: list[str] = option([], "further overrides for every run, such as train=[epochs=1]")
 
 
 def main(options: Options) -> int:

@@ -1,12 +1,13 @@
-"""The power decomposition (the paper's Fig. 2) of random nets or of a run.
+"""The power decomposition (the paper's Fig. 2) of random networks or of a run.
 
   python scripts/power.py 'norms=[ln,ln_pn]' nets=8 output=results/power_random_net
-  python scripts/power.py run=runs/NAME           # the steps logged by power.every_epochs=…,
-  python scripts/power.py run=runs/NAME weights=last       # or a checkpoint
+  python scripts/power.py run=runs/NAME             # as logged with power.every_epochs=…
+  python scripts/power.py run=runs/NAME weights=last               # of a checkpoint
 
-Writes power.csv and power.png into output; for random nets also summary.json and p1.png: P1 of each
-norm that was measured both with and without PN, against depth. Figures are written as PDF and SVG
-too. The powers of a table's networks are in its report: scripts/reproduce.py report.
+Writes power.csv and power.png into the output folder. For random networks, it also writes
+summary.json and p1.png, which shows P1 against depth for each norm that was measured with and
+without PN. Figures are also written as PDF and SVG. The report of a table (scripts/reproduce.py
+report) shows the power decomposition of its networks.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ VECTOR = ("pdf", "svg")
 
 @dataclass
 class Options:
-    output: str = option("results/power", "folder of the files")
-    run: str | None = option(None, "a run folder instead of random nets")
-    weights: str = option("", "run=: measure this checkpoint, last or best, not the logged steps")
+    output: str = option("results/power", "output folder")
+    run: str | None = option(None, "run folder; default: random nets")
+    weights: str = option("", "with run=: measure this checkpoint, last or best")
     images: int = option(32, "images to measure on")
-    batch: int = option(8, "images a forward; Batch Norm's statistics are over these")
+    batch: int = option(8, "images per forward pass, which share Batch Norm's statistics")
     norms: list[str] = option(["bn", "in", "ln", "gn", "ln_pn", "ln_ws"], "random nets: the norms")
     width: int = option(1024, "random nets: channels")
     depth: int = option(50, "random nets: layers")
     size: int = option(8, "random nets: side of the input, which is white noise")
-    nets: int = option(1, "random nets: number of seeds to average over")
+    nets: int = option(1, "random nets: seeds to average over")
     beta_std: float = option(0.2, "random nets: β ~ N(0, beta_std²)")
     gamma_std: float = option(0.2, "random nets: γ ~ N(1, gamma_std²)")
     groups: int | None = option(None, "random nets: groups of gn")
@@ -57,41 +58,41 @@ def check(options: Options) -> None:
     least = dict.fromkeys(("images", "batch", "width", "depth", "size", "nets"), 1)
     for name, bound in {**least, "beta_std": 0, "gamma_std": 0}.items():
         if not bound <= getattr(options, name) < math.inf:
-            words = f"must be at least {bound} and finite"
-            raise ConfigError(f"{name}={getattr(options, name)}: {words}")
+            value = getattr(options, name)
+            raise ConfigError(f"{name}={value}: must be at least {bound} and finite")
     if options.groups is not None and (options.groups < 1 or options.width % options.groups):
         raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
     known = set(NORMS) - {"none"}
     for norm in options.norms or [""]:
         if norm not in known:
-            raise ConfigError(f"norms: no norm '{norm}' to measure behind; {nearest(norm, known)}")
+            raise ConfigError(f"norms: no norm '{norm}' to measure; {nearest(norm, known)}")
 
 
 def decompose_random_nets(options: Options, device: torch.device) -> dict[str, list]:
-    """The rows of each net, by norm."""
-    found: dict[str, list[list[PowerRow]]] = {norm: [] for norm in options.norms}
+    """Return {norm: rows of each network}."""
+    by_norm: dict[str, list[list[PowerRow]]] = {norm: [] for norm in options.norms}
     keys = ("width", "depth", "beta_std", "gamma_std", "groups")
-    chosen = {key: getattr(options, key) for key in keys}
+    architecture = {key: getattr(options, key) for key in keys}
     shape = (options.images, 3, options.size, options.size)
-    for norm, nets in found.items():
+    for norm, nets in by_norm.items():
         for seed in range(options.nets):
-            net = random_net(norm, seed=seed, **chosen).to(device)
+            net = random_net(norm, seed=seed, **architecture).to(device)
             images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             nets.append(power_decomposition(net, images.split(options.batch)))
             last = nets[-1][-1]
             print(f"{norm} net {seed}: P1 at depth {last.depth} {last.p1:.4f}", flush=True)
-    return found
+    return by_norm
 
 
 def show_random_nets(options: Options, folder: Path, device: torch.device) -> None:
-    found = decompose_random_nets(options, device)
-    means = {norm: mean_rows(nets) for norm, nets in found.items()}
+    by_norm = decompose_random_nets(options, device)
+    means = {norm: mean_rows(nets) for norm, nets in by_norm.items()}
     field = [0.0, *mean_field_p1(options.depth - 1, options.beta_std, options.gamma_std)]
     expected = {"ln": field} if "ln" in means else {}
     write_csv(folder / "power.csv", means, "norm")
     save_figure(power_figure(means, expected), folder / "power.png", VECTOR)
-    pairs = [name for norm in found for name in (norm, f"{norm}_pn") if f"{norm}_pn" in found]
-    shown = {norm: found[norm] for norm in pairs or found}
+    pairs = [name for norm in by_norm for name in (norm, f"{norm}_pn") if f"{norm}_pn" in by_norm]
+    shown = {norm: by_norm[norm] for norm in pairs or by_norm}
     mean_field = {norm: curve for norm, curve in expected.items() if norm in shown}
     title = f"Random nets: {', '.join(map(norm_label, shown))}, mean and range of {options.nets}"
     figure = p1_figure({title: shown}, mean_field=mean_field)
@@ -106,7 +107,7 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
     if expected:
         summary["largest_distance_of_ln_from_mean_field"] = {
             "mean over nets": distance(means["ln"]),
-            "each net": [distance(rows) for rows in found["ln"]],
+            "each net": [distance(rows) for rows in by_norm["ln"]],
         }
     write_json(folder / "summary.json", summary)
 
@@ -133,6 +134,6 @@ def main(options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (show_run if options.run else show_random_nets)(options, folder, device)
-    except ValueError as error:  # a network without norms, or channels that groups do not divide
+    except ValueError as error:  # no norms, or a number of channels that groups does not divide
         raise ConfigError(str(error)) from error
     print(folder / "power.png")

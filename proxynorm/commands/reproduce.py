@@ -1,27 +1,27 @@
 """Reproduce a table: python scripts/reproduce.py COMMAND table=NAME [key=value …]
 
 Commands
-  plan     a line for each cell: runs done, hours; with verbose=true the
-           command of each run
-  run      train what is missing on this machine, jobs= at a time
-  launch   the same, or with launcher=slurm as an array of jobs, and the report
-           after it
+  plan     a line per cell: runs done, hours; with verbose=true the command of
+           each run
+  run      train the missing runs on this machine, jobs= at a time
+  launch   the same, or with launcher=slurm submit them as an array of jobs,
+           followed by the report
   status   the state of each run
   choose   after a finished search: write results/TABLE/chosen.json, which tuned
            tables read
-  collect  keep finished runs (config, environment, metrics, summary) in
+  collect  archive finished runs (config, environment, metrics, summary) in
            results/TABLE/runs
   report   write results/TABLE: report.md, figures (PNG, PDF), table.tex,
            cells.csv, and a comparison run on W&B; with cells= or seeds= into
            results/TABLE/selection
-  upload   put finished runs that are not on W&B there, from their folders or
+  upload   log finished runs that are not on W&B yet, from their folders or
            results/TABLE/runs
   claims   write results/claims.md: each claim of the poster, its evidence, its
            status (no table=)
-  docs     render the tables of results in README.md and docs/*.md (no table=)
+  docs     update the tables of results in README.md and docs/*.md (no table=)
 
-Upload offline W&B runs with: wandb sync runs/TABLE/wandb/offline-run-* and
-wandb sync runs/TABLE/*/wandb/offline-run-*, and what upload made offline with
+Offline W&B runs are uploaded by wandb sync runs/TABLE/wandb/offline-run-* and
+wandb sync runs/TABLE/*/wandb/offline-run-*; those of the command upload by
 wandb sync runs/TABLE/upload/*/wandb/offline-run-*"""
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import write_json, write_text
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.slurm import SlurmOptions, launch_array
-from proxynorm.paper import plan as cost
 from proxynorm.paper import records, search
+from proxynorm.paper.plan import kept_status, plan_text, status_text
 from proxynorm.paper.records import refuse_other_recipes
 from proxynorm.paper.table import (
     Table,
@@ -54,18 +54,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class TableOptions:
-    command: str = option(
-        "???",
-        "plan, run, launch, status, choose, collect, report, upload, claims, docs; first word",
-    )
+    command: str = option("???", "one of the commands above; the first argument")
     table: str = option("", "the table's name, or a YAML file; required")
-    root: str = option("runs", "folder of the tables' run folders")
+    root: str = option("runs", "folder of the run folders, ROOT/TABLE/NAME")
     results: str = option("results", "folder of chosen values, collected runs and reports")
-    seeds: int | None = option(None, "runs a cell; none given: the table's")
+    seeds: int | None = option(None, "runs per cell; default: the table's")
     cells: list[str] = option([], "only these cells")
-    train: list[str] = option([], "further overrides for every run, as train=[device=cuda]")
+    train: list[str] = option([], "further overrides for every run, such as train=[device=cuda]")
     verbose: bool = option(False, "plan: the command of each run")
-    force: bool = option(False, "report: replace one of more runs")
+    force: bool = option(False, "report: replace a report of more runs")
     wandb: str = option(
         "auto", "report, upload: online, offline, disabled; auto: online with a key, else offline"
     )
@@ -75,19 +72,19 @@ class TableOptions:
 
 
 @dataclass
-class Options(SlurmOptions, TableOptions):  # fields come in the order TableOptions, SlurmOptions
-    report: bool = option(True, "slurm: a job that writes the report after the array")
+class Options(SlurmOptions, TableOptions):  # dataclasses take the fields of the last base first
+    report: bool = option(True, "slurm: submit a job that writes the report after the array")
 
 
 def selected_runs(options: Options, check: bool = False) -> tuple[Table, list[TableRun]]:
-    """The table and its runs, or those of cells=. Raises ConfigError for a cell it does not have.
+    """Return the table and its runs, or those of cells=.
 
-    check: also if a finished run was trained with another recipe.
+    Raises ConfigError for an unknown cell and, with `check`, for finished runs of another recipe.
     """
     table = load_table(options.table, options.seeds)
     for override in options.train:
         if override.split("=")[0].lstrip("+") in ("seed", "name", "runs_dir"):
-            raise ConfigError(f"train=[{override}]: each run of a table has its own; leave it out")
+            raise ConfigError(f"train=[{override}]: the table sets it for each run; leave it out")
     runs = table_runs(table, options.root, read_chosen(table, options.results), options.train)
     names = sorted({run.cell.name for run in runs})
     for cell in options.cells:
@@ -99,53 +96,56 @@ def selected_runs(options: Options, check: bool = False) -> tuple[Table, list[Ta
     return table, runs
 
 
-def words(options: Options, *keys: str) -> list[str]:
-    """The options that are given, as words of a command line, texts as YAML strings."""
+def arguments(options: Options, *keys: str) -> list[str]:
+    """Return the options that are set, as key=value arguments with JSON values."""
     given = {key: value for key in keys if (value := getattr(options, key))}
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def plan(options: Options) -> None:
-    print(cost.plan(*selected_runs(options), Path(options.results), options.jobs, options.verbose))
+    table, runs = selected_runs(options)
+    print(plan_text(table, runs, Path(options.results), options.jobs, options.verbose))
 
 
 def status(options: Options) -> None:
-    print(cost.status(selected_runs(options)[1], Path(options.results)))
+    print(status_text(selected_runs(options)[1], Path(options.results)))
 
 
 def launch(options: Options) -> int:
     if options.launcher not in ("local", "slurm"):
         raise ConfigError(f"launcher={options.launcher}: valid: local, slurm")
     table, runs = selected_runs(options, check=True)
-    kept = {run.name: cost.kept_status(run, options.results) for run in runs}
-    kept = {name: now.note for name, now in kept.items() if now and now.state == "done"}
-    for name, note in kept.items():
-        print(f"{name}: finished, {note}", flush=True)
-    runs = [run for run in runs if run.name not in kept]
-    if not runs:
+    due = []
+    for run in runs:
+        kept = kept_status(run, options.results)
+        if kept and kept.state == "done":
+            print(f"{run.name}: finished, {kept.note}", flush=True)
+        else:
+            due.append(run)
+    if not due:
         return 0
-    try:  # a mistake in the overrides is told once, not by each run
-        settings_from(compose_config(runs[0].arguments))
+    try:  # report a mistake in the overrides once, not for each run
+        settings_from(compose_config(due[0].arguments))
     except ConfigError as error:
-        raise ConfigError(f"cell {runs[0].cell.name}: {error}") from error
+        raise ConfigError(f"cell {due[0].cell.name}: {error}") from error
     if options.launcher == "local":
-        return run_locally(runs, options.jobs, options.threads)
+        return run_locally(due, options.jobs, options.threads)
     keys = ("table", "root", "results", "seeds", "cells", "train", "wandb")
-    report = ["report", *words(options, *keys)] if options.report else []
-    return launch_array(runs, table.name, options, report)
+    report = ["report", *arguments(options, *keys)] if options.report else []
+    return launch_array(due, table.name, options, report)
 
 
 def choose(options: Options) -> None:
     table, runs = selected_runs(options, check=True)
-    found = search.choose(table, runs, options.results)
+    choice = search.choose(table, runs, options.results)
     path = Path(options.results) / table.name / "chosen.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-    for place, values in found["chosen"].items():
-        print(f"{place}: {values}  of {found['tried'][place]}")
-    for place, axes in found["at_edge"].items():
-        where = f"the best value of {' and '.join(axes)} lies at the edge of the search"
-        print(f"warning: {place}: {where}", file=sys.stderr)
+    write_json(path, choice)
+    for group, values in choice["chosen"].items():
+        print(f"{group}: {values}  of {choice['tried'][group]}")
+    for group, axes in choice["at_edge"].items():
+        warning = f"the best value of {' and '.join(axes)} is at the edge of the search"
+        print(f"warning: {group}: {warning}", file=sys.stderr)
     print(path)
 
 
@@ -162,7 +162,7 @@ def report(options: Options) -> None:
 
     table, runs = selected_runs(options, check=True)
     selection = "selection" if options.seeds or options.cells else ""
-    findings = gather(table, runs, options.results, words(options, "seeds", "cells", "train"))
+    findings = gather(table, runs, options.results, arguments(options, "seeds", "cells", "train"))
     folder = Path(options.results) / table.name / selection
     write_report(findings, folder, options.force)
     log_comparison(findings, options.wandb, folder, Path(options.root) / table.name)
@@ -170,11 +170,11 @@ def report(options: Options) -> None:
 
 
 def upload(options: Options) -> None:
-    from proxynorm.paper.tracking import upload as put
+    from proxynorm.paper.tracking import upload_runs
 
     table, runs = selected_runs(options)
     folder = Path(options.root) / table.name / "upload"
-    names = put(runs, Path(options.results), options.wandb, folder)
+    names = upload_runs(runs, Path(options.results), options.wandb, folder)
     where = f"; W&B's files: {folder}" if names else ""
     print(f"{len(names)} runs uploaded ({options.wandb}){where}")
 
@@ -199,7 +199,7 @@ def docs(options: Options) -> None:
     from proxynorm.paper.report import rendered
 
     if not (ROOT / "README.md").is_file():
-        raise ConfigError("docs renders the pages of the repository: git clone it and run there")
+        raise ConfigError("docs renders pages of the repository: git clone it and run there")
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text()
         new = rendered(text, Path(options.results))

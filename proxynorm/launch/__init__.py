@@ -1,1 +1,1 @@
-"""How many runs get trained: on this machine, on SLURM."""
+"""Launchers, which train many runs on this machine or on a SLURM cluster."""

@@ -1,4 +1,4 @@
-"""How long runs will take: as runs of the same kind took, else as is stated of them."""
+"""How long runs take: as measured on runs of the same kind, else as their table states."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ from proxynorm.errors import DataError
 from proxynorm.launch.runs import Estimate, Run
 from proxynorm.launch.status import read_progress, reading
 
-START_SECONDS = 60.0  # for starting a run: queueing, imports, opening the data
+START_SECONDS = 60.0  # added to each run: queueing, imports, opening the data
 
 
 def estimator(runs: Sequence[Run], processes: int = 1) -> Callable[[Run], Estimate]:
-    """An estimator by what the folders of `runs` tell of runs with that many processes."""
+    """Return a function that estimates a run's time from the folders of `runs`.
+
+    Only runs that were trained by that number of processes are used.
+    """
     measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for run in runs:
         if seconds := folder_seconds(run.folder, processes):
             measured[run.kind].append(seconds)
 
     def estimate(run: Run) -> Estimate:
-        found = measured.get(run.kind)
-        return Estimate(median(found), "measured") if found else run.stated
+        seconds = measured.get(run.kind)
+        return Estimate(median(seconds), "measured") if seconds else run.stated
 
     return estimate
 
 
 def folder_seconds(folder: Path, processes: int) -> float | None:
-    """Seconds of the whole run in `folder`, from its latest speed; None if it tells none.
+    """Return the seconds of the whole run in `folder` at its latest speed.
 
-    A run with another number of processes tells none.
+    None if the speed is not known, or was measured with another number of processes.
     """
     try:
         with reading(folder):
             environment = json.loads((folder / "environment.json").read_bytes())
-            now = read_progress(folder)
-            seconds = now.seconds(now.total) if now else None
-            same = environment.get("world_size", 1) == processes
-            return seconds + START_SECONDS if seconds and same else None
-    except DataError:  # told where the run's status is
+            progress = read_progress(folder)
+            if progress is None or environment.get("world_size", 1) != processes:
+                return None
+            seconds = progress.seconds(progress.total)
+            return seconds + START_SECONDS if seconds else None
+    except DataError:  # reported with the run's status
         return None
 
 
@@ -54,11 +58,13 @@ def duration(seconds: float) -> str:
 
 
 def describe(runs: Sequence[Run], estimate: Callable[[Run], Estimate]) -> str:
-    """The number of runs, their time together and where it comes from."""
+    """Return the number of runs, their total time and the origin of the estimate, in words."""
+    if not runs:
+        return "nothing to do"
     estimates = [estimate(run) for run in runs]
     known = [item.seconds for item in estimates if item.seconds is not None]
     time = duration(sum(known)) if known else "time unknown"
     if 0 < len(known) < len(runs):
         time = f"at least {time}"
     origins = "; ".join(sorted({item.origin for item in estimates}))
-    return f"{len(runs)} runs to do, {time} ({origins})" if runs else "nothing to do"
+    return f"{len(runs)} runs to do, {time} ({origins})"

@@ -24,8 +24,8 @@ def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1) -> int:
 
     Each run is a train.py process with a log beside the run folders, and resumes where it
     stopped. Runs that another process trains are skipped. A stop signal is passed on to the runs,
-    which save. Returns the exit status: 0 all done or running elsewhere, 75 stopped by a signal,
-    1 some failed or are damaged, which are listed with the reason.
+    which save. Returns the exit status: 0 if all are done or running elsewhere, 75 after a stop
+    signal, 1 if some failed or are damaged; these are listed with the reason.
     """
     if jobs < 1 or threads < 1:
         raise ConfigError(f"jobs={jobs}, threads={threads}: must be at least 1")
@@ -40,39 +40,42 @@ def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1) -> int:
 
 
 def train_if_due(run: Run, threads: int, stop: StopRequest) -> str:
-    """Train a run unless it is finished or running elsewhere; its failure, "" if there is none."""
+    """Train a run unless it is finished or running elsewhere.
+
+    Returns why it failed, or that it is damaged; "" otherwise.
+    """
     if stop:
         return ""
-    now = run_status(run)
-    left = {"done": "finished", "running": "running elsewhere", "damaged": "damaged"}
-    say(f"{run.name}: {left.get(now.state, 'resuming' if now.progress else 'starting')}")
-    if now.state in left:
-        return f"{run.name}: {now.error}" if now.state == "damaged" else ""
+    status = run_status(run)
+    skipped = {"done": "finished", "running": "running elsewhere", "damaged": "damaged"}
+    say(f"{run.name}: {skipped.get(status.state, 'resuming' if status.progress else 'starting')}")
+    if status.state in skipped:
+        return f"{run.name}: {status.error}" if status.state == "damaged" else ""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with open(run.log, "a") as log:
         print(f"$ {run.command}", file=log, flush=True)
-        begun, limits = time.monotonic(), dict.fromkeys(THREADS, str(threads))
-        status = train(run, stop, limits, stdout=log, stderr=log)
+        start, variables = time.monotonic(), dict.fromkeys(THREADS, str(threads))
+        exit_status = train(run, stop, variables, stdout=log, stderr=log)
         reason = last_error(run.log)
-        if status == 2 and IN_USE in reason:
+        if exit_status == 2 and IN_USE in reason:
             say(f"{run.name}: running elsewhere")
             return ""
-        print(f"# exit status {status}", file=log)
-    failed = status not in STOPPED
-    if status == -signal.SIGKILL:
-        words = reason = killed(status)
+        print(f"# exit status {exit_status}", file=log)
+    failed = exit_status not in STOPPED
+    if exit_status == -signal.SIGKILL:
+        result = reason = killed(exit_status)
     elif failed:
-        words = f"failed with status {status}: {reason}"
+        result = f"failed with status {exit_status}: {reason}"
     else:
-        words = "stopped" if status else "done"
-    say(f"{run.name}: {words} ({(time.monotonic() - begun) / 60:.1f} min)")
+        result = "stopped" if exit_status else "done"
+    say(f"{run.name}: {result} ({(time.monotonic() - start) / 60:.1f} min)")
     return f"{run.name}: {reason}  ({run.log})" if failed else ""
 
 
 def train(run: Run, stop: StopRequest, environment: Mapping[str, str], **streams: Any) -> int:
-    """Run train.py, passing a stop signal on to it; the exit status.
+    """Run train.py, pass a stop signal on to it, and return its exit status.
 
-    environment: further variables; streams: stdout=, stderr= of Popen.
+    environment: additional variables; streams: stdout= and stderr= of Popen.
     """
     process = subprocess.Popen(
         [*TRAIN, *run.arguments],
@@ -89,5 +92,5 @@ def train(run: Run, stop: StopRequest, environment: Mapping[str, str], **streams
     return process.returncode
 
 
-def killed(status: int) -> str:
-    return f"killed (signal {-status}); run again"
+def killed(exit_status: int) -> str:
+    return f"killed (signal {-exit_status}); run again"

@@ -1,4 +1,4 @@
-"""A Hydra multirun: its runs, and how they are trained one after the other on this machine."""
+"""The runs of a Hydra multirun, and their training one after the other on this machine."""
 
 from __future__ import annotations
 
@@ -18,77 +18,76 @@ from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
 from proxynorm.train.settings import folder_of
 
-# torchrun's count of restarts: the processes of a run meet under it.
+# torchrun's count of restarts. The processes of a run find each other by it.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 class Failure(NamedTuple):
-    """A run of a sweep that failed: its own words, exit status and last line."""
+    """A failed run of a sweep: the overrides that are its own, its exit status, the reason."""
 
-    words: str
+    overrides: str
     status: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.words}: {self.reason}"
+        return f"{self.overrides}: {self.reason}"
 
 
 def sweep_runs(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]]:
-    """Return a run for each list of overrides, in train.py's folder for it, and what is no run.
+    """Return a run for each list of overrides, and a failure for each list that is not valid.
 
-    Raises ConfigError if two share a folder.
+    Raises ConfigError if two runs share a folder.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     failures = []
     for overrides in sweep:
         try:
             settings = settings_from(compose_config(overrides))
             folder = folder_of(settings)
         except ConfigError as error:
-            failures.append(Failure(own_words(overrides, sweep), 2, str(error)))
+            failures.append(Failure(own_overrides(overrides, sweep), 2, str(error)))
             continue
-        if folder in found:
+        if folder in runs:
             advice = "leave out name=" if settings.name else "sweep them apart, by runs_dir="
             raise ConfigError(f"two runs of the sweep have the folder {folder}; {advice}")
-        found[folder] = Run(folder, tuple(overrides))
-    return list(found.values()), failures
+        runs[folder] = Run(folder, tuple(overrides))
+    return list(runs.values()), failures
 
 
-def own_words(overrides: Sequence[str], sweep: Sequence[Sequence[str]]) -> str:
+def own_overrides(overrides: Sequence[str], sweep: Sequence[Sequence[str]]) -> str:
     """Return the overrides that distinguish a run from the others of its sweep."""
     return " ".join(word for word in overrides if not all(word in other for other in sweep))
 
 
 def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]]:
-    """Train the sweep's runs, each in a process of its own, whatever becomes of the others.
+    """Train the runs of a sweep, each in a process of its own. A failure does not end the sweep.
 
-    Returns the runs and what failed. Exits with status 75 after a signal.
+    Returns the runs and the failures. Exits with status 75 after a stop signal.
     """
     runs, failures = sweep_runs(sweep)
     for failure in failures:
         say(f"left out: {failure}")
     for number, run in enumerate(runs, 1):
-        words = own_words(run.arguments, sweep)
-        say(f"\n[{number}/{len(runs)}] {words}")
+        overrides = own_overrides(run.arguments, sweep)
+        say(f"\n[{number}/{len(runs)}] {overrides}")
         status, reason = train_run(run, number)
         if status:
-            failures.append(Failure(words, status, reason))
+            failures.append(Failure(overrides, status, reason))
     return runs, failures
 
 
 def train_run(run: Run, number: int) -> tuple[int, str]:
-    """Train a run on this terminal; return its exit status and the last line of its errors.
+    """Train a run on this terminal and return its exit status and last error line.
 
     Exits with status 75 after a stop signal, which is passed on to the run.
     """
     restarts = {RESTARTS: f"{os.environ.get(RESTARTS, 0)}.{number}"}
     with tempfile.NamedTemporaryFile() as errors, stop_request() as stop:
-        # Shows the errors and keeps them; in a session of its own it outlives Ctrl-C, as the run.
-        command = ["tee", errors.name]
-        tee = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
-        )
-        with tee:
+        # tee shows the errors and keeps a copy. Like the run, it has a session of its own, so that
+        # Ctrl-C does not end it.
+        with subprocess.Popen(
+            ["tee", errors.name], stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
+        ) as tee:
             status = train(run, stop, restarts, stderr=tee.stdin)
         if stop:
             sys.exit(REQUEUE)

@@ -11,22 +11,22 @@ from typing import NamedTuple
 
 from proxynorm.cli import as_installed
 
-TRAIN = (sys.executable, "-m", "proxynorm", "train")  # also where the package is installed
+TRAIN = (sys.executable, "-m", "proxynorm", "train")  # works without a checkout, too
 
 
 def is_main() -> bool:
-    """Return whether this process speaks: torchrun starts several, which all sweep."""
+    """Return whether this is the main process. Under torchrun, every process runs the sweep."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe, and whole, also from a thread."""
+    """Print text from the main process, flushed, in a single write: threads do not mix lines."""
     if is_main():
         print(f"{text}\n", end="", flush=True)
 
 
 class Estimate(NamedTuple):
-    """Seconds of a run with its start (None: unknown) and where the number comes from."""
+    """Seconds that a run takes, start-up included (None: unknown), and their origin in words."""
 
     seconds: float | None
     origin: str
@@ -34,13 +34,15 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its folder and the arguments of train.py, Hydra's quoting included."""
+    """A training run.
+
+    arguments: of train.py, with Hydra's quoting
+    stated:    the estimate to use until runs of the same kind are measured
+    """
 
     folder: Path
     arguments: tuple[str, ...]
-    stated: Estimate = field(
-        default=Estimate(None, "nothing like it was measured"), kw_only=True
-    )  # holds until runs of its kind are measured
+    stated: Estimate = field(default=Estimate(None, "nothing like it was measured"), kw_only=True)
 
     @property
     def name(self) -> str:
@@ -58,5 +60,5 @@ class Run:
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """The arguments without seed and name; runs that share them take equally long."""
+        """The arguments without seed and name. Runs of the same kind take equally long."""
         return tuple(word for word in self.arguments if not word.startswith(("seed=", "name=")))

@@ -1,8 +1,8 @@
-"""Runs under SLURM: submit those that are due as one array, and tell where each stands.
+"""Runs under SLURM: submit those that are due as one array, and find the status of each.
 
 A plan file, slurm/plan-N.json beside the run folders, lists the runs of an array: {"job": its id,
-"runs": [{name, log, arguments}, …]}; task k trains entry k. slurm/.lock keeps a second launch out
-until the plan is written, so that nothing is submitted twice.
+"runs": [{name, log, arguments}, …]}. Task k trains entry k. A lock file, slurm/.lock, keeps a
+second launch out until the plan is written, so that no run is submitted twice.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from proxynorm.errors import ConfigError
 from proxynorm.files import locked, write_json
 from proxynorm.launch.estimate import describe, estimator
 from proxynorm.launch.runs import Run, say
-from proxynorm.launch.status import Status, own_lines, run_status
+from proxynorm.launch.status import Status, relevant_lines, run_status
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "report.sbatch"
-# Arguments of sbatch that the report's job shares with the runs.
+# Arguments of sbatch that the job of the report shares with the runs.
 FOR_REPORT = ("--account=", "--partition=", "--qos=", "--reservation=")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 USUAL_REASONS = ("None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Dependency")
-GOES_ON = "# goes on in "  # slurm/train.sbatch prints it before it turns to the run's log
-Task = tuple[str, str]  # an array's job id and the task's index in it
+GOES_ON = "# goes on in "  # slurm/train.sbatch prints it and then switches to the run's log
+Task = tuple[str, str]  # the job id of an array, the index of a task in it
 
 
 @dataclass
 class SlurmOptions:
-    """The resources of a run, in sbatch's terms; None leaves them to the cluster's defaults.
+    """The options of `reproduce launch` and of hydra/launcher=slurm.
 
-    These are the options of `reproduce launch` and of hydra/launcher=slurm.
+    None leaves a resource to the defaults of the cluster.
     """
 
     time: str | None = option(
@@ -46,26 +46,26 @@ class SlurmOptions:
     )
     partition: str | None = option(None, "slurm: partition")
     nodes: int | None = option(None, "slurm: nodes of a run")
-    gpus: int | None = option(None, "slurm: GPUs of a run, over all its nodes, a process each")
+    gpus: int | None = option(None, "slurm: GPUs of a run on all nodes together, one process each")
     cpus_per_task: int | None = option(None, "slurm: CPUs of a process")
     limit: int | None = option(None, "slurm: array tasks at a time")
     stage: str | None = option(
-        None, "slurm: folder on each node, as /dev/shm, into which .beton files are copied first"
+        None, "slurm: folder on each node, such as /dev/shm, to copy .beton files to first"
     )
     sbatch: list[str] = option(
-        [], "slurm: further arguments of sbatch, as sbatch=[--account=A,--mem=32G]"
+        [], "slurm: further arguments of sbatch, such as sbatch=[--account=A,--mem=32G]"
     )
     retry_failed: bool = option(False, "slurm: submit failed runs again")
     dry_run: bool = option(False, "slurm: print the sbatch command and its runs, submit nothing")
 
 
 class Jobs:
-    """SLURM's view of the runs in a folder: the tasks of each, and their state."""
+    """The tasks that SLURM has, or had, for the runs in a folder, and their states."""
 
     def __init__(self, runs_dir: Path) -> None:
         self.logs = runs_dir / "logs"
         plans = [json.loads(path.read_text()) for path in plan_paths(runs_dir)]
-        # Asked before the run folders are read: a run that ends in between is done, not lost.
+        # Read before the run folders, so that a run that ends in between counts as done.
         self.queue = queue() if plans else {}
         self.tasks: dict[str, list[Task]] = defaultdict(list)
         for plan in plans:
@@ -73,32 +73,32 @@ class Jobs:
                 self.tasks[run["name"]].append((plan["job"], str(index)))
 
     def queued(self, name: str) -> Task | None:
-        """The run's task in the queue."""
+        """Return the run's task in the queue."""
         return next((task for task in self.tasks[name] if task in self.queue), None)
 
     def status(self, run: Run) -> Status:
-        """The run's status, from its folder and from SLURM."""
+        """Return the run's status from its folder and the queue."""
         task = self.queued(run.name)
-        # A task that has left the queue may have left its lock behind, on the node it ran on.
-        now = run_status(run, elsewhere=task is not None or not self.tasks[run.name])
-        if now.state == "done":
-            return now
+        # A lock file from another node is stale once the run's tasks have left the queue.
+        status = run_status(run, elsewhere=task is not None or not self.tasks[run.name])
+        if status.state == "done":
+            return status
         if task is not None:
             state, reason = self.queue[task]
-            now = replace(now, error="", job="_".join(task))
+            status = replace(status, error="", job="_".join(task))
             if state not in WAITING:
-                return replace(now, state="running")
+                return replace(status, state="running")
             note = "" if reason in USUAL_REASONS else reason
-            return replace(now, state="preempted" if now.progress else "queued", note=note)
-        if now.state in ("missing", "stopped") and (error := self.failure(run.name)):
-            return replace(now, state="failed", error=error)
-        return now
+            return replace(status, state="preempted" if status.progress else "queued", note=note)
+        if status.state in ("missing", "stopped") and (error := self.failure(run.name)):
+            return replace(status, state="failed", error=error)
+        return status
 
     def failure(self, name: str) -> str:
-        """Why the run's last task failed before it turned to the run's log, or by SLURM."""
+        """Return why the run's last task failed outside of the run's log; "" if it did not."""
         if not self.tasks[name]:
             return ""
-        lines = own_lines(self.logs / f"slurm-{'_'.join(self.tasks[name][-1])}.log")
+        lines = relevant_lines(self.logs / f"slurm-{'_'.join(self.tasks[name][-1])}.log")
         failed = lines and not lines[-1].startswith(GOES_ON)
         return lines[-1].removeprefix("error: ") if failed else ""
 
@@ -108,11 +108,11 @@ def launch_array(
 ) -> int:
     """Submit the runs that are neither finished nor queued nor running, and a report after them.
 
-    Prints what they will take first. Failed runs are submitted only with options.retry_failed.
+    Prints the estimated time first. Failed runs are submitted only with options.retry_failed.
     report: arguments of scripts/reproduce.py; none: no report. Returns the exit status: 1 if
     failed or damaged runs are left out, else 0. Raises ConfigError if SLURM refuses.
     """
-    requests(options)  # refuse impossible resources first
+    requests(options)  # reject impossible resources first
     runs_dir = runs[0].folder.parent
     if not options.dry_run:
         for folder in ("slurm", "logs"):
@@ -120,8 +120,8 @@ def launch_array(
     with nullcontext() if options.dry_run else locked(runs_dir / "slurm" / ".lock"):
         jobs = Jobs(runs_dir)
         statuses = [(run, jobs.status(run)) for run in runs]
-        due = [run for run, now in statuses if is_due(run, now, options.retry_failed)]
-        failed = [run for run, now in statuses if now.state == "failed" and run not in due]
+        due = [run for run, status in statuses if is_due(run, status, options.retry_failed)]
+        failed = [run for run, status in statuses if status.state == "failed" and run not in due]
         estimate = estimator(runs, options.gpus or 1)
         say(describe(due, estimate) if due else "nothing to submit")
         if due:
@@ -131,34 +131,41 @@ def launch_array(
                 submit_report({job, *queued}, name, runs_dir / "logs", options, report)
     if failed:
         say(f"{len(failed)} failed runs are left out; retry_failed=true submits them again")
-    return 1 if failed or any(now.state == "damaged" for _, now in statuses) else 0
+    return 1 if failed or any(status.state == "damaged" for _, status in statuses) else 0
 
 
-def is_due(run: Run, now: Status, retry_failed: bool) -> bool:
-    """Return whether the run is to be submitted; prints why not."""
-    if now.state in ("missing", "stopped") or (now.state == "failed" and retry_failed):
+def is_due(run: Run, status: Status, retry_failed: bool) -> bool:
+    """Return whether to submit the run. If not, print why."""
+    if status.state in ("missing", "stopped") or (status.state == "failed" and retry_failed):
         return True
-    where = f"{now.state} as job {now.job}" if now.job else "running elsewhere"
-    words = {"done": "finished", "failed": f"failed: {now.error}", "damaged": now.error}
-    say(f"{run.name}: {words.get(now.state, where)}")
+    where = f"{status.state} as job {status.job}" if status.job else "running elsewhere"
+    reasons = {"done": "finished", "failed": f"failed: {status.error}", "damaged": status.error}
+    say(f"{run.name}: {reasons.get(status.state, where)}")
     return False
 
 
 def plan_paths(runs_dir: Path) -> list[Path]:
-    """The plan files, oldest first."""
-    return sorted((runs_dir / "slurm").glob("plan-*.json"), key=lambda path: int(path.stem[5:]))
+    """Return the plan files, oldest first."""
+    return sorted((runs_dir / "slurm").glob("plan-*.json"), key=plan_number)
+
+
+def plan_number(path: Path) -> int:
+    return int(path.stem.removeprefix("plan-"))
 
 
 def submit_plan(due: Sequence[Run], name: str, options: SlurmOptions) -> str:
-    """Write the plan of the runs, submit its array and add the job's id to it; the id.
+    """Submit the runs as an array, with a plan file, and return the id of its job.
 
-    Raises ConfigError in a wheel.
+    The plan is written before the array is submitted, because its tasks read it. Raises ConfigError
+    outside of a checkout.
     """
     if not TRAIN_SCRIPT.is_file():
-        raise ConfigError("SLURM jobs start from slurm/train.sbatch: git clone, and launch there")
+        raise ConfigError(
+            "SLURM jobs need slurm/train.sbatch: git clone the repository, launch there"
+        )
     runs_dir = due[0].folder.parent
-    former = plan_paths(runs_dir)
-    plan = runs_dir / "slurm" / f"plan-{int(former[-1].stem[5:]) + 1 if former else 1}.json"
+    numbers = [plan_number(path) for path in plan_paths(runs_dir)]
+    plan = runs_dir / "slurm" / f"plan-{max(numbers, default=0) + 1}.json"
     limit = f"%{options.limit}" if options.limit else ""
     command = sbatch_command(name, runs_dir / "logs" / "slurm-%A_%a.log", options.stage)
     command += [f"--array=0-{len(due) - 1}{limit}", *requests(options), *options.sbatch]
@@ -182,7 +189,7 @@ def submit_plan(due: Sequence[Run], name: str, options: SlurmOptions) -> str:
 def submit_report(
     jobs: Iterable[str], name: str, logs: Path, options: SlurmOptions, report: Sequence[str]
 ) -> None:
-    """Submit the report after the arrays `jobs` have ended, well or not."""
+    """Submit the report, to start when the arrays `jobs` have ended, whether they failed or not."""
     command = sbatch_command(f"{name}-report", logs / "slurm-report-%j.log")
     command += [f"--partition={options.partition}"] if options.partition else []
     # The report needs neither the runs' GPUs nor their time.
@@ -196,7 +203,7 @@ def submit_report(
 
 
 def sbatch_command(name: str, log: Path, stage: str | None = None) -> list[str]:
-    """The words that both commands begin with."""
+    """Return the part of the command that arrays and reports share."""
     variables = [f"PROXYNORM_ROOT={ROOT}", *([f"STAGE={stage}"] if stage else [])]
     # In sbatch's file names, % begins a substitution.
     output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
@@ -205,7 +212,7 @@ def sbatch_command(name: str, log: Path, stage: str | None = None) -> list[str]:
 
 
 def requests(options: SlurmOptions) -> list[str]:
-    """The arguments of sbatch for a run's resources. Raises ConfigError for impossible ones."""
+    """Return the arguments of sbatch for a run's resources. Raises ConfigError if impossible."""
     nodes, gpus = options.nodes or 1, options.gpus or 0
     for key in ("nodes", "cpus_per_task", "limit"):
         if getattr(options, key) is not None and getattr(options, key) < 1:
@@ -219,23 +226,23 @@ def requests(options: SlurmOptions) -> list[str]:
 
 
 def sbatch(command: Sequence[str]) -> str:
-    """Run an sbatch command; the job's id. Raises ConfigError if SLURM is missing or refuses."""
+    """Run an sbatch command and return the job's id. Raises ConfigError if it fails."""
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch not found: launcher=slurm needs SLURM; use launcher=local")
-    return ask(command).strip().split(";")[0]
+    return output_of(command).strip().split(";")[0]
 
 
 def queue() -> dict[Task, tuple[str, str]]:
-    """State and reason of the user's queued tasks; empty where SLURM is not installed."""
+    """Return state and reason of the user's queued tasks; none if SLURM is not installed."""
     if shutil.which("squeue") is None:
         return {}
-    lines = ask(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%r"]).splitlines()
-    rows = [line.strip().split("|", 3) for line in lines]
+    output = output_of(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%T|%r"])
+    rows = [line.strip().split("|", 3) for line in output.splitlines()]
     return {(job, index): (state, reason) for job, index, state, reason in rows}
 
 
-def ask(command: Sequence[str]) -> str:
-    """The output of one of SLURM's commands. Raises ConfigError if it refuses."""
+def output_of(command: Sequence[str]) -> str:
+    """Run one of SLURM's commands and return its output. Raises ConfigError if SLURM refuses."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"SLURM refused: {' '.join(done.stderr.split())}")

@@ -1,8 +1,8 @@
-"""EfficientNet B0…B5 with group convolutions, and two placements of PN around squeeze-excite.
+"""EfficientNet B0…B5 with group convolutions, and the placement of PN around squeeze-excite.
 
-timm's EfficientNets are G1: depthwise convolutions, expansion 6. G16: groups of 16 channels,
-expansion 4; the variant of "Making EfficientNet More Efficient" (arXiv 2106.03640), as the authors'
-code builds it.
+timm's EfficientNets are G1: depthwise convolutions, expansion 6. G16 has groups of 16 channels and
+expansion 4. It is the variant of "Making EfficientNet More Efficient" (arXiv 2106.03640), built as
+in the authors' code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from proxynorm.nn.norm_act import NormAct2d
 
-# Channel and depth multipliers of Tan and Le, arXiv 1905.11946.
+# Channel and depth multipliers of Tan and Le (arXiv 1905.11946).
 _MULTIPLIERS = {
     "b0": (1.0, 1.0),
     "b1": (1.0, 1.1),
@@ -26,7 +26,7 @@ _MULTIPLIERS = {
     "b4": (1.4, 1.8),
     "b5": (1.6, 2.2),
 }
-# One string a stage, as timm writes them: blocks, kernel, stride, expansion, channels.
+# One string per stage, in timm's notation: blocks, kernel, stride, expansion, channels.
 _STAGES = [
     ["ds_r1_k3_s1_e1_c16_se0.25"],
     ["ir_r2_k3_s2_e4_c24_se0.25"],
@@ -39,12 +39,12 @@ _STAGES = [
 
 
 def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
-    """EfficientNet of that size ("b0" … "b5"): group convolutions of 16 channels, expansion 4."""
+    """Build the EfficientNet of that size, "b0" … "b5", with groups of 16 channels, expansion 4."""
     width, depth = _MULTIPLIERS[size]
     rounded = partial(round_channels, multiplier=width)
     block_args = decode_arch_def(_STAGES, depth, group_size=16)
     for i, block in enumerate(block_args[0]):
-        # channels per group where there is no expansion, as in the authors' code
+        # Channels per group in the stages without expansion are as in the authors' code.
         channels = rounded(32 if i == 0 else 16)
         block["group_size"] = channels // max(channels // 16, 1)
     return EfficientNet(
@@ -59,13 +59,14 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
 
 
 class CentredSqueezeExcite(nn.Module):
-    """Squeeze-excite of a tensor that PN only centred: the gate also applies PN's scale.
+    """Squeeze-excite after a PN that only centres its output: the gate applies PN's scale.
 
-    x · gate(x) · 1/sqrt(v + ε); the gate pools the centred, unscaled x: the authors' placement.
+    x · gate(x) · 1/sqrt(v + ε), where the gate pools the centred, unscaled x. This is the authors'
+    placement.
 
     Args:
-        squeeze_excite: timm's module, whose layers (and their state-dict keys) are taken over.
-        norm: the norm+act layer before it; it belongs to the block and is not registered again.
+        squeeze_excite: timm's module. Its layers and their state-dict keys are kept.
+        norm: the norm+act layer before it, which belongs to the block and is not registered here.
     """
 
     def __init__(self, squeeze_excite: nn.Module, norm: NormAct2d) -> None:
@@ -74,7 +75,7 @@ class CentredSqueezeExcite(nn.Module):
         self.act1 = squeeze_excite.act1
         self.conv_expand = squeeze_excite.conv_expand
         self.gate = squeeze_excite.gate
-        # a tuple hides it from nn.Module, so that its parameters keep one name
+        # A tuple hides the layer from nn.Module, so that its parameters are registered once.
         self._norm = (norm,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,16 +85,16 @@ class CentredSqueezeExcite(nn.Module):
         return x * gate.to(x.dtype)
 
     def proxy_scale(self) -> torch.Tensor:
-        """PN's 1/sqrt(v + ε) of the norm before, shape (1, C, 1, 1)."""
+        """Return PN's 1/sqrt(v + ε) of the preceding norm, shape (1, C, 1, 1)."""
         return self._norm[0].proxy_rescale().view(1, -1, 1, 1)
 
     def frozen(self) -> FrozenSqueezeExcite:
-        """The same for inference, with PN's scale as a constant."""
+        """Return the same module for inference, with PN's scale as a constant."""
         return FrozenSqueezeExcite(self)
 
 
 class FrozenSqueezeExcite(CentredSqueezeExcite):
-    """CentredSqueezeExcite with the gate's scale as a buffer."""
+    """CentredSqueezeExcite with PN's scale as a buffer."""
 
     def __init__(self, centred: CentredSqueezeExcite) -> None:
         super().__init__(centred, centred._norm[0])
@@ -102,15 +103,15 @@ class FrozenSqueezeExcite(CentredSqueezeExcite):
         self.register_buffer("scale", scale.to(self.conv_expand.weight.dtype))
 
     def proxy_scale(self) -> torch.Tensor:
-        """The constant, shape (1, C, 1, 1)."""
+        """Return the constant scale, shape (1, C, 1, 1)."""
         return self.scale
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:
-    """Defer PN's scale to the squeeze-excite gates; drop it before the last pooling.
+    """Move PN's scale into the squeeze-excite gates, and drop it before the last pooling.
 
-    The authors' placement, for a model whose norms are NormAct2d with PN. In place; returns the
-    model.
+    This is the authors' placement, for a model whose norms are NormAct2d with PN. Changes the model
+    in place and returns it.
     """
     for block in model.modules():
         if isinstance(block, (DepthwiseSeparableConv, InvertedResidual)) and isinstance(

@@ -24,15 +24,14 @@ from proxynorm.nn.weights import standardize_weights
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model of our list is built, and what it takes by default."""
+    """How to build a model, and its defaults."""
 
-    # makes the network with batch norm, or with a norm_layer where takes_norm_layer
-    build: Callable[..., nn.Module]
-    eps: float | None = 1e-5  # the norm's ε; None: the network's own
+    build: Callable[..., nn.Module]  # with Batch Norm, or with norm_layer= if it takes that
+    eps: float | None = 1e-5  # of the norm; None: the network's own
     groups: int | None = None  # of gn; None: the largest divisor of C up to 32
-    takes_norm_layer: bool = False  # build has an argument norm_layer; nothing is converted
+    takes_norm_layer: bool = False  # build has an argument norm_layer; convert is not called
     has_se: bool = False  # the placement of squeeze-excite can be chosen (se=)
-    pretrained: bool = True  # there may be pretrained weights, timm's
+    pretrained: bool = True  # timm may have pretrained weights
 
 
 _EFFICIENTNETS = [f"efficientnet_b{size}" for size in range(6)]
@@ -80,16 +79,17 @@ def create_model(
         norm: one of proxynorm.nn.NORMS.
         num_classes: length of the logits.
         in_chans: channels of the images.
-        se: EfficientNet with PN: "centred" (default; the authors' placement: SE pools the centred,
-            unscaled map, the gate applies PN's scale, and the last map before pooling is only
-            centred) or "plain" (the paper's formula everywhere). Without PN the two are the same.
+        se: for EfficientNet with PN. "centred" (default) is the authors' placement: SE pools the
+            centred, unscaled map, the gate applies PN's scale, and the last map before pooling is
+            only centred. "plain" is the paper's formula everywhere. Without PN they are the same.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0.
-        pretrained: timm's pretrained weights, where there are any.
-        kwargs: the options of NormOptions (groups, norm_batch, eps, proxy_eps, moments, nodes), and
-            the model's own arguments; resnet20v2: depth, width, stem_stride. groups=None is 4 in
-            resnet20v2 and EfficientNet. eps=None is 1e-3 in EfficientNet (the authors' value), 1e-5
-            in our other models, timm's own for timm models and for pretrained weights.
+        pretrained: load timm's pretrained weights.
+        kwargs: the options of NormOptions (groups, norm_batch, eps, proxy_eps, moments, nodes) and
+            the model's own arguments; for resnet20v2: depth, width, stem_stride. The default of
+            groups is 4 in resnet20v2 and EfficientNet. The default of eps is 1e-3 in EfficientNet
+            (the authors' value), 1e-5 in the other MODELS, and timm's own value for other timm
+            models and for pretrained weights.
 
     Raises:
         ConfigError: an unknown name, norm or argument, a wrong value, or a timm model whose norms
@@ -101,13 +101,13 @@ def create_model(
     arguments = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
     arguments |= {"drop_path_rate": drop_path_rate, **kwargs}
     try:
-        # pretrained weights keep the ε that they were trained with
+        # Pretrained weights keep the ε that they were trained with.
         eps = None if pretrained else architecture.eps
         chosen = NormOptions(norm, **{"groups": architecture.groups, "eps": eps, **options})
         _check_arguments(architecture, arguments, se, pretrained)
         model = _build(architecture, chosen, arguments, pretrained)
         if not architecture.takes_norm_layer:
-            # tests compare our own list's networks with their originals
+            # For MODELS, tests compare the converted networks with the originals.
             convert(model, **vars(chosen), verify=name not in _ARCHITECTURES)
     except ValueError as error:
         raise ConfigError(f"model {name} with norm {norm}: {error}") from error
@@ -119,7 +119,7 @@ def create_model(
 def _build(
     architecture: Architecture, options: NormOptions, arguments: dict, pretrained: bool
 ) -> nn.Module:
-    """The network, with its norm or batch norm. Raises ValueError for a wrong argument."""
+    """Build the network, with Batch Norm if it is converted later. Raises ValueError."""
     if architecture.takes_norm_layer:
         arguments["norm_layer"] = partial(NormAct2d, **options.layer_arguments())
     if pretrained:
@@ -127,7 +127,7 @@ def _build(
     try:
         model = architecture.build(**arguments)
     except (TypeError, RuntimeError) as error:
-        # timm raises these for unknown arguments and missing pretrained weights
+        # timm raises these for unknown arguments and missing pretrained weights.
         raise ValueError(str(error)) from error
     if architecture.takes_norm_layer and options.spec.weight_standardization:
         standardize_weights(model)
@@ -139,7 +139,7 @@ def _build(
 def _check_arguments(
     architecture: Architecture, arguments: dict[str, Any], se: str | None, pretrained: bool
 ) -> None:
-    """Raise ValueError for wrong values, and for options that the architecture has not."""
+    """Raise ValueError for wrong values and for options that the architecture does not have."""
     check_whole("num_classes", arguments["num_classes"], 0)
     check_whole("in_chans", arguments["in_chans"], 1)
     for name, value in arguments.items():
@@ -154,7 +154,7 @@ def _check_arguments(
 
 
 def _architecture(name: str) -> Architecture:
-    """The architecture of that name, ours or timm's. Raises ConfigError for an unknown name."""
+    """Return the architecture of that name, or timm's. Raises ConfigError for an unknown name."""
     if name in _ARCHITECTURES:
         return _ARCHITECTURES[name]
     timm_name = str(name).removeprefix("timm/")

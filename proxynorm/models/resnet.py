@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt, v1 and v2, for ImageNet: timm's, and the v2 ResNeXt that timm lacks."""
+"""timm's models, and the pre-activation ResNeXt-50, which timm does not have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _CARDINALITY = 32
 
 
 def from_timm(timm_name: str, drop_path_rate: float = 0.0, **kwargs: object) -> nn.Module:
-    """The timm model of that name; where it has no stochastic depth, drop_path_rate must be 0."""
+    """Build the timm model of that name. Raises TypeError for arguments that it does not take.
+
+    A drop_path_rate of 0 is allowed for models without stochastic depth, too.
+    """
     try:
         return timm.create_model(timm_name, drop_path_rate=drop_path_rate, **kwargs)
     except TypeError as error:
@@ -21,7 +24,7 @@ def from_timm(timm_name: str, drop_path_rate: float = 0.0, **kwargs: object) -> 
 
 
 def resnext50v2(**kwargs: object) -> ResNetV2:
-    """Pre-activation ResNeXt-50 (32×4d): ResNet-50 v2, twice as wide inside, 32 groups."""
+    """Build a pre-activation ResNeXt-50 (32×4d): ResNet-50 v2 with bottlenecks twice as wide."""
     return ResNetV2(
         [3, 4, 6, 3],
         bottle_ratio=0.5,
@@ -34,7 +37,7 @@ def resnext50v2(**kwargs: object) -> ResNetV2:
 def _grouped_conv2d(
     in_channels: int, out_channels: int, kernel_size: int, **kwargs: object
 ) -> nn.Conv2d:
-    """timm's convolution, with 32 groups for 3×3; timm's ResNetV2 has no option for that."""
+    """Build timm's convolution, with 32 groups if 3×3. ResNetV2 has no option for groups."""
     if kernel_size == 3:
         kwargs["groups"] = _CARDINALITY
     return create_conv2d(in_channels, out_channels, kernel_size, **kwargs)

@@ -1,6 +1,6 @@
 """The small pre-activation ResNet for 32-pixel images.
 
-The CIFAR networks of He et al. 2016, "Identity Mappings in Deep Residual Networks".
+These are the CIFAR networks of He et al., "Identity Mappings in Deep Residual Networks" (2016).
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from torch import nn
 
 from proxynorm.nn.checks import check_whole
 
-# In channels_last, oneDNN's backward of a strided 1×1 convolution of fewer channels writes past its
-# memory (uxlfoundation/oneDNN#6035): there, pixels are sampled before the convolution instead.
+# In channels_last, oneDNN's backward of a strided 1×1 convolution of fewer input channels writes
+# out of bounds (uxlfoundation/oneDNN#6035). There, the map is subsampled before the convolution.
 ONEDNN_BLOCK = 16
 
 
 class PreActBlock(nn.Module):
-    """norm+act, 3×3, norm+act, 3×3, beside a shortcut: 1×1 where the shape changes.
+    """norm+act, 3×3, norm+act, 3×3, plus a shortcut, which is a 1×1 if the shape changes.
 
-    The stride is that of the first convolution and of the shortcut; norm_layer makes a norm+act
-    layer from a number of channels; a sample skips the branch with probability drop_path_rate.
+    Args:
+        stride: of the first convolution and of the shortcut.
+        norm_layer: makes a norm+act layer from a number of channels.
+        drop_path_rate: probability that a sample skips the branch.
     """
 
     def __init__(
@@ -39,25 +41,27 @@ class PreActBlock(nn.Module):
         self.norm2 = norm_layer(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.shortcut, self.sampled = None, 1
+        self.shortcut, self.sample_stride = None, 1
         if stride != 1 or in_channels != channels:
             if in_channels < ONEDNN_BLOCK:
-                self.sampled, stride = stride, 1
+                self.sample_stride, stride = stride, 1
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_channels, H, W) → (N, channels, H / stride, W / stride)."""
         z = self.norm1(x)
-        sampled = z if self.sampled == 1 else z[..., :: self.sampled, :: self.sampled]
-        shortcut = x if self.shortcut is None else self.shortcut(sampled)
+        shortcut = x
+        if self.shortcut is not None:
+            step = self.sample_stride
+            shortcut = self.shortcut(z if step == 1 else z[..., ::step, ::step])
         branch = self.conv2(self.norm2(self.conv1(z)))
         return self.drop_path(branch) + shortcut
 
 
 class StandardizePixels(nn.BatchNorm1d):
-    """Standardizes each pixel over the batch, in evaluation by running statistics.
+    """Standardization of each pixel over the batch; in evaluation, by running statistics.
 
-    ε is larger than Batch Norm's own, since some pixels hardly ever vary.
+    ε is larger than usual, because some pixels hardly vary.
     """
 
     def __init__(self, channels: int, side: int) -> None:
@@ -73,15 +77,15 @@ class SmallResNetV2(nn.Module):
 
     Args:
         norm_layer: makes a norm+act layer from a number of channels.
-        depth: 6n + 2 with n blocks a stage (20, 32, 44, 56, 80, 110 …).
+        depth: 6n + 2 with n blocks per stage (20, 32, 44, 56, 80, 110 …).
         width: channels of the first stage.
-        stem_stride: stride of the stem; 2 quarters the work, for CPUs.
-        standardize_pixels: side of the images whose pixels are standardized before the stem, each
-            over the batch; None: they are taken as they are.
+        stem_stride: stride of the stem; 2 saves three quarters of the computation.
         num_classes: length of the logits.
         in_chans: channels of the images.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+        standardize_pixels: side of the images, to standardize each pixel over the batch before the
+            stem; None: do not standardize.
 
     Raises:
         ValueError: depth is not 6n + 2, or width or stem_stride is out of range.
@@ -128,9 +132,9 @@ class SmallResNetV2(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(self.num_features, num_classes)
-        # He initialisation by fan-out for the convolutions; torch's own for the classifier. A
-        # smaller classifier starves norms whose pooled activations are centred: with std 0.01,
-        # LN+PN lags in the first epochs and IN+PN hardly starts.
+        # He initialisation by fan-out for the convolutions, torch's default for the classifier.
+        # Smaller weights there slow norms whose pooled activations are centred: with std 0.01,
+        # LN+PN lags in the first epochs and IN+PN hardly learns.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,8 +1,8 @@
-"""NormAct2d as timm's constructors take it for norm_layer=.
+"""NormAct2d for the argument norm_layer= of timm's constructors.
 
-Importing this module enters the class into timm's lists of norm+act layers. timm passes act_layer,
-and says which norms get no activation, only to layers that it knows. proxynorm.NormAct2d comes from
-here; proxynorm.nn.NormAct2d is the same class without timm.
+Importing this module adds the class to timm's lists of norm+act layers. timm passes act_layer and
+apply_act only to layers in these lists. proxynorm.NormAct2d is imported from here;
+proxynorm.nn.NormAct2d is the same class, without timm.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The paper's tables as data, and what plans, runs, collects and reports them."""
+"""The tables of the paper as data, and the code that plans, runs, collects and reports them."""

@@ -1,4 +1,4 @@
-"""The poster's claims beside the evidence for them: tests, and comparisons of measured tables."""
+"""The poster's claims and their evidence: tests, and comparisons of measured tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLAIMS = Path(__file__).with_name("claims.yaml")
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, with the keys of claims.yaml."""
+    """A claim of claims.yaml, whose first lines explain the keys."""
 
     claim: str
     tests: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ def load_claims() -> list[Claim]:
 
 
 def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
-    """The weakest verdict of the comparisons that have been run; tests alone show a claim."""
+    """Return the weakest verdict of the comparisons that were run. Without any, tests suffice."""
     if claim.needs:
         return f"needs {claim.needs}"
     verdicts = {outcome.verdict for outcome in outcomes}
@@ -53,7 +53,7 @@ def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
 
 
 def random_net_figures(results: str | Path) -> dict[str, str]:
-    """The figures that notes quote from results/power_random_net; "not measured" without it."""
+    """Return the numbers of results/power_random_net that notes quote; else "not measured"."""
     path = Path(results) / "power_random_net" / "summary.json"
     if not path.is_file():
         return defaultdict(lambda: "not measured")
@@ -70,7 +70,7 @@ def random_net_figures(results: str | Path) -> dict[str, str]:
 
 
 def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, str]) -> str:
-    """Tests by name; comparisons with difference, n and p; the note, and why it is not shown."""
+    """List tests, comparisons with difference, n and p, the note, and why a claim is not shown."""
     parts = [f"`{name}`" for name in claim.tests]
     for item, outcome in zip(claim.comparisons, outcomes, strict=True):
         if outcome.difference is None:
@@ -85,16 +85,16 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
 
 
 def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
-    """The claims as a Markdown table. outcomes: by table; figures: of random_net_figures."""
-    named = {
+    """Return the claims as a Markdown table. outcomes: by table; figures: random_net_figures."""
+    by_name = {
         f"{table}: {outcome.comparison.first} - {outcome.comparison.second}": outcome
-        for table, compared in outcomes.items()
-        for outcome in compared
+        for table, table_outcomes in outcomes.items()
+        for outcome in table_outcomes
     }
     rows = [["claim", "evidence here", "status"]]
     for claim in load_claims():
-        found = [named[item] for item in claim.comparisons]
-        rows.append([claim.claim, evidence(claim, found, figures), claim_status(claim, found)])
+        own = [by_name[item] for item in claim.comparisons]
+        rows.append([claim.claim, evidence(claim, own, figures), claim_status(claim, own)])
     return (
         f"# The poster's claims\n\n{markdown_table(rows)}\n\n"
         "Tests are those of tests/acceptance/test_claims.py, on random and small networks; "

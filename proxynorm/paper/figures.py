@@ -17,7 +17,7 @@ MOST_CURVES = 20
 
 
 def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
-    """Draw what the runs allow into `folder`; {PNG file: caption}."""
+    """Draw the figures that the runs have data for, into `folder`. Returns {PNG file: caption}."""
     cells, table = findings.measured(), findings.table
     if not cells:
         return {}
@@ -26,22 +26,22 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     samples = {cell.name: findings.samples[cell.name].values for cell in cells}
     references = {item.cell: item.value for item in table.references}
     figure = cells_figure(samples, references, styles, label)
-    found = {"cells": (figure, f"{label}: every run faint, mean ± one standard deviation bold")}
+    figures = {"cells": (figure, f"{label}: every run faint, mean ± one standard deviation bold")}
     if len(cells) <= MOST_CURVES:
         runs = {cell.name: [record.rows for record in findings.of_cell(cell)] for cell in cells}
         caption = "training, mean over seeds and their range"
-        found["curves"] = (curves_figure(runs, styles), caption)
+        figures["curves"] = (curves_figure(runs, styles), caption)
     if panels := against_batch(findings):
         caption = f"{label} against batch size, mean over seeds and their range"
-        found["batch"] = (batch_figure(panels, label), caption)
-    found |= power_figures(findings)
-    for name, (figure, _) in found.items():
+        figures["batch"] = (batch_figure(panels, label), caption)
+    figures |= power_figures(findings)
+    for name, (figure, _) in figures.items():
         save_figure(figure, folder / f"{name}.png", ("pdf",))
-    return {f"{name}.png": caption for name, (_, caption) in found.items()}
+    return {f"{name}.png": caption for name, (_, caption) in figures.items()}
 
 
 def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
-    """Draw the powers that the runs logged; {name: figure, caption}."""
+    """Draw the powers that the runs logged. Returns {name: (figure, caption)}."""
     last = last_powers(findings)
     if not 0 < len(last) <= MOST_CURVES:
         return {}
@@ -51,7 +51,7 @@ def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
         title: {name: last[name] for name in names} for title, names in by_axis(cells).items()
     }
     epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in cells}
-    shared = {cell: found for cell, found in epochs.items() if found}
+    shared = {name: p1 for name, p1 in epochs.items() if p1}
     depth = "P1 after training by depth, mean over seeds and their range"
     epoch = "P1 by depth while training, mean over seeds, a line an epoch"
     return {
@@ -61,13 +61,16 @@ def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
 
 
 def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
-    """The cells of a panel for each set of axes, with the plain cells of the same norms."""
-    axes = {cell.name: cell.labels.keys() - {"norm"} for cell in cells}
+    """Group the cells by their axes besides the norm: {panel title: cell names}.
+
+    A panel also shows the cells without any further axis, of its norms.
+    """
+    axes = {cell.name: frozenset(cell.labels.keys() - {"norm"}) for cell in cells}
     panels = {}
-    for chosen in sorted({frozenset(found) for found in axes.values()}, key=sorted):
-        words = ", ".join(sorted(axis.rpartition(".")[2] for axis in chosen))
-        norms = [cell.norm for cell in cells if axes[cell.name] == chosen]
-        panels[f"trained networks, by {words or 'norm'}"] = [
-            cell.name for cell in cells if axes[cell.name] in (chosen, set()) and cell.norm in norms
+    for panel in sorted(set(axes.values()), key=sorted):
+        names = ", ".join(sorted(axis.rpartition(".")[2] for axis in panel))
+        norms = [cell.norm for cell in cells if axes[cell.name] == panel]
+        panels[f"trained networks, by {names or 'norm'}"] = [
+            cell.name for cell in cells if axes[cell.name] in (panel, set()) and cell.norm in norms
         ]
     return panels

@@ -13,7 +13,7 @@ from proxynorm.analysis.power import PowerRow
 from proxynorm.analysis.power_monitor import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
-from proxynorm.paper.compare import Outcome, Sample, closing, compare
+from proxynorm.paper.compare import Outcome, Sample, compare, gap_sentence
 from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Cell, Table, TableRun
@@ -21,7 +21,7 @@ from proxynorm.paper.table import Cell, Table, TableRun
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything a report is written from. words: further words of its commands, as seeds=2."""
+    """Everything that a report shows. options: of its commands, besides table=, as seeds=2."""
 
     table: Table
     cells: list[Cell]
@@ -31,17 +31,17 @@ class Findings:
     running: Counter
     failed: Counter
     protocol: str
-    words: tuple[str, ...] = ()
+    options: Sequence[str] = ()
 
     def of_cell(self, cell: Cell) -> list[Record]:
         return [record for record in self.records if record.cell == cell.name]
 
     def measured(self) -> list[Cell]:
-        """The cells with a finished run."""
+        """Return the cells with a finished run."""
         return [cell for cell in self.cells if self.samples[cell.name].n]
 
     def twin(self, cell: Cell, norm: str) -> Sample | None:
-        """The sample of the cell that differs in its norm alone, if it has been run."""
+        """Return the sample of the same cell with another norm, if it has been run."""
         labels = {**cell.labels, "norm": norm}
         for other in self.measured():
             if other.labels == labels:
@@ -50,9 +50,9 @@ class Findings:
 
 
 def gather(
-    table: Table, runs: Sequence[TableRun], results: str | Path, words: Sequence[str] = ()
+    table: Table, runs: Sequence[TableRun], results: str | Path, options: Sequence[str] = ()
 ) -> Findings:
-    """Read what the runs left, in their folders or in `results`. words: as in Findings."""
+    """Read the runs from their folders or from `results`. options: as in Findings."""
     records, running, failed = [], Counter(), Counter()
     for run in runs:
         record = read_record(run, results)
@@ -65,16 +65,17 @@ def gather(
     values: dict[str, list[float]] = {cell.name: [] for cell in table.expand()}
     for record in sorted(records, key=lambda record: record.run.seed):
         values[record.cell].append(record.summary["top1"])
-    samples = {name: Sample(tuple(found)) for name, found in values.items()}
+    samples = {name: Sample(tuple(top1)) for name, top1 in values.items()}
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
-    outcomes, told = compare(table, samples), protocol(table, results)
-    return Findings(table, cells, records, samples, outcomes, running, failed, told, tuple(words))
+    outcomes, search = compare(table, samples), protocol(table, results)
+    return Findings(table, cells, records, samples, outcomes, running, failed, search, options)
 
 
 def verdicts(findings: Findings) -> list[str]:
-    """For LN and GN, run with and without PN beside BN: how much of the gap to BN PN closes.
+    """Return how much of the gap to BN PN closes: a sentence per cell of LN or GN.
 
-    Not for IN, of which the paper claims no such thing, nor for single points of a search.
+    The same cell must have been run with PN and with BN. IN is left out, because the paper does not
+    claim it to match BN, and so are the single points of a search.
     """
     if findings.table.search is not None:
         return []
@@ -85,13 +86,13 @@ def verdicts(findings: Findings) -> list[str]:
         if norm not in ("ln", "gn") or bn is None or proxied is None:
             continue
         others = [f"{axis.rpartition('.')[2]} {v}" for axis, v in cell.labels.items() if v != norm]
-        sentence = closing(bn, findings.samples[cell.name], proxied, norm_label(norm))
+        sentence = gap_sentence(bn, findings.samples[cell.name], proxied, norm_label(norm))
         sentences.append(": ".join([", ".join(others), sentence] if others else [sentence]))
     return sentences
 
 
 def comparison_grid(findings: Findings) -> list[list[Any]]:
-    """A row for each cell, in numbers, with its difference to the cell of Batch Norm."""
+    """Return a row per cell, as numbers, with the difference to the same cell with Batch Norm."""
     rows: list[list[Any]] = [["cell", "norm", "top1", "std", "n", "minus bn"]]
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
@@ -101,10 +102,13 @@ def comparison_grid(findings: Findings) -> list[list[Any]]:
 
 
 def against_batch(findings: Findings) -> dict[str, dict[str, dict[float | None, Sequence[float]]]]:
-    """{axis: {norm: {value: runs}}} of the axes of the table that are batch sizes."""
-    words = {"norm_batch": "images that share Batch Norm's statistics", "batch": "batch (images)"}
+    """Return the top-1 of runs against batch sizes, {axis label: {norm: {value: top-1 of runs}}}.
+
+    The value is None for a norm that has no such axis.
+    """
+    labels = {"norm_batch": "images that share Batch Norm's statistics", "batch": "batch (images)"}
     panels = {}
-    for axis, text in words.items():
+    for axis, label in labels.items():
         norms: dict[str, dict[float | None, Sequence[float]]] = {}
         for cell in findings.measured():
             others = cell.labels.keys() - {"norm", axis}
@@ -112,12 +116,12 @@ def against_batch(findings: Findings) -> dict[str, dict[str, dict[float | None, 
                 values = norms.setdefault(cell.labels["norm"], {})
                 values[cell.labels.get(axis)] = findings.samples[cell.name].values
         if sum(value is not None for values in norms.values() for value in values) > 1:
-            panels[text] = norms
+            panels[label] = norms
     return panels
 
 
 def loss_ratio(record: Record) -> float | None:
-    """Mean training loss of the run's last tenth over that of the tenth before; near 1 is flat."""
+    """Return the mean training loss of a run's last tenth, divided by that of the tenth before."""
     steps = record.summary["steps"]
     curve = [(row["step"], row["loss"]) for row in record.rows if row["event"] == "train"]
     last = [loss for step, loss in curve if step > 0.9 * steps]
@@ -126,21 +130,21 @@ def loss_ratio(record: Record) -> float | None:
 
 
 def powers(record: Record) -> dict[float, list[PowerRow]]:
-    """The power decompositions that a run logged, by epoch."""
+    """Return the power decompositions that a run logged, by epoch."""
     return {row["epoch"]: from_metrics(row) for row in record.rows if row["event"] == "power"}
 
 
 def last_powers(findings: Findings) -> dict[str, list[list[PowerRow]]]:
-    """The last decomposition of each run, by cell, of the cells that logged any."""
-    found: dict[str, list[list[PowerRow]]] = {}
+    """Return the last power decomposition of each run, by cell, for cells that logged any."""
+    by_cell: dict[str, list[list[PowerRow]]] = {}
     for record in findings.records:
         if logged := powers(record):
-            found.setdefault(record.cell, []).append(logged[max(logged)])
-    return found
+            by_cell.setdefault(record.cell, []).append(logged[max(logged)])
+    return by_cell
 
 
 def p1_by_epoch(records: Sequence[Record]) -> dict[float, list[float]]:
-    """P1 of each norm at each epoch that all runs of a cell logged, the mean over the runs."""
+    """Return {epoch: P1 of each norm, averaged over the runs}, for epochs that all runs logged."""
     logged = [powers(record) for record in records]
     return {
         epoch: [row.p1 for row in mean_rows([run[epoch] for run in logged])]

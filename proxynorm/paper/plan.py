@@ -1,4 +1,4 @@
-"""The cost of a table: its runs, their status, their time."""
+"""The plan of a table, with times and commands, and the status of its runs, as text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Table, TableRun
 
 
-def plan(
+def plan_text(
     table: Table, runs: Sequence[TableRun], results: Path, jobs: int = 1, verbose: bool = False
 ) -> str:
-    """A line for each cell with its hours; with `verbose` the command of each run instead."""
+    """Return a line per cell with its hours; with `verbose`, the command of each run instead."""
     statuses = all_statuses(runs, results, run_status)
-    left = [run for run, now in statuses if now.state not in ("done", "other")]
-    done = sum(now.state == "done" for _, now in statuses)
+    left = [run for run, status in statuses if status.state not in ("done", "other")]
+    done = sum(status.state == "done" for _, status in statuses)
     estimate = estimator(runs)
     seconds = sum(estimate(run).seconds for run in left)
     lines = [
@@ -32,12 +32,14 @@ def plan(
         f"{describe(left, estimate)}; {duration(seconds / jobs)} with jobs={jobs}",
         protocol(table, results),
     ]
-    for run, now in statuses:
-        lines.append(now.error if now.state == "damaged" else "")
-        lines.append(f"{run.name}: another recipe, {now.note}" if now.state == "other" else "")
+    for run, status in statuses:
+        if status.state == "damaged":
+            lines.append(status.error)
+        elif status.state == "other":
+            lines.append(f"{run.name}: another recipe, {status.note}")
     lines = [*filter(None, lines), ""]
     if verbose:
-        return "\n".join(lines + [f"[{now.state}] {run.command}" for run, now in statuses])
+        return "\n".join(lines + [f"[{status.state}] {run.command}" for run, status in statuses])
     rows = [["cell", "done", "hours a run", "hours left"]]
     for cell in dict.fromkeys(run.cell.name for run in runs):
         own = [run for run in runs if run.cell.name == cell]
@@ -48,33 +50,33 @@ def plan(
     return "\n".join([*lines, text_table(rows)])
 
 
-def status(runs: Sequence[TableRun], results: Path) -> str:
-    """A line for each run that has begun, waits or is kept, then the number of runs by state."""
+def status_text(runs: Sequence[TableRun], results: Path) -> str:
+    """Return a line per run that is not missing, then the number of runs by state."""
     try:
-        ask = Jobs(runs[0].folder.parent).status
+        get_status = Jobs(runs[0].folder.parent).status
     except ConfigError as error:
-        print(f"warning: {error}; showing the run folders' states alone", file=sys.stderr)
-        ask = run_status
-    statuses = all_statuses(runs, results, ask)
-    counts = Counter(now.state for _, now in statuses)
+        print(f"warning: {error}; showing the states of the run folders only", file=sys.stderr)
+        get_status = run_status
+    statuses = all_statuses(runs, results, get_status)
+    counts = Counter(status.state for _, status in statuses)
     total = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    begun = [(run, now) for run, now in statuses if now.state != "missing"]
-    if not begun:
+    rows = [(r.name, s.state, s.describe()) for r, s in statuses if s.state != "missing"]
+    if not rows:
         return total
-    first = max(len(run.name) for run, _ in begun)
-    second = max(len(now.state) for _, now in begun)
-    lines = [f"{run.name:<{first}}  {now.state:<{second}}  {now.describe()}" for run, now in begun]
+    name_width = max(len(name) for name, _, _ in rows)
+    state_width = max(len(state) for _, state, _ in rows)
+    lines = [f"{name:<{name_width}}  {state:<{state_width}}  {text}" for name, state, text in rows]
     return "\n".join([*lines, "", total])
 
 
 def all_statuses(
-    runs: Sequence[TableRun], results: Path, ask: Callable[[TableRun], Status]
+    runs: Sequence[TableRun], results: Path, get_status: Callable[[TableRun], Status]
 ) -> list[tuple[TableRun, Status]]:
-    """The status of each run; "other" is a finished run of another recipe than the table's."""
+    """Return the status of each run. The state of a finished run of another recipe is "other"."""
     statuses = {}
     for run in runs:
         try:
-            statuses[run.name] = kept_status(run, results) or ask(run)
+            statuses[run.name] = kept_status(run, results) or get_status(run)
         except DataError as error:
             statuses[run.name] = Status("damaged", error=str(error))
     done = [run for run in runs if statuses[run.name].state == "done"]
@@ -84,10 +86,11 @@ def all_statuses(
 
 
 def kept_status(run: TableRun, results: str | Path) -> Status | None:
-    """The status of a run kept as an archive alone; None for any other. Raises DataError."""
-    record, note = None if run.folder.exists() else kept_record(run, results), f"kept in {results}"
+    """Return the status of a run of which only the archive is left, else None. Raises DataError."""
+    record = None if run.folder.exists() else kept_record(run, results)
     if record is None:
         return None
+    note = f"kept in {results}"
     if record.failure:
         return Status("failed", error=f"{record.failure} ({note})")
     return done_status(record.summary, note)

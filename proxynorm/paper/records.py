@@ -1,4 +1,4 @@
-"""Runs that have ended: read, kept as archives in results/TABLE/runs, and held to their recipe."""
+"""Records of finished and failed runs: reading, archives, and the check of their recipe."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.files import write_atomic
-from proxynorm.launch.status import KEPT, check_files, finished_files, reading, run_status
+from proxynorm.launch.status import RUN_FILES, check_files, finished_files, reading, run_status
 from proxynorm.paper.table import TableRun
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import identity
 
-FAILURE = "failure.txt"  # replaces the summary of a failed run: the reason
+FAILURE = "failure.txt"  # the reason, in place of the summary of a failed run
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run that has ended: its files, by name, from `place`, its folder or its archive."""
+    """The files, by name, of a finished or failed run. path: its folder or archive."""
 
     run: TableRun
-    place: Path
+    path: Path
     files: dict[str, bytes]
 
     @property
@@ -56,7 +56,7 @@ class Record:
 
 
 def read_record(run: TableRun, results: str | Path) -> Record | None:
-    """The record of a run, from its folder, else from its archive; None if it has not ended.
+    """Read a run from its folder, else from its archive; None if it has not ended.
 
     Raises DataError for damaged files.
     """
@@ -64,30 +64,30 @@ def read_record(run: TableRun, results: str | Path) -> Record | None:
 
 
 def folder_record(run: TableRun) -> Record | None:
-    """The record of a run that its folder holds, or the log beside it."""
+    """Read a run from its folder; None if it has not ended."""
     files = finished_files(run.folder)
     if files is None:
-        now = run_status(run)
-        if now.state == "damaged":
-            raise DataError(now.error)
-        if now.state != "failed":
+        status = run_status(run)
+        if status.state == "damaged":
+            raise DataError(status.error)
+        if status.state != "failed":
             return None
-        paths = [run.folder / name for name in KEPT if name != "summary.json"]
+        paths = [run.folder / name for name in RUN_FILES if name != "summary.json"]
         files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-        files[FAILURE] = f"{now.error}\n".encode()
-    if "config.yaml" in files:  # the path of the runs on this machine is nobody else's
+        files[FAILURE] = f"{status.error}\n".encode()
+    if "config.yaml" in files:  # leave out the path on this machine
         line = f"runs_dir: runs/{run.table}".encode()
         files["config.yaml"] = re.sub(rb"(?m)^runs_dir: .*$", line, files["config.yaml"])
     return Record(run, run.folder, files)
 
 
 def archive_path(run: TableRun, results: str | Path) -> Path:
-    """Where the run is kept: a tar archive that unpacks to its folder."""
+    """Return the path of the run's archive: results/TABLE/runs/NAME.tar.xz."""
     return Path(results) / run.table / "runs" / f"{run.name}.tar.xz"
 
 
 def kept_record(run: TableRun, results: str | Path) -> Record | None:
-    """The record of a run that its archive holds."""
+    """Read a run from its archive; None if there is none."""
     path = archive_path(run, results)
     if not path.exists():
         return None
@@ -101,7 +101,7 @@ def kept_record(run: TableRun, results: str | Path) -> Record | None:
 
 
 def collect(run: TableRun, results: str | Path) -> bool:
-    """Keep a finished or failed run as an archive; False if there is nothing new to keep."""
+    """Archive a finished or failed run. Returns False if there is nothing new to archive."""
     record, kept = folder_record(run), kept_record(run, results)
     if record is None or (kept and kept.files == record.files):
         return False
@@ -112,7 +112,7 @@ def collect(run: TableRun, results: str | Path) -> bool:
 
 
 def write_archive(stream: io.BufferedIOBase, folder: str, files: dict[str, bytes]) -> None:
-    """Write a tar of folder/name, without dates and owners: equal runs give equal archives."""
+    """Write a tar of folder/NAME without dates and owners, so that equal runs give equal bytes."""
     with tarfile.open(fileobj=stream, mode="w:xz", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in sorted(files.items()):
             member = tarfile.TarInfo(f"{folder}/{name}")
@@ -121,31 +121,31 @@ def write_archive(stream: io.BufferedIOBase, folder: str, files: dict[str, bytes
 
 
 class Mismatch(NamedTuple):
-    """A finished run, where it lies, and the first key in which it differs from its table."""
+    """A finished run that was not trained as its table says, and the first key that differs."""
 
     run: TableRun
-    place: Path
+    path: Path
     key: str
     trained: Any
-    stated: Any
+    expected: Any
 
     def __str__(self) -> str:
-        return f"trained with {self.key}={self.trained}, the table says {self.stated}"
+        return f"trained with {self.key}={self.trained}, the table says {self.expected}"
 
 
 def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
-    """Raises ConfigError naming the finished runs of another recipe, and the remedy."""
+    """Raise ConfigError for finished runs of another recipe."""
     if others := other_recipes(runs, results):
-        first, places = others[0], ", ".join(str(other.place) for other in others)
-        remedy = f"remove {places}, or state their recipe, as train=[{first.key}={first.trained}]"
+        first, paths = others[0], ", ".join(str(other.path) for other in others)
+        remedy = f"remove {paths}, or state their recipe, as train=[{first.key}={first.trained}]"
         raise ConfigError(f"{first.run.name} was {first}; {remedy}")
 
 
 def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatch]:
-    """The finished runs whose recipe differs from the table's. Raises DataError, ConfigError."""
+    """Find the finished runs whose recipe is not their table's. Raises DataError, ConfigError."""
 
-    @cache  # composing is slow; a cell's seeds share it
-    def stated(arguments: Sequence[str]) -> dict[str, Any]:
+    @cache  # composing is slow, and the seeds of a cell share its recipe
+    def table_recipe(arguments: Sequence[str]) -> dict[str, Any]:
         config = compose_config(arguments)
         if OmegaConf.is_missing(config.data, "root"):
             config.data.root = None
@@ -156,16 +156,17 @@ def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatc
         record = read_record(run, results)
         if record is None or record.failure:
             continue
-        now = {**stated(run.kind), "seed": run.seed}
-        with reading(record.place):  # keys that an old file lacks have defaults
-            was = recipe(OmegaConf.create(yaml.safe_load(record.files["config.yaml"])))
-        differing = (k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k))
-        if key := next(differing, None):
-            others.append(Mismatch(run, record.place, key, was.get(key), now.get(key)))
+        expected = {**table_recipe(run.kind), "seed": run.seed}
+        with reading(record.path):  # keys that an old file lacks get their defaults
+            trained = recipe(OmegaConf.create(yaml.safe_load(record.files["config.yaml"])))
+        for key in sorted(trained.keys() | expected.keys()):
+            if trained.get(key) != expected.get(key):
+                others.append(Mismatch(run, record.path, key, trained.get(key), expected.get(key)))
+                break
     return others
 
 
 def recipe(config: DictConfig) -> dict[str, Any]:
-    """The keys that decide the training."""
+    """Return the settings that determine the result of a training run."""
     settings = settings_from(config)
     return {**identity(settings), "max_steps": settings.max_steps}

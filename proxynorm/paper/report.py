@@ -1,4 +1,4 @@
-"""A table's report from its runs: report.md and figures, the same bytes from the same runs."""
+"""The report of a table: report.md and figures, the same bytes from the same runs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ LABELS = {
     "D": "digitised from a figure",
     "E": "not the paper's, a yardstick",
 }
-FLAT = 0.01  # distance of a loss ratio from 1
+FLAT = 0.01  # largest distance from 1 of the loss ratio of a flat loss
 POWER_NOTE = (
     "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
     "means over seeds."
 )
 Grid = list[list[str]]  # the header, then the rows
+# A table of results in a Markdown file.
 BLOCK = re.compile(r"(<!-- table (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -48,9 +49,9 @@ def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
     Raises ConfigError, unless `force`, if the report there has more runs.
     """
     path, count = folder / "report.md", len(findings.records)
-    former = re.search(r"^(\d+) runs, ", path.read_text(), re.M) if path.exists() else None
-    if former and int(former[1]) > count and not force:
-        raise ConfigError(f"{path} has {former[1]} runs, this one {count}; force=true replaces it")
+    old = re.search(r"^(\d+) runs, ", path.read_text(), re.M) if path.exists() else None
+    if old and int(old[1]) > count and not force:
+        raise ConfigError(f"{path} has {old[1]} runs, this one {count}; force=true replaces it")
     folder.mkdir(parents=True, exist_ok=True)
     text = report(findings, draw_figures(findings, folder))
     write_text(folder / "table.tex", latex_table(wide_table(findings)) + "\n")
@@ -59,7 +60,7 @@ def write_report(findings: Findings, folder: Path, force: bool = False) -> None:
 
 
 def report(findings: Findings, figures: Mapping[str, str]) -> str:
-    """The report as Markdown. figures: {file: caption}."""
+    """Return the report as Markdown. figures: {file: caption}."""
     table = findings.table
     parts = [f"# {table.title}", table.about.strip(), findings.protocol]
     parts += [f"**{sentence}**" for sentence in verdicts(findings)]
@@ -77,7 +78,7 @@ def report(findings: Findings, figures: Mapping[str, str]) -> str:
 
 
 def wide_table(findings: Findings) -> Grid:
-    """Mean ± standard deviation: column axes across, the others down, also those not in rows."""
+    """Return mean ± standard deviation, the table's column axes across and all others down."""
     table = findings.table
     axes = dict.fromkeys(axis for cell in findings.cells for axis in cell.labels)
     down = [*table.rows, *(axis for axis in axes if axis not in {*table.rows, *table.columns})]
@@ -88,19 +89,19 @@ def wide_table(findings: Findings) -> Grid:
             v if isinstance(v, str) else f"{a.rpartition('.')[2]} {v}" for a, v in values
         )
 
-    rows = list(dict.fromkeys(label(cell, down) for cell in findings.cells))
-    columns = list(dict.fromkeys(label(cell, table.columns) for cell in findings.cells))
-    shown = {
-        (label(cell, down), label(cell, table.columns)): str(findings.samples[cell.name])
-        for cell in findings.cells
-    }
+    rows: dict[str, dict[str, str]] = {}
+    for cell in findings.cells:
+        text = str(findings.samples[cell.name])
+        rows.setdefault(label(cell, down), {})[label(cell, table.columns)] = text
+    columns = dict.fromkeys(label(cell, table.columns) for cell in findings.cells)
     unnamed = "any" if table.columns else "top1 %"
-    header = ["", *(column or unnamed for column in columns)]
-    return [header, *([row, *(shown.get((row, column), "") for column in columns)] for row in rows)]
+    grid = [["", *(column or unnamed for column in columns)]]
+    grid += [[row, *(texts.get(column, "") for column in columns)] for row, texts in rows.items()]
+    return grid
 
 
 def cell_table(findings: Findings) -> Grid:
-    """A row for each cell: mean ± std, n, reference and difference if any, loss ratio, status."""
+    """Return a row per cell: mean ± std, n, reference and difference if any, loss ratio, status."""
     table = findings.table
     references = {reference.cell: reference for reference in table.references}
     header = ["cell", "top1 %", "n"]
@@ -120,9 +121,9 @@ def cell_table(findings: Findings) -> Grid:
 
 
 def beside_bn(findings: Findings) -> Grid:
-    """A row for each finished cell, with its difference to that of Batch Norm, where there is one.
+    """Return a row per finished cell, with its difference to the same cell with Batch Norm.
 
-    And its 95 % interval, where both have several seeds.
+    The 95 % interval is given if both have several seeds. Empty columns are left out.
     """
     grid = [["", "top1 %", "n", "minus bn", "95 % interval"]]
     for cell in findings.measured():
@@ -142,7 +143,7 @@ def interval_text(interval: tuple[float, float]) -> str:
 
 
 def explanation(findings: Findings) -> str:
-    """A note on the numbers of the cell table."""
+    """Return a note that explains the numbers of the cell table."""
     table = findings.table
     ratios = [r for record in findings.records if (r := loss_ratio(record)) is not None]
     flat = sum(abs(ratio - 1) <= FLAT for ratio in ratios)
@@ -153,26 +154,26 @@ def explanation(findings: Findings) -> str:
     )
     if table.references:
         labels = sorted({reference.label for reference in table.references})
-        told = "; ".join(f"[{label}] {LABELS[label]}" for label in labels)
+        legend = "; ".join(f"[{label}] {LABELS[label]}" for label in labels)
         sources = "; ".join(dict.fromkeys(reference.source for reference in table.references))
-        text += f" References: {told}. Sources: {sources}."
+        text += f" References: {legend}. Sources: {sources}."
         text += f" within: at most {table.tolerance:g} points from the reference."
     return text
 
 
 def power_table(findings: Findings) -> Grid:
-    """A row for each cell that logged powers: P1 after training."""
+    """Return a row per cell that logged powers: P1 after training, averaged over its runs."""
     grid = [["cell", "top1 %", "P1, mean", "P1, largest", "P1, last norm", "n"]]
     for cell, nets in last_powers(findings).items():
-        curves = [[row.p1 for row in rows] for rows in nets]
-        means = (fmean(map(figure, curves)) for figure in (fmean, max, lambda curve: curve[-1]))
-        figures = [f"{mean:.3f}" for mean in means]
-        grid.append([cell, str(findings.samples[cell]), *figures, str(len(nets))])
+        p1 = [[row.p1 for row in rows] for rows in nets]
+        means = fmean(map(fmean, p1)), fmean(map(max, p1)), fmean(values[-1] for values in p1)
+        texts = [f"{mean:.3f}" for mean in means]
+        grid.append([cell, str(findings.samples[cell]), *texts, str(len(nets))])
     return grid
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
-    """A row for each comparison."""
+    """Return a row per comparison."""
     header = ["claim", "cells", "expected", "difference", "95 % interval", "p", "n", "verdict"]
     rows = [
         [
@@ -205,7 +206,7 @@ def comparison_notes(findings: Findings) -> str:
 
 
 def provenance(records: Sequence[Record]) -> str:
-    """Machines, versions, commits and hours of the records."""
+    """State the machines, versions, commits and hours of the runs."""
     if not records:
         return "Nothing has been run yet."
     environments = [record.environment for record in records]
@@ -229,7 +230,7 @@ def commit_name(git: Mapping[str, object]) -> str:
 
 
 def tally(names: Iterable[str]) -> str:
-    """Each distinct name, with its count where there are several."""
+    """List the distinct names, with counts if there are several."""
     counts = sorted(Counter(names).items())
     if len(counts) == 1:
         return counts[0][0]
@@ -237,21 +238,21 @@ def tally(names: Iterable[str]) -> str:
 
 
 def commands(findings: Findings) -> str:
-    """The commands that make the table, and the overrides of each cell."""
+    """Return the commands that make the table, and the overrides of each cell."""
     table, script = findings.table, as_installed("python scripts/reproduce.py")
-    words = "".join(f" {shlex.quote(word)}" for word in findings.words)
-    lines = [f"{script} {word} {table.argument}{words}" for word in ("run", "report")]
+    arguments = " ".join([table.argument, *map(shlex.quote, findings.options)])
+    lines = [f"{script} {command} {arguments}" for command in ("run", "report")]
     if table.tuned:
-        search = [f"{script} {word} table={table.tuned.table}" for word in ("run", "choose")]
-        lines = search + lines
+        search = f"table={table.tuned.table}"
+        lines = [*(f"{script} {command} {search}" for command in ("run", "choose")), *lines]
     cells = [f"{cell.name}: {' '.join(cell.overrides)}" for cell in findings.cells]
     return "\n".join([*lines, "", *cells])
 
 
 def rendered(text: str, results: Path) -> str:
-    """The text of a Markdown file with its tables replaced by those of results/NAME.
+    """Return a Markdown text with its tables of results, marked as in BLOCK, made anew.
 
-    They stand between <!-- table NAME --> and <!-- end -->. Raises ConfigError for an unknown one.
+    Raises ConfigError for an unknown table.
     """
     return BLOCK.sub(
         lambda match: f"{match[1]}\n{result_table(match['name'], results)}\n\n{match[3]}", text
@@ -259,7 +260,7 @@ def rendered(text: str, results: Path) -> str:
 
 
 def result_table(name: str, results: Path) -> str:
-    """The table's cells, mean ± standard deviation and seeds, from its kept runs alone."""
+    """Return the wide table of the archived runs, and a note on its numbers, as Markdown."""
     table = load_table(name)
     runs = reported_runs(table, results / "no run folders", results)
     findings = gather(table, runs, results)

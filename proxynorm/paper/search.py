@@ -14,46 +14,53 @@ from proxynorm.errors import ConfigError
 from proxynorm.paper.records import read_record
 from proxynorm.paper.table import Table, TableRun, chosen_path, load_table
 
-DIVERGED = ": not finite, "  # in the error line of a run whose loss or gradient became infinite
+DIVERGED = ": not finite, "  # in the error of a run whose loss or gradient became infinite or NaN
 Point = tuple[float, ...]
 
 
 def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[str, Any]:
-    """Choose, for each value of the search's axis `by`, the point with the best mean metric.
+    """Choose the point with the best mean top-1 for each group, a value of the search's axis `by`.
 
-    Returns {"table", "metric", "seeds", "chosen": {place: {axis: value}}, "tried": {place:
-    {"value value": mean metric}}, "at_edge": {place: axes whose chosen value is the smallest or
-    largest tried}}.
-    Raises ConfigError for a table that is no search, and while runs are missing.
+    Returns the content of chosen.json:
+        table, metric, seeds: what was searched, and how
+        chosen:  {group: {axis: value}}
+        tried:   {group: {"value value": mean top-1}}
+        at_edge: {group: axes whose chosen value is the smallest or largest that was tried}
+    Raises ConfigError if the table is not a search, if runs are missing or if all have diverged.
     """
     if table.search is None:
         raise ConfigError(f"table {table.name} is not a search; nothing is chosen from it")
     axes = table.search.axes
     chosen, tried, at_edge = {}, {}, {}
-    for place, points in mean_metric(table, runs, results).items():
+    for group, points in mean_top1(table, runs, results).items():
         best = max(points, key=points.get)
         if points[best] == -math.inf:
             raise ConfigError(
-                f"table {table.name}: every value tried for {place} diverged; extend the search"
+                f"table {table.name}: every value tried for {group} diverged; extend the search"
             )
-        chosen[place] = dict(zip(axes, best, strict=True))
-        tried[place] = {
+        chosen[group] = dict(zip(axes, best, strict=True))
+        tried[group] = {
             " ".join(map(str, point)): "diverged" if score == -math.inf else round(score, 4)
             for point, score in points.items()
         }
         columns = zip(axes, best, zip(*points))
         edges = [axis for axis, value, values in columns if value in (min(values), max(values))]
         if edges:
-            at_edge[place] = edges
-    metric = f"top1 on {table.split}"
-    found = {"chosen": chosen, "tried": tried, "at_edge": at_edge}
-    return {"table": table.name, "metric": metric, "seeds": table.seeds, **found}
+            at_edge[group] = edges
+    return {
+        "table": table.name,
+        "metric": f"top1 on {table.split}",
+        "seeds": table.seeds,
+        "chosen": chosen,
+        "tried": tried,
+        "at_edge": at_edge,
+    }
 
 
-def mean_metric(
+def mean_top1(
     table: Table, runs: Sequence[TableRun], results: str | Path
 ) -> dict[str, dict[Point, float]]:
-    """{place: {values of the axes: mean metric over seeds}}, −inf where a run diverged.
+    """Return {group: {point: mean top-1 over seeds}}; −inf if a run of the point diverged.
 
     Raises ConfigError if runs are missing.
     """
@@ -61,8 +68,8 @@ def mean_metric(
     missing = []
     for run in runs:
         record, labels = read_record(run, results), run.cell.labels
-        # A run that failed for another reason than divergence is missing.
-        if record is None or DIVERGED not in (record.failure or DIVERGED):
+        # A run that failed for any other reason than divergence counts as missing.
+        if record is None or (record.failure and DIVERGED not in record.failure):
             missing.append(run.name)
             continue
         score = -math.inf if record.failure else record.summary["top1"]
@@ -73,13 +80,13 @@ def mean_metric(
             f"table {table.name}: {len(missing)} runs are not done ({', '.join(missing[:3])} …): "
             f"scripts/reproduce.py run {table.argument}"
         )
-    return {place: {p: mean(v) for p, v in points.items()} for place, points in scores.items()}
+    return {group: {p: mean(v) for p, v in points.items()} for group, points in scores.items()}
 
 
 def protocol(table: Table, results: str | Path) -> str:
-    """State the grid, seeds and runs that each place got in the table's search; "" without one.
+    """State the grid, seeds and runs of each group in the table's search; "" without a search.
 
-    And how many of the search's seeds what it has chosen in `results` rests on, if not on all.
+    If the choice in `results` was made before all seeds were run, also say with how many.
     """
     search = load_table(table.tuned.table) if table.tuned else table
     if search.search is None:
@@ -88,19 +95,18 @@ def protocol(table: Table, results: str | Path) -> str:
     grids: dict[str, set[Point]] = defaultdict(set)
     for cell in search.expand():
         grids[str(cell.labels[by])].add(tuple(cell.labels[axis] for axis in axes))
-    words = f"{search.seeds} seed{'s' if search.seeds > 1 else ''}"
-    (usual, _), *others = Counter(map(frozenset, grids.values())).most_common()
-    count = f"{len(usual)} points of {' × '.join(axes)}, {words}: {search.seeds * len(usual)} runs"
-    path = chosen_path(search.name, results)
-    used = json.loads(path.read_text()).get("seeds") if table.tuned and path.is_file() else None
-    so_far = "" if used in (None, search.seeds) else f" Chosen so far with {used} of {words}."
-    if not others:
-        return f"Search {search.name}: every {by} got the same {count}.{so_far}"
+    seeds = f"{search.seeds} seed{'s' if search.seeds > 1 else ''}"
+    usual = Counter(map(frozenset, grids.values())).most_common(1)[0][0]
+    count = f"{len(usual)} points of {' × '.join(axes)}, {seeds}: {search.seeds * len(usual)} runs"
     extra = [
-        f"{place} ({search.seeds * len(grid)} runs)"
-        for place, grid in grids.items()
+        f"{group} ({search.seeds * len(grid)} runs)"
+        for group, grid in grids.items()
         if grid != usual
     ]
-    return (
-        f"Search {search.name}: each {by} got {count}; another grid for {', '.join(extra)}.{so_far}"
-    )
+    text = f"every {by} got the same {count}"
+    if extra:
+        text = f"each {by} got {count}; another grid for {', '.join(extra)}"
+    path = chosen_path(search.name, results)
+    used = json.loads(path.read_text()).get("seeds") if table.tuned and path.is_file() else None
+    so_far = "" if used in (None, search.seeds) else f" Chosen so far with {used} of {seeds}."
+    return f"Search {search.name}: {text}.{so_far}"

@@ -1,7 +1,8 @@
-"""The answer of a sweep: its runs in one table with figures, Batch Norm the one to compare with."""
+"""The comparison of a sweep's runs with each other and with Batch Norm, as a table and figures."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,10 @@ NOTE = (
 
 
 def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: str = "") -> str:
-    """Compare a sweep's finished runs; write comparison.md and figures into `folder`.
+    """Compare the finished runs of a sweep; write comparison.md and figures into `folder`.
 
-    name: of the group on W&B; failed: what failed, a line each. Returns the table and the file's
-    path, as text; "" if no run has finished. Raises DataError for the damaged files of a run.
+    name: of the group on W&B; failed: a line per failed run. Returns the table and the path of
+    comparison.md, as text; "" if no run has finished. Raises DataError if files are damaged.
     """
     table, table_runs = as_table(runs, name)
     findings = gather(replace(table, title=command), table_runs, folder / "results")
@@ -51,28 +52,28 @@ def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: s
 
 
 def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:
-    """Return the sweep as a table: its axes are the keys that vary, but for the seed."""
+    """Return the sweep as a table, with the keys that vary, besides the seed, as its axes."""
     points = [dict(word.split("=", 1) for word in run.arguments if "=" in word) for run in runs]
     varying = [key for key in points[0] if len({point.get(key) for point in points}) > 1]
     axes = [key for key in varying if key != "seed"] or ["norm"]
-    found: list[TableRun] = []
+    table_runs: list[TableRun] = []
     for run, point in zip(runs, points, strict=True):
         settings = settings_from(compose_config(run.arguments))
         labels = {key: yaml.safe_load(point.get(key, settings.norm.name)) for key in axes}
         cell = Cell(cell_name(labels), labels, run.arguments)
-        found.append(TableRun(run.folder, run.arguments, name, cell, settings.seed))
-    blocks = [{key: [value] for key, value in run.cell.labels.items()} for run in found]
-    seeds = max(sum(run.cell.name == other.cell.name for run in found) for other in found)
+        table_runs.append(TableRun(run.folder, run.arguments, name, cell, settings.seed))
+    blocks = [{key: [value] for key, value in run.cell.labels.items()} for run in table_runs]
+    seeds = max(Counter(run.cell.name for run in table_runs).values())
     table = Table(name, name, "", [], blocks, axes, seeds, 0.0, "", split="the evaluation images")
-    return table, found
+    return table, table_runs
 
 
 def set_aside(path: Path, command: str) -> None:
-    """Move the comparison of another sweep in the same folder into a folder of its own."""
+    """Move the comparison of an earlier, different sweep in the same folder to comparison-N/."""
     if not path.exists() or path.read_text().startswith(f"# {command}\n"):
         return
     number = 1 + len(list(path.parent.glob("comparison-*")))
-    former = path.parent / f"comparison-{number}"
-    former.mkdir()
+    target = path.parent / f"comparison-{number}"
+    target.mkdir()
     for file in (path, *path.parent.glob("*.png"), *path.parent.glob("*.pdf")):
-        file.rename(former / file.name)
+        file.rename(target / file.name)

@@ -19,13 +19,13 @@ from proxynorm.launch.runs import Estimate, Run
 from proxynorm.train.arguments import quoted
 
 TABLES = Path(__file__).resolve().parent / "tables"
-# A link to results/; a wheel holds the files chosen.json alone.
+# A link to results/. A wheel contains only its chosen.json files.
 SHIPPED = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its name, its values on the table's axes, its overrides for train.py."""
+    """A cell: its name, its value on each axis (labels), its overrides for train.py."""
 
     name: str
     labels: dict[str, Any]
@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def norm(self) -> str:
-        """Its norm's name, "" if the table has no such axis."""
+        """The name of its norm; "" if the table has no axis norm."""
         return str(self.labels.get("norm", ""))
 
 
@@ -48,7 +48,7 @@ class TableRun(Run):
 
 @dataclass(frozen=True)
 class Reference:
-    """A published value of a cell; label: a key of report.LABELS."""
+    """A published value of a cell. label: a key of report.LABELS, the kind of source."""
 
     cell: str
     value: float
@@ -58,7 +58,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two cells whose difference a claim is about; expect: higher, equal or lower."""
+    """A claim about two cells. expect: the first is higher, lower or equal (matches or exceeds)."""
 
     first: str
     second: str
@@ -68,7 +68,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Search:
-    """The table is a search: for each value of the axis `by`, of values on `axes`."""
+    """What a search table looks for: the best values on `axes`, for each value of the axis `by`."""
 
     axes: tuple[str, ...]
     by: str
@@ -76,7 +76,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Overrides from a finished search: each cell gets what was chosen for its value of `by`."""
+    """The search that a table takes overrides from: those chosen for a cell's value of `by`."""
 
     table: str
     by: str
@@ -90,14 +90,14 @@ class Table:
     cells:       blocks, each the product of its axes {axis: [values]}; value v of axis a: a=v
     bundles:     {axis: {value: [overrides]}}, for values that stand for several overrides
     rules:       [{when: {axis: value}, train: [overrides]}], for the cells that match
-    tuned:       overrides found by a search
-    seeds:       runs of each cell
+    tuned:       the search that chose further overrides
+    seeds:       runs per cell
     rows, columns: the axes down and across in the report
-    split:       the images top-1 is measured on, in words; by default as data.holdout says
-    tolerance:   largest distance from a reference, in points, that counts as within
+    split:       the images that top-1 is measured on, in words; by default from data.holdout
+    tolerance:   largest difference from a reference, in points, that the report calls "within"
     seed_std:    known standard deviation between seeds, in points; source in seed_std_source
     file:        the YAML file, if it is not one of TABLES
-    minutes:     of one run of the first cell on `hardware`, an estimate until runs are measured
+    minutes:     estimate for a run of the first cell on `hardware`, until runs are measured
     relative:    {axis: {value: factor}}, the time of other cells relative to the first
     """
 
@@ -126,20 +126,20 @@ class Table:
 
     @property
     def argument(self) -> str:
-        """The table's argument on a command line: its name, or its file's path as given."""
+        """The shell argument that names the table: table=NAME, or table= with the path as given."""
         return shlex.quote(f"table={self.file or self.name}")
 
     def estimate(self, cell: Cell) -> Estimate:
-        """The time of a cell's run as the table states it."""
+        """Return the time of a run of the cell as the table states it."""
         factors = [self.relative.get(axis, {}).get(v, 1) for axis, v in cell.labels.items()]
         seconds = 60 * self.minutes * math.prod(factors)
         return Estimate(seconds, f"estimate for {self.hardware}")
 
     def expand(self, chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cell]:
-        """The cells in order.
+        """Return the cells in order.
 
-        chosen: {value of `by`: {key: value}} of the finished search; None leaves its overrides
-        out. Raises ConfigError for a cell the search has nothing for.
+        chosen: what the search has chosen, {value of `by`: {key: value}}; None: leave it out.
+        Raises ConfigError if the search has chosen nothing for a cell.
         """
         cells: dict[str, Cell] = {}
         for block in self.cells:
@@ -160,16 +160,16 @@ class Table:
             if all(labels.get(axis) in values for axis, values in wanted.items()):
                 yield from rule["train"]
         if self.tuned is not None and chosen is not None:
-            place = str(labels[self.tuned.by])
-            if place not in chosen:
+            group = str(labels[self.tuned.by])
+            if group not in chosen:
                 raise ConfigError(
-                    f"table {self.name}: the search {self.tuned.table} has nothing for {place}"
+                    f"table {self.name}: the search {self.tuned.table} has nothing for {group}"
                 )
-            yield from (f"{key}={value}" for key, value in chosen[place].items())
+            yield from (f"{key}={value}" for key, value in chosen[group].items())
 
 
 def cell_name(labels: Mapping[str, Any]) -> str:
-    """The cell's folder name: words as they are, numbers after the last part of their axis."""
+    """Join the labels to a folder name: texts as they are, numbers after their axis's last part."""
     parts = (v if isinstance(v, str) else f"{a.rpartition('.')[2]}{v}" for a, v in labels.items())
     return "-".join(part.replace("/", "_") for part in parts)
 
@@ -179,7 +179,7 @@ def table_names() -> list[str]:
 
 
 def load_table(name: str, seeds: int | None = None) -> Table:
-    """The table of that name or YAML file, with another number of `seeds` if given.
+    """Load the table of that name or YAML file, with another number of `seeds` if given.
 
     Raises ConfigError for an unknown name or a malformed file.
     """
@@ -190,7 +190,7 @@ def load_table(name: str, seeds: int | None = None) -> Table:
         )
     try:
         content = yaml.safe_load(path.read_text())
-        if "axis" in content.get("search", {}):  # older files name one axis
+        if "axis" in content.get("search", {}):  # older files have a single axis
             content["search"]["axes"] = (content["search"].pop("axis"),)
         for key, kind in {"tuned": Tuned, "search": Search}.items():
             if key in content:
@@ -198,10 +198,10 @@ def load_table(name: str, seeds: int | None = None) -> Table:
         for key, kind in {"references": Reference, "comparisons": Comparison}.items():
             content[key] = [kind(**item) for item in content.get(key, [])]
         content["seeds"] = content["seeds"] if seeds is None else seeds
-        given = dict(word.split("=", 1) for word in content["train"] if "=" in word)
-        held_out = given.get("data.holdout", "0")
-        words = f"{held_out} training images that were held out"
-        content.setdefault("split", "the test set" if held_out == "0" else words)
+        overrides = dict(word.split("=", 1) for word in content["train"] if "=" in word)
+        holdout = overrides.get("data.holdout", "0")
+        held_out = f"{holdout} training images that were held out"
+        content.setdefault("split", "the test set" if holdout == "0" else held_out)
         table = Table(name=path.stem, file=name if name.endswith(".yaml") else "", **content)
         check_table(table)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
@@ -210,21 +210,19 @@ def load_table(name: str, seeds: int | None = None) -> Table:
 
 
 def check_table(table: Table) -> None:
-    """Raises ConfigError for a cell or an axis that the table names but does not have."""
+    """Raise ConfigError for unknown cells and axes, another `expect`, or less than one seed."""
     cells = table.expand()
     axes = {axis for cell in cells for axis in cell.labels}
     pairs = [(item.first, item.second) for item in table.comparisons]
     named = [*(item.cell for item in table.references), *itertools.chain(*pairs)]
-    for words, names, valid in (
+    for kind, names, valid in (
         ("cell", named, {cell.name for cell in cells}),
         ("axis", [*table.rows, *table.columns], axes),
         ("expect", [item.expect for item in table.comparisons], {"higher", "equal", "lower"}),
     ):
         for name in names:
             if name not in valid:
-                raise ConfigError(
-                    f"table {table.name}: no {words} '{name}'; {nearest(name, valid)}"
-                )
+                raise ConfigError(f"table {table.name}: no {kind} '{name}'; {nearest(name, valid)}")
     if table.seeds < 1:
         raise ConfigError(f"seeds={table.seeds}: must be at least 1")
 
@@ -235,32 +233,33 @@ def table_runs(
     chosen: Mapping[str, Mapping[str, Any]] | None = None,
     overrides: Sequence[str] = (),
 ) -> list[TableRun]:
-    """All runs of the table, with further `overrides` for each.
+    """Return all runs of the table, with further `overrides` for each.
 
-    Every cell's first seed comes before any second one, so that partial tables are of use.
+    The first seed of every cell comes before the second of any, so that a part of the runs already
+    gives a table.
     """
     cells, folder = table.expand(chosen), Path(root) / table.name
     runs = []
     for seed, cell in itertools.product(range(table.seeds), cells):
         name = f"{cell.name}-s{seed}"
         tags = ",".join(quoted(tag) for tag in (f"table={table.name}", f"cell={cell.name}"))
-        words = (f"seed={seed}", f"name={quoted(name)}", f"runs_dir={quoted(str(folder))}")
-        words += (f"logger.group={quoted(table.name)}", f"logger.tags=[{tags}]")
-        arguments = (*cell.overrides, *words, *overrides)
+        own = (f"seed={seed}", f"name={quoted(name)}", f"runs_dir={quoted(str(folder))}")
+        own += (f"logger.group={quoted(table.name)}", f"logger.tags=[{tags}]")
+        arguments = (*cell.overrides, *own, *overrides)
         stated = table.estimate(cell)
         runs.append(TableRun(folder / name, arguments, table.name, cell, seed, stated=stated))
     return runs
 
 
 def reported_runs(table: Table, root: str | Path, results: str | Path) -> list[TableRun]:
-    """All runs of the table; none while the search that tunes it has not chosen."""
+    """Return all runs of the table; none if the search that tunes it has not chosen yet."""
     if table.tuned and not chosen_path(table.tuned.table, results).is_file():
         return []
     return table_runs(table, root, read_chosen(table, results))
 
 
 def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] | None:
-    """Return what the table's search has chosen; None for a table without one.
+    """Read what the table's search has chosen; None if no search tunes the table.
 
     Raises ConfigError if the search has not chosen yet.
     """
@@ -277,6 +276,6 @@ def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] 
 
 
 def chosen_path(search: str, results: str | Path) -> Path:
-    """The file of what a search has chosen: in `results`, else as shipped with the package."""
+    """Return the file of what a search has chosen: in `results`, else the package's own."""
     path, shipped = (Path(folder) / search / "chosen.json" for folder in (results, SHIPPED))
     return shipped if shipped.is_file() and not path.is_file() else path

@@ -1,4 +1,4 @@
-"""W&B beside the runs: a comparison run for a table, a demo or a sweep; kept runs uploaded."""
+"""W&B besides the runs' own logging: comparison runs, and the upload of archived runs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ from proxynorm.train.tracker import Tracker, choose_mode, start_run
 def log_comparison(
     findings: Findings, mode: str, figures: Path, folder: Path, **project: Any
 ) -> None:
-    """Log a comparison of runs as a run of its own, GROUP-comparison, in the group of its table.
+    """Log a comparison as the W&B run TABLE-comparison, in the group of the table.
+
+    The selection, if any (cells=, seeds=), is part of the name. If W&B fails, a warning is printed.
 
     Args:
-        mode: of the logger: auto, online, offline, disabled.
+        mode: auto, online, offline or disabled.
         figures: the folder of the PNG files.
-        folder: where W&B's files go.
+        folder: the folder for W&B's files.
         project: project= and entity= of W&B.
 
-    The comparison of a selection has a name of its own. Warns where W&B fails. Raises ConfigError
-    for an unknown mode.
+    Raises:
+        ConfigError: an unknown mode.
     """
     table, grid = findings.table, comparison_grid(findings)
-    part = [word for word in findings.words if not word.startswith("train=")]
-    mode, name = choose_mode(mode), " ".join([f"{table.name}-comparison", *part])
+    selection = [word for word in findings.options if not word.startswith("train=")]
+    mode, name = choose_mode(mode), " ".join([f"{table.name}-comparison", *selection])
     config = {
         "table": table.name,
         "title": table.title,
@@ -69,17 +71,17 @@ def log_comparison(
             run.log(content | images)
             means = {f"mean/{cell}": mean for cell, _, mean, *_ in grid[1:]}
             run.summary.update({"verdict": " ".join(verdicts(findings)), **means})
-    except Exception as error:  # W&B must not cost a report, whatever it raises
+    except Exception as error:  # no failure of W&B may prevent a report
         reason = f"{type(error).__name__}: {first_line(error)}"
         print(f"warning: {name} is not on W&B: {reason}", file=sys.stderr)
 
 
-def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> list[str]:
-    """Put finished runs into W&B from their folders or archives, once a mode; their names.
+def upload_runs(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> list[str]:
+    """Log finished runs to W&B from their folders or archives, and return their names.
 
-    Each becomes the run that training would have mirrored, in the group of its table. W&B's files
-    go to folder/NAME. Runs that training mirrored itself are left out. Raises DataError for damaged
-    files, ConfigError for an unknown mode.
+    Each becomes the run that training would have logged, in the group of its table. W&B's files go
+    to folder/NAME. Runs are skipped if training logged them or they were uploaded in this mode
+    before. Raises DataError for damaged files, ConfigError for an unknown mode.
     """
     names, mode = [], choose_mode(mode)
     for run in runs:
@@ -96,15 +98,15 @@ def upload(runs: Sequence[TableRun], results: Path, mode: str, folder: Path) -> 
     return names
 
 
-def upload_run(record: Record, mode: str, place: Path) -> bool:
-    """Replay a run's rows into W&B; whether W&B took them."""
-    place.mkdir(parents=True, exist_ok=True)
+def upload_run(record: Record, mode: str, folder: Path) -> bool:
+    """Log the rows of a run to W&B. Returns False if W&B is not available."""
+    folder.mkdir(parents=True, exist_ok=True)
     run, config = record.run, yaml.safe_load(record.files["config.yaml"])
     settings = settings_from(OmegaConf.create(config))
     own = [tag for tag in settings.logger.tags or () if not tag.startswith(("table=", "cell="))]
     tags = (*own, f"table={run.table}", f"cell={run.cell.name}")
     logger = replace(settings.logger, mode=mode, group=run.table, tags=tags)
-    tracker = Tracker(replace(settings, logger=logger), place, run.name, config, resumed=True)
+    tracker = Tracker(replace(settings, logger=logger), folder, run.name, config, resumed=True)
     if tracker.run is None:
         return False
     for row in record.rows:

@@ -1,4 +1,4 @@
-"""The power decomposition: its formula, what it leaves alone, its files, its warning."""
+"""The power decomposition: its formula, side effects, files and warning."""
 
 import csv
 import json
@@ -122,7 +122,7 @@ def test_a_compiled_model_is_measured_eagerly():
     assert power_decomposition(model, [images(2)]) == eager
 
 
-def test_wrong_calls_say_what_is_wrong():
+def test_wrong_calls_are_errors():
     with pytest.raises(ValueError, match="no NormAct2d"):
         power_decomposition(nn.Sequential(nn.Conv2d(1, 1, 1)), [images()])
     with pytest.raises(ValueError, match="no images"):
@@ -187,7 +187,7 @@ def test_a_norm_and_its_proxy_normalized_version_share_a_colour():
 
 
 @pytest.mark.parametrize("panels", [4, 5])
-def test_what_no_panel_fills_stays_empty(tmp_path, panels):
+def test_unused_panels_stay_empty(tmp_path, panels):
     rows = [PowerRow("a", depth, 0.1 * depth, 0.1, 0.5, 0.2) for depth in (1, 2, 3)]
     figure = power_figure({f"epoch {number}": rows for number in range(panels)})
     save_figure(figure, tmp_path / "power.png")
@@ -197,7 +197,7 @@ def test_what_no_panel_fills_stays_empty(tmp_path, panels):
     assert (lower[:, width * 3 // 4 :] == 1).all() and not (lower[:, : width // 4] == 1).all()
 
 
-def test_collapse_is_warned_of():
+def test_collapse_gives_a_warning():
     rows = [PowerRow("a", 1, 0.2, 0, 0.8, 0), PowerRow("b", 2, 0.95, 0, 0.05, 0)]
     assert collapse_warning(rows, 0.96) is None
     assert "worst b (depth 2) with 0.950" in collapse_warning(rows, 0.9)
@@ -242,7 +242,7 @@ def test_a_wrong_norm_is_the_users_mistake(tmp_path, script):
         script.main(script.Options(str(tmp_path), norms=["lm"]))
 
 
-def test_the_command_shows_what_a_run_has_logged(tmp_path, script):
+def test_the_command_shows_the_logged_powers_of_a_run(tmp_path, script):
     rows = [PowerRow("a.norm1", 1, 0.1, 0.2, 0.3, 0.4), PowerRow("norm", 2, 0.4, 0.3, 0.2, 0.1)]
     lines = [
         {"event": "power", "step": step, "epoch": step / 4, **to_metrics(rows)} for step in (0, 4)

@@ -13,7 +13,7 @@ from proxynorm.errors import DataError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.slurm import is_due
 from proxynorm.launch.status import run_status
-from proxynorm.paper.plan import plan, status
+from proxynorm.paper.plan import plan_text, status_text
 from proxynorm.paper.records import archive_path, collect, kept_record, read_record, write_archive
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
@@ -54,7 +54,7 @@ DAMAGE = {
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request, tiny, tmp_path):
-    """The runs, two of them finished, the first of these damaged; and what is said of it."""
+    """The table's runs, of which two are finished and the first is damaged, and its error."""
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     write_run(runs[1], 50.0)
@@ -73,7 +73,7 @@ def spoil(path, change):
 
 
 def command(tmp_path, capsys, word):
-    """The command's exit status and what it wrote as an error."""
+    """Run a command and return its exit status and output."""
     words = [
         f"command={word}",
         f"table={tmp_path}/tiny.yaml",
@@ -92,15 +92,15 @@ def test_report_and_collect_name_the_damaged_file(damaged, tmp_path, capsys, wor
     assert not (tmp_path / "results").exists()
 
 
-def test_status_and_plan_tell_it_and_go_on(damaged, tiny, tmp_path, capsys):
+def test_status_and_plan_report_damage_and_continue(damaged, tiny, tmp_path, capsys):
     runs, words = damaged
-    text = status(runs, tmp_path / "results")
+    text = status_text(runs, tmp_path / "results")
     assert re.search(f"damaged  {words}", text) and "1 done, 1 damaged, 2 missing" in text
-    text = plan(tiny, runs, tmp_path / "results", 1)
+    text = plan_text(tiny, runs, tmp_path / "results", 1)
     assert "4 runs; 1 done" in text and re.search(words, text)
 
 
-def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in, capsys):
+def test_run_skips_a_damaged_run_and_says_what_to_remove(damaged, stand_in, capsys):
     runs, words = damaged
     assert run_locally(runs, 2) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -108,13 +108,13 @@ def test_run_leaves_it_and_says_what_to_remove(damaged, stand_in, capsys):
     assert re.fullmatch(f"failed: bn-s0: {words}", lines[-1])
 
 
-def test_it_is_not_submitted(damaged, capsys):
+def test_a_damaged_run_is_not_submitted(damaged, capsys):
     runs, words = damaged
     assert not is_due(runs[0], run_status(runs[0]), True)
     assert re.fullmatch(f"bn-s0: {words}\n", capsys.readouterr().out)
 
 
-def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
+def test_a_damaged_file_in_an_archive_is_reported(tiny, tmp_path):
     run = table_runs(tiny, tmp_path / "runs")[0]
     write_run(run, 50.0)
     assert collect(run, tmp_path / "results")
@@ -129,7 +129,7 @@ def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
         DataError, match=r"bn-s0.tar.xz is damaged \(summary.json: .*; remove it and run again"
     ):
         read_record(run, tmp_path / "results")
-    assert "1 damaged, 3 missing" in status(
+    assert "1 damaged, 3 missing" in status_text(
         table_runs(tiny, tmp_path / "runs"), tmp_path / "results"
     )
 
@@ -143,13 +143,13 @@ def test_a_kept_run_of_damaged_files_is_told_too(tiny, tmp_path):
         ("config.yaml", None),
     ],
 )
-def test_an_unfinished_run_of_damaged_files_is_told(tiny, tmp_path, name, change):
+def test_a_damaged_unfinished_run_is_reported(tiny, tmp_path, name, change):
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     (runs[0].folder / "summary.json").unlink()
-    assert "1 stopped, 3 missing" in status(runs, Path("no results"))
+    assert "1 stopped, 3 missing" in status_text(runs, Path("no results"))
     spoil(runs[0].folder / name, change)
-    assert "1 damaged, 3 missing" in status(runs, Path("no results"))
+    assert "1 damaged, 3 missing" in status_text(runs, Path("no results"))
     assert (
         "damaged" in (said := run_status(runs[0]).error) and "remove" in said and "\n" not in said
     )

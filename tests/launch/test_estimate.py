@@ -28,7 +28,7 @@ def test_times_come_from_runs_of_the_kind_else_from_the_table(tiny, runs):
     assert estimator(runs)(Run(runs[1].folder, runs[1].arguments)) == unknown
 
 
-def test_runs_of_another_number_of_processes_tell_nothing(runs):
+def test_runs_with_another_number_of_processes_are_ignored(runs):
     write_run(runs[0], 50.0)
     assert estimator(runs)(runs[0]).origin == "measured"
     assert estimator(runs, 8)(runs[0]) == runs[0].stated
@@ -53,7 +53,7 @@ def fixed(seconds):
     return lambda run: Estimate(seconds, "measured")
 
 
-def test_times_are_told_in_the_unit_that_suits_them(runs):
+def test_times_are_shown_in_a_suitable_unit(runs):
     assert [duration(seconds) for seconds in (40, 1500, 27000)] == ["40 s", "25 min", "7.5 h"]
     assert describe(runs, fixed(11)) == "4 runs to do, 44 s (measured)"
     assert "time unknown (measured)" in describe(runs, fixed(None))

@@ -16,7 +16,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.launch.local import run_locally
 from proxynorm.launch.status import run_status
 from proxynorm.paper.findings import gather
-from proxynorm.paper.plan import kept_status, plan, status
+from proxynorm.paper.plan import kept_status, plan_text, status_text
 from proxynorm.paper.records import archive_path, collect
 from proxynorm.paper.report import write_report
 from proxynorm.paper.table import load_table, table_runs
@@ -25,7 +25,7 @@ from tests.tiny_table import TINY, reproduce, write_run
 
 @pytest.fixture
 def launch(tiny, tmp_path, stand_in, capsys):
-    """Runs the tiny table with the stand-in; returns (exit status, lines said, runs)."""
+    """Run the tiny table with the stand-in and return exit status, output lines and runs."""
 
     def go(jobs=2):
         runs = table_runs(tiny, tmp_path / "runs")
@@ -63,12 +63,12 @@ def test_a_failure_is_listed_with_its_last_line_and_tried_again(launch, stand_in
     code, lines, runs = launch()
     assert code == 1 and lines[-1].startswith("failed: bn-s1: ValueError: no such thing")
     assert [run_status(run).state for run in runs] == ["done", "done", "failed", "done"]
-    assert "ValueError: no such thing" in status(runs, runs[0].folder / "no results")
+    assert "ValueError: no such thing" in status_text(runs, runs[0].folder / "no results")
     stand_in()
     assert launch()[0] == 0 and starts(runs) == [1, 1, 2, 1]
 
 
-def test_a_killed_run_is_told_as_killed_not_by_its_last_row(launch, stand_in):
+def test_a_killed_run_is_reported_as_killed_not_by_its_last_row(launch, stand_in):
     stand_in(bn__s0={"signal": signal.SIGKILL, "says": "  1.00  12/20  2.1234"})
     code, lines, runs = launch()
     killed = [line for line in lines if "killed" in line]
@@ -81,7 +81,7 @@ def test_a_killed_run_is_told_as_killed_not_by_its_last_row(launch, stand_in):
     assert launch()[0] == 0 and starts(runs) == [2, 1, 1, 1]
 
 
-def test_a_run_that_another_process_trains_is_left_to_it(launch, stand_in):
+def test_a_run_that_another_process_trains_is_skipped(launch, stand_in):
     stand_in(
         bn__s0={"status": 2, "says": "error: runs/tiny/bn-s0 is in use by host pid 1; wait for it"}
     )
@@ -121,7 +121,7 @@ def test_jobs_and_threads_must_be_positive(launch):
         launch(jobs=0)
 
 
-def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
+def test_the_status_shows_step_loss_and_eta(tiny, tmp_path):
     run = table_runs(tiny, tmp_path / "runs")[0]
     write_run(run, 50.0, epochs=3)
     (run.folder / "summary.json").unlink()
@@ -133,12 +133,12 @@ def test_standing_tells_step_loss_and_eta(tiny, tmp_path):
     assert (now.state, now.describe()) == ("running", f"step 4/12  loss 1.9000  ETA {left}")
 
 
-def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
+def test_plan_estimates_the_remaining_time_from_measured_runs(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
     results = tmp_path / "results"
-    assert "4 runs to do, 24 s (estimate for one CPU core)" in plan(tiny, runs, results, 1)
+    assert "4 runs to do, 24 s (estimate for one CPU core)" in plan_text(tiny, runs, results, 1)
     write_run(runs[0], 50.0)
-    text = plan(tiny, runs, results, 2)
+    text = plan_text(tiny, runs, results, 2)
     assert (
         "4 runs; 1 done" in text
         and "3 runs to do, 75 s (estimate for one CPU core; measured)" in text
@@ -148,14 +148,16 @@ def test_plan_counts_what_is_left_by_what_was_measured(tiny, tmp_path):
         ["bn", "1/2", "0.02", "0.02"],
         ["ln_pn", "0/2", "0.00", "0.00"],
     ]
-    text = plan(tiny, runs, results, verbose=True)
+    text = plan_text(tiny, runs, results, verbose=True)
     assert text.count("python train.py") == 4 and "name=ln_pn-s1" in text
 
 
 def test_the_commands_of_a_plan_are_those_that_run_executes(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs", overrides=["data.root=/a b"])
     commands = [
-        line for line in plan(tiny, runs, tmp_path, verbose=True).splitlines() if "train.py" in line
+        line
+        for line in plan_text(tiny, runs, tmp_path, verbose=True).splitlines()
+        if "train.py" in line
     ]
     assert len(commands) == 4 and all(line.endswith(" 'data.root=/a b'") for line in commands)
 
@@ -170,17 +172,17 @@ def one_kept(tiny, tmp_path):
     return runs, results
 
 
-def test_a_run_that_is_kept_alone_counts_as_done(tiny, one_kept):
+def test_a_run_with_only_an_archive_counts_as_done(tiny, one_kept):
     runs, results = one_kept
-    assert f"kept in {results}" in status(runs, results) and "1 done, 3 missing" in status(
+    assert f"kept in {results}" in status_text(
         runs, results
-    )
-    assert "4 runs; 1 done" in plan(tiny, runs, results, 1)
+    ) and "1 done, 3 missing" in status_text(runs, results)
+    assert "4 runs; 1 done" in plan_text(tiny, runs, results, 1)
     runs[0].folder.mkdir()
     assert kept_status(runs[0], results) is None
 
 
-def test_a_kept_run_is_trained_again_once_its_archive_is_gone(
+def test_an_archived_run_is_trained_again_once_its_archive_is_gone(
     tiny, one_kept, tmp_path, stand_in, capsys
 ):
     runs, results = one_kept
@@ -200,14 +202,14 @@ def test_a_kept_run_is_trained_again_once_its_archive_is_gone(
     assert "bn-s0: starting" in run() and starts(runs) == [1, 1, 1, 1]
 
 
-def test_a_kept_failure_is_told_and_tried_again(tiny, one_kept, tmp_path, stand_in):
+def test_an_archived_failure_is_reported_and_tried_again(tiny, one_kept, tmp_path, stand_in):
     runs, results = one_kept
     runs[1].log.parent.mkdir(exist_ok=True)
     runs[1].log.write_text("NonFiniteError: no\n# exit status 1\n")
     assert collect(runs[1], results)
     runs[1].log.unlink()
     assert kept_status(runs[1], results).state == "failed"
-    assert f"NonFiniteError: no (kept in {results})" in status(runs, results)
+    assert f"NonFiniteError: no (kept in {results})" in status_text(runs, results)
     words = ["command=run", f"table={tiny.file}", f"root={tmp_path}/runs", f"results={results}"]
     assert main(parse_options(Options, words)) == 0 and starts(runs) == [0, 1, 1, 1]
 

@@ -16,7 +16,7 @@ from proxynorm.train.config import check_arguments, compose_config, settings_fro
 from proxynorm.train.settings import run_name
 
 
-def test_each_point_is_a_run_with_the_words_of_its_command(tmp_path):
+def test_each_point_is_a_run_with_its_overrides(tmp_path):
     words = (
         [f"runs_dir={tmp_path}", "batch=32", "norm=bn"],
         [f"runs_dir={tmp_path}", "batch=32", "norm=ln"],
@@ -41,7 +41,10 @@ def test_the_point_that_cannot_be_built_is_named():
     points = [["norm=ln", "batch=7", "micro_batch=7"], ["norm=ln", "batch=10", "micro_batch=7"]]
     runs, (failure,) = sweep_runs(points)
     assert len(runs) == 1 and failure.status == 2
-    assert (failure.words, failure.reason[:30]) == ("batch=10", "batch=10 is not divisible by m")
+    assert (failure.overrides, failure.reason[:30]) == (
+        "batch=10",
+        "batch=10 is not divisible by m",
+    )
     with pytest.raises(ConfigError, match="^batch=10: batch=10 is not divisible"):
         SlurmLauncher(sbatch=[]).run(points)
 
@@ -82,7 +85,7 @@ def test_a_multirun_is_estimated_before_it_is_submitted(sweep, tmp_path, capsys)
     assert "2 runs to do, 35 min (measured)" in capsys.readouterr().out
 
 
-def test_what_was_never_measured_is_of_unknown_time(sweep, tmp_path, capsys, monkeypatch):
+def test_the_time_of_an_unmeasured_run_is_unknown(sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep([["runs_dir=elsewhere", "batch=100", "data.limit=1000"]], time="10")
     assert "time unknown (nothing like it was measured)" in capsys.readouterr().out
@@ -99,7 +102,7 @@ def test_impossible_resources_are_refused(tmp_path):
         SlurmLauncher(nodes=2, gpus=3, sbatch=[]).run([[f"runs_dir={tmp_path}"]])
 
 
-def test_the_m_may_stand_anywhere():
+def test_the_option_m_may_be_anywhere():
     assert check_arguments(["norm=bn,ln", "-m", "batch=2"]) == ["-m", "norm=bn,ln", "batch=2"]
     assert check_arguments(["norm=bn", "batch=2"]) == ["norm=bn", "batch=2"]
 
@@ -139,7 +142,7 @@ def here(tmp_path, monkeypatch, capfd):
 def test_a_sweep_goes_on_after_failures(here):
     failures, said = here(100, 102, 101, 8)
     assert said.count("trains") == 4 and "[4/4] batch=8\n" in said
-    assert said.count("ended with the fault above") == 1  # as the run said it
+    assert said.count("ended with the fault above") == 1  # printed by the run itself
     assert failures == [
         ("batch=100", 1, "ValueError: no"),
         ("batch=102", -9, "killed (signal 9); run again"),
@@ -160,7 +163,7 @@ def test_a_sweep_s_status_is_2_for_the_user_s_mistakes_alone(monkeypatch, status
     assert LocalLauncher().run([["batch=1"]]) == expected
 
 
-def test_each_run_of_a_sweep_meets_under_its_own_count(here, monkeypatch):
+def test_each_run_of_a_sweep_has_its_own_restart_count(here, monkeypatch):
     """torchrun's processes meet in one store, in which an earlier run's addresses remain."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     said = here(7, 101)[1]

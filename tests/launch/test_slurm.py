@@ -13,7 +13,7 @@ from proxynorm.errors import ConfigError
 from proxynorm.launch import slurm
 from proxynorm.launch.slurm import Jobs, SlurmOptions, launch_array
 from proxynorm.launch.status import run_status
-from proxynorm.paper.plan import status
+from proxynorm.paper.plan import status_text
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
 
@@ -57,7 +57,7 @@ def commands(tmp_path, monkeypatch):
 
 @pytest.fixture
 def launch(capsys):
-    """Submits runs; returns the exit status and the lines said."""
+    """Submit runs and return the exit status and the output lines."""
 
     def go(runs, report=(), **options):
         code = launch_array(runs, "tiny", SlurmOptions(**options), report)
@@ -66,7 +66,7 @@ def launch(capsys):
     return go
 
 
-def test_the_report_s_job_waits_for_the_array_and_asks_for_little(tiny, tmp_path, launch):
+def test_the_job_of_the_report_waits_for_the_array_and_requests_little(tiny, tmp_path, launch):
     further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
     further.append("--dependency=afterany:1")
     runs = table_runs(tiny, tmp_path / "runs")
@@ -102,7 +102,7 @@ def launched(tiny, tmp_path, commands, launch):
     return runs
 
 
-def test_a_plan_holds_each_run_s_words(launched):
+def test_a_plan_holds_the_arguments_of_each_run(launched):
     content = json.loads((launched[0].folder.parent / "slurm/plan-1.json").read_text())
     assert content["job"] == "7" and [run["arguments"] for run in content["runs"]] == [
         list(run.arguments) for run in launched
@@ -114,7 +114,7 @@ def test_states_come_from_the_queue_and_the_folders(launched, commands):
     write_run(launched[1], 50.0)
     (launched[0].folder / "summary.json").unlink()
     commands(squeue="7|0|PENDING|PartitionTimeLimit\n7|2|RUNNING|None\n")
-    text = status(launched, NO_RESULTS)
+    text = status_text(launched, NO_RESULTS)
     assert [Jobs(launched[0].folder.parent).status(run).state for run in launched] == [
         "preempted",
         "done",
@@ -140,7 +140,7 @@ def test_a_lock_left_on_another_node_does_not_count_once_the_task_is_gone(launch
     )
 
 
-def test_what_failed_before_its_log_was_opened_is_told(launched):
+def test_a_failure_before_the_log_was_opened_is_reported(launched):
     (launched[0].folder.parent / "logs/slurm-7_0.log").write_text(
         "env.sh: line 3: module: command not found\n"
     )
@@ -159,10 +159,10 @@ def test_what_failed_before_its_log_was_opened_is_told(launched):
         "missing",
         "failed",
     ]
-    assert "module: command not found" in status(launched, NO_RESULTS)
+    assert "module: command not found" in status_text(launched, NO_RESULTS)
 
 
-def test_what_is_queued_or_failed_is_not_submitted_again(launched, commands, launch):
+def test_queued_and_failed_runs_are_not_submitted_again(launched, commands, launch):
     launched[0].log.write_text("ValueError: no\n# exit status 1\n")
     commands(squeue="7|1|PENDING|Priority\n7|2|RUNNING|None\n", sbatch="8\n")
     code, lines = launch(launched)
@@ -193,21 +193,21 @@ def test_slurm_s_refusal_is_one_line_and_leaves_no_plan(tiny, tmp_path, commands
     assert not list((tmp_path / "runs/tiny/slurm").glob("plan-*"))
 
 
-def test_the_status_does_without_an_answer_from_slurm(launched, tmp_path, capsys):
+def test_the_status_works_without_an_answer_from_slurm(launched, tmp_path, capsys):
     (tmp_path / "bin/squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
     )
     assert (
-        status(launched, NO_RESULTS) == "4 missing"
+        status_text(launched, NO_RESULTS) == "4 missing"
         and "Unable to contact" in capsys.readouterr().err
     )
 
 
-def test_without_slurm_one_is_told(tiny, tmp_path, monkeypatch, launch):
+def test_launching_without_slurm_is_an_error(tiny, tmp_path, monkeypatch, launch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="launcher=slurm needs SLURM"):
         launch(table_runs(tiny, tmp_path / "runs"))
-    assert status(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
+    assert status_text(table_runs(tiny, tmp_path / "runs"), NO_RESULTS) == "4 missing"
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def node(tmp_path):
     return tmp_path / "shm"
 
 
-def test_the_copy_is_made_once_and_whole(root, node, monkeypatch):
+def test_the_copy_is_made_once_and_is_complete(root, node, monkeypatch):
     target = job.copy_data(root, node)
     assert {path.name for path in target.iterdir()} == FILES
     assert (read_beton(target / "train.beton").sums == read_beton(root / "train.beton").sums).all()
@@ -69,7 +69,7 @@ def test_other_data_has_another_copy(root, node):
 @pytest.mark.parametrize(
     ("where", "message"), [("label", "not fit its manifest"), ("image", "1 images are damaged")]
 )
-def test_damage_is_found_and_nothing_stays(root, node, where, message):
+def test_damage_is_found_and_no_copy_remains(root, node, where, message):
     """The first image's class, or a byte of an image, is another than when the file was written."""
     samples = read_beton(root / "train.beton")
     label = HEADER.itemsize + 2 * FIELD.itemsize + RECORD.fields["label"][1]
@@ -99,7 +99,7 @@ def test_the_leftovers_of_a_killed_job_are_removed(root, node):
     assert not list(job.own_folder(node).glob(".*"))
 
 
-def test_too_little_room_and_no_folder_are_told_before_copying(root, node, monkeypatch):
+def test_a_full_disk_and_a_missing_folder_are_errors_before_copying(root, node, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(DataError, match=r"0.00 GB free, the .beton files take"):

@@ -29,7 +29,7 @@ def test_nn_needs_torch_only() -> None:
     )
 
 
-def test_nn_is_at_hand() -> None:
+def test_nn_is_an_attribute_of_the_package() -> None:
     run("import proxynorm; assert callable(proxynorm.nn.recompute) and 'nn' in dir(proxynorm)")
 
 

@@ -99,7 +99,7 @@ def test_small_resnet_strides_no_1x1_convolution_of_few_channels() -> None:
     block = PreActBlock(8, 16, 2, nn.BatchNorm2d)
     assert block.shortcut.stride == (1, 1)
     twin = copy.deepcopy(block)
-    twin.shortcut.stride, twin.sampled = (2, 2), 1
+    twin.shortcut.stride, twin.sample_stride = (2, 2), 1
     for side in (13, 14):
         x = torch.randn(2, 8, side, side)
         torch.testing.assert_close(block(x), twin(x))

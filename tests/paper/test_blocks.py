@@ -15,7 +15,7 @@ def test_committed_blocks_are_current():
         assert rendered(text, RESULTS) == text, f"python scripts/reproduce.py docs: {path}"
 
 
-def test_a_block_is_replaced_by_the_table_of_results_and_the_rest_stays():
+def test_a_block_is_replaced_by_the_table_and_the_rest_stays():
     text = rendered("before\n<!-- table former_norms -->\nold\n<!-- end -->\nafter\n", RESULTS)
     assert rendered(text, RESULTS) == text
     lines = text.splitlines()

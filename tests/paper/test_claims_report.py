@@ -39,7 +39,7 @@ def test_claims_name_comparisons_that_exist():
     assert "not run" in claims_report(outcomes_without_runs(), random_net_figures(RESULTS))
 
 
-def test_every_comparison_of_the_small_tables_speaks_for_a_claim():
+def test_every_comparison_of_the_small_tables_belongs_to_a_claim():
     """None is left out, whatever it says."""
     named = {item for claim in load_claims() for item in claim.comparisons}
     for name in table_names():
@@ -76,10 +76,7 @@ def test_notes_quote_the_random_nets_that_are_kept(tmp_path):
 )
 def test_status_is_the_weakest_verdict(verdicts, status):
     assert (
-        claim_status(
-            Claim("c"),
-            [Outcome(None, None, None, 0.0, None, None, verdict) for verdict in verdicts],
-        )
+        claim_status(Claim("c"), [Outcome(None, None, None, verdict, 0.0) for verdict in verdicts])
         == status
     )
     assert claim_status(Claim("c", needs="ImageNet"), []) == "needs ImageNet"
@@ -90,10 +87,11 @@ def test_the_reason_stands_beside_a_claim_that_is_not_shown():
     claim = Claim("c", comparisons=["t: a - b"], reason="too short")
     sample = Sample((1.0, 2.0))
 
-    def told(verdict):
-        return evidence(claim, [Outcome(None, sample, sample, 0.0, None, 0.5, verdict)], {})
+    def evidence_with(verdict):
+        return evidence(claim, [Outcome(None, sample, sample, verdict, 0.0, p=0.5)], {})
 
-    assert told("contradicted").endswith("; why: too short") and "why" not in told("shown")
+    assert evidence_with("contradicted").endswith("; why: too short")
+    assert "why" not in evidence_with("shown")
 
 
 def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path, monkeypatch):

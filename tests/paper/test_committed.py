@@ -1,4 +1,4 @@
-"""What is committed in results/ is what the commands make of the committed runs, byte for byte."""
+"""The committed reports in results/ are those of the committed runs, byte for byte."""
 
 import filecmp
 

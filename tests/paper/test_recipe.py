@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError
-from proxynorm.paper.plan import plan, status
+from proxynorm.paper.plan import plan_text, status_text
 from proxynorm.paper.records import collect, refuse_other_recipes
 from proxynorm.paper.table import load_table, table_runs
 from proxynorm.train import config
@@ -33,7 +33,7 @@ def test_after_an_edit_of_the_table_its_old_runs_are_refused(tiny, tmp_path, sta
     assert not (tmp_path / "results").exists()
 
 
-def test_what_does_not_decide_the_training_may_differ_and_overrides_count(tiny, tmp_path):
+def test_irrelevant_keys_may_differ_and_overrides_count(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
     write_run(runs[0], 50.0)
     config = runs[0].folder / "config.yaml"
@@ -71,24 +71,24 @@ def test_the_advice_names_the_folders_and_an_override_that_helps(tiny, tmp_path)
     refuse_other_recipes(with_overrides(tiny, tmp_path, "epochs=3"), tmp_path)
 
 
-def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
+def test_status_and_plan_mark_runs_of_another_recipe(tiny, tmp_path):
     runs = table_runs(tiny, tmp_path / "runs")
     for run in runs[:2]:
         write_run(run, 50.0)
     other_epochs(runs[0], 3)
     assert collect(runs[0], tmp_path / "results")
     for _ in ("the folder", "the archive alone"):
-        lines = status(runs, tmp_path / "results").splitlines()
+        lines = status_text(runs, tmp_path / "results").splitlines()
         assert lines[0].split(maxsplit=2) == [
             "bn-s0",
             "other",
             "trained with epochs=3, the table says 1",
         ]
         assert lines[-1] == "1 done, 1 other, 2 missing"
-        assert "1 done, 1 other" in status(
+        assert "1 done, 1 other" in status_text(
             with_overrides(tiny, tmp_path, "epochs=3"), tmp_path / "results"
         )
-        text = plan(tiny, runs, tmp_path / "results", verbose=True)
+        text = plan_text(tiny, runs, tmp_path / "results", verbose=True)
         assert (
             "= 4 runs; 1 done" in text
             and "bn-s0: another recipe, trained with epochs=3" in text
@@ -97,8 +97,8 @@ def test_status_and_plan_tell_runs_of_another_recipe(tiny, tmp_path):
         shutil.rmtree(runs[0].folder, ignore_errors=True)
 
 
-def test_hydra_composes_once_for_the_cells_that_differ_in_values_alone(monkeypatch, tmp_path):
-    """The check of runs composes every cell, to what Hydra makes of the same words."""
+def test_hydra_composes_once_for_cells_that_differ_only_in_values(monkeypatch, tmp_path):
+    """The cells that are composed without Hydra are as Hydra composes them."""
     compose, calls = config.compose, []
     monkeypatch.setattr(config, "compose", lambda *words: calls.append(words) or compose(*words))
     config._compose.cache_clear()

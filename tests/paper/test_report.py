@@ -152,7 +152,7 @@ def test_equal_runs_give_equal_archives(tiny, finished, tmp_path):
     assert one == two
 
 
-def test_a_kept_configuration_names_no_path_of_its_machine(tiny, finished, tmp_path):
+def test_an_archived_configuration_has_no_local_path(tiny, finished, tmp_path):
     path = finished[0].folder / "config.yaml"
     path.write_text(f"seed: 0\nruns_dir: {tmp_path}/runs/tiny\nepochs: 1\n")
     collect(finished[0], tmp_path / "results")
@@ -204,7 +204,7 @@ def test_the_commands_of_a_file_s_table_name_the_file(tiny, tmp_path, monkeypatc
     assert load_table("mini_norms").argument == "table=mini_norms"
 
 
-def test_a_selection_leaves_the_whole_report_and_prints_its_own_commands(tiny, finished, tmp_path):
+def test_a_selection_keeps_the_full_report_and_prints_its_own_commands(tiny, finished, tmp_path):
     words = [
         "command=report",
         f"table={tmp_path}/tiny.yaml",
@@ -303,7 +303,7 @@ def test_the_loss_ratio_is_that_of_the_last_two_tenths(tmp_path):
     assert ratio(rows[:4]) is None
 
 
-def test_the_protocol_tells_whether_every_norm_got_the_same_search():
+def test_the_protocol_states_whether_every_norm_got_the_same_search():
     equal = protocol(load_table("mini_search"), ROOT / "results")
     tuned = protocol(load_table("former_norms"), ROOT / "results")
     assert equal == (

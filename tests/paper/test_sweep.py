@@ -34,7 +34,7 @@ def runs(tmp_path):
     return runs
 
 
-def test_the_table_tells_mean_spread_n_and_the_difference_to_bn(runs, tmp_path):
+def test_the_table_shows_mean_spread_n_and_the_difference_to_bn(runs, tmp_path):
     text = answer(runs, tmp_path, "sweep-norm", "train.py -m …", "- batch=7: too small")
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert rows[0] == "top1 % n minus bn 95 % interval"
@@ -48,7 +48,7 @@ def test_the_table_tells_mean_spread_n_and_the_difference_to_bn(runs, tmp_path):
         assert (tmp_path / name).stat().st_size > 1000 and f"]({name})" in report
 
 
-def test_the_comparison_is_logged_beside_its_runs(runs, tmp_path):
+def test_the_comparison_is_logged_in_the_group_of_its_runs(runs, tmp_path):
     online = [replace(run, arguments=(*run.arguments, "logger=wandb")) for run in runs]
     answer(online, tmp_path, "sweep-norm", "train.py -m …")
     logged = read_offline(tmp_path)
@@ -56,7 +56,7 @@ def test_the_comparison_is_logged_beside_its_runs(runs, tmp_path):
     assert {"comparison", "figure/cells", "figure/curves"} <= logged["history"]
 
 
-def test_what_has_not_finished_is_left_out(runs, tmp_path):
+def test_unfinished_runs_are_left_out(runs, tmp_path):
     (runs[-1].folder / "summary.json").unlink()
     assert "\nln_pn         50.50  1     -0.50\n" in answer(runs, tmp_path, "sweep", "x")
     for run in runs[:-1]:
@@ -87,7 +87,7 @@ def test_the_group_is_named_after_what_is_swept(tmp_path, monkeypatch):
     assert launcher.command.startswith("proxynorm train -m norm=bn,ln ")
 
 
-def test_axes_are_what_varies_but_for_the_seed(tmp_path):
+def test_axes_are_the_keys_that_vary_except_the_seed(tmp_path):
     points = [
         [f"batch={batch}", "norm=gn", f"seed={seed}", f"data.root='1_{batch}'"]
         for batch in (8, 16)

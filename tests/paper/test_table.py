@@ -86,7 +86,7 @@ def test_tuned_tables_take_what_the_search_chose():
         table.expand({})
 
 
-def test_what_a_search_has_chosen_is_read_from_results_else_as_shipped(tmp_path, monkeypatch):
+def test_chosen_values_come_from_results_else_from_the_package(tmp_path, monkeypatch):
     table = load_table("mini_norms")
     shipped = read_chosen(table, tmp_path)
     assert shipped == read_chosen(table, ROOT / "results") and "bn" in shipped
@@ -98,7 +98,7 @@ def test_what_a_search_has_chosen_is_read_from_results_else_as_shipped(tmp_path,
         read_chosen(table, tmp_path / "elsewhere")
 
 
-def test_the_images_of_a_table_are_named_by_its_holdout(tiny, tmp_path):
+def test_the_split_of_a_table_follows_its_holdout(tiny, tmp_path):
     assert tiny.split == "200 training images that were held out"
     path = tmp_path / "whole.yaml"
     path.write_text(TINY.replace("data.holdout=200, ", ""))

@@ -50,7 +50,9 @@ def test_a_report_of_a_selection_has_a_name_of_its_own(tiny, finished, tmp_path)
     assert found["name"] == 'tiny-comparison seeds=1 cells=["bn"]' and found["group"] == "tiny"
 
 
-def test_kept_runs_are_uploaded_once_in_the_group_of_their_table(tiny, finished, tmp_path, capsys):
+def test_archived_runs_are_uploaded_once_in_the_group_of_their_table(
+    tiny, finished, tmp_path, capsys
+):
     results = tmp_path / "results"
     for run in finished[:2]:
         collect(run, results)

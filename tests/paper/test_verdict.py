@@ -2,11 +2,11 @@
 
 import pytest
 
-from proxynorm.paper.compare import Sample, closing
+from proxynorm.paper.compare import Sample, gap_sentence
 
 
 def sentence(bn, plain, proxied):
-    return closing(Sample(bn), Sample(plain), Sample(proxied), "LN")
+    return gap_sentence(Sample(bn), Sample(plain), Sample(proxied), "LN")
 
 
 LN = (88.0, 88.1, 87.9)

@@ -263,6 +263,6 @@ def test_a_job_that_never_gets_further_is_not_queued_for_ever(slurm, submit, tmp
     job = submit(overrides=arguments(tmp_path, "stuck"), environment=environment)
     slurm.wait_for(lambda: slurm.state(job) in SETTLED, "it runs on", 180, every=0.5)
     assert slurm.state(job) == "FAILED" and slurm.field(job, "Restarts") == "1"
-    assert (tmp_path / "refused").is_dir() and "1 times queued again" in (
+    assert (tmp_path / "refused").is_dir() and "after 1 requeues" in (
         tmp_path / f"job-{job}.log"
     ).read_text()
