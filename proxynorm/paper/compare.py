@@ -148,26 +148,26 @@ def p_value(p: float) -> str:
 def gap_sentence(bn: Sample, plain: Sample, proxied: Sample, norm: str) -> str:
     """Say how much of the gap between BN and `norm` PN closes, in one sentence.
 
-    plain, proxied: `norm` without and with PN. Differences that are not significant by Welch's test
-    (p > 0.05) are called within the spread of the seeds; those of single runs, untested.
+    plain, proxied: `norm` without and with PN. Differences are not significant if p > 0.05 by
+    Welch's test; those of single runs are called untested.
     """
     gap, closed = bn.mean - plain.mean, proxied.mean - plain.mean
     between = f"{gap:.2f} points between {norm} and BN"
     if gap <= 0:
         text = f"{norm} is not behind BN here ({-gap:+.2f} points): there is no gap for PN to close"
-    elif within_spread(bn, plain):
-        text = f"The {between} are within the spread of the seeds; PN adds {closed:+.2f}"
-        text += ", within it too" if within_spread(proxied, plain) else ""
-    elif within_spread(proxied, plain):
-        text = f"PN does not close the {between}: it adds {closed:+.2f}"
-        text += ", within the spread of the seeds"
+    elif not_significant(bn, plain):
+        text = f"The {between} are not significant; PN adds {closed:+.2f}"
+        text += ", which is not significant either" if not_significant(proxied, plain) else ""
+    elif not_significant(proxied, plain):
+        text = f"{norm} is {gap:.2f} points behind BN; PN adds {closed:+.2f}"
+        text += ", which is not significant"
     elif closed < 0:
         text = f"PN widens the {between} by {-closed:.2f}"
     else:
         text = f"PN closes {f'{closed:.2f} of' if closed < gap else 'all of'} the {between}; "
         ahead = proxied.mean - bn.mean
-        if within_spread(proxied, bn):
-            text += f"{norm}+PN and BN then differ by {ahead:+.2f}, within the spread of the seeds"
+        if not_significant(proxied, bn):
+            text += f"{norm}+PN and BN then differ by {ahead:+.2f}, which is not significant"
         else:
             side = "ahead of" if ahead > 0 else "behind"
             text += f"{norm}+PN is {abs(ahead):.2f} {side} BN"
@@ -177,7 +177,7 @@ def gap_sentence(bn: Sample, plain: Sample, proxied: Sample, norm: str) -> str:
     return f"{text} ({seeds}{untested})."
 
 
-def within_spread(first: Sample, second: Sample) -> bool:
+def not_significant(first: Sample, second: Sample) -> bool:
     """Return whether the means do not differ significantly. False for single runs."""
     return min(first.n, second.n) > 1 and welch(first, second)[1] > 0.05
 

@@ -19,17 +19,17 @@ BN = (91.0, 91.1, 90.9)
         (BN, LN, (90.0, 90.1, 89.9), "PN closes 2.00 of the 3.00 points between LN and BN; "
          "LN+PN is 1.00 behind BN (n = 3)."),
         (BN, LN, (90.9, 91.0, 90.8), "PN closes 2.90 of the 3.00 points between LN and BN; "
-         "LN+PN and BN then differ by -0.10, within the spread of the seeds (n = 3)."),
+         "LN+PN and BN then differ by -0.10, which is not significant (n = 3)."),
         (BN, LN, (92.0, 92.1, 91.9), "PN closes all of the 3.00 points between LN and BN; "
          "LN+PN is 1.00 ahead of BN (n = 3)."),
         (BN, LN, (87.0, 87.1, 86.9), "PN widens the 3.00 points between LN and BN by 1.00 "
          "(n = 3)."),
-        (BN, LN, (88.1, 88.3, 87.8), "PN does not close the 3.00 points between LN and BN: "
-         "it adds +0.07, within the spread of the seeds (n = 3)."),
-        (BN, (90.0, 92.0, 90.5), LN, "The 0.17 points between LN and BN are within the spread of "
-         "the seeds; PN adds -2.83 (n = 3)."),
-        (BN, (90.0, 92.0, 90.5), (88.0, 95.0, 91.0), "The 0.17 points between LN and BN are within "
-         "the spread of the seeds; PN adds +0.50, within it too (n = 3)."),
+        (BN, LN, (88.1, 88.3, 87.8), "LN is 3.00 points behind BN; PN adds +0.07, which is not "
+         "significant (n = 3)."),
+        (BN, (90.0, 92.0, 90.5), LN, "The 0.17 points between LN and BN are not significant; "
+         "PN adds -2.83 (n = 3)."),
+        (BN, (90.0, 92.0, 90.5), (88.0, 95.0, 91.0), "The 0.17 points between LN and BN are not "
+         "significant; PN adds +0.50, which is not significant either (n = 3)."),
         (BN, LN, (90.0,), "PN closes 2.00 of the 3.00 points between LN and BN; "
          "LN+PN is 1.00 behind BN (n = 1–3, untested)."),
         (LN, BN, BN, "LN is not behind BN here (+3.00 points): there is no gap for PN to close "
