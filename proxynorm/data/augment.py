@@ -62,13 +62,14 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
-def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Centre images (N, h, w, C) on black images (N, height, width, C)."""
-    h, w = images.shape[1:3]
-    if (h, w) == (height, width):
+def pad_to(images: np.ndarray, side: int) -> np.ndarray:
+    """Centre images (N, h, w, C) on black images (N, side, side, C)."""
+    height, width = images.shape[1:3]
+    if (height, width) == (side, side):
         return images
-    top, left = (height - h) // 2, (width - w) // 2
-    return np.pad(images, ((0, 0), (top, height - h - top), (left, width - w - left), (0, 0)))
+    top, left = (side - height) // 2, (side - width) // 2
+    bottom, right = side - height - top, side - width - left
+    return np.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
 
 
 def pad_crop(
@@ -76,9 +77,8 @@ def pad_crop(
 ) -> np.ndarray:
     """Crop zero-padded images at random: (N, h, w, C), h, w <= size -> (N, C, size, size)."""
     side = size + 2 * padding
-    windows = np.lib.stride_tricks.sliding_window_view(
-        pad_to(images, side, side), (size, size), axis=(1, 2)
-    )
+    padded = pad_to(images, side)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     top = (uniform(keys, TOP) * (2 * padding + 1)).astype(np.int64)
     left = (uniform(keys, LEFT) * (2 * padding + 1)).astype(np.int64)
     out = windows[np.arange(len(images)), top, left]
@@ -137,7 +137,7 @@ class View:
         if spec.augmentation == "pad_crop":
             out = pad_crop(images, keys, size, spec.padding, spec.flip)
         else:
-            out = pad_to(images, size, size).transpose(0, 3, 1, 2)
+            out = pad_to(images, size).transpose(0, 3, 1, 2)
         if spec.random_erasing:
             erase(out, keys, spec.random_erasing, np.array(self.colour, dtype=np.uint8))
         return out

@@ -18,7 +18,7 @@ from proxynorm.cli import first_line
 from proxynorm.data.augment import View
 from proxynorm.data.images import ImageRef, load_rgb
 from proxynorm.data.randomness import seeded
-from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, do_nothing, fingerprint
+from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, do_nothing, fingerprint_of
 from proxynorm.data.sources import Listing, printable
 from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import ConfigError, DataError
@@ -85,12 +85,12 @@ class FolderReader(Reader):
         names = b"\0".join(os.path.basename(path) for path in paths)
         every = math.ceil(len(paths) / FILES_READ)
         parts = b"".join(_extract(path) for path in paths[::every])
-        return fingerprint("extracts of files", np.frombuffer(names + parts, np.uint8))
+        return fingerprint_of("extracts of files", np.frombuffer(names + parts, np.uint8))
 
 
 def _extract(path: bytes) -> bytes:
-    """Return a file's length and BLOCK bytes of its middle and of its end; b"" if it is gone."""
-    if not os.path.isfile(path):
+    """Return a file's length and BLOCK bytes of its middle and of its end; b"" if unreadable."""
+    if not os.path.isfile(path):  # opening a named pipe would wait for its writer forever
         return b""
     try:
         with open(path, "rb") as file:

@@ -123,9 +123,9 @@ class Data:
         jobs = (Job(part, keys, size) for part in share)
         reader = self.evaluation.reader
         for decoded in reader.stream(jobs, self.view.for_evaluation(), each_second):
-            yield self.batch(reader, decoded)
+            yield self.to_batch(reader, decoded)
 
-    def batch(self, reader: Reader, decoded: Decoded) -> Batch:
+    def to_batch(self, reader: Reader, decoded: Decoded) -> Batch:
         """Return a job's batch, in which damaged images are invalid."""
         job, images, bad = decoded
         for index, reason in bad.items():
@@ -228,7 +228,7 @@ class TrainLoader:
         share = steps[start_step:, self.rank].reshape(-1, self.micro_batch)
         jobs = (self._job(rows, epoch) for rows in share)
         for decoded in self.reader.stream(jobs, self.data.view, each_second):
-            batch = self.data.batch(self.reader, decoded)
+            batch = self.data.to_batch(self.reader, decoded)
             yield _only_valid(batch) or self._stand_in(order, batch, epoch)
 
     def _job(self, rows: np.ndarray, epoch: int) -> Job:
@@ -244,7 +244,7 @@ class TrainLoader:
         place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
         for row in np.roll(order, -place)[:STAND_INS_TRIED]:
             decoded = reader.decode(self._job(np.array([row]), epoch), data.view)
-            if found := _only_valid(data.batch(reader, decoded)):
+            if found := _only_valid(data.to_batch(reader, decoded)):
                 return found
         raise DataError(
             f"{reader.source}: {min(STAND_INS_TRIED, len(order))} images in a row are damaged "

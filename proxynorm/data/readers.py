@@ -116,7 +116,7 @@ class Reader:
         return result
 
 
-def fingerprint(kind: str, *parts: np.ndarray) -> str:
+def fingerprint_of(kind: str, *parts: np.ndarray) -> str:
     """Return a fingerprint for Reader: the kind, and 16 digits of the arrays' SHA-256."""
     state = hashlib.sha256()
     for part in parts:
@@ -142,7 +142,7 @@ class MemoryReader(Reader):
         return f"image {row}"
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        return fingerprint("pixels of images", self.images[rows])
+        return fingerprint_of("pixels of images", self.images[rows])
 
 
 class BetonReader(Reader):
@@ -154,7 +154,7 @@ class BetonReader(Reader):
         super().__init__(str(samples.path), classes, samples.targets)
         self.samples, self.loader, self.notes = samples, loader, samples.notes
         self.workers = max(1, loader.workers)
-        s, file = samples, np.memmap(samples.path, dtype=np.uint8, mode="r")
+        file, s = np.memmap(samples.path, dtype=np.uint8, mode="r"), samples
         self.stored = (file, s.mode, s.height, s.width, s.pointer, s.size, s.sums)
         self.kernel = decoder()
 
@@ -220,5 +220,5 @@ class BetonReader(Reader):
         """Cover the images' checksums or, in a file without them, the images' sizes."""
         s = self.samples
         if len(s.sums):
-            return fingerprint("sums of images", s.sums[rows])
-        return fingerprint("sizes of images", s.size[rows], s.height[rows], s.width[rows])
+            return fingerprint_of("sums of images", s.sums[rows])
+        return fingerprint_of("sizes of images", s.size[rows], s.height[rows], s.width[rows])

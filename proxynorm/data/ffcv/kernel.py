@@ -69,7 +69,7 @@ def _area_weights(length, size, first, weights):
 
 
 @numba.njit(**_options)
-def _down(image, y, begin, end, weights, line):
+def _sum_rows(image, y, begin, end, weights, line):
     """Write the weighted sum of TAPS rows of image (H, 3 W), from row y on, to line.
 
     begin, end: the range of columns.
@@ -82,7 +82,7 @@ def _down(image, y, begin, end, weights, line):
 
 
 @numba.njit(**_options)
-def _across(line, first, weights, flip, out):
+def _sum_columns(line, first, weights, flip, out):
     """Write weighted sums of TAPS pixels of line (3 W) to a row (S', 3), mirrored if flip."""
     half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
     columns = out.shape[0]
@@ -107,8 +107,8 @@ def _shrink(image, box, flip, buffers, out):
     _area_weights(height, rows, first[0], weights[0])
     _area_weights(width, columns, first[1], weights[1])
     for row in range(rows):
-        _down(image, top + first[0, row], 3 * left, 3 * (left + width), weights[0, row], line)
-        _across(line, first[1], weights[1], flip, out[row])
+        _sum_rows(image, top + first[0, row], 3 * left, 3 * (left + width), weights[0, row], line)
+        _sum_columns(line, first[1], weights[1], flip, out[row])
 
 
 @numba.njit(**_options)
