@@ -1,11 +1,12 @@
-"""Images a second of six loaders on the same JPEGs: ours, FFCV's, torchvision's, timm's.
+"""Images per second of six loaders on the same JPEGs: ours, FFCV's, torchvision's, timm's.
 
   python scripts/benchmark.py loader source=DIR json=results/loader/NAME.json
 
-source is a folder of class folders; without it, images are made. Each loader has as many workers;
-they take turns, an epoch at a time. FFCV's loaders read the .beton file that write_ffcv.py makes of
-the source, the others the same JPEGs as files. All do the same: random resized crop, flip, uint8
-images (N, 3, S, S) on the host. Normalization is the device's work and left out.
+source is a folder of class folders; without it, images are generated. All loaders have the same
+number of workers and take turns, an epoch at a time. Those of FFCV read the .beton file that
+write_ffcv.py makes of the source, the others the same JPEGs as files. All do the same: random
+resized crop, flip, uint8 images (N, 3, S, S) on the host. Normalization is left out: the device
+does it.
 """
 
 from __future__ import annotations
@@ -45,38 +46,39 @@ Epoch = Callable[[], Iterable[torch.Tensor]]
 @dataclass
 class Options(common.Options):
     source: str | None = option(None, SOURCE)
-    images: int = option(2048, "how many of its images, drawn at random, or made")
+    images: int = option(2048, "how many of its images, drawn at random, or generated")
     size: int = option(224, "side of the crop, pixels")
-    batch: int = option(64, "images a batch")
+    batch: int = option(64, "images per batch")
     workers: int | None = option(None, "threads or processes of each loader; all cores if left out")
-    rounds: int = option(7, "epochs of each loader, taken in turns")
+    rounds: int = option(7, "epochs of each loader, in turns")
 
 
 def main(options: Options) -> None:
     ffcv_library()
     check(options)
-    workers = options.workers or share_of_cores()
+    workers = options.workers = options.workers or share_of_cores()
     listing = photographs(options.source, options.images)
     with tempfile.TemporaryDirectory(prefix="proxynorm-benchmark-") as name:
-        size = lay_out(listing, Path(name), workers)
+        folder = Path(name)
+        size = lay_out(listing, folder, workers)
         print(f"{len(listing.images)} images of {size} bytes; {workers} workers", flush=True)
-        work = Work(name, options.size, options.batch, workers)
-        speeds = measure({name: make(work) for name, make in CONTENDERS.items()}, options.rounds)
+        epochs = {name: make(folder, options) for name, make in CONTENDERS.items()}
+        speeds = measure(epochs, options.rounds)
     table = rows(speeds)
     common.show(table)
     content = {"workers": workers, "images": len(listing.images), "mean_bytes": size}
     common.write_figures(options, {**content, "table": table, "images_per_second": speeds})
 
 
-def check(options: Any) -> None:
-    """Raise ConfigError for numbers below 1 or fewer images than a batch."""
+def check(options: Options) -> None:
+    """Raise ConfigError for a number below 1 and for fewer images than a batch."""
     common.check(options)
     if options.images < options.batch:
         raise ConfigError(f"images={options.images}: give at least batch={options.batch}")
 
 
-def store(listing: Listing, folder: Path, storage: StorageOptions, workers: int) -> Samples:
-    """Write folder/train.beton; val.beton is the same file."""
+def write_beton(listing: Listing, folder: Path, storage: StorageOptions, workers: int) -> Samples:
+    """Write folder/train.beton, and val.beton as links to it."""
     samples = prepare(listing, folder / "train.beton", storage, "raise", workers)
     for suffix in ("", ".json", ".sums.npy"):
         (folder / f"val.beton{suffix}").symlink_to(f"train.beton{suffix}")
@@ -84,11 +86,11 @@ def store(listing: Listing, folder: Path, storage: StorageOptions, workers: int)
 
 
 def lay_out(listing: Listing, folder: Path, workers: int) -> int:
-    """Make folder/train.beton and, of its JPEGs, folder/train/CLASS/*, and val alike.
+    """Write folder/train.beton, and its JPEGs as folder/train/CLASS/*; val has the same images.
 
-    Returns the mean bytes of an image.
+    Returns the mean size of an image, bytes.
     """
-    samples = store(listing, folder, StorageOptions(), workers)
+    samples = write_beton(listing, folder, StorageOptions(), workers)
     data = samples.path.read_bytes()
     for row, (start, size) in enumerate(zip(samples.pointer.tolist(), samples.size.tolist())):
         path = folder / "train" / listing.classes[listing.targets[row]] / f"{row:07d}.jpg"
@@ -99,7 +101,7 @@ def lay_out(listing: Listing, folder: Path, workers: int) -> int:
 
 
 def rows(speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """The table: a row a loader."""
+    """Return the table, a row per loader."""
     return [
         {
             "loader": name,
@@ -110,39 +112,34 @@ def rows(speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class Work:
-    """folder: as loader.lay_out makes it; size: side of the crop, pixels."""
-
-    folder: str
-    size: int
-    batch: int
-    workers: int
-
-
-def ours(work: Work, name: str, backend: str, deterministic: bool = True) -> Epoch:
-    """Return this package's loader, by a backend."""
-    keys = {"augmentation": "inception", "deterministic": deterministic}
-    spec = DataSpec(name, root=work.folder, image_size=work.size, **keys)
-    data = open_data(spec, LoaderSpec(backend, work.workers))
-    loader = data.train_loader(work.batch, work.batch, seed=0)
+def ours(folder: Path, options: Options, backend: str, deterministic: bool = True) -> Epoch:
+    """Return this package's loader with a backend."""
+    spec = DataSpec(
+        "beton" if backend == "ffcv" else "folder",
+        root=str(folder),
+        image_size=options.size,
+        augmentation="inception",
+        deterministic=deterministic,
+    )
+    data = open_data(spec, LoaderSpec(backend, options.workers))
+    loader = data.train_loader(options.batch, options.batch, seed=0)
     epochs = count()
     return lambda: (batch.images for batch in loader.epoch(next(epochs)))
 
 
-def ffcv_loader(work: Work) -> Epoch:
-    """Return FFCV's own Loader, as its documentation has it."""
+def ffcv_loader(folder: Path, options: Options) -> Epoch:
+    """Return FFCV's own Loader, as in its documentation."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-    crop = RandomResizedCropRGBImageDecoder((work.size, work.size), CROP_AREA, CROP_RATIO)
+    crop = RandomResizedCropRGBImageDecoder((options.size, options.size), CROP_AREA, CROP_RATIO)
     image = [crop, RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
     loader = Loader(
-        f"{work.folder}/train.beton",
-        batch_size=work.batch,
-        num_workers=work.workers,
+        str(folder / "train.beton"),
+        batch_size=options.batch,
+        num_workers=options.workers,
         order=OrderOption.RANDOM,
         os_cache=True,
         drop_last=True,
@@ -151,54 +148,52 @@ def ffcv_loader(work: Work) -> Epoch:
     return lambda: (images for images, _ in loader)
 
 
-def torchvision_loader(work: Work) -> Epoch:
+def torchvision_loader(folder: Path, options: Options) -> Epoch:
     """Return torchvision's ImageFolder and transforms in torch's DataLoader."""
-    crop = transforms.RandomResizedCrop(work.size, CROP_AREA, CROP_RATIO)
+    crop = transforms.RandomResizedCrop(options.size, CROP_AREA, CROP_RATIO)
     operations = [crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
     loader = torch.utils.data.DataLoader(
-        ImageFolder(f"{work.folder}/train", transforms.Compose(operations)),
-        batch_size=work.batch,
+        ImageFolder(folder / "train", transforms.Compose(operations)),
+        batch_size=options.batch,
         shuffle=True,
         drop_last=True,
-        num_workers=work.workers,
-        persistent_workers=work.workers > 0,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
     )
     return lambda: (images for images, _ in loader)
 
 
-def timm_loader(work: Work) -> Epoch:
-    """Return timm's create_loader with its prefetcher, less the prefetcher's normalization."""
+def timm_loader(folder: Path, options: Options) -> Epoch:
+    """Return timm's create_loader with its prefetcher, but without normalization."""
     loader = create_loader(
-        create_dataset("", f"{work.folder}/train"),
-        (3, work.size, work.size),
-        work.batch,
+        create_dataset("", str(folder / "train")),
+        (3, options.size, options.size),
+        options.batch,
         is_training=True,
         scale=CROP_AREA,
         ratio=CROP_RATIO,
         color_jitter=0.0,
         interpolation="bilinear",
-        num_workers=work.workers,
+        num_workers=options.workers,
         device=torch.device("cpu"),
-        persistent_workers=work.workers > 0,
+        persistent_workers=options.workers > 0,
     )
     return lambda: (images for images, _ in loader.loader)
 
 
-CONTENDERS: dict[str, Callable[[Work], Epoch]] = {
-    OURS: lambda work: ours(work, "beton", "ffcv"),
-    "proxynorm ffcv, not deterministic": lambda work: ours(
-        work, "beton", "ffcv", deterministic=False
-    ),
+CONTENDERS: dict[str, Callable[[Path, Options], Epoch]] = {
+    OURS: partial(ours, backend="ffcv"),
+    "proxynorm ffcv, not deterministic": partial(ours, backend="ffcv", deterministic=False),
     "ffcv.Loader": ffcv_loader,
-    "proxynorm torchvision": lambda work: ours(work, "folder", "torchvision"),
+    "proxynorm torchvision": partial(ours, backend="torchvision"),
     "torchvision DataLoader": torchvision_loader,
     "timm create_loader": timm_loader,
 }
 
 
 def measure(epochs: Mapping[Name, Epoch], rounds: int) -> dict[Name, list[float]]:
-    """Images a second of each loader, a figure a round, after a round that is not counted."""
-    # The loaders have workers of their own; torch's threads would only compete with them.
+    """Return the images per second of each loader in each round, after a warm-up round."""
+    # torch's threads would only compete with the loaders' own workers.
     torch.set_num_threads(1)
     images: dict[Name, int] = {}
 

@@ -1,6 +1,6 @@
 """Images to measure loaders on: those of a folder, or noise with a photograph's spectrum.
 
-The noise is stored as JPEGs of 500×375 pixels, about as large as ImageNet's. An image follows from
+The noise is stored as JPEGs of 500×375 pixels, about as large as ImageNet's. Each image depends on
 its number alone.
 """
 
@@ -16,11 +16,11 @@ from proxynorm.data.randomness import permutation
 from proxynorm.data.sources import Listing, list_source
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 16
-SOURCE = "folder of class folders; left out: images are made, once, into the cache"
+SOURCE = "folder of class folders; if left out, images are generated in the cache"
 
 
 def photographs(source: str | None, count: int) -> Listing:
-    """`count` images drawn at random from the class folders in `source`, or made into the cache."""
+    """Return `count` images, drawn at random from `source`'s class folders or generated."""
     if source is None:
         folder = make_images(cache_folder(None) / "benchmark-images", count)
     else:
@@ -32,7 +32,7 @@ def photographs(source: str | None, count: int) -> Listing:
 
 
 def make_images(folder: Path, count: int) -> Path:
-    """Make folder/CLASS/*.jpg, `count` in all; existing ones are kept."""
+    """Write `count` images as folder/CLASS/*.jpg. Existing ones are kept."""
     for number in range(count):
         path = folder / f"class{number % CLASSES:02d}" / f"{number:05d}.jpg"
         if not path.is_file():
@@ -42,11 +42,11 @@ def make_images(folder: Path, count: int) -> Path:
 
 
 def make_image(number: int) -> Image.Image:
-    """Noise with a photograph's spectrum, its colours nearly grey."""
+    """Return noise with a photograph's spectrum and nearly grey colours."""
     noise = np.random.default_rng(number).standard_normal((3, HEIGHT, WIDTH))
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH))
     frequency[0, 0] = np.inf  # the mean is set below
-    # With this exponent a JPEG of quality 90 has 53 kB; ImageNet's mean is 51 kB.
+    # With this exponent, a JPEG of quality 90 takes 53 kB. ImageNet's mean is 51 kB.
     waves = np.fft.irfft2(np.fft.rfft2(noise) / frequency**1.5, (HEIGHT, WIDTH))
     waves /= waves.std()
     pixels = 128 + 50 * waves[0] + 15 * waves

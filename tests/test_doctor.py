@@ -177,7 +177,7 @@ def test_a_damaged_manifest_does_not_end_the_doctor(monkeypatch, capsys, small_b
     assert run_script(monkeypatch, "data=beton", f"data.root={small_betons}", "batch=4") == 2
     lines = capsys.readouterr().out.splitlines()
     (told,) = (line for line in lines if line.startswith(MISSING))
-    assert "train.beton: does not fit its manifest" in told and "overwrite=true" in told
+    assert "train.beton: does not match its manifest" in told and "overwrite=true" in told
     assert lines[-1].split()[1] == "slurm"
 
 

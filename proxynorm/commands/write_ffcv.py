@@ -1,10 +1,10 @@
-"""Write labelled images to a .beton file for FFCV; every image is checked, and the file verified.
+"""Write labelled images to a .beton file for FFCV. Every image is checked, and the file verified.
 
   python scripts/write_ffcv.py source=imagenet/train output=data/train.beton
   python scripts/write_ffcv.py source=imagenet/val output=data/val.beton labels=LOC_val_solution.csv
   python scripts/write_ffcv.py source=ILSVRC2012_img_train.tar output=data/train.beton on_bad=skip
 
-Train on them with data=beton data.root=FOLDER, where train.beton and val.beton lie.
+Train on them with data=beton data.root=FOLDER, the folder of train.beton and val.beton.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from proxynorm.errors import ConfigError
 
 if TYPE_CHECKING:
     from proxynorm.data.ffcv.beton import Samples
+    from proxynorm.data.images import StorageOptions
     from proxynorm.data.sources import Listing
 
 SOURCE = "folder of class folders, flat folder (with labels=), or uncompressed tar file"
-LABELS = "CSV of FILE,CLASS, or the folder of ImageNet's devkit, for images without class"
+LABELS = "for images without class folders: CSV of FILE,CLASS, or the folder of ImageNet's devkit"
 ON_BAD = "raise: stop at the first damaged image; skip: leave damaged images out and list them"
 MAX_SIDE = "shrink images whose longer side exceeds this, pixels; null: never"
 RAW = "share of images stored as JPEG; the others are raw: faster to read, larger"
@@ -45,7 +46,7 @@ class Options:
 def main(options: Options) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    # Imported only now, as it takes a second: a signal meanwhile ends in one line.
+    # Imported after that, because it takes a second, in which a signal may arrive.
     from proxynorm.data.images import StorageOptions
     from proxynorm.data.opening import share_of_cores
     from proxynorm.data.sources import list_source
@@ -68,26 +69,27 @@ def main(options: Options) -> int:
     content = f"{len(listing.images)} images, {len(listing.classes)} classes"
     print(f"{content}, {workers} workers -> {output}", flush=True)
     samples = _write(listing, output, storage, options.on_bad, workers)
-    for note in samples.empty_classes(samples.path):
+    for note in samples.empty_class_notes(output):
         print(f"warning: {note}", file=sys.stderr)
     skipped = samples.manifest["skipped"]
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
-    count = f"{len(samples)} images written and verified, {len(skipped)} skipped"
-    print(f"{count}: {samples.path}")
+    print(f"{len(samples)} images written and verified, {len(skipped)} skipped: {output}")
     return 0
 
 
 def _stop(number: int, _frame: object) -> None:
-    """Clean up and leave on a signal; a second one would break off the cleaning."""
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, signal.SIG_IGN)
+    """Exit after a signal. A second one is ignored, so that the clean-up is not interrupted."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
     print(f"stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
     sys.exit(128 + number)
 
 
-def _write(listing: Listing, output: Path, *how: object) -> Samples:
-    """Write the file behind a progress bar; how: prepare's further arguments."""
+def _write(
+    listing: Listing, output: Path, storage: StorageOptions, on_bad: str, workers: int
+) -> Samples:
+    """Write the file, with a progress bar."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -96,4 +98,6 @@ def _write(listing: Listing, output: Path, *how: object) -> Samples:
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("checking and writing", total=len(listing.images))
-        return prepare(listing, output, *how, lambda images: bar.update(task, completed=images))
+        return prepare(
+            listing, output, storage, on_bad, workers, lambda done: bar.update(task, completed=done)
+        )

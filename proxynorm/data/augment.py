@@ -1,6 +1,6 @@
 """Crops, flips and erased boxes, the same for both backends.
 
-They are computed for a whole batch from the samples' keys.
+They are drawn for a whole batch at once, from the samples' keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from proxynorm.data.randomness import uniform
 from proxynorm.data.spec import DataSpec
 
-# Which number of a sample's stream decides what.
+# Positions in a sample's random stream. random_boxes draws four numbers per attempt.
 FLIP, TOP, LEFT, ERASE = 0, 1, 2, 3
 CROP_DRAWS, ERASE_DRAWS = 16, 64
 ATTEMPTS = 10
@@ -25,9 +25,10 @@ def random_boxes(
 ) -> np.ndarray:
     """Draw boxes of random area and aspect ratio, int64 (N, 4): top, left, height, width, pixels.
 
-    The Inception crop as torchvision's RandomResizedCrop.get_params does it: up to ten attempts at
-    a box whose share of the area is uniform in `area` and whose log aspect ratio is uniform in
-    log(`ratio`), else the largest centred box within `ratio`.
+    The distribution is that of torchvision's RandomResizedCrop.get_params: up to ten attempts at a
+    box whose share of the area is uniform in `area` and whose log aspect ratio is uniform in
+    log(`ratio`), else the largest centred box within `ratio`. draws: position in the streams `keys`
+    of the first number.
     """
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)
     numbers = uniform(keys[:, None, None], draws + np.arange(4 * ATTEMPTS).reshape(ATTEMPTS, 4))
@@ -61,15 +62,14 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, ratio: float) -> np.nd
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=1)
 
 
-def pad_to(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Centre images (N, h, w, C) in a black frame (N, height, width, C), unless they fit."""
-    count, h, w, channels = images.shape
-    if (h, w) == (height, width):
+def pad_to(images: np.ndarray, side: int) -> np.ndarray:
+    """Centre images (N, h, w, C) on black images (N, side, side, C)."""
+    height, width = images.shape[1:3]
+    if (height, width) == (side, side):
         return images
-    out = np.zeros((count, height, width, channels), dtype=images.dtype)
-    top, left = (height - h) // 2, (width - w) // 2
-    out[:, top : top + h, left : left + w] = images
-    return out
+    top, left = (side - height) // 2, (side - width) // 2
+    bottom, right = side - height - top, side - width - left
+    return np.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0)))
 
 
 def pad_crop(
@@ -77,9 +77,8 @@ def pad_crop(
 ) -> np.ndarray:
     """Crop zero-padded images at random: (N, h, w, C), h, w <= size -> (N, C, size, size)."""
     side = size + 2 * padding
-    windows = np.lib.stride_tricks.sliding_window_view(
-        pad_to(images, side, side), (size, size), axis=(1, 2)
-    )
+    padded = pad_to(images, side)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     top = (uniform(keys, TOP) * (2 * padding + 1)).astype(np.int64)
     left = (uniform(keys, LEFT) * (2 * padding + 1)).astype(np.int64)
     out = windows[np.arange(len(images)), top, left]
@@ -92,7 +91,7 @@ def pad_crop(
 def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.ndarray) -> None:
     """Fill a random box of some images (N, C, H, W) with colour (C,), in place.
 
-    This is random erasing (arXiv 1708.04896).
+    This is random erasing (arXiv 1708.04896). probability: that an image gets a box.
     """
     sides = np.array(images.shape[2:])[:, None].repeat(len(keys), axis=1)
     boxes = random_boxes(keys, sides[0], sides[1], ERASE_AREA, ERASE_RATIO, ERASE_DRAWS)
@@ -103,20 +102,20 @@ def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.n
 
 @dataclass(frozen=True)
 class View:
-    """Turns stored images into training images by `spec`; the side `size` is given call by call.
+    """The crops, flips and erased boxes of a DataSpec.
 
     colour: the fill of erased boxes, uint8 per channel.
     """
 
-    spec: DataSpec = DataSpec("folder", augmentation="none")
+    spec: DataSpec
     colour: tuple[int, ...] = (0,)
 
     def for_evaluation(self) -> View:
-        """Return the view of the same images without augmentation."""
+        """Return the view for evaluation: a centre crop alone."""
         return View(replace(self.spec, augmentation="none", random_erasing=0.0, randaugment=None))
 
     def boxes(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Return what part of each image is resized to the output.
+        """Return the part of each image that is resized to the output.
 
         int64 (N, 4): top, left, height, width.
         """
@@ -127,7 +126,7 @@ class View:
         return centre_boxes(heights, widths, ratio)
 
     def flips(self, keys: np.ndarray) -> np.ndarray:
-        """Return which images the decoder mirrors, bool (N,); pad_crop mirrors by itself."""
+        """Return which images the decoder mirrors, bool (N,). pad_crop mirrors in `finish`."""
         if self.spec.augmentation == "inception" and self.spec.flip:
             return uniform(keys, FLIP) < 0.5
         return np.zeros(len(keys), dtype=bool)
@@ -138,7 +137,7 @@ class View:
         if spec.augmentation == "pad_crop":
             out = pad_crop(images, keys, size, spec.padding, spec.flip)
         else:
-            out = pad_to(images, size, size).transpose(0, 3, 1, 2)
+            out = pad_to(images, size).transpose(0, 3, 1, 2)
         if spec.random_erasing:
             erase(out, keys, spec.random_erasing, np.array(self.colour, dtype=np.uint8))
         return out

@@ -1,4 +1,4 @@
-"""Files made on the fly: one maker at a time; the others wait and reuse."""
+"""The cache of converted data sets. One process makes a file; others wait and reuse it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from proxynorm.files import locked, writing
 
 
 def cache_folder(given: str | None) -> Path:
-    """Return the given folder, $PROXYNORM_CACHE, or ~/.cache/proxynorm; made if missing.
+    """Return the given folder, $PROXYNORM_CACHE, or ~/.cache/proxynorm; created if missing.
 
-    Raises FileError if it cannot be made.
+    Raises FileError if it cannot be created.
     """
     folder = Path(given or os.environ.get("PROXYNORM_CACHE") or "~/.cache/proxynorm").expanduser()
     with writing(folder):
@@ -27,19 +27,18 @@ def cache_folder(given: str | None) -> Path:
 def cached_beton(
     given: str | None, stem: str, signature: str, make: Callable[[Path], Samples]
 ) -> Samples:
-    """Return the .beton file that make(path) writes; made if it is missing or damaged.
+    """Return the cached .beton file. If it is missing or damaged, make(path) writes it.
 
-    given: see cache_folder; signature: all that the file depends on; another one is another file.
+    given: see cache_folder; signature: everything that the file depends on.
     """
     folder = cache_folder(given)
     # File names need not be UTF-8.
     digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     path = folder / f"{stem}-{digest}.beton"
     with writing(path), locked(path.with_suffix(".lock")):
-        if path.is_file():
-            with suppress(DataError):
-                samples = read_beton(path)
-                if samples.manifest:
-                    return samples
-            path.unlink()
+        with suppress(DataError):  # missing or damaged
+            samples = read_beton(path)
+            if samples.manifest:
+                return samples
+        path.unlink(missing_ok=True)  # makes room for the new file
         return make(path)

@@ -1,6 +1,6 @@
 """The registry of data sets: how each is opened, and how its images are normalized.
 
-A new data set is an opener and an entry in DATASETS here, and a file configs/data/NAME.yaml.
+To add a data set, write an opener, an entry in DATASETS below, and a file configs/data/NAME.yaml.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from proxynorm.data.sources import Listing, list_source, spelled
 from proxynorm.data.spec import DataSpec, LoaderSpec
 from proxynorm.errors import DataError
 
-ODD_NAMED = 4  # classes that only one part has, in a message
+CLASSES_NAMED = 4  # in a message
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Called with the spec and the loader, whose name ("ffcv" or "torchvision") and workers are decided;
-# returns the readers of the training and of the evaluation images.
+# Returns the readers of the training and of the evaluation images. In the LoaderSpec, the name is
+# "ffcv" or "torchvision", and workers is a number.
 Opener = Callable[[DataSpec, LoaderSpec], tuple[Reader, Reader]]
 
 
 class DataSet(NamedTuple):
     """An entry of the registry.
 
-    mean, std: per channel on the 0..1 scale, unless the user gives others. needs_root: the user
-    must say where the images are.
+    mean, std: the defaults, per channel on the 0..1 scale. needs_root: data.root must be given.
     """
 
     open: Opener
@@ -46,8 +45,8 @@ class DataSet(NamedTuple):
 def _open_files(spec: DataSpec, loader: LoaderSpec) -> tuple[Reader, Reader]:
     """Open root/train and root/val, folders of class folders or .beton files."""
     root = Path(spec.root).expanduser()
-    ending = ".beton" if spec.name == "beton" else ""
-    train, evaluation = (find_images(root / f"{part}{ending}") for part in ("train", "val"))
+    suffix = ".beton" if spec.name == "beton" else ""
+    train, evaluation = (find_images(root / f"{part}{suffix}") for part in ("train", "val"))
     classes = _common_classes(root, train, evaluation)
     return (
         images_reader(spec, train, classes, loader),
@@ -63,9 +62,9 @@ def find_images(path: Path) -> Listing | Samples:
 def images_reader(
     spec: DataSpec, found: Listing | Samples, classes: tuple[str, ...], loader: LoaderSpec
 ) -> Reader:
-    """Return the reader of what find_images found, by the backend `loader` names.
+    """Return a reader of what find_images found, for the backend that `loader` names.
 
-    FFCV's converts a folder to a .beton file, kept in the cache while the images stay as they are.
+    For FFCV, a folder is converted to a .beton file in the cache, and again if an image changes.
     """
     if isinstance(found, Samples):
         return BetonReader(found, classes, loader)
@@ -81,14 +80,14 @@ def images_reader(
     )
     reader = BetonReader(samples, classes, loader)
     reader.source, reader.skipped = str(found.source), samples.manifest["skipped"]
-    reader.notes = (*found.notes, *samples.empty_classes(found.source))
+    reader.notes = (*found.notes, *samples.empty_class_notes(found.source))
     return reader
 
 
 def _file_signature(path: str) -> str:
     try:
         stat = os.stat(path)
-    except OSError as error:  # such as a dangling link: preparation reports it
+    except OSError as error:  # a dangling link, for example; the conversion reports it
         return f"{path}:{error.errno}"
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
@@ -96,47 +95,51 @@ def _file_signature(path: str) -> str:
 def _common_classes(
     root: Path, train: Listing | Samples, evaluation: Listing | Samples
 ) -> tuple[str, ...]:
-    """Return the names of the classes of both parts; a file of FFCV's own writer has none.
+    """Return the names of the classes, which must be the same in both parts.
 
-    Raises DataError if they are not the same.
+    A file of FFCV's own writer names no classes. It then has those of the other part, or numbers.
+    Raises DataError if the two parts disagree, or may do so.
     """
-    names = train.classes or evaluation.classes
-    if train.classes and evaluation.classes:
-        if train.classes != evaluation.classes:
-            odd = set(train.classes) ^ set(evaluation.classes)
-            told = [
-                f"{spelled(name)} only in {'train' if name in train.classes else 'val'}"
-                for name in sorted(odd, key=lambda name: normalize("NFC", name))
-            ]
-            raise DataError(
-                f"{root}: train and val hold different classes: {', '.join(told[:ODD_NAMED])}"
-            )
-    elif names:
-        bare = evaluation if train.classes else train
-        refuse_other_order(str(bare.path), names, "the other file")
-    return names or numbered(1 + int(max(train.targets.max(), evaluation.targets.max())))
+    if not train.classes and not evaluation.classes:
+        return numbered(1 + int(max(train.targets.max(), evaluation.targets.max())))
+    if not train.classes:
+        check_numbering(str(train.path), evaluation.classes, "the other file")
+        return evaluation.classes
+    if not evaluation.classes:
+        check_numbering(str(evaluation.path), train.classes, "the other file")
+    elif train.classes != evaluation.classes:
+        different = set(train.classes) ^ set(evaluation.classes)
+        lines = [
+            f"{spelled(name)} only in {'train' if name in train.classes else 'val'}"
+            for name in sorted(different, key=lambda name: normalize("NFC", name))
+        ]
+        raise DataError(
+            f"{root}: train and val hold different classes: {', '.join(lines[:CLASSES_NAMED])}"
+        )
+    return train.classes
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """Return the names of classes that have none: a file of FFCV's own writer names no classes."""
+    """Return the names of unnamed classes, as in a file of FFCV's own writer: their numbers."""
     return tuple(map(str, range(count)))
 
 
-def refuse_other_order(bare: str, named: Sequence[str], other: str) -> None:
-    """Raise DataError if data without class names may number the classes unlike `named`, other's.
+def check_numbering(unnamed: str, classes: Sequence[str], other: str) -> None:
+    """Raise DataError if labels of `unnamed`, data without class names, may mean other classes.
 
-    Names of folders are sorted as text (0, 1, 10, 2), by torchvision as by us; a file that FFCV's
-    own writer made of numbers as labels counts 0, 1, 2. Nothing tells which one it is.
+    classes: the names in `other`. Numbers as names are sorted as text (0, 1, 10, 2), by us as by
+    torchvision. Labels in a file of FFCV's own writer may follow that order, or count 0, 1, 2. The
+    file does not tell which.
     """
-    if not all(name.isdecimal() for name in named):
+    if not all(name.isdecimal() for name in classes):
         return
-    by_text, by_number = sorted(named), sorted(named, key=int)
+    by_text, by_number = sorted(classes), sorted(classes, key=int)
     if by_text != by_number:
         label = next(n for n, name in enumerate(by_text) if name != by_number[n])
         raise DataError(
-            f"{bare}: has no manifest to name its classes, which {other} sorts as text "
-            f"({', '.join(by_text[: label + 1])}, …): its label {label} may mean another class "
-            f"than {by_text[label]}; write it again with scripts/write_ffcv.py"
+            f"{unnamed}: has no manifest with the names of its classes, which {other} sorts as "
+            f"text ({', '.join(by_text[: label + 1])}, …): its label {label} may mean another "
+            f"class than {by_text[label]}; write it again with scripts/write_ffcv.py"
         )
 
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (arXiv 1708.07747): finds its files and holds its images in memory."""
+"""Fashion-MNIST (arXiv 1708.07747), found or downloaded, and held in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGE = "apt-get install dataset-fashion-mnist"
 
 
 def open_fashion_mnist(spec: DataSpec, loader: LoaderSpec) -> tuple[MemoryReader, MemoryReader]:
-    """Return the readers of both parts. Raises ConfigError for what grey images do not allow."""
+    """Return the readers of both parts. Raises ConfigError for options unfit for these images."""
     sides = (spec.image_size, spec.eval_size or spec.image_size, spec.start_size or spec.image_size)
     if spec.augmentation == "inception" or spec.randaugment is not None or min(sides) < SIDE:
         raise ConfigError(
@@ -45,9 +45,9 @@ def open_fashion_mnist(spec: DataSpec, loader: LoaderSpec) -> tuple[MemoryReader
 
 
 def find_fashion_mnist(root: str | None, cache: str | None) -> Path:
-    """Return the folder of the four IDX files: root, else Debian's, else a download into cache.
+    """Return the folder of the four IDX files: root, else Debian's, else a download to the cache.
 
-    Raises DataError if root lacks a file, or if nothing is installed and nothing can be downloaded.
+    Raises DataError if root lacks a file, or if nothing is installed and the download fails.
     """
     base = DEBIAN_FOLDER if root is None else Path(root).expanduser()
     if root is None and not base.is_dir():
@@ -66,7 +66,7 @@ def find_fashion_mnist(root: str | None, cache: str | None) -> Path:
             return folder
     raise DataError(
         f"{base}: no such folder, or without Fashion-MNIST's four files "
-        f"(train-images-idx3-ubyte.gz, …); give data.root, or none and {PACKAGE}"
+        f"(train-images-idx3-ubyte.gz, …); give data.root, or omit it and {PACKAGE}"
     )
 
 
@@ -94,10 +94,10 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if path.suffix == ".gz" else raw
         if not data.startswith(head):
-            raise ValueError("another kind of file, or other sides")
+            raise ValueError("the header is another one")
         return np.frombuffer(data, dtype=np.uint8, offset=len(head)).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         sides = "x".join(map(str, shape))
         raise DataError(
-            f"{path}: is no IDX file of {sides} bytes ({first_line(error)}); fetch it again"
+            f"{path}: is not an IDX file of {sides} bytes ({first_line(error)}); download it again"
         ) from None

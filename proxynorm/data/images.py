@@ -1,7 +1,7 @@
-"""One image file: read, checked, turned into upright RGB, encoded for storage.
+"""Reads an image file, checks it, converts it to upright RGB and encodes it for storage.
 
-Whatever is wrong with a file ends in BadImage, here and nowhere above: callers then apply the
-policy data.on_bad. A damaged file can raise any exception in a decoder, so all are caught.
+A file that cannot be used raises BadImage, whatever its fault; callers then apply the policy
+data.on_bad. A damaged file can raise any exception in a decoder, so all of them are caught.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
 from proxynorm.data.spec import check_ranges
 
 Image.init()  # registers the plugins
-# Pillow's other formats are no photographs (icons, PDF), or start programs (EPS).
+# Pillow's other formats are not photographs (icons, PDF) or start other programs (EPS).
 KNOWN = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 FORMATS = [name for name in KNOWN if name in Image.OPEN]
 EXTENSIONS = tuple(
     sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 )
-# Of damaged files. For the whole process, as threads share its filters.
+# Pillow warns of damaged files. The filter is global because threads share one list of filters.
 warnings.filterwarnings("ignore", module="PIL")
-SMALL = 64 * 64
+ALWAYS_RAW = 64 * 64  # pixels; images up to this size are never stored as JPEG
 LONGEST_SIDE = 65_535
 RANGES = {"max_side": (1, LONGEST_SIDE), "jpeg_quality": (1, 100), "jpeg_probability": (0, 1)}
+# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,10 +45,10 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Cameras pad the end of the data. More bytes left over mean that the decoder lost its way.
+# Cameras pad the end of the data with a few bytes. More of them mean that data was skipped.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
-TJ_RGB, TJ_CMYK = 0, 11  # libturbojpeg's numbers of pixel formats
+TJ_RGB, TJ_CMYK = 0, 11  # libturbojpeg's pixel formats
 
 
 class BadImage(Exception):
@@ -57,7 +58,7 @@ class BadImage(Exception):
 class ImageRef(NamedTuple):
     """A reference to an image's bytes: a file, or `size` bytes at `offset` of an archive.
 
-    name is printable, for messages.
+    name: printable, for messages.
     """
 
     path: str
@@ -68,10 +69,10 @@ class ImageRef(NamedTuple):
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """Options of storage. Raises ConfigError for impossible values.
+    """How images are stored in a .beton file. Raises ConfigError for impossible values.
 
-    max_side: longer sides are shrunk to it, pixels; None: never. jpeg_quality: 1..100.
-    jpeg_probability: the share of images stored as JPEG; the others are raw (faster, larger), as
+    max_side: images with a longer side are shrunk to it, pixels; None: never. jpeg_quality: 1..100.
+    jpeg_probability: the share of images stored as JPEG. The others are raw (faster, larger), as
     are all images of at most 64x64 pixels.
     """
 
@@ -84,7 +85,7 @@ class StorageOptions:
 
 
 class Stored(NamedTuple):
-    """An image as it goes into a .beton file; height and width in pixels, mode JPEG or RAW."""
+    """An image in its stored form; height and width in pixels, mode JPEG or RAW."""
 
     data: bytes
     height: int
@@ -93,11 +94,11 @@ class Stored(NamedTuple):
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """Return the image's bytes. Raises BadImage if there are none, or fewer than there should."""
+    """Return the image's bytes. Raises BadImage if they are missing or incomplete."""
     try:
-        # Opening a named pipe would wait for its writer for ever.
+        # Opening a named pipe would wait for its writer forever.
         if not stat.S_ISREG(os.stat(ref.path).st_mode):
-            raise BadImage("is no regular file")
+            raise BadImage("is not a regular file")
         with open(ref.path, "rb") as file:
             file.seek(ref.offset)
             data = file.read() if ref.size is None else file.read(ref.size)
@@ -111,32 +112,32 @@ def read_bytes(ref: ImageRef) -> bytes:
 
 
 def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
-    """Return the decoded image, RGB, upright by its EXIF tag; the content decides the format.
+    """Decode an image to RGB, upright by its EXIF tag. The content alone decides the format.
 
-    strict also refuses JPEG data that decodes with warnings (needs FFCV's library). Raises
-    BadImage, whatever is wrong.
+    strict: also refuse JPEG data that decodes with warnings (needs FFCV's library). Raises BadImage
+    for any fault.
     """
     data = read_bytes(ref)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if strict and image.format in ("JPEG", "MPO"):  # MPO: with a second picture behind it
+        if strict and image.format in ("JPEG", "MPO"):  # MPO: a JPEG followed by another one
             _check_jpeg(data, image)
         image.load()
-        turn = _turn(image)
+        turn = _upright_turn(image)
         rgb = _to_rgb(image)
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("is no image of a known format") from None
+        raise BadImage("is not an image of a known format") from None
     except Exception as error:
         raise BadImage(f"cannot be decoded ({first_line(error)})") from None
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return what makes the image upright, by its EXIF tag of orientation.
+def _upright_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return the turn that makes the image upright by its EXIF tag, if it needs one.
 
-    None also for a damaged EXIF block: it says nothing about the pixels, so the image is usable.
+    A damaged EXIF block is ignored: the pixels are usable.
     """
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -145,12 +146,12 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image of any mode to RGB. Raises BadImage if its range is not known."""
+    """Convert a loaded image of any mode to RGB. Raises BadImage if its range is unknown."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65_535:
             raise BadImage("holds 32-bit pixels of unknown range; convert it to 8 or 16 bits")
-        # 16-bit grey: convert() would clip instead of scaling.
+        # Scale 16-bit grey, which convert() would clip.
         image = Image.fromarray((values / 257).astype(np.uint8))
     if image.mode == "F":
         raise BadImage("holds floating-point pixels of unknown range; convert it to 8 or 16 bits")
@@ -160,9 +161,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_jpeg(data: bytes, image: Image.Image) -> None:
-    """Raise BadImage for what libjpeg only warns of, where FFCV brings libturbojpeg along.
+    """Raise BadImage for JPEG data that decodes with warnings, if FFCV is installed.
 
-    Decoding at an eighth of the size is fast and reads every coefficient.
+    Its library brings libturbojpeg. Decoding at an eighth of the size is fast and still reads every
+    coefficient.
     """
     if not ffcv_available():
         return
@@ -171,7 +173,7 @@ def _check_jpeg(data: bytes, image: Image.Image) -> None:
     kind = TJ_CMYK if image.mode == "CMYK" else TJ_RGB
     pixels = ctypes.create_string_buffer(width * height * 4)
     length = ctypes.c_ulong(len(data))
-    # One decompressor an image: after a damaged header it would go on within it at the next image.
+    # A new decompressor for each image: a damaged header would leave it in the wrong state.
     handle = ctypes.c_void_p(library.tjInitDecompress())
     try:
         if library.tjDecompress2(handle, data, length, pixels, width, 0, height, kind, 0) != 0:
@@ -184,9 +186,9 @@ def _check_jpeg(data: bytes, image: Image.Image) -> None:
 
 
 def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
-    """Check an image and encode it; draw in [0, 1) decides between JPEG and raw.
+    """Check an image and encode it. draw, in [0, 1), decides between JPEG and raw.
 
-    Raises BadImage, whatever is wrong.
+    Raises BadImage for a file that cannot be used.
     """
     image = load_rgb(ref, strict=True)
     longest = max(image.size)
@@ -195,7 +197,7 @@ def store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored:
         image = image.resize(size, Image.Resampling.BOX)
     width, height = image.size
     data, mode = image.tobytes(), RAW
-    if len(data) > PAGE_SIZE or (width * height > SMALL and draw < options.jpeg_probability):
+    if len(data) > PAGE_SIZE or (width * height > ALWAYS_RAW and draw < options.jpeg_probability):
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=options.jpeg_quality)
         data, mode = buffer.getvalue(), JPEG

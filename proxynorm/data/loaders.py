@@ -1,4 +1,4 @@
-"""The loaders: which samples, in which order, to which process; on top of any reader."""
+"""The loaders: they choose the samples of each batch and process, and their order."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 
 from proxynorm.data.augment import View
 from proxynorm.data.randomness import permutation, sample_keys
-from proxynorm.data.readers import Decoded, Job, Reader, nothing
+from proxynorm.data.readers import Decoded, Job, Reader, do_nothing
 from proxynorm.data.spec import Batch, DataInfo, DataSpec
 from proxynorm.errors import ConfigError, DataError
 
-# So many damaged images in a row end the run even under on_bad=skip.
-STAND_INS_TRIED = 1000
+STAND_INS_TRIED = 1000  # damaged images in a row that end a run, even under on_bad=skip
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows, int64 (N,), of a reader."""
+    """A reader, and some of its rows, int64 (N,)."""
 
     reader: Reader
     rows: np.ndarray
@@ -31,10 +30,10 @@ class Split:
 
 @dataclass
 class Data:
-    """An opened data set: what open_data returns.
+    """An opened data set, as open_data returns it.
 
-    warnings: what the user should be told, one line each; failures: damaged images that this
-    process has met under on_bad="skip", name -> reason.
+    warnings: for the user, one line each; failures: the damaged images that this process has found
+    under on_bad="skip", name -> reason.
     """
 
     spec: DataSpec
@@ -52,26 +51,26 @@ class Data:
                 self._note_damage(name, reason)
 
     def _note_damage(self, name: str, reason: str) -> None:
-        """Note a damaged image. Raises DataError under on_bad="raise"."""
+        """Add a damaged image to failures. Raises DataError under on_bad="raise"."""
         if self.spec.on_bad == "raise":
             raise DataError(
-                f"{name}: {reason}; mend it (a .beton file: write it again), or set "
+                f"{name}: {reason}; repair it (a .beton file: write it again), or set "
                 "data.on_bad=skip (eval.py: on_bad=skip)"
             )
         self.failures[name] = reason
 
     @property
     def backend(self) -> str:
-        """The images' reader: "ffcv", "torchvision" or "memory"."""
+        """The backend that reads the images: "ffcv", "torchvision" or "memory"."""
         return self.train.reader.backend
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Digests of the images of "train" and "eval", to tell them from others: see Reader."""
+        """Fingerprints of the images of "train" and "eval": see Reader.fingerprint."""
         return {part: split.reader.fingerprint(split.rows) for part, split in self._splits.items()}
 
     def replaced(self, stored: dict[str, str]) -> dict[str, str]:
-        """Return the parts whose images are not those of `stored` fingerprints, with the source."""
+        """Return part -> source of the parts whose images do not match `stored` fingerprints."""
         return {
             part: split.reader.source
             for part, split in self._splits.items()
@@ -79,9 +78,9 @@ class Data:
         }
 
     def comparable(self, stored: dict[str, str], part: str) -> bool:
-        """Return whether `stored` has a fingerprint of this kind.
+        """Return whether `stored` has a fingerprint of the part that can be compared.
 
-        It has not if the images were read in another way: from a folder, say, and now a .beton.
+        It has none if the images were read in another way: from a folder, and now from a .beton.
         """
         return stored.get(part, "").startswith(self.fingerprints[part].partition(":")[0] + ":")
 
@@ -94,9 +93,9 @@ class Data:
     ) -> TrainLoader:
         """Return training batches: `batch` images a step over all processes, micro_batch a forward.
 
-        Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, whatever the
-        number of processes. Raises ConfigError if batch is no multiple of world_size * micro_batch,
-        or larger than the training set.
+        Step t of an epoch takes the images t*batch…(t+1)*batch of the epoch's order, for any number
+        of processes. Raises ConfigError if batch is not a multiple of world_size * micro_batch or
+        exceeds the training set.
         """
         return TrainLoader(self, batch, micro_batch, seed, rank, world_size)
 
@@ -105,31 +104,32 @@ class Data:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        each_second: Callable[[], None] = nothing,
+        each_second: Callable[[], None] = do_nothing,
     ) -> Iterator[Batch]:
-        """Yield evaluation batches, equally many on every rank.
+        """Yield evaluation batches, the same number on every rank.
 
-        Over all ranks each image is valid in exactly one row.
+        Over all ranks, each image is valid in exactly one row.
         """
         if batch_size < 1:
             raise ConfigError(f"evaluation batch size {batch_size}: give at least 1")
         rows, size = self.evaluation.rows, self.spec.eval_size or self.spec.image_size
-        # No larger than a rank's share, so that a small set is not mostly padding.
+        # At most a rank's share, so that batches of a small set are not mostly padding.
         batch_size = min(batch_size, math.ceil(len(rows) / world_size))
         count = math.ceil(len(rows) / (batch_size * world_size))
         padded = np.full(count * world_size * batch_size, -1)
         padded[: len(rows)] = rows
         share = padded.reshape(count, world_size, batch_size)[:, rank]
-        jobs = (Job(taken, np.zeros(batch_size, dtype=np.uint64), size) for taken in share)
+        keys = np.zeros(batch_size, dtype=np.uint64)
+        jobs = (Job(part, keys, size) for part in share)
         reader = self.evaluation.reader
         for decoded in reader.stream(jobs, self.view.for_evaluation(), each_second):
-            yield self.batch(reader, decoded)
+            yield self.to_batch(reader, decoded)
 
-    def batch(self, reader: Reader, decoded: Decoded) -> Batch:
-        """Return a job's batch; a damaged image is invalid, never replaced by another's pixels."""
+    def to_batch(self, reader: Reader, decoded: Decoded) -> Batch:
+        """Return a job's batch, in which damaged images are invalid."""
         job, images, bad = decoded
-        for place, reason in bad.items():
-            self._note_damage(reader.name(int(job.rows[place])), reason)
+        for index, reason in bad.items():
+            self._note_damage(reader.name(int(job.rows[index])), reason)
         valid = job.rows >= 0
         valid[list(bad)] = False
         targets = np.where(valid, reader.targets[job.rows], 0)
@@ -150,15 +150,15 @@ class Data:
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         scale, offset = self._constants(images.device)
-        made = torch.empty(images.shape, dtype=dtype, device=device, memory_format=memory_format)
+        out = torch.empty(images.shape, dtype=dtype, device=device, memory_format=memory_format)
         # One kernel, from bytes to the type of the computation.
-        torch.addcmul(offset, images, scale, out=made)
-        return Batch(made, targets, indices, valid)
+        torch.addcmul(offset, images, scale, out=out)
+        return Batch(out, targets, indices, valid)
 
     def _constants(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factor and summand of the normalization, (1, C, 1, 1).
+        """Return scale and offset of the normalization, (1, C, 1, 1).
 
-        They are kept on the device: a copy would wait for it.
+        They stay on the device, because copying them would wait for it.
         """
         if device not in self._on_device:
             mean, std = (
@@ -188,7 +188,7 @@ class TrainLoader:
         smallest = min(self.batch, self.micro_batch)
         if smallest < 1 or self.batch % (self.world_size * self.micro_batch):
             raise ConfigError(
-                f"batch={self.batch} is no multiple of {self.world_size} process(es) x "
+                f"batch={self.batch} is not a multiple of {self.world_size} process(es) x "
                 f"micro_batch={self.micro_batch}, each at least 1"
             )
         if self.steps_per_epoch == 0:
@@ -199,7 +199,7 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Weight updates in an epoch; the images of a last, partial batch are left out."""
+        """Weight updates in an epoch. The images of a last, incomplete batch are left out."""
         return len(self.rows) // self.batch
 
     def image_size(self, epoch: int) -> int:
@@ -214,54 +214,55 @@ class TrainLoader:
         return spec.start_size if epoch <= spec.ramp[0] else round(grown / 32) * 32
 
     def epoch(
-        self, epoch: int, start_step: int = 0, each_second: Callable[[], None] = nothing
+        self, epoch: int, start_step: int = 0, each_second: Callable[[], None] = do_nothing
     ) -> Iterator[Batch]:
         """Yield the epoch's batches of micro_batch images from start_step on; seeking is free.
 
-        Under on_bad="skip" a batch lacks its damaged images; if none is left, the next sound image
-        of the epoch takes their place. each_second is called while a batch is waited for.
+        Under on_bad="skip", a batch lacks its damaged images. If it has no others, the next sound
+        image of the epoch takes their place. each_second is called while waiting for a batch.
         """
         order = self.rows[permutation(self.seed, epoch, len(self.rows))]
-        # A rank takes its contiguous share of a step, whose images so are the same on any number.
+        # A rank takes a contiguous part of each step: the step is the same for any number of ranks.
         used = order[: self.steps_per_epoch * self.batch]
         steps = used.reshape(self.steps_per_epoch, self.world_size, -1, self.micro_batch)
         share = steps[start_step:, self.rank].reshape(-1, self.micro_batch)
         jobs = (self._job(rows, epoch) for rows in share)
         for decoded in self.reader.stream(jobs, self.data.view, each_second):
-            batch = self.data.batch(self.reader, decoded)
+            batch = self.data.to_batch(self.reader, decoded)
             yield _only_valid(batch) or self._stand_in(order, batch, epoch)
 
     def _job(self, rows: np.ndarray, epoch: int) -> Job:
         return Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
 
     def _stand_in(self, order: np.ndarray, batch: Batch, epoch: int) -> Batch:
-        """Return a batch of the sound image that follows a wholly damaged batch in the order.
+        """Return a batch of the next sound image after a batch of damaged images.
 
-        An empty batch has no mean loss, and no process may leave out a backward pass. The choice
-        depends on the order alone, so a resumed run makes the same one.
+        An empty batch would have no mean loss, and no process may leave out a backward pass. The
+        choice depends on the order alone, so a resumed run makes the same one.
         """
         data, reader = self.data, self.reader
         place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
         for row in np.roll(order, -place)[:STAND_INS_TRIED]:
             decoded = reader.decode(self._job(np.array([row]), epoch), data.view)
-            if found := _only_valid(data.batch(reader, decoded)):
+            if found := _only_valid(data.to_batch(reader, decoded)):
                 return found
         raise DataError(
             f"{reader.source}: {min(STAND_INS_TRIED, len(order))} images in a row are damaged "
-            f"(such as {next(reversed(data.failures))}); mend the images"
+            f"(such as {next(reversed(data.failures))}); repair the images"
         )
 
 
 def _only_valid(batch: Batch) -> Batch | None:
+    """Return the valid images of a batch, or None if it has none."""
     if bool(batch.valid.all()):
         return batch
     return Batch(*(part[batch.valid] for part in batch)) if bool(batch.valid.any()) else None
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches with images, still bytes, and targets on the device.
+    """Yield the batches with images, still uint8, and targets on the device.
 
-    A GPU copies the next batch while it computes on this one.
+    A GPU copies the next batch while it computes on the current one.
     """
     if device.type != "cuda":
         yield from batches
@@ -269,18 +270,18 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     stream, ahead = torch.cuda.Stream(device), None
     for batch in batches:
         with torch.cuda.stream(stream):
-            # Pinning costs nothing where the reader has pinned already.
+            # Pinning costs nothing if the reader has pinned the images already.
             parts = [part.pin_memory().to(device, non_blocking=True) for part in batch[:2]]
             copied = stream.record_event()
         if ahead is not None:
-            yield _arrived(*ahead)
+            yield _after_copy(*ahead)
         ahead = Batch(*parts, *batch[2:]), copied
     if ahead is not None:
-        yield _arrived(*ahead)
+        yield _after_copy(*ahead)
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """Make the computation wait for the copy, on the device, and keep the memory until both end."""
+def _after_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """Make the device compute after the copy, and keep the memory until it has computed."""
     current = torch.cuda.current_stream(batch.images.device)
     current.wait_event(copied)
     batch.images.record_stream(current)

@@ -1,4 +1,4 @@
-"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899): timm's, random by (seed, step) alone."""
+"""timm's mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), drawn by (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from timm.data.mixup import Mixup, mixup_target, rand_bbox
 from proxynorm.data.randomness import sample_keys, seeded
 from proxynorm.errors import ConfigError
 
-# P(no CutMix) = SLOPE · λ − OFFSET, else 1 + ln(u) / DEPTH of the image stays its own (authors'
-# code).
+# Of CutMix in the authors' code: see own_share.
 SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
 
 
 class Mixing:
-    """Mixes a micro-batch with its own reverse, with one weight for all of it, and its targets too.
+    """Mixes the images and targets of a micro-batch with the same in reverse order.
 
-    mixup_alpha, cutmix_alpha: the Beta distributions' parameters, 0: off; prob: probability that a
-    micro-batch is mixed; switch_prob: probability of CutMix where both are on; smoothing: label
-    smoothing; cutmix_lambda: λ of the authors' CutMix, which comes on top of mixup, in place of
-    cutmix_alpha; None: off. Raises ConfigError.
+    One weight serves the whole micro-batch. mixup_alpha, cutmix_alpha: parameters of the Beta
+    distributions, 0: off; prob: probability that a micro-batch is mixed; switch_prob: probability
+    of CutMix if both are on; smoothing: label smoothing; cutmix_lambda: λ of the authors' CutMix,
+    which replaces timm's and is applied after mixup, None: off. Raises ConfigError.
     """
 
     def __init__(
@@ -35,16 +34,20 @@ class Mixing:
         num_classes: int,
         cutmix_lambda: float | None = None,
     ) -> None:
-        fits = cutmix_lambda is None or OFFSET / SLOPE <= cutmix_lambda < 1
-        if not fits or (cutmix_lambda is not None and cutmix_alpha):
+        smallest = OFFSET / SLOPE
+        if cutmix_lambda is not None and (cutmix_alpha or not smallest <= cutmix_lambda < 1):
             raise ConfigError(
                 f"cutmix_lambda={cutmix_lambda} cutmix={cutmix_alpha}: give one of them, "
-                f"cutmix_lambda from {OFFSET / SLOPE:.2f} to below 1"
+                f"cutmix_lambda from {smallest:.2f} to below 1"
             )
         self.num_classes, self.smoothing, self.cutmix_lambda = num_classes, smoothing, cutmix_lambda
-        options = {"switch_prob": switch_prob, "num_classes": num_classes}
         self.mixup = Mixup(
-            mixup_alpha, cutmix_alpha, prob=prob, label_smoothing=smoothing, **options
+            mixup_alpha,
+            cutmix_alpha,
+            prob=prob,
+            switch_prob=switch_prob,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
         )
         self.mixup.mixup_enabled = max(mixup_alpha, cutmix_alpha) > 0
 
@@ -53,8 +56,8 @@ class Mixing:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix floating-point images (N, C, H, W), in place, and targets, int64 (N,).
 
-        Returns the images and targets (N, classes). The same (seed, step) mixes alike. Of an odd
-        number the last image, of a single one the only image, stays as it is.
+        Returns the images and targets (N, classes), which depend on (seed, step) alone. timm mixes
+        pairs, so it does not mix the last image of an odd number.
         """
         even = len(images) // 2 * 2
         with seeded(int(sample_keys(seed, step, np.zeros(1))[0])):
@@ -67,25 +70,25 @@ class Mixing:
 
 
 def own_share(nominal: float) -> float:
-    """Draw how much of each image stays its own, in (0, 1], as the authors do for λ = `nominal`.
+    """Draw the share of each image that keeps its own pixels, as the authors do for λ = `nominal`.
 
-    1 (no CutMix) with probability 1.55 λ − 0.96, else 1 + ln(u) / 4 with u uniform on (e⁻⁴, 1).
+    It is 1 (no CutMix) with probability 1.55 λ − 0.96, else 1 + ln(u) / 4, u uniform on (e⁻⁴, 1).
     """
     if np.random.rand() < SLOPE * nominal - OFFSET:
         return 1.0
-    # Not quite 0: timm has no place left to draw for a box as large as the image.
+    # Not quite 0, because timm cannot draw the position of a box as large as the image.
     return max(1e-9, 1 + math.log(np.random.uniform(math.exp(-DEPTH), 1)) / DEPTH)
 
 
 def paste(images: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
-    """Paste a box of all but `share` of the area into each image, in place, from another image.
+    """Paste a box from another image into each image, in place, leaving `share` of the area.
 
     images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the box's area.
     """
-    # A margin of half the box keeps it inside, as in the authors' code: its area is what was drawn.
+    # As in the authors' code, a margin of half the box keeps it inside: its area is the one drawn.
     top, bottom, left, right = rand_bbox(images.shape, share, margin=0.5)
     area = (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
-    # Two places before, as in the authors' code: mixup has taken another image.
+    # From two images before, as in the authors' code: mixup has mixed in another one.
     distance = 2 if len(images) > 2 else 1
     box = images[:, :, top:bottom, left:right]
     box.copy_(box.roll(distance, dims=0))

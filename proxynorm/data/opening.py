@@ -1,4 +1,4 @@
-"""From a DataSpec to an opened data set: to train on, to evaluate alone, or without classes."""
+"""Opens data sets: for training, for evaluation alone, and images without classes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from proxynorm.cli import nearest
-from proxynorm.data.datasets import (
-    DATASETS,
-    find_images,
-    images_reader,
-    numbered,
-    refuse_other_order,
-)
+from proxynorm.data.datasets import DATASETS, check_numbering, find_images, images_reader, numbered
 from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
 from proxynorm.data.folder import FolderReader, rand_augment
 from proxynorm.data.loaders import Data, Split
@@ -31,7 +25,7 @@ CLASSES = ("all", "subset", "index")
 
 
 class Validation(NamedTuple):
-    """Opened images; columns: the logits, int64 (K,), that belong to data.info.classes."""
+    """Opened evaluation images; columns: the logits of data.info.classes, int64 (K,)."""
 
     data: Data
     columns: np.ndarray
@@ -46,7 +40,7 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     data_set = DATASETS[spec.name]
     if data_set.needs_root and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
-    train, evaluation = data_set.open(spec, _decided(spec, loader or LoaderSpec()))
+    train, evaluation = data_set.open(spec, _resolve(spec, loader or LoaderSpec()))
     mean, std = tuple(spec.mean or data_set.mean), tuple(spec.std or data_set.std)
     if not len(mean) == len(std) == train.channels or min(std) <= 0:
         raise ConfigError(
@@ -56,17 +50,18 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     splits = _splits(spec, train, evaluation)
     counts = (len(split.rows) for split in splits)
     info = DataInfo(spec.name, train.classes, train.channels, *counts, mean, std)
-    notes, available = (*train.notes, *evaluation.notes), len(train.targets) - spec.holdout
+    notes = (*train.notes, *evaluation.notes)
+    available = len(train.targets) - spec.holdout
     if spec.limit is not None and spec.limit > available:
-        told = f"exceeds the {available} training images, which are all taken"
-        notes = (f"data.limit={spec.limit} {told}", *notes)
+        excess = f"exceeds the {available} training images, which are all taken"
+        notes = (f"data.limit={spec.limit} {excess}", *notes)
     return Data(spec, info, *splits, notes)
 
 
 def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, Split]:
-    """Return the rows to train and to evaluate on.
+    """Choose the rows to train and to evaluate on.
 
-    limit takes the front of a seeded shuffle, holdout its end.
+    limit takes the start of a seeded shuffle, holdout its end.
     """
     count = len(train.targets)
     if spec.holdout >= count:
@@ -84,28 +79,28 @@ def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, S
 def open_validation(
     spec: DataSpec, loader: LoaderSpec, trained: Sequence[str], classes: str = "all"
 ) -> Validation:
-    """Open the evaluation images at spec.root alone, for a network that knows `trained` classes.
+    """Open the evaluation images at spec.root alone, for a network with the `trained` classes.
 
-    They are class folders in a folder or in its val/, or a .beton file, or val.beton in a folder.
-    classes: "all": the folders are the trained classes; "subset": some of them, and only their
-    logits count (ImageNet-A, -R); "index": they are the numbers of the classes (ImageNet-V2).
-    spec.mean and spec.std: the training's. Raises ConfigError or DataError.
+    spec.root: a folder of class folders, a .beton file, or a folder that has one of them as val/ or
+    val.beton. classes: "all": the folders are the trained classes; "subset": they are some of them,
+    and only their logits count (ImageNet-A, -R); "index": their names are class numbers
+    (ImageNet-V2). spec.mean, spec.std: those of the training. Raises ConfigError or DataError.
     """
     one_of("classes", classes, CLASSES)
     root = Path(spec.root).expanduser()
     root = next((root / part for part in ("val.beton", "val") if (root / part).exists()), root)
     name = "beton" if root.suffix == ".beton" else "folder"
     spec = replace(spec, name=name, randaugment=None)
-    loader, found = _decided(spec, loader), find_images(root)
+    loader, found = _resolve(spec, loader), find_images(root)
     present = found.classes or numbered(1 + int(found.targets.max()))
     reader = images_reader(spec, found, present, loader)
     if classes != "index":
-        # A network that was trained on a file without manifest knows its classes by number alone.
-        by_number = tuple(trained) == numbered(len(trained))
-        if found.classes and by_number:
-            refuse_other_order("the data that the network was trained on", trained, str(root))
-        elif not found.classes and not by_number:
-            refuse_other_order(str(root), trained, "the trained network")
+        # These are the names after training on a file without manifest.
+        unnamed = tuple(trained) == numbered(len(trained))
+        if found.classes and unnamed:
+            check_numbering("the data that the network was trained on", trained, str(root))
+        elif not found.classes and not unnamed:
+            check_numbering(str(root), trained, "the trained network")
     numbers = _class_numbers(root, present, list(trained), classes)
     columns = np.arange(len(trained))
     if classes == "subset":
@@ -118,17 +113,22 @@ def open_validation(
 def _class_numbers(
     root: Path, present: Sequence[str], trained: list[str], classes: str
 ) -> np.ndarray:
-    """Return the trained class, int64 (N,), that each present class is. Raises DataError."""
-    known = {name: number for number, name in enumerate(trained)}
+    """Return the number of the trained class of each present class, int64 (N,).
+
+    classes: see open_validation. Raises DataError for unknown and for missing classes.
+    """
     if classes == "index":
         numbers = {name: int(name) for name in present if name.isdecimal()}
         known = {name: number for name, number in numbers.items() if number < len(trained)}
+    else:
+        known = {name: number for number, name in enumerate(trained)}
     if unknown := [name for name in present if name not in known]:
-        advice = nearest(unknown[0], trained[:20])
         if classes == "index":
             advice = f"classes=index takes folders as numbers from 0 to {len(trained) - 1}"
         elif all(name.isdecimal() for name in present):
             advice = "classes=index takes folders as numbers of classes"
+        else:
+            advice = nearest(unknown[0], trained[:20])
         raise DataError(
             f"{root}: the network knows no class {unknown[0]} ({len(unknown)} such of "
             f"{len(present)}); {advice}"
@@ -137,7 +137,7 @@ def _class_numbers(
     if absent and classes == "all":
         raise DataError(
             f"{root}: {len(absent)} of the {len(trained)} classes are missing (the first: "
-            f"{absent[0]}); classes=subset evaluates over those that are there"
+            f"{absent[0]}); classes=subset evaluates on the others alone"
         )
     return np.array([known[name] for name in present], dtype=np.int64)
 
@@ -148,13 +148,16 @@ def open_images(spec: DataSpec, loader: LoaderSpec, images: Path) -> tuple[Data,
     Returns the data and the files' names by row. Raises DataError.
     """
     spec = replace(spec, name="folder", on_bad="skip", randaugment=None)
-    reader = FolderReader(list_images(images), _decided(spec, replace(loader, name="torchvision")))
+    reader = FolderReader(list_images(images), _resolve(spec, replace(loader, name="torchvision")))
     names = [reader.name(row) for row in range(len(reader.targets))]
     return _evaluation_data(spec, reader, [""]), names
 
 
 def _evaluation_data(spec: DataSpec, reader: Reader, classes: Sequence[str]) -> Data:
-    """Return the Data of one reader's images. Raises DataError for a network of grey images."""
+    """Return the Data of one reader's images.
+
+    Raises DataError if the network was trained on images with another number of channels.
+    """
     if len(spec.mean) != reader.channels:
         raise DataError(
             f"{reader.source}: images of {reader.channels} channels, but the network was "
@@ -166,14 +169,14 @@ def _evaluation_data(spec: DataSpec, reader: Reader, classes: Sequence[str]) -> 
     return Data(spec, info, split, split, reader.notes)
 
 
-def _decided(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
-    """Check both, and return the loader with its backend and its number of workers decided.
+def _resolve(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
+    """Check both, and return the loader with the backend and number of workers that it gets.
 
     Raises ConfigError.
     """
     check_specs(spec, loader)
     if spec.randaugment is not None:
-        rand_augment(spec.randaugment, (0, 0, 0))  # a mistake in it shows here, not in a worker
+        rand_augment(spec.randaugment, (0, 0, 0))  # reports a mistake here, not in a worker
     workers = share_of_cores() if loader.workers is None else loader.workers
     return replace(loader, name=_choose_backend(spec, loader.name), workers=workers)
 
@@ -185,12 +188,12 @@ def _choose_backend(spec: DataSpec, asked: str) -> str:
             "data.name=folder"
         )
     if spec.name != "beton" and asked != "ffcv":
-        fits = asked == "auto" and spec.randaugment is None and ffcv_available()
-        return "ffcv" if fits else "torchvision"
-    ffcv_library()
+        use_ffcv = asked == "auto" and spec.randaugment is None and ffcv_available()
+        return "ffcv" if use_ffcv else "torchvision"
+    ffcv_library()  # raises ConfigError if FFCV is missing
     if spec.randaugment is not None:
         raise ConfigError(
-            "regularization.randaugment works on image folders alone: give data=folder "
+            "regularization.randaugment works on image folders alone: use data=folder "
             "loader=torchvision"
         )
     return "ffcv"
@@ -205,6 +208,6 @@ def share_of_cores() -> int:
     if "RANK" not in os.environ and "SLURM_CPUS_ON_NODE" in os.environ:  # srun, not torchrun
         allocated = int(os.environ["SLURM_CPUS_ON_NODE"])
         if processes > 1 and cores < allocated:
-            return cores  # SLURM has bound the task to its share (task/affinity)
-        cores = min(cores, allocated)  # not bound: every task sees the cores of all
+            return cores  # SLURM has bound the process to its share (task/affinity)
+        cores = min(cores, allocated)  # not bound: every process sees the cores of all
     return max(1, cores // processes)

@@ -1,8 +1,8 @@
-"""Order, crops and flips as functions of (seed, epoch, index), so that a resume replays nothing.
+"""Random numbers for order, crops and flips, as functions of (seed, epoch, index).
 
-The counter-based generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014): the n-th number of stream `key` is mix(key + n * GOLDEN). It is the same
-on every platform and NumPy version.
+A resumed run need not replay any of them. The counter-based generator is SplitMix64 (Steele, Lea,
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the n-th number of stream
+`key` is mix(key + n * GOLDEN). It is the same on every platform and NumPy version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MASK = (1 << 64) - 1
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -26,7 +25,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def sample_keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     """Return each sample's stream, uint64 (N,), by seed, epoch and the samples' indices (N,)."""
-    base = np.array([seed & _MASK], dtype=np.uint64)
+    base = np.array([seed % (1 << 64)], dtype=np.uint64)
     base = mix(mix(base + GOLDEN) + np.array([epoch], dtype=np.uint64) * GOLDEN)
     return mix(base + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
@@ -42,13 +41,13 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
     The samples are sorted by a hash of their index.
     """
-    # The offset keeps the order's numbers apart from those of the crops.
+    # The constant ("order" in ASCII) keeps these numbers apart from those of the crops.
     return np.argsort(sample_keys(seed ^ 0x6F72646572, epoch, np.arange(count)), kind="stable")
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators from which timm draws, and restore them for their other users."""
+    """Seed the global generators, from which timm draws, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % (1 << 32))

@@ -1,6 +1,6 @@
 """The readers: each turns a stream of jobs into a stream of images, in order.
 
-A reader with workers makes some batches ahead of time.
+A reader with workers decodes some batches in advance.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from proxynorm.data.ffcv.native import REASONS, decoder
 from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import DataError
 
-# Work begun ahead: some batches, and enough to keep every thread busy where the batches are small.
+# Work begun in advance: some batches, and enough tasks to keep all threads busy with small batches.
 BATCHES_AHEAD = 3
 TASKS_AHEAD_PER_WORKER = 2
 IMAGES_PER_TASK = 8
-POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0  # how often a wait for images is interrupted
 
 Result = TypeVar("Result")
 
 
 class Job(NamedTuple):
-    """A micro-batch to be made.
+    """A micro-batch to decode.
 
-    rows: int64 (N,), of the store, -1 for padding; keys: uint64 (N,), one random stream a sample;
-    size: side in pixels.
+    rows: the reader's row numbers, int64 (N,), -1 for padding; keys: one random stream per sample,
+    uint64 (N,); size: side in pixels.
     """
 
     rows: np.ndarray
@@ -45,23 +45,23 @@ class Job(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A job's images, uint8 (N, C, S, S), black where bad or padding; bad: place -> reason."""
+    """A job's images, uint8 (N, C, S, S), black for damage and padding; bad: index -> reason."""
 
     job: Job
     images: torch.Tensor
     bad: dict[int, str]
 
 
-def nothing() -> None:
+def do_nothing() -> None:
     """The default of each_second."""
 
 
 class Reader:
-    """Images and targets, int64 (N,), behind row numbers 0..N-1.
+    """Images and their targets, int64 (N,), by row numbers 0..N-1.
 
-    source: the file or folder that the user gave; notes: what to tell the user, one line each;
+    source: the file or folder that the user gave; notes: warnings for the user, one line each;
     skipped: damaged images that have no row, name -> reason; backend: "memory", "torchvision" or
-    "ffcv". A new one needs `decode`, `name`, `fingerprint`.
+    "ffcv". Subclasses define `decode`, `name` and `fingerprint`.
     """
 
     backend = "memory"
@@ -74,50 +74,50 @@ class Reader:
         self.source, self.classes, self.targets = source, classes, targets
 
     def decode(self, job: Job, view: View) -> Decoded:
-        """Return the images of a single job, made in this process."""
+        """Return the images of a single job, decoded in this process."""
         raise NotImplementedError
 
     def stream(
-        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = nothing
+        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = do_nothing
     ) -> Iterator[Decoded]:
-        """Yield the images of each job, in order; closing the generator ends the work begun ahead.
+        """Yield the images of each job, in order. Closing the generator stops work in advance.
 
-        each_second is called while images are waited for. Raises DataError after loader.timeout.
+        each_second is called during waits. Raises DataError after a wait of loader.timeout seconds.
         """
         for job in jobs:
             yield self.decode(job, view)
 
     def name(self, row: int) -> str:
-        """Return what to call the image in a message: its file, or its number in a file."""
+        """Return the image's name in messages: its file, or its number in a file."""
         raise NotImplementedError
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        """Return "kind:digest" of the images of `rows`, int64 (N,), to tell them from others.
+        """Return "kind:digest" of the images of `rows`, int64 (N,), to recognize them.
 
-        Different kinds cannot be compared.
+        Only fingerprints of one kind can be compared.
         """
         raise NotImplementedError
 
     def wait(self, take: Callable[[], Result | None], each_second: Callable[[], None]) -> Result:
-        """Return what `take` does, called again as long as it returns None, after POLL_SECONDS.
+        """Call `take` until its result is true, and return it. Each call may last POLL_SECONDS.
 
-        A signal handler that sets a flag is heeded here by each_second, which may raise. Raises
+        each_second is called in between; it may raise, to end the wait after a signal. Raises
         DataError after loader.timeout seconds.
         """
         deadline = time.monotonic() + self.loader.timeout
-        while (result := take()) is None:
+        while not (result := take()):
             each_second()
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{self.source}: no images for {self.loader.timeout:g} s; its disk does not "
-                    "answer, or a loader worker hangs: try loader.workers=0, or a longer "
+                    "answer, or a loader worker hangs: try loader.workers=0 or a longer "
                     "loader.timeout"
                 )
         return result
 
 
-def fingerprint(kind: str, *parts: np.ndarray) -> str:
-    """Return a Reader's fingerprint: kind, and SHA-256 of the arrays' bytes, cut to 16 digits."""
+def fingerprint_of(kind: str, *parts: np.ndarray) -> str:
+    """Return a fingerprint for Reader: the kind, and 16 digits of the arrays' SHA-256."""
     state = hashlib.sha256()
     for part in parts:
         state.update(np.ascontiguousarray(part))
@@ -125,7 +125,7 @@ def fingerprint(kind: str, *parts: np.ndarray) -> str:
 
 
 class MemoryReader(Reader):
-    """Images held in memory, uint8 (N, H, W, C); made in the calling thread."""
+    """Images held in memory, uint8 (N, H, W, C), and prepared in the calling thread."""
 
     def __init__(
         self, images: np.ndarray, targets: np.ndarray, classes: tuple[str, ...], source: str
@@ -142,11 +142,11 @@ class MemoryReader(Reader):
         return f"image {row}"
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        return fingerprint("pixels of images", self.images[rows])
+        return fingerprint_of("pixels of images", self.images[rows])
 
 
 class BetonReader(Reader):
-    """A .beton file, read by FFCV's decoder in loader.workers threads (at least one)."""
+    """Reads a .beton file with FFCV's decoder in loader.workers threads, at least one."""
 
     backend = "ffcv"
 
@@ -154,7 +154,7 @@ class BetonReader(Reader):
         super().__init__(str(samples.path), classes, samples.targets)
         self.samples, self.loader, self.notes = samples, loader, samples.notes
         self.workers = max(1, loader.workers)
-        s, file = samples, np.memmap(samples.path, dtype=np.uint8, mode="r")
+        file, s = np.memmap(samples.path, dtype=np.uint8, mode="r"), samples
         self.stored = (file, s.mode, s.height, s.width, s.pointer, s.size, s.sums)
         self.kernel = decoder()
 
@@ -162,15 +162,17 @@ class BetonReader(Reader):
         return next(self.stream([job], view))
 
     def stream(
-        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = nothing
+        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = do_nothing
     ) -> Iterator[Decoded]:
         pending: deque[tuple[Job, np.ndarray, np.ndarray, list[Future]]] = deque()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="beton")
 
         def finish() -> Decoded:
             job, images, status, tasks = pending.popleft()
-            self.wait(lambda: _done(tasks), each_second)
-            bad = {int(place): REASONS[int(status[place])] for place in np.flatnonzero(status)}
+            self.wait(lambda: not futures.wait(tasks, POLL_SECONDS).not_done, each_second)
+            for task in tasks:
+                task.result()  # raises the task's exception, if any
+            bad = {int(index): REASONS[int(status[index])] for index in np.flatnonzero(status)}
             return Decoded(job, torch.from_numpy(view.finish(images, job.keys, job.size)), bad)
 
         try:
@@ -185,31 +187,29 @@ class BetonReader(Reader):
             while pending:
                 yield finish()
         finally:
-            # Not waiting: a thread may hang in a read that never returns.
+            # Do not wait: a thread may hang in a read that never returns.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(
         self, pool: ThreadPoolExecutor, job: Job, view: View
     ) -> tuple[np.ndarray, np.ndarray, list[Future]]:
-        """Share a job's images out among the threads.
+        """Submit the decoding of a job's images, in tasks of a few images each.
 
-        Returns images (N, S, S, C) and status (N,), as kernel.decode_samples gives them once all
-        tasks are done, and the tasks.
+        Returns images (N, S, S, C) and status (N,), which kernel.decode_samples fills, and the
+        tasks.
         """
         count, s = len(job.rows), self.samples
         boxes = view.boxes(job.keys, s.height[job.rows], s.width[job.rows])
-        # A fresh buffer each time: nothing that was handed out is written again. Page-locked
-        # where there is a GPU to copy it to.
+        # A new buffer for each job, because the caller keeps it. Pinned for copies to a GPU.
         shape, pin = (count, job.size, job.size, self.channels), torch.cuda.is_available()
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin).numpy()
         status = np.zeros(count, dtype=np.int64)
         columns = (job.rows, boxes, view.flips(job.keys), images, status)
         length = min(IMAGES_PER_TASK, math.ceil(count / self.workers))
+        parts = (slice(start, start + length) for start in range(0, count, length))
         tasks = [
-            pool.submit(
-                self.kernel, self.stored, *(part[start : start + length] for part in columns)
-            )
-            for start in range(0, count, length)
+            pool.submit(self.kernel, self.stored, *(column[part] for column in columns))
+            for part in parts
         ]
         return images, status, tasks
 
@@ -217,16 +217,8 @@ class BetonReader(Reader):
         return f"{self.samples.path}: image {row}"
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        """Of the checksums of the images; of a file without them, of the images' sizes."""
+        """Cover the images' checksums or, in a file without them, the images' sizes."""
         s = self.samples
         if len(s.sums):
-            return fingerprint("sums of images", s.sums[rows])
-        return fingerprint("sizes of images", s.size[rows], s.height[rows], s.width[rows])
-
-
-def _done(tasks: list[Future]) -> bool | None:
-    """Return True once all tasks are done, None if they are not after POLL_SECONDS."""
-    done, waiting = futures.wait(tasks, POLL_SECONDS)
-    for task in done:
-        task.result()
-    return None if waiting else True
+            return fingerprint_of("sums of images", s.sums[rows])
+        return fingerprint_of("sizes of images", s.size[rows], s.height[rows], s.width[rows])

@@ -1,4 +1,4 @@
-"""Labelled images from class folders, a flat folder with a list of labels, or ImageNet's tars."""
+"""Lists labelled images in class folders, a flat folder with labels, or ImageNet's tar files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from proxynorm.data.images import EXTENSIONS, ImageRef
 from proxynorm.errors import DataError
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-BOXES = re.compile(r"\S+( +\d+){4}( .*)?")  # n01440764 and a box in pixels, once or more
+BOXES = re.compile(r"\S+( +\d+){4}( .*)?")  # n01440764 and boxes in pixels, four numbers each
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-KINDS_NAMED = 6
-TOP = PurePosixPath(".")
+KINDS_NAMED = 6  # kinds of files that a message names
 
 
 class Listing(NamedTuple):
     """Labelled images in a fixed order.
 
-    source: the folder or tar; classes: names, sorted; images and targets, int64 (N,): one per
-    image; aside: files that were left out; notes: what the user should be told, one line each.
+    source: the folder or tar; classes: sorted names; images and targets, int64 (N,): one per image;
+    aside: names of the files left out; notes: warnings for the user, one line each.
     """
 
     source: Path
@@ -43,7 +42,8 @@ class Listing(NamedTuple):
 class _File(NamedTuple):
     """A file of a source.
 
-    path: relative to the source; a class tar counts as a folder. is_image: by its name; no link.
+    path: relative to the source; a class tar counts as a folder. is_image: by its name; False
+    for a link in a tar.
     """
 
     path: PurePosixPath
@@ -58,19 +58,20 @@ def _is_image(name: str) -> bool:
 def list_source(source: Path, labels: Path | None = None) -> Listing:
     """List a folder of class folders, a tar of them, or, with `labels`, images without class.
 
-    A tar, which is read in place, may also hold class tars (ILSVRC2012_img_train.tar). labels: a
-    CSV with columns file name and class (Kaggle's LOC_val_solution.csv is one), or the folder of
+    A tar is read in place. It may also hold class tars, as ILSVRC2012_img_train.tar does. labels: a
+    CSV with columns file name and class, such as Kaggle's LOC_val_solution.csv, or the folder of
     ImageNet's devkit. Raises DataError if anything is missing, empty or contradictory.
     """
-    source = Path(source)
     is_tar = os.path.isfile(source) and tarfile.is_tarfile(source)
     files = _tar_files(source) if is_tar else _folder_files(source)
     if labels:
         return _by_labels(source, files, labels)
     holding = {file.path.parent for file in files if file.is_image}
-    top = PurePosixPath(posixpath.commonpath(holding)) if is_tar and holding else TOP
-    folders = holding if is_tar else map(PurePosixPath, _subfolders(source))
-    classes = {top / place.relative_to(top).parts[0] for place in folders if place != top}
+    if is_tar:  # the class folders may lie deeper, as imagenet/train/CLASS
+        top = PurePosixPath(posixpath.commonpath(holding or [""]))
+        classes = {top / path.relative_to(top).parts[0] for path in holding if path != top}
+    else:
+        classes = set(map(PurePosixPath, _subfolders(source)))
     if not classes:
         raise DataError(
             f"{source}: holds no class folders; expected {source}/CLASS/*.jpg, or labels= for "
@@ -109,7 +110,10 @@ def list_images(source: Path) -> Listing:
 def _listing(
     source: Path, files: list[_File], chosen: list[_File], names: list[str], classes: set[str]
 ) -> Listing:
-    """Number the classes of the chosen files (`names`, one each) and note what should be known."""
+    """List the chosen files, whose classes are `names`, and collect the warnings.
+
+    classes: the names of all classes, of which some may have no file.
+    """
     sorted_classes = tuple(sorted(classes))
     number = {name: target for target, name in enumerate(sorted_classes)}
     targets = np.array([number[name] for name in names], dtype=np.int64)
@@ -117,7 +121,7 @@ def _listing(
     aside = tuple(file.ref.name for file in files if file.ref not in kept)
     if aside:
         notes.append(f"{source}: {len(aside)} of {len(files)} files are left out: {_kinds(aside)}")
-    # é is one code point or e and an accent; macOS and Linux tools write different ones.
+    # é is one code point, or e and an accent. macOS and Linux tools write different ones.
     forms: dict[str, str] = {}
     for name in sorted_classes:
         twin = forms.setdefault(unicodedata.normalize("NFC", name), name)
@@ -129,22 +133,22 @@ def _listing(
 
 
 def printable(name: str | bytes | os.PathLike) -> str:
-    """Return a file name as one line of text: bytes that are not UTF-8 become escapes (caf\\xe9).
+    """Return a file name as one line of text.
 
-    Python keeps such bytes as lone surrogates, which neither a terminal nor a JSON file takes.
-    Control characters are escaped too, as a name with a line feed would break a line in two.
+    Bytes that are not UTF-8 become escapes (caf\\xe9): Python keeps them as lone surrogates, which
+    neither a terminal nor a JSON file accepts. Control characters are escaped too.
     """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return CONTROL.sub(lambda character: ascii(character[0])[1:-1], text)
 
 
 def spelled(name: str) -> str:
-    """Return a name, and its code points if it goes beyond ASCII: café (caf\\xe9)."""
+    """Return a name, with its code points if it is not ASCII: café (caf\\xe9)."""
     return name if name.isascii() else f"{name} ({ascii(name)[1:-1]})"
 
 
 def _kinds(aside: Iterable[str]) -> str:
-    """Count files that are left out by their kind, most frequent first, in words."""
+    """Describe the files left out by kind, the most frequent first: "2 .txt, 1 .heic"."""
     kinds = Counter(
         "image(s) outside or below the class folders"
         if _is_image(name)
@@ -152,10 +156,12 @@ def _kinds(aside: Iterable[str]) -> str:
         for name in aside
     )
     named = [f"{count} {kind}" for kind, count in kinds.most_common(KINDS_NAMED)]
-    return ", ".join(named + ["…"] * (len(kinds) > KINDS_NAMED)) or "no files"
+    if len(kinds) > KINDS_NAMED:
+        named.append("…")
+    return ", ".join(named) or "no files"
 
 
-def _refuse(error: OSError) -> None:
+def _cannot_list(error: OSError) -> None:
     raise DataError(f"{printable(error.filename)}: cannot be listed ({error.strerror})") from None
 
 
@@ -164,30 +170,30 @@ def _visible(names: list[str]) -> list[str]:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return _visible(next(os.walk(folder, onerror=_refuse))[1])
+    return _visible(next(os.walk(folder, onerror=_cannot_list))[1])
 
 
 def _folder_files(source: Path) -> list[_File]:
-    """Return all files in and below a folder, none hidden.
+    """Return the files in and below a folder, without hidden ones.
 
-    Links to folders are followed at the top only. Raises DataError for a folder that is missing or
+    A link to a folder is followed only at the top. Raises DataError for a folder that is missing or
     cannot be read.
     """
     if not os.path.isdir(source):
         raise DataError(f"{source}: no such folder or tar file")
     files = []
     for top in (source, *(source / name for name in _subfolders(source))):
-        for place, folders, names in os.walk(top, onerror=_refuse):
-            folders[:] = [] if top == source else _visible(folders)
+        for folder, subfolders, names in os.walk(top, onerror=_cannot_list):
+            subfolders[:] = [] if top == source else _visible(subfolders)
             for name in _visible(names):
-                path = os.path.join(place, name)
-                inside = PurePosixPath(os.path.relpath(path, source))
-                files.append(_File(inside, ImageRef(path, printable(path)), _is_image(name)))
+                path = os.path.join(folder, name)
+                relative = PurePosixPath(os.path.relpath(path, source))
+                files.append(_File(relative, ImageRef(path, printable(path)), _is_image(name)))
     return files
 
 
 def _tar_files(source: Path) -> list[_File]:
-    """Return the files of an uncompressed tar and of the tars in it, sorted, none hidden.
+    """Return the files of an uncompressed tar and of the tars in it, sorted, without hidden ones.
 
     Raises DataError if it is compressed or damaged, or holds an image twice.
     """
@@ -195,14 +201,14 @@ def _tar_files(source: Path) -> list[_File]:
         with tarfile.open(source, "r:") as archive:
             found = _members(source, archive)
             files = sorted(found, key=lambda file: (file.path.parent.name, file.ref))
-    except Exception as error:  # tarfile raises many kinds on a damaged file
+    except Exception as error:  # a damaged file makes tarfile raise many kinds of them
         raise DataError(
             f"{source}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
-            "compressed, else fetch it again"
+            "compressed, else download it again"
         ) from None
-    for name, count in Counter(file.ref.name for file in files if file.is_image).most_common(1):
+    for name, count in Counter(file.ref.name for file in files if file.is_image).items():
         if count > 1:
-            raise DataError(f"{name}: is in the tar file {count} times; make the archive anew")
+            raise DataError(f"{name}: is in the tar file {count} times; create the archive again")
     return files
 
 
@@ -211,30 +217,34 @@ def _members(
 ) -> Iterator[_File]:
     """Yield the files of a tar and of the tars in it, without hidden ones.
 
-    inside: the class tar within the tar at `source` that `archive` is, from byte `start` on.
+    For a tar within the tar at `source`, inside is its path there, without .tar, and start the
+    position of its first byte.
     """
     for member in archive:
         name = posixpath.normpath(member.name)
         if member.isdir() or any(part.startswith(".") for part in name.split("/")):
             continue
-        place = PurePosixPath(name) if inside is None else inside / name
+        full = PurePosixPath(name) if inside is None else inside / name
         offset = start + member.offset_data
-        if member.isfile() and place.suffix == ".tar":
+        if member.isfile() and full.suffix == ".tar":
             with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                yield from _members(source, inner, place.with_suffix(""), offset)
+                yield from _members(source, inner, full.with_suffix(""), offset)
         else:
-            ref = ImageRef(str(source), f"{source}:{printable(place)}", offset, member.size)
-            path = inside / place.name if inside else place
+            ref = ImageRef(str(source), f"{source}:{printable(full)}", offset, member.size)
+            path = inside / full.name if inside else full  # folders in a class tar do not count
             yield _File(path, ref, member.isfile() and _is_image(name))
 
 
 def _by_labels(source: Path, files: list[_File], labels: Path) -> Listing:
-    """List the images of the outermost folder that has any, by a CSV or the devkit."""
+    """List the images of the outermost folder that has any, with the classes that `labels` gives.
+
+    labels: a CSV or ImageNet's devkit.
+    """
     folders = [file.path.parent for file in files if file.is_image]
     if not folders:
         raise DataError(f"{source}: holds no images ({' '.join(EXTENSIONS)})")
-    place = min(folders, key=lambda folder: len(folder.parts))
-    chosen = [file for file in files if file.is_image and file.path.parent == place]
+    outermost = min(folders, key=lambda folder: len(folder.parts))
+    chosen = [file for file in files if file.is_image and file.path.parent == outermost]
     stems = [printable(file.path.stem) for file in chosen]
     known = set(stems)
     table = _read_devkit(labels) if labels.is_dir() else _read_csv(labels, known)
@@ -245,28 +255,28 @@ def _by_labels(source: Path, files: list[_File], labels: Path) -> Listing:
                 "images are their classes"
             )
     names = [table[stem] for stem in stems]
-    # Classes of which there is no image keep their numbers.
+    # Classes without images keep their numbers.
     listing = _listing(source, files, chosen, names, set(table.values()))
     if unused := [stem for stem in table if stem not in known]:
-        note = f"{len(unused)} of the {len(table)} labels in {labels} have no image"
-        note += f" (the first: {unused[0]})"
-        listing = listing._replace(notes=(*listing.notes, note))
+        count = f"{len(unused)} of the {len(table)} labels in {labels}"
+        note = f"{count} have no image (the first: {unused[0]})"
+        return listing._replace(notes=(*listing.notes, note))
     return listing
 
 
 def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
     """Return file stem -> class from the first two columns, without the boxes of ImageNet's lists.
 
-    A first line that names none of the images, whose `stems` are given, is a heading.
+    stems: those of the images. A first line that names none of them is a heading.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: is no list of labels, lines of FILE,CLASS ({error})") from None
+        raise DataError(f"{path}: is not a list of FILE,CLASS lines ({error})") from None
     table: dict[str, str] = {}
-    for place, (number, row) in enumerate(lines):
+    for n, (number, row) in enumerate(lines):
         name, label = (cell.strip() for cell in [*row, ""][:2])
         if not name or not label:
             raise DataError(
@@ -275,18 +285,18 @@ def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
             )
         stem = Path(name).stem
         label = label.split()[0] if BOXES.fullmatch(label) else label
-        if place == 0 and stem not in stems:
+        if n == 0 and stem not in stems:
             continue
         if table.setdefault(stem, label) != label:
             raise DataError(
-                f"{path}: gives {stem} two classes, {table[stem]} and {label}; leave the right one"
+                f"{path}: gives {stem} two classes, {table[stem]} and {label}; keep the right one"
             )
     return table
 
 
 def _read_devkit(folder: Path) -> dict[str, str]:
-    """Return file stem -> WNID from ImageNet's devkit: its folder, or one above or below it."""
-    from scipy.io import loadmat  # here, as it takes a moment that training need not wait
+    """Return file stem -> WNID from ImageNet's devkit, found in or below the folder."""
+    from scipy.io import loadmat  # slow to import, and training does not need it
 
     data = next(folder.rglob(GROUND_TRUTH), folder / GROUND_TRUTH).parent
     try:
@@ -296,7 +306,7 @@ def _read_devkit(folder: Path) -> dict[str, str]:
         return {
             f"ILSVRC2012_val_{n:08d}": wnid[number] for n, number in enumerate(numbers, start=1)
         }
-    except Exception as error:  # scipy raises what it likes on a damaged file
+    except Exception as error:  # a damaged file makes scipy raise many kinds of them
         raise DataError(
             f"{folder}: is not ImageNet's devkit, with {GROUND_TRUTH} and meta.mat ({error})"
         ) from None

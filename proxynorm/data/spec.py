@@ -1,4 +1,4 @@
-"""The records of the data path: what is asked for, and what is returned."""
+"""The records of the data path: requests (DataSpec, LoaderSpec), and results (DataInfo, Batch)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proxynorm.errors import ConfigError
 AUGMENTATIONS = ("pad_crop", "inception", "none")
 BACKENDS = ("auto", "ffcv", "torchvision")
 BAD_POLICIES = ("raise", "skip")
-# Least and largest values of the numbers.
+# The smallest and the largest value of each number.
 SIDE, SHARE, COUNT = (1, 65_535), (0.001, 1), (0, math.inf)
 RANGES = {
     "data": {
@@ -34,26 +34,24 @@ class DataSpec:
 
     name:          "fashion_mnist", "folder" (root/train/CLASS/*, root/val/CLASS/*) or "beton"
                    (root/train.beton, root/val.beton)
-    root:          folder of the data; Fashion-MNIST is looked for elsewhere when it is None
+    root:          folder of the data; None: Fashion-MNIST's installed or downloaded files
     image_size:    side of the training crop
     eval_size:     side of the evaluation crop; None: image_size
-    eval_ratio:    the centre crop takes this share of the shorter side
+    eval_ratio:    side of the centre crop, as a share of the image's shorter side
     augmentation:  "pad_crop" (pad with zeros, crop, flip), "inception" (random resized crop, flip),
                    "none" (centre)
     padding:       width of the zero border of pad_crop
-    min_area:      smallest share of the image's area an inception crop takes
+    min_area:      smallest share of the image's area that an inception crop takes
     flip:          mirror half of the images, chosen at random
-    start_size:    progressive resizing: training side up to epoch ramp[0], growing to image_size at
-                   epoch ramp[1]
+    start_size:    progressive resizing: training side up to epoch ramp[0]; it grows to image_size
+                   at epoch ramp[1]
     ramp:          first and last epoch of that growth
     limit:         train on the first N images of a shuffle seeded with limit_seed
-    holdout:       keep N training images (the end of that shuffle) out of training and evaluate on
-                   them
+    holdout:       evaluate on N training images, the end of that shuffle, and do not train on them
     deterministic: crops and flips depend on (seed, epoch, index) alone; False: also on the run
-    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip");
-                   FFCV's backend finds it when it converts the folder, torchvision's when it draws
-                   it, both find later damage to a .beton file when they draw it
-    cache:         folder of files made on the fly; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
+    on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip"). The
+                   backends find it when they draw it, FFCV's also when it converts the folder
+    cache:         folder of converted files; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
     randaugment:   timm's configuration string, such as "rand-m9-mstd0.5" (torchvision backend)
     random_erasing: probability that a box of 2 % to a third of the image gets the mean colour
     mean, std:     per channel, on the 0..1 scale; None: those of the data set, or ImageNet's
@@ -88,10 +86,10 @@ class LoaderSpec:
 
     name:     "auto", "ffcv" or "torchvision"
     workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores;
-              0: no other process, and one thread for ffcv
-    prefetch: batches made while another is in use; 0: each is made when it is asked for, by all
-              threads at once; None: three for ffcv, two in each process for torchvision, which
-              takes one in each at least
+              0: one thread (ffcv), or no other process (torchvision)
+    prefetch: batches decoded in advance; 0: each is decoded on request, by all threads at once;
+              None: three for ffcv, two per process for torchvision, whose minimum is one per
+              process
     timeout:  seconds to wait for a batch before the run ends
     """
 
@@ -117,9 +115,9 @@ class DataInfo:
 class Batch(NamedTuple):
     """Images and their targets.
 
-    images: uint8 (N, C, H, W) on the host, or what Data.prepare made of them; targets, indices:
-    int64 (N,); valid: bool (N,), False for damaged images, and for rows that only fill up the last
-    evaluation batch (index -1, target 0).
+    images: uint8 (N, C, H, W) on the host, or the result of Data.prepare; targets, indices: int64
+    (N,); valid: bool (N,), False for damaged images and for the padding of the last evaluation
+    batch (index -1, target 0).
     """
 
     images: torch.Tensor
@@ -141,8 +139,9 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     given = start is not None and ramp is not None
     if not (given and len(ramp) == 2 and 0 <= ramp[0] < ramp[1] and start <= spec.image_size):
         raise ConfigError(
-            f"data.start_size={start} data.ramp={ramp}: progressive resizing needs a side of at "
-            f"most image_size={spec.image_size}, and a first and a later last epoch, as [0,5]"
+            f"data.start_size={start} data.ramp={ramp}: progressive resizing needs a start_size of "
+            f"at most image_size={spec.image_size} and a ramp from one epoch to a later one, "
+            "such as [0,5]"
         )
 
 

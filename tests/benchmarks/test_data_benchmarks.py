@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import loader, startup, storage
-from benchmarks.loader import CONTENDERS, Work, measure
+from benchmarks.loader import CONTENDERS, measure
 from benchmarks.photographs import HEIGHT, WIDTH, make_images, photographs
 from proxynorm import commands
 from proxynorm.data.ffcv.beton import read_beton
@@ -65,12 +65,13 @@ def test_all_loaders_are_given_the_same_images(source, tmp_path):
 
 
 @needs_ffcv
-def test_every_loader_is_measured(source, tmp_path):
-    """Two of them, which need not compile anything first."""
-    loader.lay_out(photographs(str(source), 24), tmp_path / "work", 1)
-    work, threads = Work(str(tmp_path / "work"), 64, 8, 0), torch.get_num_threads()
+def test_loaders_are_measured(source, tmp_path):
+    """Two of them, which need no compilation."""
+    folder, threads = tmp_path / "work", torch.get_num_threads()
+    loader.lay_out(photographs(str(source), 24), folder, 1)
+    options = loader.Options(size=64, batch=8, workers=0)
     names = ["proxynorm torchvision", "torchvision DataLoader"]
-    speeds = measure({name: CONTENDERS[name](work) for name in names}, 2)
+    speeds = measure({name: CONTENDERS[name](folder, options) for name in names}, 2)
     torch.set_num_threads(threads)
     assert all(len(speeds[name]) == 2 and min(speeds[name]) > 10 for name in names)
 
@@ -84,26 +85,19 @@ def test_ratios_are_taken_round_by_round():
 
 @needs_ffcv
 def test_storage_is_measured(source, tmp_path, capsys):
-    options = storage.Options(
-        source=str(source),
-        images=16,
-        size=32,
-        batch=8,
-        workers=1,
-        rounds=1,
-        json=str(tmp_path / "s.json"),
-    )
-    assert storage.main(options) is None
-    table = json.loads((tmp_path / "s.json").read_text())["table"]
+    numbers = {"images": 16, "size": 32, "batch": 8, "workers": 1, "rounds": 1}
+    file = tmp_path / "storage.json"
+    storage.main(storage.Options(source=str(source), json=str(file), **numbers))
+    table = json.loads(file.read_text())["table"]
     assert len(table) == len(storage.STORED) and all(row["images_per_second"] > 0 for row in table)
-    by_way = {
+    sizes = {
         (row["max_side"], row["jpeg_quality"], row["jpeg_probability"]): row["bytes_per_image"]
         for row in table
     }
-    assert by_way[500, 80, 1.0] < by_way[500, 90, 1.0] < by_way[500, 90, 0.5]
+    assert sizes[500, 80, 1.0] < sizes[500, 90, 1.0] < sizes[500, 90, 0.5]
 
 
-def test_images_are_made_once_and_alike(tmp_path):
+def test_generated_images_are_always_the_same(tmp_path):
     for name in ("one", "two"):
         make_images(tmp_path / name, 3)
     first, second = (sorted((tmp_path / name).rglob("*.jpg")) for name in ("one", "two"))

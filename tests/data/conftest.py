@@ -35,18 +35,24 @@ def photograph(seed: int, height: int = 90, width: int = 120) -> np.ndarray:
 
 
 def write_folder(root: Path, train: int, val: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg, `train` and `val` images a class, of
-    differing sizes."""
+    """root/train/CLASS/*.jpg and root/val/CLASS/*.jpg: `train` and `val` images per class, of
+    different sizes."""
     for part, count in (("train", train), ("val", val)):
         for target, name in enumerate(classes):
             folder = root / part / name
             folder.mkdir(parents=True)
             for n in range(count):
-                image = photograph(
-                    1000 * target + n + (500 if part == "val" else 0), 80 + n % 5, 100 + 7 * (n % 3)
-                )
+                seed = 1000 * target + n + (500 if part == "val" else 0)
+                image = photograph(seed, 80 + n % 5, 100 + 7 * (n % 3))
                 Image.fromarray(image).save(folder / f"{n:03d}.jpg", quality=95)
     return root
+
+
+def write_betons(root: Path, folder: Path | None = None, on_bad: str = "raise", **options) -> None:
+    """Write train.beton and val.beton from root/train and root/val, into `folder` or root."""
+    for part in ("train", "val"):
+        output = (folder or root) / f"{part}.beton"
+        prepare(list_source(root / part), output, StorageOptions(**options), on_bad)
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +84,6 @@ def change_byte(path: Path, position: int) -> None:
 
 
 def remove_companions(path: Path) -> None:
-    """Leave the .beton file alone, as FFCV's writer does."""
+    """Delete manifest and checksums, which files of FFCV's own writer do not have."""
     manifest_path(path).unlink()
     sums_path(path).unlink()

@@ -1,4 +1,4 @@
-"""Files that are wrong in ways nobody listed: one clear line or left out, never a traceback."""
+"""Faulty files of many kinds: each is named in one line or left out, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ import torch
 from PIL import Image
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
-from proxynorm.data.ffcv.writer import prepare
-from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
+from proxynorm.data.ffcv.beton import read_beton
+from proxynorm.data.images import BadImage, ImageRef, load_rgb
 from proxynorm.data.opening import open_images, open_validation
-from proxynorm.data.sources import list_source
 from proxynorm.errors import DataError
-from tests.data.conftest import BACKENDS, needs_ffcv, photograph, remove_companions, write_folder
+from tests.data.conftest import (
+    BACKENDS,
+    needs_ffcv,
+    photograph,
+    remove_companions,
+    write_betons,
+    write_folder,
+)
 
 
 def opened(root, cache, backend, name="folder", **keys):
@@ -45,7 +51,7 @@ def device(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A PNG that says it has 60,000 x 60,000 pixels."""
+    """A PNG whose header claims 60,000 x 60,000 pixels."""
     Image.new("1", (8, 8)).save(path, "PNG")
     data = bytearray(path.read_bytes())
     data[16:24] = np.array([60_000, 60_000], dtype=">u4").tobytes()
@@ -89,14 +95,12 @@ def test_folders_named_like_images_are_left_out(tmp_path, backend):
     photo(root / "train" / "bee" / "x.jpg" / "deep.jpg")
     data = opened(root, tmp_path / "cache", backend)
     assert data.info.train_count == 6
-    (told,) = data.warnings
-    assert told == (
-        f"{root}/train: 1 of 7 files are left out: 1 image(s) outside or below the class folders"
-    )
+    kind = "1 image(s) outside or below the class folders"
+    assert data.warnings == (f"{root}/train: 1 of 7 files are left out: {kind}",)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_class_folders_and_files_of_any_bytes_serve(tmp_path, backend):
+def test_names_of_class_folders_and_files_may_be_any_bytes(tmp_path, backend):
     root = write_folder(tmp_path / "data", 2, 1)
     for part in ("train", "val"):
         folder = os.fsencode(root / part) + b"/caf\xe9"
@@ -111,24 +115,24 @@ def test_class_folders_and_files_of_any_bytes_serve(tmp_path, backend):
     " ".join([*data.failures, *data.info.classes]).encode()  # can be printed
 
 
-def test_class_names_that_look_alike_are_told_apart(tmp_path):
+def test_class_names_that_look_alike_are_distinguished(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     root = write_folder(tmp_path / "data", 1, 1, ("ant", composed))
     (root / "val" / composed).rename(root / "val" / decomposed)
     with pytest.raises(DataError) as error:
         opened(root, tmp_path, "torchvision")
-    told = str(error.value)
-    assert r"(caf\xe9) only in train" in told and r"(cafe\u0301) only in val" in told
+    message = str(error.value)
+    assert r"(caf\xe9) only in train" in message and r"(cafe\u0301) only in val" in message
     for part in ("train", "val"):
         for name in (composed, decomposed):
             photo(root / part / name / "x.jpg")
-    told = opened(root, tmp_path, "torchvision").warnings
-    assert len(told) == 2
-    assert rf"look alike, {decomposed} (cafe\u0301) and {composed} (caf\xe9)" in told[0]
+    warnings = opened(root, tmp_path, "torchvision").warnings
+    assert len(warnings) == 2
+    assert rf"look alike, {decomposed} (cafe\u0301) and {composed} (caf\xe9)" in warnings[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, backend):
+def test_formats_of_pillow_are_read_and_others_counted(tmp_path, backend):
     root = write_folder(tmp_path / "data", 1, 1, ("ant",))
     for suffix in ("tif", "TIFF", "bmp", "jfif", "webp", "gif", "png", "ppm"):
         photo(root / "train" / "ant" / f"x.{suffix}", 3)
@@ -138,8 +142,8 @@ def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, backend):
     assert data.info.train_count == 9
     (batch,) = data.train_loader(9, 9, seed=0).epoch(0)
     assert batch.valid.all()
-    (told,) = data.warnings
-    assert told.endswith("4 of 13 files are left out: 2 .heic, 1 .svg, 1 without ending")
+    (warning,) = data.warnings
+    assert warning.endswith("4 of 13 files are left out: 2 .heic, 1 .svg, 1 without ending")
 
 
 def test_an_unreadable_class_folder_is_one_line(tmp_path, monkeypatch):
@@ -170,8 +174,7 @@ def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path):
         assert image.size in ((90, 120), (120, 90))
 
 
-def test_all_pages_of_the_decoder_raise_only_bad_image(tmp_path, monkeypatch):
-    """Whatever a plugin of Pillow raises."""
+def test_any_exception_of_a_decoder_becomes_bad_image(tmp_path, monkeypatch):
     photo(tmp_path / "x.jpg")
     for error in (RuntimeError, AssertionError, KeyError, ZeroDivisionError, RecursionError):
 
@@ -188,10 +191,7 @@ def test_all_pages_of_the_decoder_raise_only_bad_image(tmp_path, monkeypatch):
 def test_a_wholly_damaged_micro_batch_takes_the_next_sound_image(tmp_path, backend):
     root = write_folder(tmp_path / "data", 4, 1)
     if backend == "ffcv":
-        prepare(list_source(root / "train"), root / "train.beton", StorageOptions())
-        prepare(list_source(root / "val"), root / "val.beton", StorageOptions())
-        from proxynorm.data.ffcv.beton import read_beton
-
+        write_betons(root)
         samples = read_beton(root / "train.beton")
         file = np.memmap(samples.path, np.uint8, "r+")
         file[samples.pointer[[2, 7]] + 300] ^= 1
@@ -208,7 +208,7 @@ def test_a_wholly_damaged_micro_batch_takes_the_next_sound_image(tmp_path, backe
     assert resumed == seen[6:]
 
 
-def test_only_damaged_training_images_end_in_one_line(tmp_path):
+def test_training_images_that_are_all_damaged_end_in_one_line(tmp_path):
     root = write_folder(tmp_path / "data", 2, 1)
     for path in (root / "train").glob("*/*.jpg"):
         path.write_bytes(b"damaged")
@@ -230,14 +230,12 @@ def test_a_class_without_a_sound_image_does_not_end_the_run(tmp_path, backend):
     counted = torch.cat([batch.targets[batch.valid] for batch in data.eval_loader(3)])
     assert counted.tolist() == [0, 2]
     assert len(data.failures) == 4
-    if backend == "ffcv":  # the other one does not know before it has drawn them
-        assert data.warnings == tuple(
-            f"{root}/{part}: no image is left of 1 class(es), such as bee"
-            for part in ("train", "val")
-        )
+    if backend == "ffcv":  # torchvision's finds the damage when it draws the images
+        problem = "no images left in 1 class(es), such as bee"
+        assert data.warnings == (f"{root}/train: {problem}", f"{root}/val: {problem}")
 
 
-def test_images_without_classes_are_listed_and_the_rest_is_told_by_kind(tmp_path):
+def test_images_without_classes_are_listed_and_other_files_counted(tmp_path):
     photo(tmp_path / "images" / "a" / "deep" / "x.jpg")
     photo(tmp_path / "images" / "y.png")
     for name in ("a/notes.txt", "z.txt", "z.heic", ".hidden"):
@@ -256,8 +254,7 @@ def test_images_without_classes_are_listed_and_the_rest_is_told_by_kind(tmp_path
 def test_numbered_classes_beside_a_file_without_names_are_refused(tmp_path, bare):
     """Ours sorts 10 before 2, FFCV's writer of integers does not: 16 % instead of 75 %."""
     root = write_folder(tmp_path / "data", 1, 1, tuple(map(str, range(12))))
-    for part in ("train", "val"):
-        prepare(list_source(root / part), root / f"{part}.beton", StorageOptions())
+    write_betons(root)
     remove_companions(root / f"{bare}.beton")
     with pytest.raises(DataError, match=f"{bare}.beton: has no manifest .*label 2 .* than 10"):
         opened(root, tmp_path, "ffcv", "beton")
@@ -267,18 +264,17 @@ def test_numbered_classes_beside_a_file_without_names_are_refused(tmp_path, bare
         open_validation(spec, LoaderSpec("ffcv", 0), trained)
     open_validation(spec, LoaderSpec("ffcv", 0), trained, "index")
     few = write_folder(tmp_path / "few", 1, 1, tuple(map(str, range(10))))
-    for part in ("train", "val"):
-        prepare(list_source(few / part), few / f"{part}.beton", StorageOptions())
+    write_betons(few)
     remove_companions(few / f"{bare}.beton")
     assert opened(few, tmp_path, "ffcv", "beton").info.classes == tuple("0123456789")
 
 
 @needs_ffcv
-def test_a_network_that_knows_numbers_alone_is_not_held_to_numbered_folders(tmp_path):
-    """It was trained on files of FFCV's own writer: its label 2 may mean the folder 10, or 2."""
+def test_a_network_trained_on_files_without_names_is_not_evaluated_on_numbered_folders(tmp_path):
+    """Its label 2 may mean the folder 10, or 2."""
     root = write_folder(tmp_path / "data", 1, 1, tuple(map(str, range(12))))
+    write_betons(root)
     for part in ("train", "val"):
-        prepare(list_source(root / part), root / f"{part}.beton", StorageOptions())
         remove_companions(root / f"{part}.beton")
     data = opened(root, tmp_path, "ffcv", "beton")
     trained = data.info.classes
@@ -290,16 +286,15 @@ def test_a_network_that_knows_numbers_alone_is_not_held_to_numbered_folders(tmp_
             open_validation(spec, LoaderSpec("torchvision", 0), trained, classes)
         open_validation(spec, LoaderSpec("torchvision", 0), trained, "index")
     spec = DataSpec("beton", root=str(root / "val.beton"), mean=(0.5,) * 3, std=(0.5,) * 3)
-    (told,) = open_validation(spec, LoaderSpec("ffcv", 0), trained).data.warnings
-    assert "val.beton: no manifest" in told
+    (warning,) = open_validation(spec, LoaderSpec("ffcv", 0), trained).data.warnings
+    assert "val.beton: no manifest" in warning
 
 
 @needs_ffcv
-def test_a_file_written_without_some_images_tells_so_when_it_is_read(tmp_path):
+def test_a_file_written_without_some_images_gives_a_warning(tmp_path):
     root = write_folder(tmp_path / "data", 2, 1)
     (root / "train" / "bee" / "bad.jpg").write_bytes(b"damaged")
     (root / "train" / "bee" / "notes.txt").write_text("x")
-    for part in ("train", "val"):
-        prepare(list_source(root / part), root / f"{part}.beton", StorageOptions(), "skip")
-    (told,) = opened(root, tmp_path, "ffcv", "beton").warnings
-    assert "train.beton: written without 1 damaged images and 1 other files" in told
+    write_betons(root, on_bad="skip")
+    (warning,) = opened(root, tmp_path, "ffcv", "beton").warnings
+    assert "train.beton: written without 1 damaged images and 1 other files" in warning

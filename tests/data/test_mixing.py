@@ -1,5 +1,5 @@
-"""Mixup and CutMix: targets sum to one, CutMix's area is its weight, the randomness is (seed,
-step)'s alone."""
+"""Mixup and CutMix: targets sum to one, CutMix's area is its weight, and the mixture depends on
+(seed, step) alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ def mixing(mixup=0.0, cutmix=0.0, prob=1.0, switch_prob=0.5, smoothing=0.0, cutm
 
 
 def batch(count):
-    """Image n is n everywhere, so a mixture shows its weights; target n modulo 4."""
-    images = (
-        torch.arange(count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).clone()
-    )
-    return images, torch.arange(count) % 4
+    """All pixels of image n are n, so a mixture shows its weights. Its target is n modulo 4."""
+    numbers = torch.arange(count)
+    return numbers.float().view(-1, 1, 1, 1).repeat(1, 3, 32, 32), numbers % 4
 
 
 @pytest.mark.parametrize("count", [2, 7, 8])
@@ -51,7 +49,7 @@ def test_the_last_image_of_an_odd_batch_stays_unmixed():
     assert targets[2].tolist() == pytest.approx([0.025, 0.025, 0.925, 0.025])
 
 
-def test_randomness_is_of_seed_and_step_alone_and_disturbs_nobody():
+def test_mixing_depends_on_seed_and_step_alone_and_keeps_the_global_generator():
     np.random.seed(7)
     expected = np.random.rand()
     np.random.seed(7)
@@ -63,8 +61,8 @@ def test_randomness_is_of_seed_and_step_alone_and_disturbs_nobody():
 
 @pytest.mark.parametrize("nominal", [0.95, 0.9, 0.85, 0.8])
 def test_the_authors_shares_follow_their_formulas(nominal):
-    """1 with probability 1.55 λ − 0.96; else 1 + ln(u)/4, whose distribution function is (e^(4 s) −
-    1) / (e⁴ − 1)."""
+    """1 with probability 1.55 λ − 0.96; else 1 + ln(u)/4, whose distribution function is
+    (e^(4 s) − 1) / (e⁴ − 1)."""
     np.random.seed(0)
     shares = np.array([own_share(nominal) for _ in range(20_000)])
     assert np.mean(shares == 1) == pytest.approx(1.55 * nominal - 0.96, abs=0.012)
@@ -90,13 +88,12 @@ def test_the_authors_cutmix_weighs_targets_by_the_area_of_its_box(count):
                 own[n] + (1 - own[n]) * (pasted % 4 == n % 4), abs=1e-6
             )
         assert torch.allclose(targets.sum(1), torch.ones(count))
-    # 1.55 · 0.9 − 0.96 = 0.435 of them, and the few boxes smaller than a pixel.
+    # A share of 1.55 · 0.9 − 0.96 = 0.435, and the few boxes smaller than a pixel.
     assert 0.36 < uncut / 300 < 0.52
 
 
 def test_the_authors_cutmix_comes_on_top_of_mixup():
-    """Linear images: what a pixel shows and what the target says are the same mixture of up to four
-    images."""
+    """An image's channels are its target, so both show the same mixture of up to four images."""
     weights = torch.eye(8)
     seen = set()
     for step in range(60):
@@ -108,32 +105,28 @@ def test_the_authors_cutmix_comes_on_top_of_mixup():
     assert {2, 4} <= seen
 
 
-def test_the_authors_cutmix_is_of_seed_and_step_alone():
+def test_the_authors_cutmix_depends_on_seed_and_step_alone():
     runs = {key: mixing(cutmix_lambda=0.8)(*batch(8), *key)[0] for key in ((0, 1), (0, 2), (1, 1))}
     assert torch.equal(runs[0, 1], mixing(cutmix_lambda=0.8)(*batch(8), 0, 1)[0])
     assert not torch.equal(runs[0, 1], runs[0, 2]) and not torch.equal(runs[0, 1], runs[1, 1])
 
 
 def test_prob_is_the_share_of_mixed_batches():
-    mixed = [
-        bool((mixing(mixup=1.0, prob=0.3)(*batch(2), 0, step)[1].max(1).values < 1).any())
-        for step in range(500)
-    ]
+    mixer = mixing(mixup=1.0, prob=0.3)
+    mixed = [float(mixer(*batch(2), 0, step)[1].max(1).values.min()) < 1 for step in range(500)]
     assert 0.24 < np.mean(mixed) < 0.36
 
 
-def test_impossible_values_are_refused():
-    for bad in (
-        lambda: mixing(cutmix=1.0, cutmix_lambda=0.9),
-        lambda: mixing(cutmix_lambda=1.0),
-        lambda: mixing(cutmix_lambda=0.5),
-    ):
-        with pytest.raises(ConfigError):
-            bad()
+@pytest.mark.parametrize(
+    "keys", [{"cutmix": 1.0, "cutmix_lambda": 0.9}, {"cutmix_lambda": 1.0}, {"cutmix_lambda": 0.5}]
+)
+def test_impossible_values_are_refused(keys):
+    with pytest.raises(ConfigError, match="cutmix_lambda"):
+        mixing(**keys)
 
 
 @pytest.mark.parametrize("keys", [{"mixup": 1.0}, {"cutmix": 1.0}, {"cutmix_lambda": 0.9}])
-def test_an_image_left_alone_stays_as_it_is(keys):
+def test_a_single_image_stays_unmixed(keys):
     """All others of its micro-batch are damaged."""
     images, targets = batch(1)
     before = images.clone()

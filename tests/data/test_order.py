@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -19,9 +20,8 @@ from tests.data.conftest import BACKENDS, needs_ffcv, write_folder
 
 def opened(photos, cache, backend, workers=2, **keys):
     keys = {"image_size": 32, "augmentation": "inception", **keys}
-    return open_data(
-        DataSpec("folder", root=str(photos), cache=cache, **keys), LoaderSpec(backend, workers)
-    )
+    spec = DataSpec("folder", root=str(photos), cache=cache, **keys)
+    return open_data(spec, LoaderSpec(backend, workers))
 
 
 def batches(data, epoch=0, batch=12, micro_batch=4, seed=5, start_step=0, **order):
@@ -41,26 +41,22 @@ def test_any_number_of_workers_gives_the_same_bits(photos, cache, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_batches_made_ahead_are_the_same_bits(photos, cache, backend):
-    spec = DataSpec(
-        "folder", root=str(photos), cache=cache, image_size=32, augmentation="inception"
-    )
-    now, ahead, far = (
-        batches(open_data(spec, LoaderSpec(backend, 2, prefetch))) for prefetch in (0, 1, 9)
-    )
-    assert same(now, ahead) and same(now, far)
+def test_batches_decoded_in_advance_are_the_same_bits(photos, cache, backend):
+    spec = DataSpec("folder", root=str(photos), cache=cache, augmentation="inception")
+    loaders = [LoaderSpec(backend, 2, prefetch) for prefetch in (0, 1, 9)]
+    on_request, ahead, far = (batches(open_data(spec, loader)) for loader in loaders)
+    assert same(on_request, ahead) and same(on_request, far)
 
 
 @needs_ffcv
 @pytest.mark.parametrize("prefetch, begun", [(0, 1), (2, 3), (None, 4)])
-def test_ffcv_begins_as_many_batches_as_asked(photos, cache, prefetch, begun):
+def test_ffcv_decodes_as_many_batches_in_advance_as_asked(photos, cache, prefetch, begun):
     spec = DataSpec("folder", root=str(photos), cache=cache, image_size=32)
     data = open_data(spec, LoaderSpec("ffcv", 1, prefetch))
     drawn = []
-    jobs = (
-        drawn.append(n) or Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32) for n in range(6)
-    )
-    next(data.train.reader.stream(jobs, View()))
+    job = Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32)
+    jobs = (drawn.append(n) or job for n in range(6))
+    next(data.train.reader.stream(jobs, View(spec)))
     assert len(drawn) == begun
 
 
@@ -100,8 +96,7 @@ def test_epochs_and_seeds_differ_and_each_image_comes_once(photos, cache, backen
 
 @needs_ffcv
 def test_both_backends_take_the_same_crops(photos, cache):
-    """Decoders and resizing differ by rounding only; another crop or flip would differ by far
-    more."""
+    """Decoders and resizing differ by rounding only. Another crop or flip would differ far more."""
     ours, theirs = (batches(opened(photos, cache, backend)) for backend in ("ffcv", "torchvision"))
     for a, b in zip(ours, theirs):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.targets, b.targets)
@@ -125,9 +120,7 @@ def test_leaving_an_epoch_early_leaves_nothing_running(photos, cache, backend):
     first = next(running)
     copy = first.images.clone()
     running.close()
-    deadline = (
-        time.monotonic() + 20
-    )  # the queues of torch's workers end their threads a moment later
+    deadline = time.monotonic() + 20  # torch's workers end their queues' threads a moment later
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
@@ -161,27 +154,16 @@ def test_evaluation_counts_every_image_once(
     ranks = [list(loader) for loader in loaders]
     assert len({len(batches) for batches in ranks}) == 1
     assert len({len(batch.targets) for batches in ranks for batch in batches}) == 1
-    rows = [
-        row
-        for batches in ranks
-        for batch in batches
-        for row in zip(batch.indices, batch.targets, batch.valid)
-    ]
-    seen = [int(index) for index, _, valid in rows if valid]
-    assert sorted(seen) == list(range(101)) and data.info.eval_count == 101
-    targets = {int(index): int(target) for index, target, valid in rows if valid}
-    assert [targets[index] for index in range(101)] == [0] * 33 + [1] * 35 + [2] * 33
+    _, targets, indices, valid = (torch.cat(part) for part in zip(*itertools.chain(*ranks)))
+    seen, order = indices[valid].sort()
+    assert seen.tolist() == list(range(101)) and data.info.eval_count == 101
+    assert targets[valid][order].tolist() == [0] * 33 + [1] * 35 + [2] * 33
 
 
 def test_batch_sizes_that_cannot_be_are_refused(photos, cache):
     data = opened(photos, cache, "torchvision")
-    for batch, micro_batch, world_size in (
-        (0, 1, 1),
-        (4, 0, 1),
-        (10, 4, 1),
-        (12, 4, 2),
-        (48, 48, 1),
-    ):
+    cases = ((0, 1, 1), (4, 0, 1), (10, 4, 1), (12, 4, 2), (48, 48, 1))
+    for batch, micro_batch, world_size in cases:
         with pytest.raises(ConfigError, match=f"batch={batch}"):
             data.train_loader(batch, micro_batch, seed=0, world_size=world_size)
     with pytest.raises(ConfigError, match="at least 1"):
@@ -189,20 +171,11 @@ def test_batch_sizes_that_cannot_be_are_refused(photos, cache):
 
 
 def test_progressive_resizing_grows_in_multiples_of_32(photos, cache):
-    data = opened(
-        photos, cache, "torchvision", 0, image_size=192, start_size=128, ramp=(2, 6), eval_size=224
-    )
+    keys = {"image_size": 192, "start_size": 128, "ramp": (2, 6), "eval_size": 224}
+    data = opened(photos, cache, "torchvision", 0, **keys)
     loader = data.train_loader(4, 4, seed=0)
-    assert [loader.image_size(epoch) for epoch in range(8)] == [
-        128,
-        128,
-        128,
-        128,
-        160,
-        192,
-        192,
-        192,
-    ]
+    sizes = [loader.image_size(epoch) for epoch in range(8)]
+    assert sizes == [128, 128, 128, 128, 160, 192, 192, 192]
     assert next(loader.epoch(4)).images.shape == (4, 3, 160, 160)
     assert next(iter(data.eval_loader(2))).images.shape == (2, 3, 224, 224)
 
@@ -210,11 +183,9 @@ def test_progressive_resizing_grows_in_multiples_of_32(photos, cache):
 def test_the_generator_is_splitmix64():
     """The published first outputs for seed 1234567 (Rosetta Code, "Pseudo-random
     numbers/Splitmix64")."""
+    published = (6457827717110365317, 3203168211198807973, 9817491932198370423)
     numbers = uniform(np.array([1234567], dtype=np.uint64), np.arange(3))
-    expected = np.array(
-        [6457827717110365317, 3203168211198807973, 9817491932198370423], dtype=np.uint64
-    )
-    assert np.array_equal(numbers, (expected >> np.uint64(11)).astype(float) * 2.0**-53)
+    assert numbers.tolist() == [(number >> 11) * 2.0**-53 for number in published]
 
 
 def test_random_numbers_are_uniform_and_uncorrelated():
@@ -228,24 +199,18 @@ def test_random_numbers_are_uniform_and_uncorrelated():
 
 def test_inception_crops_follow_their_distribution_and_fit():
     count = 50_000
-    keys, sides = (
-        sample_keys(0, 0, np.arange(count)),
-        np.array([[375], [500]]).repeat(count, axis=1),
-    )
-    boxes = random_boxes(keys, sides[0], sides[1], (0.08, 1.0), CROP_RATIO, 16)
+    keys = sample_keys(0, 0, np.arange(count))
+    heights, widths = np.full(count, 375), np.full(count, 500)
+    boxes = random_boxes(keys, heights, widths, (0.08, 1.0), CROP_RATIO, 16)
     top, left, height, width = boxes.T
-    assert (
-        (top >= 0).all()
-        and (left >= 0).all()
-        and (top + height <= 375).all()
-        and (left + width <= 500).all()
-    )
+    assert top.min() >= 0 and (top + height).max() <= 375
+    assert left.min() >= 0 and (left + width).max() <= 500
     area, ratio = height * width / (375 * 500), width / height
     assert area.min() > 0.079 and area.max() <= 1 and ratio.min() > 0.72 and ratio.max() < 1.36
     small = area < 0.5  # every box of this size fits, so here the area is uniform
     assert abs(area[small].mean() - 0.29) < 0.01
     each = [
-        random_boxes(keys[n : n + 1], sides[0, :1], sides[1, :1], (0.08, 1.0), CROP_RATIO, 16)
+        random_boxes(keys[n : n + 1], heights[:1], widths[:1], (0.08, 1.0), CROP_RATIO, 16)
         for n in range(500)
     ]
     assert np.array_equal(np.concatenate(each), boxes[:500])

@@ -1,5 +1,5 @@
-"""Where labelled images come from: lists of labels and tar files that contradict themselves are
-refused in one line."""
+"""The sources of labelled images: contradictory lists of labels and tar files are refused in one
+line."""
 
 from __future__ import annotations
 
@@ -63,21 +63,17 @@ def test_a_flat_folder_takes_its_labels_from_the_devkit(photos, tmp_path):
     savemat(data / "meta.mat", {"synsets": synsets})
     numbers = "\n".join(str(wnids.index(label) + 1) for label in labels.values())
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text(numbers)
-    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as archive:
+    tar = "ILSVRC2012_img_val.tar"
+    with tarfile.open(tmp_path / tar, "w") as archive:
         for image in sorted((tmp_path / "val").iterdir()):
             archive.add(image, image.name)
-    for source, kit in (
-        ("val", "devkit"),
-        ("val", "devkit/data"),
-        ("val", "."),
-        ("ILSVRC2012_img_val.tar", "devkit"),
-    ):
+    for source, kit in (("val", "devkit"), ("val", "devkit/data"), ("val", "."), (tar, "devkit")):
         listing = list_source(tmp_path / source, tmp_path / kit)
         assert [listing.classes[target] for target in listing.targets] == list(labels.values())
 
 
 def test_tar_files_give_the_same_file_as_folders(photos, tmp_path):
-    """ILSVRC2012_img_train.tar is a tar of one tar a class; it is read in place."""
+    """ILSVRC2012_img_train.tar holds one tar per class; it is read in place."""
     outer_path = tmp_path / "ILSVRC2012_img_train.tar"
     with tarfile.open(outer_path, "w") as outer:
         for folder in sorted((photos / "train").iterdir()):
@@ -94,19 +90,16 @@ def test_tar_files_give_the_same_file_as_folders(photos, tmp_path):
         prepare(list_source(outer_path), tmp_path / "cut.beton", StorageOptions())
 
 
-def csv_of(
-    labels: dict[str, str], path: Path, *more: str, encoding: str = "utf-8", separator: str = ","
-) -> Path:
-    rows = [f"{name}{separator}{label} 1 2 3 4" for name, label in labels.items()]
+def csv_of(labels: dict[str, str], path: Path, *more: str, encoding: str = "utf-8") -> Path:
+    rows = [f"{name},{label} 1 2 3 4" for name, label in labels.items()]
     path.write_text("\n".join([*rows, *more]), encoding=encoding)
     return path
 
 
 def test_a_list_with_a_byte_order_mark_and_no_heading_is_whole(photos, tmp_path):
     labels = flat_copy(photos, tmp_path / "val")
-    listing = list_source(
-        tmp_path / "val", csv_of(labels, tmp_path / "labels.csv", encoding="utf-8-sig")
-    )
+    table = csv_of(labels, tmp_path / "labels.csv", encoding="utf-8-sig")
+    listing = list_source(tmp_path / "val", table)
     assert [listing.classes[target] for target in listing.targets] == list(labels.values())
     assert listing.notes == ()
 
@@ -114,31 +107,22 @@ def test_a_list_with_a_byte_order_mark_and_no_heading_is_whole(photos, tmp_path)
 def test_a_file_listed_under_two_classes_is_refused(photos, tmp_path):
     labels = flat_copy(photos, tmp_path / "val")
     name, label = next(iter(labels.items()))
-    table = csv_of(labels, tmp_path / "labels.csv", f"{name},{label}")
-    assert (
-        len(list_source(tmp_path / "val", table).images) == 12
-    )  # twice the same class is no contradiction
+    table = csv_of(labels, tmp_path / "labels.csv", f"{name},{label}")  # the same class again
+    assert len(list_source(tmp_path / "val", table).images) == 12
     table = csv_of(labels, tmp_path / "labels.csv", f"{name}.JPEG,dog")
     with pytest.raises(DataError, match=f"gives {name} two classes, {label} and dog"):
         list_source(tmp_path / "val", table)
 
 
-def test_labels_without_image_and_classes_of_them_alone_are_told(
-    photos, tmp_path, monkeypatch, capsys
-):
+def test_labels_and_classes_without_images_are_reported(photos, tmp_path, monkeypatch, capsys):
     labels = flat_copy(photos, tmp_path / "val")
     table = csv_of(labels, tmp_path / "labels.csv", "gone1,ant", "gone2,dog", "gone3,dog")
-    arguments = (
-        f"source={tmp_path}/val",
-        f"labels={table}",
-        f"output={tmp_path}/x.beton",
-        "workers=1",
-    )
-    assert run_script(monkeypatch, *arguments) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert told == [
+    arguments = f"source={tmp_path}/val", f"labels={table}", f"output={tmp_path}/x.beton"
+    assert run_script(monkeypatch, *arguments, "workers=1") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("warning: ")] == [
         f"warning: 3 of the 15 labels in {table} have no image (the first: gone1)",
-        f"warning: {tmp_path}/x.beton: no image is left of 1 class(es), such as dog",
+        f"warning: {tmp_path}/x.beton: no images left in 1 class(es), such as dog",
     ]
     assert json.loads((tmp_path / "x.beton.json").read_text())["count_per_class"]["dog"] == 0
 
@@ -162,12 +146,11 @@ def test_a_line_that_is_no_label_is_named(photos, tmp_path, more, message):
 
 def test_labels_for_class_folders_and_folders_of_folders_are_explained(photos, tmp_path):
     (tmp_path / "labels.csv").write_text("000,ant\n")
-    with pytest.raises(
-        DataError, match="ant/001.jpg: has no label in .*; drop labels= if the folders"
-    ):
+    message = "ant/001.jpg: has no label in .*; drop labels= if the folders"
+    with pytest.raises(DataError, match=message):
         list_source(photos / "train", tmp_path / "labels.csv")
-    told = f"{photos}/train: class without images .36 image.* or give the folder of class folders"
-    with pytest.raises(DataError, match=told):
+    message = f"{photos}/train: class without images .36 image.* or give the folder of class"
+    with pytest.raises(DataError, match=message):
         list_source(photos)
 
 
@@ -184,15 +167,14 @@ def tar_of(path: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "imagenet/train/"])
-def test_a_tar_takes_what_a_folder_takes(tmp_path, prefix):
-    """Hidden files are passed over; what lies beside or below the class folders, and links, are
-    listed as left aside."""
+def test_a_tar_is_listed_like_a_folder(tmp_path, prefix):
+    """Hidden files are ignored. Files beside or below the class folders, and links, are listed as
+    left aside."""
     images = ["ant/a.jpg", "ant/b.jpg", "bee/a.JPEG", "bee-2/a.jpg"]
     aside = ["beside.jpg", "ant/notes.txt", "ant/sub/deep.jpg", "bee/link.jpg -> ant/a.jpg"]
     hidden = ["ant/._a.jpg", ".git/x.jpg", "ant/.cache/x.jpg"]
-    listing = list_source(
-        tar_of(tmp_path / "x.tar", [prefix + name for name in [*images, *aside, *hidden]])
-    )
+    names = [prefix + name for name in (*images, *aside, *hidden)]
+    listing = list_source(tar_of(tmp_path / "x.tar", names))
     root = f"{tmp_path}/x.tar:{prefix.removeprefix('./')}"
     assert listing.classes == ("ant", "bee", "bee-2") and listing.targets.tolist() == [0, 0, 1, 2]
     assert [image.name for image in listing.images] == [root + name for name in images]
@@ -229,7 +211,7 @@ def test_a_tar_that_contradicts_itself_is_refused(tmp_path, names, message):
         (["ant.tar", "bee.tar"], ["./deeper/a.jpg", "deeper/.x.jpg"], None),
     ],
 )
-def test_tars_of_classes_are_held_to_the_same(tmp_path, outer, inner, message):
+def test_tars_of_classes_are_checked_too(tmp_path, outer, inner, message):
     tar_of(tmp_path / "inner.tar", inner)
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name in outer:

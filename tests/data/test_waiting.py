@@ -1,4 +1,4 @@
-"""A wait for images ends: after a limit, with its cause, and at once on a signal."""
+"""A wait for images ends: after a time limit, with the cause, and at once on a signal."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ UNSHARE = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user
 
 def can_mount() -> bool:
     try:
-        return not subprocess.run(
-            [*UNSHARE, "sh", "-c", MOUNT, "sh", "true"], timeout=10
-        ).returncode
+        done = subprocess.run([*UNSHARE, "sh", "-c", MOUNT, "sh", "true"], timeout=10)
+        return done.returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -42,10 +41,8 @@ def small_run(root: Path, runs: Path, *more: str) -> list[str]:
 def test_full_shared_memory_is_named_at_once(tmp_path):
     root = write_folder(tmp_path / "data", 4, 2)
     arguments = small_run(root, tmp_path, "data.image_size=224", "data.augmentation=inception")
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(
-        [*UNSHARE, "sh", "-c", MOUNT, "sh", *command], capture_output=True, text=True, timeout=120
-    )
+    command = [*UNSHARE, "sh", "-c", MOUNT, "sh", sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "shared memory is full" in line and "MB are free in /dev/shm" in line
@@ -102,13 +99,13 @@ run("train")
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "after", "told"),
+    ("module", "name", "after", "message"),
     [
         ("folder", "load_rgb", 5, "stopped at step 1, waiting for images, by SIGTERM; saved"),
         ("datasets", "list_source", 0, "stopped by SIGTERM; run again to go on"),
     ],
 )
-def test_a_signal_is_heeded_while_images_are_waited_for(tmp_path, module, name, after, told):
+def test_a_signal_ends_a_wait_for_images(tmp_path, module, name, after, message):
     """In a step, and while the data set is opened, when there is nothing to save yet."""
     root = write_folder(tmp_path / "data", 4, 2)
     sign = tmp_path / "hangs"
@@ -122,5 +119,5 @@ def test_a_signal_is_heeded_while_images_are_waited_for(tmp_path, module, name, 
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=30)[0]
-    assert process.returncode == 75 and told in output and "Traceback" not in output
+    assert process.returncode == 75 and message in output and "Traceback" not in output
     assert (module == "folder") == bool(list(tmp_path.glob("*/checkpoints/last.pt")))

@@ -67,7 +67,7 @@ def test_other_data_has_another_copy(root, node):
 
 
 @pytest.mark.parametrize(
-    ("where", "message"), [("label", "not fit its manifest"), ("image", "1 images are damaged")]
+    ("where", "message"), [("label", "not match its manifest"), ("image", "1 images are damaged")]
 )
 def test_damage_is_found_and_no_copy_remains(root, node, where, message):
     """The first image's class, or a byte of an image, is another than when the file was written."""

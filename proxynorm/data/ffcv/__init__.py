@@ -1,1 +1,1 @@
-"""FFCV's side of loading."""
+"""FFCV's .beton files: format, writer, and the decoder that reads them."""

@@ -1,12 +1,12 @@
 """The .beton file: FFCV's layout (version 2), and how it is read and checked.
 
-Layout: header, field descriptors, one metadata record per sample, then the samples' bytes from the
-next page border on, then the table of allocations, which ends the file. writer.py writes it; tests
-hold our files to FFCV's own reader and loader, and read the files of FFCV's writer.
+Layout: header, field descriptors, one metadata record per sample; the samples' bytes, from the next
+page boundary on; the allocation table, up to the end of the file. The tests read files of writer.py
+with FFCV's Loader, and files of FFCV's writer with read_beton.
 
-Beside FILE.beton lie FILE.beton.json, the manifest (classes, counts, options, what was left out),
-and FILE.beton.sums.npy, a 64-bit checksum of every sample's bytes, by which later damage is found.
-A digest in the manifest ties the three together.
+Two companions lie beside FILE.beton. FILE.beton.json is the manifest: classes, counts, options,
+images left out. FILE.beton.sums.npy has a 64-bit checksum of every sample's bytes, which reveals
+later damage. A digest in the manifest ties the three files together.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 INT_FIELD, IMAGE_FIELD = 1, 2
 CHANGED = "its stored bytes have changed since it was written"
-DIGEST = "sha256_of_head_sums_and_manifest"
+DIGEST = "sha256_of_head_sums_and_manifest"  # a key of the manifest
+WEIGHT, WEIGHT_TAIL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # see byte_sum
 
 
 @dataclass
 class Samples:
     """The table of N samples; one array (N,) per property.
 
-    mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; targets: classes; sums:
-    checksums, empty if there are none; manifest: {} if there is none.
+    mode: JPEG or RAW; height, width in pixels; pointer, size in bytes; targets: class numbers; sums
+    (checksums) and manifest: empty for a file of FFCV's own writer.
     """
 
     path: Path
@@ -68,34 +69,35 @@ class Samples:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; () if there is no manifest, as beside FFCV's own files."""
+        """The names of the classes; () without a manifest."""
         return tuple(self.manifest.get("classes", ()))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warnings for the user of the file, one line each."""
+        """Warnings about the file, one line each."""
         if not self.manifest:
-            told = "no manifest, so classes, labels and later damage cannot be checked"
-            return (f"{self.path}: {told}",)
+            problem = "no manifest, so classes, labels and later damage cannot be checked"
+            return (f"{self.path}: {problem}",)
+        notes = self.empty_class_notes(self.path)
         damaged = len(self.manifest.get("skipped", ()))
         others = self.manifest.get("left_aside", {}).get("count", 0)
-        if not damaged + others:
-            return self.empty_classes(self.path)
-        told = f"written without {damaged} damaged images and {others} other files"
-        return (f"{self.path}: {told}; its manifest lists them", *self.empty_classes(self.path))
+        if damaged or others:
+            missing = f"{damaged} damaged images and {others} other files"
+            notes = (f"{self.path}: written without {missing}; its manifest lists them", *notes)
+        return notes
 
-    def empty_classes(self, source: Path) -> tuple[str, ...]:
-        """Return a line on the classes of which no image is left; they keep their numbers."""
+    def empty_class_notes(self, source: Path) -> tuple[str, ...]:
+        """Return a warning if classes have no images left; they keep their numbers."""
         counts = self.manifest.get("count_per_class", {})
         if not (empty := [name for name, count in counts.items() if not count]):
             return ()
-        return (f"{source}: no image is left of {len(empty)} class(es), such as {empty[0]}",)
+        return (f"{source}: no images left in {len(empty)} class(es), such as {empty[0]}",)
 
 
 def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
-    """Return SHA-256 of the file's head, of its checksums, uint64 (N,), and of its manifest.
+    """Return the SHA-256 of the file's head, its checksums, uint64 (N,), and its manifest.
 
-    The head has every label and address, the checksums stand for the images' bytes, the manifest
+    The head holds every label and address, the checksums cover the images' bytes, and the manifest
     names the classes.
     """
     rest = {key: value for key, value in manifest.items() if key != DIGEST}
@@ -104,9 +106,9 @@ def digest(head: bytes, sums: np.ndarray, manifest: dict) -> str:
 
 
 def byte_sum(data: np.ndarray) -> int:
-    """Return a 64-bit checksum of bytes (uint8, any length): 8-byte words times odd weights.
+    """Return a 64-bit checksum of bytes, uint8 (N,): the weighted sum of 8-byte words.
 
-    An odd weight is invertible, so any change within a word shows.
+    The weights are odd and so invertible modulo 2^64: a change within one word changes the sum.
     """
     whole = len(data) // 8 * 8
     words = np.frombuffer(data[:whole].tobytes(), dtype="<u8")
@@ -115,13 +117,10 @@ def byte_sum(data: np.ndarray) -> int:
     return (int((words * weights).sum(dtype=np.uint64)) + rest * int(WEIGHT_TAIL)) % (1 << 64)
 
 
-WEIGHT, WEIGHT_TAIL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
-
-
 def changed_images(samples: Samples) -> list[str]:
-    """Read every image's bytes; return the names of those that changed since they were written.
+    """Return the names of the images whose bytes no longer match their checksums.
 
-    Nothing is known of a file without checksums.
+    Reads the whole file. A file without checksums yields no names.
     """
     file = np.memmap(samples.path, dtype=np.uint8, mode="r")
     spans = zip(samples.pointer, samples.pointer + samples.size, samples.sums)
@@ -145,72 +144,75 @@ def manifest_path(path: Path) -> Path:
 def read_beton(path: Path) -> Samples:
     """Read the table of samples of a .beton file, ours or FFCV's, with fields image and label.
 
-    Raises DataError if it is missing, truncated, of another version, or disagrees with its
-    manifest.
+    Raises DataError if the file is missing, truncated or of another version, or if it does not
+    match its manifest.
     """
-    path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; make it with scripts/write_ffcv.py")
     try:
         return _read_samples(path)
     except (IndexError, ValueError, OSError, OverflowError, MemoryError):
         raise DataError(
-            f"{path}: truncated, damaged or no .beton file of version {VERSION} with the fields "
-            "image (RGB) and label; write it again"
+            f"{path}: truncated, damaged, or not a .beton file of version {VERSION} with the "
+            "fields image (RGB) and label; write it again"
         ) from None
 
 
 def _read_samples(path: Path) -> Samples:
+    """Read and check the table. Raises ValueError, among others, for a file that is damaged."""
     length = path.stat().st_size
     header = np.fromfile(path, dtype=HEADER, count=1)[0]
     count = int(header["num_samples"])
-    _check(header["version"] == VERSION and count > 0)
+    _require(header["version"] == VERSION and count > 0)
     fields = np.fromfile(path, dtype=FIELD, count=int(header["num_fields"]), offset=HEADER.itemsize)
     names = [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in fields["name"]]
-    _check(names == ["image", "label"] and fields["type_id"].tolist() == [IMAGE_FIELD, INT_FIELD])
+    _require(names == ["image", "label"] and fields["type_id"].tolist() == [IMAGE_FIELD, INT_FIELD])
     offset = HEADER.itemsize + fields.nbytes
-    _check(offset + count * RECORD.itemsize <= length)
+    _require(offset + count * RECORD.itemsize <= length)
     records = np.fromfile(path, dtype=RECORD, count=count, offset=offset)
     columns = *(records["image"][name] for name in IMAGE.names), records["label"]
     mode, width, height, pointer, targets = map(np.ascontiguousarray, columns)
     size = _sizes(path, header, pointer)
-    _check(bool((pointer + size <= length).all()) and bool((targets >= 0).all()))
+    _require((pointer + size <= length).all() and (targets >= 0).all())
     pixels = height.astype(np.uint64) * width * np.uint64(3)
-    _check(bool((size == pixels)[mode == RAW].all()))
+    _require((size == pixels)[mode == RAW].all())
     head = header.tobytes() + fields.tobytes() + records.tobytes()
     manifest, sums = _read_companions(path, head, count, length)
     return Samples(path, mode, height, width, pointer, size, targets, sums, manifest)
 
 
 def _sizes(path: Path, header: np.void, pointer: np.ndarray) -> np.ndarray:
-    """Return the samples' sizes in bytes, from the table of allocations."""
+    """Look up the samples' sizes, in bytes, in the allocation table."""
     table = np.fromfile(path, dtype=ALLOCATION, offset=int(header["alloc_table_ptr"]))
     table = table[np.argsort(table["ptr"])]
-    _check(len(table) >= len(pointer))
+    _require(len(table) >= len(pointer))
     row = np.minimum(np.searchsorted(table["ptr"], pointer), len(table) - 1)
-    _check(bool((table["ptr"][row] == pointer).all()))
+    _require((table["ptr"][row] == pointer).all())
     return np.ascontiguousarray(table["size"][row])
 
 
 def _read_companions(path: Path, head: bytes, count: int, length: int) -> tuple[dict, np.ndarray]:
-    """Read manifest and checksums and compare them with the file; FFCV's own file has neither."""
+    """Read manifest and checksums, and check that they were written with the file.
+
+    A file of FFCV's own writer has neither.
+    """
     if not manifest_path(path).is_file() and not sums_path(path).is_file():
         return {}, np.zeros(0, dtype=np.uint64)
     try:
         manifest, sums = json.loads(manifest_path(path).read_text()), np.load(sums_path(path))
-        whole = manifest["bytes"] == length and np.shape(sums) == (count,)
-        if whole and digest(head, sums, manifest) == manifest[DIGEST]:
+        same_size = manifest["bytes"] == length and np.shape(sums) == (count,)
+        if same_size and digest(head, sums, manifest) == manifest[DIGEST]:
             return manifest, sums
         reason = "they were not written together: one is damaged, edited or replaced"
     except (OSError, ValueError, EOFError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise DataError(
-        f"{path}: does not fit its manifest {manifest_path(path).name} and checksums "
-        f"{sums_path(path).name} ({reason}); put back those written with it, or write the file "
-        "again"
+        f"{path}: does not match its manifest {manifest_path(path).name} and checksums "
+        f"{sums_path(path).name} ({reason}); restore those written with it, or write the file again"
     )
 
 
-def _check(fine: bool) -> None:
-    if not fine:
+def _require(condition: bool) -> None:
+    """Raise ValueError, which read_beton turns into its DataError."""
+    if not condition:
         raise ValueError

@@ -1,6 +1,6 @@
 """The decoding loop of the FFCV backend, compiled by numba.
 
-native.decoder imports it, once it has registered the symbols of FFCV's library.
+Import it through native.decoder, which first registers the symbols of FFCV's library.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _imdecode = types.ExternalFunction(
     ),
 )
 _resize = types.ExternalFunction("proxynorm_ffcv_resize", types.void(*([_i64] * 11)))
-# Precision of the shares of pixels in _shrink: 2^8 values times two shares stay below 2^31.
+# Fixed-point bits of the weights in _shrink: a pixel's 8 bits and two weights fit into 31 bits.
 BITS = 11
-# So many pixels a side cover an area of three pixels wherever it begins.
+# _shrink averages TAPS pixels a side: they cover any span of MOST_SHRUNK, wherever it begins.
 TAPS, MOST_SHRUNK = 4, 3
 THREE = np.uint64(3)
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
@@ -30,7 +30,7 @@ _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck":
 
 @numba.njit(**_options)
 def _byte_sum(data):
-    """beton.byte_sum, without a copy."""
+    """Compute beton.byte_sum without copying the data."""
     whole = data.size // 8
     total = np.uint64(0)
     weight = WEIGHT
@@ -49,9 +49,9 @@ def _byte_sum(data):
 
 @numba.njit(**_options)
 def _area_weights(length, size, first, weights):
-    """Compute the shares of `length` pixels in each of `size` <= length.
+    """Compute the weights that average `length` pixels to `size` <= length.
 
-    Pixel n takes weights[n] / 2^BITS of the TAPS pixels from first[n] on.
+    Output pixel n is the sum of the TAPS pixels from first[n] on, times weights[n] / 2^BITS.
     """
     scale = length / size
     one = np.int32(1 << BITS)
@@ -65,12 +65,15 @@ def _area_weights(length, size, first, weights):
             total += weights[n, k]
             if weights[n, k] > weights[n, largest]:
                 largest = k
-        weights[n, largest] += one - total
+        weights[n, largest] += one - total  # so that a flat image stays flat
 
 
 @numba.njit(**_options)
-def _down(image, y, begin, end, weights, line):
-    """Sum TAPS rows of image (H, 3 W) from y on, weighted, columns begin to end, into line."""
+def _sum_rows(image, y, begin, end, weights, line):
+    """Write the weighted sum of TAPS rows of image (H, 3 W), from row y on, to line.
+
+    begin, end: the range of columns.
+    """
     a, b, c, d = weights[0], weights[1], weights[2], weights[3]
     s, t = image[y, begin:end], image[y + 1, begin:end]
     u, v = image[y + 2, begin:end], image[y + 3, begin:end]
@@ -79,12 +82,12 @@ def _down(image, y, begin, end, weights, line):
 
 
 @numba.njit(**_options)
-def _across(line, first, weights, flip, out):
-    """Sum TAPS pixels of line (3 W) each, weighted, into a row (S', 3), mirrored if flip."""
+def _sum_columns(line, first, weights, flip, out):
+    """Write weighted sums of TAPS pixels of line (3 W) to a row (S', 3), mirrored if flip."""
     half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
     columns = out.shape[0]
     for column in range(columns):
-        # Unsigned places: numba looks at each signed one for being counted from the end.
+        # Unsigned indices, because numba tests each signed one for being negative.
         i = THREE * np.uint64(first[column])
         to = np.uint64(columns - 1 - column if flip else column)
         a, b, c, d = weights[column, 0], weights[column, 1], weights[column, 2], weights[column, 3]
@@ -96,30 +99,30 @@ def _across(line, first, weights, flip, out):
 
 
 @numba.njit(**_options)
-def _shrink(image, box, flip, room, out):
+def _shrink(image, box, flip, buffers, out):
     """Average over areas as OpenCV's INTER_AREA does, to within 1 of 255, but twice as fast."""
     top, left, height, width = box
     rows, columns = out.shape[0], out.shape[1]
-    first, weights, line = room
+    first, weights, line = buffers
     _area_weights(height, rows, first[0], weights[0])
     _area_weights(width, columns, first[1], weights[1])
     for row in range(rows):
-        _down(image, top + first[0, row], 3 * left, 3 * (left + width), weights[0, row], line)
-        _across(line, first[1], weights[1], flip, out[row])
+        _sum_rows(image, top + first[0, row], 3 * left, 3 * (left + width), weights[0, row], line)
+        _sum_columns(line, first[1], weights[1], flip, out[row])
 
 
 @numba.njit(**_options)
-def _fit(image, box, flip, room, out):
+def _fit(image, box, flip, buffers, out):
     """Resize the box (top, left, height, width) of image (H, 3 W) to out (S, S', 3).
 
-    flip mirrors it. room for _shrink, with S the longer side of out: the shares, first (2, S) and
-    weights (2, S, TAPS), and a row (3 W).
+    flip: mirror the result. buffers: working memory of _shrink: first (2, L) and weights
+    (2, L, TAPS) for an output side of up to L pixels, and line (3 W).
     """
     top, left, height, width = box
     rows, columns = out.shape[0], out.shape[1]
     fits = rows <= height <= MOST_SHRUNK * rows and columns <= width <= MOST_SHRUNK * columns
     if fits and min(height, width) >= TAPS:
-        _shrink(image, box, flip, room, out)
+        _shrink(image, box, flip, buffers, out)
         return
     h, w = image.shape[0], image.shape[1] // 3
     end, right = top + height, left + width
@@ -133,8 +136,8 @@ def decode_samples(stored, rows, boxes, flips, out, status):
     """Decode, crop, resize and mirror samples `rows` (n,) into out, uint8 (n, S, S, 3).
 
     stored: the mapped file, and the columns mode … sums of Samples. boxes: (n, 4) top, left,
-    height, width. status: (n,) GOOD, BAD_SUM or BAD_JPEG; a row that is not good is black, and so
-    is one whose row number is negative.
+    height, width. status: (n,), receives GOOD, BAD_SUM or BAD_JPEG. An image that is not good, or
+    whose row number is negative, is black.
     """
     file, mode, height, width, pointer, size, sums = stored
     widest, largest = np.int64(0), np.int64(0)
@@ -145,7 +148,7 @@ def decode_samples(stored, rows, boxes, flips, out, status):
     scratch = np.empty(3 * largest, dtype=np.uint8)
     first = np.empty((2, max(out.shape[1], out.shape[2])), dtype=np.int64)
     weights = np.empty((2, first.shape[1], TAPS), dtype=np.int32)
-    room = first, weights, np.empty(3 * widest, dtype=np.int32)
+    buffers = first, weights, np.empty(3 * widest, dtype=np.int32)
     for k in range(rows.size):
         i = rows[k]
         out[k] = 0
@@ -167,4 +170,4 @@ def decode_samples(stored, rows, boxes, flips, out, status):
             if failed:
                 status[k] = BAD_JPEG
                 continue
-        _fit(pixels.reshape(h, 3 * w), boxes[k], flips[k], room, out[k])
+        _fit(pixels.reshape(h, 3 * w), boxes[k], flips[k], buffers, out[k])

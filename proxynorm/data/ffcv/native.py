@@ -1,8 +1,7 @@
-"""Loads FFCV's compiled decoder, and the loop around it that checks every status.
+"""Loads FFCV's shared library and the decoding loop that calls it.
 
-Importing the ffcv package takes seconds and sets torch's thread count to one, and its pipelines are
-compiled anew in each process. So its shared library is loaded directly here, and numba compiles the
-loop once and keeps it on disk.
+The ffcv package is not imported: that takes seconds, sets torch's thread count to one, and compiles
+its pipelines anew in each process. numba compiles our loop once and caches it on disk.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def ffcv_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
         raise ConfigError(f"loader.name=ffcv: FFCV does not load ({error}); {INSTALL}") from None
-    # Our threads share out the images; OpenCV's own pool would only compete with them.
+    # We decode images in parallel; OpenCV's own threads would only compete with ours.
     set_threads = getattr(library, "_ZN2cv13setNumThreadsEi", None)
     if set_threads is not None:
         set_threads(1)
@@ -47,7 +46,7 @@ def ffcv_library() -> ctypes.CDLL:
 
 
 def ffcv_available() -> bool:
-    """Return whether .beton files can be read here: FFCV's library loads, numba is installed."""
+    """Return whether .beton files can be decoded: FFCV's library loads and numba is installed."""
     try:
         ffcv_library()
     except ConfigError:
@@ -57,7 +56,7 @@ def ffcv_available() -> bool:
 
 @cache
 def decoder():
-    """Return the compiled loop, kernel.decode_samples; a second process loads it from the disk."""
+    """Return the compiled loop, kernel.decode_samples."""
     from llvmlite import binding
 
     library = ffcv_library()
@@ -67,7 +66,7 @@ def decoder():
     try:
         from proxynorm.data.ffcv.kernel import decode_samples
     except RuntimeError:
-        # Neither the package's folder nor the home can be written: numba's cache goes elsewhere.
+        # numba can write its cache neither to the package's folder nor to the home folder.
         import numba
 
         numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / f"proxynorm-numba-{os.getuid()}")

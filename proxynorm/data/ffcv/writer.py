@@ -1,7 +1,7 @@
-"""Turns labelled images into a .beton file, which is read back before it gets its name.
+"""Writes labelled images to a .beton file, and reads it back before it gets its name.
 
-Each image is decoded and checked. FFCV's own writer is not used: it hangs when its source raises,
-and its output depends on the number of workers.
+Each image is decoded and checked. FFCV's own writer is not used: it hangs when its source raises an
+exception, and its output depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ from proxynorm.errors import DataError
 from proxynorm.files import sync_folder, write_atomic, write_text, writing
 
 IMAGES_PER_WORKER = 32
-# Of the files that are no images the manifest names the first so many; it counts all.
-FILES_NAMED = 100
+FILES_NAMED = 100  # files left aside that the manifest names; it counts them all
 
 
 def prepare(
@@ -63,11 +62,11 @@ def prepare(
     workers: int = 1,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Samples:
-    """Write `listing` to `output`, with manifest and checksums; `workers` do not change the bytes.
+    """Write `listing` to `output`, with manifest and checksums.
 
-    on_bad: "raise" ends in a DataError that names the first bad image, "skip" leaves bad images
-    out and lists them in the manifest: "skipped", name -> reason. progress is told how many images
-    are done. An interrupted run leaves nothing named `output`.
+    on_bad: "raise" raises a DataError that names the first damaged image; "skip" leaves damaged
+    images out and lists them in the manifest, "skipped": name -> reason. progress is called with
+    the number of images done. An interrupted run leaves no file named `output`.
     """
     skipped: dict[str, str] = {}
     kept: Counter[int] = Counter()
@@ -79,7 +78,7 @@ def prepare(
                 kept[targets[number]] += 1
             elif on_bad == "raise":
                 raise DataError(
-                    f"{listing.images[number].name}: {result}; mend or remove it, or set "
+                    f"{listing.images[number].name}: {result}; repair or remove it, or set "
                     "on_bad=skip (in training: data.on_bad=skip)"
                 )
             else:
@@ -87,7 +86,7 @@ def prepare(
             progress(number + 1)
         if not kept:
             name, reason = next(iter(skipped.items()))
-            raise DataError(f"{name}: {reason}; all {len(skipped)} images are damaged, mend them")
+            raise DataError(f"{name}: {reason}; all {len(skipped)} images are damaged, repair them")
         aside = {"count": len(listing.aside), "files": list(listing.aside[:FILES_NAMED])}
         writer.close(
             {
@@ -104,7 +103,7 @@ def prepare(
 
 
 def _versions() -> dict[str, str | None]:
-    """Return the versions of what decodes, checks and encodes images."""
+    """Return the versions of the libraries that decode, check and encode images."""
     return {
         "proxynorm": proxynorm.__version__,
         "python": platform.python_version(),
@@ -116,11 +115,12 @@ def _versions() -> dict[str, str | None]:
 
 
 def _stored(listing: Listing, options: StorageOptions, workers: int) -> Iterator[Stored | str]:
-    """Yield each image as it will be stored, or the reason why not, in the order of the listing."""
+    """Yield each image in its stored form, or the reason why it has none, in order."""
+    # Drawn by the image's number, so that the file's bytes do not depend on the workers.
     draws = uniform(sample_keys(0, 0, np.arange(len(listing.images))), 0).tolist()
     workers = max(1, workers)
     ahead = IMAGES_PER_WORKER * workers
-    # Threads serve: the decoders and encoders release Python's lock while they work.
+    # Threads suffice: the decoders and encoders release Python's lock while they work.
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(draws), ahead):
             part = slice(start, start + ahead)
@@ -132,14 +132,14 @@ def _store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored | str:
         return store(ref, options, draw)
     except BadImage as reason:
         return str(reason)
-    except Exception as error:  # such as MemoryError while it is made smaller
+    except Exception as error:  # such as MemoryError in resizing
         return f"cannot be stored ({type(error).__name__})"
 
 
 class BetonWriter:
-    """Writes one .beton file under a temporary name; use new_beton.
+    """Writes one .beton file under a temporary name. Create it with new_beton.
 
-    file: opened under that name; capacity: the most samples that will be added.
+    file: opened under that name; capacity: the largest number of samples.
     """
 
     def __init__(self, path: Path, file: BinaryIO, capacity: int) -> None:
@@ -151,34 +151,32 @@ class BetonWriter:
         self.records = np.zeros(capacity, dtype=RECORD)
         self.allocations = np.zeros(capacity, dtype=ALLOCATION)
         self.sums = np.zeros(capacity, dtype=np.uint64)
-        self._to_next_page(HEADER.itemsize + self.fields.nbytes + self.records.nbytes)
+        self.file.seek(HEADER.itemsize + self.fields.nbytes + self.records.nbytes)
+        self._to_next_page()
 
     def add(self, image: Stored, target: int) -> None:
         """Append a sample: an image and its class."""
-        pointer, size = self._place(len(image.data)), len(image.data)
+        pointer, size = self.file.tell(), len(image.data)
+        # FFCV's page cache requires that no sample crosses a page boundary.
+        if pointer // PAGE_SIZE != (pointer + size - 1) // PAGE_SIZE:
+            pointer = self._to_next_page()
         self.file.write(image.data)
         self.records[self.count] = (image.mode, image.width, image.height, pointer), target
         self.allocations[self.count] = (self.count, pointer, size)
         self.sums[self.count] = byte_sum(np.frombuffer(image.data, np.uint8))
         self.count += 1
 
-    def _place(self, size: int) -> int:
-        """Return where a sample goes: FFCV's page cache requires that it crosses no page border."""
-        position = self.file.tell()
-        if position // PAGE_SIZE == (position + size - 1) // PAGE_SIZE:
-            return position
-        return self._to_next_page(position)
-
-    def _to_next_page(self, position: int) -> int:
-        return self.file.seek(-(-position // PAGE_SIZE) * PAGE_SIZE)
+    def _to_next_page(self) -> int:
+        """Seek to the next page boundary, unless the file is at one, and return the position."""
+        return self.file.seek(-(-self.file.tell() // PAGE_SIZE) * PAGE_SIZE)
 
     def close(self, manifest: dict) -> None:
         """Finish the file, read it back, and give it and its companions their names.
 
-        Raises DataError if other bytes are on the disk.
+        Raises DataError if the bytes read back are not those written.
         """
-        # FFCV's page cache reads whole pages: fill the last one.
-        table = self._to_next_page(self.file.tell())
+        # FFCV's page cache reads whole pages, so the last one must be full.
+        table = self._to_next_page()
         self.file.write(self.allocations[: self.count].tobytes())
         header = np.array((VERSION, 2, PAGE_SIZE, self.count, table), dtype=HEADER)
         head = header.tobytes() + self.fields.tobytes() + self.records[: self.count].tobytes()
@@ -186,10 +184,10 @@ class BetonWriter:
         self.file.write(head)
         self.file.flush()
         os.fsync(self.file.fileno())
-        # Out of the page cache, where the system allows it, so that reading back tests the disk.
+        # Drop it from the page cache, if the system can, so that reading back tests the disk.
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        sums, temporary = self.sums[: self.count], _hidden(self.path)
+        sums, temporary = self.sums[: self.count], _temporary(self.path)
         if changed := changed_images(replace(read_beton(temporary), sums=sums)):
             raise DataError(
                 f"{changed[0]}: {CHANGED}; {len(changed)} of {self.count} images are "
@@ -197,26 +195,26 @@ class BetonWriter:
             )
         contents = {**manifest, "bytes": temporary.stat().st_size}
         contents[DIGEST] = digest(head, sums, contents)
-        # If this is interrupted, the digest tells an old file from the new one's companions.
+        # After an interruption here, the digest shows that an old file has new companions.
         write_atomic(sums_path(self.path), lambda file: np.save(file, sums))
         write_text(manifest_path(self.path), json.dumps(contents, indent=1) + "\n")
         os.replace(temporary, self.path)
         sync_folder(self.path.parent)
 
 
-def _hidden(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     """Return the name of a file while it is being written."""
     return path.with_name(f".{path.name}.tmp")
 
 
-def _open_alone(path: Path) -> BinaryIO:
-    """Open the temporary file of `path`, empty, and locked while it is open: one writer at a time.
+def _open_locked(path: Path) -> BinaryIO:
+    """Open the temporary file of `path`, empty, and lock it while it is open.
 
-    A killed writer's file is overwritten: its lock ended with it. DataError if another process is
-    writing.
+    The file of a killed writer is overwritten, as its lock ended with it. Raises DataError if
+    another process holds the lock.
     """
     while True:
-        file = os.fdopen(os.open(_hidden(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        file = os.fdopen(os.open(_temporary(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -225,31 +223,30 @@ def _open_alone(path: Path) -> BinaryIO:
                 f"{path}: another process is writing it; wait for it, or give another name"
             ) from None
         except OSError:
-            pass  # a file system without locks; reading back finds what two writers would do
+            pass  # a file system without locks; reading back detects a second writer's bytes
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(_hidden(path))):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(_temporary(path))):
                 file.truncate(0)
                 return file
-        # Between opening and locking the other writer finished, and this is now its file.
+        # Another writer finished between open and lock, and this is now its finished file.
         file.close()
 
 
 @contextmanager
 def new_beton(path: Path, capacity: int) -> Iterator[BetonWriter]:
-    """Give a BetonWriter to add to and to close; whatever goes wrong, no unfinished file stays.
+    """Yield a BetonWriter, to add to and to close. An exception removes the unfinished file.
 
     Raises FileError if the folder cannot be written or the disk is full, and DataError if another
     process is writing the file.
     """
-    path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_alone(path)
+        file = _open_locked(path)
         try:
             yield BetonWriter(path, file, capacity)
         except BaseException:
-            _hidden(path).unlink(missing_ok=True)
+            _temporary(path).unlink(missing_ok=True)
             raise
         finally:
             with suppress(OSError):  # a full disk refuses what is still buffered
-                file.close()  # and with it the lock
+                file.close()  # which releases the lock

@@ -1,5 +1,4 @@
-"""The .beton file and its companions: what was swapped, edited, cut off or damaged is refused or
-found."""
+"""The .beton file and its companions: swapped, edited, truncated and damaged files are detected."""
 
 from __future__ import annotations
 
@@ -19,19 +18,19 @@ from tests.data.conftest import change_byte, needs_ffcv, remove_companions
 
 @pytest.mark.parametrize("swapped", [".beton", ".beton.json"])
 def test_a_file_swapped_for_one_with_other_labels_is_refused(photos, tmp_path, swapped):
-    """The same images, sizes and count, and so the same sums; only the labels differ."""
+    """Images, sizes and count are the same, and so are the sums; only the labels differ."""
     listing = list_source(photos / "train")
     for name, targets in (("x", listing.targets), ("y", listing.targets[::-1])):
         prepare(listing._replace(targets=targets), tmp_path / f"{name}.beton", StorageOptions())
     shutil.copy(tmp_path / f"y{swapped}", tmp_path / f"x{swapped}")
-    with pytest.raises(DataError, match="x.beton: does not fit its manifest .*together"):
+    with pytest.raises(DataError, match="x.beton: does not match its manifest .*together"):
         read_beton(tmp_path / "x.beton")
 
 
 @pytest.mark.parametrize("key", ["classes", "count_per_class", "options", "versions", "skipped"])
 def test_an_edited_manifest_is_refused(written, key):
     manifest = json.loads(manifest_path(written).read_text())
-    manifest_path(written).write_text(json.dumps(manifest))  # laid out anew, and the same
+    manifest_path(written).write_text(json.dumps(manifest))  # formatted otherwise, but the same
     assert read_beton(written).manifest["classes"] == ["ant", "bee", "cow"]
     manifest[key] = sorted(manifest[key], reverse=True) if key == "classes" else {"ant": 1}
     manifest_path(written).write_text(json.dumps(manifest))
@@ -47,11 +46,10 @@ def test_an_edited_manifest_is_refused(written, key):
     "text",
     ["[]", "null", '"x"', "3", "{}", "{", "", '{"bytes": 1, "sha256_of_head_and_sums": "0"}'],
 )
-def test_a_manifest_that_says_nothing_is_one_line(written, text):
+def test_an_invalid_manifest_is_one_line(written, text):
     manifest_path(written).write_text(text)
-    with pytest.raises(
-        DataError, match="train.beton: does not fit its manifest .*write the file again"
-    ) as error:
+    message = "train.beton: does not match its manifest .*write the file again"
+    with pytest.raises(DataError, match=message) as error:
         read_beton(written)
     assert "\n" not in str(error.value)
 
@@ -69,7 +67,7 @@ def test_changed_sums_and_a_missing_manifest_are_refused(written):
     with pytest.raises(DataError, match="not written together"):
         read_beton(written)
     manifest_path(written).unlink()
-    with pytest.raises(DataError, match="manifest train.beton.json .*No such file.*put back"):
+    with pytest.raises(DataError, match="manifest train.beton.json .*No such file.*restore"):
         read_beton(written)
     sums_path(written).unlink()
     assert read_beton(written).manifest == {}
@@ -95,8 +93,8 @@ def test_a_truncated_file_is_one_line(written, keep, manifest):
 
 
 def test_any_damage_to_the_head_is_an_error_or_harmless(written):
-    """Never a crash, never a wrong address read: each byte of the head is changed in turn."""
-    remove_companions(written)  # whose digest would find every change
+    """Each byte of the head is changed in turn: no crash, and no address beyond the file."""
+    remove_companions(written)  # their digest would find every change
     data = written.read_bytes()
     good = read_beton(written)
     for position in [*range(30), *range(1040, 1070), *range(2106, 2170)]:
@@ -130,6 +128,5 @@ def test_the_compiled_sum_is_the_same(written):
     samples, file = read_beton(written), np.fromfile(written, dtype=np.uint8)
     for size in (0, 1, 7, 8, 9, 1000, 1003):
         assert int(_byte_sum(file[5000 : 5000 + size])) == byte_sum(file[5000 : 5000 + size])
-    assert (
-        byte_sum(file[samples.pointer[0] : samples.pointer[0] + samples.size[0]]) == samples.sums[0]
-    )
+    start, size = samples.pointer[0], samples.size[0]
+    assert byte_sum(file[start : start + size]) == samples.sums[0]

@@ -1,8 +1,8 @@
-"""The compiled loop: OpenCV's area interpolation, to within rounding, mirrored where asked."""
+"""The compiled loop: OpenCV's area interpolation, to within rounding, mirrored on request."""
 
 from __future__ import annotations
 
-import ctypes
+from ctypes import c_int64, c_void_p
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ def fitted(
     out = np.zeros((rows, columns, 3), dtype=np.uint8)
     side = max(rows, columns)
     first, weights = np.empty((2, side), dtype=np.int64), np.empty((2, side, 4), dtype=np.int32)
-    room = first, weights, np.empty(image.size // image.shape[0], dtype=np.int32)
-    kernel._fit(image.reshape(len(image), -1), box, flip, room, out)
+    buffers = first, weights, np.empty(image.size // image.shape[0], dtype=np.int32)
+    kernel._fit(image.reshape(len(image), -1), box, flip, buffers, out)
     return out
 
 
@@ -36,27 +36,10 @@ def opencvs(image: np.ndarray, box: np.ndarray, rows: int, columns: int) -> np.n
     """FFCV's own call of cv::resize(…, INTER_AREA)."""
     out = np.zeros((rows, columns, 3), dtype=np.uint8)
     resize = ffcv_library().resize
-    resize.argtypes = [
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 6,
-        ctypes.c_void_p,
-        *[ctypes.c_int64] * 2,
-    ]
+    resize.argtypes = [c_int64, c_void_p, *[c_int64] * 6, c_void_p, *[c_int64] * 2]
     top, left, height, width = box.tolist()
-    sides = image.shape[0], image.shape[1]
-    resize(
-        0,
-        image.ctypes.data,
-        *sides,
-        top,
-        top + height,
-        left,
-        left + width,
-        out.ctypes.data,
-        rows,
-        columns,
-    )
+    edges = top, top + height, left, left + width
+    resize(0, image.ctypes.data, *image.shape[:2], *edges, out.ctypes.data, rows, columns)
     return out
 
 
@@ -76,14 +59,12 @@ def test_it_is_opencvs_area_interpolation(kernel):
 @pytest.mark.parametrize("value", [0, 1, 254, 255])
 def test_a_flat_image_stays_flat(kernel, value):
     image = np.full((61, 95, 3), value, dtype=np.uint8)
+    box = np.array([0, 0, 61, 95])
     for rows, columns in ((61, 95), (60, 94), (31, 48), (30, 47), (21, 32)):
-        assert (
-            fitted(kernel, image, np.array([0, 0, 61, 95]), False, rows, columns) == value
-        ).all()
+        assert (fitted(kernel, image, box, False, rows, columns) == value).all()
 
 
 def test_the_same_size_is_the_same_image(kernel):
     image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    assert np.array_equal(
-        fitted(kernel, image, np.array([3, 5, 30, 40]), False, 30, 40), image[3:33, 5:45]
-    )
+    box = np.array([3, 5, 30, 40])
+    assert np.array_equal(fitted(kernel, image, box, False, 30, 40), image[3:33, 5:45])

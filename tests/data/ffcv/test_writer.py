@@ -1,4 +1,4 @@
-"""The writer: it names every bad image and no good one, and an interrupted run leaves nothing that
+"""The writer: it names every damaged image and no other, and an interrupted run leaves no file that
 looks finished."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def overwritten(image: np.ndarray) -> bytes:
 
 
 def bad_scan(image: np.ndarray) -> bytes:
-    """A header that names a colour component it has not defined."""
+    """A header that uses a colour component without defining it."""
     data = bytearray(jpeg(image, quality=95))
     data[data.index(b"\xff\xda") + 5] = 77
     return bytes(data)
@@ -82,8 +82,7 @@ UNUSUAL = {
 
 @pytest.fixture
 def planted(tmp_path):
-    """A class folder with good photographs, unusual ones and damaged ones, each named for what it
-    is."""
+    """Class folders with good photographs, and with unusual and damaged ones, named accordingly."""
     root = write_folder(tmp_path / "data", 6, 1)
     for name, make in {**DAMAGED, **UNUSUAL}.items():
         (root / "train" / "bee" / f"{name}.JPEG").write_bytes(make(photograph(7)))
@@ -102,32 +101,22 @@ def test_skip_names_every_damaged_image_and_no_good_one(planted, tmp_path, worke
 
 
 @needs_ffcv
-def test_files_of_other_kinds_are_told(tmp_path, monkeypatch, capsys):
-    (tmp_path / "data" / "ant").mkdir(parents=True)
-    (tmp_path / "data" / "ant" / "sub").mkdir()
-    for name in (
-        "ant/a.jpg",
-        "ant/b.heic",
-        "ant/notes",
-        "ant/.hidden",
-        "beside.jpg",
-        "ant/sub/deep.JPG",
-        "ant/sub/._x.jpg",
-    ):
-        (tmp_path / "data" / name).write_bytes(jpeg(photograph(1)))
-    assert (
-        run_script(
-            monkeypatch, f"source={tmp_path}/data", f"output={tmp_path}/x.beton", "workers=1"
-        )
-        == 0
-    )
-    told = "4 of 5 files are left out: 2 image(s) outside or below the class folders, 1 .heic, "
-    assert f"warning: {tmp_path}/data: {told}1 without ending\n" in capsys.readouterr().err
+def test_files_of_other_kinds_are_reported(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "data"
+    (source / "ant" / "sub").mkdir(parents=True)
+    names = ["beside.jpg", "ant/a.jpg", "ant/b.heic", "ant/notes", "ant/.hidden"]
+    for name in (*names, "ant/sub/deep.JPG", "ant/sub/._x.jpg"):
+        (source / name).write_bytes(jpeg(photograph(1)))
+    arguments = f"source={source}", f"output={tmp_path}/x.beton", "workers=1"
+    assert run_script(monkeypatch, *arguments) == 0
+    kinds = "2 image(s) outside or below the class folders, 1 .heic, 1 without ending"
+    warning = f"warning: {source}: 4 of 5 files are left out: {kinds}\n"
+    assert warning in capsys.readouterr().err
     files = json.loads((tmp_path / "x.beton.json").read_text())["left_aside"]["files"]
     assert [Path(file).name for file in files] == ["beside.jpg", "b.heic", "notes", "deep.JPG"]
 
 
-def test_the_manifest_names_the_versions_it_was_made_with(written):
+def test_the_manifest_names_the_versions_of_the_libraries(written):
     versions = json.loads(written.with_name("train.beton.json").read_text())["versions"]
     assert set(versions) == {"proxynorm", "python", "numpy", "pillow", "libjpeg_turbo", "ffcv"}
     assert versions["proxynorm"] == proxynorm.__version__
@@ -146,8 +135,8 @@ def test_a_class_without_a_good_image_is_named_and_keeps_its_number(tmp_path, mo
     output = tmp_path / "x.beton"
     arguments = (f"source={source}", f"output={output}", "workers=1", "on_bad=skip")
     assert run_script(monkeypatch, *arguments) == 0
-    told = f"warning: {output}: no image is left of 1 class(es), such as bee\n"
-    assert told in capsys.readouterr().err
+    warning = f"warning: {output}: no images left in 1 class(es), such as bee\n"
+    assert warning in capsys.readouterr().err
     samples = read_beton(output)
     assert samples.classes == ("ant", "bee", "cow") and samples.targets.tolist() == [0, 0, 2, 2]
     for path in source.glob("*/*.jpg"):
@@ -158,11 +147,8 @@ def test_a_class_without_a_good_image_is_named_and_keeps_its_number(tmp_path, mo
 
 def test_unusual_images_keep_their_content(tmp_path):
     image = photograph(7)
-    for name, expected in (
-        ("png_named_jpeg", image),
-        ("cmyk", image),
-        ("rotated", np.rot90(image, -1)),
-    ):
+    expectations = {"png_named_jpeg": image, "cmyk": image, "rotated": np.rot90(image, -1)}
+    for name, expected in expectations.items():
         path = tmp_path / f"{name}.jpg"
         path.write_bytes(UNUSUAL[name](image))
         seen = np.asarray(load_rgb(ImageRef(str(path), name)))
@@ -171,11 +157,9 @@ def test_unusual_images_keep_their_content(tmp_path):
 
 
 def test_the_bytes_do_not_depend_on_the_workers(photos, tmp_path):
-    options = StorageOptions(jpeg_probability=0.5)
+    listing, options = list_source(photos / "train"), StorageOptions(jpeg_probability=0.5)
     for workers in (1, 3):
-        prepare(
-            list_source(photos / "train"), tmp_path / f"{workers}.beton", options, workers=workers
-        )
+        prepare(listing, tmp_path / f"{workers}.beton", options, workers=workers)
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
     modes = read_beton(tmp_path / "1.beton").mode
     assert 6 < (modes == RAW).sum() < 30
@@ -209,24 +193,21 @@ def test_impossible_options_are_refused(options):
         StorageOptions(**options)
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
+def start_script(source: Path, output: Path, workers: int, **options) -> subprocess.Popen:
+    """Start the script in a process of its own, in which signals can be sent to it."""
+    arguments = f"source={source}", f"output={output}", f"workers={workers}"
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments], text=True, **pipes, **options
+    )
+
+
+def test_a_killed_run_leaves_no_file_that_looks_finished(tmp_path):
     root = write_folder(tmp_path / "data", 150, 1)
     output = tmp_path / "out" / "train.beton"
-    for kind, workers, status in (
-        (signal.SIGTERM, 1, 143),
-        (signal.SIGINT, 2, 130),
-        (signal.SIGKILL, 1, -9),
-    ):
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            f"source={root / 'train'}",
-            f"output={output}",
-            f"workers={workers}",
-        ]
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+    statuses = ((signal.SIGTERM, 1, 143), (signal.SIGINT, 2, 130), (signal.SIGKILL, 1, -9))
+    for kind, workers, status in statuses:
+        process = start_script(root / "train", output, workers)
         deadline = time.monotonic() + 30
         while not list(output.parent.glob(".*.tmp")) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -234,42 +215,25 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
         errors = process.communicate(timeout=30)[1]
         assert process.returncode == status and "Traceback" not in errors
         assert not list(output.parent.glob("train.beton*"))
-    # The others clean up after themselves; after SIGKILL only a hidden temporary file is left,
-    # which the next run takes over.
+    # Only SIGKILL leaves a file: a hidden temporary one, which the next run takes over.
     assert len(list(output.parent.iterdir())) <= 1
     prepare(list_source(root / "val"), output, StorageOptions())
-    assert sorted(path.name for path in output.parent.iterdir()) == [
-        "train.beton",
-        "train.beton.json",
-        "train.beton.sums.npy",
-    ]
+    names = {path.name for path in output.parent.iterdir()}
+    assert names == {"train.beton", "train.beton.json", "train.beton.sums.npy"}
 
 
 def test_two_interrupts_in_a_row_end_a_run(tmp_path):
-    """A terminal sends Ctrl-C to the whole group; the second one must not break off the cleaning of
-    the first."""
+    """A terminal sends Ctrl-C to the whole group. The second signal must not interrupt the clean-up
+    after the first."""
     root = write_folder(tmp_path / "data", 100, 1)
     folder = tmp_path / "out"
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        f"source={root / 'train'}",
-        f"output={folder / 'x.beton'}",
-        "workers=2",
-    ]
-    for first, second in ((signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)):
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    for second in (signal.SIGINT, signal.SIGTERM):
+        process = start_script(root / "train", folder / "x.beton", 2, start_new_session=True)
         deadline = time.monotonic() + 30
         while not any(path.stat().st_size for path in folder.glob(".*.tmp")):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(process.pid, first)
+        os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, second)
@@ -278,16 +242,13 @@ def test_two_interrupts_in_a_row_end_a_run(tmp_path):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        assert (
-            process.returncode == 130
-            and "Traceback" not in errors
-            and errors.count("stopped by") == 1
-        )
+        assert process.returncode == 130
+        assert "Traceback" not in errors and errors.count("stopped by") == 1
         assert not list(folder.iterdir())
 
 
 def test_one_writer_at_a_time(photos, tmp_path):
-    """The second says so and leaves the first alone."""
+    """The second ends with an error, without disturbing the first."""
     listing = list_source(photos / "train")
     with new_beton(tmp_path / "x.beton", 1) as writer:
         with pytest.raises(DataError, match="x.beton: another process is writing it"):
@@ -299,19 +260,17 @@ def test_one_writer_at_a_time(photos, tmp_path):
     assert len(read_beton(tmp_path / "x.beton")) == 36
 
 
-def test_a_folder_that_cannot_be_written_and_a_full_disk_are_one_line(
-    photos, tmp_path, monkeypatch
-):
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_unwritable_folder_and_a_full_disk_are_one_line(photos, tmp_path, monkeypatch):
     listing = list_source(photos / "train")
     for folder in ("/dev/null", "/proc"):
         with pytest.raises(FileError, match="cannot write .*x.beton: ") as error:
             prepare(listing, Path(folder) / "x.beton", StorageOptions())
         assert "make room" not in str(error.value)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("proxynorm.data.ffcv.writer.os.fsync", full)
+    monkeypatch.setattr("proxynorm.data.ffcv.writer.os.fsync", full_disk)
     with pytest.raises(FileError, match="No space left.*make room"):
         prepare(listing, tmp_path / "x.beton", StorageOptions())
     assert not list(tmp_path.iterdir())
@@ -321,18 +280,14 @@ def test_a_disk_that_is_full_at_the_manifest_leaves_the_old_file(photos, tmp_pat
     listing, path = list_source(photos / "train"), tmp_path / "x.beton"
     prepare(listing, path, StorageOptions())
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("proxynorm.data.ffcv.writer.np.save", full)
+    monkeypatch.setattr("proxynorm.data.ffcv.writer.np.save", full_disk)
     with pytest.raises(FileError, match="No space left"):
         prepare(listing, path, StorageOptions(jpeg_quality=50))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def run_script(monkeypatch, *arguments) -> int:
-    """The script's exit status, run in this process."""
+    """Run the script in this process, and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["write_ffcv.py", *arguments])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
