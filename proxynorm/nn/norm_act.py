@@ -20,10 +20,10 @@ from proxynorm.nn.checks import check_whole
 from proxynorm.nn.fast.folding import Constants, Rescale, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
+from proxynorm.nn.interop import refuse_plain_norm, warn_if_skipped
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
-from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
 Moments = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -355,15 +355,15 @@ class NormAct2d(nn.Module):
         return self
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As in nn.Module. Warns if the caller is a tool that would pass over this batch norm."""
+        """As in nn.Module. Warns if the caller is a tool that would skip this batch norm."""
         if self.spec.batch_statistics:
-            warn_if_passed_over()
+            warn_if_skipped()
         return super().named_children()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in nn.Module. Warns if the caller is a tool that would pass over this batch norm."""
+        """As in nn.Module. Warns if the caller is a tool that would skip this batch norm."""
         if self.spec.batch_statistics:
-            warn_if_passed_over()
+            warn_if_skipped()
         return super().named_modules(*args, **kwargs)
 
     def extra_repr(self) -> str:
