@@ -154,10 +154,9 @@ def silu_with_slopes(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor
     """
     g = _sigmoid_derivatives(a, s, 6)
     t, v, a2 = [before - after for before, after in pairwise(g)], s * s, a * a
-    mean = a * g[0] + v * g[1]
+    mean, var = _self_gated(a, s, g[:2], t[:3])
     mean_a = g[0] + a * g[1] + v * g[2]
     mean_s = s * (2 * g[1] + a * g[2] + v * g[3])
-    mean, var = _from_raw(mean, (a2 + v) * t[0] + 2 * a * v * t[1] + v * v * t[2])
     square_a = 2 * a * t[0] + (a2 + 3 * v) * t[1] + 2 * a * v * t[2] + v * v * t[3]
     square_aa = 2 * t[0] + 4 * a * t[1] + (a2 + 5 * v) * t[2] + 2 * a * v * t[3] + v * v * t[4]
     by_a = torch.stack([mean_a, square_a - 2 * mean * mean_a])

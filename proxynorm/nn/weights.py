@@ -55,13 +55,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                group = decayed if _is_decayed(module, name, parameter) else not_decayed
-                group.append(parameter)
+    for path, parameter in model.named_parameters():  # a shared parameter comes once
+        owner, _, name = path.rpartition(".")
+        if parameter.requires_grad:
+            is_decayed = _is_decayed(model.get_submodule(owner), name, parameter)
+            (decayed if is_decayed else not_decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": not_decayed, "weight_decay": 0.0},
