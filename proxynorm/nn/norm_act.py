@@ -269,9 +269,9 @@ class NormAct2d(nn.Module):
             path = "itself" if is_root else x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x,), {})
         self._check(x)
-        if self.folds:
+        if self.folds:  # PN behind an activation that is known by name
             return self._folded(x)
-        if self.proxied or self.spec.is_none:
+        if self.proxied or self.spec.is_none:  # the formula as written
             return self.activate(self.normalize(x))
         if is_transformed():
             # One cast, at the end: to round before φ, a compiler would store another map.
@@ -313,12 +313,12 @@ class NormAct2d(nn.Module):
             return activate(self.act, self.drop(u))
 
         with without_autocast(y.device):
-            if not self.proxied:
-                return phi(affine(wide, self.weight, self.bias)).to(y.dtype)
-            moments, parameters = self.proxy_rule().moments, self.four_parameters()
-            return pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale).to(
-                y.dtype
-            )
+            if self.proxied:
+                moments, parameters = self.proxy_rule().moments, self.four_parameters()
+                z = pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale)
+            else:
+                z = phi(affine(wide, self.weight, self.bias))
+            return z.to(y.dtype)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.num_features:
