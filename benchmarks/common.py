@@ -40,7 +40,7 @@ class ModelOptions(Options):
 
 
 def check(options: Options, **choices: Collection[str]) -> None:
-    """Raise ConfigError for a number below 1 and for a word that is not among its choices."""
+    """Raise ConfigError for a whole number below 1, or a word that is not among its choices."""
     for name, value in vars(options).items():
         if type(value) is int and value < 1:
             raise ConfigError(f"{name}={value}: give at least 1")
@@ -54,7 +54,7 @@ def check(options: Options, **choices: Collection[str]) -> None:
 
 
 def now() -> float:
-    """The time in seconds at which a GPU, if there is one, has done all its work."""
+    """The time in seconds, once a GPU, if there is one, has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -63,15 +63,16 @@ def now() -> float:
 def take_turns(
     actions: Mapping[Name, Callable[[], object]], rounds: int
 ) -> dict[Name, list[float]]:
-    """Seconds of each action, one figure a round, after a warm-up round.
+    """Seconds of each action in each round, after a warm-up round.
 
-    Turns spread a slow spell of the machine over all of them; compare with `ratio`.
+    In a round, each action runs once, so that a slow period of the machine affects all of them.
+    Compare them with `ratio`.
     """
     times: dict[Name, list[float]] = {name: [] for name in actions}
     gc.collect()
-    gc.freeze()  # makes the collections below quick
+    gc.freeze()  # makes the collections below fast
     for _ in range(rounds + 1):
-        gc.collect()  # so that it is not due within an action, where it would be timed
+        gc.collect()  # so that no collection is due within a timed action
         for name, action in actions.items():
             start = now()
             action()
@@ -81,12 +82,12 @@ def take_turns(
 
 
 def ratio(figures: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the rounds of the ratio within a round."""
+    """The median over rounds of the ratio within a round."""
     return median(a / b for a, b in zip(figures, base, strict=True))
 
 
 def show(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows as a table; the keys of the first are its header."""
+    """Print rows as a table. The keys of the first row are the header."""
     print(text_table([[*rows[0]], *(list(map(_cell, row.values())) for row in rows)]), flush=True)
 
 
@@ -99,7 +100,7 @@ def _cell(value: object) -> str:
 
 
 def write_figures(options: Options, content: Mapping[str, Any]) -> None:
-    """Write the figures to options.json, if given, beside the options and the machine."""
+    """Write the figures, the options and the machine's description to options.json, if given."""
     if options.json:
         machine = {"environment": environment(), "load_average": os.getloadavg()}
         write_json(Path(options.json), {"options": asdict(options), **machine, **content})

@@ -1,12 +1,17 @@
-"""Images a second of our training loop, of a bare loop, and of timm's parts, in turns.
+"""Images per second of our training loop, of a bare loop, and of timm's components.
 
   python scripts/benchmark.py engine model=resnet20v2 json=FILE                     # Fashion-MNIST
   python scripts/benchmark.py engine model=resnet18 source=DIR size=128 batch=64    # images
 
-Timed are: a loop as anyone would write it, on a batch in memory; our training step on the same
-batch; our loader alone; our training from the loader; timm's loader, model and optimizer joined as
-in its training script, with its defaults (contiguous memory format; ours is chosen per norm, and
-the bare loop has ours). Ratios are medians of the ratios within a round.
+These take turns, and ratios are medians of the ratios within a round:
+
+- a plain training loop, on a batch in memory
+- our training step on the same batch
+- our loader alone
+- our training, with the loader
+- timm's loader, model and optimizer, combined as in its training script, with its defaults
+
+timm's memory format is contiguous; ours is chosen per norm, and the plain loop has ours.
 """
 
 from __future__ import annotations
@@ -67,7 +72,7 @@ def main(options: Options) -> None:
 
 
 def measure(options: Options, folder: str) -> dict[str, list[float]]:
-    """Images a second of every contender, a figure a round."""
+    """Images per second of every contender, in every round."""
     keep_freed_memory(choose_device(options.device))  # as in training
     trainer = make_trainer(options, folder)
     batches = endless(trainer.loader.epoch)
@@ -86,7 +91,7 @@ def measure(options: Options, folder: str) -> dict[str, list[float]]:
 
 
 def make_trainer(options: Options, folder: str) -> Trainer:
-    """A trainer outside of train(): no lock, no resumption, a silent display."""
+    """A trainer without the rest of train(): no lock, no resuming, and a silent display."""
     model, data = [f"model={options.model}"], ["data=fashion_mnist"]
     if options.model != "resnet20v2":
         model = ["model=timm", f"model.name={options.model}"]
@@ -113,7 +118,7 @@ def endless(epoch: Callable[[int], Iterator]) -> Iterator:
 
 
 def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
-    """Forward, loss, backward, step, as anyone would write it."""
+    """Forward, loss, backward and optimizer step, without anything else."""
     model, optimizer = trainer.state.model, trainer.state.optimizer
     for _ in range(steps):
         with autocast(trainer.process.device, trainer.dtype):
@@ -124,14 +129,14 @@ def bare_loop(trainer: Trainer, batch: Batch, steps: int) -> None:
 
 
 def our_loop(trainer: Trainer, batches: Iterable[Batch]) -> None:
-    """Our training step on every batch."""
+    """Our training step for every batch."""
     for batch in batches:
         trainer.timer.data_arrived()
         trainer.train_step([batch])
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Fashion-MNIST as PIL images, as torchvision's data sets give them; timm sets transform."""
+    """Fashion-MNIST as PIL images, like torchvision's data sets. timm sets `transform`."""
 
     def __init__(self, reader: MemoryReader) -> None:
         self.reader = reader
@@ -146,7 +151,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def timm_steps(options: Options, trainer: Trainer) -> Iterator[None]:
-    """Steps of timm's loader, model and optimizer, as its train.py joins them."""
+    """Training steps with timm's loader, model and optimizer, as in its train.py."""
     info, side = trainer.data.info, trainer.settings.data.image_size
     device = trainer.process.device
     if options.source is None:
@@ -176,13 +181,13 @@ def timm_steps(options: Options, trainer: Trainer) -> Iterator[None]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # timm waits for the loss here as well.
+        # timm waits for the loss here, too.
         meter.update(loss.item(), len(images))
         yield
 
 
 def compare(figures: dict[str, list[float]]) -> list[dict]:
-    """A row a contender and ratio: what, images_per_second (median), ratio, of what."""
+    """A row per contender and ratio: what, images_per_second (median), ratio, and of what."""
     bare, step, loader = figures[BARE], figures[STEP], figures[LOADER]
     pairs = [
         (BARE, None, ""),

@@ -1,9 +1,9 @@
 """Check and measure one GPU: python scripts/gpu_check.py [device=cuda] [minutes=10] [name=NAME]
 
-Correctness first, then speed. Prints Markdown; writes RESULTS/NAME.md and .json (results=, default
-results/gpu; name= defaults to the GPU's). Needs torch, and skips by name what lacks something else.
-device=cpu runs small cases, to see that it works: speed means nothing there. Exit status 1 if
-something is wrong.
+Checks correctness first, then measures speed. Prints Markdown and writes RESULTS/NAME.md and .json
+(results= is results/gpu by default, name= the GPU's name). Needs only torch: checks that need
+another package are skipped, with its name, if it is missing. device=cpu runs a few small cases to
+try the script; speed means nothing there. The exit status is 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHECKS = {
     "Training steps, bf16": gpu_speed.networks,
     "The training loop, images/s": gpu_speed.engine,
 }
-# Shares of the time at which the long checks end, so that each has some.
+# When the long checks have to end, as shares of the time, so that none takes all of it.
 ENDS = {"Layers against float64": 0.4, "Training steps, bf16": 0.9}
 
 
@@ -54,31 +54,31 @@ def main(arguments: list[str]) -> int:
         return fail(f"device= or minutes=: {str(error).splitlines()[0]}")
     if device.type == "cuda" and not torch.cuda.is_available():
         return fail("torch finds no CUDA device; device=cpu runs small cases without one")
-    machine = Machine(device, small=device.type == "cpu")
+    machine = Machine(device)
     name = device_name(device)
     path = Path(options["results"]) / (options["name"] or name.lower().replace(" ", "_"))
     path.parent.mkdir(parents=True, exist_ok=True)
     results, text = {}, []
 
-    def tell(part: str) -> None:
+    def report(part: str) -> None:
         text.append(part)
         print(part, flush=True)
 
-    tell(f"# {name}\n")
-    if machine.small:
-        tell("On a CPU: small cases, for correctness alone; speed means nothing here.\n")
+    report(f"# {name}\n")
+    if not machine.on_gpu:
+        report("On a CPU: small cases that check correctness only; speed means nothing here.\n")
     start = time.monotonic()
     for title, check in CHECKS.items():
         machine.deadline = start + 60 * minutes * ENDS.get(title, 1.0)
         rows, skipped = collect(machine, title, check(machine))
         results[title] = {"rows": rows, "skipped": skipped}
-        tell(f"## {title}\n")
+        report(f"## {title}\n")
         if rows:
             grid = [[*rows[0]], *(list(map(str, row.values())) for row in rows)]
-            tell(f"{markdown_table(grid)}\n")
+            report(f"{markdown_table(grid)}\n")
         if skipped:
-            tell(f"Skipped: {skipped}.\n")
-    tell("\n".join(f"- wrong: {what}" for what in machine.failures) or "Nothing is wrong.")
+            report(f"Skipped: {skipped}.\n")
+    report("\n".join(f"- wrong: {what}" for what in machine.failures) or "Nothing is wrong.")
     content = {"checks": results, "failures": machine.failures}
     Path(f"{path}.json").write_text(json.dumps(content, indent=1) + "\n")
     Path(f"{path}.md").write_text("\n".join(text) + "\n")
@@ -87,14 +87,14 @@ def main(arguments: list[str]) -> int:
 
 
 def collect(machine: Machine, title: str, check: Iterator[dict]) -> tuple[list[dict], str | None]:
-    """Run a check; return its rows, and why it, or the rest of it, was skipped."""
+    """Run a check; return its rows, and the reason if it, or the rest of it, was skipped."""
     rows = []
     try:
         for row in check:
             rows.append(row)
     except Skipped as reason:
         return rows, str(reason)
-    except Exception as error:  # the others still tell something
+    except Exception as error:  # the other checks still run
         machine.expect(False, f"{title}: {type(error).__name__}: {str(error).splitlines()[:1]}")
         traceback.print_exc()
     return rows, None

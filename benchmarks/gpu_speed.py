@@ -1,4 +1,4 @@
-"""Measure for gpu_check: a GPU's bandwidth, layers, networks, the training loop."""
+"""The measurements of gpu_check: a GPU's bandwidth, layers, networks and the training loop."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ class Skipped(Exception):
 
 @dataclass
 class Machine:
-    """Where the checks run; small: few and tiny cases, as on a CPU; deadline: of the long ones."""
+    """The device under test, the time limit, and the failures so far."""
 
     device: torch.device
-    small: bool
-    deadline: float = 0.0
-    bandwidth: float = 0.0  # bytes a second of a copy, read and written
+    deadline: float = 0.0  # of the running check, on time.monotonic's clock
+    bandwidth: float = 0.0  # bytes per second of a copy, read and written
     failures: list[str] = field(default_factory=list)
 
     @property
     def on_gpu(self) -> bool:
+        """False on a CPU, where checks run a few small cases."""
         return self.device.type == "cuda"
 
     def expect(self, holds: bool, what: str) -> str:
-        """Record a failure unless `holds`; return a word for the table."""
+        """Record a failure unless `holds`; return yes or NO for the table."""
         if not holds:
             self.failures.append(what)
         return "yes" if holds else "NO"
 
     def seconds(self, action: Callable[[], object], rounds: int) -> float:
-        """Return the seconds of one call, the mean of `rounds` after a warm-up."""
+        """The mean time of `rounds` calls after a warm-up."""
         return Timer("action()", globals={"action": action}).timeit(rounds).mean
 
     def check_time(self, left: str) -> None:
-        """Raise Skipped with what is left undone if the deadline has passed."""
+        """Raise Skipped if the deadline has passed; left says what remains to be done."""
         if time.monotonic() > self.deadline:
-            raise Skipped(f"{left}, for want of time")
+            raise Skipped(f"{left}, for lack of time")
 
 
 def facts(machine: Machine) -> Iterator[dict]:
     """Describe the machine; measure the bandwidth of a copy."""
-    size = 2**22 if machine.small else 2**30
+    size = 2**30 if machine.on_gpu else 2**22
     source = torch.empty(size, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
     machine.bandwidth = 2 * size / machine.seconds(lambda: target.copy_(source), 20)
@@ -75,7 +75,7 @@ def device_name(device: torch.device) -> str:
 
 
 def traffic(machine: Machine) -> Iterator[dict]:
-    """Time large maps in bf16; as effective bytes an element, at the bandwidth of a copy."""
+    """Time layers on large bf16 maps; convert to bytes per element by the bandwidth of a copy."""
     if not machine.on_gpu:
         raise Skipped("speed means nothing on a CPU")
     x = torch.randn(64, 256, 56, 56, device=machine.device, dtype=torch.bfloat16)
@@ -95,13 +95,13 @@ def traffic(machine: Machine) -> Iterator[dict]:
 
 
 def networks(machine: Machine) -> Iterator[dict]:
-    """Time training steps in bf16: images/s, memory, kernels, share of time in kernels."""
+    """Time training steps in bf16: images/s, memory, kernels, and the share of time in kernels."""
     try:
         from benchmarks.networks import build
     except ImportError as error:
         raise Skipped(f"needs {error.name}") from None
     cases = list(product((128, 32), ("eager", "compiled", "reduce-overhead"), MODELS, NETS))
-    if machine.small:
+    if not machine.on_gpu:
         cases = [(2, "eager", "resnet20v2", norm) for norm in ("torch bn", "ln_pn")]
     for number, (batch, mode, model, norm) in enumerate(cases):
         machine.check_time(f"{len(cases) - number} of {len(cases)} cases")
@@ -112,7 +112,7 @@ def networks(machine: Machine) -> Iterator[dict]:
 
 
 def time_network(machine: Machine, net: nn.Module, batch: int, mode: str) -> dict:
-    size = 32 if machine.small else 224
+    size = 224 if machine.on_gpu else 32
     images = torch.randn(batch, 3, size, size, device=machine.device)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(batch, dtype=torch.long, device=machine.device)

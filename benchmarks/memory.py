@@ -2,7 +2,7 @@
 
   python scripts/benchmark.py memory model=resnet50 batch=8 size=224 json=results/memory/NAME.json
 
-The last column compares with torch's own batch norm and activation, as timm has them.
+The last column is relative to torch's own batch norm and activation, as timm uses them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(options: Options) -> None:
 
 
 def bytes_kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes allocated in a forward pass, loss included, and not freed before its backward pass."""
+    """Bytes that a forward pass with loss allocates and does not free before the backward pass."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = nn.functional.cross_entropy(model(images), labels)
     loss.backward()

@@ -1,4 +1,4 @@
-"""The networks that benchmarks compare: those with our norms, and with torch's own modules."""
+"""The networks that benchmarks compare, with our norms or with torch's own modules."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from proxynorm.models import create_model
 from proxynorm.nn import NORMS, NormAct2d, recompute
-from proxynorm.nn.freeze import freeze
+from proxynorm.nn.freeze import freeze, replace_modules
 
 TORCH_BN, TORCH_LN = "torch bn", "torch ln"
 RECOMPUTE = "+recompute"
-# What `build` knows.
+# the norms of `build`
 ALL_NORMS = (TORCH_BN, TORCH_LN, *NORMS, *(n + RECOMPUTE for n in NORMS if n.endswith("_pn")))
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CPU = torch.device("cpu")
@@ -26,7 +26,8 @@ def build(
     torch.manual_seed(0)
     net = create_model(model, norm.removeprefix("torch ").removesuffix(RECOMPUTE))
     if norm in (TORCH_BN, TORCH_LN):
-        use_torch_norms(net, norm)
+        layers = [module for module in net.modules() if isinstance(module, NormAct2d)]
+        replace_modules(net, {layer: torch_layer(layer, norm) for layer in layers})
     elif norm.endswith(RECOMPUTE):
         net = recompute(net)
     return net.to(device, memory_format=FORMATS[memory_format]).train()
@@ -38,21 +39,16 @@ def for_inference(net: nn.Module) -> nn.Module:
     return freeze(net) if ours else copy.deepcopy(net).eval()
 
 
-def use_torch_norms(net: nn.Module, norm: str) -> None:
-    """Replace every NormAct2d by torch's norm and the activation, in place as in timm."""
-    for name, child in list(net.named_children()):
-        if not isinstance(child, NormAct2d):
-            use_torch_norms(child, norm)
-            continue
-        act = copy.deepcopy(child.act)
-        # In place, the activation keeps no map of its own for the backward pass.
-        if hasattr(act, "inplace"):
-            act.inplace = True
-        if norm == TORCH_BN:
-            layer = nn.BatchNorm2d(child.num_features, child.eps)
-        else:
-            layer = nn.GroupNorm(1, child.num_features, child.eps)
-        setattr(net, name, nn.Sequential(layer, act))
+def torch_layer(layer: NormAct2d, norm: str) -> nn.Module:
+    """torch's norm and an in-place activation for a NormAct2d, as in timm."""
+    if norm == TORCH_BN:
+        normalize: nn.Module = nn.BatchNorm2d(layer.num_features, layer.eps)
+    else:
+        normalize = nn.GroupNorm(1, layer.num_features, layer.eps)
+    act = copy.deepcopy(layer.act)
+    if hasattr(act, "inplace"):
+        act.inplace = True  # so that the activation keeps no map of its own for backward
+    return nn.Sequential(normalize, act)
 
 
 def random_images(batch: int, size: int, memory_format: str, device: torch.device) -> Tensor:

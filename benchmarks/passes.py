@@ -1,10 +1,10 @@
-"""Where LN+PN's time goes: the operators of a training step, beside those with torch's LN.
+"""Where LN+PN's time goes: the operators of a training step, compared with torch's LN.
 
   python scripts/benchmark.py passes model=resnet50 batch=8 size=224 json=results/passes/NAME.json
 
-torch.profiler's own time of every operator, forward and backward, without the operators that it
-calls; medians over steps of both networks in turns. The greatest differences come first: passes
-over the map and constants that only LN+PN has, and torch's norm, which it replaces.
+The figures are torch.profiler's self time of every operator, forward and backward: medians over
+steps, in which both networks take turns. The largest differences come first: passes over the map
+and constants that only LN+PN has, and torch's norm, which it replaces.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def operators(net: nn.Module, images: Tensor) -> Operators:
 
 
 def compare(ours: Sequence[Operators], theirs: Sequence[Operators]) -> list[dict]:
-    """A row an operator, the greatest difference first: milliseconds, and % of torch LN's step."""
+    """A row per operator: milliseconds, and the difference in % of torch LN's step.
+
+    The largest differences come first.
+    """
     step = median(turn[STEP] for turn in theirs)
     rows = []
     for name in {name: None for turn in (*ours, *theirs) for name in turn}:

@@ -1,12 +1,12 @@
-"""Time of a training step (forward, loss, backward) and of inference for every norm, in turns.
+"""The time of a training step (forward, loss, backward) and of inference, for every norm.
 
   python scripts/benchmark.py step model=resnet50 batch=8 size=224 json=results/step/NAME.json
   python scripts/benchmark.py step formats=[channels_last] 'norms=[torch ln,ln_pn]'
 
-Ratios are medians over rounds of the ratio within a round, to torch's norm in the same format and
-mode: "torch ln" is torch's group_norm with one group and the activation in place, "torch bn"
-torch's batch norm likewise. Our norms are frozen for inference. Bytes kept for the backward pass
-are the memory benchmark's.
+Norms take turns, and a ratio is the median over rounds of the ratio within a round. Ratios are to
+torch's norms in the same format and mode: "torch ln" is torch's group_norm with one group, followed
+by the activation in place; "torch bn" is torch's batch norm likewise. Our norms are frozen for
+inference. For the bytes kept for backward, see the memory benchmark.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from proxynorm.train.memory import keep_freed_memory
 NORMS = [TORCH_BN, TORCH_LN, "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute"]
 NORMS += ["gn", "gn_pn", "in", "in_pn"]
 Variant = tuple[str, str, str]  # norm, format, mode
-Key = tuple[Variant, str]  # and "train", "inference" or "moments"
+Key = tuple[Variant, str]  # a variant, and "train", "inference" or "moments"
 
 
 @dataclass
@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     if options.keep_memory:
         keep_freed_memory(device)
     variants = list(product(options.norms, options.formats, options.modes))
-    # Every variant compiles the same forward twice. Beyond the limit torch silently runs eagerly.
+    # Every variant compiles the same forward twice. Beyond the limit, torch silently runs eagerly.
     torch._dynamo.config.recompile_limit = 2 * len(variants)
     actions: dict[Key, Callable[[], None]] = {}
     for variant in variants:
@@ -107,7 +107,7 @@ def moments(net: nn.Module) -> None:
 
 
 def row(variant: Variant, times: dict[Key, list[float]]) -> dict[str, Any]:
-    """The figures of a variant, beside those of torch's norms in the same format and mode."""
+    """The figures of a variant, and their ratios to torch's norms in the same format and mode."""
     norm, memory_format, mode = variant
     step, inference = times[variant, "train"], times[variant, "inference"]
     share = times.get((variant, "moments"))

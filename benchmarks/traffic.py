@@ -1,20 +1,20 @@
-"""Bytes of feature map that a compiled training step moves on a GPU, on any machine.
+"""Bytes of feature maps that a compiled training step moves on a GPU, counted on any machine.
 
   python scripts/benchmark.py traffic model=layer act=[relu,silu] norm=[ln,ln_pn] json=FILE
   python scripts/benchmark.py traffic model=resnet50 norm=['torch bn',ln_pn] json=FILE
 
-torch.compile's graphs of the forward and the backward pass are lowered and fused by inductor for a
-GPU that is only pretended (sm_90, as an H100). Each fused kernel counts the bytes of the buffers
-that it reads and writes, each once; none is launched. Convolutions, matrix products and pooling
-libraries are left out: they are the same for every norm. Maps are bfloat16, parameters of norms
-float32.
+inductor lowers and fuses the graphs of the forward and the backward pass for a simulated GPU, an
+H100 (sm_90). The traffic of a fused kernel is the size of the buffers that it reads and writes,
+each counted once. No kernel is launched. Convolutions, matrix products and pooling libraries are
+left out, because they are the same for every norm. Maps are bfloat16, parameters of norms float32.
 
 model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
-map. Other models are whole networks, in MB per image. operations: the arithmetic of the kernels,
-in the same way per element, or in millions per image; an eager operator counts as one per element
-of its output. "torch bn" is torch's batch norm; it is also
-counted without compilation: operators read their inputs and write their outputs, and batch norm
-reads its inputs a second time, since its statistics or sums come first.
+map. Other models are whole networks, in MB per image. The column `operations` is the arithmetic of
+the kernels, per element or in millions per image.
+
+"torch bn" is torch's batch norm. It is also counted without compilation: each operator reads its
+inputs, writes its outputs, and counts as one operation per element of its output. A batch norm
+reads its inputs twice, because the statistics or sums have to be computed first.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Traffic = tuple[int, int, int]  # bytes, kernels and operations of a pass
 GPU = torch.device("cuda:0")
 LAYER = "layer"
 NO_ARITHMETIC = {"load", "store", "store_reduction", "constant", "to_dtype", "get_index", "output"}
-# What inductor asks about the device, with the values of an H100.
+# the properties of the device that inductor reads, with the values of an H100
 PROPERTIES = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32)
 PROPERTIES.max_threads_per_multi_processor, PROPERTIES.max_threads_per_block = 2048, 1024
 PROPERTIES.regs_per_multiprocessor, PROPERTIES.shared_memory_per_block_optin = 65536, 232448
@@ -87,7 +87,7 @@ def main(options: Options) -> None:
 
 
 def measure(options: Options, norm: str, act: str, memory_format: str) -> list[dict[str, Any]]:
-    """A row for the compiled step; before it, one for torch bn's eager step."""
+    """A row for the compiled step, preceded for torch bn by one for the eager step."""
     is_layer = options.model == LAYER
     side, channels = options.size or (56 if is_layer else 224), options.channels if is_layer else 3
     unit = options.batch * (channels * side * side if is_layer else 10**6)
@@ -103,12 +103,12 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
     def step(images: Tensor, *tensors: Tensor) -> Tensor:
         return torch.func.functional_call(net, dict(zip(state, tensors)), (images,))
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # shapes alone: nothing is computed
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # only shapes: nothing is computed
         images = torch.empty(options.batch, channels, side, side, dtype=torch.bfloat16)
         images = images.to(memory_format=FORMATS[memory_format])
-        # a layer's input has a gradient; a network's images have none
+        # a layer's input needs a gradient, a network's images do not
         arguments = [images.requires_grad_(is_layer), *map(mode.from_tensor, state.values())]
-        # eager first: it finds no gradients, to which it would have to add
+        # eager first, because later it would add to existing gradients
         passes = {"eager": eager(step, arguments)} if norm == TORCH_BN else {}
         passes["compiled"] = compiled(step, arguments, inductor_options())
     return [
@@ -134,7 +134,7 @@ def _layer(norm: str, act: str, channels: int) -> nn.Module:
 def compiled(
     step: Callable[..., Tensor], arguments: list[Tensor], options: dict[str, Any]
 ) -> list[Traffic]:
-    """Traffic of the forward and the backward pass, as inductor compiles them."""
+    """Traffic of the forward and the backward pass as inductor compiles them."""
     graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
 
     def keep(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -148,12 +148,12 @@ def compiled(
         )
         out = run(*arguments)
         out.backward(torch.ones_like(out))
-        with pretended_gpu():
+        with simulated_gpu():
             return [lower(*graph, is_backward) for graph, is_backward in zip(graphs, (False, True))]
 
 
 def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Traffic:
-    """Generate the graph's code for the pretended GPU and count."""
+    """Lower and fuse the graph for the simulated GPU; count the traffic of its kernels."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def move(value: Any) -> Any:
@@ -184,7 +184,7 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
 
 
 def operations(kernel: scheduler.BaseSchedulerNode) -> int:
-    """Arithmetic of a fused kernel, over all elements: constants inlined into it count there."""
+    """Arithmetic operations of a fused kernel over all elements, inlined constants included."""
     total = 0
     for node in kernel.get_nodes():
         counts = node._body.op_counts
@@ -194,8 +194,8 @@ def operations(kernel: scheduler.BaseSchedulerNode) -> int:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """Let torch and Triton see an H100 that generates code and cannot run it."""
+def simulated_gpu() -> Iterator[None]:
+    """Make torch and Triton see an H100, for which code can be generated but not run."""
 
     def convolution_format(x: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
         formats = (suggest_memory_format(x), suggest_memory_format(weight))
@@ -223,7 +223,7 @@ def pretended_gpu() -> Iterator[None]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the bytes of the operators that run: their inputs and outputs."""
+    """Counts the bytes of the inputs and outputs of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()

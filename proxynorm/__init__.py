@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time __getattr__
     from proxynorm.nn import parameter_groups as parameter_groups
     from proxynorm.nn import proxy_moments as proxy_moments
     from proxynorm.nn.freeze import freeze as freeze
-    from proxynorm.nn.passed_over import update_bn as update_bn
+    from proxynorm.nn.interop import update_bn as update_bn
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ _HOMES = {
     "parameter_groups": "proxynorm.nn",
     "power_decomposition": "proxynorm.analysis.power",
     "proxy_moments": "proxynorm.nn",
-    "update_bn": "proxynorm.nn.passed_over",
+    "update_bn": "proxynorm.nn.interop",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -1,1 +1,1 @@
-"""Puts NormAct2d into a network that exists."""
+"""Conversion of existing networks to NormAct2d."""

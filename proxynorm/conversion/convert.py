@@ -1,9 +1,8 @@
-"""Put NormAct2d into a network that exists: observe, match, replace, verify.
+"""Convert an existing network to NormAct2d: observe, match, replace, verify.
 
-The network runs on example inputs, a copy at a time, and shows which activation follows each norm.
-The same changes, made with the original norms and no PN, must then reproduce the network's outputs
-bit for bit. Only after that is the network itself changed, so that a refused conversion leaves it
-as it was.
+Copies of the network run on example inputs and show which activation follows each norm. The same
+changes, made with the original norms and without PN, must then reproduce the network's outputs bit
+for bit. Only after that is the network itself changed, so a refused conversion leaves it as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from proxynorm.conversion.rewrite import rewritten_class
 from proxynorm.conversion.run import Run, preserved_randomness, separate_shared_activations
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.fast.shared import share_moments
-from proxynorm.nn.freeze import hand_on_copy, replace_modules
+from proxynorm.nn.freeze import clone_output, replace_modules
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.options import NormOptions
 from proxynorm.nn.weights import standardize_weights
@@ -32,7 +31,7 @@ class ConversionRow(NamedTuple):
 
     module: str  # its qualified name
     kind: str  # its class before the conversion
-    action: str  # what became of it, or why it was left
+    action: str  # the replacement, or why it was left as it is
 
 
 class ConversionReport(list[ConversionRow]):
@@ -61,30 +60,30 @@ def convert(
 ) -> nn.Module:
     """Replace, in place, every norm of a network and the activation that follows it by NormAct2d.
 
-    Batch, group, instance and frozen batch norms are replaced wherever they stand, channels-first
-    layer norms only where an activation follows. A norm without an activation gets no PN; with PN
-    on it keeps its scale and drops its shift (the authors' rule). Weights, γ, β and running
-    statistics are carried over, and the keys of all other weights stay. An activation written out
-    in a forward (x * torch.sigmoid(x)) is refused. γ̃ and β̃ are new: make the optimizer afterwards.
+    Batch, group, instance and frozen batch norms are always replaced, channels-first layer norms
+    only if an activation follows. A norm that no activation follows gets no PN; if norm has PN, it
+    keeps its scale and loses its shift (the authors' rule). Weights, γ, β and running statistics
+    are carried over, and the keys of all other weights stay. An activation written out in a forward
+    (x * torch.sigmoid(x)) is refused. γ̃ and β̃ are new: create the optimizer after the conversion.
 
     Args:
-        model: a network for maps (N, C, H, W); copies of it are run.
+        model: a network whose norms act on maps (N, C, H, W). Copies of it are run.
         norm: one of proxynorm.nn.NORMS.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a function
-            that calls the model it is given (a detector's needs targets in training). None: random
-            images of several sizes are tried.
+            that calls the model (for a detector, with targets in training). None: random images of
+            several sizes are tried.
         keep: names of norms to leave as they are, or patterns of such names ("stages.0.*").
-        no_activation: the same for norms to convert as followed by no activation, whatever follows.
+        no_activation: names or patterns of norms to convert as if no activation followed them.
         groups, norm_batch, eps, proxy_eps, moments, nodes: see proxynorm.nn.options.NormOptions.
-        verify: compare outputs before anything is changed; create_model skips what tests cover.
+        verify: compare outputs before the model is changed.
 
     Returns:
-        The same model. proxynorm.conversion_report(model) tells what was done.
+        The same model. proxynorm.conversion_report(model) lists what was done.
 
     Raises:
-        TypeError: model is no module, or keep or no_activation a string.
-        ValueError, the model left as it was: a wrong option, a network that does not run, nothing
-            to convert, norms that cannot be placed (all named, with reasons), other outputs.
+        TypeError: model is not a module, or keep or no_activation is a string.
+        ValueError, with the model left as it was: an option is invalid, the network does not run,
+            nothing can be converted, norms cannot be placed (all are named), or outputs differ.
     """
     _check_network(model)
     options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
@@ -102,12 +101,12 @@ def convert(
             standardize_weights(model.get_submodule(name))
     if options.spec.proxy:
         share_moments(model)
-    vars(model)["conversion_rows"] = rows  # no module, no parameter: nn.Module need not look
+    vars(model)["conversion_rows"] = rows  # nn.Module's __setattr__ accepts tensors and modules
     return model
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """A row for each module that convert changed and each norm that it left; prints as a table.
+    """A row for each module that convert changed and each norm that it left. Prints as a table.
 
     Raises:
         ValueError: the model was not converted.
@@ -124,23 +123,23 @@ def _check_network(model: nn.Module) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"convert takes a network, an nn.Module, not {model!r}: make it first, with "
-            "timm.create_model"
+            f"convert takes a network, an nn.Module, not {model!r}: create it first, for example "
+            "with timm.create_model"
         )
-    # a copy would run the forward of the original, whatever is done to the copy
+    # A copy would still call this forward, which belongs to the original.
     for name, module in model.named_modules():
         if "forward" in vars(module) and (kind_of(module) or [*module.children()]):
             raise ValueError(
                 f"cannot convert this {kind}: a forward was set on the object "
                 f"{name or 'the model itself'}, which may compute something else than its class: "
-                "convert before setting it, or put it into a class"
+                "convert before setting it, or move it into a class"
             )
 
 
 def _verify(
     model: nn.Module, call: Run, seen: Observation, plan: Plan, options: NormOptions
 ) -> None:
-    """Raise ValueError unless copies show that the plan may be carried out."""
+    """Raise ValueError unless converted copies behave like the original."""
     sites = ", ".join(sorted({str(site) for site in plan.sites}))
     advice = "Leave the norms around it as they are with keep=[...]"
     if sites:
@@ -155,32 +154,32 @@ def _verify(
 def _layers(
     model: nn.Module, plan: Plan, options: NormOptions | None = None
 ) -> dict[str, nn.Module]:
-    """The new layers, by the names of the norms; the model is not changed.
+    """The new layers by the names of the norms. The model is not changed.
 
-    Without options, the original norms, each with what followed it.
+    Without options, each new layer is the original norm with the modules that followed it.
     """
     layers: dict[str, nn.Module] = {}
     for name, call in plan.norms.items():
         norm = model.get_submodule(name)
         own = own_activation(norm)
-        behind = call.activation if call.name is None else model.get_submodule(call.name)
-        activation = behind if own is None else own
+        following = call.activation if call.name is None else model.get_submodule(call.name)
+        activation = following if own is None else own
         between = [model.get_submodule(inner) for inner in call.between]
         if options is None:
-            follows = [activation] if own is None and activation is not None else []
-            layers[name] = StandIn(norm, *between, *follows)
+            after = [activation] if own is None and activation is not None else []
+            layers[name] = StandIn(norm, *between, *after)
             continue
         layer = make_layer(name, norm, call.value.shape[1], activation, options)
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and name in plan.overwritten:
-            layer.register_forward_hook(hand_on_copy)
+            layer.register_forward_hook(clone_output)
         layers[name] = layer
     return layers
 
 
 def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
-    """Make the plan's changes in place, with the given layers for the norms."""
+    """Make the plan's changes in place, with the given layers in place of the norms."""
     inside = [name for call in plan.norms.values() for name in call.between]
     replacements: dict[nn.Module, nn.Module] = {}
     for name in (*inside, *plan.identities):
@@ -195,7 +194,7 @@ def _apply(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> None:
 
 
 def _report(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> ConversionReport:
-    """List what the plan does with each module, in the network's order; made before it is done."""
+    """The report, in the network's order. Made before the plan is applied."""
     actions = {name: f"left as it is: {why}" for name, why in plan.left.items()}
     for owner in plan.edits:
         count = sum(site.owner == owner for site in plan.sites)
@@ -207,9 +206,9 @@ def _report(model: nn.Module, plan: Plan, layers: dict[str, nn.Module]) -> Conve
     for name, module in model.named_modules(remove_duplicate=False):
         action = actions.get(name)
         if module in identities:
-            action = "joined with its norm; the identity stands here"
+            action = "joined with its norm; replaced by the identity"
         elif action is None and is_other_norm(module):
-            action = "left as it is: no norm over maps (N, C, H, W)"
+            action = "left as it is: not a norm over maps (N, C, H, W)"
         if action is not None:
             rows.append(ConversionRow(name, type(module).__name__, action))
     return rows
@@ -224,7 +223,7 @@ def _describe(norm: nn.Module, layer: nn.Module) -> str:
         return f"{kind}, no activation behind it{': scale kept, shift dropped' if dropped else ''}"
     inside = type(layer.drop).__name__
     inside = f" with {inside} inside" if inside != "Identity" else ""
-    copied = ", a copy of it handed on, as it is changed in place" if layer._forward_hooks else ""
-    # a wrapper of a function goes by the function's name
+    copied = ", output copied because it is changed in place" if layer._forward_hooks else ""
+    # a FunctionActivation is listed by the type of its function
     activation = type(getattr(layer.act, "function", layer.act)).__name__
     return f"{kind} + {activation}{' + PN' if layer.proxy else ''}{inside}{copied}"

@@ -1,7 +1,7 @@
-"""Tell what modules and calls of functions do to a norm's value: by class or name, or by trial.
+"""Classify modules and function calls by what they do to a norm's value: by name or by trial.
 
-Modules are norms, activations, gates or dropout; calls are linear in the value, feed a layer, join
-it with another value, or may be activations written by hand.
+Modules are norms, activations, gates, or things like dropout. Calls are linear in the value, feed
+it to a layer, combine it with another value, or may be an activation written by hand.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from proxynorm.nn.activations import ACTIVATIONS as NAMES
 from proxynorm.nn.activations import activation_name, class_name, make_activation
 from proxynorm.nn.norm_act import NormAct2d
 
-# F.leaky_relu and its like by the name of the module that does the same: both take the same
-# arguments in one order.
+# torch's activation modules by the names of their functions, such as leakyrelu for F.leaky_relu.
+# Both take the same arguments in the same order.
 _FUNCTIONAL = {
     name.lower(): kind
     for name, kind in vars(nn.modules.activation).items()
@@ -35,10 +35,10 @@ _GATES = {"sigmoid", "hardsigmoid", "softmax"}
 _LAYERS = {"linear", "bilinear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "tensordot"}
 _LAYERS |= {"scaled_dot_product_attention", "multi_head_attention_forward", "normalize"}
 _LAYERS |= {"lstm", "gru"}
-# Pools are taken for linear. So are means, which vanish behind some norms: there is nothing to try.
+# Pools count as linear. So do means, which are 0 behind some norms, so that a trial shows nothing.
 _POOLS = ("max_pool", "avg_pool", "dropout")
 _EXTREMES = {"amax", "amin", "max", "min"}
-# Functions whose results tell the shape alone, or are for checks.
+# Functions whose results depend on the shape alone, or are only used in checks.
 NO_VALUES = ("empty_like", "new_", "rand_like", "randn_like", "isnan", "isinf", "isfinite")
 
 
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The function's name, without the marks of operators and of in-place variants."""
+        """The function's name without the marks of operators and in-place variants (__iadd__)."""
         name: str = getattr(self.function, "__name__", "").strip("_")
         return name[1:] if name[1:] in _SUMS | PRODUCTS | POWERS else name
 
@@ -62,11 +62,11 @@ def tensors_in(values: object) -> list[Tensor]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True for what convert can replace: a norm with one affine per channel, channels first."""
+    """True for a norm that convert can replace: channels first, with an affine per channel."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, NormAct2d)
     name = type(module).__name__
     is_channels_first = isinstance(module, nn.LayerNorm) and "2d" in name
-    # torchvision, timm and detectron2 each have a batch norm of constants
+    # torchvision, timm and detectron2 each have a FrozenBatchNorm2d
     return isinstance(module, kinds) or is_channels_first or name.startswith("FrozenBatchNorm")
 
 
@@ -78,22 +78,23 @@ def is_other_norm(module: nn.Module) -> bool:
 
 
 def own_activation(norm: nn.Module) -> nn.Module | None:
-    """The activation inside of a norm+act layer; None if it has none."""
+    """The activation inside a norm+act layer; None if there is none."""
     act = getattr(norm, "act", None)
     return None if isinstance(act, nn.Identity) else act
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The part that a module plays for a norm; None for one whose own calls have to be watched.
+    """The kind of a module; None for a module whose own calls have to be observed.
 
-    "norm"; "activation": acts on each element alone, and is neither linear nor a gate; "gate":
-    gives numbers from 0 to 1, to multiply another value with; "between": drops, blurs or pools, and
-    may stand between a norm and its activation.
+    - "norm"
+    - "activation": acts on each element alone, and is neither linear nor a gate.
+    - "gate": an elementwise function to values from 0 to 1, which multiply another value.
+    - "between": drops, blurs or pools; may stand between a norm and its activation.
     """
     name = type(module).__name__
     if is_norm(module):
         return "norm"
-    # Hardtanh(0, 1) looks like a gate; PReLU may have a slope per channel
+    # a trial would take Hardtanh(0, 1) for a gate, and a PReLU may have a slope per channel
     if isinstance(module, (nn.PReLU, nn.Hardtanh)):
         return "activation"
     pools = (nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.MaxPool2d)
@@ -105,22 +106,22 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def activation_of_call(call: Call) -> nn.Module | None:
-    """The activation that a call computes, as a module; None if it is none."""
+    """The activation that a call computes, as a module; None if it computes none."""
     kind = _FUNCTIONAL.get(call.name.replace("_", ""))
     if kind is None:
         return None
     options = {key: value for key, value in call.kwargs.items() if key not in ("inplace", "input")}
     try:
         module = kind(*call.args[1:], **options)
-    except (TypeError, ValueError):  # some other use of the name
+    except (TypeError, ValueError):  # another function of the same name
         return None
     return module if kind_of(module) == "activation" else None
 
 
 def recognized(activation: nn.Module) -> nn.Module:
-    """The activation, or torch's own of the same class name if both compute the same.
+    """The activation, or torch's module of the same class name if both compute the same.
 
-    torch's own has closed-form moments.
+    The moments of torch's own activations have closed forms.
     """
     name = class_name(activation)
     has_parameters = next(activation.parameters(), None) is not None
@@ -134,22 +135,22 @@ _tried: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictio
 
 
 def _try(module: nn.Module) -> str | None:
-    """Run a copy of a module; return "activation", "gate" or None.
+    """Try a copy of a module; return "activation", "gate" or None.
 
-    A module that keeps no tensors but single numbers is an activation if each output depends on its
-    own input alone, wherever it stands, and is no linear function of it; a gate if it stays from 0
-    to 1 as well.
+    A module without tensors other than single numbers is an activation if it acts on each element
+    alone, regardless of its position, and is not linear. If its outputs also lie from 0 to 1, it is
+    a gate.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if isinstance(module, nn.Sequential) or any(t.numel() > 1 for t in tensors):
         return None
     x = torch.linspace(-8, 8, 120, device="cpu")
-    # other places, and other means: some values come more than once, others not at all
+    # The same values at other positions and with another mean: some are repeated, others missing.
     moved = torch.arange(120, device="cpu").square() % 97
     try:
         y, y_moved = (_run(module, v.view(2, 3, 4, 5)).flatten() for v in (x, x[moved]))
         is_elementwise = y.shape == x.shape and torch.allclose(y_moved, y[moved], atol=1e-5)
-    except Exception:  # a module that does not take maps, or does not return one, is neither
+    except Exception:  # the module does not take a map, or does not return one
         return None
     steps = y.double().diff()
     if not (is_elementwise and steps.max() - steps.min() >= 1e-3):  # or linear, or not finite
@@ -159,26 +160,30 @@ def _try(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a copy of the module to x in x's precision, without its hooks."""
+    """Apply a copy of the module, in x's dtype and without hooks, to x."""
     copied = copy.deepcopy(module).to(x.device, x.dtype)
     y: Tensor = copied.forward(x.clone())
     return y
 
 
 def effect(call: Call, on: Collection[Tensor], is_alone: bool) -> str:
-    """The effect of a call on the value that some of its tensors, `on`, hold.
+    """The effect of a call on a value, which the tensors `on` among its arguments hold.
 
-    "layer": it feeds a convolution, a linear layer, attention or a norm; "sum" or "product": it is
-    joined with another value; "gate": it becomes a number from 0 to 1; "linear": scaled, moved,
-    pooled; "none": the result does not depend on it; "other": an activation, perhaps. is_alone: no
-    tensor of the call depends on other data.
+    - "layer": the value is the input of a convolution, linear layer, attention or norm.
+    - "sum", "product": it is combined with another value.
+    - "gate": it is mapped to numbers from 0 to 1.
+    - "linear": it is scaled, shifted, moved or pooled.
+    - "none": the result does not depend on it.
+    - "other": anything else, perhaps an activation.
+
+    is_alone: no tensor of the call depends on other data.
     """
     name = call.name
     if name in _LAYERS or name.startswith("conv") or name.endswith("_norm"):
         return "layer"
     if name in _GATES:
         return "gate"
-    # torch.max(y, other) is no pool but a curve
+    # torch.max(y, other) is not a pool but an elementwise function
     is_extreme = name in _EXTREMES and len(tensors_in(call.args)) == 1
     is_mean = is_alone and name in ("sum", "mean")
     if is_extreme or is_mean or any(pool in name for pool in _POOLS):
@@ -191,9 +196,9 @@ def effect(call: Call, on: Collection[Tensor], is_alone: bool) -> str:
 
 @torch.no_grad()
 def _dependence(call: Call, on: set[int]) -> str:
-    """How a call depends on the tensors of these ids: "linear" (or affine), "none", or "other".
+    """How a call depends on the tensors with these ids: "linear" (or affine), "none" or "other".
 
-    f(0), f(y) and f(−100y) tell: for an affine f they lie on one line.
+    The call is repeated to get f(0), f(y) and f(−100y). If f is affine, they lie on a line.
     """
 
     def scaled(factor: float) -> list[Tensor]:
@@ -204,7 +209,7 @@ def _dependence(call: Call, on: set[int]) -> str:
 
         new_args, new_kwargs = tree_map(scale, (call.args, call.kwargs))
         output = call.function(*new_args, **new_kwargs)
-        # a call without a result, such as y[i] = z, changes its first argument
+        # a call that returns None, such as y[i] = z, changes its first argument
         return tensors_in(output if output is not None else new_args[:1])
 
     try:
@@ -219,9 +224,9 @@ def _dependence(call: Call, on: set[int]) -> str:
 
 
 def _on_one_line(zero: Tensor, one: Tensor, far: Tensor) -> bool:
-    """Return whether f(0), f(y) and f(−100y) are those of an affine f, to rounding."""
+    """True if f(0), f(y) and f(−100y) are those of an affine f, to rounding."""
     step, eps = one - zero, torch.finfo(one.dtype).eps
-    # y may be a small part of f, as behind a layer scale of 1e-5: then f's own rounding counts
+    # y may contribute little to f, as with a layer scale of 1e-5; then the rounding of f counts
     bound = (eps**0.5 * step.abs().max()).maximum(16 * eps * one.abs().max()).clamp_min(1e-30)
-    # not ≤: a step to infinity lies on no line
+    # strict, so that an infinite step is not taken for affine
     return bool(((far - zero + 100 * step).abs() < 100 * bound).all())

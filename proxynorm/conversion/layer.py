@@ -1,4 +1,4 @@
-"""Make the NormAct2d that takes a norm's place, with all that the norm had."""
+"""Make the NormAct2d that replaces a norm, with the norm's parameters and settings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from proxynorm.nn.options import NormOptions
 def make_layer(
     name: str, norm: Any, channels: int, activation: nn.Module | None, options: NormOptions
 ) -> NormAct2d:
-    """The new layer, with the old one's parameters, statistics, ε, momentum, device and mode."""
+    """The new layer, with the old norm's parameters, statistics, ε, momentum, device and mode."""
     statistics = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
     like = next((t for t in statistics if t is not None), torch.empty(0))
     if activation is not None:
-        # one with parameters itself, so that those which several norms share stay shared
+        # not copied if it has parameters, which several norms may share
         own = activation if [*activation.parameters()] else copy.deepcopy(activation)
         activation = recognized(own)
     arguments = options.layer_arguments()
@@ -28,7 +28,7 @@ def make_layer(
         arguments["eps"] = norm.eps
     if isinstance(norm, nn.SyncBatchNorm) and options.spec.batch_statistics:
         arguments["norm_batch"] = options.norm_batch or "global"
-    # instance norm without running statistics says nothing about bn's
+    # an instance norm has no running statistics by default; a batch norm in its place has them
     is_instance_norm = isinstance(norm, nn.modules.instancenorm._InstanceNorm)
     try:
         layer = NormAct2d(
@@ -45,19 +45,19 @@ def make_layer(
         raise ValueError(f"cannot convert {name}: {error}") from error
     _carry_over(norm, layer)
     if layer.proxied and not (layer.weight.is_meta or layer.weight.any()):
-        # a zero-initialised γ would leave PN a variance of 0
+        # with γ = 0, the proxy's variance would be 0
         ones = torch.ones_like(layer.weight)
         layer.weight = nn.Parameter(ones, requires_grad=layer.weight.requires_grad)
     return layer.train(norm.training)
 
 
 def _carry_over(norm: Any, layer: NormAct2d) -> None:
-    """Take over γ, β, γ̃, β̃, running statistics (float32 or better), and the old layer's drop."""
+    """Take over γ, β, γ̃, β̃, the running statistics (in float32 or better), and drop."""
     for name, _ in list(layer.named_parameters(recurse=False)):
         old = getattr(norm, name, None)
         if isinstance(old, nn.Parameter):
-            setattr(layer, name, old)  # itself, so that what several norms share stays shared
-        elif old is not None:  # the affine of a frozen batch norm is a buffer; it learns again
+            setattr(layer, name, old)  # not copied: several norms may share it
+        elif old is not None:  # a buffer: the affine of a frozen batch norm becomes trainable
             setattr(layer, name, nn.Parameter(old.detach().clone()))
     for name, buffer in layer.named_buffers(recurse=False):
         old = getattr(norm, name, None)

@@ -1,4 +1,4 @@
-"""Decide from what runs showed what becomes of each norm; say why one cannot be replaced."""
+"""Decide what happens to each norm, from the observed runs, or why it cannot be replaced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from proxynorm.conversion.kinds import is_norm, own_activation
 from proxynorm.conversion.observe import NormCall, Observation
 from proxynorm.conversion.rewrite import CannotRewriteError, Edits, Site, plan_edits
-from proxynorm.nn.freeze import hand_on_copy
+from proxynorm.nn.freeze import clone_output
 
 NOT_CALLED = "no call of it was seen when the network ran on the example inputs"
 
@@ -25,10 +25,10 @@ class Plan:
 
     # the norms to replace, each with a call that shows what follows it
     norms: dict[str, NormCall] = field(default_factory=dict)
-    overwritten: set[str] = field(default_factory=set)  # those whose result is changed in place
-    left: dict[str, str] = field(default_factory=dict)  # the norms that stay, with the reason
-    identities: list[str] = field(default_factory=list)  # activations that the identity replaces
-    # new methods of modules, without the calls of activations at these sites
+    overwritten: set[str] = field(default_factory=set)  # norms whose result is changed in place
+    left: dict[str, str] = field(default_factory=dict)  # norms that stay, with the reason
+    identities: list[str] = field(default_factory=list)  # activations to replace by the identity
+    # new source of modules' methods, without the activation calls at `sites`
     edits: dict[str, Edits] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
 
@@ -43,8 +43,8 @@ def make_plan(
     """The changes that convert has to make.
 
     Raises:
-        ValueError: norms cannot be replaced (all are named, with the reasons), or nothing is left
-            to do.
+        ValueError: norms cannot be replaced (all are named, with the reasons), or there is nothing
+            to convert.
     """
     norms = {name: module for name, module in model.named_modules() if is_norm(module)}
     kind = type(model).__name__
@@ -61,9 +61,9 @@ def make_plan(
         if not calls:
             (refused if failures else plan.left)[name] = NOT_CALLED + "".join(failures)
             continue
-        if name in bare and own_activation(norm) is None:  # whatever was seen behind it
+        if name in bare and own_activation(norm) is None:  # ignore what was seen behind it
             calls = [NormCall(name, call.value) for call in calls]
-        # where calls differ in what follows them, verification will tell
+        # if calls differ in what follows them, verification will fail
         call = next((c for c in calls if c.activation is not None), calls[0])
         why = _hindrance(norm, calls)
         if isinstance(norm, nn.LayerNorm) and (why or call.activation is None):
@@ -79,17 +79,17 @@ def make_plan(
         groups: dict[str, list[str]] = {}
         for name, why in refused.items():
             groups.setdefault(f"({type(norms[name]).__name__}): {why}", []).append(name)
-        told = "; ".join(f"{', '.join(names)} {why}" for why, names in groups.items())
+        listing = "; ".join(f"{', '.join(names)} {why}" for why, names in groups.items())
         raise ValueError(
-            f"cannot place {told}. Leave such a norm as it is with keep={list(refused)}, or, if no "
-            f"activation follows it, convert it with no_activation={list(refused)}"
+            f"cannot place {listing}. Leave such a norm as it is with keep={list(refused)}, or, if "
+            f"no activation follows it, convert it with no_activation={list(refused)}"
         )
     _check_something_to_do(kind, plan, proxy)
     return plan
 
 
 def _matching(option: str, patterns: Iterable[str], norms: Iterable[str], kind: str) -> set[str]:
-    """Names of the norms that an option's names and patterns mean."""
+    """The names of the norms that match an option's names and patterns."""
     if isinstance(patterns, str):
         raise TypeError(f"{option} is a list of names: {option}=[{patterns!r}]")
     names: set[str] = set()
@@ -102,7 +102,7 @@ def _matching(option: str, patterns: Iterable[str], norms: Iterable[str], kind: 
 
 
 def _hindrance(norm: Any, calls: list[NormCall]) -> str | None:
-    """Why a norm cannot be replaced; None if it can."""
+    """The reason why a norm cannot be replaced; None if it can."""
     libraries = ("torch.", "timm.", "torchvision.", "proxynorm.")
     if not type(norm).forward.__module__.startswith(libraries):
         return "its class has a forward of its own, which may compute something else"
@@ -110,7 +110,7 @@ def _hindrance(norm: Any, calls: list[NormCall]) -> str | None:
     parts = [norm, *activations]
     names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     hooks = [hook for part in parts for name in names for hook in getattr(part, name).values()]
-    has_hooks = any(hook is not hand_on_copy for hook in hooks)
+    has_hooks = any(hook is not clone_output for hook in hooks)
     if has_hooks or any(map(parametrize.is_parametrized, parts)):
         return (
             "it, or the activation behind it, has hooks or parametrizations, which would be lost: "
@@ -122,7 +122,7 @@ def _hindrance(norm: Any, calls: list[NormCall]) -> str | None:
     for call in calls:
         if call.problem is not None:
             return call.problem
-    # activations that differ in more than their parameters are told apart by verification
+    # verification finds activations that differ in other ways than class and parameters
     if len({(type(act), *map(id, act.parameters())) for act in activations}) > 1:
         return "its calls, or training and evaluation, differ in the activation behind it"
     return None
@@ -131,10 +131,7 @@ def _hindrance(norm: Any, calls: list[NormCall]) -> str | None:
 def _plan_activations(
     model: nn.Module, plan: Plan, seen: Observation, joined: list[NormCall]
 ) -> dict[str, str]:
-    """Add identities and edits to the plan.
-
-    Return the norms whose activation cannot be taken out, with the reason.
-    """
+    """Add identities and edits to the plan; return the norms for which that fails, with reasons."""
     shared = {name for name, call in seen.activations if call not in joined}
     plan.identities = sorted({c.name for c in joined if c.name is not None} - shared)
     by_owner: dict[str | None, list[NormCall]] = {}
@@ -159,7 +156,7 @@ def _plan_activations(
 
 
 def _check_something_to_do(kind: str, plan: Plan, proxy: bool) -> None:
-    """Raise ValueError if not; warn of norms that were left because they never ran."""
+    """Raise ValueError if there is nothing to convert; warn about norms that never ran."""
     if not plan.norms:
         skipped = [name for name, why in plan.left.items() if why in ("keep", NOT_CALLED)]
         others = f" other than {', '.join(skipped)}" if skipped else ""

@@ -1,13 +1,14 @@
-"""Watch a network run, and note what each norm's value meets first.
+"""Run a network and observe what follows each norm.
 
-Tracing is not execution: a traced value takes other branches, freezes draws and attributes, and
-stays behind in caches. So the network itself runs, in training and in evaluation mode, on a copy,
-and two things look on: forward hooks, which see the norms and the activations that are modules, and
-a TorchFunctionMode, which sees every other call on a tensor.
+Symbolic tracing differs from execution: traced values take other branches, turn random draws and
+attributes into constants, and stay behind in caches. So a copy of the network runs, in training and
+in evaluation mode. Forward hooks observe the norms and activations that are modules, and a
+TorchFunctionMode observes all other calls on tensors.
 
-The value of a norm is followed through all calls that are linear in it until the next layer, or the
-sum or product with another value. An activation found there that is not right behind the norm, or a
-call that is not linear, cannot be joined with the norm: it is the norm's problem.
+The value of a norm is followed through calls that are linear in it, until it feeds a layer or is
+combined with another value by a sum or product. If it meets a nonlinear call before that, or an
+activation that is not right behind the norm, nothing can be joined with the norm. This is noted as
+the norm's problem.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ from proxynorm.conversion.run import Run, copy_to_run, run, runs_of
 
 @dataclass(eq=False)
 class NormCall:
-    """One call of a norm, and what was seen behind it."""
+    """One call of a norm, and what followed it."""
 
     norm: str  # the norm's name
-    value: Tensor  # of the activation, or of the norm where there is none
-    activation: nn.Module | None = None  # computes the activation right behind the norm
-    name: str | None = None  # of the activation's module; None: a function, or a part of the norm
+    value: Tensor  # the output of the activation, or of the norm if there is none
+    activation: nn.Module | None = None  # the activation right behind the norm
+    name: str | None = None  # the activation's; None: it is a function, or part of the norm
     site: Site | None = None  # where the activation is called
-    # names of the modules between norm and activation (dropout, blur) that did something
+    # names of the modules between norm and activation that changed the value (dropout, blur)
     between: list[str] = field(default_factory=list)
     problem: str | None = None  # why the norm cannot be joined with what follows
-    uses: int = 0  # how many calls take the norm's value
-    version: int = 0  # torch's count of value's in-place changes when it was computed
+    uses: int = 0  # number of calls that take the norm's value
+    version: int = 0  # torch's counter of in-place changes of value, when it was computed
 
     @property
     def is_overwritten(self) -> bool:
-        """True if the value was changed in place later, itself or through a view."""
+        """True if the value was changed in place later, directly or through a view."""
         return self.value._version != self.version
 
     def blame(self, problem: str) -> None:
-        """Note why the norm cannot be joined; the first reason counts."""
+        """Note why the norm cannot be joined with what follows. The first reason is kept."""
         self.problem = self.problem or problem
 
 
@@ -55,21 +56,21 @@ class Observation:
     """The findings of a network's runs."""
 
     calls: list[NormCall] = field(default_factory=list)
-    # of every call of an activation module: its name, and the norm call that it is right behind
+    # for every call of an activation module: its name, and the norm call right before it
     activations: list[tuple[str, NormCall | None]] = field(default_factory=list)
-    # the convolutions whose output reaches a norm, alone or in a sum
+    # names of the convolutions whose output reaches a norm, alone or in a sum
     feeding: set[str] = field(default_factory=set)
-    errors: dict[str, str] = field(default_factory=dict)  # by mode, why the network failed in it
+    errors: dict[str, str] = field(default_factory=dict)  # by mode, the error of the network
 
 
 def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]:
-    """Run copies of the model in both modes; the way it was called, and what was seen.
+    """Run copies of the model in both modes; return how it was called, and the findings.
 
-    Where the network fails in one mode (a detector without targets, in training), what the other
-    shows has to do.
+    If the network fails in one mode (a detector without targets, in training), the findings are
+    those of the other.
 
     Raises:
-        ValueError: it fails in both, whatever the inputs.
+        ValueError: the network fails in both modes, with all inputs that were tried.
     """
     best, last_error = None, ""
     for call in runs_of(model, example_inputs):
@@ -101,12 +102,12 @@ def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]
 class _Trace:
     """Where a tensor comes from."""
 
-    # the norm calls whose value it holds, each with the functions that led here; none did if it is
-    # that call's value, unchanged
+    # the norm calls whose value the tensor holds, each with the names of the functions on the way;
+    # none if the tensor is the value itself
     sources: dict[NormCall, list[str]] = field(default_factory=dict)
-    is_gated: bool = False  # a source was seen through a sigmoid
-    is_mixed: bool = True  # it depends on other data too
-    activated: NormCall | None = None  # it is the result of that call's activation
+    is_gated: bool = False  # a source passed a sigmoid on the way
+    is_mixed: bool = True  # the tensor depends on other data too
+    activated: NormCall | None = None  # the norm call whose activation computed the tensor
     convs: frozenset[str] = frozenset()  # the convolutions whose output it holds
 
     @property
@@ -119,18 +120,18 @@ _CONSTANT = _Trace(is_mixed=False)
 
 
 class Observer(TorchFunctionMode):
-    """Watches all calls while it is entered, and adds to an Observation."""
+    """A context that observes all calls and adds them to an Observation."""
 
     def __init__(self, model: nn.Module, mode: str, seen: Observation) -> None:
-        self.model, self.told = model, "in evaluation mode, " if mode == "evaluation" else ""
-        self.seen = seen
+        self.model, self.seen = model, seen
+        self.problem_prefix = "in evaluation mode, " if mode == "evaluation" else ""
         self.names = {module: name for name, module in model.named_modules()}
         self.kinds = {module: kinds.kind_of(module) for module in self.names}
-        # by id, beside the tensor itself, which keeps the id from being used again
+        # by id; the tensor is stored as well, so that its id is not reused
         self.traces: dict[int, tuple[Tensor, _Trace]] = {}
         self.calls: list[NormCall] = []
         self.activations: list[tuple[str, NormCall | None]] = []
-        # how many norms, activations, gates are running: what is inside of them is theirs
+        # number of norms, activations and gates that are running; calls inside them are ignored
         self.depth = 0
         self.handles: list[Any] = []
 
@@ -147,17 +148,17 @@ class Observer(TorchFunctionMode):
             handle.remove()
 
     def finish(self, output: object) -> None:
-        """Settle every norm call once the network has returned its output."""
+        """Complete every norm call once the network has returned its output."""
         returned = {id(t) for t in tensors_in(output)}
         for call in self.calls:
             if call.activation is None:
-                call.between.clear()  # nothing to stand between
+                call.between.clear()  # without an activation, nothing is between
                 if not call.uses and id(call.value) not in returned:
-                    call.blame("no call that torch shows takes its value")
+                    call.blame("no torch function was seen to take its value")
             elif call.uses > 1 + len(call.between):
                 call.problem = "its value feeds an activation and something else as well"
             if call.problem:
-                call.problem = self.told + call.problem
+                call.problem = self.problem_prefix + call.problem
         self.seen.calls += self.calls
         self.seen.activations += self.activations
 
@@ -193,7 +194,7 @@ class Observer(TorchFunctionMode):
     def _note_activation(
         self, activation: nn.Module, x: Tensor, output: Tensor, name: str | None
     ) -> None:
-        """Join an activation with the norm call before it, if it is right behind one."""
+        """Join an activation with the norm call right before it, if there is one."""
         trace, label = self._trace(x), type(activation).__name__
         call = trace.direct
         if call is not None and call.activation is None:
@@ -211,7 +212,7 @@ class Observer(TorchFunctionMode):
         self._set(_Trace(activated=call), output)
 
     def _note_gate_or_between(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        """Follow a value through a gate, or what may stand between a norm and its activation."""
+        """Follow a value through a gate, or through a module such as dropout."""
         trace, is_gate = self._trace(x), self.kinds[module] == "gate"
         call = trace.direct
         if call is not None:
@@ -257,11 +258,11 @@ class Observer(TorchFunctionMode):
     def _follow(self, called: kinds.Call, known: list[Tensor]) -> _Trace:
         """The trace of a call's result.
 
-        Blames the norms whose value the call changes in other ways than a layer does.
+        If the call may be an activation written by hand, this is noted as the norm's problem.
         """
         name, traces = called.name, [self._trace(t) for t in known]
         for call in {t.activated for t in traces if t.activated is not None}:
-            # relu(y)² and relu(y)·relu(y) are activations of their own
+            # relu(y)² and relu(y)·relu(y) are other activations than relu(y)
             is_power = name in kinds.POWERS or (name in kinds.PRODUCTS and len(traces) > 1)
             if is_power and all(t.activated is call for t in traces):
                 call.problem = self._by_hand([type(call.activation).__name__, name])
@@ -271,7 +272,7 @@ class Observer(TorchFunctionMode):
         for source in dict.fromkeys(source for t in traces for source in t.sources):
             holders = [t for t in known if source in self._trace(t).sources]
             path = [*self._trace(holders[0]).sources[source], name]
-            # a branch that was dropped whole holds no source, and is another value all the same
+            # a dropped branch (its result is 0) has no source, but is still another value
             is_alone = all(not t.is_mixed and set(t.sources) == {source} for t in traces)
             does = kinds.effect(called, holders, is_alone)
             if does == "other":
@@ -279,8 +280,8 @@ class Observer(TorchFunctionMode):
             elif does in ("layer", "sum", "product"):
                 result.is_mixed = True
                 if is_gated and (does == "sum" or len(holders) == len(known)):
-                    told = ", ".join(path[:-1])
-                    source.blame(f"the sigmoid behind it ({told}) gates no other value")
+                    calls = ", ".join(path[:-1])
+                    source.blame(f"the sigmoid behind it ({calls}) gates no other value")
             elif does != "none":
                 result.sources[source] = path
                 result.is_gated |= is_gated or does == "gate"

@@ -1,10 +1,12 @@
-"""Take single activation calls out of a method, leaving the rest of it as written.
+"""Remove single activation calls from a method, and keep the rest of it as written.
 
-F.relu(self.bn(x)) and one self.relu behind norms and sums cannot be replaced as modules. Of the
-ways to keep such a forward, a mark on tensors that already passed an activation does not survive
-export and scripting, and a line per known class helps no user. So the call's source is replaced by
-its argument, at the position where it was seen running, in a generated subclass of the module's
-class. Everything else stays Python that runs: control flow, draws, attributes, caches.
+The activations in F.relu(self.bn(x)), or of one self.relu behind norms and sums, cannot be replaced
+as modules. Instead, a subclass of the module's class is generated. In the source of its method, the
+call is replaced by the call's argument, at the position where it was seen running. The rest of the
+method, with its control flow, random draws, attributes and caches, still runs as Python.
+
+Alternatives are worse: a mark on tensors that already passed an activation does not survive export
+and scripting, and a list of known classes does not help with a user's own.
 """
 
 from __future__ import annotations
@@ -26,36 +28,36 @@ import torch
 from torch import nn
 
 _MODULE = nn.modules.module.__file__
-# files whose functions are no helpers of a network: torch's that call ours, and our own
+# Files whose functions are not part of a network: those of torch that call this code, and our own.
 _TORCH = (_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._tensor.__file__)
 _PLUMBING = (*_TORCH, os.path.dirname(__file__))
 
-Edits = tuple[tuple[str, str], ...]  # methods' names, and their new source
+Edits = tuple[tuple[str, str], ...]  # names of methods, each with its new source
 
 
 class CannotRewriteError(ValueError):
-    """A call that cannot be taken out of its method; the message says why."""
+    """A call cannot be removed from its method; the message says why."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call in a source file, made by a module's method."""
+    """One call in a source file, in a method of a module."""
 
-    owner: str | None  # name of the module whose method makes the call; None if none does
+    owner: str | None  # name of the module with the method; None if it is not a module's method
     method: str
     file: str
     line: int  # where the call's text ends, as Python's syntax tree counts
     column: int | None  # None before Python 3.11
-    callee: str  # such as "relu", by which the call is found where column is None
+    callee: str  # such as "relu"; identifies the call if column is None
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
 
 def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
-    """The innermost call in a method of one of the modules that is running now.
+    """The innermost running call in a method of one of the modules.
 
-    Helper functions are looked through: the call of the helper stands for what it does. callee is
+    If the method calls a helper function, the site is the call of the helper. callee is the name of
     what is called.
     """
     frame: types.FrameType | None = sys._getframe(1)
@@ -69,7 +71,7 @@ def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
         if not code.co_filename.startswith(_PLUMBING):
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             site = Site(None, code.co_name, code.co_filename, line, column, callee)
-            # a decorated method has other code than the one that runs
+            # if the method is decorated, the class attribute has other code than the frame
             method = getattr(type(first), code.co_name, None)
             if isinstance(first, nn.Module) and getattr(method, "__code__", None) is code:
                 return replace(site, owner=names.get(first))
@@ -81,7 +83,7 @@ def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
 
 
 def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
-    """Line and column where the text of the running call ends; no column before Python 3.11."""
+    """The line and column where the running call's text ends; no column before Python 3.11."""
     positions = getattr(frame.f_code, "co_positions", None)
     if positions is None:
         return frame.f_lineno, None
@@ -90,7 +92,7 @@ def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
 
 
 class RewrittenModule:
-    """Mixin of generated classes; their objects copy and pickle by the original class and edits."""
+    """Mixin of generated classes: objects are pickled by the original class and the edits."""
 
     _original: type[nn.Module]
     _edits: Edits
@@ -100,20 +102,20 @@ class RewrittenModule:
 
 
 def plan_edits(module: nn.Module, sites: Collection[Site]) -> Edits:
-    """The source of one module's methods without the calls at the given sites.
+    """The source of a module's methods without the calls at the given sites.
 
     Raises:
-        CannotRewriteError: a call's source cannot be found, or not its input.
+        CannotRewriteError: the source of a call, or the call's input, cannot be found.
     """
     if isinstance(module, RewrittenModule):
         raise CannotRewriteError("an earlier conversion rewrote it: convert the original model")
     edits = []
     for method in dict.fromkeys(site.method for site in sites):
-        taking_out = _TakeOut([site for site in sites if site.method == method])
-        node = taking_out.visit(_source_node(getattr(type(module), method)))
-        if len(taking_out.found) != len(taking_out.sites):
+        remover = _CallRemover([site for site in sites if site.method == method])
+        node = remover.visit(_source_node(getattr(type(module), method)))
+        if len(remover.found) != len(remover.sites):
             raise CannotRewriteError(
-                "the call is not told from others on its line, or not found in the source"
+                "the call cannot be distinguished from others on its line, or is not in the source"
             )
         node.decorator_list = []
         edits.append((method, ast.unparse(node)))
@@ -130,24 +132,24 @@ def rewritten_class(original: Any, edits: Edits) -> Any:
 
 
 def _blank(original: Any, edits: Edits) -> nn.Module:
-    """An object of the rewritten class without state, for copying and unpickling."""
+    """An object of the rewritten class without attributes, for copying and unpickling."""
     rewritten = rewritten_class(original, edits)
     return rewritten.__new__(rewritten)
 
 
 def _source_node(function: types.FunctionType) -> Any:
-    """The syntax tree of a method, with the positions that it has in its file."""
+    """The syntax tree of a method, with the positions of its file."""
     try:
         lines, first = inspect.getsourcelines(function.__code__)
-        # under an `if`, a method may stay indented, so that columns are those of the file
+        # Under an `if`, the method can stay indented, so that columns are those of the file.
         tree = ast.parse("if True:\n" + "".join(lines))
     except (OSError, SyntaxError) as error:
-        raise CannotRewriteError("its source is not at hand") from error
+        raise CannotRewriteError("its source is not available") from error
     return ast.increment_lineno(tree, first - 2).body[0].body[0]  # type: ignore[attr-defined]
 
 
-class _TakeOut(ast.NodeTransformer):
-    """Replaces the calls at some sites by their input, and notes the sites that it found."""
+class _CallRemover(ast.NodeTransformer):
+    """Replaces the calls at the given sites by their input, and lists the sites found."""
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites, self.found = sites, list[Site]()
@@ -159,33 +161,33 @@ class _TakeOut(ast.NodeTransformer):
         if not here:
             return node
         given = [*node.args, *(k.value for k in node.keywords if k.arg in ("input", "x"))]
-        # y.relu() has its input before the dot; y.hardshrink(0.5) is verified against the original,
-        # and refused
+        # The input of y.relu() stands before the dot. y.hardshrink(0.5) would become 0.5, which
+        # verification refuses.
         value = given[0] if given else getattr(node.func, "value", None)
         if value is None or isinstance(value, ast.Starred):
-            raise CannotRewriteError("its input is not told from its other arguments")
+            raise CannotRewriteError("its input cannot be distinguished from its other arguments")
         return value
 
 
 def _is_at(call: ast.Call, site: Site) -> bool:
     if site.column is not None:
         return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
-    # the line alone does not tell calls apart, their names may: F.leaky_relu(x), y.relu_()
+    # Calls on the same line may differ in their names, as in F.leaky_relu(x) and y.relu_().
     names = [ast.unparse(call.func).rpartition(".")[2], site.callee]
     first, second = (name.replace("_", "").lower() for name in names)
     return call.lineno <= site.line <= (call.end_lineno or call.lineno) and first == second
 
 
 def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
-    """A method with new source, and the globals, free variables and defaults of the original."""
+    """A function with new source and the globals, free variables and defaults of the original."""
     names = function.__qualname__.split(".")
     owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     body = "\n".join("        " + line for line in text.splitlines())
     source = f"def _outer({free}):\n    class {owner}:\n{body}\n"
-    sum_of_text = zlib.crc32(text.encode())
-    filename = f"<proxynorm {function.__module__}.{function.__qualname__} {sum_of_text:08x}>"
-    # inspect and torch.jit.script read the source from here
+    checksum = zlib.crc32(text.encode())
+    filename = f"<proxynorm {function.__module__}.{function.__qualname__} {checksum:08x}>"
+    # inspect and torch.jit.script read the source from linecache
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
     code = compile(source, filename, "exec", dont_inherit=True)
     for name in ("_outer", owner, function.__name__):
@@ -197,6 +199,6 @@ def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
     defaults = function.__defaults__
     result = types.FunctionType(code, function.__globals__, function.__name__, defaults, closure)
     functools.update_wrapper(result, function)
-    del result.__wrapped__  # type: ignore[attr-defined]  # inspect would find the original's source
+    del result.__wrapped__  # type: ignore[attr-defined]  # else inspect finds the original source
     result.__kwdefaults__ = function.__kwdefaults__
     return result

@@ -1,6 +1,4 @@
-"""Run copies of a network on example inputs, so that the network and all random generators stay as
-they are.
-"""
+"""Run copies of a network on example inputs, without side effects on it or random generators."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ _SIZES = (64, 224, 299, 32, 128, 256)
 
 @contextlib.contextmanager
 def preserved_randomness() -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's generators, CUDA's among them, as they were."""
+    """Restore the random generators of Python, NumPy and torch, including CUDA's, on exit."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy and numpy.random.get_state()
-    # what is made here must have values, whatever the caller's default device
+    # tensors created here need values, even if the default device is meta
     with torch.device("cpu"), torch.random.fork_rng():
         try:
             yield
@@ -37,19 +35,19 @@ def preserved_randomness() -> Iterator[None]:
 
 
 def copy_to_run(model: nn.Module) -> nn.Module:
-    """A deep copy of the network, its shared activations separated.
+    """A deep copy of the network with its shared activations separated.
 
-    If it is on the meta device, which has no values, the copy gets random ones on the CPU.
+    For a network on the meta device, which has no values, the copy has random values on the CPU.
     """
     tensors = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    # deepcopy refuses what a hook computed, such as weight_norm's
+    # deepcopy refuses tensors that a hook computed, such as weight_norm's
     memo: dict[int, object] = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
     copied = copy.deepcopy(model, memo)
     if any(parameter.is_meta for parameter in copied.parameters()):
         copied.to_empty(device="cpu")
         for tensor in (*copied.parameters(), *copied.buffers()):
-            # A deep network shall neither overflow nor vanish: a weight's row sums to about 1. All
-            # are positive, as running variances must be.
+            # Each row of a weight sums to about 1, so a deep network's values neither overflow nor
+            # vanish. All values are positive, as running variances must be.
             values = (1 + torch.rand(tensor.shape)) / 1.5
             values /= max(tensor[:1].numel(), 1) if tensor.ndim > 1 else 1
             tensor.data = values.to(tensor.dtype)
@@ -58,13 +56,13 @@ def copy_to_run(model: nn.Module) -> nn.Module:
 
 
 def separate_shared_activations(model: nn.Module) -> None:
-    """Give each attribute that holds a shared activation without parameters a copy of its own.
+    """Copy shared activations without parameters, so that each attribute holds its own module.
 
-    The copies compute the same; each attribute can then be replaced without touching the others.
+    Each can then be replaced without affecting the others.
     """
     found = set()
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children leaves repetitions out
+        for name, child in list(parent._modules.items()):  # named_children omits duplicates
             if child is None or kind_of(child) != "activation" or [*child.parameters()]:
                 continue
             if child in found:
@@ -73,7 +71,7 @@ def separate_shared_activations(model: nn.Module) -> None:
 
 
 def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
-    """The network's output in one mode, generators seeded, with gradients in training."""
+    """The network's output in one mode, with seeded generators, and with gradients in training."""
     random.seed(seed)
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
@@ -84,7 +82,7 @@ def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
 
 
 def runs_of(model: nn.Module, example_inputs: object) -> Iterator[Run]:
-    """Ways to call the network: the given one, or guesses at its images in the order to try."""
+    """Ways to call the network: on the given inputs, or on images of several sizes, in order."""
     if callable(example_inputs) and not isinstance(example_inputs, Tensor):
         yield example_inputs
         return
@@ -93,7 +91,7 @@ def runs_of(model: nn.Module, example_inputs: object) -> Iterator[Run]:
 
 
 def _call_with(inputs: object, model: nn.Module) -> object:
-    """Call a network with a fresh copy of the inputs: a tuple's one by one, a dict's by keyword."""
+    """Call a network with a copy of the inputs: a tuple's one by one, a dict's by keyword."""
     fresh = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
     if isinstance(fresh, tuple):
         return model(*fresh)
@@ -101,7 +99,7 @@ def _call_with(inputs: object, model: nn.Module) -> object:
 
 
 def _guessed(model: nn.Module) -> Iterator[Tensor]:
-    """Two random maps each of the usual sizes, with the channels of the first convolution."""
+    """Batches of two random maps of the usual sizes, with the channels of the first convolution."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     tensors = (*model.parameters(), *model.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
@@ -112,5 +110,5 @@ def _guessed(model: nn.Module) -> Iterator[Tensor]:
     for size in dict.fromkeys((_SIZES[0], *own, *_SIZES[1:])):
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(*shape, *[size] * dims, generator=generator)
-        # copies of networks on the meta device are on the CPU
+        # the copy of a network on the meta device is on the CPU
         yield images.to("cpu" if like.is_meta else like.device, like.dtype)

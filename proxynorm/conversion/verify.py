@@ -11,23 +11,22 @@ from torch import Tensor, allclose, nn
 from proxynorm.conversion.kinds import is_norm, tensors_in
 from proxynorm.conversion.run import Run, copy_to_run, run
 
-_TOLERANCE = 1e-3  # of per-sample invariance, as a fraction of the output's scale
+_TOLERANCE = 1e-3  # for per-sample invariance, relative to the maximum of the output
 Surgery = Callable[[nn.Module], None]
-# Outputs by mode and module; the network's own is "".
+# Outputs by mode and module name; "" is the network itself.
 _Outputs = dict[tuple[str, str], list[Tensor]]
 
 
 class StandIn(nn.Sequential):
-    """The original norm, and what followed it, in the place of a NormAct2d."""
+    """The original norm and the modules that followed it, in the place of a NormAct2d."""
 
 
 def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> None:
-    """Raise ValueError, naming the first module that differs, unless surgery with stand-ins changes
-    no output.
+    """Raise ValueError if surgery with stand-ins changes an output; name the first such module.
 
-    Outputs must be the same bits, in training and, after that, in evaluation. Where two runs of the
-    original differ (on GPUs they may) the comparison is to rounding. advice: what would help, a
-    sentence without its full stop.
+    Outputs must be bit-identical in training, and then in evaluation. If two runs of the original
+    differ (as they may on GPUs), outputs are compared to rounding. advice: a sentence, without its
+    full stop, about what to do.
     """
     outputs, changed = _record(model, call), _record(model, call, surgery)
     if _first_difference(outputs, changed) is None:
@@ -46,33 +45,33 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> No
 
 
 def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
-    """Raise ValueError if a converted copy, in training, fails, or mixes images that the original
-    does not mix in evaluation.
+    """Raise ValueError if a converted copy fails in training, or mixes images.
 
-    Networks that take no single tensor, that draw random numbers in training, or that keep a batch
-    norm tell nothing.
+    It mixes images if its output for one depends on the others, in training, and the original's
+    does not, in evaluation. This is not checked for networks that take anything else than a tensor,
+    draw random numbers in training, or keep a batch norm.
     """
     copied = copy_to_run(model)
     surgery(copied)
-    told = f"cannot convert this {type(model).__name__}: "
+    prefix = f"cannot convert this {type(model).__name__}: "
     try:
         first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
     except Exception as error:
         raise ValueError(
-            f"{told}converted, it fails in training: {error}. The network is left as it was"
+            f"{prefix}converted, it fails in training: {error}. The network is left as it was"
         ) from error
     keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
     if keeps_batch_norm or not _same(tensors_in(first), tensors_in(second)):
         return
     if _mixes_images(copied, call, True) and not _mixes_images(model, call, False):
         raise ValueError(
-            f"{told}in training, with a norm that does not depend on the batch, its output for an "
-            "image still depends on the others. The network is left as it was"
+            f"{prefix}in training, with a norm that does not depend on the batch, its output for "
+            "an image still depends on the others. The network is left as it was"
         )
 
 
 def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
-    """Return whether the first image alone gives another output; False if it cannot be told."""
+    """True if the first image alone gives another output; False if this cannot be tested."""
     batches: list[Tensor] = []
 
     def slice_images(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -83,7 +82,7 @@ def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
     alone.register_forward_pre_hook(slice_images)
     try:
         outputs, single = (tensors_in(run(net, call, training)) for net in (whole, alone))
-    except Exception:  # the network takes no such batch
+    except Exception:  # the network does not take such a batch
         return False
     if any(t.ndim == 0 or len(t) != len(batches[0]) for t in outputs):
         return False
@@ -93,9 +92,10 @@ def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
 def _record(
     model: nn.Module, call: Run, surgery: Surgery | None = None, every_module: bool = False
 ) -> _Outputs:
-    """The outputs of a copy in both modes; if wanted, all modules but norms and their stand-ins.
+    """The outputs of a copy in both modes.
 
-    Where the network fails, there is no output of its own.
+    With every_module, they include those of all modules except norms and their stand-ins. If the
+    network fails in a mode, its own output is missing.
     """
     copied = copy_to_run(model)
     if surgery is not None:
@@ -119,9 +119,9 @@ def _record(
 def _first_difference(
     ours: _Outputs, theirs: _Outputs, tolerance: float = 0.0
 ) -> tuple[str, str] | None:
-    """Mode and name of the first module, in the order in which they end, whose output differs.
+    """Mode and name of the first module to finish whose output differs; None if there is none.
 
-    A module that ran in one network alone is passed over, but not the networks themselves.
+    A module that ran in only one of the networks is ignored, unless it is the network itself.
     """
     for key, tensors in ours.items():
         if key in theirs and not _same(tensors, theirs[key], tolerance):
@@ -130,7 +130,7 @@ def _first_difference(
 
 
 def _same(first: list[Tensor], second: list[Tensor], tolerance: float = 0.0) -> bool:
-    """Return whether two outputs hold the same tensors, to a fraction of each one's scale."""
+    """True if the tensors are equal, with a tolerance relative to each one's maximum."""
     if [(t.shape, t.dtype) for t in first] != [(t.shape, t.dtype) for t in second]:
         return False
     for a, b in zip(first, second):

@@ -1,4 +1,4 @@
-"""Activations by name, class, module or callable, and the canonical name each is known by."""
+"""Activations: made from a name, class, module or callable, and recognized by canonical name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LAYERS: dict[str, Callable[..., nn.Module]] = {
 ACTIVATIONS: tuple[str, ...] = tuple(_LAYERS)
 _SPELLINGS = {name.replace("_", ""): name for name in _LAYERS}
 _SPELLINGS |= {"swish": "silu", "linear": "identity"}
-# torch's functions, in place or not, by the name of the activation
+# F.relu, F.relu_, torch.relu and so on, each with the name of its activation
 _FUNCTIONS = {
     getattr(module, spelling): name
     for name in _LAYERS
@@ -49,7 +49,7 @@ _FUNCTIONS = {
 
 
 class FunctionActivation(nn.Module):
-    """A plain callable, elementwise on tensors, as a module."""
+    """An elementwise callable as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: Activation, **kwargs: object) -> nn.Module:
-    """An activation module from a name, a module class, a module, or an elementwise callable.
+    """Make an activation module from a name, a module class, a module, or an elementwise callable.
 
-    Class and callable may come as functools.partial; kwargs are their options. A module is returned
-    as it is. None gives the identity. Raises ValueError for an unknown name, and TypeError for
-    anything else.
+    A class or callable may be wrapped in functools.partial; kwargs are passed to it. A module is
+    returned unchanged. None gives the identity. Raises ValueError for an unknown name, and
+    TypeError for anything else.
     """
     if activation is None or activation == "":
         return nn.Identity()
@@ -93,17 +93,16 @@ def make_activation(activation: Activation, **kwargs: object) -> nn.Module:
 
 
 def activate(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), with parameters of the module's own in x's precision."""
-    own = dict(module.named_parameters())
-    if all(p.dtype == x.dtype for p in own.values()):
+    """Apply a module to x, with the module's parameters cast to x's dtype."""
+    parameters = dict(module.named_parameters())
+    if all(p.dtype == x.dtype for p in parameters.values()):
         return module(x)
-    return torch.func.functional_call(
-        module, {name: p.to(x.dtype) for name, p in own.items()}, (x,)
-    )
+    cast = {name: p.to(x.dtype) for name, p in parameters.items()}
+    return torch.func.functional_call(module, cast, (x,))
 
 
 def out_of_place(module: nn.Module) -> nn.Module:
-    """module, or a copy of it that leaves its input alone."""
+    """The module itself, or a copy with inplace=False if it works in place."""
     if getattr(module, "inplace", False):
         copied: Any = copy.copy(module)
         copied.inplace = False
@@ -114,8 +113,8 @@ def out_of_place(module: nn.Module) -> nn.Module:
 def activation_name(module: nn.Module) -> str:
     """The canonical name of torch's and timm's activation modules; "callable" for all others.
 
-    Both libraries' classes are known by name (timm's Swish, HardSwishMe … compute what torch's do).
-    A class of that name elsewhere may compute something else.
+    The classes of both libraries are recognized by name: timm's Swish, HardSwishMe and so on
+    compute the same as torch's. A class of the same name elsewhere may compute something else.
     """
     is_known = type(module).__module__.startswith(("torch.nn.", "timm.layers.activations"))
     name = class_name(module)
@@ -123,7 +122,7 @@ def activation_name(module: nn.Module) -> str:
 
 
 def class_name(module: nn.Module) -> str:
-    """The name in ACTIVATIONS, if there is one, that the module's class goes by."""
+    """The name of the module's class, spelled as in ACTIVATIONS if it is one of them."""
     name = type(module).__name__.lower()
     name = _SPELLINGS.get(name.removesuffix("me"), name)
     is_tanh = name == "gelu" and getattr(module, "approximate", "none") == "tanh"

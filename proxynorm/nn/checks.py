@@ -1,4 +1,4 @@
-"""Checks of single values; a failure is a one-line ValueError: name, value, what is allowed."""
+"""Checks of single values. The message of a failure has the name, the value and the valid range."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TypeGuard
 
 
 def unknown_name(subject: str, name: object, legal: Sequence[str], also: Sequence[str] = ()) -> str:
-    """The message for an unknown name: the name, the nearest legal one if any is near, the list.
+    """The error message for an unknown name, with the closest legal name and the list of them.
 
-    also: further legal names, too many to list.
+    also: further legal names, which are not listed.
     """
     near = difflib.get_close_matches(str(name), [*legal, *also], n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,8 @@
-"""Mean and variance of φ(u), u ~ N(a, s²), to rounding or nearly so, by kind of activation.
+"""Mean and variance of φ(u), u ~ N(a, s²), by kind of activation, exact or nearly so.
 
-All operations act elementwise on float64 tensors of one shape, and can be differentiated twice;
-moments.py makes a and s. E[u·f(u)] = a·E[f] + s²·E[f'] (Stein's identity).
+The tensors a and s (see moments.py) have the same shape and are float64. All operations act
+elementwise and can be differentiated twice. Several forms use Stein's identity,
+E[u·f(u)] = a·E[f] + s²·E[f'].
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BETWEEN_KINKS = _legendre(40)
 
 
 def _vectors(values: Sequence[Sequence[float]], like: Tensor) -> list[Tensor]:
-    """Tensors of these values on like's device; torch.tensor would copy, and wait for a GPU."""
+    """Tensors of these values on like's device. torch.tensor would copy, and so wait for a GPU."""
     return [torch.stack([like.new_full((), value) for value in row]) for row in values]
 
 
@@ -48,19 +49,20 @@ def leaky_relu(a: Tensor, s: Tensor, slope: float) -> tuple[Tensor, Tensor]:
 
     E[max(u, 0)] = aΦ + s·pdf and E[max(u, 0)²] = a·E[max(u, 0)] + s²Φ, both at a/s.
     """
-    # beyond 38 Φ and pdf are 0 or 1 in float64, and only their derivatives could still overflow
+    # Beyond ±38, Φ and pdf are 0 or 1 in float64. Without the clamp, derivatives could overflow.
     t = (a / s.clamp_min(1e-30)).clamp(-38, 38)
     cdf = torch.special.ndtr(t)
     mean = torch.addcmul(s * _density(t), a, cdf)
     square = torch.addcmul(a * mean, s * s, cdf)
     if slope == 0:
         return _from_raw(mean, square)
-    rest = slope * slope
-    return _from_raw((1 - slope) * mean + slope * a, (1 - rest) * square + rest * (a * a + s * s))
+    slope2 = slope * slope
+    square = (1 - slope2) * square + slope2 * (a * a + s * s)
+    return _from_raw((1 - slope) * mean + slope * a, square)
 
 
-# The logistic distribution as a scale mixture of eight normals, σ(u) ≈ Σ p·Φ(λu), in the manner of
-# Monahan and Stefanski. Its largest error is 2.1e-9 (measured).
+# The logistic distribution as a scale mixture of eight normals, σ(u) ≈ Σ p·Φ(λu), after Monahan and
+# Stefanski. The measured maximum error is 2.1e-9.
 _MIXTURE = (  # p, λ
     (0.003246343272134, 1.365340806296348),
     (0.051517477033972, 1.059523971016916),
@@ -75,13 +77,13 @@ _P, _LAMBDA = zip(*_MIXTURE)
 
 
 def silu(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """φ = u·σ(u), through σ² = σ − σ' and the normal mixture for σ. Errors: see moments.py."""
+    """φ = u·σ(u), by σ² = σ − σ' and the normal mixture for σ. Errors: see moments.py."""
     d = _sigmoid_derivatives(a, s)
     return _self_gated(a, s, d[:2], [before - after for before, after in pairwise(d)])
 
 
 def sigmoid(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """φ = σ(u), through the same two, so that the error stays as small for any s."""
+    """φ = σ(u), as for silu, so that the error stays small for any s."""
     mean, slope, *_ = _sigmoid_derivatives(a, s)
     return _from_raw(mean, mean - slope)
 
@@ -100,7 +102,7 @@ def gelu(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     c, r = torch.rsqrt(1 + s * s), torch.rsqrt(1 + 2 * s * s)
     h = c * a
     cdf, d = torch.special.ndtr(h), c * _density(h)
-    # the derivatives by a of E[Φ(u)²]
+    # the derivatives of E[Φ(u)²] by a
     first = 2 * d * torch.special.ndtr(h * r)
     second = 2 * c * r * d * _density(h * r) - h * c * first
     return _self_gated(a, s, [cdf, d], [cdf - 2 * _owens_t(h, r), first, second])
@@ -115,23 +117,23 @@ def _self_gated(
 
 
 def _owens_t(h: Tensor, r: Tensor) -> Tensor:
-    """Owen's T(h, r) for 0 < r ≤ 1, its defining integral by Gauss–Legendre."""
+    """Owen's T(h, r) for 0 < r ≤ 1: its defining integral by Gauss–Legendre quadrature."""
     nodes, weights = (v.view(-1, *[1] * h.ndim) for v in _vectors(_OWENS_T, h))
     x2 = (r * nodes).square() + 1
     return (torch.exp(-0.5 * h.square() * x2) / x2 * weights).sum(0) * r / (2 * math.pi)
 
 
 def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
-    """E[σ⁽ᵏ⁾(u)] for k < count ≤ 6: the a-derivatives of Σ p·Φ(h), h = λa / sqrt(1 + λ²s²).
+    """E[σ⁽ᵏ⁾(u)] for k < count ≤ 6: the derivatives of Σ p·Φ(h) by a, h = λa / sqrt(1 + λ²s²).
 
-    With dh/da = c, h·c = c²a.
+    With c = dh/da, h·c = c²a.
     """
     shape, a, s = a.shape, a.flatten(), s.flatten()
     scale, share = _vectors((_LAMBDA, _P), a)
     c2 = (scale.square().reciprocal()[:, None] + s * s).reciprocal()
     c, a2 = c2.sqrt(), a * a
     d = torch.exp(c2 * (-0.5 * a2)) * c / _SQRT_2PI
-    # the Hermite polynomials in h are sums of these
+    # the terms of the Hermite polynomials in h
     k = [share @ d]
     for _ in range(count - 2):
         d = d * c2
@@ -145,17 +147,16 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
 
 
 def silu_with_slopes(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Mean and variance (2, C) of silu, and their slopes by a and by s, two (2, C).
+    """Mean and variance of silu, (2, C), and their derivatives by a and by s, each (2, C).
 
-    In a sixth of autograd's time. E[f(u)] obeys the heat equation: its slope by s is s times its
-    second derivative by a.
+    This takes a sixth of autograd's time. E[f(u)] obeys the heat equation: its derivative by s is s
+    times its second derivative by a.
     """
     g = _sigmoid_derivatives(a, s, 6)
     t, v, a2 = [before - after for before, after in pairwise(g)], s * s, a * a
-    mean = a * g[0] + v * g[1]
+    mean, var = _self_gated(a, s, g[:2], t[:3])
     mean_a = g[0] + a * g[1] + v * g[2]
     mean_s = s * (2 * g[1] + a * g[2] + v * g[3])
-    mean, var = _from_raw(mean, (a2 + v) * t[0] + 2 * a * v * t[1] + v * v * t[2])
     square_a = 2 * a * t[0] + (a2 + 3 * v) * t[1] + 2 * a * v * t[2] + v * v * t[3]
     square_aa = 2 * t[0] + 4 * a * t[1] + (a2 + 5 * v) * t[2] + 2 * a * v * t[3] + v * v * t[4]
     by_a = torch.stack([mean_a, square_a - 2 * mean * mean_a])
@@ -166,12 +167,13 @@ def silu_with_slopes(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor
 def between_kinks(
     phi: Callable[[Tensor], Tensor], a: Tensor, s: Tensor, kinks: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Any φ, of u (nodes, C), that is smooth but for its kinks; a and s are (C,).
+    """Any φ that is smooth except at its kinks; φ takes u of shape (nodes, C), a and s are (C,).
 
-    Gauss–Legendre with 40 nodes from kink to kink, up to ±8.5 standard deviations. Where the kinks
-    lie depends on a and s, so that the derivatives see them as they see the rest.
+    Gauss–Legendre quadrature with 40 nodes between neighbouring kinks, up to ±8.5 standard
+    deviations. The limits depend on a and s, so derivatives include the motion of the kinks.
     """
-    s = s.clamp_min(1e-10)  # the pieces' slopes by a are 1/s and cancel; costs 1e-10 in the mean
+    # The derivatives of the limits by a are 1/s and cancel. The clamp costs 1e-10 in the mean.
+    s = s.clamp_min(1e-10)
     end = torch.full_like(a, 8.5)
     edges = torch.stack([-end, *(((kink - a) / s).clamp(-end, end) for kink in kinks), end])
     nodes, weights = (v[:, None, None] for v in _vectors(_BETWEEN_KINKS, a))

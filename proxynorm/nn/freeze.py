@@ -1,10 +1,9 @@
 """Turn a trained model into one for inference: PN's moments become constants of each layer.
 
 With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m. For ReLU this is max(sγ·y + s(β − m), −s·m):
-scale and shift fold into the norm's affine, and a floor replaces the zero. For other activations a
-gain s and an offset −s·m follow φ. In batch norm the running statistics fold into scale and shift
-too. Nothing around a layer is touched and nothing is traced, so a forward stays the Python that it
-was.
+scale and shift fold into the norm's affine, and a floor replaces the zero. For other activations, a
+gain s and an offset −s·m follow φ. In batch norm, the running statistics fold into scale and shift
+too. Nothing around a layer changes and nothing is traced, so forwards keep their Python code.
 """
 
 # No `from __future__ import annotations` here: torch.jit.script resolves annotations itself.
@@ -26,15 +25,15 @@ from proxynorm.nn.norm_act import NormAct2d
 class FrozenNormAct2d(nn.Module):
     """A NormAct2d for inference: norm with affine, φ, then gain and offset per channel.
 
-    All constants are buffers of shape (C,). It works under torch.jit.script, torch.export and
-    torch.fx, and keeps no state, so that threads may share it.
+    All constants are buffers of shape (C,). The layer works under torch.jit.script, torch.export
+    and torch.fx. Its forward stores nothing, so threads may share it.
 
     Args:
-        layer: the layer to replace; its norm, activation, hooks and constants are taken.
+        layer: the layer to replace. Its norm, activation and forward hooks are taken over.
     """
 
-    __constants__ = ("has_floor", "has_gain")  # torch.jit.script leaves out the other branch
-    if TYPE_CHECKING:  # torch.jit.script would take offset and gain for tensors where they are None
+    __constants__ = ("has_floor", "has_gain")  # lets torch.jit.script drop the other branch
+    if TYPE_CHECKING:  # torch.jit.script would expect tensors where offset or gain is None
         scale: torch.Tensor
         shift: torch.Tensor
         gain: torch.Tensor
@@ -42,7 +41,7 @@ class FrozenNormAct2d(nn.Module):
 
     def __init__(self, layer: NormAct2d) -> None:
         super().__init__()
-        # groups 0: the statistics are constants, or there is no norm
+        # 0 groups: batch norm, whose statistics are constants, or no norm
         self.groups = 0 if layer.groups is None else layer.groups
         self.eps, self.drop = layer.eps, layer.drop
         self.has_floor = type(layer.act) is nn.ReLU and isinstance(layer.drop, nn.Identity)
@@ -82,8 +81,8 @@ class FrozenNormAct2d(nn.Module):
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of the model for inference: evaluation mode, no gradients, constants folded.
 
-    Every layer computes what it did in evaluation mode, to rounding. Weight standardization becomes
-    plain weights.
+    Every layer computes the same as in evaluation mode, to rounding. Standardized weights and other
+    parametrized ones become plain weights.
 
     Args:
         model: a model with NormAct2d layers; it is not changed.
@@ -100,27 +99,27 @@ def freeze(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             _unparametrize(module)
     with torch.no_grad():
-        # a module with `frozen` keeps constants of a NormAct2d: it must read them before that is
-        # replaced
+        # A module with a method `frozen`, such as a gate, reads constants from a NormAct2d, and so
+        # has to be frozen before that is replaced.
         replacements = {m: m.frozen() for m in modules if hasattr(m, "frozen")}
         replacements |= {m: FrozenNormAct2d(m) for m in modules if isinstance(m, NormAct2d)}
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
     frozen.requires_grad_(False)
-    frozen.eval()  # a user's train() may return nothing
+    frozen.eval()  # not chained, because a user's train() may return None
     return frozen
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules in place, under every name that they have."""
+    """Replace modules of a model, in place, under all their names."""
     for alias, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             model.set_submodule(alias, replacements[module])
 
 
 def _check(model: nn.Module) -> None:
-    """Raise ValueError, naming the module, for what freeze cannot make constants of."""
+    """Raise ValueError, with the module's name, if freeze cannot compute a layer's constants."""
     kind = type(model).__name__
     layers = {name: m for name, m in model.named_modules() if isinstance(m, NormAct2d)}
     if not layers:
@@ -129,39 +128,40 @@ def _check(model: nn.Module) -> None:
             "made by proxynorm.convert or create_model"
         )
     for name, layer in layers.items():
-        told = f"cannot freeze {name or kind}"
+        prefix = f"cannot freeze {name or kind}"
         if layer.spec.batch_statistics and layer.running_mean is None:
             raise ValueError(
-                f"{told}: it has no running statistics (track_running_stats=False), so its output "
-                "depends on the batch in evaluation too"
+                f"{prefix}: it has no running statistics (track_running_stats=False), so its "
+                "output depends on the batch in evaluation too"
             )
         if "forward" in vars(layer):
-            raise ValueError(f"{told}: a forward was set on this object, which would be lost")
+            raise ValueError(f"{prefix}: a forward was set on this object, which would be lost")
 
 
 def _remove_own_hooks(module: nn.Module) -> None:
-    """Remove the hooks of share_moments and convert, which serve training alone."""
+    """Remove the hooks of share_moments and convert, which are needed in training only."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if hook is hand_on_copy or isinstance(getattr(hook, "__self__", None), SharedMoments):
+            if hook is clone_output or isinstance(getattr(hook, "__self__", None), SharedMoments):
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 
 
-def hand_on_copy(
+def clone_output(
     layer: nn.Module, inputs: tuple[object, ...], output: torch.Tensor
 ) -> torch.Tensor:
-    """Forward hook of a layer whose output the network changes in place, while the layer keeps it
-    for backward.
+    """Forward hook for a layer whose output the network changes in place.
+
+    The layer itself needs the unchanged output for backward.
     """
     return output.clone() if output.requires_grad else output
 
 
 def _unparametrize(module: Any) -> None:
-    """Make computed weights plain ones.
+    """Turn a module's parametrized weights into plain ones.
 
-    torch's remove_parametrizations would change the class, and with it the model that this module
-    was copied from.
+    torch's remove_parametrizations would change the module's class, which the original model shares
+    with this copy.
     """
     weights = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
     module.__class__ = type(module).__mro__[1]
@@ -171,7 +171,7 @@ def _unparametrize(module: Any) -> None:
 
 
 def _constants(layer: NormAct2d, has_floor: bool) -> list[torch.Tensor]:
-    """scale, shift, gain and offset, batch norm's statistics folded in; in the layer's dtype."""
+    """scale, shift, gain and offset in the layer's dtype, with BN's statistics folded in."""
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     tensors = [t for t in tensors if t.is_floating_point()] or [torch.empty(layer.num_features)]
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])

@@ -1,8 +1,8 @@
 """Mean and variance of φ(γY + β) for a Gaussian proxy Y ~ N(β̃, (1 + γ̃)²), per channel.
 
-γY + β is N(a, s²) with a = γβ̃ + β and s = |γ(1 + γ̃)|, so both depend on a and s alone.
+γY + β is N(a, s²) with a = γβ̃ + β and s = |γ(1 + γ̃)|, so both moments depend on a and s alone.
 
-Greatest errors of "exact" and of the paper's grid of 256 nodes over γ in 0.01 … 10, β in ±5,
+Maximum errors of "exact" and of the paper's grid of 256 nodes over γ in 0.01 … 10, β in ±5,
 γ̃ = β̃ = 0 (tests/nn/test_moments.py checks them against high-precision integration):
 
     activation                                       mean     var
@@ -13,11 +13,11 @@ Greatest errors of "exact" and of the paper's grid of 256 nodes over γ in 0.01 
     mish, gelu_tanh, softplus                        5e-8     1e-6     quadrature
     grid: relu, silu, gelu, identity …               4e-3     5e-1     at γ = 10; ∝ γ and γ²
 
-Any other callable is integrated by a rule of step 0.08·s. Where it is smooth on that scale, it errs
-as mish does (Softplus(beta=3): 7e-6, 9e-5). A kink where the slope jumps by Δ costs up to 2.2e-4·sΔ
-in the mean, 3.6e-4·s²ΔL in the variance (L is the greatest slope) and 1.7e-2·Δ in the mean's
-derivative by β. A jump of height J of the function itself (nn.Threshold, nn.Hardshrink) costs up to
-1.7e-2·J in the mean, and no gradient knows of it.
+Any other callable is integrated with a step of 0.08·s. If it is smooth on that scale, the errors
+are as small as mish's (Softplus(beta=3): 7e-6, 9e-5). A kink where the slope jumps by Δ adds errors
+of up to 2.2e-4·sΔ in the mean, 3.6e-4·s²ΔL in the variance (L is the maximum slope) and 1.7e-2·Δ in
+the mean's derivative by β. A jump of height J in the function itself (nn.Threshold, nn.Hardshrink)
+adds up to 1.7e-2·J in the mean, and gradients do not include it.
 
 Results are rounded to float32 for float32 parameters. "auto" is "exact".
 """
@@ -53,8 +53,8 @@ def proxy_moments(
 
     weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,).
 
-    Returns: mean and variance, shape (C,), in float32 (float64 for float64 parameters) whatever
-    autocast says; twice differentiable in all four where torch's activation is.
+    Returns: mean and variance, shape (C,), in float32 (float64 for float64 parameters), also under
+    autocast. They are twice differentiable in all four if torch's activation is.
 
     Raises ValueError for an unknown method.
     """
@@ -86,14 +86,14 @@ def location_and_scale(
 
 
 def check_method(method: str, nodes: int) -> None:
-    """Raise ValueError for an unknown method, and for a grid without nodes."""
+    """Raise ValueError for an unknown method or a number of nodes below 1."""
     if method not in METHODS:
         raise ValueError(unknown_name("method of moments", method, METHODS))
     check_whole("nodes", nodes, 1)
 
 
 def working_dtype(like: Tensor) -> torch.dtype:
-    """float64, where v = E[φ²] − m² cancels harmlessly; float32 on devices without it."""
+    """float64, where the cancellation in E[φ²] − m² is harmless; float32 on devices without it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
@@ -106,7 +106,8 @@ _CLOSED: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
     "sigmoid": lambda a, s, module: closed_forms.sigmoid(a, s),
     "tanh": lambda a, s, module: closed_forms.tanh(a, s),
 }
-# φ, and where its slope jumps. Below -40 exp(u) is 0; a longer piece would not be resolved.
+# φ, and where its slope jumps. At -40, where exp(u) is 0, a piece ends: the quadrature would not
+# resolve a longer one.
 _KINKED: dict[str, Callable[[Any], tuple[Callable[[Tensor], Tensor], tuple[float, float]]]] = {
     "relu6": lambda module: (F.relu6, (0.0, 6.0)),
     "hard_tanh": lambda module: (module, (module.min_val, module.max_val)),
@@ -119,7 +120,7 @@ _KINKED: dict[str, Callable[[Any], tuple[Callable[[Tensor], Tensor], tuple[float
 
 
 def _exact(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance by the best way there is for this activation."""
+    """Mean and variance in closed form, by quadrature between kinks, or else by a fixed rule."""
     name = activation_name(module)
     if name in _CLOSED:
         return _CLOSED[name](a, s, module)
@@ -136,7 +137,7 @@ def _exact(module: nn.Module, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _activate(module: nn.Module, u: Tensor) -> Tensor:
-    """φ of u (nodes, C), as a map: an activation with parameters per channel needs one."""
+    """φ(u) for u (nodes, C). As a map, u has the channels where the parameters of φ expect them."""
     return activate(module, u[:, :, None, None])[:, :, 0, 0]
 
 

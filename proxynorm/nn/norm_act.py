@@ -20,10 +20,10 @@ from proxynorm.nn.checks import check_whole
 from proxynorm.nn.fast.folding import Constants, Rescale, Rule, fold, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
+from proxynorm.nn.interop import refuse_plain_norm, warn_if_skipped
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
 from proxynorm.nn.options import DEFAULT_EPS, NormOptions
-from proxynorm.nn.passed_over import refuse_plain_norm, warn_if_passed_over
 
 Moments = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -41,19 +41,19 @@ def pn_act(
 ) -> Tensor:
     """PN-Act(y) = (φ(γy + β) − m) / sqrt(v + ε), the paper's formula, in plain torch.
 
-    y (N, C, H, W) is normalized already; γ = weight, β = bias, γ̃ = proxy_weight, β̃ = proxy_bias,
-    each (C,). The proxy of a channel's y is Y ~ N(β̃, (1 + γ̃)²). Without scale, only m is
-    subtracted. Source: Labatie et al., NeurIPS 2021, arXiv 2106.03743.
+    y (N, C, H, W) is the output of the norm; γ = weight, β = bias, γ̃ = proxy_weight and
+    β̃ = proxy_bias, each (C,). The proxy of a channel's y is Y ~ N(β̃, (1 + γ̃)²). If scale is False,
+    m is subtracted and nothing divided. Source: Labatie et al., NeurIPS 2021, arXiv 2106.03743.
     """
     z = phi(affine(y, weight, bias))
-    # m and v: mean and variance of φ(γY + β), functions of the four parameters alone
+    # m and v, the mean and variance of φ(γY + β), depend on the four parameters alone
     mean, var = moments(weight, bias, proxy_weight, proxy_bias)
     z = z - per_channel(mean)
     return z * per_channel(torch.rsqrt(var + proxy_eps)) if scale else z
 
 
 class _DefaultName(str):
-    """The default of act_layer; by identity it differs from the same word given by a caller."""
+    """The default of act_layer: an object that no caller passes, unlike the plain string."""
 
     __slots__ = ()
 
@@ -68,20 +68,20 @@ class NormAct2d(nn.Module):
 
     Args:
         num_features: C.
-        norm: a name of NORMS. A full name such as "ln_pn" decides about proxy.
+        norm: a name of NORMS. A full name such as "ln_pn" overrides proxy.
         proxy: PN follows the activation, where norm is "bn", "ln", "gn" or "in".
         act_layer: φ: a name, a module, its class or an elementwise callable; None: no activation.
-        apply_act: False leaves φ and PN out.
+        apply_act: False leaves out φ and PN.
         proxy_scale: False subtracts m only; a later gate applies 1/sqrt(v + ε).
         groups, eps, proxy_eps, norm_batch, moments, nodes: see NormOptions.
         momentum, affine, track_running_stats: as in nn.BatchNorm2d.
-        inplace, act_kwargs, drop_layer: timm passes them; the activation is never in place.
+        inplace, act_kwargs, drop_layer: as in timm's layers, but inplace has no effect.
 
     Raises:
-        ValueError: a wrong option, or an input of the wrong shape.
+        ValueError: an option is invalid, or an input has the wrong shape.
     """
 
-    # For type checkers, as torch's layers declare theirs; what is left out is None.
+    # Declared for type checkers, as in torch's layers. A parameter that a layer lacks is None.
     weight: nn.Parameter
     bias: nn.Parameter
     proxy_weight: nn.Parameter
@@ -139,13 +139,14 @@ class NormAct2d(nn.Module):
         self.act = out_of_place(
             make_activation(act_layer if self.apply_act else None, **(act_kwargs or {}))
         )
-        # set by shared.py while a network's forward pass runs: constants, and what they hang on
+        # set by share_moments during a network's forward pass: the constants, and the rule and
+        # versions of the parameters that they were evaluated from
         self.shared_constants: tuple[Constants, object] | None = None
         self._make_tensors(affine, track_running_stats, device, dtype)
         self.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # the constants belong to this forward pass, not to a copy
+        # a copy must not take over the constants of this forward pass
         return {**self.__dict__, "shared_constants": None}
 
     def _number_of_groups(self, groups: int | None) -> int | None:
@@ -193,7 +194,7 @@ class NormAct2d(nn.Module):
 
     @property
     def spec(self) -> NormSpec:
-        """The entry of the norm, without proxy, in the registry."""
+        """The registry entry of the norm, without proxy."""
         return norm_spec(self.kind)
 
     @property
@@ -203,29 +204,29 @@ class NormAct2d(nn.Module):
 
     @property
     def proxied(self) -> bool:
-        """True if the output is proxy-normalized: PN was asked for and an activation follows."""
+        """True if the output is proxy-normalized: PN is on, and there is an activation."""
         return self.proxy and self.apply_act
 
     @property
     def folds(self) -> bool:
-        """True if γ, β, m and v fold into constants per channel on the norm's own affine."""
+        """True if γ, β, m and v can be folded into constants per channel."""
         plain = self.act_name != "callable" and isinstance(self.drop, nn.Identity)
         return self.proxied and plain
 
     def proxy_statistics(self) -> tuple[Tensor, Tensor]:
-        """m and v, shape (C,): functions of the four parameters alone."""
+        """m and v, shape (C,)."""
         if not self.proxied:
             raise ValueError("this layer has no proxy normalization, hence no proxy statistics")
         return self.proxy_rule().moments(*self.four_parameters())
 
     def proxy_rescale(self) -> Tensor:
-        """1 / sqrt(v + proxy_eps), shape (C,), which proxy_scale=False leaves to a gate."""
+        """1 / sqrt(v + proxy_eps), shape (C,). If proxy_scale is False, a gate applies it."""
         if self.folds and not is_transformed():
             return Rescale.apply(self.constants(), self.proxy_rule(), *self.four_parameters())
         return stored(torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps))
 
     def proxy_rule(self) -> Rule:
-        """The way this layer integrates and uses its moments."""
+        """The rule by which this layer computes and applies its moments."""
         return Rule(self.act, self.moments, self.nodes, self.proxy_eps, self.proxy_scale)
 
     def four_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -235,16 +236,14 @@ class NormAct2d(nn.Module):
         bias = torch.zeros_like(self.proxy_weight) if bias is None else bias
         return weight, bias, self.proxy_weight, self.proxy_bias
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """y, the norm of x before γ and β; same shape and dtype. Training moves BN's statistics."""
-        return self.norm_affine(x, None, None)
-
-    def norm_affine(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The norm with that affine. Training moves BN's statistics."""
+    def normalize(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """weight · norm(x) + bias, in x's dtype. In training, updates BN's running statistics."""
         return self.spec.normalize(x, **self._norm_options(), weight=weight, bias=bias)
 
     def _norm_options(self) -> dict[str, Any]:
-        """The options of the norm; counts a batch that moves BN's running statistics."""
+        """The options of the norm. In training, counts the batch for BN's running statistics."""
         if not self.spec.batch_statistics:
             return {"groups": self.groups, "eps": self.eps}
         mean = self.running_mean
@@ -264,30 +263,30 @@ class NormAct2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W), in its dtype and memory format."""
-        x = input  # torch's norms call it so, too; a network may give it by keyword
-        if isinstance(x, fx.Proxy):  # a leaf for every tracer, as torch's own norms are
+        x = input  # the name in torch's norms too: a network may pass it by keyword
+        if isinstance(x, fx.Proxy):  # every tracer treats the layer as a leaf, like torch's norms
             is_root = x.tracer.root is self
             path = "itself" if is_root else x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x,), {})
         self._check(x)
-        if self.folds:
+        if self.folds:  # PN behind an activation that is known by name
             return self._folded(x)
-        if self.proxied or self.spec.is_none:
+        if self.proxied or self.spec.is_none:  # the formula as written
             return self.activate(self.normalize(x))
         if is_transformed():
-            # one cast, at the end: rounding before φ would cost a compiler a map of its own
+            # One cast, at the end: to round before φ, a compiler would store another map.
             with without_autocast(x.device):
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
-                u = self.drop(self.norm_affine(wide, self.weight, self.bias))
+                u = self.drop(self.normalize(wide, self.weight, self.bias))
                 return activate(self.act, u).to(x.dtype)
-        u = self.drop(self.norm_affine(x, self.weight, self.bias))
+        u = self.drop(self.normalize(x, self.weight, self.bias))
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
 
     def _folded(self, x: Tensor) -> Tensor:
-        """PN-Act with γ, β, m and v folded into constants per channel on the norm's own affine.
+        """PN-Act with γ, β, m and v folded into constants per channel.
 
-        That is two passes over the map fewer. In one autograd Function, it is also one map fewer
-        kept for backward. Compilers and torch.func take plain operations.
+        This saves two passes over the map. As a single autograd Function it also keeps one map less
+        for backward. Compilers and torch.func get plain operations.
         """
         spec, rule, options = self.spec, self.proxy_rule(), self._norm_options()
         has_kernel = x.device.type in ("cpu", "cuda") and x.numel() > 0 and not is_transformed()
@@ -301,25 +300,25 @@ class NormAct2d(nn.Module):
             wide = torch.promote_types(x.dtype, scale.dtype)
             scale, shift = scale.to(wide), shift.to(wide)
             z = self.act(spec.normalize(x.to(wide), **options, weight=scale, bias=shift))
-            # One value per image and channel: the gradients of gain and offset are then sums over
-            # the same cells as the norm's, which a compiler takes in one pass.
+            # With one value per image and channel, the gradients of gain and offset are sums over
+            # the same cells as the norm's. A compiler computes them all in one pass.
             gain, offset = (t.to(wide).expand(x.shape[:2])[..., None, None] for t in (gain, offset))
             return ((z * gain if rule.has_gain else z) + offset).to(x.dtype)
 
     def activate(self, y: Tensor) -> Tensor:
-        """Act or PN-Act of y by the formula, in float32 or better; the result has y's dtype."""
+        """Act or PN-Act of y by the formula, in float32 or better; the result is in y's dtype."""
         wide = y.to(torch.promote_types(y.dtype, torch.float32))
 
         def phi(u: Tensor) -> Tensor:
             return activate(self.act, self.drop(u))
 
         with without_autocast(y.device):
-            if not self.proxied:
-                return phi(affine(wide, self.weight, self.bias)).to(y.dtype)
-            moments, parameters = self.proxy_rule().moments, self.four_parameters()
-            return pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale).to(
-                y.dtype
-            )
+            if self.proxied:
+                moments, parameters = self.proxy_rule().moments, self.four_parameters()
+                z = pn_act(wide, *parameters, phi, moments, self.proxy_eps, self.proxy_scale)
+            else:
+                z = phi(affine(wide, self.weight, self.bias))
+            return z.to(y.dtype)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.num_features:
@@ -333,38 +332,38 @@ class NormAct2d(nn.Module):
             )
 
     def constants(self) -> Constants:
-        """Those of folding.fold; shared ones while a network of share_moments runs."""
+        """The constants of folding.fold, taken from share_moments if they are still valid."""
         shared = self.shared_constants
-        # Ctrl-C may have ended that forward before it took its constants back
+        # Ctrl-C may have ended the forward pass before share_moments withdrew its constants.
         if shared is None or shared[1] != self._rule_and_versions():
             return fold(self.four_parameters(), self.proxy_rule())
         return shared[0]
 
     def share_constants(self, constants: Constants) -> None:
-        """Take constants that were evaluated from the parameters as they are now."""
+        """Set the constants, which must have been evaluated from the current parameters."""
         self.shared_constants = constants, self._rule_and_versions()
 
     def _rule_and_versions(self) -> tuple[Rule, list[tuple[int, int]]]:
-        """Memory address and version of each parameter; inference tensors have no version."""
+        """The rule, and each parameter's address and version (0 for inference tensors)."""
         own = (p for p in self._parameters.values() if p is not None)
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
         return self.proxy_rule(), versions
 
     @property
     def itself(self) -> NormAct2d:
-        """The layer, under the name by which a graph traced from it alone calls it."""
+        """The layer itself: the target of the call in a graph traced from this layer alone."""
         return self
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As in nn.Module; warns tools that would pass over this batch norm."""
+        """As in nn.Module. Warns if the caller is a tool that would skip this batch norm."""
         if self.spec.batch_statistics:
-            warn_if_passed_over()
+            warn_if_skipped()
         return super().named_children()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in nn.Module; warns tools that would pass over this batch norm."""
+        """As in nn.Module. Warns if the caller is a tool that would skip this batch norm."""
         if self.spec.batch_statistics:
-            warn_if_passed_over()
+            warn_if_skipped()
         return super().named_modules(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
-"""The norms: one registry of names, and BN with its normalization batch, LN, GN and IN.
+"""The norms: the registry of names, and BN with its normalization batch, LN, GN and IN.
 
-Statistics are float32 or better whatever autocast says; the map keeps its dtype. To add a norm,
-write its function, enter it in _NORMALIZATIONS, and add configs/norm/NAME.yaml.
+Statistics are float32 or better, also under autocast; the map keeps its dtype. To add a norm, write
+its function, enter it in _NORMALIZATIONS and add configs/norm/NAME.yaml.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def batch_normalize(
 ) -> Tensor:
     """Normalize x (N, C, H, W) per channel.
 
-    In training the statistics are those of norm_batch consecutive images (None: of all of x;
-    "global": of all processes' x together), and the running statistics move by momentum towards
-    their average over the chunks. If norm_batch does not divide N, the last chunk is smaller.
-    In evaluation the running statistics are used.
+    In training, each chunk of norm_batch consecutive images has its own statistics (None: one chunk
+    of all N; "global": the images of all processes together). The running statistics move by
+    momentum towards the average over the chunks. If norm_batch does not divide N, the last chunk is
+    smaller. In evaluation the running statistics are used.
     """
     with without_autocast(x.device):
         size = norm_batch if isinstance(norm_batch, int) else len(x)
@@ -74,11 +74,11 @@ def batch_normalize(
         elif training and (0 < size < len(x) or (is_transformed() and len(x) > 0)):
             y, mean, var = _normalize_chunks(x, size, eps, weight, bias)
         else:
-            # F.batch_norm wants the running statistics in the affine's precision (x's, or float32)
+            # F.batch_norm needs the running statistics in the dtype of the affine (x's or float32).
             dtype = torch.promote_types(x.dtype, torch.float32) if weight is None else weight.dtype
             mean, var = (s if s is None else s.to(dtype) for s in (running_mean, running_var))
             y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-            momentum = 1.0  # they have moved already
+            momentum = 1.0  # F.batch_norm updated mean and var: they replace the old ones below
         for statistic, moved in ((running_mean, mean), (running_var, var)):
             if training and statistic is not None and moved is not None and moved is not statistic:
                 statistic.lerp_(moved.to(statistic.dtype), momentum)
@@ -90,19 +90,19 @@ def _in_plain_operations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm over `images` images and C / groups channels at a time, for compilers.
 
-    Returns y, and mean and population variance, each (N / images, groups). Everything that meets
-    the map has one value per cell (image and channel), so that the compiler needs two passes
+    Returns y, and mean and population variance, each (N / images, groups). Everything that is
+    combined with the map has one value per cell (image and channel), so a compiler needs two passes
     forward (statistics, output) and two backward (sums over each cell, gradient).
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Mean and variance of the cells, then of their groups: exact where the mean is large against
-    # the deviation, as E[x²] − E[x]² is not.
+    # Mean and variance of the cells, then of their groups. Unlike E[x²] − E[x]², this is exact even
+    # if the mean is much larger than the deviation.
     cell_var, cell_mean = torch.var_mean(wide, dim=(2, 3), correction=0)
     grouped = (x.shape[0] // images, images, groups, x.shape[1] // groups)
     cell_var, cell_mean = cell_var.view(grouped), cell_mean.view(grouped)
     mean = cell_mean.mean((1, 3), keepdim=True)
     var = (cell_var + (cell_mean - mean).square()).mean((1, 3), keepdim=True)
-    # u = x·A + B reads fewer tensors than (x − mean)·A + β; with more, the compiler would store it
+    # x·A + B reads fewer tensors than (x − mean)·A + β, which the compiler would store.
     a, mean_of_cell = (
         t.expand(grouped).reshape(x.shape[:2]) for t in (torch.rsqrt(var + eps), mean)
     )
@@ -115,7 +115,7 @@ def _in_plain_operations(
 def affine(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **_: object
 ) -> Tensor:
-    """γ·x + β per channel, without any statistics: the norm called "none"."""
+    """γ·x + β per channel, without statistics: the norm named "none"."""
     x = x if weight is None else x * weight.view(1, -1, 1, 1)
     return x if bias is None else x + bias.view(1, -1, 1, 1)
 
@@ -123,7 +123,7 @@ def affine(
 def _normalize_chunks(
     x: Tensor, size: int, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BN of every `size` images apart; also the average of their mean and unbiased variance."""
+    """BN of each chunk of `size` images; also the average of their means and unbiased variances."""
     whole = len(x) // size * size
     parts = [(x[:whole], size), (x[whole:], len(x) - whole)] if whole < len(x) else [(x, size)]
     y, mean, var = zip(*(_chunk_norm(part, images, eps, weight, bias) for part, images in parts))
@@ -133,7 +133,7 @@ def _normalize_chunks(
 def _chunk_norm(
     x: Tensor, images: int, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BN of every `images` images apart; also mean and unbiased variance, each (chunks, C)."""
+    """BN of each chunk of `images` images; also the means and unbiased variances, (chunks, C)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
     chunks, channels = len(x) // images, x.shape[1]
@@ -141,8 +141,8 @@ def _chunk_norm(
         y, mean, var = _in_plain_operations(x, images, channels, eps, weight, bias)
         count = x.numel() // (chunks * channels)
         return y, mean.detach(), var.detach() * (count / max(count - 1, 1))
-    # One batch norm of chunks · C channels, instead of one for every chunk.
-    # Momentum 1 leaves the mean and unbiased variance in its "running" statistics.
+    # A single batch norm over chunks · C channels replaces one for every chunk. With momentum 1,
+    # its "running" statistics become the mean and unbiased variance.
     mean, var = x.new_zeros(2, chunks * channels, dtype=wide)
     weight, bias = (t if t is None else t.repeat(chunks) for t in (weight, bias))
     side_by_side = x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
@@ -155,12 +155,12 @@ def _chunk_norm(
 def _normalize_globally(
     x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BN over all processes' images; also their mean and unbiased variance, (C,)."""
+    """BN over the images of all processes; also their mean and unbiased variance, (C,)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     var, mean = (s.double() for s in torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0))
     local = x.numel() // x.shape[1]
     count = torch.full((1,), float(local), dtype=torch.float64, device=x.device)
-    # sums rather than means, since processes may hold different numbers of images
+    # Sums instead of means, because processes may hold different numbers of images.
     total = _AllReduce.apply(torch.cat([mean * local, (var + mean * mean) * local, count]))
     mean, square = (total[:-1] / total[-1]).chunk(2)
     var = (square - mean * mean).clamp_min(0)
@@ -172,7 +172,7 @@ def _normalize_globally(
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over all processes; the gradient is the sum of the processes' gradients."""
+    """The sum over all processes. Its gradient is the sum of the processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -186,30 +186,30 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _gn_groups(channels: int, groups: int | None) -> int:
-    """The given number of groups, or the largest divisor of the channels that is at most 32."""
+    """The given number of groups, or else the largest divisor of channels that is at most 32."""
     return groups or max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm by name."""
+    """An entry of the registry of norms."""
 
     kind: str  # "bn", "ln", "gn", "in" or "none"
-    # called as normalize(x, groups=, eps=, weight=, bias=), where x is (N, C, H, W); with batch
-    # statistics, as batch_normalize
+    # normalize(x, groups=, eps=, weight=, bias=) with x of shape (N, C, H, W); a norm with batch
+    # statistics takes batch_normalize's arguments
     normalize: Callable[..., Tensor]
-    # the same as a kernel, called as kernel(x, groups=, eps=) or with batch_normalize's options;
-    # one autograd Function then serves norm, activation and PN; None: plain operations do
+    # kernel(x, groups=, eps=), or with batch_normalize's options, returns the same norm for the
+    # autograd Function of norm, activation and PN; None: plain operations are used
     kernel: Callable[..., Kernel | None] | None = None
-    # number of groups from the number of channels and the option `groups`; None: it has none
+    # returns the number of groups for C and the option `groups`; None: a norm without groups
     groups: Callable[[int, int | None], int] | None = None
-    batch_statistics: bool = False  # over the batch, and running ones serve in evaluation
-    proxy: bool = False  # a proxy normalization follows the activation
-    weight_standardization: bool = False  # the convolutions that feed it have standardized weights
+    batch_statistics: bool = False  # statistics over the batch; running ones in evaluation
+    proxy: bool = False  # proxy normalization follows the activation
+    weight_standardization: bool = False  # the convolutions before it have standardized weights
 
     @property
     def is_none(self) -> bool:
-        """True where nothing is normalized."""
+        """True for the norm "none", which normalizes nothing."""
         return self.normalize is affine
 
 
@@ -234,7 +234,7 @@ NORMS: tuple[str, ...] = tuple(_SPECS)
 
 
 def norm_spec(name: str) -> NormSpec:
-    """The entry of a norm name. Raises ValueError with the nearest name and the list."""
+    """The registry entry of a norm. Raises ValueError for an unknown name."""
     if not isinstance(name, str) or name not in _SPECS:
         raise ValueError(unknown_name("norm", name, NORMS))
     return _SPECS[name]

@@ -1,4 +1,4 @@
-"""NormOptions: the one home of a norm layer's defaults and of the checks of their values."""
+"""NormOptions: the options of norm layers, with their defaults and the checks of their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from proxynorm.nn.checks import check_number, check_whole
 from proxynorm.nn.moments import check_method
 from proxynorm.nn.norms import NormBatch, NormSpec, norm_spec
 
-DEFAULT_EPS = 1e-5  # where eps=None and the network brings none of its own
+DEFAULT_EPS = 1e-5  # if eps is None and there is no original norm to take it from
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class NormOptions:
     """The options that all norm layers of a network share.
 
     Raises:
-        ValueError: a value that no layer can have, in one line.
+        ValueError: an option has an invalid value.
     """
 
     norm: str = "ln_pn"  # a name of NORMS
-    groups: int | None = None  # groups of gn; None: the largest divisor of C up to 32
-    eps: float | None = None  # the norm's ε; None: the network's own, else DEFAULT_EPS
+    groups: int | None = None  # of gn; None: the largest divisor of C that is at most 32
+    eps: float | None = None  # the norm's ε; None: the original norm's, or DEFAULT_EPS
     proxy_eps: float = 0.03  # PN's ε, added to the proxy variance
     # images that share bn's statistics; None: the micro-batch; "global": the micro-batches of all
     # processes together
@@ -48,5 +48,5 @@ class NormOptions:
         return norm_spec(self.norm)
 
     def layer_arguments(self) -> dict[str, Any]:
-        """Keyword arguments with which NormAct2d makes such a layer."""
+        """The keyword arguments of NormAct2d for a layer with these options."""
         return {**vars(self), "norm": self.spec.kind, "proxy": self.spec.proxy}

@@ -1,4 +1,4 @@
-"""Weights: standardization of convolutions, and which parameters weight decay touches."""
+"""Weight standardization of convolutions, and the parameter groups for weight decay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEVER_DECAYED = (nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)  # their weights 
 
 
 class StandardizedWeight(nn.Module):
-    """(w − mean) / sqrt(var + eps) over a filter's inputs and positions, over sqrt(fan-in)."""
+    """Gives each filter mean 0 and variance 1 / fan-in, over its input channels and positions."""
 
     def __init__(self, eps: float = 1e-10) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class StandardizedWeight(nn.Module):
 
 
 def standardize_weights(model: nn.Module) -> nn.Module:
-    """Put weight standardization on every nn.Conv2d of model that has none yet; return the model.
+    """Standardize the weights of every nn.Conv2d of a model, in place; return the model.
 
     Qiao et al., arXiv 1903.10520. The factor 1/sqrt(fan-in) gives the following norm an input of
     unit scale, and that norm cancels it. A convolution with one weight per filter (depthwise 1×1)
-    has no variance and stays as it is.
+    has no variance and stays as it is, as does one that is parametrized already.
     """
     for module in list(model.modules()):
         if (
@@ -48,21 +48,21 @@ def standardize_weights(model: nn.Module) -> nn.Module:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into two optimizer groups, decayed and not.
 
-    Decayed are weight matrices and kernels (two or more dimensions) outside of norms and
-    embeddings, and PN's γ̃ and β̃ (as in the authors' code, with the ordinary coefficient). γ, β,
-    biases, tokens and all other parameters are not. Each parameter is in one group, once.
+    Weight decay applies to weight matrices and kernels (two or more dimensions) outside of norms
+    and embeddings, and to PN's γ̃ and β̃ (with the same coefficient, as in the authors' code). It
+    does not apply to γ, β, biases, tokens or any other parameter. A parameter that several modules
+    share is listed once.
     """
     decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                (decayed if _is_decayed(module, name, parameter) else kept).append(parameter)
+    not_decayed: list[nn.Parameter] = []
+    for path, parameter in model.named_parameters():  # a shared parameter comes once
+        owner, _, name = path.rpartition(".")
+        if parameter.requires_grad:
+            is_decayed = _is_decayed(model.get_submodule(owner), name, parameter)
+            (decayed if is_decayed else not_decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -72,6 +72,6 @@ def _is_decayed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
         return name in ("proxy_weight", "proxy_bias")
     if isinstance(module, _NEVER_DECAYED) or parameter.ndim < 2:
         return False
-    # "original": the weight behind a parametrization, such as weight standardization. The name
-    # tells a kernel from CondConv2d's biases (experts, C) and from tokens (1, length, C).
+    # "original" is the weight behind a parametrization, such as weight standardization. The name
+    # distinguishes a kernel from CondConv2d's biases (experts, C) and from tokens (1, length, C).
     return name.endswith("weight") or name.startswith("original")

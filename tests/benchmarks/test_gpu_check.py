@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py without a GPU: small cases, to the end; what is lacking is named."""
+"""scripts/gpu_check.py without a GPU: it runs small cases and names missing packages."""
 
 from __future__ import annotations
 

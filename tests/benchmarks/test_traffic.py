@@ -1,4 +1,4 @@
-"""Bytes that a compiled step moves on a GPU, by the code that inductor makes for one."""
+"""Bytes that a compiled step moves on a GPU, from inductor's fused kernels."""
 
 from __future__ import annotations
 

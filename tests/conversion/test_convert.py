@@ -1,6 +1,4 @@
-"""convert: any timm or torchvision ConvNet, the activation taken out exactly where it follows a
-norm.
-"""
+"""convert on timm's and torchvision's ConvNets: only activations behind norms are removed."""
 
 from __future__ import annotations
 
@@ -102,7 +100,7 @@ class SharedAct(nn.Module):
 
 
 class DiscardedAct(nn.Module):
-    """An in-place activation whose result is thrown away."""
+    """An in-place activation whose result is discarded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,9 +113,7 @@ class DiscardedAct(nn.Module):
 
 
 class FunctionalAct(nn.Module):
-    """Functional activations with arguments, one of them in place, beside a module that is absorbed
-    as well.
-    """
+    """Functional activations with arguments, one of them in place, and an activation module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -386,7 +382,7 @@ def test_report() -> None:
         "BatchNorm2d",
         "LN, no activation behind it: scale kept, shift dropped",
     )
-    assert rows["relu"] == ("ReLU", "joined with its norm; the identity stands here")
+    assert rows["relu"] == ("ReLU", "joined with its norm; replaced by the identity")
     assert rows["layer1.0"] == ("BasicBlock", "1 activation call of its forward joined with norms")
     table = str(report).splitlines()
     assert table[0].split() == ["module", "kind", "action"]

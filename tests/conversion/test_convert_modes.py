@@ -1,4 +1,4 @@
-"""convert heeds what only one mode, or only one of several calls, shows of a forward."""
+"""convert on forwards that depend on the mode, or that differ between calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import with_random_norms
 
 
 class Scaled(nn.Module):
-    """An activation that tells nothing of its slope."""
+    """An activation whose slope its repr does not show."""
 
     def __init__(self, slope: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Scaled(nn.Module):
 
 
 class Net(nn.Module):
-    """A forward given as a function."""
+    """A network whose forward is given as a function."""
 
     def __init__(self, forward: Callable, **modules: nn.Module) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Optional(nn.Module):
 
 
 class ByMode(nn.Module):
-    """What stands behind the norm, and before it, hangs on the mode."""
+    """The calls behind the norm, and before it, depend on the mode."""
 
     def __init__(
         self, training: nn.Module, evaluation: nn.Module, aside: Callable | None = None
@@ -103,7 +103,7 @@ class ByMode(nn.Module):
         ),
     ],
 )
-def test_activations_that_hang_on_the_mode_are_refused(model: nn.Module, parts: list[str]) -> None:
+def test_activations_that_differ_by_mode_are_refused(model: nn.Module, parts: list[str]) -> None:
     expected = model.eval()(torch.ones(1, 3, 8, 8))
     with pytest.raises(ValueError) as caught:
         convert(model, "bn")

@@ -1,7 +1,4 @@
-"""convert follows what a forward does when it runs.
-
-Control flow, draws, attributes and caches stay as written.
-"""
+"""convert keeps a forward as written: its control flow, draws, attributes and caches."""
 
 from __future__ import annotations
 
@@ -274,7 +271,7 @@ def test_meta_devices_are_converted() -> None:
 
 
 class MixesImages(nn.Module):
-    """In training an image's output depends on the others, whatever the norm."""
+    """In training, an image's output depends on the others, with any norm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""What convert takes for an activation, a gate, or neither.
-
-And in-place operations behind a norm.
-"""
+"""convert tells activations, gates and linear calls apart; in-place operations behind a norm."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from proxynorm.nn import NormAct2d
 
 
 class Behind(nn.Module):
-    """A convolution and a norm, `function` behind them, and another convolution."""
+    """A convolution, a norm, `function`, and another convolution."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -38,7 +35,7 @@ class Behind(nn.Module):
 
 
 class BehindAFunction(Behind):
-    """Its function takes the norm's value alone."""
+    """Like Behind, but its function takes only the norm's value."""
 
     def behind(self, y: torch.Tensor) -> torch.Tensor:
         return self.function(y)
@@ -179,7 +176,7 @@ def test_a_gate_is_no_activation(name: str) -> None:
 
 
 class Swish(nn.Module):
-    """Under a known name, with a slope that the known one has not."""
+    """A class of a known name, but with a slope."""
 
     def __init__(self, slope: float = 1.0) -> None:
         super().__init__()
@@ -305,7 +302,7 @@ class ByUnknownFunction(Behind):
 def test_a_result_that_is_changed_in_place_can_be_trained(kind: type[Behind]) -> None:
     model = convert(kind(None), "ln_pn", IMAGES)
     rows = {row.module: row.action for row in conversion_report(model)}
-    assert rows["bn"] == "LN + SiLU + PN, a copy of it handed on, as it is changed in place"
+    assert rows["bn"] == "LN + SiLU + PN, output copied because it is changed in place"
     images = torch.randn(2, 3, 8, 8)
     reference = copy.deepcopy(model)
     reference.bn.forward = lambda x: reference.bn.activate(reference.bn.normalize(x))

@@ -1,4 +1,4 @@
-"""Activation calls are taken out of a forward's source, on Python 3.10 as well."""
+"""Activation calls are removed from a forward's source, also on Python 3.10."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_calls_are_found_by_their_position_or_refused(kind: type, lines_only: bo
     original = with_random_norms(kind())
     model = copy.deepcopy(original)
     if lines_only and kind is OneLine:
-        with pytest.raises(ValueError, match=r"test_rewrite\.py:\d+ .*not told from others on its"):
+        with pytest.raises(
+            ValueError, match=r"test_rewrite\.py:\d+ .*cannot be distinguished from others"
+        ):
             convert(model, "bn")
         return
     convert(model, "bn")

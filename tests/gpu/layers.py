@@ -65,7 +65,7 @@ def errors(got: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict
 def make_layer(machine: Machine, norm: str, activation: str) -> NormAct2d:
     """Return a layer with trained-like parameters."""
     torch.manual_seed(0)
-    channels, groups = (16 if machine.small else 64), (4 if "gn" in norm else None)
+    channels, groups = (64 if machine.on_gpu else 16), (4 if "gn" in norm else None)
     layer = NormAct2d(channels, norm, "pn" in norm, act_layer=activation, groups=groups)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 1.0 if parameter is layer.weight else 0.0, 0.3)
@@ -74,7 +74,7 @@ def make_layer(machine: Machine, norm: str, activation: str) -> NormAct2d:
 
 def draw(machine: Machine, layout: str, dtype: str) -> tuple[Tensor, Tensor]:
     """Return an input and an output gradient."""
-    shape = (4, 16, 8, 8) if machine.small else (32, 64, 28, 28)
+    shape = (32, 64, 28, 28) if machine.on_gpu else (4, 16, 8, 8)
     move = {"dtype": DTYPES[dtype], "memory_format": FORMATS[layout], "device": machine.device}
     return (2 * torch.randn(shape) + 0.5).to(**move), torch.randn(shape).to(**move)
 
@@ -82,7 +82,7 @@ def draw(machine: Machine, layout: str, dtype: str) -> tuple[Tensor, Tensor]:
 def norms(machine: Machine) -> Iterator[dict]:
     """Compare every norm, activation, layout, type and mode with float64, within the deadline."""
     cases = list(product(("eager", "compiled"), DTYPES, FORMATS, NORMS, ACTIVATIONS))
-    if machine.small:
+    if not machine.on_gpu:
         cases = [case for case in cases if case[0] == "eager"]
         cases.append(("compiled", "fp32", "channels_last", "ln_pn", "relu"))
     for number, (mode, dtype, layout, norm, activation) in enumerate(cases):

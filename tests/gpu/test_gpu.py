@@ -15,7 +15,7 @@ from tests.gpu.training import Runs
 
 @pytest.fixture
 def machine() -> Machine:
-    return Machine(torch.device("cuda"), small=False, deadline=float("inf"))
+    return Machine(torch.device("cuda"), deadline=float("inf"))
 
 
 @pytest.mark.parametrize(("mode", "dtype"), product(("eager", "compiled"), layers.DTYPES))

@@ -1,4 +1,4 @@
-"""Between forward and backward: modes and tensors that change, and derivatives of the gradients."""
+"""Backward passes: after changes of modes and tensors, of second order, and with recompute."""
 
 import copy
 import weakref
@@ -29,7 +29,7 @@ def network(activation: str, norm: str) -> nn.Sequential:
 
 
 def gradients(net: nn.Module, x: torch.Tensor, between=lambda net: None) -> list[torch.Tensor]:
-    """Gradients of a copy of net, to which something happens between forward and backward."""
+    """Gradients of a copy of net, which `between` changes between forward and backward."""
     net = copy.deepcopy(net)
     loss = net(x).square().sum()
     between(net)
@@ -37,7 +37,7 @@ def gradients(net: nn.Module, x: torch.Tensor, between=lambda net: None) -> list
 
 
 def use_otherwise(net: nn.Module) -> None:
-    """Moves BN's running statistics and leaves the net in the other mode."""
+    """Update BN's running statistics, and leave the net in the other mode."""
     training = net.training
     with torch.no_grad():
         net.train()(torch.randn(4, 3, 8, 8, dtype=torch.float64) * 3 + 1)
@@ -63,7 +63,7 @@ def test_the_norm_of_the_forward_pass_counts(activation, norm, training, between
 
 
 class Net(nn.Module):
-    """One layer between two convolutions; edit() happens inside of forward."""
+    """A layer between two convolutions, with edit() called inside forward."""
 
     def __init__(self, edit=None) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def double_gamma(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("with_recompute", [False, True])
 def test_changes_in_place_are_noticed(with_recompute):
-    """Of weights, and of what other operations keep: by recompute's hooks as by autograd itself."""
+    """Changes of weights, and of tensors that other operations keep, with and without recompute."""
     x = torch.randn(2, 3, 4, 4)
     for between in (double_weights, double_gamma):
         net = recompute(Net()) if with_recompute else Net()

@@ -48,7 +48,7 @@ def trained_like(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def assert_same(model: nn.Module, frozen: nn.Module, x: torch.Tensor) -> None:
-    """Whether the frozen copy computes what the model computes."""
+    """Assert that the frozen copy computes the same as the model."""
     torch.testing.assert_close(frozen(x.clone()), model(x), atol=1e-4, rtol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_onnx_runtime_computes_the_same(make, tmp_path: Path) -> None:
 
 
 class Reads(nn.Module):
-    """Layers that would merge, of which `read` reads a weight as well."""
+    """A network in which `read` also uses one of the weights."""
 
     def __init__(self, read) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def assert_freezes(model: nn.Module) -> None:
 
 
 class SamePool(nn.AvgPool2d):
-    """Pads by itself, as timm's pools do."""
+    """A pool with its own padding, like timm's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))

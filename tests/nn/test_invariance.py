@@ -1,4 +1,4 @@
-"""What nobody can argue with: no dependence on the batch, none on the scale of a convolution."""
+"""Invariance to the batch and to the scale of a convolution; weight standardization and decay."""
 
 import copy
 
@@ -41,7 +41,7 @@ def outputs_and_gradients(net: nn.Module, images: torch.Tensor, labels: torch.Te
 
 
 def differences(net: nn.Module) -> tuple[float, float]:
-    """Greatest change of logits and of per-sample gradients between batches of 32, 2 and 1."""
+    """Maximum change of logits and of per-sample gradients between batches of 32, 2 and 1."""
     images, labels = torch.randn(32, 3, 6, 6, dtype=torch.float64), torch.arange(32) % 5
     whole = outputs_and_gradients(net, images, labels, 32)
     parts = [outputs_and_gradients(net, images, labels, size) for size in (1, 2)]

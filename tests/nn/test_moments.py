@@ -109,7 +109,7 @@ def test_exact_has_the_documented_error(activation):
 @pytest.mark.parametrize("weight", [100.0, -1000.0])
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
 def test_saturating_activations_are_as_exact_at_any_scale(activation, weight):
-    """There they are steps to any rule of fixed nodes, which errs by 1e-2."""
+    """They are nearly steps there; a rule with fixed nodes would have an error of 1e-2."""
     one = torch.ones(1, dtype=torch.float64)
     for bias in (-40.0, 0.3, 5.0):
         mean, var = integrated(make_activation(activation), abs(weight), bias)
@@ -164,7 +164,7 @@ def test_derivatives(activation):
 @pytest.mark.parametrize("method", ["exact", "grid"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_constants_have_the_slopes_of_the_formula(activation, method, scale):
-    """A layer's constants, evaluated once, against the same in differentiable operations."""
+    """A layer's constants and their jacobian against the differentiable formula."""
     torch.manual_seed(0)
     layer = NormAct2d(3, act_layer=activation, moments=method, proxy_scale=scale).double()
     for parameter in layer.parameters():
@@ -222,7 +222,7 @@ def test_any_callable_module_or_class():
     )
 
 
-def test_a_partial_is_of_a_class_or_of_a_function():
+def test_partials_of_classes_and_functions():
     parameters = torch.rand(4, 5)
     for ours, theirs in (
         (partial(F.leaky_relu, negative_slope=0.2), nn.LeakyReLU(0.2)),
@@ -267,7 +267,7 @@ def test_documented_error_of_kinks(below, weight):
     for error, bound in zip(
         errors, (2.2e-4 * weight * step, 3.6e-4 * weight**2 * step * steepest, 1.7e-2 * step)
     ):
-        assert 0.6 * bound < error < bound  # neither exceeded nor a mere phrase
+        assert 0.6 * bound < error < bound  # the bound holds, and is tight
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_documented_errors_of_unlisted_activations(module, mean_error, var_error
     assert (m - mean).abs().max() < mean_error and (v - var).abs().max() < var_error
 
 
-def test_a_jump_costs_what_is_said():
+def test_documented_error_of_a_jump():
     bias = torch.linspace(-2, 2, 2001, dtype=torch.float64)
     for weight in (1.0, 3.0):
         mean, _ = proxy_moments(

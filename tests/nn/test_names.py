@@ -1,4 +1,4 @@
-"""Norm names and activations by name."""
+"""Names of norms and activations."""
 
 import pytest
 import torch

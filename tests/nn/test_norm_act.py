@@ -58,7 +58,7 @@ def maps(
 
 
 def test_formula():
-    """Written out once, with nothing of the package but the moments."""
+    """The formula written out, with nothing from the package except the moments."""
     x, act = maps(), layer("ln_pn")
     y = (x - x.mean((1, 2, 3), keepdim=True)) * (
         x.var((1, 2, 3), correction=0, keepdim=True) + 1e-5
@@ -164,7 +164,7 @@ def test_gradients_and_gradients_of_gradients(norm, activation):
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_transforms(activation):
-    """torch.func.grad, vmap, jvp and forward-mode AD give what backward gives."""
+    """torch.func.grad, vmap, jvp and forward-mode AD agree with backward."""
     act = layer("ln_pn", act_layer=activation)
     x, tangent = maps(), torch.randn(5, 12, 4, 3, dtype=torch.float64)
     expected = torch.autograd.grad(act(x.requires_grad_()).square().sum(), x)[0]
@@ -258,7 +258,7 @@ def test_what_is_compiled_equals_eager(norm, dtype, monkeypatch):
 
 
 class SideBySide(nn.ModuleList):
-    """Layers on the same input; in a row, one's rounding would flip the next one's ReLU."""
+    """Layers on the same input. In a sequence, rounding in one would flip ReLUs of the next."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([layer(x) for layer in self])
@@ -267,7 +267,7 @@ class SideBySide(nn.ModuleList):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled_equals_eager(dtype):
-    """inductor's code, of the kinds of layers that differ in it."""
+    """inductor's code, for the kinds of layers in which it differs."""
     kinds = [("ln", "relu"), ("gn_pn", "relu"), ("ln_pn", "silu"), ("bn_pn", "relu")]
     net = SideBySide(
         layer(norm, dtype=torch.float32, act_layer=activation) for norm, activation in kinds
@@ -315,7 +315,7 @@ def test_compiled_for_any_size():
     [("ln_pn", "relu"), ("gn_pn", "silu"), ("bn_pn", "relu"), ("ln", "relu")],
 )
 def test_half_precision(norm, activation, dtype, memory_format):
-    """Maps stay half precision, statistics do not: a mean of 60 costs no more than rounding."""
+    """Maps stay in half precision, statistics do not: a mean of 60 adds only rounding errors."""
     act = layer(norm, dtype=torch.float32, act_layer=activation)
     double = copy.deepcopy(act).double()
     x = (
@@ -359,7 +359,7 @@ def test_the_mask_of_relu_in_half_precision_is_as_good_as_the_formulas(norm, dty
 @pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize("proxy", [True, False])
 def test_batch_norm_cast_to_half_precision(proxy, chunk, dtype):
-    """All of it is cast, the running statistics too; they move, and serve in evaluation."""
+    """The whole layer is cast. Its running statistics are updated, and used in evaluation."""
     act = NormAct2d(12, "bn", proxy, act_layer="silu", norm_batch=chunk)
     cast, x = copy.deepcopy(act).to(dtype), maps(dtype=torch.float32).to(dtype)
     for training in (True, False):
@@ -403,7 +403,7 @@ def test_outputs_of_proxied_layers_are_normalized():
 
 
 def test_placement_without_activation():
-    """Behind no activation: no PN; with PN asked for, the scale stays and the shift goes."""
+    """Without an activation there is no PN; with proxy=True, the shift is dropped."""
     assert set(dict(NormAct2d(8, "ln_pn", apply_act=False).named_parameters())) == {"weight"}
     assert set(dict(NormAct2d(8, "ln", False, apply_act=False).named_parameters())) == {
         "weight",
@@ -450,7 +450,7 @@ def test_a_full_name_decides_about_proxy():
     ("features", "groups"), [(64, 32), (48, 24), (40, 20), (24, 24), (7, 7), (22, 22), (37, 1)]
 )
 def test_default_groups(features, groups):
-    """32 where it divides, else the largest divisor below."""
+    """32 if it divides the channels, else the largest divisor below 32."""
     assert NormAct2d(features, "gn").groups == groups
     assert (NormAct2d(features, "ln").groups, NormAct2d(features, "in").groups) == (1, features)
 
@@ -468,7 +468,7 @@ def test_batch_norm_is_torch_s():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
 def test_normalization_batch(size):
-    """Every size images have statistics of their own; what is left over is a smaller chunk."""
+    """Each chunk of `size` images has its own statistics; the last chunk may be smaller."""
     x, act = maps(), layer("bn", norm_batch=size)
     chunks = [F.batch_norm(c, None, None, training=True) for c in x.split(size)]
     torch.testing.assert_close(act.normalize(x), torch.cat(chunks))

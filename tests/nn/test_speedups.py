@@ -1,4 +1,4 @@
-"""Shared moments, recomputation and float32 cells change what a pass costs, never what it gives."""
+"""Shared moments, recomputation and cells give the same results as the plain layer."""
 
 import copy
 
@@ -220,7 +220,7 @@ def test_layers_of_different_kinds_share_apart():
 
 
 def batch_norm_network() -> nn.Sequential:
-    """The same network as of old: BN and ReLU in place."""
+    """The same network with torch's BN and in-place ReLU."""
     layers = [nn.Conv2d(3, 16, 3, padding=1)]
     for _ in range(4):
         layers += [nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1)]

@@ -1,1 +1,1 @@
-"""The numbers of norm_act.py, sooner or in less memory."""
+"""Faster or smaller implementations of what norm_act.py computes."""

@@ -1,4 +1,4 @@
-"""The fallback of hand-written backward passes: plain operations, which torch differentiates."""
+"""The fallback of hand-written backward passes: let autograd differentiate plain operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def by_formula(grad: Tensor) -> bool:
-    """True if a backward pass must use plain operations: for second derivatives, or batched."""
+    """True if backward must use plain operations: for second derivatives or batched gradients."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
@@ -20,16 +20,16 @@ def differentiable(
 ) -> list[Tensor | None]:
     """Gradients of function(*inputs) by the inputs that require one; None for the others.
 
-    They can be differentiated again where grad mode is on.
+    If grad mode is on, they can be differentiated again.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases end autograd's search here. One input may depend on another: tied parameters, or a
-        # layer that is used twice.
+        # One input may depend on another: with tied parameters, or in a layer that is used twice.
+        # At an alias, autograd's search ends.
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         outputs = function(*inputs)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    # constant outputs have no gradient: a gain of 1, or frozen γ and β
+    # outputs without a gradient are constant: a gain of 1, or frozen γ and β
     pairs = [
         (output, grad)
         for output, grad in zip(outputs, grads)

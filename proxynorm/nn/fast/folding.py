@@ -1,8 +1,8 @@
-"""Folds affine and proxy normalization into a few constants per channel, with their derivatives.
+"""Fold affine and proxy normalization into a few constants per channel, with their derivatives.
 
-With r = 1/sqrt(v + ε): r·(φ(γy + β) − m) = gain·φ(scale·y + shift) + offset. As ReLU commutes with
-a positive factor, its gain goes into scale and shift. Everything here is (C,)-sized; the channels
-of many layers may stand side by side.
+With r = 1/sqrt(v + ε): r·(φ(γy + β) − m) = gain·φ(scale·y + shift) + offset. ReLU commutes with a
+positive factor, so its gain is part of scale and shift. All tensors here have C elements per row;
+the channels of several layers may be concatenated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from proxynorm.nn.moments import location_and_scale, proxy_moments
 
 
 class Rule(NamedTuple):
-    """How m and v are computed and used. scale False: only m is subtracted, as if r were 1."""
+    """The rule for computing and applying m and v. Without scale, only m is subtracted: r is 1."""
 
     act: nn.Module
     method: str
@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
     @property
     def has_gain(self) -> bool:
-        """False if the gain is 1: without scale, and for ReLU, whose gain goes into the norm's."""
+        """False if the gain is 1: without scale, and for ReLU, whose gain is in scale and shift."""
         return self.scale and activation_name(self.act) != "relu"
 
     def moments(
@@ -44,16 +44,16 @@ class Rule(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """values (5, C): see folded. jacobian (5, 4, C): their derivatives by γ, β, γ̃, β̃."""
+    """values (5, C), in the order of folded(), and jacobian (5, 4, C), by γ, β, γ̃ and β̃."""
 
     values: Tensor
     jacobian: Tensor
 
 
 def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
-    """scale, shift, gain, offset and 1/sqrt(v + ε) for γ, β, γ̃, β̃, each (C,), differentiable.
+    """scale, shift, gain, offset and 1/sqrt(v + ε), each (C,), as functions of γ, β, γ̃ and β̃.
 
-    They are float32 (float64 for float64 parameters).
+    They are differentiable, in float32 (float64 for float64 parameters).
     """
     return _with_moments(rule, parameters[0], parameters[1], *rule.moments(*parameters))
 
@@ -70,8 +70,8 @@ def _with_moments(
 
 
 def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
-    """The rows of folded() and their derivatives, outside of autograd."""
-    # These graphs end here: saved-tensor hooks, such as checkpointing's, must not see them.
+    """The rows of folded() and their derivatives, detached from autograd."""
+    # These graphs are used up here: saved-tensor hooks, such as checkpointing's, must not see them.
     identity = saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), identity:
         wide = torch.promote_types(parameters[0].dtype, torch.float32)
@@ -85,9 +85,9 @@ def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
 def _slopes_of_rows(
     rule: Rule, weight: Tensor, bias: Tensor, moments: Tensor, slopes: Tensor
 ) -> Tensor:
-    """The derivatives of _with_moments' rows by γ, β, γ̃, β̃, (5, 4, C), from those of m and v.
+    """The derivatives of _with_moments' rows by γ, β, γ̃ and β̃, (5, 4, C), from those of m and v.
 
-    By hand: autograd would take as long again as the moments, at every step of a CPU.
+    They are written by hand because autograd would take as long as the moments on a CPU.
     """
     (mean, var), (by_mean, by_var) = moments, slopes
     rescale = torch.rsqrt(var + rule.eps)
@@ -103,9 +103,9 @@ def _slopes_of_rows(
 
 
 def _moments_with_slopes(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """m and v (2, C) and their derivatives by the leaves (2, 4, C), both detached."""
+    """m and v, (2, C), and their derivatives by the leaves, (2, 4, C), both detached."""
     if activation_name(rule.act) == "silu" and rule.method != "grid":
-        # an EfficientNet's folding would take a tenth of its step on a CPU by autograd
+        # With autograd, folding would take a tenth of an EfficientNet's step on a CPU.
         weight, bias, proxy_weight, proxy_bias = (p.detach() for p in leaves)
         a, s = location_and_scale(weight, bias, proxy_weight, proxy_bias)
         moments, (by_a, by_s) = silu_with_slopes(a, s)
@@ -125,7 +125,7 @@ def _moments_with_slopes(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, 
 def pull_back(
     jacobian: Tensor, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of the parameters γ, β, γ̃, β̃ from those of the rows; None is zero."""
+    """The gradients of γ, β, γ̃ and β̃ from those of the rows, of which None means zero."""
     total: Tensor | None = None
     for slopes, grad in zip(jacobian, grads):
         if grad is not None:
@@ -136,7 +136,7 @@ def pull_back(
 
 
 class Rescale(torch.autograd.Function):
-    """1/sqrt(v + ε), the last row of folded(), from constants evaluated before."""
+    """1/sqrt(v + ε), the last row of folded(), from constants that were already evaluated."""
 
     @staticmethod
     def forward(ctx: Any, constants: Constants, rule: Rule, *parameters: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""gain·φ(norm(x)·scale + shift) + offset in one autograd Function: PN-Act after folding.py.
+"""gain·φ(norm(x)·scale + shift) + offset, which is PN-Act after folding, as one autograd Function.
 
-The output overwrites u = norm(x)·scale + shift. Backward keeps the norm's input and, where it needs
-it, the output, which the next convolution keeps anyway; where it needs u, it makes u again.
+The output overwrites u = norm(x)·scale + shift. The norm's input is kept for backward, and the
+output if backward needs it; the next convolution keeps the output anyway. If backward needs u, it
+computes u again.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from proxynorm.nn.activations import activation_name
 from proxynorm.nn.fast.derivatives import by_formula, differentiable
 from proxynorm.nn.fast.folding import Constants, Rule, folded, pull_back
 from proxynorm.nn.fast.kernels import Kernel, aten
-from proxynorm.nn.fast.recompute import Remade, is_recomputing
+from proxynorm.nn.fast.recompute import RebuiltOutput, is_recomputing
 
 
 class NormAct(torch.autograd.Function):
-    """z = gain·φ(u) + offset with u = norm(x)·scale + shift; the constants are (C,).
+    """z = gain·φ(u) + offset with u = norm(x)·scale + shift; the four constants are (C,).
 
-    With a rule, parameters are γ, β, γ̃, β̃ and the constants are folded from them already; without,
-    they are scale and shift, gain is 1 and offset 0. act must leave its input alone.
+    With a rule, the parameters are γ, β, γ̃ and β̃, and `constants` has their folded values. Without
+    a rule, the parameters are scale and shift, gain is 1 and offset is 0. act must not change its
+    input.
     """
 
     @staticmethod
@@ -41,21 +43,22 @@ class NormAct(torch.autograd.Function):
         values, jacobian = (None, None) if constants is None else constants
         scale, shift, gain, offset = _rows(rule, values, parameters)
         floor = _floor(x, gain, offset, act)
-        ctx.floored, ctx.remade = floor is not None, None
-        on_norm = shift if floor is None else shift + floor
-        u, *statistics = norm.forward(x, scale, on_norm)
-        z = _head_(u, floor, gain, offset, act)
+        ctx.floored, ctx.rebuilt = floor is not None, None
+        norm_shift = shift if floor is None else shift + floor
+        u, *statistics = norm.forward(x, scale, norm_shift)
+        z = _output_(u, floor, gain, offset, act)
         if is_recomputing() and any(ctx.needs_input_grad):
-            kept: list[Any] = [scale, on_norm, floor, gain, offset]
+            kept: list[Any] = [scale, norm_shift, floor, gain, offset]
             kept = [t if t is None else t.detach() for t in kept]
 
-            def make(x: Tensor) -> Tensor:
-                u = norm.again(x, kept[0], kept[1], *statistics)
-                return _head_(u, kept[2], kept[3], kept[4], act)
+            def rebuild(x: Tensor) -> Tensor:
+                scale, norm_shift, floor, gain, offset = kept
+                u = norm.replay(x, scale, norm_shift, *statistics)
+                return _output_(u, floor, gain, offset, act)
 
-            ctx.remade = Remade(make)
-            ctx.remade.replaces(z, x)
-        keeps_output = ctx.remade is None and (ctx.floored or gain is not None)
+            ctx.rebuilt = RebuiltOutput(rebuild)
+            ctx.rebuilt.replaces(z, x)
+        keeps_output = ctx.rebuilt is None and (ctx.floored or gain is not None)
         output, ctx.count = z if keeps_output else None, len(parameters)
         ctx.save_for_backward(x, output, values, jacobian, *parameters, *statistics)
         return z
@@ -68,17 +71,17 @@ class NormAct(torch.autograd.Function):
             reference = partial(_reference, ctx.norm, ctx.act, ctx.rule, statistics)
             dx, *slopes = differentiable(reference, (x, *parameters), (grad,))
             return dx, None, None, None, None, *slopes
-        if ctx.remade is not None:
-            z = ctx.remade.take(x, last=True)
+        if ctx.rebuilt is not None:
+            z = ctx.rebuilt.take(x, last=True)
         scale, shift, gain, offset = _rows(ctx.rule, values, parameters)
-        by_gain, by_offset = _head_sums(grad, z, gain, offset)
+        by_gain, by_offset = _gain_and_offset_gradients(grad, z, gain, offset)
         if ctx.floored and offset is not None:
             above = z - per_channel(offset)  # 0 exactly where the floor cut
             du = aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
         else:
-            u = ctx.norm.again(x, scale, shift, *statistics)
+            u = ctx.norm.replay(x, scale, shift, *statistics)
             du = _act_backward(grad, u, ctx.act)
-        # the gain reaches x, scale and shift through the constants, not by a pass over the map
+        # The gain multiplies the constants instead of du, which saves a pass over the map.
         gained = scale if gain is None else scale * gain
         dx, *slopes = ctx.norm.backward(du, x, gained, *statistics, ctx.needs_input_grad[0])
         if gain is not None:
@@ -91,9 +94,9 @@ class NormAct(torch.autograd.Function):
 def _rows(
     rule: Rule | None, values: Tensor | None, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """scale, shift, gain and offset; a gain of 1 and an offset of 0 are None.
+    """scale, shift, gain and offset.
 
-    Either would cost a pass over the map.
+    A gain of 1 and an offset of 0 are None, because each would cost a pass over the map.
     """
     if rule is None or values is None:
         return parameters[0], parameters[1], None, None
@@ -102,10 +105,11 @@ def _rows(
 
 
 def _floor(x: Tensor, gain: Tensor | None, offset: Tensor | None, act: nn.Module) -> Tensor | None:
-    """The offset, if z = max(u + offset, offset): in z, backward finds where u was below 0.
+    """The offset, if z is computed as max(u + offset, offset); None otherwise.
 
-    The norm adds the offset. Half precision rounds values just above it onto it, which backward
-    would miss; there u is made again, near 0 and exact.
+    The norm adds the offset, and backward sees in z where u was below 0. In half precision, values
+    just above the offset are rounded to it, so backward would miss them. It computes u again
+    instead, which is exact near 0.
     """
     is_relu = gain is None and activation_name(act) == "relu"
     return offset if is_relu and offset is not None and x.dtype == offset.dtype else None
@@ -119,7 +123,7 @@ def _reference(
     x: Tensor,
     *parameters: Tensor,
 ) -> tuple[Tensor]:
-    """The output in operations that can be differentiated again."""
+    """z in plain operations, which can be differentiated again."""
     values = None if rule is None else torch.stack(folded(parameters, rule))
     scale, shift, gain, offset = _rows(rule, values, parameters)
     z = act(norm.reference(x, scale, shift, *statistics))
@@ -129,30 +133,31 @@ def _reference(
 
 
 def per_channel(v: Tensor) -> Tensor:
-    """(C,) as (1, C, 1, 1), to act on a map."""
+    """(C,) → (1, C, 1, 1), to be combined with a map."""
     return v.view(1, -1, 1, 1)
 
 
-def _head_sums(
+def _gain_and_offset_gradients(
     grad: Tensor, z: Tensor | None, gain: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of gain and offset: Σ grad·φ and Σ grad over samples and positions, (C,)."""
+    """The gradients of gain and offset, Σ grad·φ and Σ grad over images and positions, (C,)."""
     if gain is not None:
-        # in one pass, as the gradients of a batch norm's weight and bias: φ = (z − offset) / gain
+        # Both in one pass: they are the gradients of the weight and bias of a batch norm whose
+        # normalized value is φ = (z − offset) / gain.
         _, by_gain, by_offset = aten.native_batch_norm_backward(
             grad, z, gain, None, None, offset, gain.reciprocal(), True, 0.0, [False, True, True]
         )
         return by_gain, by_offset
     if offset is None:
         return None, None
-    # in two steps: in one, of channels that lie innermost, a CPU takes up to twice the time
+    # In two steps: for channels_last, a CPU takes up to twice as long for a single sum.
     return None, grad.sum((2, 3), dtype=offset.dtype).sum(0)
 
 
-def _head_(
+def _output_(
     u: Tensor, floor: Tensor | None, gain: Tensor | None, offset: Tensor | None, act: nn.Module
 ) -> Tensor:
-    """max(u, floor), if there is a floor, else gain·φ(u) + offset; in place."""
+    """z from u, in place: max(u, floor) if there is a floor, else gain·φ(u) + offset."""
     if floor is not None:
         return torch.clamp(u, min=per_channel(floor), out=u)
     z = _activate_(u, act)
@@ -161,7 +166,8 @@ def _head_(
     offset = per_channel(offset)
     if gain is None:
         return torch.add(z, offset, out=z)
-    # one pass, which rounds half precision once; two are faster for contiguous single precision
+    # One pass rounds half precision only once. For contiguous single precision, two are
+    # faster.
     gain = per_channel(gain)
     if z.dtype == gain.dtype and z.is_contiguous():
         return z.mul_(gain).add_(offset)
@@ -181,7 +187,7 @@ def _activate_(u: Tensor, act: nn.Module) -> Tensor:
 
 
 def _act_backward(grad: Tensor, u: Tensor, act: nn.Module) -> Tensor:
-    """grad·φ'(u), in memory of its own or in u's."""
+    """grad·φ'(u), in new memory or in u's."""
     name = activation_name(act)
     if name == "relu":
         return aten.threshold_backward.grad_input(grad, u, 0, grad_input=u)

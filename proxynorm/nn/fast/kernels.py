@@ -1,9 +1,12 @@
 """Norms with affine, u = norm(x)·scale + shift, as fused.py calls them.
 
-forward gives u and the statistics, mean and 1/sqrt(var + ε). From these, again gives u once more,
-to rounding; backward the gradients of x (None without by_x), scale and shift; and reference u in
-operations that can be differentiated twice. x, u and their gradients are (N, C, H, W) in x's dtype;
-scale and shift are (C,) in float32 or better, as the statistics are.
+- forward returns u and the statistics: mean and 1/sqrt(var + ε).
+- replay computes u again with these statistics, equal to rounding.
+- backward returns the gradients of x (None without by_x), scale and shift.
+- reference computes u in operations that can be differentiated twice.
+
+x, u and their gradients are (N, C, H, W) in x's dtype. scale and shift are (C,), and in float32 or
+better, like the statistics.
 """
 
 from __future__ import annotations
@@ -20,25 +23,25 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class GroupNorm:
-    """LN, GN and IN by torch's kernel, for dense maps on CPU and contiguous ones on CUDA."""
+    """LN, GN and IN with torch's kernel, for dense maps on CPU and contiguous ones on CUDA."""
 
     groups: int
     eps: float
 
     @staticmethod
     def of(x: Tensor, groups: int, eps: float) -> GroupNorm | None:
-        """The kernel for x; None where plain operations serve."""
+        """The kernel for x; None if plain operations must be used."""
         if prefers_cells(x):
             return CellGroupNorm(groups, eps)
-        # torch before 2.14 calls its kernel on dense maps only
+        # before torch 2.14, the kernel is called on dense maps only
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
         return GroupNorm(groups, eps) if dense else None
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return aten.native_group_norm(x, scale, shift, *_sides(x), self.groups, self.eps)
 
-    def again(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        if x.is_contiguous():  # faster than to broadcast over contiguous maps
+    def replay(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        if x.is_contiguous():  # here it is faster than broadcasting the statistics
             return self.forward(x, scale, shift)[0]
         return _on_cells(x, scale, shift, mean, rstd)
 
@@ -59,7 +62,7 @@ class GroupNorm:
 
 
 def prefers_cells(x: Tensor) -> bool:
-    """True if torch's group norm would lose x's memory format or its statistics' precision.
+    """True if torch's group norm would lose the memory format of x or precision of the statistics.
 
     On CUDA it returns NCHW, and rounds the statistics of half-precision maps.
     """
@@ -76,13 +79,13 @@ class CellGroupNorm(GroupNorm):
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grouped, dims = x.unflatten(1, (self.groups, -1)), (2, 3, 4)
         mean = grouped.mean(dims, dtype=scale.dtype)
-        # out= lets the kernel read half precision and accumulate in float32. It centres the values
-        # first: E[x²] − E[x]² would lose the variance of values that are far from 0.
+        # With out=, the kernel reads half precision and accumulates in float32. It centres the
+        # values first; E[x²] − E[x]² would lose the variance of values far from 0.
         var = torch.var(grouped, dims, correction=0, out=torch.empty_like(mean))
         rstd = torch.rsqrt(var + self.eps)
         return _on_cells(x, scale, shift, mean, rstd), mean, rstd
 
-    def again(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    def replay(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         return _on_cells(x, scale, shift, mean, rstd)
 
     def backward(
@@ -124,9 +127,9 @@ def _sides(x: Tensor) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """BN over the whole batch, or (training False) with the running statistics.
+    """BN over the whole batch or, if training is False, with the running statistics.
 
-    Training moves running_mean and running_var, where there are any, by momentum.
+    In training, running_mean and running_var are updated by momentum, unless they are None.
     """
 
     running_mean: Tensor | None
@@ -137,26 +140,26 @@ class BatchNorm:
 
     @staticmethod
     def of(x: Tensor, norm_batch: int | str | None, **options: Any) -> BatchNorm | None:
-        """The kernel for x; None where plain operations serve."""
+        """The kernel for x; None if plain operations must be used."""
         whole = norm_batch is None or (isinstance(norm_batch, int) and norm_batch >= len(x))
-        # F.batch_norm refuses to train with one value per channel
-        serves = not options["training"] or (whole and x.numel() > x.shape[1])
-        return BatchNorm(**options) if serves else None
+        # with one value per channel, F.batch_norm raises the error for the user
+        is_supported = not options["training"] or (whole and x.numel() > x.shape[1])
+        return BatchNorm(**options) if is_supported else None
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         running = self.running_mean, self.running_var
         mean, var = (s if s is None else s.to(scale.dtype) for s in running)
         if not self.training and mean is not None and var is not None:
-            # of its own: the running statistics may move before backward
+            # a copy, because the running statistics may be updated before backward
             statistics = mean.clone(), torch.rsqrt(var + self.eps)
-            return self.again(x, scale, shift, *statistics), *statistics
-        done = aten.native_batch_norm(x, scale, shift, mean, var, True, self.momentum, self.eps)
-        for statistic, moved in zip(running, (mean, var)):
-            if statistic is not None and moved is not None:
-                statistic.copy_(moved)
-        return done
+            return self.replay(x, scale, shift, *statistics), *statistics
+        result = aten.native_batch_norm(x, scale, shift, mean, var, True, self.momentum, self.eps)
+        for statistic, updated in zip(running, (mean, var)):
+            if statistic is not None and updated is not None:
+                statistic.copy_(updated)
+        return result
 
-    def again(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    def replay(self, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         var = rstd.pow(-2)  # ε included
         return aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]
 

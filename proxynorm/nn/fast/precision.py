@@ -1,4 +1,4 @@
-"""Autocast switched off, tracing recognized, and what a compiler is told about the layer."""
+"""Helpers for autocast, for tracing, and for torch.compile."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off on the device; the meta device has none."""
+    """Switch autocast off on the device. The meta device has no autocast."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def is_transformed() -> bool:
-    """Tell whether torch.compile, export, tracing, torch.func or forward-mode AD is at work."""
+    """True under torch.compile, export, tracing, torch.func and forward-mode AD."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -27,10 +27,10 @@ def is_transformed() -> bool:
 
 
 class Stored(torch.autograd.Function):
-    """The identity, which inductor writes to memory: as_strided needs a buffer to stride over.
+    """The identity, but inductor writes its result to memory: as_strided needs a buffer.
 
-    Else it would compute constants of a channel, with all of their erf and exp, again at every
-    element of the maps that use them.
+    Otherwise inductor would compute the constants of a channel, with all their erf and exp, again
+    for every element of the maps that use them.
     """
 
     generate_vmap_rule = True
@@ -49,18 +49,19 @@ class Stored(torch.autograd.Function):
 
 
 def stored(t: Tensor) -> Tensor:
-    """t, not to be inlined where torch.compile traces it."""
+    """t itself; under torch.compile, it is stored rather than computed again at each use."""
     compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return Stored.apply(t) if compiles else t
 
 
 def inductor_options() -> dict[str, object]:
-    """Options for torch.compile(model, options=…) with which a norm's backward is two passes.
+    """Options for torch.compile(model, options=…) that reduce a norm's backward to two passes.
 
-    By default inductor stores an intermediate that several reductions read, here the gradient of
-    the norm's output, in float32. Computing it again in each costs no memory traffic: its inputs
-    are read there anyway. Reductions of fewer than 8 values, as those over the channels of a small
-    group, are written out by default, and then each of their sums reads the maps by itself.
+    By default, inductor stores an intermediate that several reductions read, in float32: here the
+    gradient of the norm's output. Computing it again in each reduction costs no memory traffic,
+    because its inputs are read there anyway. Also by default, reductions of fewer than 8 values are
+    unrolled, such as those over the channels of a small group; each sum would then read the maps
+    separately.
     """
     return {
         "realize_reads_threshold": 16,

@@ -1,9 +1,10 @@
-"""Recomputation: one kept map per layer instead of two.
+"""Recomputation: one map per layer is kept for backward instead of two.
 
-Autograd keeps the output z of a NormAct2d for the convolution that follows, and the norm's input x
-besides. While a model of recompute() runs forward, saved-tensor hooks replace z by the way to make
-it again from x, in backward: one norm and one activation more. All other tensors are kept as usual.
-Autograd does not check what hooks keep for changes in place, so the hooks check it.
+Autograd keeps the input x of a NormAct2d's norm, and its output z for the convolution that follows.
+In the forward pass of a recompute() model, saved-tensor hooks replace z by x and a function that
+computes z from it, so backward takes one more norm and activation per layer. All other tensors are
+kept as usual. Autograd does not notice if a tensor that hooks keep is changed in place, so the
+hooks check for it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from proxynorm.nn.fast.precision import is_transformed
 def recompute(model: nn.Module) -> nn.Module:
     """Make model keep one map per NormAct2d layer with proxy instead of two; return the model.
 
-    Results are the same. Safe to call twice. Without effect under torch.compile, torch.func and
-    tracing. Of nested saved-tensor hooks only the inner ones count, so do not combine it, for the
-    same part of a network, with others: torch's gradient checkpointing (use_reentrant=False) or
-    save_on_cpu. Like autograd, it does not see changes through .data.
+    Results are the same. A second call has no effect, and under torch.compile, torch.func and
+    tracing, recomputation has none. Only the innermost saved-tensor hooks apply, so do not combine
+    it with others on the same part of a network: gradient checkpointing with use_reentrant=False,
+    or save_on_cpu. Like autograd, it does not notice changes through .data.
     """
     if _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)
@@ -34,33 +35,33 @@ def recompute(model: nn.Module) -> nn.Module:
     return model
 
 
-class Remade:
-    """A layer's output, made again from its input once for all that need it in one backward."""
+class RebuiltOutput:
+    """A layer's output, which backward computes again from the input, once for all its users."""
 
-    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
-        self.make = make
-        self.made: Tensor | None = None
+    def __init__(self, rebuild: Callable[[Tensor], Tensor]) -> None:
+        self.rebuild = rebuild
+        self.output: Tensor | None = None
 
     def replaces(self, z: Tensor, x: Tensor) -> None:
-        """From now on, what would keep z keeps this and x."""
+        """From now on, operations that would keep z keep this and x."""
         _OUTPUTS[z] = _Kept(x.detach(), _version(x), self), z._version
 
     def take(self, x: Tensor, last: bool = False) -> Tensor:
-        """make(x). The layer's own backward is the last to need it, after its successors'."""
-        made = self.make(x) if self.made is None else self.made
-        self.made = None if last else made
-        return made
+        """The output. Its last user is the layer's own backward, after those of its successors."""
+        output = self.rebuild(x) if self.output is None else self.output
+        self.output = None if last else output
+        return output
 
 
 class _Kept(NamedTuple):
-    """A tensor as autograd would keep it: with the version that it had.
+    """A tensor that is kept for backward, and its version at that time.
 
-    With a Remade, it is the input of the output that is made again.
+    With `rebuilt`, it is a layer's input, and stands for the output that is computed from it.
     """
 
     tensor: Tensor
     version: int
-    remade: Remade | None = None
+    rebuilt: RebuiltOutput | None = None
 
     def unpack(self) -> Tensor:
         tensor, version = self.tensor, self.version
@@ -71,45 +72,45 @@ class _Kept(NamedTuple):
                 f"{tensor._version}; expected version {version} instead. It was changed in place "
                 "before backward: change a copy of it, or change it later."
             )
-        if self.remade is None:
+        if self.rebuilt is None:
             return tensor
         with torch.no_grad():
-            return self.remade.take(tensor)
+            return self.rebuilt.take(tensor)
 
 
-class _Run(threading.local):
-    """The model whose forward pass this thread is in, and its saved-tensor hooks."""
+class _Active(threading.local):
+    """The model whose forward pass runs in this thread, and its saved-tensor hooks."""
 
     model: nn.Module | None = None
     hooks: saved_tensors_hooks | None = None
 
 
-_RUN = _Run()
-# what stands for each living output, and the version of the output that it makes
+_ACTIVE = _Active()
+# for each output that still exists: what is kept in its place, and the output's version
 _OUTPUTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def is_recomputing() -> bool:
-    """True if layers shall let go of their outputs."""
-    return _RUN.hooks is not None
+    """True in the forward pass of a recompute() model."""
+    return _ACTIVE.hooks is not None
 
 
 def _version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place; inference tensors do not count it."""
+    """How often the tensor was changed in place; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _enter(model: nn.Module, inputs: tuple[object, ...]) -> None:
-    _leave(model)  # a keyboard interrupt may have ended the forward before without it
-    if _RUN.hooks is None and torch.is_grad_enabled() and not is_transformed():
-        _RUN.model, _RUN.hooks = model, saved_tensors_hooks(_pack, lambda kept: kept.unpack())
-        _RUN.hooks.__enter__()
+    _leave(model)  # after a keyboard interrupt, the last forward pass may have skipped it
+    if _ACTIVE.hooks is None and torch.is_grad_enabled() and not is_transformed():
+        _ACTIVE.model, _ACTIVE.hooks = model, saved_tensors_hooks(_pack, lambda kept: kept.unpack())
+        _ACTIVE.hooks.__enter__()
 
 
 def _leave(model: nn.Module, inputs: object = None, output: object = None) -> None:
-    if _RUN.model is model and _RUN.hooks is not None:
-        _RUN.hooks.__exit__(None, None, None)
-        _RUN.model = _RUN.hooks = None
+    if _ACTIVE.model is model and _ACTIVE.hooks is not None:
+        _ACTIVE.hooks.__exit__(None, None, None)
+        _ACTIVE.model = _ACTIVE.hooks = None
 
 
 def _pack(saved: Tensor) -> _Kept:

@@ -1,11 +1,12 @@
-"""Shared moments: one vectorised evaluation for all layers, only when parameters change.
+"""Shared moments: one vectorized evaluation for all layers, and only after parameters changed.
 
-Each forward pass of the network compares the parameters with those of the last evaluation, by
-value, so the constants are never stale. One evaluation serves all micro-batches of an update and a
-whole validation. The comparison is for CPUs: elsewhere it would wait for the device, so each
-forward pass evaluates. The layers drop the constants when the network's forward pass ends; an inner
-module that is called alone makes its own. If Ctrl-C ended the forward pass before its hook, a layer
-sees by its options and its parameters' versions that shared constants are outdated.
+Each forward pass of the network compares the values of the parameters with those of the last
+evaluation, so the constants are never stale. One evaluation serves all micro-batches of an update,
+or a whole validation. Parameters are compared on CPUs only: on other devices the comparison would
+wait for the device, so each forward pass evaluates the moments again. The layers drop the constants
+when the network's forward pass ends. An inner module that is called alone evaluates its own. If
+Ctrl-C ended a forward pass before its hook, a layer recognizes outdated constants by its options
+and the versions of its parameters.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from proxynorm.nn.norm_act import NormAct2d
 def share_moments(model: nn.Module) -> nn.Module:
     """Make model evaluate the moments of all its NormAct2d layers together; return the model.
 
-    Results are the same to rounding. Safe to call twice. Under torch.compile, torch.func and
-    tracing every layer evaluates its own.
+    Results are equal to rounding. A second call has no effect. Under torch.compile, torch.func and
+    tracing, every layer evaluates its own moments.
     """
     if not any(
         getattr(hook, "__func__", None) is SharedMoments.distribute
@@ -45,38 +46,38 @@ class SharedMoments:
         self.served: list[NormAct2d] = []
 
     def distribute(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
-        """Before the forward: gives every layer its constants."""
+        """Pre-forward hook: give every layer its constants."""
         if is_transformed():
             return
         families: dict[Hashable, list[NormAct2d]] = {}
         for module in model.modules():
             if isinstance(module, NormAct2d) and module.folds and _is_plain(module):
                 families.setdefault(_family(module), []).append(module)
-        before, self.evaluated = self.evaluated, {}
+        last, self.evaluated = self.evaluated, {}
         for family, layers in families.items():
-            self._serve(layers, family, before.get(family))
+            self._serve(layers, family, last.get(family))
 
     def _serve(
-        self, layers: list[NormAct2d], family: Hashable, before: tuple[Tensor, Constants] | None
+        self, layers: list[NormAct2d], family: Hashable, evaluated: tuple[Tensor, Constants] | None
     ) -> None:
-        # a training forward may meet what an evaluation in inference mode leaves here
+        # Constants that are evaluated in inference mode may be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             columns = zip(*(layer.four_parameters() for layer in layers))
             parameters = torch.stack([torch.cat(column) for column in columns])
-            # under FakeTensorMode what is evaluated has no values: it is neither compared nor kept
+            # Fake tensors have no values, so they are neither compared nor stored.
             comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
-            if before is None or not comparable or not torch.equal(before[0], parameters):
-                before = parameters, fold(parameters.unbind(), layers[0].proxy_rule())
+            if evaluated is None or not comparable or not torch.equal(evaluated[0], parameters):
+                evaluated = parameters, fold(parameters.unbind(), layers[0].proxy_rule())
             if comparable:
-                self.evaluated[family] = before
+                self.evaluated[family] = evaluated
             sizes = [layer.num_features for layer in layers]
-            parts = zip(*(rows.split(sizes, dim=-1) for rows in before[1]))
+            parts = zip(*(rows.split(sizes, dim=-1) for rows in evaluated[1]))
         for layer, constants in zip(layers, parts):
             layer.share_constants(Constants(*constants))
         self.served += layers
 
     def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        """After the forward, a failed one too: leaves no layer with constants."""
+        """Forward hook, also after an error: take the constants away from the layers."""
         if is_transformed():
             return
         for layer in self.served:
@@ -85,9 +86,9 @@ class SharedMoments:
 
 
 def _is_plain(layer: NormAct2d) -> bool:
-    """True if the parameters are plain tensors, which can be concatenated.
+    """True if the parameters are plain tensors.
 
-    Sharded ones (DTensor) cannot, and parametrized ones may change unseen.
+    Sharded ones (DTensor) cannot be concatenated, and changes of parametrized ones go unnoticed.
     """
     return not parametrize.is_parametrized(layer) and all(
         type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters()
@@ -95,7 +96,7 @@ def _is_plain(layer: NormAct2d) -> bool:
 
 
 def _family(layer: NormAct2d) -> Hashable:
-    """Layers of one family integrate by the same rule, and their parameters can be concatenated."""
+    """A key that layers have in common if they share a rule and can be evaluated together."""
     act, *options = layer.proxy_rule()
     weight = layer.proxy_weight
     return type(act), act.extra_repr(), *options, weight.device, weight.dtype

@@ -1,6 +1,6 @@
-"""Callers that do not know NormAct2d: tools that pass over it, models that add an activation.
+"""Callers that do not know NormAct2d: tools that skip it, and models that add an activation.
 
-And update_bn, which takes the place of one of these tools.
+update_bn replaces one of these tools.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# by module and function, what to do instead
+# what to do instead, by module and function
 _TOOLS = {
     ("torch.optim.swa_utils", "update_bn"): "call proxynorm.update_bn(model, loader)",
     ("torch.nn.modules.batchnorm", "convert_sync_batchnorm"): (
@@ -25,10 +25,10 @@ _TOOLS = {
 }
 
 
-def warn_if_passed_over() -> None:
-    """Warn if one of the tools is looking through the modules of a network.
+def warn_if_skipped() -> None:
+    """Warn if the caller is one of the tools, which look for torch's batch norms in a network.
 
-    They find batch norms through named_children or modules, which NormAct2d overrides to call this.
+    They walk through the network by named_children or modules; NormAct2d's versions call this.
     """
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename == nn.modules.module.__file__:
@@ -36,17 +36,17 @@ def warn_if_passed_over() -> None:
     tool = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     if tool in _TOOLS:
         warnings.warn(
-            f"{tool[1]} knows PyTorch's own batch norms only and leaves NormAct2d as it is: "
+            f"{tool[1]} handles PyTorch's own batch norms only and leaves NormAct2d as it is: "
             f"{_TOOLS[tool]}",
             stacklevel=2,
         )
 
 
 def refuse_plain_norm(caller: str) -> None:
-    """Refuse models of timm and torchvision that take a norm without activation as norm_layer=.
+    """Raise ValueError for a model of timm or torchvision whose norm_layer= is a norm alone.
 
-    timm tells norm+act layers their activation. A caller of theirs that leaves act_layer out would
-    get a second activation, without any error.
+    Constructors that expect a norm+act layer pass act_layer. One that leaves it out adds its own
+    activation, so the network would have two in a row, without any error.
     """
     if caller.startswith(("timm.", "torchvision.")):
         raise ValueError(
@@ -63,13 +63,13 @@ def update_bn(
 ) -> None:
     """Set the running statistics of all batch norms to their averages over a loader's batches.
 
-    For averaged weights (SWA, EMA). The equivalent of torch.optim.swa_utils.update_bn, which knows
-    torch's own batch norms only. The model's modes and momenta are restored.
+    Use it for averaged weights (SWA, EMA) instead of torch.optim.swa_utils.update_bn, which knows
+    torch's own batch norms only. The modes and momenta of the model's modules are restored.
 
     Args:
-        model: a model with batch norms, NormAct2d's or torch's; others are left alone.
-        loader: gives batches of images, or lists and tuples that begin with them.
-        device: where to move the images; None leaves them where they are.
+        model: a model; its batch norms may be NormAct2d's or torch's.
+        loader: yields batches of images, or lists or tuples whose first element is such a batch.
+        device: the device to move the images to; None leaves them where they are.
     """
     modules: list[Any] = list(model.modules())
     norms = [m for m in modules if getattr(m, "num_batches_tracked", None) is not None]

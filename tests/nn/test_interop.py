@@ -48,7 +48,7 @@ def test_tools_that_know_batch_norm_by_class_warn(tool, instead: str, norm: str)
     assert isinstance(model[1][0], NormAct2d)
 
 
-def test_batch_independent_norms_are_passed_over_in_silence(recwarn) -> None:
+def test_batch_independent_norms_are_skipped_in_silence(recwarn) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct2d(4, "ln_pn"))
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert not recwarn.list
