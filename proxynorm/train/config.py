@@ -31,7 +31,10 @@ from proxynorm.train.arguments import (
 )
 from proxynorm.train.settings import Settings, check
 
-CONFIGS = (Path(__file__).parents[1] / "configs").resolve()  # in a checkout a link to configs/
+# A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PLACES = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
+CONFIGS = next(folder for folder in _PLACES if (folder / "train.yaml").is_file())
 
 # ${env_list:WANDB_TAGS} is an environment variable as a list of texts.
 OmegaConf.register_new_resolver(

@@ -121,6 +121,6 @@ def test_what_needs_the_repository_says_so(environment, tmp_path):
     plan = run(environment / "proxynorm", "reproduce", "plan", "table=imagenet_norms", cwd=tmp_path)
     assert "ln_pn" in plan
     said = run(environment / "proxynorm", "reproduce", "docs", cwd=tmp_path, status=2)
-    assert said.startswith("error: docs renders the pages of the repository")
+    assert said.startswith("error: docs renders pages of the repository")
     listed = run(environment / "proxynorm", cwd=tmp_path)
     assert "write-ffcv" in listed
