@@ -46,7 +46,7 @@ def test_the_claims_are_those_of_the_report():
 @pytest.mark.parametrize(
     "text, table",
     [
-        (prose(README, "Results"), "former_norms"),
+        (prose(README, "Results").split("<!-- end -->")[1], "former_norms"),
         (prose(RESULTS_PAGE, "Depth"), "former_depth"),
         (prose(RESULTS_PAGE, "Batch size"), "former_batch"),
         (prose(RESULTS_PAGE, "Regularization"), "former_regularization"),
@@ -58,6 +58,12 @@ def test_differences_in_prose_are_those_of_the_report(text, table):
     report = (RESULTS / table / "report.md").read_text()
     for difference in differences:
         assert re.search(rf"\| [+-]{re.escape(difference)} \|", report), difference
+
+
+def test_the_verdict_of_the_demo_is_that_of_its_report():
+    verdict = re.search(r"\*\*(.*)\.\*\*", (RESULTS / "demo/report.md").read_text())[1]
+    for page in (README, RESULTS_PAGE):
+        assert verdict in " ".join(page.split())
 
 
 def test_the_chosen_pairs_are_those_of_the_search():
