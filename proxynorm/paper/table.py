@@ -68,7 +68,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search table looks for: the best values on `axes`, for each value of the axis `by`."""
+    """A search for the best values on `axes`, for each value of the axis `by`."""
 
     axes: tuple[str, ...]
     by: str
