@@ -180,7 +180,7 @@ def upload(options: Options) -> None:
 
 
 def claims(options: Options) -> None:
-    from proxynorm.paper.claims import claims_report, load_claims, random_net_figures
+    from proxynorm.paper.claims import claims_report, load_claims
     from proxynorm.paper.findings import gather
 
     outcomes = {}
@@ -191,7 +191,7 @@ def claims(options: Options) -> None:
         outcomes[name] = gather(table, runs, options.results).outcomes
     path = Path(options.results) / "claims.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, claims_report(outcomes, random_net_figures(options.results)))
+    write_text(path, claims_report(outcomes))
     print(path)
 
 

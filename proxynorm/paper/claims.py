@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,24 +50,7 @@ def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
     return f"not shown{partly}"
 
 
-def random_net_figures(results: str | Path) -> dict[str, str]:
-    """Return the numbers of results/power_random_net that notes quote; else "not measured"."""
-    path = Path(results) / "power_random_net" / "summary.json"
-    if not path.is_file():
-        return defaultdict(lambda: "not measured")
-    summary = json.loads(path.read_text())
-    distance = summary["largest_distance_of_ln_from_mean_field"]
-    return {
-        "width": f"{summary['width']:,}",
-        "depth": str(summary["depth"]),
-        "nets": str(summary["nets"]),
-        "mean_distance": f"{distance['mean over nets']:.3f}",
-        "single_distance": f"{max(distance['each net']):.3f}",
-        "proxy_p1": f"{summary['largest_p1']['ln_pn']:.3f}",
-    }
-
-
-def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, str]) -> str:
+def evidence(claim: Claim, outcomes: Sequence[Outcome]) -> str:
     """List tests, comparisons with difference, n and p, the note, and why a claim is not shown."""
     parts = [f"`{name}`" for name in claim.tests]
     for item, outcome in zip(claim.comparisons, outcomes, strict=True):
@@ -81,11 +62,11 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome], figures: Mapping[str, st
         parts.append(f"{item}: {outcome.difference:+.2f} points, {counts}{p}: {outcome.verdict}")
     weak = claim_status(claim, outcomes).startswith(("not shown", "contradicted"))
     why = f"why: {claim.reason}" if weak and claim.reason else ""
-    return "; ".join(filter(None, [*parts, claim.note.format_map(figures), why]))
+    return "; ".join(filter(None, [*parts, claim.note, why]))
 
 
-def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[str, str]) -> str:
-    """Return the claims as a Markdown table. outcomes: by table; figures: random_net_figures."""
+def claims_report(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+    """Return the claims as a Markdown table. outcomes: by table."""
     by_name = {
         f"{table}: {outcome.comparison.first} - {outcome.comparison.second}": outcome
         for table, table_outcomes in outcomes.items()
@@ -94,7 +75,7 @@ def claims_report(outcomes: Mapping[str, Sequence[Outcome]], figures: Mapping[st
     rows = [["claim", "evidence here", "status"]]
     for claim in load_claims():
         own = [by_name[item] for item in claim.comparisons]
-        rows.append([claim.claim, evidence(claim, own, figures), claim_status(claim, own)])
+        rows.append([claim.claim, evidence(claim, own), claim_status(claim, own)])
     return (
         f"# The poster's claims\n\n{markdown_table(rows)}\n\n"
         "Tests are those of tests/acceptance/test_claims.py, on random and small networks; "

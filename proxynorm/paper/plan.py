@@ -33,10 +33,8 @@ def plan_text(
         protocol(table, results),
     ]
     for run, status in statuses:
-        if status.state == "damaged":
-            lines.append(status.error)
-        elif status.state == "other":
-            lines.append(f"{run.name}: another recipe, {status.note}")
+        if status.state in ("damaged", "other"):
+            lines.append(f"{run.name}: {status.describe()}")
     lines = [*filter(None, lines), ""]
     if verbose:
         return "\n".join(lines + [f"[{status.state}] {run.command}" for run, status in statuses])
@@ -80,8 +78,8 @@ def all_statuses(
         except DataError as error:
             statuses[run.name] = Status("damaged", error=str(error))
     done = [run for run in runs if statuses[run.name].state == "done"]
-    for other in other_recipes(done, results):
-        statuses[other.run.name] = Status("other", note=str(other))
+    for record, changed in other_recipes(done, results):
+        statuses[record.run.name] = Status("other", note=f"another recipe ({changed})")
     return [(run, statuses[run.name]) for run in runs]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,7 @@ from proxynorm.files import write_atomic
 from proxynorm.launch.status import RUN_FILES, check_files, finished_files, reading, run_status
 from proxynorm.paper.table import TableRun
 from proxynorm.train.config import compose_config, settings_from
-from proxynorm.train.settings import identity
+from proxynorm.train.settings import differences, identity
 
 FAILURE = "failure.txt"  # the reason, in place of the summary of a failed run
 
@@ -120,37 +120,20 @@ def write_archive(stream: io.BufferedIOBase, folder: str, files: dict[str, bytes
             archive.addfile(member, io.BytesIO(content))
 
 
-class Mismatch(NamedTuple):
-    """A finished run that was not trained as its table says, and the first key that differs."""
-
-    run: TableRun
-    path: Path
-    key: str
-    trained: Any
-    expected: Any
-
-    def __str__(self) -> str:
-        return f"trained with {self.key}={self.trained}, the table says {self.expected}"
-
-
 def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
     """Raise ConfigError for finished runs of another recipe."""
     if others := other_recipes(runs, results):
-        first, paths = others[0], ", ".join(str(other.path) for other in others)
-        remedy = f"remove {paths}, or state their recipe, as train=[{first.key}={first.trained}]"
-        raise ConfigError(f"{first.run.name} was {first}; {remedy}")
+        (first, changed), paths = others[0], ", ".join(str(record.path) for record, _ in others)
+        raise ConfigError(
+            f"{first.run.name} was not trained as its table says ({changed}); remove {paths}, or "
+            "keep the former values by train=[KEY=VALUE]"
+        )
 
 
-def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatch]:
-    """Find the finished runs whose recipe is not their table's. Raises DataError, ConfigError."""
-
-    @cache  # composing is slow, and the seeds of a cell share its recipe
-    def table_recipe(arguments: Sequence[str]) -> dict[str, Any]:
-        config = compose_config(arguments)
-        if OmegaConf.is_missing(config.data, "root"):
-            config.data.root = None
-        return recipe(config)
-
+def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[tuple[Record, str]]:
+    """Find finished runs of another recipe, with what differs. Raises DataError, ConfigError."""
+    # Composing is slow, and the seeds of a cell share its recipe.
+    table_recipe = cache(lambda arguments: recipe(compose_config(arguments)))
     others = []
     for run in runs:
         record = read_record(run, results)
@@ -159,14 +142,14 @@ def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[Mismatc
         expected = {**table_recipe(run.kind), "seed": run.seed}
         with reading(record.path):  # keys that an old file lacks get their defaults
             trained = recipe(OmegaConf.create(yaml.safe_load(record.files["config.yaml"])))
-        for key in sorted(trained.keys() | expected.keys()):
-            if trained.get(key) != expected.get(key):
-                others.append(Mismatch(run, record.path, key, trained.get(key), expected.get(key)))
-                break
+        if changed := differences(trained, expected):
+            others.append((record, changed))
     return others
 
 
 def recipe(config: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the result of a training run."""
+    if OmegaConf.is_missing(config.data, "root"):
+        config.data.root = None
     settings = settings_from(config)
     return {**identity(settings), "max_steps": settings.max_steps}

@@ -21,7 +21,7 @@ from proxynorm.train.finetune import restore_eps
 from proxynorm.train.optimizer import load_optimizer
 from proxynorm.train.restore import different_classes, stored_settings
 from proxynorm.train.run_folder import RunFolder, numeric_environment
-from proxynorm.train.settings import Settings, identity
+from proxynorm.train.settings import Settings, differences, identity
 
 if TYPE_CHECKING:
     from proxynorm.train.loop import Trainer
@@ -229,17 +229,6 @@ def resume_warnings(trainer: Trainer, content: dict[str, Any], now: dict[str, An
             f"not the same bits ({changed})"
         )
     return lines
-
-
-def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
-    """Return the keys in which two dictionaries differ, as 'key: stored → current; …'."""
-
-    def shown(value: Any) -> str:  # as in a configuration: null, true, text
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    pairs = {key: (stored.get(key), current.get(key)) for key in {**stored, **current}}
-    changed = {key: pair for key, pair in sorted(pairs.items()) if pair[0] != pair[1]}
-    return "; ".join(f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items())
 
 
 def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path: Path) -> None:

@@ -304,6 +304,17 @@ def identity(settings: Settings) -> dict[str, Any]:
     return dict(flat(dataclasses.asdict(dataclasses.replace(settings, **FIXED))))
 
 
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> str:
+    """Return the keys in which two dictionaries differ, as 'key: stored → current; …'."""
+
+    def shown(value: Any) -> str:  # as in a configuration: null, true, text
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    pairs = {key: (stored.get(key), current.get(key)) for key in {**stored, **current}}
+    changed = {key: pair for key, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+    return "; ".join(f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items())
+
+
 def run_name(settings: Settings) -> str:
     """Return the run folder's name: the main settings and a digest of the identity."""
     if settings.name:

@@ -1,16 +1,11 @@
 """The table of claims names tests and comparisons that exist; its status follows from them."""
 
+import json
+
 import pytest
 
 from proxynorm.commands.reproduce import Options, claims
-from proxynorm.paper.claims import (
-    Claim,
-    claim_status,
-    claims_report,
-    evidence,
-    load_claims,
-    random_net_figures,
-)
+from proxynorm.paper.claims import Claim, claim_status, claims_report, evidence, load_claims
 from proxynorm.paper.compare import Outcome, Sample
 from proxynorm.paper.findings import gather
 from proxynorm.paper.report import result_table
@@ -36,7 +31,7 @@ def test_every_claim_has_evidence_or_says_what_it_needs():
 
 
 def test_claims_name_comparisons_that_exist():
-    assert "not run" in claims_report(outcomes_without_runs(), random_net_figures(RESULTS))
+    assert "not run" in claims_report(outcomes_without_runs())
 
 
 def test_every_comparison_of_the_small_tables_belongs_to_a_claim():
@@ -50,15 +45,14 @@ def test_every_comparison_of_the_small_tables_belongs_to_a_claim():
             assert pairs <= named, pairs - named
 
 
-def test_notes_quote_the_random_nets_that_are_kept(tmp_path):
-    figures = random_net_figures(RESULTS)
-    assert float(figures["mean_distance"]) <= 0.02 < float(figures["single_distance"])
-    assert f"of a single net by up to {figures['single_distance']}" in claims_report(
-        outcomes_without_runs(), figures
-    )
-    assert "(not measured channels" in claims_report(
-        outcomes_without_runs(), random_net_figures(tmp_path)
-    )
+def test_notes_quote_the_random_nets_that_are_kept():
+    nets = json.loads((RESULTS / "power_random_net" / "summary.json").read_text())
+    mean, each = nets["largest_distance_of_ln_from_mean_field"].values()
+    text = claims_report(outcomes_without_runs())
+    assert f"({nets['width']:,} channels, {nets['depth']} layers): P1 of LN strays" in text
+    assert f"by at most {mean:.3f} in the mean of {nets['nets']} nets" in text
+    assert f"of a single net by up to {max(each):.3f}" in text
+    assert f"P1 at most {nets['largest_p1']['ln_pn']:.3f}." in text
 
 
 @pytest.mark.parametrize(
@@ -88,7 +82,7 @@ def test_the_reason_stands_beside_a_claim_that_is_not_shown():
     sample = Sample((1.0, 2.0))
 
     def evidence_with(verdict):
-        return evidence(claim, [Outcome(None, sample, sample, verdict, 0.0, p=0.5)], {})
+        return evidence(claim, [Outcome(None, sample, sample, verdict, 0.0, p=0.5)])
 
     assert evidence_with("contradicted").endswith("; why: too short")
     assert "why" not in evidence_with("shown")
