@@ -114,8 +114,6 @@ def test_the_step_tables_are_those_measured(model):
             assert f"| {median(values):.3f} | {values[0]:.3f} … {values[-1]:.3f} |" in BENCHMARKS
     for row in load(f"step/{model}_compiled.json")["rows"]:
         assert f"| {row['step ms']:.0f} | {row['/ torch ln']:.3f} |" in BENCHMARKS
-    for row in load(f"passes/{model}.json")["rows"]:
-        assert f"| {row['ms']:.1f} | {row['share']:.2%} |" in BENCHMARKS
 
 
 @pytest.mark.parametrize("model", ["layer", "resnet50"])
@@ -146,10 +144,8 @@ def test_the_loop_and_loader_tables_are_those_measured():
             ratio = f"{row['ratio']:.3f}" if row["ratio"] else ""
             assert f"{row['what']} | {row['images_per_second']:.0f} | {ratio}" in BENCHMARKS
     for row in load("loader/benchmark.json")["table"]:
-        assert (
-            f"{row['loader']} | {row['images_per_second']:.0f} | {row['ours_over_it']:.2f}"
-            in BENCHMARKS
-        )
+        speed = f"{row['loader']} | {row['images_per_second']:.0f} | {row['ours_over_it']:.2f}"
+        assert speed in BENCHMARKS
     assert f"{load('engine/startup.json')['seconds']['median']:.1f} s" in BENCHMARKS
 
 
