@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -81,22 +81,11 @@ def finished_files(folder: Path) -> dict[str, bytes] | None:
         return {name: (folder / name).read_bytes() for name in RUN_FILES}
 
 
-class Progress(NamedTuple):
-    """The progress of a run by its last training row."""
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Read the last training row of the run in `folder`; None before its first row.
 
-    step: int
-    total: int  # steps of the whole run
-    images: float  # per step
-    loss: float | None
-    speed: float | None  # images per second; absent from the first row after a start
-
-    def seconds(self, steps: int) -> float | None:
-        """Return the time of that many steps, if it is known."""
-        return steps * self.images / self.speed if self.speed else None
-
-
-def read_progress(folder: Path) -> Progress | None:
-    """Read the progress of the run in `folder`; None before its first row. Raises DataError."""
+    total: the steps of the whole run, added to the row. Raises DataError.
+    """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -107,11 +96,8 @@ def read_progress(folder: Path) -> Progress | None:
         return None
     with reading(folder, "config.yaml"):
         config = yaml.safe_load((folder / "config.yaml").read_bytes())
-        row, step = rows[-1], rows[-1]["step"]
-        total = round(step / row["epoch"] * config["epochs"])
-        total = min(total, config.get("max_steps") or total)
-        speed = row.get("images_per_second")
-        return Progress(step, total, row["images"] / step, row["loss"], speed)
+        total = round(rows[-1]["step"] / rows[-1]["epoch"] * config["epochs"])
+        return {**rows[-1], "total": min(total, config.get("max_steps") or total)}
 
 
 def done_status(summary: dict[str, Any], note: str = "") -> Status:
@@ -148,10 +134,9 @@ def run_status(run: Run, elsewhere: bool = True) -> Status:
         return Status("damaged", error=str(error))
     if progress is None:
         return Status("running" if running else "missing")
-    text = progress_text(progress.step, progress.total, progress.loss)
-    left = progress.seconds(progress.total - progress.step)
-    if running and left is not None:
-        text += f"  ETA {timedelta(seconds=round(left))}"
+    text = progress_text(progress["step"], progress["total"], progress["loss"])
+    if running and "eta_seconds" in progress:  # absent from the first row after a start
+        text += f"  ETA {timedelta(seconds=round(progress['eta_seconds']))}"
     return Status("running" if running else "stopped", text)
 
 
