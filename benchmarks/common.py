@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from proxynorm.analysis.tables import text_table
-from proxynorm.cli import nearest, option
-from proxynorm.errors import ConfigError
+from proxynorm.cli import option
 from proxynorm.files import write_json
 from proxynorm.train.run_folder import environment
 
@@ -34,23 +33,9 @@ class ModelOptions(Options):
     """The options of the benchmarks that run a model on random images."""
 
     model: str = option("resnet50", "a model of proxynorm.create_model")
-    batch: int = option(8, "images a step")
-    size: int = option(224, "side of the images, pixels")
+    batch: int = option(8, "images a step", "at least 1")
+    size: int = option(224, "side of the images, pixels", "at least 1")
     device: str = option("auto", "auto, cpu, cuda")
-
-
-def check(options: Options, **choices: Collection[str]) -> None:
-    """Raise ConfigError for a whole number below 1, or a word that is not among its choices."""
-    for name, value in vars(options).items():
-        if type(value) is int and value < 1:
-            raise ConfigError(f"{name}={value}: give at least 1")
-    for name, known in choices.items():
-        value = getattr(options, name)
-        if not value:
-            raise ConfigError(f"{name}=[]: name at least one")
-        for word in value if isinstance(value, list) else [value]:
-            if word not in known:
-                raise ConfigError(f"{name}: no '{word}'; {nearest(word, known)}")
 
 
 def now() -> float:

@@ -53,17 +53,16 @@ LOADER, OURS, TIMM = "our loader alone", "our training", "timm's training"
 class Options(common.Options):
     model: str = option("resnet20v2", "a model of proxynorm.create_model, or of timm")
     norm: str = option("bn", "the norm; timm's own model has bn where it is one of timm's")
-    batch: int = option(128, "images a step")
-    size: int = option(32, "side of the images, pixels; with source")
+    batch: int = option(128, "images a step", "at least 1")
+    size: int = option(32, "side of the images, pixels; with source", "at least 1")
     source: str | None = option(None, "image folder; none given: Fashion-MNIST")
-    workers: int = option(1, "loader workers")
-    steps: int = option(20, "steps of a round")
-    rounds: int = option(15, "rounds")
+    workers: int = option(1, "loader workers", "at least 1")
+    steps: int = option(20, "steps of a round", "at least 1")
+    rounds: int = option(15, "rounds", "at least 1")
     device: str = option("auto", "auto, cpu, cuda")
 
 
 def main(options: Options) -> None:
-    common.check(options)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(options, folder)
     rows = compare(figures)

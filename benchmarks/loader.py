@@ -40,17 +40,19 @@ from proxynorm.errors import ConfigError
 
 OURS = "proxynorm ffcv"
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+COUNT = "how many of its images, drawn at random, or generated"
+WORKERS = "threads or processes of each loader; all cores if left out"
 Epoch = Callable[[], Iterable[torch.Tensor]]
 
 
 @dataclass
 class Options(common.Options):
     source: str | None = option(None, SOURCE)
-    images: int = option(2048, "how many of its images, drawn at random, or generated")
-    size: int = option(224, "side of the crop, pixels")
-    batch: int = option(64, "images per batch")
-    workers: int | None = option(None, "threads or processes of each loader; all cores if left out")
-    rounds: int = option(7, "epochs of each loader, in turns")
+    images: int = option(2048, COUNT, "at least 1")
+    size: int = option(224, "side of the crop, pixels", "at least 1")
+    batch: int = option(64, "images per batch", "at least 1")
+    workers: int | None = option(None, WORKERS, "at least 1")
+    rounds: int = option(7, "epochs of each loader, in turns", "at least 1")
 
 
 def main(options: Options) -> None:
@@ -71,8 +73,7 @@ def main(options: Options) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise ConfigError for a number below 1 and for fewer images than a batch."""
-    common.check(options)
+    """Raise ConfigError for fewer images than a batch."""
     if options.images < options.batch:
         raise ConfigError(f"images={options.images}: give at least batch={options.batch}")
 

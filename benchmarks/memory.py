@@ -24,12 +24,13 @@ NORMS = [TORCH_BN, TORCH_LN, "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "g
 @dataclass
 class Options(common.ModelOptions):
     norms: list[str] = option(
-        NORMS, "norms; +recompute: outputs rebuilt in backward; torch bn, torch ln: torch's own"
+        NORMS,
+        "norms; +recompute: outputs rebuilt in backward; torch bn, torch ln: torch's own",
+        choices=ALL_NORMS,
     )
 
 
 def main(options: Options) -> None:
-    common.check(options, norms=ALL_NORMS)
     device = choose_device(options.device)
     images = random_images(options.batch, options.size, "nchw", device)
     labels = torch.zeros(options.batch, dtype=torch.long, device=device)

@@ -30,12 +30,11 @@ Operators = dict[str, float]
 
 @dataclass
 class Options(common.ModelOptions):
-    format: str = option("channels_last", "memory format: nchw, channels_last")
-    rounds: int = option(15, "steps of each network, in turns")
+    format: str = option("channels_last", "memory format: nchw, channels_last", choices=FORMATS)
+    rounds: int = option(15, "steps of each network, in turns", "at least 1")
 
 
 def main(options: Options) -> None:
-    common.check(options, format=FORMATS)
     device = choose_device(options.device)
     keep_freed_memory(device)  # as in training
     images = random_images(options.batch, options.size, options.format, device)

@@ -21,11 +21,10 @@ from proxynorm.launch.runs import TRAIN
 @dataclass
 class Options(common.Options):
     overrides: list[str] = option([], "arguments of train.py; none: the default experiment")
-    rounds: int = option(5, "runs, after one that is not counted")
+    rounds: int = option(5, "runs, after one that is not counted", "at least 1")
 
 
 def main(options: Options) -> None:
-    common.check(options)
     first, *counted = (first_update(options.overrides) for _ in range(options.rounds + 1))
     row = {"first": first, "minimum": min(counted)}
     row |= {"median": median(counted), "maximum": max(counted)}

@@ -47,15 +47,18 @@ Key = tuple[Variant, str]  # a variant, and "train", "inference" or "moments"
 
 @dataclass
 class Options(common.ModelOptions):
-    norms: list[str] = option(NORMS, "norms; also NORM+recompute; torch bn, torch ln: torch's own")
-    formats: list[str] = option(list(FORMATS), "memory formats: nchw, channels_last")
-    modes: list[str] = option(["eager"], "eager, compiled")
-    rounds: int = option(9, "steps of each, taken in turns")
+    norms: list[str] = option(
+        NORMS, "norms; also NORM+recompute; torch bn, torch ln: torch's own", choices=ALL_NORMS
+    )
+    formats: list[str] = option(
+        list(FORMATS), "memory formats: nchw, channels_last", choices=FORMATS
+    )
+    modes: list[str] = option(["eager"], "eager, compiled", choices=("eager", "compiled"))
+    rounds: int = option(9, "steps of each, taken in turns", "at least 1")
     keep_memory: bool = option(True, "CPU: malloc keeps freed memory, as in training")
 
 
 def main(options: Options) -> None:
-    common.check(options, norms=ALL_NORMS, formats=FORMATS, modes=("eager", "compiled"))
     device = choose_device(options.device)
     # Otherwise glibc returns large blocks to the system, and every step faults the pages in again.
     if options.keep_memory:

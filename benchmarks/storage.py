@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import common, loader
-from benchmarks.loader import check, measure, ours, write_beton
+from benchmarks.loader import COUNT, check, measure, ours, write_beton
 from benchmarks.photographs import photographs
 from proxynorm.cli import option
 from proxynorm.data.images import StorageOptions
@@ -34,8 +34,8 @@ STORED = (
 
 @dataclass
 class Options(loader.Options):
-    images: int = option(1024, "how many of its images, drawn at random, or generated")
-    rounds: int = option(5, "epochs of each file, in turns")
+    images: int = option(1024, COUNT, "at least 1")
+    rounds: int = option(5, "epochs of each file, in turns", "at least 1")
 
 
 def main(options: Options) -> None:

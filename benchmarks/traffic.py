@@ -65,16 +65,21 @@ PROPERTIES.regs_per_multiprocessor, PROPERTIES.shared_memory_per_block_optin = 6
 @dataclass
 class Options(common.ModelOptions):
     model: str = option(LAYER, "layer, or a model of proxynorm.create_model")
-    norm: list[str] = option([TORCH_BN, "ln", "ln_pn"], "norms; torch bn: torch's own")
-    act: list[str] = option(["relu"], "activations of model=layer")
-    format: list[str] = option(["channels_last"], "memory formats: nchw, channels_last")
-    batch: int = option(32, "images a step")
-    size: int | None = option(None, "side of the images, pixels; None: 56 for layer, else 224")
-    channels: int = option(256, "channels of model=layer")
+    norm: list[str] = option(
+        [TORCH_BN, "ln", "ln_pn"], "norms; torch bn: torch's own", choices=ALL_NORMS
+    )
+    act: list[str] = option(["relu"], "activations of model=layer", choices=ACTIVATIONS)
+    format: list[str] = option(
+        ["channels_last"], "memory formats: nchw, channels_last", choices=FORMATS
+    )
+    batch: int = option(32, "images a step", "at least 1")
+    size: int | None = option(
+        None, "side of the images, pixels; None: 56 for layer, else 224", "at least 1"
+    )
+    channels: int = option(256, "channels of model=layer", "at least 1")
 
 
 def main(options: Options) -> None:
-    common.check(options, norm=ALL_NORMS, act=ACTIVATIONS, format=FORMATS)
     rows: list[dict[str, Any]] = []
     acts = options.act if options.model == LAYER else ["own"]
     for norm, act, memory_format in product(options.norm, acts, options.format):

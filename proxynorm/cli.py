@@ -1,12 +1,14 @@
-"""Command lines of the form key=value, for the commands that do not use Hydra.
+"""Options and settings: dataclass fields that declare their values, and command lines of key=value.
 
-A command declares its options as a dataclass of `option` fields. A wrong name or value is reported
-in one line, with exit status 2; `--help` prints the options.
+A command declares its options as a dataclass of `option` fields, the settings of a run are `number`
+and `choice` fields. A wrong name or value is reported in one line, with exit status 2; `--help`
+prints the options of a command.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import select
@@ -23,6 +25,18 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from proxynorm.errors import ConfigError, FileError, ProxynormError
 
 WIDTH, COLUMN = 80, 27  # the width of help texts, and where their explanations begin
+# The ranges of numbers, in words and as a test. Whether null is allowed depends on the type.
+RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0 and finite": lambda value: 0 <= value < math.inf,
+    "above 0 and finite": lambda value: 0 < value < math.inf,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0.001 to 1": lambda value: 0.001 <= value <= 1,
+    "from 1 to 100": lambda value: 1 <= value <= 100,
+    "from 1 to 65535": lambda value: 1 <= value <= 65_535,
+}
 
 
 def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
@@ -36,12 +50,46 @@ def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> st
     return f"{hint}valid: {', '.join(choices)}"
 
 
-def option(default: Any, text: str) -> Any:
-    """Declare a dataclass field with a help text."""
-    metadata = {"help": text}
+def option(default: Any, text: str, words: str = "", choices: Iterable[str] = ()) -> Any:
+    """Declare an option of a command with its help text.
+
+    words: its range, one of RANGES; choices: the words that it, or each item of a list, may be.
+    """
+    metadata = {"help": text, "range": words, "choices": tuple(choices)}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def number(default: Any, words: str) -> Any:
+    """Declare a setting whose range is one of RANGES."""
+    return dataclasses.field(default=default, metadata={"range": words})
+
+
+def choice(default: Any, *others: Any, hint: str = "") -> Any:
+    """Declare a setting that takes one of these values. hint: the end of an error message."""
+    metadata = {"choices": (default, *others), "hint": hint}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_fields(record: Any, prefix: str = "") -> None:
+    """Raise ConfigError for the first value of a dataclass, or of one in it, that is not valid.
+
+    prefix: what precedes the names of the fields in the message.
+    """
+    for item in dataclasses.fields(record):
+        key, value = f"{prefix}{item.name}", getattr(record, item.name)
+        words, choices = (item.metadata.get(name) for name in ("range", "choices"))
+        if dataclasses.is_dataclass(value):
+            check_fields(value, f"{key}.")
+        elif words and value is not None and not RANGES[words](value):
+            raise ConfigError(f"{key}={value:g}: must be {words}")
+        elif choices:
+            for word in (value or [""]) if isinstance(value, list) else [value]:
+                if word not in choices:
+                    valid = [str(each).lower() for each in choices]  # true, as in YAML
+                    near = nearest(str(word), valid) + item.metadata.get("hint", "")
+                    raise ConfigError(f"{key}={word}: {near}")
 
 
 def first_line(error: BaseException) -> str:
@@ -91,11 +139,13 @@ def parse_options(options: type, arguments: list[str]) -> Any:
             raise ConfigError(f"no option '{name}'; {nearest(name, types)}")
         values[name] = read_value(text, types[name])
     try:  # OmegaConf converts the texts to the types of the fields
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), values))
+        parsed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(options), values))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}= is missing; see --help") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+    check_fields(parsed)
+    return parsed
 
 
 def read_value(text: str, kind: Any) -> Any:

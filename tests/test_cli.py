@@ -21,9 +21,11 @@ from tests.helpers import ROOT
 
 @dataclass
 class Options:
-    size: int = option(3, "a size")
+    size: int = option(3, "a size", "at least 1")
     names: list[str] = option(["a"], "names")
     file: str | None = option(None, "a file")
+    share: float | None = option(None, "a share", "from 0 to 1")
+    norms: list[str] = option(["bn"], "norms", choices=("bn", "ln"))
 
 
 @dataclass
@@ -56,6 +58,7 @@ def test_options():
         3, ["1e3", "a,b", "x=[1,2]"], "1_0"
     )
     assert parse_options(Options, ["file=null"]).file is None
+    assert parse_options(Options, ["norms=[ln,bn]", "share=1"]).norms == ["ln", "bn"]
     assert parse_options(Needy, ["need=1"]) == Needy("1", [])
     with pytest.raises(ConfigError, match="need= is missing"):
         parse_options(Needy, ["names=x"])
@@ -65,6 +68,10 @@ def test_options():
         (["size=x"], "could not be converted"),
         (["size"], "not of the form key=value"),
         (["names=[x"], ""),
+        (["size=0"], "size=0: must be at least 1"),
+        (["share=nan"], "share=nan: must be from 0 to 1"),
+        (["norms=[bn,lm]"], "norms=lm: did you mean 'ln'. valid: bn, ln"),
+        (["norms=[]"], "norms=: valid: bn, ln"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             parse_options(Options, arguments)
@@ -129,7 +136,7 @@ def test_wrong_norm():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("beta_std=-1", "beta_std=-1.0: must be at least 0 and finite"),
+        ("beta_std=-1", "beta_std=-1: must be at least 0 and finite"),
         ("gamma_std=nan", "gamma_std=nan: must be at least 0"),
         pytest.param(
             "device=cuda",
@@ -137,10 +144,10 @@ def test_wrong_norm():
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
         ),
         ("device=tpu", "valid: auto, cpu, cuda"),
-        ("norms=[bn,none]", "no norm 'none' to measure"),
-        ("norms=[]", "no norm '' to measure; valid: bn"),
+        ("norms=[bn,none]", "norms=none: "),
+        ("norms=[]", "norms=: valid: bn"),
         ("groups=7", "groups=7: must divide width=16"),
-        ("norms=[bn,lm]", "no norm 'lm' to measure; did you mean 'ln'"),
+        ("norms=[bn,lm]", "norms=lm: did you mean 'ln'"),
     ],
 )
 def test_wrong_values_of_power_are_reported_before_measuring(tmp_path, argument, message):

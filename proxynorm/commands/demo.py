@@ -26,13 +26,14 @@ What next:
   python scripts/reproduce.py plan table=mini_norms    # nine norms, with more seeds and epochs
   python scripts/power.py run={run} weights=last       # P1 … P4 of a trained network
 """
+JOBS = "runs at a time, one thread each; 0: as many as there are CPU cores"
 SIZES = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
 
 
 @dataclass
 class Options:
     seeds: int | None = option(None, "runs per norm; default: the table's")
-    jobs: int = option(0, "runs at a time, one thread each; 0: as many as there are CPU cores")
+    jobs: int = option(0, JOBS, "at least 0 and finite")
     root: str = option("runs", "folder of the run folders: ROOT/demo")
     results: str = option("results", "folder of the values that the search has chosen")
     record: bool = option(False, "archive runs and report in RESULTS/demo, which docs/ quotes")

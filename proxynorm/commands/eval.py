@@ -26,13 +26,13 @@ from proxynorm.train.restore import (
     restore,
 )
 
+CLASSES = "all: root has all classes; subset: some, only their logits count; index: by number"
+
 
 @dataclass
 class Options(RunOptions):
     root: str | None = option(None, "folder or .beton file of the images; default: as in training")
-    classes: str = option(
-        "all", "all: root has all classes; subset: some, only their logits count; index: by number"
-    )
+    classes: str = option("all", CLASSES, choices=("all", "subset", "index"))
     output: str | None = option(None, "folder for per_class.csv, confusion.csv and confusion.png")
     on_bad: str | None = option(None, "damaged images: raise, skip; default: as in training")
     cache: str | None = option(None, "folder of files made on the fly; default: as in training")

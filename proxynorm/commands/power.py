@@ -12,7 +12,6 @@ report) shows the power decomposition of its networks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from proxynorm.analysis.power_monitor import from_metrics, mean_rows, measure, w
 from proxynorm.analysis.power_plots import p1_figure, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.analysis.style import norm_label, save_figure
-from proxynorm.cli import nearest, option
+from proxynorm.cli import option
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_json
 from proxynorm.nn import NORMS
@@ -33,6 +32,9 @@ from proxynorm.train.restore import checkpoint_path, open_evaluation_data, resto
 from proxynorm.train.run_folder import read_metrics
 
 VECTOR = ("pdf", "svg")
+SHOWN = ["bn", "in", "ln", "gn", "ln_pn", "ln_ws"]
+MEASURED = [norm for norm in NORMS if norm != "none"]
+BATCH = "images per forward pass, which share Batch Norm's statistics"
 
 
 @dataclass
@@ -40,32 +42,17 @@ class Options:
     output: str = option("results/power", "output folder")
     run: str | None = option(None, "run folder; default: random nets")
     weights: str = option("", "with run=: measure this checkpoint, last or best")
-    images: int = option(32, "images to measure on")
-    batch: int = option(8, "images per forward pass, which share Batch Norm's statistics")
-    norms: list[str] = option(["bn", "in", "ln", "gn", "ln_pn", "ln_ws"], "random nets: the norms")
-    width: int = option(1024, "random nets: channels")
-    depth: int = option(50, "random nets: layers")
-    size: int = option(8, "random nets: side of the input, which is white noise")
-    nets: int = option(1, "random nets: seeds to average over")
-    beta_std: float = option(0.2, "random nets: β ~ N(0, beta_std²)")
-    gamma_std: float = option(0.2, "random nets: γ ~ N(1, gamma_std²)")
-    groups: int | None = option(None, "random nets: groups of gn")
+    images: int = option(32, "images to measure on", "at least 1")
+    batch: int = option(8, BATCH, "at least 1")
+    norms: list[str] = option(SHOWN, "random nets: the norms", choices=MEASURED)
+    width: int = option(1024, "random nets: channels", "at least 1")
+    depth: int = option(50, "random nets: layers", "at least 1")
+    size: int = option(8, "random nets: side of the white-noise input", "at least 1")
+    nets: int = option(1, "random nets: seeds to average over", "at least 1")
+    beta_std: float = option(0.2, "random nets: β ~ N(0, beta_std²)", "at least 0 and finite")
+    gamma_std: float = option(0.2, "random nets: γ ~ N(1, gamma_std²)", "at least 0 and finite")
+    groups: int | None = option(None, "random nets: groups of gn", "at least 1")
     device: str = option("auto", "auto, cpu, cuda")
-
-
-def check(options: Options) -> None:
-    """Raise ConfigError for a value that cannot be measured."""
-    least = dict.fromkeys(("images", "batch", "width", "depth", "size", "nets"), 1)
-    for name, bound in {**least, "beta_std": 0, "gamma_std": 0}.items():
-        if not bound <= getattr(options, name) < math.inf:
-            value = getattr(options, name)
-            raise ConfigError(f"{name}={value}: must be at least {bound} and finite")
-    if options.groups is not None and (options.groups < 1 or options.width % options.groups):
-        raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
-    known = set(NORMS) - {"none"}
-    for norm in options.norms or [""]:
-        if norm not in known:
-            raise ConfigError(f"norms: no norm '{norm}' to measure; {nearest(norm, known)}")
 
 
 def decompose_random_nets(options: Options, device: torch.device) -> dict[str, list]:
@@ -129,7 +116,8 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
 
 
 def main(options: Options) -> None:
-    check(options)
+    if options.groups and options.width % options.groups:
+        raise ConfigError(f"groups={options.groups}: must divide width={options.width}")
     folder, device = Path(options.output), choose_device(options.device)
     folder.mkdir(parents=True, exist_ok=True)
     try:

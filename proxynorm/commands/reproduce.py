@@ -66,9 +66,9 @@ class TableOptions:
     wandb: str = option(
         "auto", "report, upload: online, offline, disabled; auto: online with a key, else offline"
     )
-    launcher: str = option("local", "local, slurm")
-    jobs: int = option(1, "local: runs at a time")
-    threads: int = option(1, "local: CPU threads of a run")
+    launcher: str = option("local", "local, slurm", choices=("local", "slurm"))
+    jobs: int = option(1, "local: runs at a time", "at least 1")
+    threads: int = option(1, "local: CPU threads of a run", "at least 1")
 
 
 @dataclass
@@ -112,8 +112,6 @@ def status(options: Options) -> None:
 
 
 def launch(options: Options) -> int:
-    if options.launcher not in ("local", "slurm"):
-        raise ConfigError(f"launcher={options.launcher}: valid: local, slurm")
     table, runs = selected_runs(options, check=True)
     due = []
     for run in runs:

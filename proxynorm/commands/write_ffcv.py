@@ -35,11 +35,11 @@ class Options:
     source: str = option("???", SOURCE)
     output: str = option("???", "the .beton file to write")
     labels: str | None = option(None, LABELS)
-    on_bad: str = option("raise", ON_BAD)
+    on_bad: str = option("raise", ON_BAD, choices=("raise", "skip"))
     max_side: int | None = option(500, MAX_SIDE)
     jpeg_quality: int = option(90, "1..100")
     jpeg_probability: float = option(1.0, RAW)
-    workers: int | None = option(None, "threads; all cores if left out")
+    workers: int | None = option(None, "threads; all cores if left out", "at least 1")
     overwrite: bool = option(False, "replace an existing output")
 
 
@@ -50,16 +50,12 @@ def main(options: Options) -> int:
     from proxynorm.data.images import StorageOptions
     from proxynorm.data.opening import share_of_cores
     from proxynorm.data.sources import list_source
-    from proxynorm.data.spec import BAD_POLICIES, one_of
 
-    one_of("on_bad", options.on_bad, BAD_POLICIES)
     output = Path(options.output).expanduser()
     if output.suffix != ".beton":
         raise ConfigError(f"output={output}: give a name that ends in .beton")
     if output.exists() and not options.overwrite:
         raise ConfigError(f"output={output}: exists; give another name or overwrite=true")
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"workers={options.workers}: give at least 1")
     storage = StorageOptions(options.max_side, options.jpeg_quality, options.jpeg_probability)
     labels = Path(options.labels).expanduser() if options.labels else None
     listing = list_source(Path(options.source).expanduser(), labels)

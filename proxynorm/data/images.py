@@ -18,10 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from proxynorm.cli import first_line
+from proxynorm.cli import check_fields, first_line, number
 from proxynorm.data.ffcv.beton import JPEG, PAGE_SIZE, RAW
 from proxynorm.data.ffcv.native import ffcv_available, ffcv_library
-from proxynorm.data.spec import check_ranges
 
 Image.init()  # registers the plugins
 # Pillow's other formats are not photographs (icons, PDF) or start other programs (EPS).
@@ -34,7 +33,6 @@ EXTENSIONS = tuple(
 warnings.filterwarnings("ignore", module="PIL")
 ALWAYS_RAW = 64 * 64  # pixels; images up to this size are never stored as JPEG
 LONGEST_SIDE = 65_535
-RANGES = {"max_side": (1, LONGEST_SIDE), "jpeg_quality": (1, 100), "jpeg_probability": (0, 1)}
 # By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -76,12 +74,12 @@ class StorageOptions:
     are all images of at most 64x64 pixels.
     """
 
-    max_side: int | None = 500
-    jpeg_quality: int = 90
-    jpeg_probability: float = 1.0
+    max_side: int | None = number(500, "from 1 to 65535")
+    jpeg_quality: int = number(90, "from 1 to 100")
+    jpeg_probability: float = number(1.0, "from 0 to 1")
 
     def __post_init__(self) -> None:
-        check_ranges(self, RANGES)
+        check_fields(self)
 
 
 class Stored(NamedTuple):

@@ -18,10 +18,8 @@ from proxynorm.data.loaders import Data, Split
 from proxynorm.data.randomness import permutation
 from proxynorm.data.readers import Reader
 from proxynorm.data.sources import list_images
-from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, check_specs, one_of
+from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, check_specs
 from proxynorm.errors import ConfigError, DataError
-
-CLASSES = ("all", "subset", "index")
 
 
 class Validation(NamedTuple):
@@ -36,7 +34,8 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
 
     Raises ConfigError for an impossible value and DataError for missing or damaged data.
     """
-    one_of("data.name", spec.name, DATASETS)
+    if spec.name not in DATASETS:
+        raise ConfigError(f"data.name={spec.name}: {nearest(spec.name, DATASETS)}")
     data_set = DATASETS[spec.name]
     if data_set.needs_root and spec.root is None:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
@@ -86,7 +85,6 @@ def open_validation(
     and only their logits count (ImageNet-A, -R); "index": their names are class numbers
     (ImageNet-V2). spec.mean, spec.std: those of the training. Raises ConfigError or DataError.
     """
-    one_of("classes", classes, CLASSES)
     root = Path(spec.root).expanduser()
     root = next((root / part for part in ("val.beton", "val") if (root / part).exists()), root)
     name = "beton" if root.suffix == ".beton" else "folder"

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from proxynorm.cli import check_fields, choice, number
 from proxynorm.errors import ConfigError
 
-AUGMENTATIONS = ("pad_crop", "inception", "none")
-BACKENDS = ("auto", "ffcv", "torchvision")
-BAD_POLICIES = ("raise", "skip")
-# The smallest and the largest value of each number.
-SIDE, SHARE, COUNT = (1, 65_535), (0.001, 1), (0, math.inf)
-RANGES = {
-    "data": {
-        **dict.fromkeys(("image_size", "eval_size", "start_size"), SIDE),
-        **dict.fromkeys(("eval_ratio", "min_area"), SHARE),
-        **dict.fromkeys(("padding", "holdout"), COUNT),
-        "limit": (1, math.inf),
-        "random_erasing": (0, 1),
-    },
-    "loader": {"workers": COUNT, "prefetch": COUNT, "timeout": (1, math.inf)},
-}
+SIDE, SHARE = "from 1 to 65535", "from 0.001 to 1"
 
 
 @dataclass(frozen=True)
@@ -59,23 +44,23 @@ class DataSpec:
 
     name: str
     root: str | None = None
-    image_size: int = 32
-    eval_size: int | None = None
-    eval_ratio: float = 1.0
-    augmentation: str = "pad_crop"
-    padding: int = 4
-    min_area: float = 0.08
+    image_size: int = number(32, SIDE)
+    eval_size: int | None = number(None, SIDE)
+    eval_ratio: float = number(1.0, SHARE)
+    augmentation: str = choice("pad_crop", "inception", "none")
+    padding: int = number(4, "at least 0 and finite")
+    min_area: float = number(0.08, SHARE)
     flip: bool = True
-    start_size: int | None = None
+    start_size: int | None = number(None, SIDE)
     ramp: tuple[int, int] | None = None
-    limit: int | None = None
+    limit: int | None = number(None, "at least 1")
     limit_seed: int = 0
-    holdout: int = 0
+    holdout: int = number(0, "at least 0 and finite")
     deterministic: bool = True
-    on_bad: str = "raise"
+    on_bad: str = choice("raise", "skip")
     cache: str | None = None
     randaugment: str | None = None
-    random_erasing: float = 0.0
+    random_erasing: float = number(0.0, "from 0 to 1")
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -93,10 +78,10 @@ class LoaderSpec:
     timeout:  seconds to wait for a batch before the run ends
     """
 
-    name: str = "auto"
-    workers: int | None = None
-    prefetch: int | None = None
-    timeout: float = 600
+    name: str = choice("auto", "ffcv", "torchvision")
+    workers: int | None = number(None, "at least 0 and finite")
+    prefetch: int | None = number(None, "at least 0 and finite")
+    timeout: float = number(600, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -128,11 +113,8 @@ class Batch(NamedTuple):
 
 def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
     """Raise ConfigError for the first impossible value."""
-    one_of("data.augmentation", spec.augmentation, AUGMENTATIONS)
-    one_of("data.on_bad", spec.on_bad, BAD_POLICIES)
-    one_of("loader.name", loader.name, BACKENDS)
-    check_ranges(spec, RANGES["data"], "data.")
-    check_ranges(loader, RANGES["loader"], "loader.")
+    check_fields(spec, "data.")
+    check_fields(loader, "loader.")
     start, ramp = spec.start_size, spec.ramp
     if start is None and ramp is None:
         return
@@ -143,20 +125,3 @@ def check_specs(spec: DataSpec, loader: LoaderSpec) -> None:
             f"at most image_size={spec.image_size} and a ramp from one epoch to a later one, "
             "such as [0,5]"
         )
-
-
-def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise ConfigError if the value of `key` is none of the allowed ones."""
-    if value not in allowed:
-        raise ConfigError(f"{key}={value}: choose one of {', '.join(allowed)}")
-
-
-def check_ranges(
-    options: object, ranges: Mapping[str, tuple[float, float]], prefix: str = ""
-) -> None:
-    """Raise ConfigError for the first attribute of `options` that is out of its range."""
-    for name, (least, most) in ranges.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            words = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise ConfigError(f"{prefix}{name}={value}: give {words}")

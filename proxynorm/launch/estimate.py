@@ -40,11 +40,12 @@ def folder_seconds(folder: Path, processes: int) -> float | None:
     try:
         with reading(folder):
             environment = json.loads((folder / "environment.json").read_bytes())
-            progress = read_progress(folder)
-            if progress is None or environment.get("world_size", 1) != processes:
+            row = read_progress(folder)
+            if row is None or environment.get("world_size", 1) != processes:
                 return None
-            seconds = progress.seconds(progress.total)
-            return seconds + START_SECONDS if seconds else None
+            speed = row.get("images_per_second")  # absent from the first row after a start
+            images = row["images"] / row["step"] * row["total"]
+            return images / speed + START_SECONDS if speed else None
     except DataError:  # reported with the run's status
         return None
 

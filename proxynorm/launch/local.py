@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from proxynorm.errors import ConfigError
 from proxynorm.launch.runs import TRAIN, Run, say
 from proxynorm.launch.status import IN_USE, STOPPED, last_error, run_status
 from proxynorm.train.preemption import REQUEUE, StopRequest, stop_request
@@ -27,8 +26,6 @@ def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1) -> int:
     which save. Returns the exit status: 0 if all are done or running elsewhere, 75 after a stop
     signal, 1 if some failed or are damaged; these are listed with the reason.
     """
-    if jobs < 1 or threads < 1:
-        raise ConfigError(f"jobs={jobs}, threads={threads}: must be at least 1")
     with stop_request() as stop, ThreadPoolExecutor(jobs) as pool:
         failures = [*filter(None, pool.map(lambda run: train_if_due(run, threads, stop), runs))]
     if stop:

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from proxynorm.cli import option
+from proxynorm.cli import check_fields, option
 from proxynorm.errors import ConfigError
 from proxynorm.files import locked, write_json
 from proxynorm.launch.estimate import describe, estimator
@@ -30,6 +30,7 @@ TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / 
 FOR_REPORT = ("--account=", "--partition=", "--qos=", "--reservation=")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 USUAL_REASONS = ("None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Dependency")
+GPUS = "slurm: GPUs of a run on all nodes together, one process each"
 GOES_ON = "# goes on in "  # slurm/train.sbatch prints it and then switches to the run's log
 Task = tuple[str, str]  # the job id of an array, the index of a task in it
 
@@ -45,10 +46,10 @@ class SlurmOptions:
         None, "slurm: time limit of a run, in sbatch's notation: 90 (minutes), 12:00:00"
     )
     partition: str | None = option(None, "slurm: partition")
-    nodes: int | None = option(None, "slurm: nodes of a run")
-    gpus: int | None = option(None, "slurm: GPUs of a run on all nodes together, one process each")
-    cpus_per_task: int | None = option(None, "slurm: CPUs of a process")
-    limit: int | None = option(None, "slurm: array tasks at a time")
+    nodes: int | None = option(None, "slurm: nodes of a run", "at least 1")
+    gpus: int | None = option(None, GPUS, "at least 0 and finite")
+    cpus_per_task: int | None = option(None, "slurm: CPUs of a process", "at least 1")
+    limit: int | None = option(None, "slurm: array tasks at a time", "at least 1")
     stage: str | None = option(
         None, "slurm: folder on each node, such as /dev/shm, to copy .beton files to first"
     )
@@ -213,11 +214,9 @@ def sbatch_command(name: str, log: Path, stage: str | None = None) -> list[str]:
 
 def requests(options: SlurmOptions) -> list[str]:
     """Return the arguments of sbatch for a run's resources. Raises ConfigError if impossible."""
+    check_fields(options)
     nodes, gpus = options.nodes or 1, options.gpus or 0
-    for key in ("nodes", "cpus_per_task", "limit"):
-        if getattr(options, key) is not None and getattr(options, key) < 1:
-            raise ConfigError(f"{key}={getattr(options, key)}: must be at least 1")
-    if gpus < 0 or gpus % nodes:
+    if gpus % nodes:
         raise ConfigError(f"gpus={gpus}: must be a multiple of nodes={nodes}")
     values = {"time": options.time, "partition": options.partition, "nodes": options.nodes}
     values |= {"gpus-per-node": gpus // nodes, "ntasks-per-node": gpus // nodes}

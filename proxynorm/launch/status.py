@@ -7,12 +7,12 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -32,13 +32,8 @@ EXIT_LINE = re.compile(r"^# exit status (-?\d+)$")
 END_LINE = re.compile(r"^# exit status|.*ended with the fault above")
 SLURM_LINE = re.compile(r"^(srun|slurmstepd(-\S+)?): ")
 
-# The files of a run that are archived, each with the keys that it must have.
-RUN_FILES = {
-    "config.yaml": {"seed", "epochs"},
-    "environment.json": {"python", "processor", "cores", "threads", "gpus", "packages", "git"},
-    "metrics.jsonl": {"event", "step", "epoch"},
-    "summary.json": {"completed", "steps", "total_steps", "top1", "loss", "train_seconds"},
-}
+# The files of a run that are archived.
+RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "summary.json")
 
 
 @dataclass(frozen=True)
@@ -64,91 +59,45 @@ class Status:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Raise DataError, in one line, if the block fails to read `path`, a file or a folder."""
+def reading(path: Path, part: str = "") -> Iterator[None]:
+    """Raise DataError, in one line, if the block fails to read `path`, or `part` of a folder."""
     try:
         yield
     except Exception as error:  # damaged content can raise anything
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{part}: {error}".split()).removeprefix(": ")
         raise DataError(f"{path} is damaged ({reason}); remove it and run again") from error
 
 
 def finished_files(folder: Path) -> dict[str, bytes] | None:
     """Read the RUN_FILES of a finished run. None if it has not finished. Raises DataError."""
-    files = {name: (folder / name).read_bytes() for name in RUN_FILES if (folder / name).is_file()}
-    if "summary.json" not in files:
+    summary = folder / "summary.json"
+    if not summary.is_file():
         return None
     # Only this file has to be removed if damaged: the run then continues from its checkpoint.
-    with reading(folder / "summary.json"):
-        (summary,) = parse(files, "summary.json")
-    if not summary["completed"]:
-        return None
+    with reading(summary):
+        if not json.loads(summary.read_bytes())["completed"]:
+            return None
     with reading(folder):
-        check_files(files)
-    return files
+        return {name: (folder / name).read_bytes() for name in RUN_FILES}
 
 
-def check_files(files: Mapping[str, bytes]) -> None:
-    """Raise ValueError unless all RUN_FILES of a finished run are there, parse and agree."""
-    parsed = {name: parse(files, name) for name in RUN_FILES}
-    (summary,) = parsed["summary.json"]
-    evaluations = [row for row in parsed["metrics.jsonl"] if row["event"] == "eval"]
-    last = evaluations[-1] if evaluations else {}
-    # Metrics cut between two lines still parse, but lack the evaluation of the summary.
-    if [last.get(key) for key in ("step", "top1", "loss")] != [
-        summary[key] for key in ("steps", "top1", "loss")
-    ]:
-        raise ValueError("metrics.jsonl: its last evaluation is not that of summary.json")
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Read the last training row of the run in `folder`; None before its first row.
 
-
-def parse(files: Mapping[str, bytes], name: str) -> list[dict[str, Any]]:
-    """Parse one of RUN_FILES into its rows; all but metrics.jsonl have a single one.
-
-    Raises ValueError if it is missing, does not parse or lacks keys.
+    total: the steps of the whole run, added to the row. Raises DataError.
     """
-    if name not in files:
-        raise ValueError(f"{name} is missing")
-    parts = files[name].splitlines() if name == "metrics.jsonl" else [files[name]]
-    try:
-        rows = [(yaml.safe_load if name == "config.yaml" else json.loads)(part) for part in parts]
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    for row in rows:
-        if not isinstance(row, dict) or RUN_FILES[name] - row.keys():
-            raise ValueError(f"{name}: not an object with {', '.join(sorted(RUN_FILES[name]))}")
-    return rows
-
-
-class Progress(NamedTuple):
-    """The progress of a run by its last training row."""
-
-    step: int
-    total: int  # steps of the whole run
-    images: float  # per step
-    loss: float | None
-    speed: float | None  # images per second; absent from the first row after a start
-
-    def seconds(self, steps: int) -> float | None:
-        """Return the time of that many steps, if it is known."""
-        return steps * self.images / self.speed if self.speed else None
-
-
-def read_progress(folder: Path) -> Progress | None:
-    """Read the progress of the run in `folder`; None before its first row. Raises DataError."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return None
-    with reading(folder):
+    with reading(folder, path.name):
         complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may still be written
-        rows = [row for row in parse({path.name: complete}, path.name) if row["event"] == "train"]
-        if not rows:
-            return None
-        (config,) = parse({"config.yaml": (folder / "config.yaml").read_bytes()}, "config.yaml")
-        row, step = rows[-1], rows[-1]["step"]
-        total = round(step / row["epoch"] * config["epochs"])
-        total = min(total, config.get("max_steps") or total)
-        speed = row.get("images_per_second")
-        return Progress(step, total, row["images"] / step, row["loss"], speed)
+        rows = [row for row in map(json.loads, complete.splitlines()) if row["event"] == "train"]
+    if not rows:
+        return None
+    with reading(folder, "config.yaml"):
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        total = round(rows[-1]["step"] / rows[-1]["epoch"] * config["epochs"])
+        return {**rows[-1], "total": min(total, config.get("max_steps") or total)}
 
 
 def done_status(summary: dict[str, Any], note: str = "") -> Status:
@@ -173,7 +122,8 @@ def run_status(run: Run, elsewhere: bool = True) -> Status:
     """
     try:
         if (files := finished_files(run.folder)) is not None:
-            return done_status(json.loads(files["summary.json"]))
+            with reading(run.folder / "summary.json"):
+                return done_status(json.loads(files["summary.json"]))
         running = is_held(run.folder / ".lock", elsewhere)
         lines = log_lines(run.log)
         exited = EXIT_LINE.match(lines[-1]) if lines else None
@@ -184,10 +134,9 @@ def run_status(run: Run, elsewhere: bool = True) -> Status:
         return Status("damaged", error=str(error))
     if progress is None:
         return Status("running" if running else "missing")
-    text = progress_text(progress.step, progress.total, progress.loss)
-    left = progress.seconds(progress.total - progress.step)
-    if running and left is not None:
-        text += f"  ETA {timedelta(seconds=round(left))}"
+    text = progress_text(progress["step"], progress["total"], progress["loss"])
+    if running and "eta_seconds" in progress:  # absent from the first row after a start
+        text += f"  ETA {timedelta(seconds=round(progress['eta_seconds']))}"
     return Status("running" if running else "stopped", text)
 
 

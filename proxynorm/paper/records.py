@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.files import write_atomic
-from proxynorm.launch.status import RUN_FILES, check_files, finished_files, reading, run_status
+from proxynorm.launch.status import RUN_FILES, finished_files, reading, run_status
 from proxynorm.paper.table import TableRun
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import differences, identity
@@ -44,15 +44,18 @@ class Record:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        return json.loads(self.files["summary.json"])
+        with reading(self.path, "summary.json"):
+            return json.loads(self.files["summary.json"])
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return json.loads(self.files["environment.json"])
+        with reading(self.path, "environment.json"):
+            return json.loads(self.files["environment.json"])
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
+        with reading(self.path, "metrics.jsonl"):
+            return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
 
 
 def read_record(run: TableRun, results: str | Path) -> Record | None:
@@ -95,8 +98,6 @@ def kept_record(run: TableRun, results: str | Path) -> Record | None:
         with tarfile.open(path, "r:xz") as archive:
             members = [member for member in archive if member.isfile()]
             files = {Path(item.name).name: archive.extractfile(item).read() for item in members}
-        if FAILURE not in files:
-            check_files(files)
     return Record(run, path, files)
 
 

@@ -32,7 +32,12 @@ KEY_OF, ANSWERS = (
     {word: target for target, words in SYNONYMS[part].items() for word in words.split()}
     for part in ("keys", "answers")
 )
-TYPES = {key: item.type.removesuffix(" | None") for key, item in DECLARED.items()}
+# A key with choices stays unquoted, so that Hydra sees several values, which need -m.
+TYPES = {
+    key: item.type.removesuffix(" | None")
+    for key, item in DECLARED.items()
+    if "choices" not in item.metadata
+}
 TEXT_KEYS = {key for key, kind in TYPES.items() if kind == "str"}
 TEXT_KEYS.add("model.name")  # a model's own arguments have no declared type
 TEXT_LISTS = {key for key, kind in TYPES.items() if kind == "list[str]"}

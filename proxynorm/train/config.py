@@ -62,12 +62,12 @@ def settings_from(config: DictConfig) -> Settings:
         raise ConfigError(f"no key '{key}'; {advice}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+    given = check(settings).regularization
     # Two regularizers change images, so the data pipeline applies them.
-    given = settings.regularization
     data = dataclasses.replace(
         settings.data, randaugment=given.randaugment, random_erasing=given.random_erasing
     )
-    return check(dataclasses.replace(settings, data=data))
+    return dataclasses.replace(settings, data=data)
 
 
 def compose_config(overrides: Iterable[str]) -> DictConfig:

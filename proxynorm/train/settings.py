@@ -9,35 +9,17 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from proxynorm.cli import check_fields, choice, number
 from proxynorm.data import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError
 from proxynorm.nn import NORMS, norm_spec
 
-# The ranges of numbers, in words and as a test. Whether null is allowed depends on the type.
-RANGES: dict[str, Callable[[float], bool]] = {
-    "at least 1": lambda value: value >= 1,
-    "at least 0 and finite": lambda value: 0 <= value < math.inf,
-    "above 0 and finite": lambda value: 0 < value < math.inf,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-    "at least 0 and below 1": lambda value: 0 <= value < 1,
-    "above 0 and at most 1": lambda value: 0 < value <= 1,
-}
-
-
-def number(default: Any, words: str) -> Any:
-    """Declare a setting whose range is one of RANGES."""
-    return field(default=default, metadata={"range": words})
-
-
-def choice(default: Any, *others: Any) -> Any:
-    """Declare a setting that takes one of these values."""
-    return field(default=default, metadata={"choices": (default, *others)})
+START_FROM = "; a run goes on from its own folder (name=), weights=FILE starts from a file"
 
 
 @dataclass(frozen=True)
@@ -175,7 +157,7 @@ class Settings:
     patience: int | None = number(None, "at least 1")
     name: str | None = None
     runs_dir: str = "runs"
-    resume: str = choice("auto", "never", "must", "extend")
+    resume: str = choice("auto", "never", "must", "extend", hint=START_FROM)
     device: str = "auto"
     precision: str = choice("auto", "fp32", "bf16", "fp16")
     memory_format: str = choice("auto", "contiguous", "channels_last")
@@ -232,10 +214,6 @@ def _declared(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
 
 
 DECLARED = dict(_declared(Settings))
-CHOICES, RANGE_OF = (
-    {key: item.metadata[name] for key, item in DECLARED.items() if name in item.metadata}
-    for name in ("choices", "range")
-)
 
 # Keys that do not change what is trained. They may change when a run is resumed, and are not part
 # of its name.
@@ -255,15 +233,10 @@ FIXED["compile"] = False
 def check(settings: Settings) -> Settings:
     """Return `settings` if its values make sense together; raise ConfigError otherwise."""
     name, norm_batch, warmup = settings.name, settings.norm_batch, settings.schedule.warmup_epochs
-    for key in CHOICES:
-        if hint := wrong_choice(key, value := attrgetter(key)(settings)):
-            raise ConfigError(f"{key}={value}: {hint}")
-    numbers = [(key, attrgetter(key)(settings), words) for key, words in RANGE_OF.items()]
+    check_fields(settings)
     for pattern, scale in (settings.optim.lr_scale or {}).items():
-        numbers.append((f"optim.lr_scale.{pattern}", scale, "above 0 and finite"))
-    for key, value, words in numbers:
-        if value is not None and not RANGES[words](value):
-            raise ConfigError(f"{key}={value:g}: must be {words}")
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"optim.lr_scale.{pattern}={scale:g}: must be above 0 and finite")
     if norm_batch not in (None, "global") and (isinstance(norm_batch, str) or norm_batch < 1):
         raise ConfigError(
             f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
@@ -276,18 +249,6 @@ def check(settings: Settings) -> Settings:
     if name is not None and (name in ("", "..") or name != Path(name).name):
         raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= is its parent")
     return settings
-
-
-def wrong_choice(key: str, value: Any) -> str | None:
-    """Return the end of an error message, or None if `value` is one of the key's CHOICES."""
-    if value in CHOICES[key]:
-        return None
-    words = ", ".join(str(choice).lower() for choice in CHOICES[key])  # true, as YAML writes it
-    if "," in str(value):
-        return f"valid: {words}; several values need -m"
-    if key == "resume":
-        words += "; a run goes on from its own folder (name=), weights=FILE starts from a file"
-    return f"valid: {words}"
 
 
 def identity(settings: Settings) -> dict[str, Any]:

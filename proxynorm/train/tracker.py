@@ -13,15 +13,17 @@ from textwrap import shorten
 from typing import Any
 
 from proxynorm.analysis.power_monitor import from_metrics
-from proxynorm.errors import ConfigError
+from proxynorm.cli import check_fields
 from proxynorm.files import write_text
-from proxynorm.train.settings import Settings, wrong_choice
+from proxynorm.train.settings import LoggerSettings, Settings
 
 
 def choose_mode(mode: str) -> str:
-    """Resolve auto: WANDB_MODE if set, else online with a key, offline without."""
-    if hint := wrong_choice("logger.mode", mode):
-        raise ConfigError(f"logger.mode={mode}: {hint}")
+    """Resolve auto: WANDB_MODE if set, else online with a key, offline without.
+
+    Raises ConfigError for an unknown mode.
+    """
+    check_fields(LoggerSettings(mode), "logger.")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "")
     if mode:

@@ -23,7 +23,6 @@ from proxynorm.analysis.power_plots import p1_figure, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.analysis.style import norm_label, norm_style, save_figure
 from proxynorm.data import DataSpec, LoaderSpec, open_data
-from proxynorm.errors import ConfigError
 
 
 def images(count=12, seed=0, size=32):
@@ -235,11 +234,6 @@ def test_the_command_writes_csv_plot_and_summary(tmp_path, script):
     assert written == {"power.csv", "summary.json"} | figures
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["largest_distance_of_ln_from_mean_field"]["each net"]) == 2
-
-
-def test_a_wrong_norm_is_the_users_mistake(tmp_path, script):
-    with pytest.raises(ConfigError, match="no norm 'lm' .* did you mean 'ln'"):
-        script.main(script.Options(str(tmp_path), norms=["lm"]))
 
 
 def test_the_command_shows_the_logged_powers_of_a_run(tmp_path, script):

@@ -39,7 +39,7 @@ def run_script(monkeypatch, *arguments) -> int:
     [
         (("loadr",), "did you mean 'loader'?"),
         (("loader", "round=3"), "did you mean 'rounds'?"),
-        (("loader", "rounds=0"), "rounds=0: give at least 1"),
+        (("loader", "rounds=0"), "rounds=0: must be at least 1"),
         (("loader", "source=/proc/none"), "/proc/none: no such folder"),
         (("storage", "images=3"), "images=3: give at least batch=64"),
         (("startup", "json=/proc/none/startup.json"), "/proc/none: No such file"),

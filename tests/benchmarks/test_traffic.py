@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 from benchmarks import traffic
+from proxynorm.cli import parse_options
 from proxynorm.errors import ConfigError
 
 LAYER = traffic.Options(batch=8, channels=64)  # fewer elements; the bytes of each are the same
@@ -42,9 +43,7 @@ def test_constants_of_a_channel_are_not_computed_at_every_element(act):
     assert proxied < plain + 50
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"norm": ["ln_pm"]}, {"act": ["rleu"]}, {"format": ["nhwc"]}, {"batch": 0}]
-)
+@pytest.mark.parametrize("wrong", ["norm=ln_pm", "act=[rleu]", "format=nhwc", "batch=0"])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigError):
-        traffic.main(traffic.Options(**wrong))
+        parse_options(traffic.Options, [wrong])

@@ -363,7 +363,7 @@ def test_more_workers_than_cores_give_no_warning(photos, cache, recwarn):
 def test_an_unsuitable_backend_is_refused(photos, cache, monkeypatch):
     with pytest.raises(ConfigError, match="loader.name=torchvision cannot read data.name=beton"):
         opened(photos, cache, "torchvision", "beton")
-    with pytest.raises(ConfigError, match="choose one of auto, ffcv, torchvision"):
+    with pytest.raises(ConfigError, match="loader.name=dali: valid: auto, ffcv, torchvision"):
         opened(photos, cache, "dali")
     from proxynorm.data.ffcv import native
 

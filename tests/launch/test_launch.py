@@ -116,9 +116,10 @@ def test_a_signal_is_passed_on_and_nothing_more_is_started(launch, stand_in):
     assert starts(runs)[2:] == [0, 0] and [run_status(run).state for run in runs] == ["missing"] * 4
 
 
-def test_jobs_and_threads_must_be_positive(launch):
-    with pytest.raises(ConfigError, match="jobs=0"):
-        launch(jobs=0)
+@pytest.mark.parametrize("word", ["jobs=0", "threads=-1", "launcher=pbs"])
+def test_wrong_options_of_the_launchers_are_refused(word):
+    with pytest.raises(ConfigError, match=f"{word}: "):
+        parse_options(Options, ["command=run", word])
 
 
 def test_the_status_shows_step_loss_and_eta(tiny, tmp_path):

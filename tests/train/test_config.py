@@ -68,7 +68,7 @@ def test_every_norm_has_a_file():
         ("batch=0", "batch=0: must be at least 1"),
         ("epochs=-1", "epochs=-1: must be at least 1"),
         ("batch=10 micro_batch=3", "batch=10 is not divisible by micro_batch=3"),
-        ("precision=fp8", "precision=fp8: valid: auto, fp32, bf16, fp16"),
+        ("precision=fp8", "precision=fp8: did you mean 'fp32'? valid: auto, bf16, fp16"),
         (
             "norm=bn norm_batch=48",
             "norm_batch=48 does not divide the 128 images of a process's forward",
@@ -81,9 +81,9 @@ def test_every_norm_has_a_file():
         ("name=..", "name=..: must be a plain folder name"),
         ("name=.", "must be a plain folder name"),
         ("name=", "name=: must be a plain folder name"),
-        ("logger.mode=foo", "logger.mode=foo: valid: auto, online, offline, disabled"),
+        ("logger.mode=foo", "logger.mode=foo: valid: auto, disabled, offline, online"),
         ("schedule=multistep schedule.milestones=5", "schedule.milestones: Invalid value assigned"),
-        ("schedule.name=foo", "schedule.name=foo: valid: cosine, step"),
+        ("schedule.name=foo", "schedule.name=foo: valid: constant, cosine"),
         ("+foo=1", "no key 'foo'; valid: batch"),
         ("+data.rot=1", "no key 'data.rot'; did you mean 'data.root'?"),
         ("--foo", "unrecognized arguments: --foo; arguments have the form key=value"),
@@ -108,6 +108,8 @@ def test_mistakes_are_one_line(argument, message):
             "power.images=0",
             "at least 1",
         ),
+        ("data.image_size=0,65536", "from 1 to 65535"),
+        ("loader.timeout=0 data.limit=0", "at least 1"),
         ("debug.profile_steps=-3 norm.eps=-1 nonfinite_limit=-1 seed=-1", "at least 0 and finite"),
         (
             "schedule.min_lr=-1 schedule.warmup_epochs=-1 optim.weight_decay=-1,inf "
@@ -119,7 +121,8 @@ def test_mistakes_are_one_line(argument, message):
             "above 0 and finite",
         ),
         (
-            "regularization.label_smoothing=2 regularization.mix_probability=3 power.threshold=nan",
+            "regularization.label_smoothing=2 regularization.mix_probability=3 power.threshold=nan "
+            "regularization.random_erasing=-1",
             "from 0 to 1",
         ),
         (
