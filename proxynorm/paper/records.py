@@ -57,6 +57,13 @@ class Record:
         with reading(self.path, "metrics.jsonl"):
             return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
 
+    def check(self) -> None:
+        """Raise DataError unless the metrics hold the evaluation that the summary names."""
+        rows, steps = self.rows, self.summary["steps"]
+        with reading(self.path, "metrics.jsonl"):
+            if not any(row["event"] == "eval" and row["step"] == steps for row in rows):
+                raise ValueError("the last evaluation is missing")
+
 
 def read_record(run: TableRun, results: str | Path) -> Record | None:
     """Read a run from its folder, else from its archive; None if it has not ended.
@@ -102,10 +109,15 @@ def kept_record(run: TableRun, results: str | Path) -> Record | None:
 
 
 def collect(run: TableRun, results: str | Path) -> bool:
-    """Archive a finished or failed run. Returns False if there is nothing new to archive."""
+    """Archive a finished or failed run. Returns False if there is nothing new to archive.
+
+    Raises DataError for a damaged run.
+    """
     record, kept = folder_record(run), kept_record(run, results)
     if record is None or (kept and kept.files == record.files):
         return False
+    if FAILURE not in record.files:
+        record.check()  # metrics cut between two lines would be lost with the folder
     path = archive_path(run, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda stream: write_archive(stream, run.name, record.files))

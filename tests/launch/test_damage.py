@@ -73,6 +73,17 @@ def test_report_and_collect_name_the_damaged_file(damaged, tmp_path, capsys, wor
     assert not (tmp_path / "results").exists()
 
 
+def test_a_run_whose_metrics_are_cut_between_two_lines_is_not_archived(tiny, tmp_path):
+    run = table_runs(tiny, tmp_path / "runs")[0]
+    write_run(run, 50.0)
+    metrics = run.folder / "metrics.jsonl"
+    rows = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(row for row in rows if '"eval"' not in row))
+    with pytest.raises(DataError, match="metrics.jsonl: the last evaluation is missing"):
+        collect(run, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("damage", NOISE)
 def test_report_names_the_run_whose_files_are_noise(tiny, tmp_path, capsys, damage):
     """Also if only its archive is left."""
