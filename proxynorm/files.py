@@ -80,11 +80,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for a lock file and hold it; the system releases it if the process dies."""
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock file; the system releases it if the process dies.
+
+    While another process holds it: wait, or raise a FileError that says `busy`.
+    """
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise FileError(busy) from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(descriptor)

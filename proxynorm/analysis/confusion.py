@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from proxynorm.analysis.style import save_figure
 from proxynorm.analysis.tables import csv_table
@@ -18,30 +17,18 @@ from proxynorm.files import write_text
 MOST_LABELS = 40  # more class names do not fit into the figure
 
 
-class Counted(nn.Module):
-    """A network with the logits of selected classes, which also counts a confusion matrix.
+def counted(
+    outputs: Iterable[tuple[Batch, Tensor]], columns: Tensor, matrix: Tensor
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each batch with the selected logits, and add its images to a confusion matrix.
 
-    columns: indices of the selected logits, int64 (K,).
-    matrix: numbers of images, int64 (K, K), by class and prediction.
+    columns: int64 (K,); matrix: int64 (K, K), number of images by class and prediction.
     """
-
-    def __init__(self, model: nn.Module, columns: np.ndarray, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.columns = model, torch.from_numpy(columns).to(device)
-        self.matrix = torch.zeros(len(columns), len(columns), dtype=torch.int64, device=device)
-
-    def see(self, batch: Batch) -> Batch:
-        """Remember the batch, whose images come next, for its classes."""
-        self.batch = batch
-        return batch
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, K)."""
-        logits = self.model(images)[:, self.columns]
-        valid = self.batch.valid.to(logits.device)
-        pairs = self.batch.targets[valid] * len(self.columns) + logits.argmax(1)[valid]
-        self.matrix += pairs.bincount(minlength=self.matrix.numel()).view_as(self.matrix)
-        return logits
+    for batch, logits in outputs:
+        logits = logits[:, columns]
+        counts = batch.valid.to(matrix)  # 1, or 0 for padding and damaged images
+        matrix.index_put_((batch.targets, logits.argmax(1)), counts, accumulate=True)
+        yield batch, logits
 
 
 def write_confusion(folder: str | Path, classes: Sequence[str], matrix: np.ndarray) -> None:

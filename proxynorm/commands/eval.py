@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from proxynorm.analysis.confusion import Counted, write_confusion
+from proxynorm.analysis.confusion import counted, write_confusion
 from proxynorm.cli import option
 from proxynorm.files import finite
-from proxynorm.train.build import choose_dtype, choose_memory_format
 from proxynorm.train.distributed import processes
 from proxynorm.train.evaluate import evaluate
 from proxynorm.train.restore import (
@@ -45,29 +44,24 @@ def main(options: Options) -> int:
         restored = restore(path).with_options(
             options, options.loader, on_bad=options.on_bad, cache=options.cache
         )
-        settings = restored.settings
-        data, columns = open_evaluation_data(restored, options.root, options.classes)
+        data = open_evaluation_data(restored, options.root, options.classes)
         notes = () if options.root else other_images(restored, data)
         if process.is_main:
             for line in (*data.warnings, *notes):
                 print(f"warning: {line}", file=sys.stderr)
-        memory_format = choose_memory_format(settings, process.device)
-        model = restored.model.to(process.device, memory_format=memory_format)
-        counted = Counted(model, columns, process.device)
+        column = {name: number for number, name in enumerate(restored.inputs["classes"])}
+        columns = torch.tensor([column[name] for name in data.info.classes], device=process.device)
+        matrix = columns.new_zeros(len(columns), len(columns))
+        outputs = restored.outputs(data, process)
         result = evaluate(
-            counted,
-            data.eval_loader(settings.eval_batch, process.rank, process.world_size),
-            lambda batch: counted.see(
-                data.prepare(batch, process.device, torch.float32, memory_format)
-            ),
+            counted(outputs, columns, matrix),
             process,
-            choose_dtype(settings, process.device),
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
             damaged=data.failures,
         )
         for name, reason in data.failures.items():
             print(f"left out: {name}: {reason}", file=sys.stderr)
-        matrix = process.sum(counted.matrix)
+        process.sum(matrix)
         if process.is_main:
             if options.output:
                 write_confusion(options.output, data.info.classes, matrix.cpu().numpy())

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,13 +19,6 @@ from proxynorm.data.readers import Reader
 from proxynorm.data.sources import list_images
 from proxynorm.data.spec import DataInfo, DataSpec, LoaderSpec, check_specs
 from proxynorm.errors import ConfigError, DataError
-
-
-class Validation(NamedTuple):
-    """Opened evaluation images; columns: the logits of data.info.classes, int64 (K,)."""
-
-    data: Data
-    columns: np.ndarray
 
 
 def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
@@ -77,12 +69,12 @@ def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, S
 
 def open_validation(
     spec: DataSpec, loader: LoaderSpec, trained: Sequence[str], classes: str = "all"
-) -> Validation:
+) -> Data:
     """Open the evaluation images at spec.root alone, for a network with the `trained` classes.
 
     spec.root: a folder of class folders, a .beton file, or a folder that has one of them as val/ or
     val.beton. classes: "all": the folders are the trained classes; "subset": they are some of them,
-    and only their logits count (ImageNet-A, -R); "index": their names are class numbers
+    the only ones in info.classes (ImageNet-A, -R); "index": their names are class numbers
     (ImageNet-V2). spec.mean, spec.std: those of the training. Raises ConfigError or DataError.
     """
     root = Path(spec.root).expanduser()
@@ -100,12 +92,11 @@ def open_validation(
         elif not found.classes and not unnamed:
             check_numbering(str(root), trained, "the trained network")
     numbers = _class_numbers(root, present, list(trained), classes)
-    columns = np.arange(len(trained))
     if classes == "subset":
-        columns = np.sort(numbers)
-        numbers = np.searchsorted(columns, numbers)
+        kept = np.sort(numbers)
+        trained, numbers = [trained[n] for n in kept], np.searchsorted(kept, numbers)
     reader.targets = numbers[reader.targets]
-    return Validation(_evaluation_data(spec, reader, [trained[i] for i in columns]), columns)
+    return _evaluation_data(spec, reader, trained)
 
 
 def _class_numbers(

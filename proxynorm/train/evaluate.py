@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from proxynorm.data import Batch
@@ -31,7 +31,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def batch_sums(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """Return the sums of top-1 hits, top-5 hits and loss over the valid rows of (N, K) logits.
 
     They are float64 (3,), so that they do not depend on how images are batched.
@@ -45,36 +45,49 @@ def batch_sums(logits: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor)
 
 
 @torch.inference_mode()
-def evaluate(
+def forward(
     model: nn.Module,
     batches: Iterable[Batch],
     prepare: Callable[[Batch], Batch],
-    process: Process,
+    device: torch.device,
     dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each batch, as `prepare` moves and normalizes it, and the logits (N, K) in eval mode.
+
+    `model` returns to its former mode after the last batch.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for batch in on_device(batches, device):
+            batch = prepare(batch)
+            with autocast(device, dtype):
+                logits = model(batch.images)
+            yield batch, logits
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def evaluate(
+    outputs: Iterable[tuple[Batch, Tensor]],
+    process: Process,
     expected: int | None = None,
     damaged: Mapping[str, str] | None = None,
     each_batch: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Evaluate `model` in eval mode over `batches`; `prepare` moves and normalizes a batch.
+    """Compare the `outputs` of `forward` with their targets, over all processes.
 
     damaged: name → reason of the images left out so far. Raises DataError if all processes
     together saw no image, or not `expected` ones.
     """
-    training = model.training
-    model.eval()
     device, count = process.device, 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    try:
-        for batch in on_device(batches, device):
-            each_batch()
-            count += int(batch.valid.sum())  # on the host, as `valid` is
-            valid = batch.valid.to(device, non_blocking=True)
-            batch = prepare(batch)
-            with autocast(device, dtype):
-                logits = model(batch.images)
-            sums += batch_sums(logits, batch.targets, valid)
-    finally:
-        model.train(training)
+    for batch, logits in outputs:
+        each_batch()
+        count += int(batch.valid.sum())  # on the host, as `valid` is
+        valid = batch.valid.to(device, non_blocking=True)
+        sums += batch_sums(logits, batch.targets, valid)
     sums = torch.cat([sums, torch.full((1,), count, dtype=sums.dtype, device=device)])
     top1, top5, loss, count = process.sum(sums).tolist()  # the only wait for the device
     if expected is not None and count != expected:

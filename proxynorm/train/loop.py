@@ -21,7 +21,7 @@ from proxynorm.data.loaders import on_device
 from proxynorm.data.mixing import Mixing
 from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
-from proxynorm.train.evaluate import Result, autocast, evaluate
+from proxynorm.train.evaluate import Result, autocast, evaluate, forward
 from proxynorm.train.finetune import freeze_parts, train_mode
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedule
@@ -326,12 +326,10 @@ class Trainer:
         data, process, start = self.data, self.process, time.monotonic()
         batch, model = self.settings.eval_batch, self.state.evaluated_model
         process.align_buffers(model)
+        batches = data.eval_loader(batch, process.rank, process.world_size, self.stop_while_waiting)
         result = evaluate(
-            model,
-            data.eval_loader(batch, process.rank, process.world_size, self.stop_while_waiting),
-            self.prepare,
+            forward(model, batches, self.prepare, process.device, self.dtype),
             process,
-            self.dtype,
             expected=data.info.eval_count if data.spec.on_bad == "raise" else None,
             damaged=data.failures,
             each_batch=self.stop_if_asked,

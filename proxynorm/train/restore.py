@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from proxynorm.cli import first_line, option
-from proxynorm.data import Data, DataSpec, LoaderSpec, open_data
-from proxynorm.data.opening import Validation, open_validation
+from proxynorm.data import Batch, Data, DataSpec, LoaderSpec, open_data
+from proxynorm.data.opening import open_validation
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
-from proxynorm.train.build import build_model
+from proxynorm.train.build import build_model, choose_dtype, choose_memory_format
 from proxynorm.train.config import settings_from
+from proxynorm.train.distributed import Process
+from proxynorm.train.evaluate import forward
 from proxynorm.train.finetune import restore_eps
 from proxynorm.train.settings import Settings, check
 
@@ -66,6 +68,18 @@ class Restored:
             eval_batch=options.batch or None,
         )
         return replace(self, settings=check(settings))
+
+    def outputs(self, data: Data, process: Process) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield this process's evaluation batches and their logits (N, K)."""
+        device, batch_size = process.device, self.settings.eval_batch
+        memory_format = choose_memory_format(self.settings, device)
+        return forward(
+            self.model.to(device, memory_format=memory_format),
+            data.eval_loader(batch_size, process.rank, process.world_size),
+            lambda batch: data.prepare(batch, device, memory_format=memory_format),
+            device,
+            choose_dtype(self.settings, device),
+        )
 
 
 def _replaced(record: Any, **values: Any) -> Any:
@@ -126,9 +140,7 @@ def evaluation_specs(restored: Restored) -> tuple[DataSpec, LoaderSpec]:
     return replace(settings.data, **stored), settings.loader
 
 
-def open_evaluation_data(
-    restored: Restored, root: str | None = None, classes: str = "all"
-) -> Validation:
+def open_evaluation_data(restored: Restored, root: str | None = None, classes: str = "all") -> Data:
     """Open the run's data set, or the images of `root`; classes: see open_validation.
 
     Raises ConfigError or DataError, or CheckpointError if the data set has other classes.
@@ -147,7 +159,7 @@ def open_evaluation_data(
             "the checkpoint was trained on another data set "
             f"(classes: {different_classes(trained, present)})"
         )
-    return Validation(opened, np.arange(len(trained)))
+    return opened
 
 
 def has_training_images(data: DataSpec) -> bool:

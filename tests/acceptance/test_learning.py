@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from proxynorm.analysis.confusion import counted
 from proxynorm.data import Batch
 from proxynorm.nn import NORMS
 from proxynorm.train.distributed import Process
@@ -88,15 +89,10 @@ def test_overfitting_one_batch(run_small):
 def test_evaluation_restored_from_the_folder_alone(run_small):
     run = run_small("regularization.ema_decay=0.5", "norm=bn_pn")
     restored = restore(run.folder / "checkpoints" / "last.pt")
-    data = open_evaluation_data(restored.with_options(RunOptions(workers=0), "torchvision")).data
+    restored = restored.with_options(RunOptions(batch=33, workers=0), "torchvision")
+    data = open_evaluation_data(restored)
     process = Process(0, 1, torch.device("cpu"))
-    result = evaluate(
-        restored.model,
-        data.eval_loader(33),
-        lambda batch: data.prepare(batch, "cpu"),
-        process,
-        expected=100,
-    )
+    result = evaluate(restored.outputs(data, process), process, expected=100)
     assert result.top1 == run.rows[-1]["top1"] and result.loss == pytest.approx(
         run.rows[-1]["loss"], rel=1e-5
     )
@@ -107,12 +103,15 @@ def test_evaluation_masks_padding_and_counts():
     targets = torch.arange(6) % 3
     valid = torch.tensor([True] * 5 + [False])
     batch = Batch(torch.eye(3)[targets][:, :, None, None], targets, torch.arange(6), valid)
-    model = torch.nn.Flatten()
     process = Process(0, 1, torch.device("cpu"))
-    result = evaluate(model, [batch, replace_valid(batch, False)], lambda b: b, process, expected=5)
+    outputs = [(batch, torch.eye(3)[targets]), (replace_valid(batch, False), torch.eye(3)[targets])]
+    result = evaluate(outputs, process, expected=5)
     assert (result.top1, result.count) == (100.0, 5)
+    matrix = torch.zeros(3, 3, dtype=torch.int64)
+    assert evaluate(counted(outputs, torch.arange(3), matrix), process) == result
+    assert matrix.tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 1]]
     with pytest.raises(Exception, match="evaluation saw 5 images, the data set has 6"):
-        evaluate(model, [batch], lambda b: b, process, expected=6)
+        evaluate(outputs, process, expected=6)
 
 
 def replace_valid(batch: Batch, value: bool) -> Batch:

@@ -286,7 +286,7 @@ def test_a_network_trained_on_files_without_names_is_not_evaluated_on_numbered_f
             open_validation(spec, LoaderSpec("torchvision", 0), trained, classes)
         open_validation(spec, LoaderSpec("torchvision", 0), trained, "index")
     spec = DataSpec("beton", root=str(root / "val.beton"), mean=(0.5,) * 3, std=(0.5,) * 3)
-    (warning,) = open_validation(spec, LoaderSpec("ffcv", 0), trained).data.warnings
+    (warning,) = open_validation(spec, LoaderSpec("ffcv", 0), trained).warnings
     assert "val.beton: no manifest" in warning
 
 

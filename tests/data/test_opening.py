@@ -351,7 +351,7 @@ def test_two_processes_may_open_an_empty_cache_at_once(photos, tmp_path):
     command = [sys.executable, "-c", OPEN, str(photos), str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=60)[0].strip() for process in processes] == ["36", "36"]
-    assert len(list(tmp_path.glob("*.beton"))) == 2 and not list(tmp_path.glob(".*"))
+    assert len(list(tmp_path.glob("*.beton"))) == 2 and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_more_workers_than_cores_give_no_warning(photos, cache, recwarn):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
 from proxynorm.train.distributed import Process
-from proxynorm.train.evaluate import evaluate
+from proxynorm.train.evaluate import evaluate, forward
 from tests.data.conftest import write_folder
 
 
@@ -41,13 +41,10 @@ def evaluate_one(root: Path, folder: Path, rank: int, world_size: int) -> None:
     )
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
-    result = evaluate(
-        model,
-        data.eval_loader(16, rank, world_size),
-        lambda batch: data.prepare(batch, "cpu"),
-        Process(rank, world_size, torch.device("cpu")),
-        expected=101,
-    )
+    device = torch.device("cpu")
+    batches = data.eval_loader(16, rank, world_size)
+    outputs = forward(model, batches, lambda batch: data.prepare(batch, "cpu"), device)
+    result = evaluate(outputs, Process(rank, world_size, device), expected=101)
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(vars(result)))
     if world_size > 1:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxynorm.data import Batch
 from proxynorm.train.distributed import Process
-from proxynorm.train.evaluate import evaluate
+from proxynorm.train.evaluate import evaluate, forward
 from proxynorm.train.loop import Trainer
 from proxynorm.train.nonfinite import NonFiniteError
 from proxynorm.train.readback import Readback, Snapshot
@@ -73,7 +73,7 @@ def test_a_step_waits_for_nothing_but_the_last_steps_figures(run_small, monkeypa
 def test_evaluation_waits_once_at_its_end(make_batches):
     waits = Waits()
     with waits:
-        result = evaluate(*make_batches, expected=60)
+        result = evaluate(forward(*make_batches), Process(0, 1, torch.device("cpu")), expected=60)
     assert waits.found == [] and result.count == 60, "its one read is a tolist() of the sums"
 
 
@@ -83,7 +83,7 @@ def make_batches():
     images = torch.randn(20, 1, 8, 8)
     batch = Batch(images, torch.arange(20) % 10, torch.arange(20), valid)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    return model, [batch] * 3, lambda batch: batch, Process(0, 1, torch.device("cpu"))
+    return model, [batch] * 3, lambda batch: batch, torch.device("cpu")
 
 
 def weights_of(trainer: Trainer) -> list[torch.Tensor]:

@@ -6,14 +6,11 @@ exception, and its output depends on the number of workers.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import repeat
@@ -48,9 +45,12 @@ from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, st
 from proxynorm.data.randomness import sample_keys, uniform
 from proxynorm.data.sources import Listing
 from proxynorm.errors import DataError
-from proxynorm.files import sync_folder, write_atomic, write_text, writing
+from proxynorm.files import locked, sync_folder, write_atomic, write_text, writing
 
 IMAGES_PER_WORKER = 32
+FIELDS = np.zeros(2, dtype=FIELD)
+FIELDS["type_id"] = IMAGE_FIELD, INT_FIELD
+FIELDS["name"][:, :5] = list(b"image"), list(b"label")
 FILES_NAMED = 100  # files left aside that the manifest names; it counts them all
 
 
@@ -66,40 +66,121 @@ def prepare(
 
     on_bad: "raise" raises a DataError that names the first damaged image; "skip" leaves damaged
     images out and lists them in the manifest, "skipped": name -> reason. progress is called with
-    the number of images done. An interrupted run leaves no file named `output`.
+    the number of images done. An interrupted run leaves no file named `output`. Raises FileError if
+    it cannot be written, or if another process is writing it.
     """
-    skipped: dict[str, str] = {}
-    kept: Counter[int] = Counter()
-    targets = listing.targets.tolist()
-    with new_beton(output, len(targets)) as writer:
-        for number, result in enumerate(_stored(listing, options, workers)):
-            if isinstance(result, Stored):
-                writer.add(result, targets[number])
-                kept[targets[number]] += 1
-            elif on_bad == "raise":
-                raise DataError(
-                    f"{listing.images[number].name}: {result}; repair or remove it, or set "
-                    "on_bad=skip (in training: data.on_bad=skip)"
-                )
-            else:
-                skipped[listing.images[number].name] = result
-            progress(number + 1)
-        if not kept:
-            name, reason = next(iter(skipped.items()))
-            raise DataError(f"{name}: {reason}; all {len(skipped)} images are damaged, repair them")
-        aside = {"count": len(listing.aside), "files": list(listing.aside[:FILES_NAMED])}
-        writer.close(
-            {
-                "classes": list(listing.classes),
-                "count": kept.total(),
-                "count_per_class": {name: kept[n] for n, name in enumerate(listing.classes)},
-                "options": asdict(options),
-                "skipped": skipped,
-                "left_aside": aside,
-                "versions": _versions(),
-            }
-        )
+    busy = f"{output}: another process is writing it; wait for it, or give another name"
+    # A killed writer leaves this file, which the next one empties.
+    temporary = output.with_name(f".{output.name}.tmp")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with locked(output.with_name(f".{output.name}.lock"), busy):
+            try:
+                with open(temporary, "wb") as file:
+                    head, sums, manifest = _write(file, listing, options, on_bad, workers, progress)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    # Drop it from the page cache, so that reading back tests the disk.
+                    if hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                _finish(temporary, output, head, sums, manifest)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     return read_beton(output)
+
+
+def _write(
+    file: BinaryIO,
+    listing: Listing,
+    options: StorageOptions,
+    on_bad: str,
+    workers: int,
+    progress: Callable[[int], None],
+) -> tuple[bytes, np.ndarray, dict]:
+    """Write a .beton file. Returns its head, its checksums, uint64 (N,), and its manifest."""
+    capacity, count = len(listing.images), 0
+    records, allocations = np.zeros(capacity, RECORD), np.zeros(capacity, ALLOCATION)
+    sums, skipped = np.zeros(capacity, np.uint64), {}
+    file.seek(HEADER.itemsize + FIELDS.nbytes + records.nbytes)
+    _to_next_page(file)
+    for number, image in enumerate(_stored(listing, options, workers)):
+        name = listing.images[number].name
+        if isinstance(image, Stored):
+            pointer = _append(file, image.data)
+            record = (image.mode, image.width, image.height, pointer), listing.targets[number]
+            records[count], allocations[count] = record, (count, pointer, len(image.data))
+            sums[count] = byte_sum(np.frombuffer(image.data, np.uint8))
+            count += 1
+        elif on_bad == "raise":
+            raise DataError(
+                f"{name}: {image}; repair or remove it, or set on_bad=skip (in training: "
+                "data.on_bad=skip)"
+            )
+        else:
+            skipped[name] = image
+        progress(number + 1)
+    if not count:
+        name, reason = next(iter(skipped.items()))
+        raise DataError(f"{name}: {reason}; all {len(skipped)} images are damaged, repair them")
+    head = _write_tables(file, records[:count], allocations[:count])
+    per_class = np.bincount(records["label"][:count], minlength=len(listing.classes)).tolist()
+    manifest = {
+        "classes": list(listing.classes),
+        "count": count,
+        "count_per_class": dict(zip(listing.classes, per_class)),
+        "options": asdict(options),
+        "skipped": skipped,
+        "left_aside": {"count": len(listing.aside), "files": list(listing.aside[:FILES_NAMED])},
+        "versions": _versions(),
+    }
+    return head, sums[:count], manifest
+
+
+def _write_tables(file: BinaryIO, records: np.ndarray, allocations: np.ndarray) -> bytes:
+    """Write the allocation table and the head, which is returned."""
+    # FFCV's page cache reads whole pages, so the last one must be full.
+    table = _to_next_page(file)
+    file.write(allocations.tobytes())
+    header = np.array((VERSION, len(FIELDS), PAGE_SIZE, len(records), table), dtype=HEADER)
+    head = header.tobytes() + FIELDS.tobytes() + records.tobytes()
+    file.seek(0)
+    file.write(head)
+    return head
+
+
+def _append(file: BinaryIO, data: bytes) -> int:
+    """Write an image's bytes and return their position in the file."""
+    pointer = file.tell()
+    # FFCV's page cache requires that no sample crosses a page boundary.
+    if pointer // PAGE_SIZE != (pointer + len(data) - 1) // PAGE_SIZE:
+        pointer = _to_next_page(file)
+    file.write(data)
+    return pointer
+
+
+def _to_next_page(file: BinaryIO) -> int:
+    """Seek to the next page boundary, unless the file is at one, and return the position."""
+    return file.seek(-(-file.tell() // PAGE_SIZE) * PAGE_SIZE)
+
+
+def _finish(temporary: Path, output: Path, head: bytes, sums: np.ndarray, manifest: dict) -> None:
+    """Read the file back, and give it and its companions their names.
+
+    Raises DataError if the bytes read back are not those written.
+    """
+    if changed := changed_images(replace(read_beton(temporary), sums=sums)):
+        raise DataError(
+            f"{changed[0]}: {CHANGED}; {len(changed)} of {len(sums)} images are damaged, write the "
+            "file again"
+        )
+    contents = {**manifest, "bytes": temporary.stat().st_size}
+    contents[DIGEST] = digest(head, sums, contents)
+    # After an interruption here, the digest shows that an old file has new companions.
+    write_atomic(sums_path(output), lambda file: np.save(file, sums))
+    write_text(manifest_path(output), json.dumps(contents, indent=1) + "\n")
+    os.replace(temporary, output)
+    sync_folder(output.parent)
 
 
 def _versions() -> dict[str, str | None]:
@@ -134,119 +215,3 @@ def _store(ref: ImageRef, options: StorageOptions, draw: float) -> Stored | str:
         return str(reason)
     except Exception as error:  # such as MemoryError in resizing
         return f"cannot be stored ({type(error).__name__})"
-
-
-class BetonWriter:
-    """Writes one .beton file under a temporary name. Create it with new_beton.
-
-    file: opened under that name; capacity: the largest number of samples.
-    """
-
-    def __init__(self, path: Path, file: BinaryIO, capacity: int) -> None:
-        self.path, self.file, self.count = path, file, 0
-        self.fields = np.zeros(2, dtype=FIELD)
-        self.fields["type_id"] = IMAGE_FIELD, INT_FIELD
-        for row, name in zip(self.fields, (b"image", b"label")):
-            row["name"][: len(name)] = np.frombuffer(name, dtype="<u1")
-        self.records = np.zeros(capacity, dtype=RECORD)
-        self.allocations = np.zeros(capacity, dtype=ALLOCATION)
-        self.sums = np.zeros(capacity, dtype=np.uint64)
-        self.file.seek(HEADER.itemsize + self.fields.nbytes + self.records.nbytes)
-        self._to_next_page()
-
-    def add(self, image: Stored, target: int) -> None:
-        """Append a sample: an image and its class."""
-        pointer, size = self.file.tell(), len(image.data)
-        # FFCV's page cache requires that no sample crosses a page boundary.
-        if pointer // PAGE_SIZE != (pointer + size - 1) // PAGE_SIZE:
-            pointer = self._to_next_page()
-        self.file.write(image.data)
-        self.records[self.count] = (image.mode, image.width, image.height, pointer), target
-        self.allocations[self.count] = (self.count, pointer, size)
-        self.sums[self.count] = byte_sum(np.frombuffer(image.data, np.uint8))
-        self.count += 1
-
-    def _to_next_page(self) -> int:
-        """Seek to the next page boundary, unless the file is at one, and return the position."""
-        return self.file.seek(-(-self.file.tell() // PAGE_SIZE) * PAGE_SIZE)
-
-    def close(self, manifest: dict) -> None:
-        """Finish the file, read it back, and give it and its companions their names.
-
-        Raises DataError if the bytes read back are not those written.
-        """
-        # FFCV's page cache reads whole pages, so the last one must be full.
-        table = self._to_next_page()
-        self.file.write(self.allocations[: self.count].tobytes())
-        header = np.array((VERSION, 2, PAGE_SIZE, self.count, table), dtype=HEADER)
-        head = header.tobytes() + self.fields.tobytes() + self.records[: self.count].tobytes()
-        self.file.seek(0)
-        self.file.write(head)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        # Drop it from the page cache, if the system can, so that reading back tests the disk.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        sums, temporary = self.sums[: self.count], _temporary(self.path)
-        if changed := changed_images(replace(read_beton(temporary), sums=sums)):
-            raise DataError(
-                f"{changed[0]}: {CHANGED}; {len(changed)} of {self.count} images are "
-                "damaged, write the file again"
-            )
-        contents = {**manifest, "bytes": temporary.stat().st_size}
-        contents[DIGEST] = digest(head, sums, contents)
-        # After an interruption here, the digest shows that an old file has new companions.
-        write_atomic(sums_path(self.path), lambda file: np.save(file, sums))
-        write_text(manifest_path(self.path), json.dumps(contents, indent=1) + "\n")
-        os.replace(temporary, self.path)
-        sync_folder(self.path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    """Return the name of a file while it is being written."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    """Open the temporary file of `path`, empty, and lock it while it is open.
-
-    The file of a killed writer is overwritten, as its lock ended with it. Raises DataError if
-    another process holds the lock.
-    """
-    while True:
-        file = os.fdopen(os.open(_temporary(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise DataError(
-                f"{path}: another process is writing it; wait for it, or give another name"
-            ) from None
-        except OSError:
-            pass  # a file system without locks; reading back detects a second writer's bytes
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(_temporary(path))):
-                file.truncate(0)
-                return file
-        # Another writer finished between open and lock, and this is now its finished file.
-        file.close()
-
-
-@contextmanager
-def new_beton(path: Path, capacity: int) -> Iterator[BetonWriter]:
-    """Yield a BetonWriter, to add to and to close. An exception removes the unfinished file.
-
-    Raises FileError if the folder cannot be written or the disk is full, and DataError if another
-    process is writing the file.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(path)
-        try:
-            yield BetonWriter(path, file, capacity)
-        except BaseException:
-            _temporary(path).unlink(missing_ok=True)
-            raise
-        finally:
-            with suppress(OSError):  # a full disk refuses what is still buffered
-                file.close()  # which releases the lock

@@ -21,8 +21,8 @@ from PIL import Image
 import proxynorm
 from proxynorm import commands
 from proxynorm.data.ffcv.beton import JPEG, RAW, read_beton
-from proxynorm.data.ffcv.writer import new_beton, prepare
-from proxynorm.data.images import BadImage, ImageRef, StorageOptions, Stored, load_rgb
+from proxynorm.data.ffcv.writer import prepare
+from proxynorm.data.images import BadImage, ImageRef, StorageOptions, load_rgb
 from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError, DataError, FileError
 from tests.data.conftest import needs_ffcv, photograph, write_folder
@@ -125,7 +125,7 @@ def test_the_manifest_names_the_versions_of_the_libraries(written):
 def test_raise_names_the_first_damaged_image_and_leaves_no_file(planted, tmp_path):
     with pytest.raises(DataError, match="bee/bad_scan.JPEG.*on_bad=skip"):
         prepare(list_source(planted), tmp_path / "x.beton", StorageOptions())
-    assert not list(tmp_path.glob("*beton*")) and not list(tmp_path.glob(".*"))
+    assert files_of(tmp_path) == {"data", ".x.beton.lock"}
 
 
 def test_a_class_without_a_good_image_is_named_and_keeps_its_number(tmp_path, monkeypatch, capsys):
@@ -193,6 +193,18 @@ def test_impossible_options_are_refused(options):
         StorageOptions(**options)
 
 
+def files_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def wait_for_writer(folder: Path) -> None:
+    """Wait until a writer has written images to its temporary file in `folder`."""
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.glob(".*.tmp")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def start_script(source: Path, output: Path, workers: int, **options) -> subprocess.Popen:
     """Start the script in a process of its own, in which signals can be sent to it."""
     arguments = f"source={source}", f"output={output}", f"workers={workers}"
@@ -208,18 +220,17 @@ def test_a_killed_run_leaves_no_file_that_looks_finished(tmp_path):
     statuses = ((signal.SIGTERM, 1, 143), (signal.SIGINT, 2, 130), (signal.SIGKILL, 1, -9))
     for kind, workers, status in statuses:
         process = start_script(root / "train", output, workers)
-        deadline = time.monotonic() + 30
-        while not list(output.parent.glob(".*.tmp")) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for_writer(output.parent)
         os.kill(process.pid, kind)
         errors = process.communicate(timeout=30)[1]
         assert process.returncode == status and "Traceback" not in errors
         assert not list(output.parent.glob("train.beton*"))
-    # Only SIGKILL leaves a file: a hidden temporary one, which the next run takes over.
-    assert len(list(output.parent.iterdir())) <= 1
+    # SIGKILL leaves a hidden temporary file, which the next run takes over.
+    assert files_of(output.parent) <= {".train.beton.tmp", ".train.beton.lock"}
+    (output.parent / ".train.beton.tmp").write_bytes(b"unfinished" * 1_000_000)
     prepare(list_source(root / "val"), output, StorageOptions())
-    names = {path.name for path in output.parent.iterdir()}
-    assert names == {"train.beton", "train.beton.json", "train.beton.sums.npy"}
+    names = {"train.beton", "train.beton.json", "train.beton.sums.npy", ".train.beton.lock"}
+    assert files_of(output.parent) == names and len(read_beton(output)) == 3
 
 
 def test_two_interrupts_in_a_row_end_a_run(tmp_path):
@@ -229,10 +240,7 @@ def test_two_interrupts_in_a_row_end_a_run(tmp_path):
     folder = tmp_path / "out"
     for second in (signal.SIGINT, signal.SIGTERM):
         process = start_script(root / "train", folder / "x.beton", 2, start_new_session=True)
-        deadline = time.monotonic() + 30
-        while not any(path.stat().st_size for path in folder.glob(".*.tmp")):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for_writer(folder)
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
@@ -244,20 +252,35 @@ def test_two_interrupts_in_a_row_end_a_run(tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode == 130
         assert "Traceback" not in errors and errors.count("stopped by") == 1
-        assert not list(folder.iterdir())
+        assert files_of(folder) == {".x.beton.lock"}
 
 
-def test_one_writer_at_a_time(photos, tmp_path):
+def test_one_writer_at_a_time(tmp_path):
     """The second ends with an error, without disturbing the first."""
-    listing = list_source(photos / "train")
-    with new_beton(tmp_path / "x.beton", 1) as writer:
-        with pytest.raises(DataError, match="x.beton: another process is writing it"):
-            prepare(listing, tmp_path / "x.beton", StorageOptions())
-        writer.add(Stored(bytes(300), 10, 10, RAW), 0)
-        writer.close({})
-    assert len(read_beton(tmp_path / "x.beton")) == 1
-    prepare(listing, tmp_path / "x.beton", StorageOptions())
-    assert len(read_beton(tmp_path / "x.beton")) == 36
+    root = write_folder(tmp_path / "data", 150, 1)
+    other, output = list_source(root / "val"), tmp_path / "x.beton"
+    first = start_script(root / "train", output, 1)
+    wait_for_writer(tmp_path)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(FileError, match="x.beton: another process is writing it"):
+            prepare(other, output, StorageOptions())
+    finally:
+        first.send_signal(signal.SIGCONT)
+        errors = first.communicate(timeout=120)[1]
+    assert first.returncode == 0, errors
+    assert len(read_beton(output)) == 450
+    assert len(prepare(other, output, StorageOptions())) == 3
+
+
+def test_a_file_system_without_locks_still_takes_the_file(photos, tmp_path, monkeypatch):
+    """Such as Lustre's, unless it is mounted with them."""
+    monkeypatch.setattr("proxynorm.files.fcntl.flock", no_locks)
+    assert len(prepare(list_source(photos / "val"), tmp_path / "x.beton", StorageOptions()))
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def full_disk(*_: object) -> None:
@@ -273,7 +296,7 @@ def test_an_unwritable_folder_and_a_full_disk_are_one_line(photos, tmp_path, mon
     monkeypatch.setattr("proxynorm.data.ffcv.writer.os.fsync", full_disk)
     with pytest.raises(FileError, match="No space left.*make room"):
         prepare(listing, tmp_path / "x.beton", StorageOptions())
-    assert not list(tmp_path.iterdir())
+    assert files_of(tmp_path) == {".x.beton.lock"}
 
 
 def test_a_disk_that_is_full_at_the_manifest_leaves_the_old_file(photos, tmp_path, monkeypatch):
