@@ -58,53 +58,30 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
     )
 
 
-class CentredSqueezeExcite(nn.Module):
-    """Squeeze-excite after a PN that only centres its output: the gate applies PN's scale.
+class CentredGate(nn.Module):
+    """The gate of squeeze-excite after a PN that only centres: times PN's scale, 1/sqrt(v + ε).
 
-    x · gate(x) · 1/sqrt(v + ε), where the gate pools the centred, unscaled x. This is the authors'
-    placement.
-
-    Args:
-        squeeze_excite: timm's module. Its layers and their state-dict keys are kept.
-        norm: the norm+act layer before it, which belongs to the block and is not registered here.
+    Squeeze-excite then pools the centred, unscaled map: the authors' placement. The norm+act layer
+    before it belongs to the block and is not registered here.
     """
 
-    def __init__(self, squeeze_excite: nn.Module, norm: NormAct2d) -> None:
+    def __init__(self, gate: nn.Module, norm: NormAct2d) -> None:
         super().__init__()
-        self.conv_reduce = squeeze_excite.conv_reduce
-        self.act1 = squeeze_excite.act1
-        self.conv_expand = squeeze_excite.conv_expand
-        self.gate = squeeze_excite.gate
+        self.gate = gate
+        self.register_buffer("scale", None)  # PN's scale, (C,), if it is constant
         # A tuple hides the layer from nn.Module, so that its parameters are registered once.
         self._norm = (norm,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) → (N, C, H, W)."""
-        squeezed = self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))
-        gate = self.gate(self.conv_expand(squeezed)) * self.proxy_scale()
-        return x * gate.to(x.dtype)
+        """(N, C, 1, 1) → (N, C, 1, 1), in x's dtype."""
+        scale = self._norm[0].proxy_rescale() if self.scale is None else self.scale
+        return (self.gate(x) * scale.view(1, -1, 1, 1)).to(x.dtype)
 
-    def proxy_scale(self) -> torch.Tensor:
-        """Return PN's 1/sqrt(v + ε) of the preceding norm, shape (1, C, 1, 1)."""
-        return self._norm[0].proxy_rescale().view(1, -1, 1, 1)
-
-    def frozen(self) -> FrozenSqueezeExcite:
-        """Return the same module for inference, with PN's scale as a constant."""
-        return FrozenSqueezeExcite(self)
-
-
-class FrozenSqueezeExcite(CentredSqueezeExcite):
-    """CentredSqueezeExcite with PN's scale as a buffer."""
-
-    def __init__(self, centred: CentredSqueezeExcite) -> None:
-        super().__init__(centred, centred._norm[0])
-        self._norm = ()
-        scale = centred.proxy_scale().detach()
-        self.register_buffer("scale", scale.to(self.conv_expand.weight.dtype))
-
-    def proxy_scale(self) -> torch.Tensor:
-        """Return the constant scale, shape (1, C, 1, 1)."""
-        return self.scale
+    def frozen(self) -> CentredGate:
+        """Make PN's scale a constant, for inference; return self."""
+        norm = self._norm[0]
+        self.scale, self._norm = norm.proxy_rescale().detach().to(norm.proxy_weight.dtype), ()
+        return self
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:
@@ -119,6 +96,6 @@ def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:
         ):
             norm = block.bn1 if isinstance(block, DepthwiseSeparableConv) else block.bn2
             norm.proxy_scale = False
-            block.se = CentredSqueezeExcite(block.se, norm)
+            block.se.gate = CentredGate(block.se.gate, norm)
     model.bn2.proxy_scale = False
     return model

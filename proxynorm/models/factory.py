@@ -13,7 +13,6 @@ from torch import nn
 from proxynorm.conversion.convert import convert
 from proxynorm.errors import ConfigError
 from proxynorm.models.efficientnet import centre_squeeze_excite, efficientnet_g16
-from proxynorm.models.resnet import from_timm, resnext50v2
 from proxynorm.models.small_resnet import SmallResNetV2
 from proxynorm.nn.checks import check_number, check_whole, unknown_name
 from proxynorm.nn.fast.shared import share_moments
@@ -34,18 +33,28 @@ class Architecture:
     pretrained: bool = True  # timm may have pretrained weights
 
 
+def _from_timm(timm_name: str, drop_path_rate: float = 0.0, **kwargs: object) -> nn.Module:
+    """Build the timm model of that name. Raises TypeError for arguments that it does not take.
+
+    A drop_path_rate of 0 is allowed for models without stochastic depth, too.
+    """
+    try:
+        return timm.create_model(timm_name, drop_path_rate=drop_path_rate, **kwargs)
+    except TypeError as error:
+        if drop_path_rate != 0 or "drop_path_rate" not in str(error):
+            raise
+        return timm.create_model(timm_name, **kwargs)
+
+
 _EFFICIENTNETS = [f"efficientnet_b{size}" for size in range(6)]
 _ARCHITECTURES: dict[str, Architecture] = {
     "resnet20v2": Architecture(SmallResNetV2, groups=4, takes_norm_layer=True, pretrained=False),
-    "resnet50": Architecture(partial(from_timm, "resnet50")),
-    "resnet101": Architecture(partial(from_timm, "resnet101")),
-    "resnet50v2": Architecture(partial(from_timm, "resnetv2_50")),
-    "resnet101v2": Architecture(partial(from_timm, "resnetv2_101")),
-    "resnext50": Architecture(partial(from_timm, "resnext50_32x4d")),
-    "resnext101": Architecture(partial(from_timm, "resnext101_32x4d")),
-    "resnext50v2": Architecture(resnext50v2, pretrained=False),
+    "resnet50": Architecture(partial(_from_timm, "resnet50")),
+    "resnet101": Architecture(partial(_from_timm, "resnet101")),
+    "resnet50v2": Architecture(partial(_from_timm, "resnetv2_50")),
+    "resnext50": Architecture(partial(_from_timm, "resnext50_32x4d")),
     **{
-        name: Architecture(partial(from_timm, name), 1e-3, groups=4, has_se=True)
+        name: Architecture(partial(_from_timm, name), 1e-3, groups=4, has_se=True)
         for name in _EFFICIENTNETS
     },
     **{
@@ -159,6 +168,6 @@ def _architecture(name: str) -> Architecture:
         return _ARCHITECTURES[name]
     timm_name = str(name).removeprefix("timm/")
     if timm.is_model(timm_name):
-        return Architecture(partial(from_timm, timm_name), eps=None)
+        return Architecture(partial(_from_timm, timm_name), eps=None)
     names = unknown_name("model", name, MODELS, also=timm.list_models())
     raise ConfigError(f"{names}, or any timm model")

@@ -69,9 +69,8 @@ def test_every_other_model_is_built_with_pn(name: str) -> None:
     assert all(layer.proxied == layer.apply_act for layer in layers(model).values())
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0_g16", "resnext50v2"])
-def test_models_of_our_own_train(name: str) -> None:
-    assert step(create_model(name, "gn_pn", num_classes=4)).isfinite()
+def test_the_efficientnet_of_our_own_trains() -> None:
+    assert step(create_model("efficientnet_b0_g16", "gn_pn", num_classes=4)).isfinite()
 
 
 def test_parameter_counts() -> None:
@@ -149,7 +148,7 @@ def test_placement_in_v1() -> None:
 
 
 def test_placement_in_v2_is_everywhere() -> None:
-    for name in ("resnet50v2", "resnext50v2", "resnet20v2"):
+    for name in ("resnet50v2", "resnet20v2"):
         model = create_model(name, "gn_pn")
         assert all(layer.proxied and (layer.weight == 1).all() for layer in layers(model).values())
         assert model.norm.proxied  # the one before pooling included
@@ -289,10 +288,6 @@ def test_pretrained_weights_keep_the_eps_they_were_trained_with(tmp_path: Path) 
         ),
         (
             ("resnet20v2", "ln", 10, {"pretrained": True}),
-            ["pretrained=True", "no weights of this model"],
-        ),
-        (
-            ("resnext50v2", "bn", 10, {"pretrained": True}),
             ["pretrained=True", "no weights of this model"],
         ),
         (

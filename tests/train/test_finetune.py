@@ -204,7 +204,7 @@ def test_published_weights_while_offline_are_one_line_at_once(monkeypatch, tmp_p
     with pytest.raises(ConfigError, match="weights=timm: cannot fetch the weights of resnet50"):
         read_weights("timm", settings, 10, 3)
     with pytest.raises(ConfigError, match="^weights=timm: .*are published; train it$"):
-        read_weights("timm", Settings(model={"name": "resnext50v2"}), 10, 3)
+        read_weights("timm", Settings(model={"name": "efficientnet_b0_g16"}), 10, 3)
 
 
 def test_published_weights_are_carried_with_their_eps(monkeypatch, tmp_path, capsys):
