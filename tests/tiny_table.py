@@ -24,6 +24,23 @@ comparisons:
   - {first: ln_pn, second: bn, expect: equal, claim: LN+PN matches BN}
 """
 
+SEARCH = """
+title: Search
+about: A search of the learning rate, with one more point for LN.
+train: [data=fashion_mnist, model=resnet20v2, data.holdout=10000]
+cells:
+  - norm: [bn, ln]
+    optim.base_lr: [0.025, 0.05, 0.1, 0.2, 0.4, 0.8]
+  - norm: [ln]
+    optim.base_lr: [1.6]
+rows: [norm]
+columns: [optim.base_lr]
+seeds: 1
+minutes: 3
+hardware: one CPU core
+search: {axis: optim.base_lr, by: norm}
+"""
+
 STAND_IN = """
 import json, os, socket, sys, time
 from pathlib import Path

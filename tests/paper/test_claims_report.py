@@ -38,7 +38,7 @@ def test_every_comparison_of_the_small_tables_belongs_to_a_claim():
     """None is left out, whatever it says."""
     named = {item for claim in load_claims() for item in claim.comparisons}
     for name in table_names():
-        if name.startswith(("mini_", "former_")):
+        if name.startswith("mini_"):
             pairs = {
                 f"{name}: {item.first} - {item.second}" for item in load_table(name).comparisons
             }
@@ -91,8 +91,8 @@ def test_the_reason_stands_beside_a_claim_that_is_not_shown():
 def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path, monkeypatch):
     """In the table of claims and in documents: its kept runs may be of other rates."""
     monkeypatch.setattr("proxynorm.paper.table.SHIPPED", tmp_path / "none")
-    (tmp_path / "former_norms").symlink_to(RESULTS / "former_norms")
-    item = "former_norms: ln_pn - bn"
+    (tmp_path / "mini_norms").symlink_to(RESULTS / "mini_norms")
+    item = "mini_norms: ln_pn - bn"
     claim = next(claim for claim in load_claims() if item in claim.comparisons)
 
     def row() -> str:
@@ -104,7 +104,7 @@ def test_a_tuned_table_whose_search_has_not_chosen_counts_as_not_run(tmp_path, m
         )
 
     assert f"{item}: not run" in row()
-    assert result_table("former_norms", tmp_path) == "No run is kept yet."
-    (tmp_path / "mini_norms_lr").symlink_to(RESULTS / "mini_norms_lr")
+    assert result_table("mini_norms", tmp_path) == "No run is kept yet."
+    (tmp_path / "mini_search").symlink_to(RESULTS / "mini_search")
     assert f"{item}: not run" not in row()
-    assert "5 seeds a cell" in result_table("former_norms", tmp_path)
+    assert "seeds a cell" in result_table("mini_norms", tmp_path)

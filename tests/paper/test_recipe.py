@@ -100,11 +100,11 @@ def test_hydra_composes_once_for_cells_that_differ_only_in_values(monkeypatch, t
     config._compose.cache_clear()
     cells = [
         run
-        for run in table_runs(load_table("mini_norms_lr"), tmp_path / "it's here")
+        for run in table_runs(load_table("mini_search"), tmp_path / "it's here")
         if run.seed == 0
     ]
     composed = {run.name: config.compose_config(run.arguments) for run in cells}
-    assert len(cells) == 56 and len(calls) == 9  # the norms
+    assert len(cells) == 72 and len(calls) == 9  # the norms
     for run in cells[::20]:
         assert OmegaConf.to_yaml(composed[run.name]) == OmegaConf.to_yaml(
             config._compose(*run.arguments)

@@ -13,20 +13,13 @@ from tests.tiny_table import TINY
 TABLES = (
     "demo",
     "efficientnet_g16",
-    "former_batch",
-    "former_depth",
-    "former_norms",
-    "former_regularization",
     "imagenet_batch",
     "imagenet_norms",
     "mini_batch",
     "mini_depth",
     "mini_norms",
-    "mini_norms_lr",
     "mini_regularization",
-    "mini_regularization_lr",
     "mini_search",
-    "mini_short_lr",
     "study",
 )
 
