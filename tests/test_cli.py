@@ -67,7 +67,7 @@ def test_options():
         (["sise=5"], "did you mean 'size'"),
         (["size=x"], "could not be converted"),
         (["size"], "not of the form key=value"),
-        (["names=[x"], ""),
+        (["names=[x"], "a bracket is not closed"),
         (["size=0"], "size=0: must be at least 1"),
         (["share=nan"], "share=nan: must be from 0 to 1"),
         (["norms=[bn,lm]"], "norms=lm: did you mean 'ln'. valid: bn, ln"),
