@@ -10,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from proxynorm.conversion.kinds import is_other_norm, kind_of, own_activation
+from proxynorm.conversion.kinds import is_norm, is_other_norm, kind_of, own_activation
 from proxynorm.conversion.layer import make_layer
 from proxynorm.conversion.match import Plan, make_plan
 from proxynorm.conversion.observe import Observation, observe
 from proxynorm.conversion.rewrite import rewritten_class
-from proxynorm.conversion.run import Run, preserved_randomness, separate_shared_activations
+from proxynorm.conversion.run import (
+    Run,
+    first_tensor,
+    preserved_randomness,
+    separate_shared_activations,
+)
 from proxynorm.conversion.verify import StandIn, check_per_sample, check_same
 from proxynorm.nn.fast.shared import share_moments
 from proxynorm.nn.freeze import clone_output, replace_modules
@@ -43,6 +49,7 @@ class ConversionReport(list[ConversionRow]):
         return "\n".join(f"{m:<{first}}  {kind:<{second}}  {action}" for m, kind, action in rows)
 
 
+@torch.inference_mode(False)  # new parameters must be trainable
 def convert(
     model: nn.Module,
     norm: str = "ln_pn",
@@ -71,7 +78,8 @@ def convert(
         norm: one of proxynorm.nn.NORMS.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a function
             that calls the model (for a detector, with targets in training). None: random images of
-            several sizes are tried.
+            several sizes are tried. Branches of a forward that do not run are not observed; a
+            function may call the model several times.
         keep: names of norms to leave as they are, or patterns of such names ("stages.0.*").
         no_activation: names or patterns of norms to convert as if no activation followed them.
         groups, norm_batch, eps, proxy_eps, moments, nodes: see proxynorm.nn.options.NormOptions.
@@ -126,8 +134,18 @@ def _check_network(model: nn.Module) -> None:
             f"convert takes a network, an nn.Module, not {model!r}: create it first, for example "
             "with timm.create_model"
         )
-    # A copy would still call this forward, which belongs to the original.
+    if is_norm(model):
+        raise ValueError(
+            f"cannot convert this {kind} in place, since it is a norm itself: put it into an "
+            "nn.Sequential"
+        )
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"cannot convert this {kind}: {name or 'it'} is scripted, traced or compiled: "
+                "convert the network before torch.jit or torch.compile"
+            )
+        # A copy would still call this forward, which belongs to the original.
         if "forward" in vars(module) and (kind_of(module) or [*module.children()]):
             raise ValueError(
                 f"cannot convert this {kind}: a forward was set on the object "
@@ -169,7 +187,8 @@ def _layers(
             after = [activation] if own is None and activation is not None else []
             layers[name] = StandIn(norm, *between, *after)
             continue
-        layer = make_layer(name, norm, call.value.shape[1], activation, options)
+        channels, default = call.value.shape[1], first_tensor(model)
+        layer = make_layer(name, norm, channels, activation, options, default)
         if between:
             layer.drop = between[0] if len(between) == 1 else nn.Sequential(*between)
         if layer.proxied and name in plan.overwritten:

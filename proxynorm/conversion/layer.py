@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from proxynorm.conversion.kinds import recognized
 from proxynorm.nn.norm_act import NormAct2d
@@ -14,11 +14,19 @@ from proxynorm.nn.options import NormOptions
 
 
 def make_layer(
-    name: str, norm: Any, channels: int, activation: nn.Module | None, options: NormOptions
+    name: str,
+    norm: Any,
+    channels: int,
+    activation: nn.Module | None,
+    options: NormOptions,
+    default: Tensor,
 ) -> NormAct2d:
-    """The new layer, with the old norm's parameters, statistics, ε, momentum, device and mode."""
+    """The new layer, with the old norm's parameters, statistics, ε, momentum, device and mode.
+
+    If the norm has neither parameters nor statistics, device and dtype are those of `default`.
+    """
     statistics = (getattr(norm, "weight", None), getattr(norm, "running_mean", None))
-    like = next((t for t in statistics if t is not None), torch.empty(0))
+    like = next((t for t in statistics if t is not None), default)
     if activation is not None:
         # not copied if it has parameters, which several norms may share
         own = activation if [*activation.parameters()] else copy.deepcopy(activation)

@@ -39,6 +39,7 @@ class NormCall:
     between: list[str] = field(default_factory=list)
     problem: str | None = None  # why the norm cannot be joined with what follows
     uses: int = 0  # number of calls that take the norm's value
+    is_taken: bool = False  # a layer, sum or product takes the value, or what is linear in it
     version: int = 0  # torch's counter of in-place changes of value, when it was computed
 
     @property
@@ -149,11 +150,11 @@ class Observer(TorchFunctionMode):
 
     def finish(self, output: object) -> None:
         """Complete every norm call once the network has returned its output."""
-        returned = {id(t) for t in tensors_in(output)}
+        returned = {call for t in tensors_in(output) for call in self._trace(t).sources}
         for call in self.calls:
             if call.activation is None:
                 call.between.clear()  # without an activation, nothing is between
-                if not call.uses and id(call.value) not in returned:
+                if not call.is_taken and call not in returned:
                     call.blame("no torch function was seen to take its value")
             elif call.uses > 1 + len(call.between):
                 call.problem = "its value feeds an activation and something else as well"
@@ -165,8 +166,9 @@ class Observer(TorchFunctionMode):
     # Modules
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.model and not self.traces:
-            self._set(_Trace(), *tensors_in((args, kwargs)))
+        if module is self.model:  # may be called several times
+            inputs = tensors_in((args, kwargs))
+            self._set(_Trace(), *(t for t in inputs if id(t) not in self.traces))
         self.depth += self.kinds[module] is not None
 
     def _after(
@@ -181,7 +183,10 @@ class Observer(TorchFunctionMode):
             activation = kinds.own_activation(module)
             call = NormCall(name, output, activation, version=output._version)
             self.calls.append(call)
-            self.seen.feeding |= self._trace(inputs[0]).convs
+            before = self._trace(inputs[0])
+            self.seen.feeding |= before.convs
+            for source in before.sources:
+                source.is_taken = True
             followed = _Trace({call: []}, is_mixed=False)
             self._set(followed if activation is None else _Trace(activated=call), output)
         elif kind == "activation":
@@ -278,7 +283,7 @@ class Observer(TorchFunctionMode):
             if does == "other":
                 source.blame(self._by_hand(path))
             elif does in ("layer", "sum", "product"):
-                result.is_mixed = True
+                result.is_mixed = source.is_taken = True
                 if is_gated and (does == "sum" or len(holders) == len(known)):
                     calls = ", ".join(path[:-1])
                     source.blame(f"the sigmoid behind it ({calls}) gates no other value")

@@ -57,12 +57,15 @@ class Site:
 def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
     """The innermost running call in a method of one of the modules.
 
-    If the method calls a helper function, the site is the call of the helper. callee is the name of
-    what is called.
+    If the method calls a helper (a function, or a module that is not one of these), the site is the
+    call of the helper. callee is the name of what is called.
     """
     frame: types.FrameType | None = sys._getframe(1)
     innermost = None
-    while frame is not None and not (innermost and frame.f_code.co_filename == _MODULE):
+    while frame is not None:
+        is_module_call = frame.f_code.co_filename == _MODULE
+        if innermost and is_module_call and frame.f_locals.get("self") in names:
+            break
         line, column = _call_end(frame)
         # before Python 3.12 a comprehension has a frame of its own
         while frame.f_code.co_name in ("<listcomp>", "<genexpr>") and frame.f_back is not None:
@@ -73,8 +76,9 @@ def running_site(names: Mapping[nn.Module, str], callee: str) -> Site:
             site = Site(None, code.co_name, code.co_filename, line, column, callee)
             # if the method is decorated, the class attribute has other code than the frame
             method = getattr(type(first), code.co_name, None)
-            if isinstance(first, nn.Module) and getattr(method, "__code__", None) is code:
-                return replace(site, owner=names.get(first))
+            is_method = getattr(method, "__code__", None) is code
+            if is_method and isinstance(first, nn.Module) and first in names:
+                return replace(site, owner=names[first])
             innermost = innermost or site
             callee = code.co_name
         frame = frame.f_back
@@ -98,7 +102,9 @@ class RewrittenModule:
     _edits: Edits
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _blank, (self._original, self._edits), self.__dict__
+        # with the state that the class's __getstate__ returns, if it has one
+        plain: Any = super().__reduce_ex__(protocol)
+        return _blank, (self._original, self._edits), *plain[2:]
 
 
 def plan_edits(module: nn.Module, sites: Collection[Site]) -> Edits:

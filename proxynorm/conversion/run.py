@@ -98,13 +98,18 @@ def _call_with(inputs: object, model: nn.Module) -> object:
     return model(**fresh) if isinstance(fresh, dict) else model(fresh)
 
 
+def first_tensor(model: nn.Module) -> Tensor:
+    """A floating-point tensor with the network's device and dtype: its first, if it has any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
 def _guessed(model: nn.Module) -> Iterator[Tensor]:
     """Batches of two random maps of the usual sizes, with the channels of the first convolution."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-    tensors = (*model.parameters(), *model.buffers())
-    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    like = first_tensor(model)
     shape = (2, 3) if first is None else (2, first.in_channels)
-    dims = 2 if first is None else first.weight.ndim - 2
+    dims = 2 if first is None else len(first.kernel_size)
     config = getattr(model, "pretrained_cfg", None) or {}
     own = config.get("input_size", ())[-1:] if hasattr(config, "get") else ()
     for size in dict.fromkeys((_SIZES[0], *own, *_SIZES[1:])):

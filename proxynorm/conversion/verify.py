@@ -29,6 +29,12 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> No
     full stop, about what to do.
     """
     outputs, changed = _record(model, call), _record(model, call, surgery)
+    if not all(outputs.values()):
+        raise ValueError(
+            f"cannot convert this {type(model).__name__}: no tensors are found in its output, so "
+            "that it cannot be compared: pass example_inputs= a function that calls the model and "
+            "returns the tensors of its output"
+        )
     if _first_difference(outputs, changed) is None:
         return
     is_noisy = _first_difference(outputs, _record(model, call)) is not None

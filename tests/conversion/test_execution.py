@@ -8,6 +8,7 @@ import importlib
 import io
 import pickle
 import random
+import threading
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from proxynorm import conversion_report, convert, freeze
@@ -79,6 +81,37 @@ def test_nothing_of_the_trial_runs_stays_behind() -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     model(IMAGES)
     torch.save(model, io.BytesIO())
+
+
+def test_the_buffers_of_parametrizations_stay_as_they_were() -> None:
+    layers = [spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*layers)
+    state = copy.deepcopy(model[0].state_dict())
+    convert(model)
+    assert all(torch.equal(value, state[key]) for key, value in model[0].state_dict().items())
+
+
+def test_a_network_can_be_converted_in_inference_mode() -> None:
+    model = make()
+    with torch.inference_mode():
+        convert(model)
+    model(IMAGES).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.bn.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit announces its end
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: torch.jit.trace(model.eval(), IMAGES),
+        torch.jit.script,
+    ],
+)
+def test_compiled_and_scripted_networks_are_refused(wrap) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.raises(ValueError, match="convert the network before torch.jit or torch.compile"):
+        convert(nn.Sequential(wrap(model), nn.Conv2d(4, 4, 1)))
 
 
 class Vectors(nn.Module):
@@ -187,6 +220,46 @@ def test_example_inputs_of_every_form(inputs: object) -> None:
         convert(Detector())
 
 
+class Residual(nn.Module):
+    """The input is part of a sum in front of an activation, whose kind the input's size decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, is_sized: bool = False) -> torch.Tensor:
+        y = self.bns[0](x)
+        y = F.silu(y) if is_sized and x.shape[-1] < 8 else F.relu(y)
+        return F.relu(self.bns[1](y) + x)
+
+
+def test_a_function_may_call_the_model_several_times() -> None:
+    images = [IMAGES, IMAGES[..., :6]]
+    model = convert(Residual(), example_inputs=lambda model: [model(x) for x in images])
+    assert model.bns[0].proxied and not model.bns[1].proxied
+    with pytest.raises(ValueError, match="its calls, .* differ in the activation behind it"):
+        convert(Residual(), example_inputs=lambda model: [model(x, True) for x in images])
+
+
+class Output:
+    """An output whose tensors convert does not find."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def test_outputs_that_cannot_be_compared_are_refused() -> None:
+    class Returns(Block):
+        def forward(self, x: torch.Tensor) -> Output:
+            return Output(super().forward(x))
+
+    with pytest.raises(ValueError, match="no tensors are found in its output.* pass example_in"):
+        convert(nn.Sequential(Block(), Returns()))
+    model = nn.Sequential(Block(), Returns())
+    convert(model, example_inputs=lambda model: model(IMAGES).logits, keep=["1.bn"])
+    assert model[0].bn.proxied
+
+
 def rectified(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x)
 
@@ -217,6 +290,27 @@ class Helped(Block):
         else:
             x = norm_and_relu(self.bn, x)
         return rectified(x + 1)
+
+
+RELU = nn.ReLU()
+
+
+class Unregistered(Block):
+    """Its activations are modules that are not part of the network."""
+
+    acts = (RELU,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.acts[0](self.bn(self.conv(x)))
+        return nn.ReLU()(x - 1)
+
+
+def test_an_activation_that_is_not_part_of_the_network_is_taken_out() -> None:
+    original = with_random_norms(Unregistered())
+    model = convert(copy.deepcopy(original), "bn")
+    assert type(model.bn.act) is nn.ReLU
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(IMAGES), original.train(training)(IMAGES))
 
 
 def test_an_activation_in_a_helper_function_is_taken_out_where_it_is_called() -> None:
@@ -262,6 +356,34 @@ def test_a_source_that_changed_later_does_not_matter(monkeypatch) -> None:
     twin = pickle.loads(pickle.dumps(model))
     assert type(twin) is not type(model)
     assert torch.equal(twin(IMAGES), model(IMAGES))
+
+
+class Locked(Block):
+    """A module with a lock, which can only be copied by its own __getstate__."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, lock=threading.Lock())
+
+
+def test_a_rewritten_module_keeps_its_own_way_of_copying() -> None:
+    model = convert(Locked()).eval()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IMAGES), model(IMAGES)) and twin.lock is not model.lock
+
+
+def test_a_norm_without_parameters_takes_the_dtype_of_the_network() -> None:
+    norms = nn.InstanceNorm2d(4), nn.GroupNorm(2, 4, affine=False)
+    for norm in norms:
+        model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU()).double())
+        assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+        model(IMAGES.double())
 
 
 def test_meta_devices_are_converted() -> None:

@@ -101,6 +101,19 @@ def test_a_refusal_names_norm_function_and_forward() -> None:
         convert(Behind(lambda m, y: torch.logaddexp(y + m.level, torch.zeros(1))))
 
 
+def test_a_value_that_no_torch_function_takes_in_the_end_is_refused() -> None:
+    def by_numpy(m: Behind, y: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy((y + 1).detach().numpy().clip(0))
+
+    with pytest.raises(ValueError, match="cannot place bn .*no torch function was seen to take"):
+        convert(Behind(by_numpy))
+
+
+def test_a_norm_behind_a_norm() -> None:
+    model = convert(Behind(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())))
+    assert not model.bn.proxied and model.function[0].proxied
+
+
 class Undecided(nn.Module):
     """Its branch depends on the data; `inner` may be anything."""
 
@@ -417,5 +430,7 @@ def test_wrong_calls() -> None:
         convert("resnet50")
     with pytest.raises(TypeError, match=r"keep=\['bn'\]"):
         convert(Behind(nn.ReLU()), keep="bn")
-    with pytest.raises(ValueError, match="PN has no place: no norm of this BatchNorm2d"):
+    with pytest.raises(ValueError, match="this BatchNorm2d in place, since it is a norm itself"):
         convert(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="PN has no place: no norm of this Sequential"):
+        convert(nn.Sequential(nn.BatchNorm2d(3)))

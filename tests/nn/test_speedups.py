@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import bytes_kept
@@ -72,6 +72,17 @@ def test_moments_are_shared_in_one_evaluation(monkeypatch):
     net.load_state_dict(net.state_dict())  # the same values
     net(x)
     assert len(calls) == 2
+
+
+def test_parameters_that_a_hook_computes_are_never_stale():
+    net, x = share_moments(network()), torch.randn(2, 3, 8, 8)
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    net(x)
+    nn.init.constant_(net[1].weight_orig, 2.0)
+    shared, out = net(x), x
+    for module in net:
+        out = module(out)  # each layer by itself
+    torch.testing.assert_close(shared, out)
 
 
 @pytest.mark.parametrize("change", ["data", "in place", "load", "swap", "dtype"])

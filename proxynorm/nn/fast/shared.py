@@ -88,9 +88,11 @@ class SharedMoments:
 def _is_plain(layer: NormAct2d) -> bool:
     """True if the parameters are plain tensors.
 
-    Sharded ones (DTensor) cannot be concatenated, and changes of parametrized ones go unnoticed.
+    Sharded ones (DTensor) cannot be concatenated. Changes of parametrized ones go unnoticed, and
+    pre-hooks (pruning) compute theirs only when the layer is called.
     """
-    return not parametrize.is_parametrized(layer) and all(
+    is_computed = parametrize.is_parametrized(layer) or layer._forward_pre_hooks
+    return not is_computed and all(
         type(p) in (Tensor, nn.Parameter) for p in layer.four_parameters()
     )
 
