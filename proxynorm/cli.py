@@ -121,7 +121,7 @@ def wrong_type(error: OmegaConfBaseException, declared: Mapping[str, Any], value
 
     declared: the fields by key; values: a mapping that holds the value.
     """
-    key = error.full_key.partition("[")[0]
+    key = (error.full_key or "").partition("[")[0]
     while key and key not in declared:
         key = key.rpartition(".")[0]
     kind = declared[key].type if key else ""
