@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -38,13 +38,26 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "from 1 to 65535": lambda value: 1 <= value <= 65_535,
 }
 
+# What the types of options and settings are called in messages.
+KINDS = {
+    "int": "a whole number in digits",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "one text",
+    "list[str]": "a list of texts, as [a,b]",
+    "list[float]": "a list of numbers, as [1,2]",
+    "tuple[float, ...]": "a list of numbers, as [1,2]",
+    "tuple[int, int]": "two whole numbers, as [0,5]",
+    "dict[str, float]": "numbers by name, as {fc:10}",
+}
+
 
 def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> str:
     """Return the end of an error message: the nearest name, and all `choices`.
 
     others: valid names that are too many to list.
     """
-    choices = sorted(choices)
+    choices = sorted(set(choices))
     close = get_close_matches(name.lower(), [*choices, *others], n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}valid: {', '.join(choices)}"
@@ -82,14 +95,42 @@ def check_fields(record: Any, prefix: str = "") -> None:
         words, choices = (item.metadata.get(name) for name in ("range", "choices"))
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{key}.")
-        elif words and value is not None and not RANGES[words](value):
-            raise ConfigError(f"{key}={value:g}: must be {words}")
-        elif choices:
-            for word in (value or [""]) if isinstance(value, list) else [value]:
-                if word not in choices:
-                    valid = [str(each).lower() for each in choices]  # true, as in YAML
-                    near = nearest(str(word), valid) + item.metadata.get("hint", "")
-                    raise ConfigError(f"{key}={word}: {near}")
+            continue
+        if isinstance(value, dict):
+            values = [(f"{key}.{name}", each) for name, each in value.items()]
+        else:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            values = [(key, each) for each in items or [""] if choices or items]
+        for name, each in values:
+            if each is None:
+                continue
+            if choices and each not in choices:
+                valid = [str(word).lower() for word in choices]  # true, as in YAML
+                near = nearest(str(each), valid) + item.metadata.get("hint", "")
+                raise ConfigError(f"{name}={each}: {near}")
+            if words and not RANGES[words](each):
+                raise ConfigError(f"{name}={each:g}: must be {words}")
+            if isinstance(each, int) and abs(each) >= 2**63:
+                raise ConfigError(f"{name}={each}: is too large")
+            if each == "":
+                raise ConfigError(f"{name}= is empty: give a value, or leave it out")
+
+
+def wrong_type(error: OmegaConfBaseException, declared: Mapping[str, Any], values: Any) -> str:
+    """Say in plain words what a key takes, for OmegaConf's error about the type of its value.
+
+    declared: the fields by key; values: a mapping that holds the value.
+    """
+    key = (error.full_key or "").partition("[")[0]
+    while key and key not in declared:
+        key = key.rpartition(".")[0]
+    kind = declared[key].type if key else ""
+    words = KINDS.get(kind.removesuffix(" | None"))
+    if words is None:
+        return f"{error.full_key}: {first_line(error)}"
+    value = OmegaConf.select(OmegaConf.create(values), key)
+    null = ", or null" if kind.endswith(" | None") else ""
+    return f"{key}={'null' if value is None else value}: must be {words}{null}"
 
 
 def first_line(error: BaseException) -> str:
@@ -143,7 +184,8 @@ def parse_options(options: type, arguments: list[str]) -> Any:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}= is missing; see --help") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+        fields = {field.name: field for field in dataclasses.fields(options)}
+        raise ConfigError(wrong_type(error, fields, values)) from error
     check_fields(parsed)
     return parsed
 

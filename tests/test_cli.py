@@ -15,6 +15,8 @@ import torch
 
 from proxynorm.cli import as_installed, guard, option, options_help, parse_options
 from proxynorm.commands import COMMANDS, main
+from proxynorm.commands.eval import Options as EvalOptions
+from proxynorm.commands.eval import main as evaluate
 from proxynorm.errors import ConfigError
 from tests.helpers import ROOT
 
@@ -65,7 +67,10 @@ def test_options():
     assert "size=3" in options_help(Options) and "a size" in options_help(Options)
     for arguments, message in (
         (["sise=5"], "did you mean 'size'"),
-        (["size=x"], "could not be converted"),
+        (["size=x"], "size=x: must be a whole number in digits"),
+        (["share=[1,2]"], r"share=\[1,2\]: must be a number, or null"),
+        (["size=99999999999999999999"], "size=99999999999999999999: is too large"),
+        (["file="], "file= is empty"),
         (["size"], "not of the form key=value"),
         (["names=[x"], "a bracket is not closed"),
         (["size=0"], "size=0: must be at least 1"),
@@ -280,6 +285,19 @@ def test_a_run_from_the_command_line(tmp_path):
         "batch=7",
     )
     assert json.loads(best.stdout.splitlines()[-1])["top1"] == last["top1"]
+
+
+@pytest.mark.parametrize("words", ["size=0", "batch=-1", "ratio=2", "workers=-1", "on_bad=no"])
+def test_evaluation_names_the_option_as_it_was_typed(words):
+    with pytest.raises(ConfigError, match=f"^{words}: "):
+        parse_options(EvalOptions, [words])
+
+
+def test_a_folder_that_cannot_be_made_does_not_cost_the_evaluation(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("proxynorm.commands.eval.restore", lambda path: pytest.fail("evaluates"))
+    with pytest.raises(OSError, match="Not a directory"):
+        evaluate(EvalOptions(run=str(tmp_path), output=str(tmp_path / "file/deep")))
 
 
 def test_wrong_checkpoints(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -27,19 +28,24 @@ from proxynorm.train.restore import (
 
 CLASSES = "all: root has all classes; subset: some, only their logits count; index: by number"
 
+ON_BAD = "damaged images: raise, skip; default: as in training"
+LOADER = "ffcv, torchvision, auto; default: as in training"
+
 
 @dataclass
 class Options(RunOptions):
     root: str | None = option(None, "folder or .beton file of the images; default: as in training")
     classes: str = option("all", CLASSES, choices=("all", "subset", "index"))
     output: str | None = option(None, "folder for per_class.csv, confusion.csv and confusion.png")
-    on_bad: str | None = option(None, "damaged images: raise, skip; default: as in training")
+    on_bad: str | None = option(None, ON_BAD, choices=("raise", "skip"))
     cache: str | None = option(None, "folder of files made on the fly; default: as in training")
-    loader: str | None = option(None, "ffcv, torchvision, auto; default: as in training")
+    loader: str | None = option(None, LOADER, choices=("auto", "ffcv", "torchvision"))
 
 
 def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
+    if options.output:  # a folder that cannot be made must not cost the evaluation
+        Path(options.output).mkdir(parents=True, exist_ok=True)
     with processes(options.device) as process:
         restored = restore(path).with_options(
             options, options.loader, on_bad=options.on_bad, cache=options.cache

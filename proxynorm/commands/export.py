@@ -13,7 +13,7 @@ from proxynorm.cli import option
 @dataclass
 class Options:
     run: str = option("???", "run folder")
-    output: str = option("", "output folder; default: RUN/export")
+    output: str | None = option(None, "output folder; default: RUN/export")
     weights: str = option("last", "checkpoint: last or best")
     licence: str = option("mit", "licence of the weights, for the model card")
     onnx: bool = option(False, "also write model.onnx, checked with onnxruntime")

@@ -41,7 +41,7 @@ BATCH = "images per forward pass, which share Batch Norm's statistics"
 class Options:
     output: str = option("results/power", "output folder")
     run: str | None = option(None, "run folder; default: random nets")
-    weights: str = option("", "with run=: measure this checkpoint, last or best")
+    weights: str | None = option(None, "with run=: measure this checkpoint, last or best")
     images: int = option(32, "images to measure on", "at least 1")
     batch: int = option(8, BATCH, "at least 1")
     norms: list[str] = option(SHOWN, "random nets: the norms", choices=MEASURED)

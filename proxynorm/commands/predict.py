@@ -29,6 +29,7 @@ class Options(RunOptions):
 
 def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
+    Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     restored = restore(path).with_options(options)
     data, names = open_images(*evaluation_specs(restored), Path(options.images))
     classes = restored.inputs["classes"]

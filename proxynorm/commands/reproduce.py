@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass
 class TableOptions:
     command: str = option("???", "one of the commands above; the first argument")
-    table: str = option("", "the table's name, or a YAML file; required")
+    table: str | None = option(None, "the table's name, or a YAML file; required")
     root: str = option("runs", "folder of the run folders, ROOT/TABLE/NAME")
     results: str = option("results", "folder of chosen values, collected runs and reports")
     seeds: int | None = option(None, "runs per cell; default: the table's")
@@ -81,7 +81,7 @@ def selected_runs(options: Options, check: bool = False) -> tuple[Table, list[Ta
 
     Raises ConfigError for an unknown cell and, with `check`, for finished runs of another recipe.
     """
-    table = load_table(options.table, options.seeds)
+    table = load_table(options.table or "", options.seeds)
     for override in options.train:
         if override.split("=")[0].lstrip("+") in ("seed", "name", "runs_dir"):
             raise ConfigError(f"train=[{override}]: the table sets it for each run; leave it out")

@@ -61,6 +61,7 @@ def main(options: Options) -> int:
     listing = list_source(Path(options.source).expanduser(), labels)
     for note in listing.notes:
         print(f"warning: {note}", file=sys.stderr)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
     workers = options.workers or share_of_cores()
     content = f"{len(listing.images)} images, {len(listing.classes)} classes"
     print(f"{content}, {workers} workers -> {output}", flush=True)

@@ -46,7 +46,12 @@ def _open_files(spec: DataSpec, loader: LoaderSpec) -> tuple[Reader, Reader]:
     """Open root/train and root/val, folders of class folders or .beton files."""
     root = Path(spec.root).expanduser()
     suffix = ".beton" if spec.name == "beton" else ""
-    train, evaluation = (find_images(root / f"{part}{suffix}") for part in ("train", "val"))
+    paths = [root / f"{part}{suffix}" for part in ("train", "val")]
+    for path in paths:
+        if not path.exists() and not suffix:
+            layout = "data=folder reads train/CLASS/* and val/CLASS/* in data.root"
+            raise DataError(f"{path}: no such folder; {layout}")
+    train, evaluation = map(find_images, paths)
     classes = _common_classes(root, train, evaluation)
     return (
         images_reader(spec, train, classes, loader),

@@ -33,10 +33,9 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
         raise ConfigError(f"data.name={spec.name} needs data.root=FOLDER")
     train, evaluation = data_set.open(spec, _resolve(spec, loader or LoaderSpec()))
     mean, std = tuple(spec.mean or data_set.mean), tuple(spec.std or data_set.std)
-    if not len(mean) == len(std) == train.channels or min(std) <= 0:
+    if not len(mean) == len(std) == train.channels:
         raise ConfigError(
-            f"data.mean={list(mean)} data.std={list(std)}: give {train.channels} value(s) each, "
-            "std above 0"
+            f"data.mean={list(mean)} data.std={list(std)}: give {train.channels} value(s) each"
         )
     splits = _splits(spec, train, evaluation)
     counts = (len(split.rows) for split in splits)

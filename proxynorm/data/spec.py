@@ -61,8 +61,8 @@ class DataSpec:
     cache: str | None = None
     randaugment: str | None = None
     random_erasing: float = number(0.0, "from 0 to 1")
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = number(None, "from 0 to 1")
+    std: tuple[float, ...] | None = number(None, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ OTHER_CHOICES = {
     "model": ", or any other name that timm has",
     "optim": "; optim.name= takes any optimizer of timm's",
     "checkpoint": "; weights=FILE starts from a file",
+    "experiment": "; for none, leave it out",
 }
 SEARCH_PATH = "hydra.searchpath"  # Hydra's key for further configuration folders
 
@@ -118,6 +119,9 @@ def key_advice(key: str, known: Collection[str], groups: Collection[str]) -> str
     valid = {*known, *groups}
     if key in valid:  # it was given with dashes, as in --norm ln_pn
         return f"write {key}=…"
+
+    if key in DECLARED:  # the chosen option's file leaves it out, as optim=sgd does optim.eps
+        return f"write +{key}=… if the chosen {parent} uses it"
 
     # momentum=0.9 lacks its group. Every group has a key called name.
     in_groups = [name for name in known if name.endswith(f".{word}") and word != "name"]

@@ -20,7 +20,7 @@ from hydra.main import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from proxynorm.cli import first_line, nearest, split_list
+from proxynorm.cli import first_line, nearest, split_list, wrong_type
 from proxynorm.errors import ConfigError
 from proxynorm.train.arguments import (
     OTHER_CHOICES,
@@ -29,14 +29,18 @@ from proxynorm.train.arguments import (
     key_advice,
     quote_arguments,
 )
-from proxynorm.train.settings import Settings, check
+from proxynorm.train.settings import DECLARED, Settings, check
 
 # A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLACES = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
 CONFIGS = next(folder for folder in _PLACES if (folder / "train.yaml").is_file())
 
+# ${env_text:WANDB_ENTITY,null} is an environment variable, or the default if that is empty.
 # ${env_list:WANDB_TAGS} is an environment variable as a list of texts.
+OmegaConf.register_new_resolver(
+    "env_text", lambda name, default: os.environ.get(name) or default, replace=True
+)
 OmegaConf.register_new_resolver(
     "env_list", lambda name: split_list(os.environ.get(name, "")), replace=True
 )
@@ -61,7 +65,7 @@ def settings_from(config: DictConfig) -> Settings:
         advice = key_advice(key, flat_keys(typed), groups())
         raise ConfigError(f"no key '{key}'; {advice}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+        raise ConfigError(wrong_type(error, DECLARED, values)) from error
     given = check(settings).regularization
     # Two regularizers change images, so the data pipeline applies them.
     data = dataclasses.replace(
@@ -167,8 +171,9 @@ def groups(folders: tuple[str, ...] = ()) -> dict[str, list[str]]:
 def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
     """Raise ConfigError unless the override chooses an option that exists."""
     group, value = override.key_or_group, override.value()
-    if group not in options or value is None or str(value) in options[group]:
+    if group not in options or override.is_delete() or str(value) in options[group]:
         return
+    value = "null" if value is None else value
     others = []
     if group == "model":
         import timm  # takes a second, which our own models do without

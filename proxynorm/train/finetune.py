@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ def read_weights(source: str, settings: Settings, classes: int, channels: int) -
             f"{PUBLISHED} (published weights)"
         )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else checkpoint.read(path)
+        if path.suffix == ".safetensors":
+            content = {"model": load_file(path), **exported_record(path.with_name("config.json"))}
+        else:
+            content = checkpoint.read(path)
     except Exception as error:
         raise CheckpointError(f"weights={source}: {first_line(error)}") from error
     wrapped = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
@@ -83,6 +87,16 @@ def read_weights(source: str, settings: Settings, classes: int, channels: int) -
         recorded.get("norm.name"),
         start.get("eps") or recorded.get("norm.eps"),
     )
+
+
+def exported_record(path: Path) -> dict[str, Any]:
+    """Return what an export's config.json says of its weights; {} if there is none of ours."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if not {"config", "inputs"} <= content.keys():
+        return {}
+    norm = content["config"]["norm"]
+    identity = {"norm.name": norm["name"], "norm.eps": norm["eps"]}
+    return {"inputs": content["inputs"], "identity": identity}
 
 
 def published_weights(settings: Settings, classes: int, channels: int) -> Weights:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from proxynorm.cli import first_line, option
 from proxynorm.data import Batch, Data, DataSpec, LoaderSpec, open_data
 from proxynorm.data.opening import open_validation
+from proxynorm.data.spec import SHARE, SIDE
 from proxynorm.errors import CheckpointError, ConfigError
 from proxynorm.train import checkpoint
 from proxynorm.train.build import build_model, choose_dtype, choose_memory_format
@@ -22,6 +23,9 @@ from proxynorm.train.evaluate import forward
 from proxynorm.train.finetune import restore_eps
 from proxynorm.train.settings import Settings, check
 
+RATIO = "the crop's share of the shorter side; default: as trained"
+COUNT = "at least 0 and finite"
+
 
 @dataclass
 class RunOptions:
@@ -30,12 +34,12 @@ class RunOptions:
     run: str | None = option(None, "run folder")
     checkpoint: str | None = option(None, "or a checkpoint file inside a run folder")
     weights: str = option("last", "with run=: last or best")
-    size: int | None = option(None, "side of the images in pixels; default: as in training")
-    ratio: float | None = option(None, "the crop's share of the shorter side; default: as trained")
-    batch: int = option(0, "images per process and forward; 0: as in training")
+    size: int | None = option(None, "side of the images in pixels; default: as in training", SIDE)
+    ratio: float | None = option(None, RATIO, SHARE)
+    batch: int = option(0, "images per process and forward; 0: as in training", COUNT)
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     precision: str | None = option(None, "fp32, bf16, fp16, auto; default: as in training")
-    workers: int | None = option(None, "loader workers")
+    workers: int | None = option(None, "loader workers", COUNT)
 
 
 @dataclass(frozen=True)

@@ -159,14 +159,14 @@ def summarize(trainer: Trainer, damaged_images: int) -> dict[str, Any]:
 
 
 def overview(trainer: Trainer) -> str:
-    """Describe the run in two lines."""
+    """Describe the run in three lines."""
     settings, data = trainer.settings, trainer.data
     parameters = sum(p.numel() for p in trainer.state.model.parameters())
     layout = "channels_last" if trainer.memory_format == torch.channels_last else "contiguous"
     return (
         f"{trainer.run.path}\n"
         f"{settings.model['name']} {settings.norm.name}, {parameters / 1e6:.2f} M parameters; "
-        f"{data.info.train_count} + {data.info.eval_count} images by {data.backend}; "
+        f"{data.info.train_count} + {data.info.eval_count} images by {data.backend}\n"
         f"batch {settings.batch} = "
         f"{trainer.process.world_size} × {trainer.accumulation} × {trainer.micro_batch}; "
         f"{str(trainer.dtype).removeprefix('torch.')} {layout} on {trainer.process.device}; "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ class NormSettings:
     eps: float | None = number(None, "at least 0 and finite")
     proxy_eps: float = number(0.03, "at least 0 and finite")
     moments: str = "auto"
-    nodes: int = number(256, "at least 1")
+    nodes: int = number(256, "from 1 to 65535")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class OptimSettings:
     alpha: float | None = number(None, "at least 0 and below 1")
     alpha_per_image: float | None = number(None, "at least 0 and finite")
     clip_grad: float | None = number(None, "above 0 and finite")
-    lr_scale: dict[str, float] | None = None
+    lr_scale: dict[str, float] | None = number(None, "above 0 and finite")
     layer_decay: float | None = number(None, "above 0 and at most 1")
 
 
@@ -63,7 +62,7 @@ class ScheduleSettings:
     min_lr: float = number(0.0, "at least 0 and finite")
     decay_epochs: float | None = number(None, "above 0 and finite")
     decay_rate: float = number(0.1, "at least 0 and finite")
-    milestones: list[float] | None = None
+    milestones: list[float] | None = number(None, "at least 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -234,9 +233,6 @@ def check(settings: Settings) -> Settings:
     """Return `settings` if its values make sense together; raise ConfigError otherwise."""
     name, norm_batch, warmup = settings.name, settings.norm_batch, settings.schedule.warmup_epochs
     check_fields(settings)
-    for pattern, scale in (settings.optim.lr_scale or {}).items():
-        if not 0 < scale < math.inf:
-            raise ConfigError(f"optim.lr_scale.{pattern}={scale:g}: must be above 0 and finite")
     if norm_batch not in (None, "global") and (isinstance(norm_batch, str) or norm_batch < 1):
         raise ConfigError(
             f"norm_batch={norm_batch}: valid: a number of images, 'global' (all processes) or null"
@@ -246,7 +242,7 @@ def check(settings: Settings) -> Settings:
             f"schedule.warmup_epochs={warmup:g} is longer than the {settings.epochs} epochs"
         )
     settings.micro_batch_for(1)
-    if name is not None and (name in ("", "..") or name != Path(name).name):
+    if name is not None and (name.strip() in ("", "..") or name != Path(name).name):
         raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= is its parent")
     return settings
 

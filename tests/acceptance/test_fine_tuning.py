@@ -152,7 +152,7 @@ def test_predictions_of_a_folder(halves, capsys, tmp_path):
     images = shutil.copytree(folder / "second/val", tmp_path / "images")
     (images / "Bag/0.png").write_bytes(b"no image")
     (images / "notes.txt").write_text("")
-    output = str(tmp_path / "out.csv")
+    output = str(tmp_path / "new/out.csv")
     options = {"run": str(folder / "scratch"), "device": "cpu", "workers": 0}
     predict_command.main(predict_command.Options(images=str(images), output=output, **options))
     printed = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -94,7 +95,7 @@ def not_an_image(root):
         (no_folder, "data/train: no such folder"),
         (empty_class, "train/ant: class without images"),
         (other_classes, "different classes"),
-        (no_val, "val: no such folder"),
+        (no_val, "val: no such folder; data=folder reads train/CLASS"),
         (not_an_image, "train/bee/000.jpg: is not an image"),
     ],
 )
@@ -293,6 +294,7 @@ def test_random_erasing_puts_the_mean_colour_in_one_box(photos, cache, backend):
         {"randaugment": "rand-foo"},
         {"randaugment": "rand-m9.5"},
         {"mean": (0.5,)},
+        {"std": (0.2, 0.2, math.inf)},
         {"random_erasing": 2.0},
         {"root": None},
     ],

@@ -80,6 +80,8 @@ def test_the_command_line_overrides_wandb_variables(monkeypatch):
     assert (logger.project, logger.tags, logger.group) == ("2024_01", ["1_0", "mine"], "g")
     logger = settings_from(compose_config(["logger.project=x", "logger.tags=[y]"])).logger
     assert (logger.project, logger.tags) == ("x", ["y"])
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    assert settings_from(compose_config([])).logger.project == "proxynorm"
 
 
 def test_text_keys_follow_the_declared_types():
@@ -130,7 +132,7 @@ def test_text_keys_follow_the_declared_types():
         ("config=mine.yaml", "a recipe is experiment=NAME"),
         ("checkpoint=x.pt", "weights=FILE starts from a file"),
         ("optimizer=adamw", "write optim=…"),
-        ("optim.lr_scale=fc:10", "optim.lr_scale: Cannot assign str to Dict"),
+        ("optim.lr_scale=fc:10", "optim.lr_scale=fc:10: must be numbers by name, as {fc:10}"),
         ("model=resnet_18", "did you mean 'resnet18'?"),
         ("optim=adamw", "optim.name= takes any optimizer of timm's"),
         ("seed=0,1", "seed=0,1: several values need -m, as in: python train.py -m seed=0,1"),

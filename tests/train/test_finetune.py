@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from proxynorm import create_model
 from proxynorm.errors import CheckpointError, ConfigError
+from proxynorm.export import export_run
 from proxynorm.nn import parameter_groups
 from proxynorm.train import checkpoint, finetune
 from proxynorm.train.config import compose_config, settings_from
@@ -169,6 +170,14 @@ def test_safetensors_and_exported_folders_are_read(tmp_path):
         assert (
             read_weights(str(source), Settings(), 10, 1).tensors.keys() == tensors_of("ln").keys()
         )
+
+
+def test_an_export_says_what_its_classifier_and_norms_are(run_small, tmp_path):
+    folder = run_small(STEPS, "norm=gn", "norm.eps=1e-3", "name=exported").folder
+    export_run(folder, tmp_path / "export")
+    weights = read_weights(str(tmp_path / "export"), Settings(), 10, 1)
+    assert weights.classes == restore(folder / "checkpoints/last.pt").inputs["classes"]
+    assert (weights.norm, weights.eps) == ("gn", 1e-3)
 
 
 class Evil:

@@ -107,12 +107,12 @@ def test_files_of_other_kinds_are_reported(tmp_path, monkeypatch, capsys):
     names = ["beside.jpg", "ant/a.jpg", "ant/b.heic", "ant/notes", "ant/.hidden"]
     for name in (*names, "ant/sub/deep.JPG", "ant/sub/._x.jpg"):
         (source / name).write_bytes(jpeg(photograph(1)))
-    arguments = f"source={source}", f"output={tmp_path}/x.beton", "workers=1"
+    arguments = f"source={source}", f"output={tmp_path}/new/x.beton", "workers=1"
     assert run_script(monkeypatch, *arguments) == 0
     kinds = "2 image(s) outside or below the class folders, 1 .heic, 1 without ending"
     warning = f"warning: {source}: 4 of 5 files are left out: {kinds}\n"
     assert warning in capsys.readouterr().err
-    files = json.loads((tmp_path / "x.beton.json").read_text())["left_aside"]["files"]
+    files = json.loads((tmp_path / "new/x.beton.json").read_text())["left_aside"]["files"]
     assert [Path(file).name for file in files] == ["beside.jpg", "b.heic", "notes", "deep.JPG"]
 
 
