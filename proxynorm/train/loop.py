@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -122,9 +121,7 @@ class Trainer:
                 train_mode(self.network, self.frozen)
                 self.timer.restart()
                 with closing(self.epoch_steps()) as batches:
-                    for micro_batches in islice(
-                        batches, min(self.last_step - self.state.step, sys.maxsize)
-                    ):
+                    for micro_batches in islice(batches, self.last_step - self.state.step):
                         self.timer.data_arrived()
                         self.train_step(micro_batches)
                         after_step()
