@@ -83,7 +83,7 @@ def silu(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigmoid(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """φ = σ(u), as for silu, so that the error stays small for any s."""
+    """φ = σ(u), by σ² = σ − σ' as in silu. Unlike quadrature's, its error is small for any s."""
     mean, slope, *_ = _sigmoid_derivatives(a, s)
     return _from_raw(mean, mean - slope)
 

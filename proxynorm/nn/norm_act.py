@@ -53,7 +53,7 @@ def pn_act(
 
 
 class _DefaultName(str):
-    """The default of act_layer: an object that no caller passes, unlike the plain string."""
+    """The default of act_layer, to tell an act_layer left out from a given "relu"."""
 
     __slots__ = ()
 
@@ -115,6 +115,7 @@ class NormAct2d(nn.Module):
     ) -> None:
         super().__init__()
         if act_layer is _RELU and apply_act:
+            # Models that take a norm+act layer pass act_layer; the others add their own activation.
             refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
         check_whole("num_features", num_features, 1)
         spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
@@ -136,6 +137,7 @@ class NormAct2d(nn.Module):
         self.proxy = bool(proxy) and not spec.is_none
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
+        # In place, it would overwrite maps that backward needs.
         self.act = out_of_place(
             make_activation(act_layer if self.apply_act else None, **(act_kwargs or {}))
         )
@@ -170,6 +172,7 @@ class NormAct2d(nn.Module):
         size = self.num_features
         wanted = {
             "weight": affine,
+            # With PN on, a norm without activation drops its shift (the authors' rule).
             "bias": affine and (self.proxied or not self.proxy),
             "proxy_weight": self.proxied,
             "proxy_bias": self.proxied,
@@ -178,6 +181,7 @@ class NormAct2d(nn.Module):
             value = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, value if is_wanted else None)
         if self.spec.batch_statistics:
+            # Not in `dtype`: running statistics stay float32 in a half-precision layer.
             for name in ("running_mean", "running_var"):
                 self.register_buffer(name, torch.empty(size, device=device) if tracked else None)
             count = torch.tensor(0, device=device) if tracked else None
@@ -210,6 +214,7 @@ class NormAct2d(nn.Module):
     @property
     def folds(self) -> bool:
         """True if γ, β, m and v can be folded into constants per channel."""
+        # A callable may have parameters, which would get no gradient from the fused Function.
         plain = self.act_name != "callable" and isinstance(self.drop, nn.Identity)
         return self.proxied and plain
 
@@ -247,6 +252,7 @@ class NormAct2d(nn.Module):
         if not self.spec.batch_statistics:
             return {"groups": self.groups, "eps": self.eps}
         mean = self.running_mean
+        # A float even where it is not used, because the kernels' signatures ask for one.
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and mean is not None:
             count = self.num_batches_tracked.add_(1)
@@ -280,6 +286,7 @@ class NormAct2d(nn.Module):
                 u = self.drop(self.normalize(wide, self.weight, self.bias))
                 return activate(self.act, u).to(x.dtype)
         u = self.drop(self.normalize(x, self.weight, self.bias))
+        # In place: u is a new map, which no backward pass needs.
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
 
     def _folded(self, x: Tensor) -> Tensor:
@@ -297,12 +304,14 @@ class NormAct2d(nn.Module):
                 return NormAct.apply(x, kernel, self.act, *folding)
             constants = folded(self.four_parameters(), rule)
             scale, shift, gain, offset = map(stored, constants[:4])
-            wide = torch.promote_types(x.dtype, scale.dtype)
-            scale, shift = scale.to(wide), shift.to(wide)
-            z = self.act(spec.normalize(x.to(wide), **options, weight=scale, bias=shift))
+            dtype = torch.promote_types(x.dtype, scale.dtype)
+            scale, shift = scale.to(dtype), shift.to(dtype)
+            z = self.act(spec.normalize(x.to(dtype), **options, weight=scale, bias=shift))
             # With one value per image and channel, the gradients of gain and offset are sums over
             # the same cells as the norm's. A compiler computes them all in one pass.
-            gain, offset = (t.to(wide).expand(x.shape[:2])[..., None, None] for t in (gain, offset))
+            gain, offset = (
+                t.to(dtype).expand(x.shape[:2])[..., None, None] for t in (gain, offset)
+            )
             return ((z * gain if rule.has_gain else z) + offset).to(x.dtype)
 
     def activate(self, y: Tensor) -> Tensor:
@@ -345,6 +354,7 @@ class NormAct2d(nn.Module):
 
     def _rule_and_versions(self) -> tuple[Rule, list[tuple[int, int]]]:
         """The rule, and each parameter's address and version (0 for inference tensors)."""
+        # An in-place change raises the version, and assigning to .data changes the address.
         own = (p for p in self._parameters.values() if p is not None)
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
         return self.proxy_rule(), versions

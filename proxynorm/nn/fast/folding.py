@@ -44,7 +44,11 @@ class Rule(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """values (5, C), in the order of folded(), and jacobian (5, 4, C), by γ, β, γ̃ and β̃."""
+    """values (5, C), in the order of folded(), and jacobian (5, 4, C), by γ, β, γ̃ and β̃.
+
+    With the jacobian, a layer's backward pass is a few products of length C (pull_back), instead of
+    one through the moments.
+    """
 
     values: Tensor
     jacobian: Tensor
@@ -61,6 +65,7 @@ def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
 def _with_moments(
     rule: Rule, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
+    """The rows of folded() from m and v."""
     weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     rescale = torch.rsqrt(var + rule.eps)
     one = torch.ones_like(rescale)
@@ -74,8 +79,8 @@ def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
     # These graphs are used up here: saved-tensor hooks, such as checkpointing's, must not see them.
     identity = saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), identity:
-        wide = torch.promote_types(parameters[0].dtype, torch.float32)
-        leaves = [p.detach().to(wide, copy=True).requires_grad_() for p in parameters]
+        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        leaves = [p.detach().to(dtype, copy=True).requires_grad_() for p in parameters]
         moments, slopes = _moments_with_slopes(rule, leaves)
     with torch.inference_mode(False), torch.no_grad():
         values = torch.stack(_with_moments(rule, leaves[0], leaves[1], *moments))
@@ -112,9 +117,9 @@ def _moments_with_slopes(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, 
         spread = 1 + proxy_weight
         by_s = by_s * (weight * spread).sign()  # s = |γ(1 + γ̃)|
         slopes = [by_a * proxy_bias + by_s * spread, by_a, by_s * weight, by_a * weight]
-        wide = weight.dtype
-        return moments.to(wide), torch.stack(slopes, dim=1).to(wide)
+        return moments.to(weight.dtype), torch.stack(slopes, dim=1).to(weight.dtype)
     moments = torch.stack(rule.moments(*leaves))
+    # One batched backward pass for both. Channels are independent: a row of ones seeds them all.
     seeds = torch.eye(2, dtype=moments.dtype, device=moments.device)[..., None]
     by_leaves = torch.autograd.grad(
         moments, leaves, seeds.expand(2, *moments.shape), is_grads_batched=True
@@ -142,7 +147,7 @@ class Rescale(torch.autograd.Function):
     def forward(ctx: Any, constants: Constants, rule: Rule, *parameters: Tensor) -> Tensor:
         ctx.rule = rule
         ctx.save_for_backward(constants.jacobian, *parameters)
-        return constants.values[-1].clone()
+        return constants.values[-1].clone()  # a copy, because later calls use the constants
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

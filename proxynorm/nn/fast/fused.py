@@ -48,6 +48,7 @@ class NormAct(torch.autograd.Function):
         u, *statistics = norm.forward(x, scale, norm_shift)
         z = _output_(u, floor, gain, offset, act)
         if is_recomputing() and any(ctx.needs_input_grad):
+            # Detached, so that the rebuilding function holds no graph.
             kept: list[Any] = [scale, norm_shift, floor, gain, offset]
             kept = [t if t is None else t.detach() for t in kept]
 
@@ -166,8 +167,7 @@ def _output_(
     offset = per_channel(offset)
     if gain is None:
         return torch.add(z, offset, out=z)
-    # One pass rounds half precision only once. For contiguous single precision, two are
-    # faster.
+    # One pass rounds half precision only once. For contiguous single precision, two are faster.
     gain = per_channel(gain)
     if z.dtype == gain.dtype and z.is_contiguous():
         return z.mul_(gain).add_(offset)

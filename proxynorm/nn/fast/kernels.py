@@ -48,6 +48,7 @@ class GroupNorm:
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
+        # As in autograd's formula: the kernel takes grad to have x's memory format.
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad = grad.contiguous(memory_format=layout)
         return aten.native_group_norm_backward(

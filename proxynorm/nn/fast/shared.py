@@ -99,4 +99,5 @@ def _family(layer: NormAct2d) -> Hashable:
     """A key that layers have in common if they share a rule and can be evaluated together."""
     act, *options = layer.proxy_rule()
     weight = layer.proxy_weight
+    # extra_repr has an activation's arguments, such as LeakyReLU's slope.
     return type(act), act.extra_repr(), *options, weight.device, weight.dtype
