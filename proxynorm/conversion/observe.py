@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from proxynorm.conversion import kinds
 from proxynorm.conversion.kinds import tensors_in
 from proxynorm.conversion.rewrite import Site, running_site
-from proxynorm.conversion.run import Run, copy_to_run, run, runs_of
+from proxynorm.conversion.run import Forward, copy_to_run, forwards_of, run
 
 
 @dataclass(eq=False)
@@ -63,8 +63,8 @@ class Observation:
     errors: dict[str, str] = field(default_factory=dict)  # by mode, the error of the network
 
 
-def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]:
-    """Run copies of the model in both modes; return how it was called, and the findings.
+def observe(model: nn.Module, example_inputs: object) -> tuple[Forward, Observation]:
+    """Run copies of the model in both modes; return the forward pass that worked, and the findings.
 
     If the network fails in one mode (a detector without targets, in training), the findings are
     those of the other.
@@ -73,21 +73,21 @@ def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]
         ValueError: the network fails in both modes, with all inputs that were tried.
     """
     best, last_error = None, ""
-    for call in runs_of(model, example_inputs):
+    for forward in forwards_of(model, example_inputs):
         seen, copied = Observation(), copy_to_run(model)
         for mode in ("training", "evaluation"):
             observer = Observer(copied, mode, seen)
             try:
                 with observer:
-                    output = run(copied, call, mode == "training")
+                    output = run(copied, forward, mode == "training")
                 observer.finish(output)
             except Exception as error:
                 first_line = str(error).strip().partition("\n")[0]
                 last_error = seen.errors[mode] = f"{type(error).__name__}: {first_line}"
         if not seen.errors:
-            return call, seen
+            return forward, seen
         if len(seen.errors) == 1:
-            best = best or (call, seen)
+            best = best or (forward, seen)
     if best is None:
         tried = "random images" if example_inputs is None else "the example inputs"
         advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
