@@ -50,20 +50,20 @@ def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> st
     return f"{hint}valid: {', '.join(choices)}"
 
 
-def option(default: Any, text: str, words: str = "", choices: Iterable[str] = ()) -> Any:
+def option(default: Any, text: str, bounds: str = "", choices: Iterable[str] = ()) -> Any:
     """Declare an option of a command with its help text.
 
-    words: its range, one of RANGES; choices: the words that it, or each item of a list, may be.
+    bounds: its range, one of RANGES; choices: the words that it, or each item of a list, may be.
     """
-    metadata = {"help": text, "range": words, "choices": tuple(choices)}
+    metadata = {"help": text, "range": bounds, "choices": tuple(choices)}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def number(default: Any, words: str) -> Any:
+def number(default: Any, bounds: str) -> Any:
     """Declare a setting whose range is one of RANGES."""
-    return dataclasses.field(default=default, metadata={"range": words})
+    return dataclasses.field(default=default, metadata={"range": bounds})
 
 
 def choice(default: Any, *others: Any, hint: str = "") -> Any:
@@ -79,11 +79,11 @@ def check_fields(record: Any, prefix: str = "") -> None:
     """
     for item in dataclasses.fields(record):
         key, value = f"{prefix}{item.name}", getattr(record, item.name)
-        words, choices = (item.metadata.get(name) for name in ("range", "choices"))
+        bounds, choices = (item.metadata.get(name) for name in ("range", "choices"))
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{key}.")
-        elif words and value is not None and not RANGES[words](value):
-            raise ConfigError(f"{key}={value:g}: must be {words}")
+        elif bounds and value is not None and not RANGES[bounds](value):
+            raise ConfigError(f"{key}={value:g}: must be {bounds}")
         elif choices:
             for word in (value or [""]) if isinstance(value, list) else [value]:
                 if word not in choices:

@@ -183,6 +183,7 @@ class Trainer:
 
     def seed_step(self) -> None:
         """Seed dropout and stochastic depth from the run's seed, the step and the process."""
+        # The hash of numbers, unlike that of texts, is the same in every process and run.
         seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
         # torch.manual_seed would query every kind of device at each step.
         torch.default_generator.manual_seed(seed)
@@ -194,8 +195,9 @@ class Trainer:
         images, targets, *_ = self.prepare(batch)
         if self.mixing is None:
             return images, targets
-        forward = self.state.step * self.accumulation + index
-        number = forward * self.process.world_size + self.process.rank
+        # Each micro-batch of the run has its own number, and so its own draw.
+        number = self.state.step * self.accumulation + index
+        number = number * self.process.world_size + self.process.rank
         return self.mixing(images, targets, self.settings.seed, number)
 
     def prepare(self, batch: Batch) -> Batch:

@@ -139,6 +139,7 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
         raise CheckpointError(
             f"{run.summary} is damaged; remove it, and the run goes on from its checkpoint"
         ) from None
+    # A run that ended early, by max_steps or patience, goes on if these now allow more steps.
     patient = settings.patience is None or summary.get("stale", 0) < settings.patience
     if not completed or (steps < min(total, settings.max_steps or total) and patient):
         return None
