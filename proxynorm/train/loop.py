@@ -22,9 +22,9 @@ from proxynorm.data.mixing import Mixing
 from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate, forward
-from proxynorm.train.finetune import freeze_parts, train_mode
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedule
+from proxynorm.train.parts import freeze_parts, train_mode
 from proxynorm.train.preemption import Preempted, StopRequest, exit_at_once
 from proxynorm.train.progress import Display, StepTimer, profiled
 from proxynorm.train.readback import Readback, Snapshot, step_if
@@ -149,6 +149,7 @@ class Trainer:
             snapshot.restore_unless(finite)
         state.optimizer.zero_grad(set_to_none=True)
         state.loss_sum += torch.where(finite, loss, 0.0)
+        # One tensor, and so one copy to the host.
         figures = torch.stack([loss.double(), norm.double(), state.loss_sum])
         self.pending = PendingStep(Readback(figures), micro_batches, base_rate(state.optimizer))
         state.step += 1
