@@ -119,7 +119,7 @@ class Data:
         padded = np.full(count * world_size * batch_size, -1)
         padded[: len(rows)] = rows
         share = padded.reshape(count, world_size, batch_size)[:, rank]
-        keys = np.zeros(batch_size, dtype=np.uint64)
+        keys = np.zeros(batch_size, dtype=np.uint64)  # evaluation draws nothing
         jobs = (Job(part, keys, size) for part in share)
         reader = self.evaluation.reader
         for decoded in reader.stream(jobs, self.transform.for_evaluation(), each_second):

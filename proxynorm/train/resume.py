@@ -241,6 +241,7 @@ def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path
     if extends(content, settings):
         current["epochs"] = epochs
     if changed := differences(stored, current):
+        # True if nothing but the epochs differs, and more of them are asked for.
         longer = stored == {**current, "epochs": epochs} and epochs < current["epochs"]
         go_on = ", or resume=extend to go on to more epochs" if longer else ""
         raise CheckpointError(f"{path} holds another run ({changed}); {START_OVER}{go_on}")

@@ -47,7 +47,10 @@ class RebuiltOutput:
         _OUTPUTS[z] = _Kept(x.detach(), _version(x), self), z._version
 
     def take(self, x: Tensor, last: bool = False) -> Tensor:
-        """The output. Its last user is the layer's own backward, after those of its successors."""
+        """The output, computed at the first call and dropped at the last.
+
+        last: in the layer's own backward pass, which comes after those of the layers that it feeds.
+        """
         output = self.rebuild(x) if self.output is None else self.output
         self.output = None if last else output
         return output
