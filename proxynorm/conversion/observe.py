@@ -165,6 +165,7 @@ class Observer(TorchFunctionMode):
     # Modules
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook of every module."""
         if module is self.model and not self.traces:
             self._set(_Trace(), *tensors_in((args, kwargs)))
         self.depth += self.kinds[module] is not None
@@ -172,6 +173,7 @@ class Observer(TorchFunctionMode):
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
     ) -> None:
+        """Forward hook of every module: follow what norms, activations and the like return."""
         kind, name = self.kinds[module], self.names[module]
         self.depth -= kind is not None
         inputs = tensors_in((args, kwargs))
@@ -234,6 +236,10 @@ class Observer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Make a call of a torch function, and follow the values through it.
+
+        Calls inside a norm, an activation or a gate are only made: the hooks observe those.
+        """
         called = kinds.Call(func, args, kwargs or {})
         inputs = tensors_in((args, kwargs))
         known = [t for t in inputs if id(t) in self.traces]
@@ -296,6 +302,7 @@ class Observer(TorchFunctionMode):
         self.traces.update({id(tensor): (tensor, trace) for tensor in tensors})
 
     def _by_hand(self, path: list[str]) -> str:
+        """The problem of a norm behind which the last function of `path` is not linear."""
         site = running_site(self.names, "")
         return (
             f"an activation written by hand may stand behind it ({', '.join(path)} at {site}), "

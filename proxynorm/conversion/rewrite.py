@@ -171,6 +171,7 @@ class _CallRemover(ast.NodeTransformer):
 
 
 def _is_at(call: ast.Call, site: Site) -> bool:
+    """True if the call in the source is the site; before Python 3.11, if it looks like it."""
     if site.column is not None:
         return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
     # Calls on the same line may differ in their names, as in F.leaky_relu(x) and y.relu_().

@@ -23,7 +23,7 @@ from proxynorm.data.sources import Listing, printable
 from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import ConfigError, DataError
 
-END = "end"
+END = "end"  # of the stream; None stands for a timeout
 SHARED_MEMORY = "/dev/shm"
 # A fingerprint reads two blocks of BLOCK bytes from each of about FILES_READ files.
 FILES_READ, BLOCK = 10_000, 4096

@@ -152,6 +152,7 @@ class NormAct2d(nn.Module):
         return {**self.__dict__, "shared_constants": None}
 
     def _number_of_groups(self, groups: int | None) -> int | None:
+        """The number of groups that the norm uses; None if it has none. Raises ValueError."""
         if self.spec.groups is None:
             return None
         chosen = self.spec.groups(self.num_features, groups)
@@ -169,6 +170,7 @@ class NormAct2d(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        """Register the parameters and running statistics that this layer has; None for the rest."""
         size = self.num_features
         wanted = {
             "weight": affine,
@@ -330,6 +332,7 @@ class NormAct2d(nn.Module):
             return z.to(y.dtype)
 
     def _check(self, x: Tensor) -> None:
+        """Raise ValueError for an input of the wrong shape."""
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected an input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}"

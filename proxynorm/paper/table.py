@@ -152,6 +152,7 @@ class Table:
     def _overrides(
         self, labels: dict[str, Any], chosen: Mapping[str, Mapping[str, Any]] | None
     ) -> Iterator[str]:
+        """Yield the overrides of the cell with these labels."""
         yield from self.train
         for axis, value in labels.items():
             yield from self.bundles[axis][value] if axis in self.bundles else [f"{axis}={value}"]

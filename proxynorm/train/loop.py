@@ -326,6 +326,7 @@ class Trainer:
         return patience is not None and self.state.stale >= patience
 
     def evaluate(self) -> Result:
+        """Evaluate over all processes, and write the row. Raises Preempted when asked to stop."""
         data, process, start = self.data, self.process, time.monotonic()
         batch, model = self.settings.eval_batch, self.state.evaluated_model
         process.align_buffers(model)

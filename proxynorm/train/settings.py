@@ -1,6 +1,7 @@
 """The settings of a training run: typed values with their choices and ranges.
 
-proxynorm.train.config turns Hydra's configuration into these.
+proxynorm.train.config turns Hydra's configuration into these. The comments in configs/ explain the
+keys.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ class _Kept(NamedTuple):
     rebuilt: RebuiltOutput | None = None
 
     def unpack(self) -> Tensor:
+        """The tensor for backward. Raises RuntimeError, with torch's text, if it was changed."""
         tensor, version = self.tensor, self.version
         if _version(tensor) != version:
             raise RuntimeError(

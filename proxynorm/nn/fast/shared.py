@@ -60,6 +60,7 @@ class SharedMoments:
     def _serve(
         self, layers: list[NormAct2d], family: Hashable, evaluated: tuple[Tensor, Constants] | None
     ) -> None:
+        """Give the layers of a family their constants; evaluated: the last evaluation, if any."""
         # Constants that are evaluated in inference mode may be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             columns = zip(*(layer.four_parameters() for layer in layers))
