@@ -146,7 +146,7 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
     return [derivative.view(shape) for derivative in derivatives]
 
 
-def silu_with_slopes(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def silu_with_derivatives(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Mean and variance of silu, (2, C), and their derivatives by a and by s, each (2, C).
 
     This takes a sixth of autograd's time. E[f(u)] obeys the heat equation: its derivative by s is s

@@ -17,7 +17,7 @@ from proxynorm.nn.activations import (
     out_of_place,
 )
 from proxynorm.nn.checks import check_whole
-from proxynorm.nn.fast.folding import Constants, Rescale, Rule, fold, folded
+from proxynorm.nn.fast.folding import Constants, Rescale, Rule, evaluate_constants, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
 from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
 from proxynorm.nn.interop import refuse_plain_norm, warn_if_skipped
@@ -344,11 +344,11 @@ class NormAct2d(nn.Module):
             )
 
     def constants(self) -> Constants:
-        """The constants of folding.fold, taken from share_moments if they are still valid."""
+        """The constants, taken from share_moments if they are still valid."""
         shared = self.shared_constants
         # Ctrl-C may have ended the forward pass before share_moments withdrew its constants.
         if shared is None or shared[1] != self._rule_and_versions():
-            return fold(self.four_parameters(), self.proxy_rule())
+            return evaluate_constants(self.four_parameters(), self.proxy_rule())
         return shared[0]
 
     def share_constants(self, constants: Constants) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from proxynorm.nn.fast.folding import Constants, fold
+from proxynorm.nn.fast.folding import Constants, evaluate_constants
 from proxynorm.nn.fast.precision import is_transformed
 from proxynorm.nn.norm_act import NormAct2d
 
@@ -68,13 +68,14 @@ class SharedMoments:
             # Fake tensors have no values, so they are neither compared nor stored.
             comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
             if evaluated is None or not comparable or not torch.equal(evaluated[0], parameters):
-                evaluated = parameters, fold(parameters.unbind(), layers[0].proxy_rule())
+                constants = evaluate_constants(parameters.unbind(), layers[0].proxy_rule())
+                evaluated = parameters, constants
             if comparable:
                 self.evaluated[family] = evaluated
             sizes = [layer.num_features for layer in layers]
             parts = zip(*(rows.split(sizes, dim=-1) for rows in evaluated[1]))
-        for layer, constants in zip(layers, parts):
-            layer.share_constants(Constants(*constants))
+        for layer, part in zip(layers, parts):
+            layer.share_constants(Constants(*part))
         self.served += layers
 
     def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
