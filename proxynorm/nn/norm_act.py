@@ -19,7 +19,7 @@ from proxynorm.nn.activations import (
 from proxynorm.nn.checks import check_whole
 from proxynorm.nn.fast.folding import Constants, Rescale, Rule, evaluate_constants, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
-from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
+from proxynorm.nn.fast.precision import needs_plain_operations, stored, without_autocast
 from proxynorm.nn.interop import refuse_plain_norm, warn_if_skipped
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
@@ -228,7 +228,7 @@ class NormAct2d(nn.Module):
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,). If proxy_scale is False, a gate applies it."""
-        if self.folds and not is_transformed():
+        if self.folds and not needs_plain_operations():
             return Rescale.apply(self.constants(), self.proxy_rule(), *self.four_parameters())
         return stored(torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps))
 
@@ -281,7 +281,7 @@ class NormAct2d(nn.Module):
             return self._folded(x)
         if self.proxied or self.spec.is_none:  # the formula as written
             return self.activate(self.normalize(x))
-        if is_transformed():
+        if needs_plain_operations():
             # One cast, at the end: to round before φ, a compiler would store another map.
             with without_autocast(x.device):
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -298,8 +298,10 @@ class NormAct2d(nn.Module):
         for backward. Compilers and torch.func get plain operations.
         """
         spec, rule, options = self.spec, self.proxy_rule(), self._norm_options()
-        has_kernel = x.device.type in ("cpu", "cuda") and x.numel() > 0 and not is_transformed()
-        kernel = spec.kernel(x, **options) if spec.kernel is not None and has_kernel else None
+        kernel = None
+        has_kernels = x.device.type in ("cpu", "cuda") and x.numel() > 0
+        if has_kernels and spec.kernel is not None and not needs_plain_operations():
+            kernel = spec.kernel(x, **options)
         with without_autocast(x.device):
             if kernel is not None:
                 folding = self.constants(), rule, *self.four_parameters()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from proxynorm.nn.checks import unknown_name
 from proxynorm.nn.fast.fused import NormAct
 from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
-from proxynorm.nn.fast.precision import is_transformed, without_autocast
+from proxynorm.nn.fast.precision import needs_plain_operations, without_autocast
 
 NormBatch = int | str | None
 
@@ -35,7 +35,7 @@ def group_normalize(
     groups = 1 is LN, groups = C is IN.
     """
     with without_autocast(x.device):
-        if is_transformed():
+        if needs_plain_operations():
             return _in_plain_operations(x, 1, groups, eps, weight, bias)[0]
         if not prefers_cells(x):
             return F.group_norm(x, groups, weight, bias, eps)
@@ -72,7 +72,7 @@ def batch_normalize(
         if training and is_shared and dist.get_world_size() > 1:
             y, mean, var = _normalize_globally(x, eps, weight, bias)
         # Compilers and torch.func get _chunk_norm's plain operations: one chunk of all images.
-        elif training and (0 < size < len(x) or (is_transformed() and len(x) > 0)):
+        elif training and (0 < size < len(x) or (needs_plain_operations() and len(x) > 0)):
             y, mean, var = _normalize_chunks(x, size, eps, weight, bias)
         else:
             # F.batch_norm needs the running statistics in the dtype of the affine (x's or float32).
@@ -138,7 +138,7 @@ def _chunk_norm(
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
     chunks, channels = len(x) // images, x.shape[1]
-    if is_transformed():
+    if needs_plain_operations():
         y, mean, var = _in_plain_operations(x, images, channels, eps, weight, bias)
         count = x.numel() // (chunks * channels)
         return y, mean.detach(), var.detach() * (count / max(count - 1, 1))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from proxynorm.nn.fast.precision import is_transformed
+from proxynorm.nn.fast.precision import needs_plain_operations
 
 
 def recompute(model: nn.Module) -> nn.Module:
@@ -106,7 +106,7 @@ def _version(tensor: Tensor) -> int:
 
 def _enter(model: nn.Module, inputs: tuple[object, ...]) -> None:
     _leave(model)  # after a keyboard interrupt, the last forward pass may have skipped it
-    if _ACTIVE.hooks is None and torch.is_grad_enabled() and not is_transformed():
+    if _ACTIVE.hooks is None and torch.is_grad_enabled() and not needs_plain_operations():
         _ACTIVE.model, _ACTIVE.hooks = model, saved_tensors_hooks(_pack, lambda kept: kept.unpack())
         _ACTIVE.hooks.__enter__()
 

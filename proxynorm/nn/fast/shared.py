@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from proxynorm.nn.fast.folding import Constants, evaluate_constants
-from proxynorm.nn.fast.precision import is_transformed
+from proxynorm.nn.fast.precision import needs_plain_operations
 from proxynorm.nn.norm_act import NormAct2d
 
 
@@ -47,7 +47,7 @@ class SharedMoments:
 
     def distribute(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
         """Pre-forward hook: give every layer its constants."""
-        if is_transformed():
+        if needs_plain_operations():
             return
         families: dict[Hashable, list[NormAct2d]] = {}
         for module in model.modules():
@@ -80,7 +80,7 @@ class SharedMoments:
 
     def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         """Forward hook, also after an error: take the constants away from the layers."""
-        if is_transformed():
+        if needs_plain_operations():
             return
         for layer in self.served:
             layer.shared_constants = None
