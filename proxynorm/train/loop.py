@@ -138,19 +138,19 @@ class Trainer:
         state = self.state
         snapshot = self.snapshot()
         loss = self.forward_backward(micro_batches)
-        norm = self.gradient_norm()
+        grad_norm = self.gradient_norm()
         # Every process must take the same branch. This comes first because it notices a lost
         # process, for which `finish_pending` would wait.
         stop, save = self.process.any(bool(self.stop), self.save_is_due())
         self.finish_pending()
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        self.update_weights(norm, finite)
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        self.update_weights(grad_norm, finite)
         if snapshot is not None:
             snapshot.restore_unless(finite)
         state.optimizer.zero_grad(set_to_none=True)
         state.loss_sum += torch.where(finite, loss, 0.0)
         # One tensor, and so one copy to the host.
-        figures = torch.stack([loss.double(), norm.double(), state.loss_sum])
+        figures = torch.stack([loss.double(), grad_norm.double(), state.loss_sum])
         self.pending = PendingStep(Readback(figures), micro_batches, base_rate(state.optimizer))
         state.step += 1
         self.average_epoch()
@@ -217,11 +217,11 @@ class Trainer:
         parameters = self.state.model.parameters()
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def update_weights(self, norm: torch.Tensor, finite: torch.Tensor) -> None:
+    def update_weights(self, grad_norm: torch.Tensor, finite: torch.Tensor) -> None:
         """Update the weights if `finite`, which the device decides, and their average."""
         state, clip = self.state, self.settings.optim.clip_grad
         if clip is not None:
-            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, norm)
+            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, grad_norm)
         if state.scaler.is_enabled():
             state.scaler.step(state.optimizer)
             state.scaler.update()
@@ -267,22 +267,22 @@ class Trainer:
         if self.pending is None:
             return
         step, self.pending = self.pending, None
-        loss, norm, loss_sum = step.figures.read()
-        state, finite = self.state, math.isfinite(loss) and math.isfinite(norm)
+        loss, grad_norm, loss_sum = step.figures.read()
+        state, finite = self.state, math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             state.loss_steps += 1
         # Under fp16 gradients may overflow: the gradient scaler skips such an update.
         elif not (state.scaler.is_enabled() and math.isfinite(loss)):
-            self.handle_nonfinite(step, loss, norm)
+            self.handle_nonfinite(step, loss, grad_norm)
         if step.times is None:
             return
         mean = loss_sum / state.loss_steps if state.loss_steps else math.nan
         state.loss_steps = 0
-        figures = {"loss": mean, "lr": step.learning_rate, "gradient_norm": norm, **step.times}
+        figures = {"loss": mean, "lr": step.learning_rate, "gradient_norm": grad_norm, **step.times}
         skipped = {"skipped": state.skipped} if state.skipped else {}
         self.display.update(self.write("train", **figures, **skipped))
 
-    def handle_nonfinite(self, step: PendingStep, loss: float, norm: float) -> None:
+    def handle_nonfinite(self, step: PendingStep, loss: float, grad_norm: float) -> None:
         """Report an update that the device skipped, or raise NonFiniteError."""
         state = self.state
         state.skipped += 1
@@ -295,7 +295,7 @@ class Trainer:
         state.step -= 1  # the weights are those before the update
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
         layers = self.process.gather(affected(state.model, images, self.dtype))
-        figures = (loss, norm, step.learning_rate)
+        figures = (loss, grad_norm, step.learning_rate)
         raise NonFiniteError(describe(state.step + 1, state.skipped - 1, *figures, layers))
 
     # Evaluation
