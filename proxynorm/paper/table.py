@@ -146,7 +146,7 @@ class Table:
             for values in itertools.product(*block.values()):
                 labels = dict(zip(block, values, strict=True))
                 cell = Cell(cell_name(labels), labels, tuple(self._overrides(labels, chosen)))
-                cells.setdefault(cell.name, cell)
+                cells.setdefault(cell.name, cell)  # blocks may have cells in common
         return list(cells.values())
 
     def _overrides(
