@@ -88,7 +88,7 @@ def main(options: Options) -> None:
     unit = "bytes an element" if options.model == LAYER else "MB an image"
     print(unit)
     common.show(rows)
-    common.write_figures(options, {"unit": unit, "rows": rows})
+    common.write_results(options, {"unit": unit, "rows": rows})
 
 
 def measure(options: Options, norm: str, act: str, memory_format: str) -> list[dict[str, Any]]:

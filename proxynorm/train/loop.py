@@ -36,9 +36,9 @@ from proxynorm.train.tracker import Tracker
 
 @dataclass
 class PendingStep:
-    """A weight update whose figures have not been read back from the device."""
+    """A weight update whose metrics have not been read back from the device."""
 
-    figures: Readback  # loss, gradient norm, sum of the losses since the last row
+    readback: Readback  # loss, gradient norm, sum of the losses since the last row
     micro_batches: list[Batch]
     learning_rate: float
     times: dict[str, float] | None = None  # for its row of metrics.jsonl, None: no row is due
@@ -130,7 +130,7 @@ class Trainer:
                 self.evaluate_if_due()
 
     def train_step(self, micro_batches: list[Batch]) -> None:
-        """Make one weight update, read the figures of the previous one, and save if due.
+        """Make one weight update, read the metrics of the previous one, and save if due.
 
         Only `finish_pending` waits for the device, and only for the previous step, while the device
         works on this one. So the device itself decides whether an update is finite.
@@ -150,8 +150,8 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         state.loss_sum += torch.where(finite, loss, 0.0)
         # One tensor, and so one copy to the host.
-        figures = torch.stack([loss.double(), grad_norm.double(), state.loss_sum])
-        self.pending = PendingStep(Readback(figures), micro_batches, base_rate(state.optimizer))
+        values = torch.stack([loss.double(), grad_norm.double(), state.loss_sum])
+        self.pending = PendingStep(Readback(values), micro_batches, base_rate(state.optimizer))
         state.step += 1
         self.average_epoch()
         state.scheduler.step_update(state.step)
@@ -263,11 +263,11 @@ class Trainer:
         return Snapshot(tensors)
 
     def finish_pending(self) -> None:
-        """Read the pending step's figures, handle it if it was not finite, write its row if due."""
+        """Read the pending step's metrics, handle it if it was not finite, write its row if due."""
         if self.pending is None:
             return
         step, self.pending = self.pending, None
-        loss, grad_norm, loss_sum = step.figures.read()
+        loss, grad_norm, loss_sum = step.readback.read()
         state, finite = self.state, math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             state.loss_steps += 1
@@ -278,9 +278,9 @@ class Trainer:
             return
         mean = loss_sum / state.loss_steps if state.loss_steps else math.nan
         state.loss_steps = 0
-        figures = {"loss": mean, "lr": step.learning_rate, "gradient_norm": grad_norm, **step.times}
+        metrics = {"loss": mean, "lr": step.learning_rate, "gradient_norm": grad_norm, **step.times}
         skipped = {"skipped": state.skipped} if state.skipped else {}
-        self.display.update(self.write("train", **figures, **skipped))
+        self.display.update(self.write("train", **metrics, **skipped))
 
     def handle_nonfinite(self, step: PendingStep, loss: float, grad_norm: float) -> None:
         """Report an update that the device skipped, or raise NonFiniteError."""
@@ -295,8 +295,8 @@ class Trainer:
         state.step -= 1  # the weights are those before the update
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
         layers = self.process.gather(affected(state.model, images, self.dtype))
-        figures = (loss, grad_norm, step.learning_rate)
-        raise NonFiniteError(describe(state.step + 1, state.skipped - 1, *figures, layers))
+        number, skipped, rate = state.step + 1, state.skipped - 1, step.learning_rate
+        raise NonFiniteError(describe(number, skipped, loss, grad_norm, rate, layers))
 
     # Evaluation
 
@@ -378,11 +378,11 @@ class Trainer:
 
     # Files
 
-    def write(self, event: str, **figures: Any) -> dict[str, Any]:
+    def write(self, event: str, **metrics: Any) -> dict[str, Any]:
         """Add a row to metrics.jsonl and to W&B; return it."""
         step = self.state.step
         epoch, images = round(step / self.steps_per_epoch, 4), step * self.settings.batch
-        row = {"event": event, "step": step, "epoch": epoch, "images": images, **figures}
+        row = {"event": event, "step": step, "epoch": epoch, "images": images, **metrics}
         if self.process.is_main:
             self.run.append(row)
             self.tracker.log(row)
