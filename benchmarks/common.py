@@ -25,7 +25,7 @@ Name = TypeVar("Name", bound=Hashable)
 class Options:
     """The option of every benchmark."""
 
-    json: str | None = option(None, "file for the figures, with the machine's description")
+    json: str | None = option(None, "file for the results, with the machine's description")
 
 
 @dataclass
@@ -84,8 +84,8 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def write_figures(options: Options, content: Mapping[str, Any]) -> None:
-    """Write the figures, the options and the machine's description to options.json, if given."""
+def write_results(options: Options, content: Mapping[str, Any]) -> None:
+    """Write the results, the options and the machine's description to options.json, if given."""
     if options.json:
         machine = {"environment": environment(), "load_average": os.getloadavg()}
         write_json(Path(options.json), {"options": asdict(options), **machine, **content})

@@ -67,7 +67,7 @@ def main(options: Options) -> None:
         figures = measure(options, folder)
     rows = compare(figures)
     common.show(rows)
-    common.write_figures(options, {"rows": rows, "rounds": figures})
+    common.write_results(options, {"rows": rows, "rounds": figures})
 
 
 def measure(options: Options, folder: str) -> dict[str, list[float]]:

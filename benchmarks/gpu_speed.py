@@ -87,7 +87,7 @@ def traffic(machine: Machine) -> Iterator[dict]:
         layers[f"{norm}, {act}"] = NormAct2d(256, norm, "pn" in norm, act).to(machine.device)
     for (name, layer), mode in product(layers.items(), ("eager", "compiled")):
         machine.check_time(f"from {name} {mode} on")
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # beyond a number of compilations, torch silently runs eagerly
         run = torch.compile(layer, dynamic=False) if mode == "compiled" else layer
         taken = machine.seconds(lambda run=run: run(x).backward(grad), 10)
         bytes_each = f"{taken * machine.bandwidth / x.numel():.1f}"

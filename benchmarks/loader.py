@@ -69,7 +69,7 @@ def main(options: Options) -> None:
     table = rows(speeds)
     common.show(table)
     content = {"workers": workers, "images": len(listing.images), "mean_bytes": size}
-    common.write_figures(options, {**content, "table": table, "images_per_second": speeds})
+    common.write_results(options, {**content, "table": table, "images_per_second": speeds})
 
 
 def check(options: Options) -> None:

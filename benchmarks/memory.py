@@ -44,7 +44,7 @@ def main(options: Options) -> None:
             for norm, size in kept.items()
         ]
     )
-    common.write_figures(options, {"bytes_kept": kept})
+    common.write_results(options, {"bytes_kept": kept})
 
 
 def bytes_kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:

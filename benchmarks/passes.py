@@ -43,7 +43,7 @@ def main(options: Options) -> None:
     turns = [[operators(net, images) for net in nets] for _ in range(options.rounds + 1)][1:]
     rows = compare(*zip(*turns))
     common.show(rows[:SHOWN])
-    common.write_figures(options, {"rows": rows, "threads": torch.get_num_threads()})
+    common.write_results(options, {"rows": rows, "threads": torch.get_num_threads()})
 
 
 def operators(net: nn.Module, images: Tensor) -> Operators:

@@ -29,7 +29,7 @@ def main(options: Options) -> None:
     row = {"first": first, "minimum": min(counted)}
     row |= {"median": median(counted), "maximum": max(counted)}
     common.show([row])
-    common.write_figures(options, {"seconds": row})
+    common.write_results(options, {"seconds": row})
 
 
 def first_update(overrides: list[str]) -> float:

@@ -85,7 +85,7 @@ def main(options: Options) -> None:
         ) from error
     rows = [row(variant, times) for variant in variants]
     common.show(rows)
-    common.write_figures(options, {"rows": rows, "threads": torch.get_num_threads()})
+    common.write_results(options, {"rows": rows, "threads": torch.get_num_threads()})
 
 
 def train(net: nn.Module, images: Tensor) -> None:

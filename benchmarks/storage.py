@@ -52,4 +52,4 @@ def main(options: Options) -> None:
         for number, speeds in measure(epochs, options.rounds).items():
             table[number]["images_per_second"] = round(median(speeds), 1)
     common.show(table)
-    common.write_figures(options, {"workers": options.workers, "table": table})
+    common.write_results(options, {"workers": options.workers, "table": table})

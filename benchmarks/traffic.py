@@ -88,7 +88,7 @@ def main(options: Options) -> None:
     unit = "bytes an element" if options.model == LAYER else "MB an image"
     print(unit)
     common.show(rows)
-    common.write_figures(options, {"unit": unit, "rows": rows})
+    common.write_results(options, {"unit": unit, "rows": rows})
 
 
 def measure(options: Options, norm: str, act: str, memory_format: str) -> list[dict[str, Any]]:
@@ -161,6 +161,7 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
     """Lower and fuse the graph for the simulated GPU; count the traffic of its kernels."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
+    # The graph was traced on the CPU, which its factory functions therefore name.
     def move(value: Any) -> Any:
         return GPU if isinstance(value, torch.device) else value
 
@@ -175,6 +176,7 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
     FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
     with tracing(TracingContext(mode)), V.set_fake_mode(mode):
         _recursive_post_grad_passes(graph, is_inference=False)
+        # Again, for the nodes that the passes made.
         FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*inputs)
         lowered = GraphLowering(graph, example_inputs=inputs, is_backward=is_backward)
         handlers = V.set_graph_handler(lowered), V.set_debug_handler(DebugContext())

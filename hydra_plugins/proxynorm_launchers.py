@@ -58,12 +58,12 @@ class LocalLauncher(Launcher):
         """
         from proxynorm.launch.multirun import train_here
         from proxynorm.launch.runs import is_main, say
-        from proxynorm.paper.sweep import answer
+        from proxynorm.paper.sweep import write_comparison
 
         runs, failures = train_here(sweep)
         failed = "\n".join(f"- {failure}" for failure in failures)
         if runs and is_main():
-            say(f"\n{answer(runs, self.folder, self.name, self.command, failed)}")
+            say(f"\n{write_comparison(runs, self.folder, self.name, self.command, failed)}")
         if not failures:
             return 0
         say(f"\n{len(failures)} of {len(sweep)} runs failed:\n{failed}")
@@ -78,7 +78,7 @@ class SlurmLauncher(LocalLauncher):
         from proxynorm.launch.multirun import sweep_runs
         from proxynorm.launch.runs import say
         from proxynorm.launch.status import run_status
-        from proxynorm.paper.sweep import answer
+        from proxynorm.paper.sweep import write_comparison
 
         runs, failures = sweep_runs(sweep)
         if failures:
@@ -86,7 +86,7 @@ class SlurmLauncher(LocalLauncher):
         options = SlurmOptions(**{**self.options, "sbatch": list(self.options["sbatch"])})
         status = launch_array(runs, "proxynorm", options)
         if all(run_status(run).state == "done" for run in runs):
-            say(answer(runs, self.folder, self.name, self.command))
+            say(write_comparison(runs, self.folder, self.name, self.command))
         return status
 
 

@@ -63,20 +63,20 @@ def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> st
     return f"{hint}valid: {', '.join(choices)}"
 
 
-def option(default: Any, text: str, words: str = "", choices: Iterable[str] = ()) -> Any:
+def option(default: Any, text: str, bounds: str = "", choices: Iterable[str] = ()) -> Any:
     """Declare an option of a command with its help text.
 
-    words: its range, one of RANGES; choices: the words that it, or each item of a list, may be.
+    bounds: its range, one of RANGES; choices: the words that it, or each item of a list, may be.
     """
-    metadata = {"help": text, "range": words, "choices": tuple(choices)}
+    metadata = {"help": text, "range": bounds, "choices": tuple(choices)}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def number(default: Any, words: str) -> Any:
+def number(default: Any, bounds: str) -> Any:
     """Declare a setting whose range is one of RANGES."""
-    return dataclasses.field(default=default, metadata={"range": words})
+    return dataclasses.field(default=default, metadata={"range": bounds})
 
 
 def choice(default: Any, *others: Any, hint: str = "") -> Any:
@@ -92,28 +92,31 @@ def check_fields(record: Any, prefix: str = "") -> None:
     """
     for item in dataclasses.fields(record):
         key, value = f"{prefix}{item.name}", getattr(record, item.name)
-        words, choices = (item.metadata.get(name) for name in ("range", "choices"))
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{key}.")
-            continue
-        if isinstance(value, dict):
-            values = [(f"{key}.{name}", each) for name, each in value.items()]
-        else:
-            items = value if isinstance(value, (list, tuple)) else [value]
-            values = [(key, each) for each in items or [""] if choices or items]
-        for name, each in values:
-            if each is None:
-                continue
-            if choices and each not in choices:
-                valid = [str(word).lower() for word in choices]  # true, as in YAML
-                near = nearest(str(each), valid) + item.metadata.get("hint", "")
-                raise ConfigError(f"{name}={each}: {near}")
-            if words and not RANGES[words](each):
-                raise ConfigError(f"{name}={each:g}: must be {words}")
-            if isinstance(each, int) and abs(each) >= 2**63:
-                raise ConfigError(f"{name}={each}: is too large")
-            if each == "":
-                raise ConfigError(f"{name}= is empty: give a value, or leave it out")
+        elif isinstance(value, dict):
+            for name, each in value.items():
+                _check_value(f"{key}.{name}", each, item.metadata)
+        elif isinstance(value, (list, tuple)):
+            # where choices are given, an empty list is a mistake: refused as "" is
+            for each in value or ([""] if item.metadata.get("choices") else []):
+                _check_value(key, each, item.metadata)
+        elif value is not None:
+            _check_value(key, value, item.metadata)
+
+
+def _check_value(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    bounds, choices = metadata.get("range"), metadata.get("choices")
+    if choices and value not in choices:
+        valid = [str(word).lower() for word in choices]  # true, as in YAML
+        near = nearest(str(value), valid) + metadata.get("hint", "")
+        raise ConfigError(f"{key}={value}: {near}")
+    if bounds and not RANGES[bounds](value):
+        raise ConfigError(f"{key}={value:g}: must be {bounds}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key}={value}: is too large")
+    if value == "":
+        raise ConfigError(f"{key}= is empty: give a value, or leave it out")
 
 
 def wrong_type(error: OmegaConfBaseException, declared: Mapping[str, Any], values: Any) -> str:

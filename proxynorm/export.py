@@ -23,7 +23,7 @@ from proxynorm.nn.freeze import freeze
 from proxynorm.train.restore import Restored, checkpoint_path, restore
 
 # Keys of a run's configuration that do not describe the model, but where and how it ran.
-INCIDENTAL = ("runs_dir", "name", "logger", "loader", "checkpoint", "debug", "resume", "device")
+LEFT_OUT = ("runs_dir", "name", "logger", "loader", "checkpoint", "debug", "resume", "device")
 ONNX_TOLERANCE = 1e-4
 load = load_export  # used in the model cards of version 0.1.0
 
@@ -77,7 +77,7 @@ def export_run(
 def _describe(restored: Restored, run: Path, weights: str) -> dict[str, Any]:
     """Return the content of config.json: config, inputs, metrics."""
     config = OmegaConf.to_container(OmegaConf.create((run / "config.yaml").read_text()))
-    config = {key: value for key, value in config.items() if key not in INCIDENTAL}
+    config = {key: value for key, value in config.items() if key not in LEFT_OUT}
     if (eps := (restored.content.get("start") or {}).get("eps")) is not None:
         config["norm"]["eps"] = eps  # from the pretrained weights that the run started with
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "cache")}

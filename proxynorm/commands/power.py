@@ -72,8 +72,10 @@ def decompose_random_nets(options: Options, device: torch.device) -> dict[str, l
 
 
 def show_random_nets(options: Options, folder: Path, device: torch.device) -> None:
+    """Decompose random networks; write CSV, figures and summary.json."""
     by_norm = decompose_random_nets(options, device)
     means = {norm: mean_rows(nets) for norm, nets in by_norm.items()}
+    # The first norm sees a convolution of white noise, whose P1 is 0.
     field = [0.0, *mean_field_p1(options.depth - 1, options.beta_std, options.gamma_std)]
     expected = {"ln": field} if "ln" in means else {}
     write_csv(folder / "power.csv", means, "norm")
@@ -100,6 +102,7 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
 
 
 def show_run(options: Options, folder: Path, device: torch.device) -> None:
+    """Write what a run logged or, without that or with weights=, decompose its checkpoint."""
     source = Path(options.run)
     logged = [row for row in read_metrics(source / "metrics.jsonl") if row["event"] == "power"]
     if logged and not options.weights:

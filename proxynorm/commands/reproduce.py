@@ -112,6 +112,7 @@ def status(options: Options) -> None:
 
 
 def launch(options: Options) -> int:
+    """Train the runs that are not finished or archived, here or on SLURM (run, launch)."""
     table, runs = selected_runs(options, check=True)
     due = []
     for run in runs:

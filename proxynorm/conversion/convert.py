@@ -19,7 +19,7 @@ from proxynorm.conversion.match import Plan, make_plan
 from proxynorm.conversion.observe import Observation, observe
 from proxynorm.conversion.rewrite import rewritten_class
 from proxynorm.conversion.run import (
-    Run,
+    Forward,
     first_tensor,
     preserved_randomness,
     separate_shared_activations,
@@ -96,10 +96,10 @@ def convert(
     _check_network(model)
     options = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes)
     with preserved_randomness():
-        call, seen = observe(model, example_inputs)
+        forward, seen = observe(model, example_inputs)
         plan = make_plan(model, seen, keep, no_activation, options.spec.proxy)
         if verify:
-            _verify(model, call, seen, plan, options)
+            _verify(model, forward, seen, plan, options)
     layers = _layers(model, plan, options)
     separate_shared_activations(model)
     rows = _report(model, plan, layers)
@@ -109,7 +109,8 @@ def convert(
             standardize_weights(model.get_submodule(name))
     if options.spec.proxy:
         share_moments(model)
-    vars(model)["conversion_rows"] = rows  # nn.Module's __setattr__ accepts tensors and modules
+    # By vars(), because nn.Module's __setattr__ is annotated for tensors and modules alone.
+    vars(model)["conversion_rows"] = rows
     return model
 
 
@@ -155,17 +156,17 @@ def _check_network(model: nn.Module) -> None:
 
 
 def _verify(
-    model: nn.Module, call: Run, seen: Observation, plan: Plan, options: NormOptions
+    model: nn.Module, forward: Forward, seen: Observation, plan: Plan, options: NormOptions
 ) -> None:
     """Raise ValueError unless converted copies behave like the original."""
     sites = ", ".join(sorted({str(site) for site in plan.sites}))
     advice = "Leave the norms around it as they are with keep=[...]"
     if sites:
         advice += f", or make the activations called at {sites} modules of their own"
-    check_same(model, call, lambda copied: _apply(copied, plan, _layers(copied, plan)), advice)
+    check_same(model, forward, lambda copied: _apply(copied, plan, _layers(copied, plan)), advice)
     if not options.spec.batch_statistics and "training" not in seen.errors:
         check_per_sample(
-            model, call, lambda copied: _apply(copied, plan, _layers(copied, plan, options))
+            model, forward, lambda copied: _apply(copied, plan, _layers(copied, plan, options))
         )
 
 

@@ -170,5 +170,6 @@ def _check_something_to_do(kind: str, plan: Plan, proxy: bool) -> None:
         )
     if idle := [name for name, why in plan.left.items() if why == NOT_CALLED]:
         warnings.warn(
-            f"convert leaves {', '.join(idle)} of this {kind} as it is: {NOT_CALLED}", stacklevel=5
+            f"convert leaves {', '.join(idle)} of this {kind} as it is: {NOT_CALLED}",
+            stacklevel=5,  # the line that calls convert
         )

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from proxynorm.conversion import kinds
 from proxynorm.conversion.kinds import tensors_in
 from proxynorm.conversion.rewrite import Site, running_site
-from proxynorm.conversion.run import Run, copy_to_run, run, runs_of
+from proxynorm.conversion.run import Forward, copy_to_run, forwards_of, run
 
 
 @dataclass(eq=False)
@@ -64,8 +64,8 @@ class Observation:
     errors: dict[str, str] = field(default_factory=dict)  # by mode, the error of the network
 
 
-def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]:
-    """Run copies of the model in both modes; return how it was called, and the findings.
+def observe(model: nn.Module, example_inputs: object) -> tuple[Forward, Observation]:
+    """Run copies of the model in both modes; return the forward pass that worked, and the findings.
 
     If the network fails in one mode (a detector without targets, in training), the findings are
     those of the other.
@@ -74,21 +74,21 @@ def observe(model: nn.Module, example_inputs: object) -> tuple[Run, Observation]
         ValueError: the network fails in both modes, with all inputs that were tried.
     """
     best, last_error = None, ""
-    for call in runs_of(model, example_inputs):
+    for forward in forwards_of(model, example_inputs):
         seen, copied = Observation(), copy_to_run(model)
         for mode in ("training", "evaluation"):
             observer = Observer(copied, mode, seen)
             try:
                 with observer:
-                    output = run(copied, call, mode == "training")
+                    output = run(copied, forward, mode == "training")
                 observer.finish(output)
             except Exception as error:
                 first_line = str(error).strip().partition("\n")[0]
                 last_error = seen.errors[mode] = f"{type(error).__name__}: {first_line}"
         if not seen.errors:
-            return call, seen
+            return forward, seen
         if len(seen.errors) == 1:
-            best = best or (call, seen)
+            best = best or (forward, seen)
     if best is None:
         tried = "random images" if example_inputs is None else "the example inputs"
         advice = "pass example_inputs=" if example_inputs is None else "check example_inputs"
@@ -166,6 +166,7 @@ class Observer(TorchFunctionMode):
     # Modules
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-forward hook of every module."""
         if module is self.model:  # may be called several times
             inputs = tensors_in((args, kwargs))
             self._set(_Trace(), *(t for t in inputs if id(t) not in self.traces))
@@ -174,6 +175,7 @@ class Observer(TorchFunctionMode):
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
     ) -> None:
+        """Forward hook of every module: follow what norms, activations and the like return."""
         kind, name = self.kinds[module], self.names[module]
         self.depth -= kind is not None
         inputs = tensors_in((args, kwargs))
@@ -239,6 +241,10 @@ class Observer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Make a call of a torch function, and follow the values through it.
+
+        Calls inside a norm, an activation or a gate are only made: the hooks observe those.
+        """
         called = kinds.Call(func, args, kwargs or {})
         inputs = tensors_in((args, kwargs))
         known = [t for t in inputs if id(t) in self.traces]
@@ -301,6 +307,7 @@ class Observer(TorchFunctionMode):
         self.traces.update({id(tensor): (tensor, trace) for tensor in tensors})
 
     def _by_hand(self, path: list[str]) -> str:
+        """The problem of a norm behind which the last function of `path` is not linear."""
         site = running_site(self.names, "")
         return (
             f"an activation written by hand may stand behind it ({', '.join(path)} at {site}), "

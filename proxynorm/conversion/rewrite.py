@@ -91,6 +91,7 @@ def _call_end(frame: types.FrameType) -> tuple[int, int | None]:
     positions = getattr(frame.f_code, "co_positions", None)
     if positions is None:
         return frame.f_lineno, None
+    # f_lasti counts bytes, and co_positions code units of two bytes.
     _, line, _, column = next(itertools.islice(positions(), frame.f_lasti // 2, None))
     return line or frame.f_lineno, column
 
@@ -176,6 +177,7 @@ class _CallRemover(ast.NodeTransformer):
 
 
 def _is_at(call: ast.Call, site: Site) -> bool:
+    """True if the call in the source is the site; before Python 3.11, if it looks like it."""
     if site.column is not None:
         return (call.end_lineno, call.end_col_offset) == (site.line, site.column)
     # Calls on the same line may differ in their names, as in F.leaky_relu(x) and y.relu_().
@@ -190,11 +192,14 @@ def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
     owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     body = "\n".join("        " + line for line in text.splitlines())
+    # In a function and a class as the original is: for its free variables, for the __class__ of
+    # super() and for the mangling of its private names (self.__x).
     source = f"def _outer({free}):\n    class {owner}:\n{body}\n"
     checksum = zlib.crc32(text.encode())
     filename = f"<proxynorm {function.__module__}.{function.__qualname__} {checksum:08x}>"
     # inspect and torch.jit.script read the source from linecache
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    # dont_inherit: the __future__ imports of this file are not those of the original's.
     code = compile(source, filename, "exec", dont_inherit=True)
     for name in ("_outer", owner, function.__name__):
         code = next(

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from proxynorm.conversion.kinds import kind_of
 
-Run = Callable[[nn.Module], object]
+Forward = Callable[[nn.Module], object]  # calls a network on example inputs
+# Sides of the images that are tried: 64 is fast, 224 and 299 are ImageNet's, 32 is CIFAR's.
 _SIZES = (64, 224, 299, 32, 128, 256)
 
 
@@ -70,7 +71,7 @@ def separate_shared_activations(model: nn.Module) -> None:
             found.add(child)
 
 
-def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
+def run(model: nn.Module, forward: Forward, training: bool, seed: int = 0) -> object:
     """The network's output in one mode, with seeded generators, and with gradients in training."""
     random.seed(seed)
     torch.manual_seed(seed)
@@ -78,10 +79,10 @@ def run(model: nn.Module, call: Run, training: bool, seed: int = 0) -> object:
         sys.modules["numpy"].random.seed(seed)
     model.train(training)
     with torch.set_grad_enabled(training):
-        return call(model)
+        return forward(model)
 
 
-def runs_of(model: nn.Module, example_inputs: object) -> Iterator[Run]:
+def forwards_of(model: nn.Module, example_inputs: object) -> Iterator[Forward]:
     """Ways to call the network: on the given inputs, or on images of several sizes, in order."""
     if callable(example_inputs) and not isinstance(example_inputs, Tensor):
         yield example_inputs

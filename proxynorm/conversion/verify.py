@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, allclose, nn
 
 from proxynorm.conversion.kinds import is_norm, tensors_in
-from proxynorm.conversion.run import Run, copy_to_run, run
+from proxynorm.conversion.run import Forward, copy_to_run, run
 
 _TOLERANCE = 1e-3  # for per-sample invariance, relative to the maximum of the output
 Surgery = Callable[[nn.Module], None]
@@ -21,14 +21,14 @@ class StandIn(nn.Sequential):
     """The original norm and the modules that followed it, in the place of a NormAct2d."""
 
 
-def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> None:
+def check_same(model: nn.Module, forward: Forward, surgery: Surgery, advice: str) -> None:
     """Raise ValueError if surgery with stand-ins changes an output; name the first such module.
 
     Outputs must be bit-identical in training, and then in evaluation. If two runs of the original
     differ (as they may on GPUs), outputs are compared to rounding. advice: a sentence, without its
     full stop, about what to do.
     """
-    outputs, changed = _record(model, call), _record(model, call, surgery)
+    outputs, changed = _record(model, forward), _record(model, forward, surgery)
     if not all(outputs.values()):
         raise ValueError(
             f"cannot convert this {type(model).__name__}: no tensors are found in its output, so "
@@ -37,10 +37,10 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> No
         )
     if _first_difference(outputs, changed) is None:
         return
-    is_noisy = _first_difference(outputs, _record(model, call)) is not None
+    is_noisy = _first_difference(outputs, _record(model, forward)) is not None
     if is_noisy and _first_difference(outputs, changed, 1e-4) is None:
         return
-    ours, theirs = (_record(model, call, s, every_module=True) for s in (None, surgery))
+    ours, theirs = (_record(model, forward, s, every_module=True) for s in (None, surgery))
     mode, name = _first_difference(ours, theirs) or ("training", "")
     where = f"{name or 'the model itself'} ({type(model.get_submodule(name)).__name__})"
     raise ValueError(
@@ -50,7 +50,7 @@ def check_same(model: nn.Module, call: Run, surgery: Surgery, advice: str) -> No
     )
 
 
-def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
+def check_per_sample(model: nn.Module, forward: Forward, surgery: Surgery) -> None:
     """Raise ValueError if a converted copy fails in training, or mixes images.
 
     It mixes images if its output for one depends on the others, in training, and the original's
@@ -61,7 +61,7 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     surgery(copied)
     prefix = f"cannot convert this {type(model).__name__}: "
     try:
-        first, second = (run(copy_to_run(copied), call, True, seed) for seed in (0, 1))
+        first, second = (run(copy_to_run(copied), forward, True, seed) for seed in (0, 1))
     except Exception as error:
         raise ValueError(
             f"{prefix}converted, it fails in training: {error}. The network is left as it was"
@@ -69,14 +69,14 @@ def check_per_sample(model: nn.Module, call: Run, surgery: Surgery) -> None:
     keeps_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in copied.modules())
     if keeps_batch_norm or not _same(tensors_in(first), tensors_in(second)):
         return
-    if _mixes_images(copied, call, True) and not _mixes_images(model, call, False):
+    if _mixes_images(copied, forward, True) and not _mixes_images(model, forward, False):
         raise ValueError(
             f"{prefix}in training, with a norm that does not depend on the batch, its output for "
             "an image still depends on the others. The network is left as it was"
         )
 
 
-def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
+def _mixes_images(model: nn.Module, forward: Forward, training: bool) -> bool:
     """True if the first image alone gives another output; False if this cannot be tested."""
     batches: list[Tensor] = []
 
@@ -87,7 +87,7 @@ def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
     whole, alone = copy_to_run(model), copy_to_run(model)
     alone.register_forward_pre_hook(slice_images)
     try:
-        outputs, single = (tensors_in(run(net, call, training)) for net in (whole, alone))
+        outputs, single = (tensors_in(run(net, forward, training)) for net in (whole, alone))
     except Exception:  # the network does not take such a batch
         return False
     if any(t.ndim == 0 or len(t) != len(batches[0]) for t in outputs):
@@ -96,7 +96,7 @@ def _mixes_images(model: nn.Module, call: Run, training: bool) -> bool:
 
 
 def _record(
-    model: nn.Module, call: Run, surgery: Surgery | None = None, every_module: bool = False
+    model: nn.Module, forward: Forward, surgery: Surgery | None = None, every_module: bool = False
 ) -> _Outputs:
     """The outputs of a copy in both modes.
 
@@ -118,7 +118,7 @@ def _record(
             module.register_forward_hook(partial(note, name))
     for mode in ("training", "evaluation"):
         with suppress(Exception):
-            outputs[mode, ""] = tensors_in(run(copied, call, mode == "training"))
+            outputs[mode, ""] = tensors_in(run(copied, forward, mode == "training"))
     return outputs
 
 

@@ -48,6 +48,7 @@ def random_boxes(
 
 
 def _widest_boxes(heights: np.ndarray, widths: np.ndarray, ratio: tuple) -> np.ndarray:
+    """Return the largest centred boxes within `ratio`, as in random_boxes."""
     height = np.minimum(heights, np.maximum(1, np.rint(widths / ratio[0])))
     width = np.minimum(widths, np.maximum(1, np.rint(heights * ratio[1])))
     return np.stack([(heights - height) // 2, (widths - width) // 2, height, width], axis=1)
@@ -78,6 +79,7 @@ def pad_crop(
     """Crop zero-padded images at random: (N, h, w, C), h, w <= size -> (N, C, size, size)."""
     side = size + 2 * padding
     padded = pad_to(images, side)
+    # All windows as a view: the indexing below copies one of each image.
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     top = (uniform(keys, TOP) * (2 * padding + 1)).astype(np.int64)
     left = (uniform(keys, LEFT) * (2 * padding + 1)).astype(np.int64)
@@ -101,8 +103,10 @@ def erase(images: np.ndarray, keys: np.ndarray, probability: float, colour: np.n
 
 
 @dataclass(frozen=True)
-class View:
-    """The crops, flips and erased boxes of a DataSpec.
+class Transform:
+    """The crops, flips and erased boxes of a DataSpec, for whole batches.
+
+    A reader crops, resizes and flips while it decodes (`boxes`, `flips`), then calls `finish`.
 
     colour: the fill of erased boxes, uint8 per channel.
     """
@@ -110,9 +114,11 @@ class View:
     spec: DataSpec
     colour: tuple[int, ...] = (0,)
 
-    def for_evaluation(self) -> View:
-        """Return the view for evaluation: a centre crop alone."""
-        return View(replace(self.spec, augmentation="none", random_erasing=0.0, randaugment=None))
+    def for_evaluation(self) -> Transform:
+        """Return the transform for evaluation: a centre crop alone."""
+        return Transform(
+            replace(self.spec, augmentation="none", random_erasing=0.0, randaugment=None)
+        )
 
     def boxes(self, keys: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
         """Return the part of each image that is resized to the output.

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from proxynorm.cli import first_line
-from proxynorm.data.augment import View
+from proxynorm.data.augment import Transform
 from proxynorm.data.images import ImageRef, load_rgb
 from proxynorm.data.randomness import seeded
 from proxynorm.data.readers import POLL_SECONDS, Decoded, Job, Reader, do_nothing, fingerprint_of
@@ -23,7 +23,7 @@ from proxynorm.data.sources import Listing, printable
 from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import ConfigError, DataError
 
-END = "end"
+END = "end"  # of the stream; None stands for a timeout
 SHARED_MEMORY = "/dev/shm"
 # A fingerprint reads two blocks of BLOCK bytes from each of about FILES_READ files.
 FILES_READ, BLOCK = 10_000, 4096
@@ -43,24 +43,29 @@ class FolderReader(Reader):
         self.paths = np.array([os.fsencode(image.path) for image in listing.images])
 
     def stream(
-        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = do_nothing
+        self,
+        jobs: Iterable[Job],
+        transform: Transform,
+        each_second: Callable[[], None] = do_nothing,
     ) -> Iterator[Decoded]:
         if not self.loader.workers:
-            yield from super().stream(jobs, view)
+            yield from super().stream(jobs, transform)
             return
-        batches = self._worker_batches(jobs, view)
+        batches = self._worker_batches(jobs, transform)
         while (result := self.wait(lambda: _next_in_time(batches), each_second)) is not END:
             if isinstance(result, DataError):
                 raise result
             yield result
 
-    def _worker_batches(self, jobs: Iterable[Job], view: View) -> Iterator[Decoded | DataError]:
+    def _worker_batches(
+        self, jobs: Iterable[Job], transform: Transform
+    ) -> Iterator[Decoded | DataError]:
         prefetch, workers = self.loader.prefetch, self.loader.workers
         with warnings.catch_warnings():
             # More processes than cores are the user's choice: they may be waiting for a disk.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
-                _Decoder(self.paths, view),
+                _Decoder(self.paths, transform),
                 batch_size=None,
                 sampler=jobs,
                 num_workers=workers,
@@ -73,8 +78,8 @@ class FolderReader(Reader):
             )
             return iter(loader)
 
-    def decode(self, job: Job, view: View) -> Decoded:
-        return _Decoder(self.paths, view)[job]
+    def decode(self, job: Job, transform: Transform) -> Decoded:
+        return _Decoder(self.paths, transform)[job]
 
     def name(self, row: int) -> str:
         return printable(bytes(self.paths[row]))
@@ -137,8 +142,8 @@ def _to_shared_memory(decoded: Decoded) -> Decoded | DataError:
 class _Decoder(Dataset):
     """Maps a job to its decoded images."""
 
-    def __init__(self, paths: np.ndarray, view: View) -> None:
-        self.paths, self.view = paths, view
+    def __init__(self, paths: np.ndarray, transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
 
     def __getitem__(self, job: Job) -> Decoded:
         pixels = np.zeros((len(job.rows), job.size, job.size, 3), dtype=np.uint8)
@@ -147,24 +152,24 @@ class _Decoder(Dataset):
             path = os.fsdecode(self.paths[job.rows[place]])
             try:
                 image = load_rgb(ImageRef(path, path))
-                pixels[place] = _crop(image, self.view, job.keys[place : place + 1], job.size)
+                pixels[place] = _crop(image, self.transform, job.keys[place : place + 1], job.size)
             except Exception as reason:  # BadImage, or MemoryError in cropping, for example
                 bad[int(place)] = first_line(reason)
-        images = torch.from_numpy(self.view.finish(pixels, job.keys, job.size))
+        images = torch.from_numpy(self.transform.finish(pixels, job.keys, job.size))
         return Decoded(job, images, bad)
 
 
-def _crop(image: Image.Image, view: View, key: np.ndarray, size: int) -> Image.Image:
+def _crop(image: Image.Image, transform: Transform, key: np.ndarray, size: int) -> Image.Image:
     """Crop, resize, mirror and augment an image. key: its random stream, uint64 (1,)."""
     width, height = image.size
-    top, left, h, w = view.boxes(key, np.array([height]), np.array([width]))[0].tolist()
+    top, left, h, w = transform.boxes(key, np.array([height]), np.array([width]))[0].tolist()
     box = (left, top, left + w, top + h)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if view.flips(key)[0]:
+    if transform.flips(key)[0]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if view.spec.randaugment is not None:
+    if transform.spec.randaugment is not None:
         with seeded(int(key[0])):
-            image = rand_augment(view.spec.randaugment, view.colour)(image)
+            image = rand_augment(transform.spec.randaugment, transform.colour)(image)
     return image
 
 

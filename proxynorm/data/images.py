@@ -32,7 +32,7 @@ EXTENSIONS = tuple(
 # Pillow warns of damaged files. The filter is global because threads share one list of filters.
 warnings.filterwarnings("ignore", module="PIL")
 ALWAYS_RAW = 64 * 64  # pixels; images up to this size are never stored as JPEG
-LONGEST_SIDE = 65_535
+LONGEST_SIDE = 65_535  # a .beton file has 16 bits for it
 # By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

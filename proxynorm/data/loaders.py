@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from proxynorm.data.augment import View
+from proxynorm.data.augment import Transform
 from proxynorm.data.randomness import permutation, sample_keys
 from proxynorm.data.readers import Decoded, Job, Reader, do_nothing
 from proxynorm.data.spec import Batch, DataInfo, DataSpec
@@ -44,7 +44,7 @@ class Data:
     failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.view = View(self.spec, tuple(round(255 * value) for value in self.info.mean))
+        self.transform = Transform(self.spec, tuple(round(255 * value) for value in self.info.mean))
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         for reader in (self.train.reader, self.evaluation.reader):
             for name, reason in reader.skipped.items():
@@ -119,10 +119,10 @@ class Data:
         padded = np.full(count * world_size * batch_size, -1)
         padded[: len(rows)] = rows
         share = padded.reshape(count, world_size, batch_size)[:, rank]
-        keys = np.zeros(batch_size, dtype=np.uint64)
+        keys = np.zeros(batch_size, dtype=np.uint64)  # evaluation draws nothing
         jobs = (Job(part, keys, size) for part in share)
         reader = self.evaluation.reader
-        for decoded in reader.stream(jobs, self.view.for_evaluation(), each_second):
+        for decoded in reader.stream(jobs, self.transform.for_evaluation(), each_second):
             yield self.to_batch(reader, decoded)
 
     def to_batch(self, reader: Reader, decoded: Decoded) -> Batch:
@@ -227,7 +227,7 @@ class TrainLoader:
         steps = used.reshape(self.steps_per_epoch, self.world_size, -1, self.micro_batch)
         share = steps[start_step:, self.rank].reshape(-1, self.micro_batch)
         jobs = (self._job(rows, epoch) for rows in share)
-        for decoded in self.reader.stream(jobs, self.data.view, each_second):
+        for decoded in self.reader.stream(jobs, self.data.transform, each_second):
             batch = self.data.to_batch(self.reader, decoded)
             yield _only_valid(batch) or self._stand_in(order, batch, epoch)
 
@@ -243,7 +243,7 @@ class TrainLoader:
         data, reader = self.data, self.reader
         place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
         for row in np.roll(order, -place)[:STAND_INS_TRIED]:
-            decoded = reader.decode(self._job(np.array([row]), epoch), data.view)
+            decoded = reader.decode(self._job(np.array([row]), epoch), data.transform)
             if found := _only_valid(data.to_batch(reader, decoded)):
                 return found
         raise DataError(

@@ -49,6 +49,7 @@ class Mixing:
             label_smoothing=smoothing,
             num_classes=num_classes,
         )
+        # With both off, timm would raise an error instead of smoothing the labels alone.
         self.mixup.mixup_enabled = max(mixup_alpha, cutmix_alpha) > 0
 
     def __call__(

@@ -170,6 +170,7 @@ def _resolve(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
 
 
 def _choose_backend(spec: DataSpec, asked: str) -> str:
+    """Return "ffcv" or "torchvision" for loader.name=`asked`. Raises ConfigError."""
     if spec.name == "beton" and asked == "torchvision":
         raise ConfigError(
             "loader.name=torchvision cannot read data.name=beton; use loader.name=ffcv or "

@@ -33,6 +33,7 @@ def sample_keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
 def uniform(keys: np.ndarray, counter: np.ndarray | int) -> np.ndarray:
     """Return the counter-th number of each stream, float64 in [0, 1); both broadcast."""
     counter = np.atleast_1d(np.asarray(counter, dtype=np.uint64)) + np.uint64(1)
+    # The upper 53 bits, which a float64 holds exactly.
     return (mix(keys + counter * GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

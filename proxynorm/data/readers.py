@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from proxynorm.data.augment import View
+from proxynorm.data.augment import Transform
 from proxynorm.data.ffcv.beton import Samples
 from proxynorm.data.ffcv.native import REASONS, decoder
 from proxynorm.data.spec import LoaderSpec
@@ -73,19 +73,22 @@ class Reader:
     def __init__(self, source: str, classes: tuple[str, ...], targets: np.ndarray) -> None:
         self.source, self.classes, self.targets = source, classes, targets
 
-    def decode(self, job: Job, view: View) -> Decoded:
+    def decode(self, job: Job, transform: Transform) -> Decoded:
         """Return the images of a single job, decoded in this process."""
         raise NotImplementedError
 
     def stream(
-        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = do_nothing
+        self,
+        jobs: Iterable[Job],
+        transform: Transform,
+        each_second: Callable[[], None] = do_nothing,
     ) -> Iterator[Decoded]:
         """Yield the images of each job, in order. Closing the generator stops work in advance.
 
         each_second is called during waits. Raises DataError after a wait of loader.timeout seconds.
         """
         for job in jobs:
-            yield self.decode(job, view)
+            yield self.decode(job, transform)
 
     def name(self, row: int) -> str:
         """Return the image's name in messages: its file, or its number in a file."""
@@ -133,10 +136,10 @@ class MemoryReader(Reader):
         super().__init__(source, classes, targets)
         self.images, self.channels = images, images.shape[3]
 
-    def decode(self, job: Job, view: View) -> Decoded:
+    def decode(self, job: Job, transform: Transform) -> Decoded:
         images = self.images[job.rows]
-        images[job.rows < 0] = 0
-        return Decoded(job, torch.from_numpy(view.finish(images, job.keys, job.size)), {})
+        images[job.rows < 0] = 0  # padding: row -1 was the last image
+        return Decoded(job, torch.from_numpy(transform.finish(images, job.keys, job.size)), {})
 
     def name(self, row: int) -> str:
         return f"image {row}"
@@ -158,11 +161,14 @@ class BetonReader(Reader):
         self.stored = (file, s.mode, s.height, s.width, s.pointer, s.size, s.sums)
         self.kernel = decoder()
 
-    def decode(self, job: Job, view: View) -> Decoded:
-        return next(self.stream([job], view))
+    def decode(self, job: Job, transform: Transform) -> Decoded:
+        return next(self.stream([job], transform))
 
     def stream(
-        self, jobs: Iterable[Job], view: View, each_second: Callable[[], None] = do_nothing
+        self,
+        jobs: Iterable[Job],
+        transform: Transform,
+        each_second: Callable[[], None] = do_nothing,
     ) -> Iterator[Decoded]:
         pending: deque[tuple[Job, np.ndarray, np.ndarray, list[Future]]] = deque()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="beton")
@@ -173,11 +179,11 @@ class BetonReader(Reader):
             for task in tasks:
                 task.result()  # raises the task's exception, if any
             bad = {int(index): REASONS[int(status[index])] for index in np.flatnonzero(status)}
-            return Decoded(job, torch.from_numpy(view.finish(images, job.keys, job.size)), bad)
+            return Decoded(job, torch.from_numpy(transform.finish(images, job.keys, job.size)), bad)
 
         try:
             for job in jobs:
-                images, status, tasks = self._begin(pool, job, view)
+                images, status, tasks = self._begin(pool, job, transform)
                 pending.append((job, images, status, tasks))
                 ahead = max(BATCHES_AHEAD, TASKS_AHEAD_PER_WORKER * self.workers // len(tasks))
                 if self.loader.prefetch is not None:
@@ -191,7 +197,7 @@ class BetonReader(Reader):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(
-        self, pool: ThreadPoolExecutor, job: Job, view: View
+        self, pool: ThreadPoolExecutor, job: Job, transform: Transform
     ) -> tuple[np.ndarray, np.ndarray, list[Future]]:
         """Submit the decoding of a job's images, in tasks of a few images each.
 
@@ -199,12 +205,12 @@ class BetonReader(Reader):
         tasks.
         """
         count, s = len(job.rows), self.samples
-        boxes = view.boxes(job.keys, s.height[job.rows], s.width[job.rows])
+        boxes = transform.boxes(job.keys, s.height[job.rows], s.width[job.rows])
         # A new buffer for each job, because the caller keeps it. Pinned for copies to a GPU.
         shape, pin = (count, job.size, job.size, self.channels), torch.cuda.is_available()
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin).numpy()
         status = np.zeros(count, dtype=np.int64)
-        columns = (job.rows, boxes, view.flips(job.keys), images, status)
+        columns = (job.rows, boxes, transform.flips(job.keys), images, status)
         length = min(IMAGES_PER_TASK, math.ceil(count / self.workers))
         parts = (slice(start, start + length) for start in range(0, count, length))
         tasks = [

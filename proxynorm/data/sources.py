@@ -184,6 +184,7 @@ def _folder_files(source: Path) -> list[_File]:
     files = []
     for top in (source, *(source / name for name in _subfolders(source))):
         for folder, subfolders, names in os.walk(top, onerror=_cannot_list):
+            # Each has a walk of its own, which also follows it if it is a link.
             subfolders[:] = [] if top == source else _visible(subfolders)
             for name in _visible(names):
                 path = os.path.join(folder, name)

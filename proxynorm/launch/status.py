@@ -21,6 +21,7 @@ from proxynorm.launch.runs import Run
 from proxynorm.train.preemption import REQUEUE
 
 STATES = "done other running queued preempted stopped failed damaged missing".split()
+SILENT_SECONDS = 600  # a run on another machine counts as dead after that long without a row
 IN_USE = " is in use by "  # in train.py's error if another process holds the run folder
 # Exit statuses after a requested stop: the run saved, or stopped before training began.
 STOPPED = (0, REQUEUE, -signal.SIGTERM, -signal.SIGINT)
@@ -161,7 +162,8 @@ def is_held(lock: Path, elsewhere: bool) -> bool:
         if host == socket.gethostname():
             # The process id of a dead run may belong to another program by now.
             return b"train" in Path(f"/proc/{int(pid)}/cmdline").read_bytes()
-        return elsewhere and time.time() - lock.with_name("metrics.jsonl").stat().st_mtime < 600
+        silent = time.time() - lock.with_name("metrics.jsonl").stat().st_mtime
+        return elsewhere and silent < SILENT_SECONDS
     except (OSError, ValueError):
         return False
 

@@ -94,8 +94,9 @@ def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:
         if isinstance(block, (DepthwiseSeparableConv, InvertedResidual)) and isinstance(
             block.se, SqueezeExcite
         ):
+            # The norm whose output squeeze-excite pools.
             norm = block.bn1 if isinstance(block, DepthwiseSeparableConv) else block.bn2
             norm.proxy_scale = False
             block.se.gate = CentredGate(block.se.gate, norm)
-    model.bn2.proxy_scale = False
+    model.bn2.proxy_scale = False  # the norm of the last map before pooling
     return model

@@ -93,7 +93,10 @@ def make_activation(activation: Activation, **kwargs: object) -> nn.Module:
 
 
 def activate(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a module to x, with the module's parameters cast to x's dtype."""
+    """Apply a module to x, with the module's parameters cast to x's dtype.
+
+    x is float32 or better, but the parameters, such as PReLU's slopes, may be half precision.
+    """
     parameters = dict(module.named_parameters())
     if all(p.dtype == x.dtype for p in parameters.values()):
         return module(x)
@@ -124,6 +127,6 @@ def activation_name(module: nn.Module) -> str:
 def class_name(module: nn.Module) -> str:
     """The name of the module's class, spelled as in ACTIVATIONS if it is one of them."""
     name = type(module).__name__.lower()
-    name = _SPELLINGS.get(name.removesuffix("me"), name)
+    name = _SPELLINGS.get(name.removesuffix("me"), name)  # timm's SwishMe: "memory efficient"
     is_tanh = name == "gelu" and getattr(module, "approximate", "none") == "tanh"
     return "gelu_tanh" if is_tanh else name

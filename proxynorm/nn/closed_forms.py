@@ -83,7 +83,7 @@ def silu(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigmoid(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """φ = σ(u), as for silu, so that the error stays small for any s."""
+    """φ = σ(u), by σ² = σ − σ' as in silu. Unlike quadrature's, its error is small for any s."""
     mean, slope, *_ = _sigmoid_derivatives(a, s)
     return _from_raw(mean, mean - slope)
 
@@ -146,7 +146,7 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
     return [derivative.view(shape) for derivative in derivatives]
 
 
-def silu_with_slopes(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def silu_with_derivatives(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Mean and variance of silu, (2, C), and their derivatives by a and by s, each (2, C).
 
     This takes a sixth of autograd's time. E[f(u)] obeys the heat equation: its derivative by s is s

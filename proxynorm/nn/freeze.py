@@ -92,7 +92,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     _check(model)
     frozen = copy.deepcopy(model).requires_grad_(False)
-    frozen.eval()
+    frozen.eval()  # not chained, because a user's train() may return None
     modules: list[Any] = list(frozen.modules())
     for module in modules:
         _remove_own_hooks(module)
@@ -106,8 +106,6 @@ def freeze(model: nn.Module) -> nn.Module:
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
-    frozen.requires_grad_(False)
-    frozen.eval()  # not chained, because a user's train() may return None
     return frozen
 
 
@@ -150,7 +148,7 @@ def _remove_own_hooks(module: nn.Module) -> None:
 def clone_output(
     layer: nn.Module, inputs: tuple[object, ...], output: torch.Tensor
 ) -> torch.Tensor:
-    """Forward hook for a layer whose output the network changes in place.
+    """Forward hook, set by convert, for a layer whose output the network changes in place.
 
     The layer itself needs the unchanged output for backward.
     """
@@ -164,10 +162,10 @@ def _unparametrize(module: Any) -> None:
     with this copy.
     """
     weights = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = type(module).__mro__[1]  # torch's parametrized class is a subclass of it
     del module.parametrizations
     for name, weight in weights.items():
-        module.register_parameter(name, nn.Parameter(weight))
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
 
 def _constants(layer: NormAct2d, has_floor: bool) -> list[torch.Tensor]:
@@ -186,6 +184,6 @@ def _constants(layer: NormAct2d, has_floor: bool) -> list[torch.Tensor]:
     if layer.spec.batch_statistics:
         scale = scale * torch.rsqrt(layer.running_var.to(exact) + layer.eps)
         shift = shift - layer.running_mean.to(exact) * scale
-    if has_floor:  # φ(0) = 0 moves to the offset
+    if has_floor:  # max(u, 0) + offset = max(u + offset, offset)
         shift = shift + offset
     return [constant.to(dtype, copy=True) for constant in (scale, shift, gain, offset)]

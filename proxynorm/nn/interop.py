@@ -30,7 +30,8 @@ def warn_if_skipped() -> None:
 
     They walk through the network by named_children or modules; NormAct2d's versions call this.
     """
-    frame = sys._getframe(2)
+    frame = sys._getframe(2)  # the caller of NormAct2d's method
+    # named_modules calls itself and modules() calls it, all in this file of torch's.
     while frame.f_back is not None and frame.f_code.co_filename == nn.modules.module.__file__:
         frame = frame.f_back
     tool = frame.f_globals.get("__name__", ""), frame.f_code.co_name

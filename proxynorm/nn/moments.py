@@ -61,17 +61,17 @@ def proxy_moments(
     module = make_activation(activation)
     check_method(method, nodes)
     with without_autocast(weight.device):
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         if method == "grid":
             weight, bias, proxy_weight, proxy_bias = (
-                p.to(wide) for p in (weight, bias, proxy_weight, proxy_bias)
+                p.to(dtype) for p in (weight, bias, proxy_weight, proxy_bias)
             )
             y = proxy_bias + (1 + proxy_weight) * grid_nodes(nodes, weight)[:, None]
             z = _activate(module, weight * y + bias)
             mean = z.mean(0)
             return mean, (z - mean).square().mean(0)
         mean, var = _exact(module, *location_and_scale(weight, bias, proxy_weight, proxy_bias))
-        return mean.to(wide), var.to(wide)
+        return mean.to(dtype), var.to(dtype)
 
 
 def location_and_scale(

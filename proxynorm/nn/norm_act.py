@@ -17,9 +17,9 @@ from proxynorm.nn.activations import (
     out_of_place,
 )
 from proxynorm.nn.checks import check_whole
-from proxynorm.nn.fast.folding import Constants, Rescale, Rule, fold, folded
+from proxynorm.nn.fast.folding import Constants, Rescale, Rule, evaluate_constants, folded
 from proxynorm.nn.fast.fused import NormAct, per_channel
-from proxynorm.nn.fast.precision import is_transformed, stored, without_autocast
+from proxynorm.nn.fast.precision import needs_plain_operations, stored, without_autocast
 from proxynorm.nn.interop import refuse_plain_norm, warn_if_skipped
 from proxynorm.nn.moments import proxy_moments
 from proxynorm.nn.norms import NormBatch, NormSpec, affine, norm_spec
@@ -53,7 +53,7 @@ def pn_act(
 
 
 class _DefaultName(str):
-    """The default of act_layer: an object that no caller passes, unlike the plain string."""
+    """The default of act_layer, to tell an act_layer left out from a given "relu"."""
 
     __slots__ = ()
 
@@ -115,6 +115,7 @@ class NormAct2d(nn.Module):
     ) -> None:
         super().__init__()
         if act_layer is _RELU and apply_act:
+            # Models that take a norm+act layer pass act_layer; the others add their own activation.
             refuse_plain_norm(sys._getframe(1).f_globals.get("__name__", ""))
         check_whole("num_features", num_features, 1)
         spec = NormOptions(norm, groups, eps, proxy_eps, norm_batch, moments, nodes).spec
@@ -136,6 +137,7 @@ class NormAct2d(nn.Module):
         self.proxy = bool(proxy) and not spec.is_none
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
+        # In place, it would overwrite maps that backward needs.
         self.act = out_of_place(
             make_activation(act_layer if self.apply_act else None, **(act_kwargs or {}))
         )
@@ -150,6 +152,7 @@ class NormAct2d(nn.Module):
         return {**self.__dict__, "shared_constants": None}
 
     def _number_of_groups(self, groups: int | None) -> int | None:
+        """The number of groups that the norm uses; None if it has none. Raises ValueError."""
         if self.spec.groups is None:
             return None
         chosen = self.spec.groups(self.num_features, groups)
@@ -167,9 +170,11 @@ class NormAct2d(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        """Register the parameters and running statistics that this layer has; None for the rest."""
         size = self.num_features
         wanted = {
             "weight": affine,
+            # With PN on, a norm without activation drops its shift (the authors' rule).
             "bias": affine and (self.proxied or not self.proxy),
             "proxy_weight": self.proxied,
             "proxy_bias": self.proxied,
@@ -178,6 +183,7 @@ class NormAct2d(nn.Module):
             value = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, value if is_wanted else None)
         if self.spec.batch_statistics:
+            # Not in `dtype`: running statistics stay float32 in a half-precision layer.
             for name in ("running_mean", "running_var"):
                 self.register_buffer(name, torch.empty(size, device=device) if tracked else None)
             count = torch.tensor(0, device=device) if tracked else None
@@ -210,6 +216,7 @@ class NormAct2d(nn.Module):
     @property
     def folds(self) -> bool:
         """True if γ, β, m and v can be folded into constants per channel."""
+        # A callable may have parameters, which would get no gradient from the fused Function.
         plain = self.act_name != "callable" and isinstance(self.drop, nn.Identity)
         return self.proxied and plain
 
@@ -221,7 +228,7 @@ class NormAct2d(nn.Module):
 
     def proxy_rescale(self) -> Tensor:
         """1 / sqrt(v + proxy_eps), shape (C,). If proxy_scale is False, a gate applies it."""
-        if self.folds and not is_transformed():
+        if self.folds and not needs_plain_operations():
             return Rescale.apply(self.constants(), self.proxy_rule(), *self.four_parameters())
         return stored(torch.rsqrt(self.proxy_statistics()[1] + self.proxy_eps))
 
@@ -247,6 +254,7 @@ class NormAct2d(nn.Module):
         if not self.spec.batch_statistics:
             return {"groups": self.groups, "eps": self.eps}
         mean = self.running_mean
+        # A float even where it is not used, because the kernels' signatures ask for one.
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and mean is not None:
             count = self.num_batches_tracked.add_(1)
@@ -273,13 +281,14 @@ class NormAct2d(nn.Module):
             return self._folded(x)
         if self.proxied or self.spec.is_none:  # the formula as written
             return self.activate(self.normalize(x))
-        if is_transformed():
+        if needs_plain_operations():
             # One cast, at the end: to round before φ, a compiler would store another map.
             with without_autocast(x.device):
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
                 u = self.drop(self.normalize(wide, self.weight, self.bias))
                 return activate(self.act, u).to(x.dtype)
         u = self.drop(self.normalize(x, self.weight, self.bias))
+        # In place: u is a new map, which no backward pass needs.
         return torch.relu_(u) if self.act_name == "relu" else self.act(u)
 
     def _folded(self, x: Tensor) -> Tensor:
@@ -289,20 +298,24 @@ class NormAct2d(nn.Module):
         for backward. Compilers and torch.func get plain operations.
         """
         spec, rule, options = self.spec, self.proxy_rule(), self._norm_options()
-        has_kernel = x.device.type in ("cpu", "cuda") and x.numel() > 0 and not is_transformed()
-        kernel = spec.kernel(x, **options) if spec.kernel is not None and has_kernel else None
+        kernel = None
+        has_kernels = x.device.type in ("cpu", "cuda") and x.numel() > 0
+        if has_kernels and spec.kernel is not None and not needs_plain_operations():
+            kernel = spec.kernel(x, **options)
         with without_autocast(x.device):
             if kernel is not None:
                 folding = self.constants(), rule, *self.four_parameters()
                 return NormAct.apply(x, kernel, self.act, *folding)
             constants = folded(self.four_parameters(), rule)
             scale, shift, gain, offset = map(stored, constants[:4])
-            wide = torch.promote_types(x.dtype, scale.dtype)
-            scale, shift = scale.to(wide), shift.to(wide)
-            z = self.act(spec.normalize(x.to(wide), **options, weight=scale, bias=shift))
+            dtype = torch.promote_types(x.dtype, scale.dtype)
+            scale, shift = scale.to(dtype), shift.to(dtype)
+            z = self.act(spec.normalize(x.to(dtype), **options, weight=scale, bias=shift))
             # With one value per image and channel, the gradients of gain and offset are sums over
             # the same cells as the norm's. A compiler computes them all in one pass.
-            gain, offset = (t.to(wide).expand(x.shape[:2])[..., None, None] for t in (gain, offset))
+            gain, offset = (
+                t.to(dtype).expand(x.shape[:2])[..., None, None] for t in (gain, offset)
+            )
             return ((z * gain if rule.has_gain else z) + offset).to(x.dtype)
 
     def activate(self, y: Tensor) -> Tensor:
@@ -321,6 +334,7 @@ class NormAct2d(nn.Module):
             return z.to(y.dtype)
 
     def _check(self, x: Tensor) -> None:
+        """Raise ValueError for an input of the wrong shape."""
         if x.ndim != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"expected an input of shape (N, {self.num_features}, H, W), got {tuple(x.shape)}"
@@ -332,11 +346,11 @@ class NormAct2d(nn.Module):
             )
 
     def constants(self) -> Constants:
-        """The constants of folding.fold, taken from share_moments if they are still valid."""
+        """The constants, taken from share_moments if they are still valid."""
         shared = self.shared_constants
         # Ctrl-C may have ended the forward pass before share_moments withdrew its constants.
         if shared is None or shared[1] != self._rule_and_versions():
-            return fold(self.four_parameters(), self.proxy_rule())
+            return evaluate_constants(self.four_parameters(), self.proxy_rule())
         return shared[0]
 
     def share_constants(self, constants: Constants) -> None:
@@ -345,6 +359,7 @@ class NormAct2d(nn.Module):
 
     def _rule_and_versions(self) -> tuple[Rule, list[tuple[int, int]]]:
         """The rule, and each parameter's address and version (0 for inference tensors)."""
+        # An in-place change raises the version, and assigning to .data changes the address.
         own = (p for p in self._parameters.values() if p is not None)
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in own]
         return self.proxy_rule(), versions

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from proxynorm.nn.checks import unknown_name
 from proxynorm.nn.fast.fused import NormAct
 from proxynorm.nn.fast.kernels import BatchNorm, CellGroupNorm, GroupNorm, Kernel, prefers_cells
-from proxynorm.nn.fast.precision import is_transformed, without_autocast
+from proxynorm.nn.fast.precision import needs_plain_operations, without_autocast
 
 NormBatch = int | str | None
 
@@ -35,13 +35,13 @@ def group_normalize(
     groups = 1 is LN, groups = C is IN.
     """
     with without_autocast(x.device):
-        if is_transformed():
+        if needs_plain_operations():
             return _in_plain_operations(x, 1, groups, eps, weight, bias)[0]
         if not prefers_cells(x):
             return F.group_norm(x, groups, weight, bias, eps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
-        bias = x.new_zeros(x.shape[1], dtype=wide) if bias is None else bias.to(wide)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
+        bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
         norm, act = CellGroupNorm(groups, eps), nn.Identity()
         return NormAct.apply(x, norm, act, None, None, weight, bias)
 
@@ -71,7 +71,8 @@ def batch_normalize(
         var: Tensor | None
         if training and is_shared and dist.get_world_size() > 1:
             y, mean, var = _normalize_globally(x, eps, weight, bias)
-        elif training and (0 < size < len(x) or (is_transformed() and len(x) > 0)):
+        # Compilers and torch.func get _chunk_norm's plain operations: one chunk of all images.
+        elif training and (0 < size < len(x) or (needs_plain_operations() and len(x) > 0)):
             y, mean, var = _normalize_chunks(x, size, eps, weight, bias)
         else:
             # F.batch_norm needs the running statistics in the dtype of the affine (x's or float32).
@@ -134,20 +135,21 @@ def _chunk_norm(
     x: Tensor, images: int, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BN of each chunk of `images` images; also the means and unbiased variances, (chunks, C)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (t if t is None else t.to(wide) for t in (weight, bias))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (t if t is None else t.to(dtype) for t in (weight, bias))
     chunks, channels = len(x) // images, x.shape[1]
-    if is_transformed():
+    if needs_plain_operations():
         y, mean, var = _in_plain_operations(x, images, channels, eps, weight, bias)
         count = x.numel() // (chunks * channels)
         return y, mean.detach(), var.detach() * (count / max(count - 1, 1))
     # A single batch norm over chunks · C channels replaces one for every chunk. With momentum 1,
     # its "running" statistics become the mean and unbiased variance.
-    mean, var = x.new_zeros(2, chunks * channels, dtype=wide)
+    mean, var = x.new_zeros(2, chunks * channels, dtype=dtype)
     weight, bias = (t if t is None else t.repeat(chunks) for t in (weight, bias))
     side_by_side = x.unflatten(0, (chunks, -1)).transpose(0, 1).flatten(1, 2)
     y = F.batch_norm(side_by_side, mean, var, weight, bias, True, 1.0, eps)
     y = y.unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
+    # Back into x's memory format; the copies above are contiguous.
     y = y if x.is_contiguous() else y.clone(memory_format=torch.channels_last)
     return y, mean.view(chunks, -1), var.view(chunks, -1)
 
@@ -156,8 +158,9 @@ def _normalize_globally(
     x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """BN over the images of all processes; also their mean and unbiased variance, (C,)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    var, mean = (s.double() for s in torch.var_mean(x.to(wide), dim=(0, 2, 3), correction=0))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # In double, because E[x²] − E[x]² below cancels if the mean is large.
+    var, mean = (s.double() for s in torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0))
     local = x.numel() // x.shape[1]
     count = torch.full((1,), float(local), dtype=torch.float64, device=x.device)
     # Sums instead of means, because processes may hold different numbers of images.
@@ -166,9 +169,9 @@ def _normalize_globally(
     var = (square - mean * mean).clamp_min(0)
     scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    y = affine(x, scale.to(wide), shift.to(wide)).to(x.dtype)
-    values = total[-1].detach()
-    return y, mean.detach(), var.detach() * values / (values - 1)
+    y = affine(x, scale.to(dtype), shift.to(dtype)).to(x.dtype)
+    total_count = total[-1].detach()
+    return y, mean.detach(), var.detach() * total_count / (total_count - 1)
 
 
 class _AllReduce(torch.autograd.Function):

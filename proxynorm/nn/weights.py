@@ -11,21 +11,18 @@ from torch.nn.utils import parametrize
 from proxynorm.nn.fast.precision import without_autocast
 from proxynorm.nn.norm_act import NormAct2d
 
+_EPS = 1e-10  # of weight standardization, added to the variance
 _NEVER_DECAYED = (nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)  # their weights may be matrices
 
 
 class StandardizedWeight(nn.Module):
     """Gives each filter mean 0 and variance 1 / fan-in, over its input channels and positions."""
 
-    def __init__(self, eps: float = 1e-10) -> None:
-        super().__init__()
-        self.eps = eps
-
     def forward(self, weight: Tensor) -> Tensor:
         with without_autocast(weight.device):
             dims = tuple(range(1, weight.ndim))
             var, mean = torch.var_mean(weight, dim=dims, keepdim=True, correction=0)
-            return (weight - mean) * torch.rsqrt((var + self.eps) * weight[0].numel())
+            return (weight - mean) * torch.rsqrt((var + _EPS) * weight[0].numel())
 
 
 def standardize_weights(model: nn.Module) -> nn.Module:

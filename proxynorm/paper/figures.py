@@ -13,7 +13,7 @@ from proxynorm.analysis.style import cell_styles, save_figure
 from proxynorm.paper.findings import Findings, against_batch, last_powers, p1_by_epoch
 from proxynorm.paper.table import Cell
 
-MOST_CURVES = 20
+MOST_CURVES = 20  # of one figure; more cannot be told apart
 
 
 def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:

@@ -162,6 +162,7 @@ def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[tuple[R
 
 def recipe(config: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the result of a training run."""
+    # A table does not say where the data lie, and the result does not depend on it.
     if OmegaConf.is_missing(config.data, "root"):
         config.data.root = None
     settings = settings_from(config)

@@ -262,6 +262,7 @@ def rendered(text: str, results: Path) -> str:
 def result_table(name: str, results: Path) -> str:
     """Return the wide table of the archived runs, and a note on its numbers, as Markdown."""
     table = load_table(name)
+    # A folder that does not exist, so that the archives in `results` alone count.
     runs = reported_runs(table, results / "no run folders", results)
     findings = gather(table, runs, results)
     if not findings.records:

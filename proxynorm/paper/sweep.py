@@ -26,7 +26,9 @@ NOTE = (
 )
 
 
-def answer(runs: Sequence[Run], folder: Path, name: str, command: str, failed: str = "") -> str:
+def write_comparison(
+    runs: Sequence[Run], folder: Path, name: str, command: str, failed: str = ""
+) -> str:
     """Compare the finished runs of a sweep; write comparison.md and figures into `folder`.
 
     name: of the group on W&B; failed: a line per failed run. Returns the table and the path of
@@ -59,12 +61,24 @@ def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:
     table_runs: list[TableRun] = []
     for run, point in zip(runs, points, strict=True):
         settings = settings_from(compose_config(run.arguments))
+        # Typed as in YAML, so that labels that are numbers are printed and drawn as such.
         labels = {key: yaml.safe_load(point.get(key, settings.norm.name)) for key in axes}
         cell = Cell(cell_name(labels), labels, run.arguments)
         table_runs.append(TableRun(run.folder, run.arguments, name, cell, settings.seed))
     blocks = [{key: [value] for key, value in run.cell.labels.items()} for run in table_runs]
     seeds = max(Counter(run.cell.name for run in table_runs).values())
-    table = Table(name, name, "", [], blocks, axes, seeds, 0.0, "", split="the evaluation images")
+    table = Table(
+        name,
+        title=name,
+        about="",
+        train=[],
+        cells=blocks,
+        rows=axes,
+        seeds=seeds,
+        minutes=0.0,
+        hardware="",
+        split="the evaluation images",
+    )
     return table, table_runs
 
 

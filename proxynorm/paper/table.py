@@ -146,12 +146,13 @@ class Table:
             for values in itertools.product(*block.values()):
                 labels = dict(zip(block, values, strict=True))
                 cell = Cell(cell_name(labels), labels, tuple(self._overrides(labels, chosen)))
-                cells.setdefault(cell.name, cell)
+                cells.setdefault(cell.name, cell)  # blocks may have cells in common
         return list(cells.values())
 
     def _overrides(
         self, labels: dict[str, Any], chosen: Mapping[str, Mapping[str, Any]] | None
     ) -> Iterator[str]:
+        """Yield the overrides of the cell with these labels."""
         yield from self.train
         for axis, value in labels.items():
             yield from self.bundles[axis][value] if axis in self.bundles else [f"{axis}={value}"]

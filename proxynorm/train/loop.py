@@ -22,9 +22,9 @@ from proxynorm.data.mixing import Mixing
 from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate, forward
-from proxynorm.train.finetune import freeze_parts, train_mode
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedule
+from proxynorm.train.parts import freeze_parts, train_mode
 from proxynorm.train.preemption import Preempted, StopRequest, exit_at_once
 from proxynorm.train.progress import Display, StepTimer, profiled
 from proxynorm.train.readback import Readback, Snapshot, step_if
@@ -36,9 +36,9 @@ from proxynorm.train.tracker import Tracker
 
 @dataclass
 class PendingStep:
-    """A weight update whose figures have not been read back from the device."""
+    """A weight update whose metrics have not been read back from the device."""
 
-    figures: Readback  # loss, gradient norm, sum of the losses since the last row
+    readback: Readback  # loss, gradient norm, sum of the losses since the last row
     micro_batches: list[Batch]
     learning_rate: float
     times: dict[str, float] | None = None  # for its row of metrics.jsonl, None: no row is due
@@ -130,7 +130,7 @@ class Trainer:
                 self.evaluate_if_due()
 
     def train_step(self, micro_batches: list[Batch]) -> None:
-        """Make one weight update, read the figures of the previous one, and save if due.
+        """Make one weight update, read the metrics of the previous one, and save if due.
 
         Only `finish_pending` waits for the device, and only for the previous step, while the device
         works on this one. So the device itself decides whether an update is finite.
@@ -138,19 +138,20 @@ class Trainer:
         state = self.state
         snapshot = self.snapshot()
         loss = self.forward_backward(micro_batches)
-        norm = self.gradient_norm()
+        grad_norm = self.gradient_norm()
         # Every process must take the same branch. This comes first because it notices a lost
         # process, for which `finish_pending` would wait.
         stop, save = self.process.any(bool(self.stop), self.save_is_due())
         self.finish_pending()
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        self.update_weights(norm, finite)
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        self.update_weights(grad_norm, finite)
         if snapshot is not None:
             snapshot.restore_unless(finite)
         state.optimizer.zero_grad(set_to_none=True)
         state.loss_sum += torch.where(finite, loss, 0.0)
-        figures = torch.stack([loss.double(), norm.double(), state.loss_sum])
-        self.pending = PendingStep(Readback(figures), micro_batches, base_rate(state.optimizer))
+        # One tensor, and so one copy to the host.
+        values = torch.stack([loss.double(), grad_norm.double(), state.loss_sum])
+        self.pending = PendingStep(Readback(values), micro_batches, base_rate(state.optimizer))
         state.step += 1
         self.average_epoch()
         state.scheduler.step_update(state.step)
@@ -183,6 +184,7 @@ class Trainer:
 
     def seed_step(self) -> None:
         """Seed dropout and stochastic depth from the run's seed, the step and the process."""
+        # The hash of numbers, unlike that of texts, is the same in every process and run.
         seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
         # torch.manual_seed would query every kind of device at each step.
         torch.default_generator.manual_seed(seed)
@@ -194,8 +196,9 @@ class Trainer:
         images, targets, *_ = self.prepare(batch)
         if self.mixing is None:
             return images, targets
-        forward = self.state.step * self.accumulation + index
-        number = forward * self.process.world_size + self.process.rank
+        # Each micro-batch of the run has its own number, and so its own draw.
+        number = self.state.step * self.accumulation + index
+        number = number * self.process.world_size + self.process.rank
         return self.mixing(images, targets, self.settings.seed, number)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -214,11 +217,11 @@ class Trainer:
         parameters = self.state.model.parameters()
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def update_weights(self, norm: torch.Tensor, finite: torch.Tensor) -> None:
+    def update_weights(self, grad_norm: torch.Tensor, finite: torch.Tensor) -> None:
         """Update the weights if `finite`, which the device decides, and their average."""
         state, clip = self.state, self.settings.optim.clip_grad
         if clip is not None:
-            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, norm)
+            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, grad_norm)
         if state.scaler.is_enabled():
             state.scaler.step(state.optimizer)
             state.scaler.update()
@@ -260,26 +263,26 @@ class Trainer:
         return Snapshot(tensors)
 
     def finish_pending(self) -> None:
-        """Read the pending step's figures, handle it if it was not finite, write its row if due."""
+        """Read the pending step's metrics, handle it if it was not finite, write its row if due."""
         if self.pending is None:
             return
         step, self.pending = self.pending, None
-        loss, norm, loss_sum = step.figures.read()
-        state, finite = self.state, math.isfinite(loss) and math.isfinite(norm)
+        loss, grad_norm, loss_sum = step.readback.read()
+        state, finite = self.state, math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             state.loss_steps += 1
         # Under fp16 gradients may overflow: the gradient scaler skips such an update.
         elif not (state.scaler.is_enabled() and math.isfinite(loss)):
-            self.handle_nonfinite(step, loss, norm)
+            self.handle_nonfinite(step, loss, grad_norm)
         if step.times is None:
             return
         mean = loss_sum / state.loss_steps if state.loss_steps else math.nan
         state.loss_steps = 0
-        figures = {"loss": mean, "lr": step.learning_rate, "gradient_norm": norm, **step.times}
+        metrics = {"loss": mean, "lr": step.learning_rate, "gradient_norm": grad_norm, **step.times}
         skipped = {"skipped": state.skipped} if state.skipped else {}
-        self.display.update(self.write("train", **figures, **skipped))
+        self.display.update(self.write("train", **metrics, **skipped))
 
-    def handle_nonfinite(self, step: PendingStep, loss: float, norm: float) -> None:
+    def handle_nonfinite(self, step: PendingStep, loss: float, grad_norm: float) -> None:
         """Report an update that the device skipped, or raise NonFiniteError."""
         state = self.state
         state.skipped += 1
@@ -292,8 +295,8 @@ class Trainer:
         state.step -= 1  # the weights are those before the update
         images = [self.inputs(batch, index)[0] for index, batch in enumerate(step.micro_batches)]
         layers = self.process.gather(affected(state.model, images, self.dtype))
-        figures = (loss, norm, step.learning_rate)
-        raise NonFiniteError(describe(state.step + 1, state.skipped - 1, *figures, layers))
+        number, skipped, rate = state.step + 1, state.skipped - 1, step.learning_rate
+        raise NonFiniteError(describe(number, skipped, loss, grad_norm, rate, layers))
 
     # Evaluation
 
@@ -323,6 +326,7 @@ class Trainer:
         return patience is not None and self.state.stale >= patience
 
     def evaluate(self) -> Result:
+        """Evaluate over all processes, and write the row. Raises Preempted when asked to stop."""
         data, process, start = self.data, self.process, time.monotonic()
         batch, model = self.settings.eval_batch, self.state.evaluated_model
         process.align_buffers(model)
@@ -374,11 +378,11 @@ class Trainer:
 
     # Files
 
-    def write(self, event: str, **figures: Any) -> dict[str, Any]:
+    def write(self, event: str, **metrics: Any) -> dict[str, Any]:
         """Add a row to metrics.jsonl and to W&B; return it."""
         step = self.state.step
         epoch, images = round(step / self.steps_per_epoch, 4), step * self.settings.batch
-        row = {"event": event, "step": step, "epoch": epoch, "images": images, **figures}
+        row = {"event": event, "step": step, "epoch": epoch, "images": images, **metrics}
         if self.process.is_main:
             self.run.append(row)
             self.tracker.log(row)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from proxynorm.errors import ConfigError
 from proxynorm.nn import parameter_groups
-from proxynorm.train.finetune import check_pattern, classifier_names, matches, under
+from proxynorm.train.parts import check_pattern, classifier_names, matches, under
 from proxynorm.train.settings import OptimSettings, Settings
 
 LAYER_PARAMETERS = 12  # per layer, for a network without group_matcher; timm's number

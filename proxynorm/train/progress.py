@@ -19,7 +19,7 @@ from rich.table import Column
 PLAIN_SECONDS = 10.0  # between two lines, without a terminal
 COLUMNS = ("epoch", "step", "train loss", "loss", "top-1", "top-5", "images/s", "seconds")
 ROW = "{:>9} {:>9} {:>10} {:>8} {:>7} {:>7} {:>9} {:>8}"
-FIGURES = {  # the most important first: a narrow terminal cuts off the end
+METRICS = {  # the most important first: a narrow terminal cuts off the end
     "epoch": "epoch {epoch:.2f}",
     "loss": "loss {loss:.4f}",
     "eta_seconds": "ETA {eta}",
@@ -48,7 +48,7 @@ class Display:
             expand=True,
         )
         self.task = self.bar.add_task("starting", total=total_steps)
-        self.training: dict[str, Any] = {}  # the latest training figures
+        self.training: dict[str, Any] = {}  # the latest training metrics
 
     def start(self) -> None:
         """Print the table's header and start the progress bar."""
@@ -66,14 +66,14 @@ class Display:
     def update(self, row: dict[str, Any]) -> None:
         """Show a training row; without a terminal, at most one every PLAIN_SECONDS."""
         self.training |= row
-        text = "  ".join(figures(row))
+        text = "  ".join(format_metrics(row))
         self.bar.update(self.task, completed=row["step"], description=text)
         if not self.console.is_terminal and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             self.print(f"  step {row['step']}/{self.total_steps}  {text}")
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Print an evaluation's row, with the latest training figures if there are any."""
+        """Print an evaluation's row, with the latest training metrics if there are any."""
         loss, rate = (self.training.get(key) for key in ("loss", "images_per_second"))
         values = (
             f"{row['epoch']:g}/{self.epochs}",
@@ -88,10 +88,10 @@ class Display:
         self.print(ROW.format(*values))
 
 
-def figures(row: dict[str, Any]) -> list[str]:
-    """Format a training row's figures; the first row may have no times."""
+def format_metrics(row: dict[str, Any]) -> list[str]:
+    """Format a training row's metrics; the first row may have no times."""
     left = timedelta(seconds=round(row.get("eta_seconds", 0)))
-    return [part.format(**row, eta=left) for key, part in FIGURES.items() if key in row]
+    return [part.format(**row, eta=left) for key, part in METRICS.items() if key in row]
 
 
 class StepTimer:
@@ -122,7 +122,7 @@ class StepTimer:
         return self.steps[-1]
 
     def row(self, batch: int, steps_left: int) -> dict[str, float]:
-        """Return the figures since the last row, and start over.
+        """Return the metrics since the last row, and start over.
 
         They are images/s, the share of time spent waiting for data, step times (ms), the training
         time left (s, without evaluations) and the peak GPU memory (GiB). After the first step

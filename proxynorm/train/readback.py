@@ -14,11 +14,11 @@ class Readback:
     One training step later it has arrived already, and `read` takes no time.
     """
 
-    def __init__(self, figures: Tensor) -> None:
-        on_gpu = figures.device.type == "cuda"
+    def __init__(self, values: Tensor) -> None:
+        on_gpu = values.device.type == "cuda"
         # A copy from the GPU is asynchronous only into page-locked memory.
-        self.host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=on_gpu)
-        self.host.copy_(figures, non_blocking=True)
+        self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
+        self.host.copy_(values, non_blocking=True)
         self.arrived = None
         if on_gpu:
             # Blocking: the host sleeps while it waits, and leaves the core to loader threads.

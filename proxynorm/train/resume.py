@@ -139,6 +139,7 @@ def finished(run: RunFolder, settings: Settings, data: Data) -> dict[str, Any] |
         raise CheckpointError(
             f"{run.summary} is damaged; remove it, and the run goes on from its checkpoint"
         ) from None
+    # A run that ended early, by max_steps or patience, goes on if these now allow more steps.
     patient = settings.patience is None or summary.get("stale", 0) < settings.patience
     if not completed or (steps < min(total, settings.max_steps or total) and patient):
         return None
@@ -240,6 +241,7 @@ def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path
     if extends(content, settings):
         current["epochs"] = epochs
     if changed := differences(stored, current):
+        # True if nothing but the epochs differs, and more of them are asked for.
         longer = stored == {**current, "epochs": epochs} and epochs < current["epochs"]
         go_on = ", or resume=extend to go on to more epochs" if longer else ""
         raise CheckpointError(f"{path} holds another run ({changed}); {START_OVER}{go_on}")

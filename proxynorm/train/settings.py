@@ -1,6 +1,7 @@
 """The settings of a training run: typed values with their choices and ranges.
 
-proxynorm.train.config turns Hydra's configuration into these.
+proxynorm.train.config turns Hydra's configuration into these. The comments in configs/ explain the
+keys.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def check(settings: Settings) -> Settings:
         raise ConfigError(
             f"schedule.warmup_epochs={warmup:g} is longer than the {settings.epochs} epochs"
         )
-    settings.micro_batch_for(1)
+    settings.micro_batch_for(1)  # again with the number of processes when the run starts
     if name is not None and (name.strip() in ("", "..") or name != Path(name).name):
         raise ConfigError(f"name={name}: must be a plain folder name; runs_dir= is its parent")
     return settings

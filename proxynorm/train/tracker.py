@@ -90,10 +90,10 @@ class Tracker:
         """Log a row under names event/key; a power row becomes an image and two numbers."""
         if self.run is None:
             return
-        figures = {k: v for k, v in row.items() if k not in ("event", "step")}
+        metrics = {k: v for k, v in row.items() if k not in ("event", "step")}
         if row["event"] == "power":
-            figures = {"epoch": row["epoch"], **power_summary(row, self.norm)}
-        named = {f"{row['event']}/{key}": value for key, value in figures.items()}
+            metrics = {"epoch": row["epoch"], **power_summary(row, self.norm)}
+        named = {f"{row['event']}/{key}": value for key, value in metrics.items()}
         self.run.log({"step": row["step"], **named})
 
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:

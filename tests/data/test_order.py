@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from proxynorm.data import DataSpec, LoaderSpec, open_data
-from proxynorm.data.augment import CROP_RATIO, View, random_boxes
+from proxynorm.data.augment import CROP_RATIO, Transform, random_boxes
 from proxynorm.data.randomness import permutation, sample_keys, uniform
 from proxynorm.data.readers import Job
 from proxynorm.errors import ConfigError
@@ -56,7 +56,7 @@ def test_ffcv_decodes_as_many_batches_in_advance_as_asked(photos, cache, prefetc
     drawn = []
     job = Job(np.arange(8), np.zeros(8, dtype=np.uint64), 32)
     jobs = (drawn.append(n) or job for n in range(6))
-    next(data.train.reader.stream(jobs, View(spec)))
+    next(data.train.reader.stream(jobs, Transform(spec)))
     assert len(drawn) == begun
 
 

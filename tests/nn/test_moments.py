@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from proxynorm.nn import ACTIVATIONS, NormAct2d, closed_forms, proxy_moments
 from proxynorm.nn.activations import activation_name, make_activation
-from proxynorm.nn.fast.folding import fold, folded
+from proxynorm.nn.fast.folding import evaluate_constants, folded
 
 ZERO, ONE = torch.zeros(1), torch.ones(1)
 
@@ -170,7 +170,7 @@ def test_constants_have_the_slopes_of_the_formula(activation, method, scale):
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5)
     parameters, rule = layer.four_parameters(), layer.proxy_rule()
-    values, jacobian = fold(parameters, rule)
+    values, jacobian = evaluate_constants(parameters, rule)
     for row, value, slopes in zip(folded(parameters, rule), values, jacobian):
         torch.testing.assert_close(value, row.detach(), atol=1e-12, rtol=1e-10)
         expected = [torch.zeros(3, dtype=torch.float64)] * 4
@@ -352,7 +352,7 @@ def test_a_grid_of_any_size_is_exact_in_float64():
 def test_the_slopes_of_silu_are_those_of_autograd():
     a = torch.linspace(-9, 9, 61, dtype=torch.float64).repeat_interleave(40).requires_grad_()
     s = torch.logspace(-2, 1.5, 40, dtype=torch.float64).repeat(61).requires_grad_()
-    values, slopes = closed_forms.silu_with_slopes(a.detach(), s.detach())
+    values, slopes = closed_forms.silu_with_derivatives(a.detach(), s.detach())
     for value, *by, moment in zip(values, *slopes, closed_forms.silu(a, s), strict=True):
         torch.testing.assert_close(value, moment.detach(), rtol=0, atol=0)
         kept = value > 1e-8  # below, the variance is clamped at 0

@@ -54,10 +54,13 @@ def test_same_results(activation, norm):
 
 def test_moments_are_shared_in_one_evaluation(monkeypatch):
     net, calls = share_moments(network()), []
-    fold = shared_module.fold
-    monkeypatch.setattr(shared_module, "fold", lambda *args: calls.append(1) or fold(*args))
+    evaluate = shared_module.evaluate_constants
     monkeypatch.setattr(
-        "proxynorm.nn.norm_act.fold", lambda *args: pytest.fail("a layer folded by itself")
+        shared_module, "evaluate_constants", lambda *args: calls.append(1) or evaluate(*args)
+    )
+    monkeypatch.setattr(
+        "proxynorm.nn.norm_act.evaluate_constants",
+        lambda *args: pytest.fail("a layer folded by itself"),
     )
     x = torch.randn(2, 3, 8, 8)
     net(x).sum().backward()

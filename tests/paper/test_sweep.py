@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.proxynorm_launchers import LocalLauncher
 from proxynorm.launch.multirun import sweep_runs
-from proxynorm.paper.sweep import answer, as_table
+from proxynorm.paper.sweep import as_table, write_comparison
 from tests.helpers import ROOT, SMALL
 from tests.tiny_table import write_run
 from tests.wandb_files import read_offline
@@ -35,7 +35,7 @@ def runs(tmp_path):
 
 
 def test_the_table_shows_mean_spread_n_and_the_difference_to_bn(runs, tmp_path):
-    text = answer(runs, tmp_path, "sweep-norm", "train.py -m …", "- batch=7: too small")
+    text = write_comparison(runs, tmp_path, "sweep-norm", "train.py -m …", "- batch=7: too small")
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert rows[0] == "top1 % n minus bn 95 % interval"
     assert rows[2] == "bn 51.00 ± 1.41 2" and rows[4].startswith("ln_pn 51.00 ± 0.71 2 +0.00 -")
@@ -50,7 +50,7 @@ def test_the_table_shows_mean_spread_n_and_the_difference_to_bn(runs, tmp_path):
 
 def test_the_comparison_is_logged_in_the_group_of_its_runs(runs, tmp_path):
     online = [replace(run, arguments=(*run.arguments, "logger=wandb")) for run in runs]
-    answer(online, tmp_path, "sweep-norm", "train.py -m …")
+    write_comparison(online, tmp_path, "sweep-norm", "train.py -m …")
     logged = read_offline(tmp_path)
     assert (logged["group"], logged["job"]) == ("sweep-norm", "comparison")
     assert {"comparison", "figure/cells", "figure/curves"} <= logged["history"]
@@ -58,16 +58,16 @@ def test_the_comparison_is_logged_in_the_group_of_its_runs(runs, tmp_path):
 
 def test_unfinished_runs_are_left_out(runs, tmp_path):
     (runs[-1].folder / "summary.json").unlink()
-    assert "\nln_pn         50.50  1     -0.50\n" in answer(runs, tmp_path, "sweep", "x")
+    assert "\nln_pn         50.50  1     -0.50\n" in write_comparison(runs, tmp_path, "sweep", "x")
     for run in runs[:-1]:
         (run.folder / "summary.json").unlink()
-    assert answer(runs, tmp_path, "sweep", "x") == ""
+    assert write_comparison(runs, tmp_path, "sweep", "x") == ""
 
 
 def test_another_sweep_in_the_folder_loses_nothing(runs, tmp_path):
-    answer(runs, tmp_path, "sweep", "first")
-    answer(runs, tmp_path, "sweep", "first")
-    answer(runs[:2], tmp_path, "sweep", "second")
+    write_comparison(runs, tmp_path, "sweep", "first")
+    write_comparison(runs, tmp_path, "sweep", "first")
+    write_comparison(runs[:2], tmp_path, "sweep", "second")
     assert (tmp_path / "comparison.md").read_text().startswith("# second\n")
     former = tmp_path / "comparison-1"
     assert (former / "comparison.md").read_text().startswith("# first\n")

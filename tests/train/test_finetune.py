@@ -16,8 +16,9 @@ from proxynorm.export import export_run
 from proxynorm.nn import parameter_groups
 from proxynorm.train import checkpoint, finetune
 from proxynorm.train.config import compose_config, settings_from
-from proxynorm.train.finetune import Weights, classifier_names, freeze_parts, read_weights
+from proxynorm.train.finetune import Weights, read_weights
 from proxynorm.train.optimizer import layers_of, scale_rates
+from proxynorm.train.parts import classifier_names, freeze_parts
 from proxynorm.train.restore import restore
 from proxynorm.train.run import train
 from proxynorm.train.settings import NormSettings, OptimSettings, Settings

@@ -1,4 +1,4 @@
-"""The progress bar: the step counter first, then the figures that fit. Step times; a trace."""
+"""The progress bar: the step counter first, then the metrics that fit. Step times; a trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from proxynorm.train import progress
-from proxynorm.train.progress import Display, StepTimer, figures, profiled
+from proxynorm.train.progress import Display, StepTimer, format_metrics, profiled
 from tests.helpers import ROOT
 
 ROW = {
@@ -51,7 +51,7 @@ def test_the_step_counter_is_whole_at_any_width(monkeypatch, width):
 
 def test_a_wide_terminal_shows_everything(monkeypatch):
     shown = line(monkeypatch, 200)
-    for part in figures(ROW):
+    for part in format_metrics(ROW):
         assert part in shown
 
 
@@ -61,7 +61,7 @@ def test_eighty_columns_show_the_time_left(monkeypatch):
 
 
 def test_a_row_without_rates_is_shown_without_them(capsys):
-    assert figures({"loss": 2.0, "lr": 0.1, "gradient_norm": 1.0}) == [
+    assert format_metrics({"loss": 2.0, "lr": 0.1, "gradient_norm": 1.0}) == [
         "loss 2.0000",
         "lr 0.1",
         "gradient 1",
@@ -76,7 +76,7 @@ def test_a_row_without_rates_is_shown_without_them(capsys):
 def test_unknown_figures_are_left_out():
     assert not [
         part
-        for part in figures({key: ROW[key] for key in ROW if key != "gpu_memory_gib"})
+        for part in format_metrics({key: ROW[key] for key in ROW if key != "gpu_memory_gib"})
         if "GPU" in part
     ]
 

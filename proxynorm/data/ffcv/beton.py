@@ -43,7 +43,8 @@ RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 INT_FIELD, IMAGE_FIELD = 1, 2
 CHANGED = "its stored bytes have changed since it was written"
 DIGEST = "sha256_of_head_sums_and_manifest"  # a key of the manifest
-WEIGHT, WEIGHT_TAIL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # see byte_sum
+# See byte_sum: two odd numbers with scattered bits (SplitMix64's and xxHash's).
+WEIGHT, WEIGHT_TAIL = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 
 @dataclass
@@ -174,7 +175,7 @@ def _read_samples(path: Path) -> Samples:
     mode, width, height, pointer, targets = map(np.ascontiguousarray, columns)
     size = _sizes(path, header, pointer)
     _require((pointer + size <= length).all() and (targets >= 0).all())
-    pixels = height.astype(np.uint64) * width * np.uint64(3)
+    pixels = height.astype(np.uint64) * width * np.uint64(3)  # more than the sides' 16 bits
     _require((size == pixels)[mode == RAW].all())
     head = header.tobytes() + fields.tobytes() + records.tobytes()
     manifest, sums = _read_companions(path, head, count, length)

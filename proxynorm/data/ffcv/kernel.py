@@ -13,6 +13,7 @@ from proxynorm.data.ffcv.beton import JPEG, WEIGHT, WEIGHT_TAIL
 from proxynorm.data.ffcv.native import BAD_JPEG, BAD_SUM, GOOD
 
 _u32, _i64, _pointer = types.uint32, types.int64, types.uintp
+# FFCV's libffcv.py names the arguments of both, in imdecode and resize_crop.
 _imdecode = types.ExternalFunction(
     "proxynorm_ffcv_imdecode",
     types.int32(
@@ -25,6 +26,7 @@ BITS = 11
 # _shrink averages TAPS pixels a side: they cover any span of MOST_SHRUNK, wherever it begins.
 TAPS, MOST_SHRUNK = 4, 3
 THREE = np.uint64(3)
+# nogil: threads decode in parallel. cache: compiling takes seconds.
 _options = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
@@ -164,6 +166,7 @@ def decode_samples(stored, rows, boxes, flips, out, status):
         if mode[i] == JPEG:
             pixels = scratch[: 3 * h * w]
             place = pixels.ctypes.data
+            # The whole image: no offset, scale 1/1, neither cropped nor flipped.
             failed = _imdecode(
                 data.ctypes.data, data.size, h, w, place, h, w, 0, 0, 1, 1, False, False
             )

@@ -38,7 +38,7 @@ def differentiable(
     if not pairs:
         return [None] * len(inputs)
     outputs, grads = zip(*pairs)
-    slopes = iter(
+    results = iter(
         torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True)
     )
-    return [next(slopes) if t is not None and t.requires_grad else None for t in inputs]
+    return [next(results) if t is not None and t.requires_grad else None for t in inputs]

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from proxynorm.nn.activations import activation_name
-from proxynorm.nn.closed_forms import silu_with_slopes
+from proxynorm.nn.closed_forms import silu_with_derivatives
 from proxynorm.nn.fast.derivatives import by_formula, differentiable
 from proxynorm.nn.moments import location_and_scale, proxy_moments
 
 
 class Rule(NamedTuple):
-    """The rule for computing and applying m and v. Without scale, only m is subtracted: r is 1."""
+    """How a layer computes m and v (act, method, nodes: see proxy_moments) and applies them."""
 
     act: nn.Module
     method: str
     nodes: int
-    eps: float
-    scale: bool
+    eps: float  # PN's ε
+    scale: bool  # False: only m is subtracted, and r is 1
 
     @property
     def has_gain(self) -> bool:
@@ -44,7 +44,11 @@ class Rule(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """values (5, C), in the order of folded(), and jacobian (5, 4, C), by γ, β, γ̃ and β̃."""
+    """values (5, C), in the order of folded(), and jacobian (5, 4, C), by γ, β, γ̃ and β̃.
+
+    With the jacobian, a layer's backward pass is a few products of length C (pull_back), instead of
+    one through the moments.
+    """
 
     values: Tensor
     jacobian: Tensor
@@ -61,6 +65,7 @@ def folded(parameters: Sequence[Tensor], rule: Rule) -> tuple[Tensor, ...]:
 def _with_moments(
     rule: Rule, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
+    """The rows of folded() from m and v."""
     weight, bias = weight.to(mean.dtype), bias.to(mean.dtype)
     rescale = torch.rsqrt(var + rule.eps)
     one = torch.ones_like(rescale)
@@ -69,27 +74,29 @@ def _with_moments(
     return inner * weight, inner * bias, gain, -r * mean, rescale
 
 
-def fold(parameters: Sequence[Tensor], rule: Rule) -> Constants:
+def evaluate_constants(parameters: Sequence[Tensor], rule: Rule) -> Constants:
     """The rows of folded() and their derivatives, detached from autograd."""
     # These graphs are used up here: saved-tensor hooks, such as checkpointing's, must not see them.
     identity = saved_tensors_hooks(lambda t: t, lambda t: t)
     with torch.inference_mode(False), torch.enable_grad(), identity:
-        wide = torch.promote_types(parameters[0].dtype, torch.float32)
-        leaves = [p.detach().to(wide, copy=True).requires_grad_() for p in parameters]
-        moments, slopes = _moments_with_slopes(rule, leaves)
+        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+        leaves = [p.detach().to(dtype, copy=True).requires_grad_() for p in parameters]
+        moments, derivatives = _moments_with_derivatives(rule, leaves)
     with torch.inference_mode(False), torch.no_grad():
         values = torch.stack(_with_moments(rule, leaves[0], leaves[1], *moments))
-        return Constants(values, _slopes_of_rows(rule, leaves[0], leaves[1], moments, slopes))
+        return Constants(
+            values, _derivatives_of_rows(rule, leaves[0], leaves[1], moments, derivatives)
+        )
 
 
-def _slopes_of_rows(
-    rule: Rule, weight: Tensor, bias: Tensor, moments: Tensor, slopes: Tensor
+def _derivatives_of_rows(
+    rule: Rule, weight: Tensor, bias: Tensor, moments: Tensor, derivatives: Tensor
 ) -> Tensor:
     """The derivatives of _with_moments' rows by γ, β, γ̃ and β̃, (5, 4, C), from those of m and v.
 
     They are written by hand because autograd would take as long as the moments on a CPU.
     """
-    (mean, var), (by_mean, by_var) = moments, slopes
+    (mean, var), (by_mean, by_var) = moments, derivatives
     rescale = torch.rsqrt(var + rule.eps)
     by_rescale = -0.5 * rescale**3 * by_var
     zero, one = torch.zeros_like(by_rescale), torch.ones_like(rescale)
@@ -102,19 +109,19 @@ def _slopes_of_rows(
     return torch.stack([by_scale, by_shift, by_gain, by_offset, by_rescale])
 
 
-def _moments_with_slopes(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _moments_with_derivatives(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """m and v, (2, C), and their derivatives by the leaves, (2, 4, C), both detached."""
     if activation_name(rule.act) == "silu" and rule.method != "grid":
         # With autograd, folding would take a tenth of an EfficientNet's step on a CPU.
         weight, bias, proxy_weight, proxy_bias = (p.detach() for p in leaves)
         a, s = location_and_scale(weight, bias, proxy_weight, proxy_bias)
-        moments, (by_a, by_s) = silu_with_slopes(a, s)
+        moments, (by_a, by_s) = silu_with_derivatives(a, s)
         spread = 1 + proxy_weight
         by_s = by_s * (weight * spread).sign()  # s = |γ(1 + γ̃)|
-        slopes = [by_a * proxy_bias + by_s * spread, by_a, by_s * weight, by_a * weight]
-        wide = weight.dtype
-        return moments.to(wide), torch.stack(slopes, dim=1).to(wide)
+        derivatives = [by_a * proxy_bias + by_s * spread, by_a, by_s * weight, by_a * weight]
+        return moments.to(weight.dtype), torch.stack(derivatives, dim=1).to(weight.dtype)
     moments = torch.stack(rule.moments(*leaves))
+    # One batched backward pass for both. Channels are independent: a row of ones seeds them all.
     seeds = torch.eye(2, dtype=moments.dtype, device=moments.device)[..., None]
     by_leaves = torch.autograd.grad(
         moments, leaves, seeds.expand(2, *moments.shape), is_grads_batched=True
@@ -127,12 +134,12 @@ def pull_back(
 ) -> list[Tensor | None]:
     """The gradients of γ, β, γ̃ and β̃ from those of the rows, of which None means zero."""
     total: Tensor | None = None
-    for slopes, grad in zip(jacobian, grads):
+    for row, grad in zip(jacobian, grads):
         if grad is not None:
-            total = slopes * grad if total is None else total.addcmul_(slopes, grad)
+            total = row * grad if total is None else total.addcmul_(row, grad)
     if total is None:
         return [None] * len(parameters)
-    return [slope.to(p.dtype) for slope, p in zip(total, parameters)]
+    return [by_p.to(p.dtype) for by_p, p in zip(total, parameters)]
 
 
 class Rescale(torch.autograd.Function):
@@ -142,13 +149,13 @@ class Rescale(torch.autograd.Function):
     def forward(ctx: Any, constants: Constants, rule: Rule, *parameters: Tensor) -> Tensor:
         ctx.rule = rule
         ctx.save_for_backward(constants.jacobian, *parameters)
-        return constants.values[-1].clone()
+        return constants.values[-1].clone()  # a copy, because later calls use the constants
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         jacobian, *parameters = ctx.saved_tensors
         if by_formula(grad):
-            slopes = differentiable(lambda *p: folded(p, ctx.rule)[-1:], parameters, (grad,))
+            by_parameters = differentiable(lambda *p: folded(p, ctx.rule)[-1:], parameters, (grad,))
         else:
-            slopes = pull_back(jacobian[-1:], (grad,), parameters)
-        return None, None, *slopes
+            by_parameters = pull_back(jacobian[-1:], (grad,), parameters)
+        return None, None, *by_parameters

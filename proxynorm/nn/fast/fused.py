@@ -48,6 +48,7 @@ class NormAct(torch.autograd.Function):
         u, *statistics = norm.forward(x, scale, norm_shift)
         z = _output_(u, floor, gain, offset, act)
         if is_recomputing() and any(ctx.needs_input_grad):
+            # Detached, so that the rebuilding function holds no graph.
             kept: list[Any] = [scale, norm_shift, floor, gain, offset]
             kept = [t if t is None else t.detach() for t in kept]
 
@@ -69,8 +70,8 @@ class NormAct(torch.autograd.Function):
         parameters, statistics = rest[: ctx.count], rest[ctx.count :]
         if by_formula(grad):
             reference = partial(_reference, ctx.norm, ctx.act, ctx.rule, statistics)
-            dx, *slopes = differentiable(reference, (x, *parameters), (grad,))
-            return dx, None, None, None, None, *slopes
+            dx, *by_parameters = differentiable(reference, (x, *parameters), (grad,))
+            return dx, None, None, None, None, *by_parameters
         if ctx.rebuilt is not None:
             z = ctx.rebuilt.take(x, last=True)
         scale, shift, gain, offset = _rows(ctx.rule, values, parameters)
@@ -83,12 +84,14 @@ class NormAct(torch.autograd.Function):
             du = _act_backward(grad, u, ctx.act)
         # The gain multiplies the constants instead of du, which saves a pass over the map.
         gained = scale if gain is None else scale * gain
-        dx, *slopes = ctx.norm.backward(du, x, gained, *statistics, ctx.needs_input_grad[0])
+        needs_dx = ctx.needs_input_grad[0]
+        dx, by_scale, by_shift = ctx.norm.backward(du, x, gained, *statistics, needs_dx)
         if gain is not None:
-            slopes = [slope * gain for slope in slopes]
-        if jacobian is not None:
-            slopes = pull_back(jacobian, (*slopes, by_gain, by_offset), parameters)
-        return dx, None, None, None, None, *slopes
+            by_scale, by_shift = by_scale * gain, by_shift * gain
+        if jacobian is None:  # the parameters are scale and shift
+            return dx, None, None, None, None, by_scale, by_shift
+        by_parameters = pull_back(jacobian, (by_scale, by_shift, by_gain, by_offset), parameters)
+        return dx, None, None, None, None, *by_parameters
 
 
 def _rows(
@@ -166,8 +169,7 @@ def _output_(
     offset = per_channel(offset)
     if gain is None:
         return torch.add(z, offset, out=z)
-    # One pass rounds half precision only once. For contiguous single precision, two are
-    # faster.
+    # One pass rounds half precision only once. For contiguous single precision, two are faster.
     gain = per_channel(gain)
     if z.dtype == gain.dtype and z.is_contiguous():
         return z.mul_(gain).add_(offset)

@@ -2,7 +2,7 @@
 
 - forward returns u and the statistics: mean and 1/sqrt(var + ε).
 - replay computes u again with these statistics, equal to rounding.
-- backward returns the gradients of x (None without by_x), scale and shift.
+- backward returns the gradients of x (None without needs_dx), scale and shift.
 - reference computes u in operations that can be differentiated twice.
 
 x, u and their gradients are (N, C, H, W) in x's dtype. scale and shift are (C,), and in float32 or
@@ -46,12 +46,13 @@ class GroupNorm:
         return _on_cells(x, scale, shift, mean, rstd)
 
     def backward(
-        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
+        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, needs_dx: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
+        # As in autograd's formula: the kernel takes grad to have x's memory format.
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad = grad.contiguous(memory_format=layout)
         return aten.native_group_norm_backward(
-            grad, x, mean, rstd, scale, *_sides(x), self.groups, [by_x, True, True]
+            grad, x, mean, rstd, scale, *_sides(x), self.groups, [needs_dx, True, True]
         )
 
     def reference(
@@ -89,13 +90,13 @@ class CellGroupNorm(GroupNorm):
         return _on_cells(x, scale, shift, mean, rstd)
 
     def backward(
-        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
+        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, needs_dx: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         mean, rstd = _to_cells(mean, x), _to_cells(rstd, x)
         y = torch.addcmul((-mean * rstd)[..., None, None], x, rstd[..., None, None])
         by_shift, by_scale = grad.sum((2, 3), dtype=mean.dtype), y.mul_(grad).sum((2, 3))
         dx = None
-        if by_x:  # grad·A + x·D + E, one value per cell each
+        if needs_dx:  # grad·A + x·D + E, one value per cell each
             size = x[0].numel() // self.groups
             mean_grad, mean_product = (
                 _to_cells((s * scale).unflatten(1, (self.groups, -1)).sum(-1) / size, x)
@@ -164,9 +165,9 @@ class BatchNorm:
         return aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]
 
     def backward(
-        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, by_x: bool
+        self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, needs_dx: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        wanted = [by_x, True, True]
+        wanted = [needs_dx, True, True]
         return aten.native_batch_norm_backward(
             grad, x, scale, mean, rstd.pow(-2), mean, rstd, self.training, 0.0, wanted
         )

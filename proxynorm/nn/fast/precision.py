@@ -16,8 +16,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def is_transformed() -> bool:
-    """True under torch.compile, export, tracing, torch.func and forward-mode AD."""
+def needs_plain_operations() -> bool:
+    """True under torch.compile, export, tracing, torch.func and forward-mode AD.
+
+    They need operations that they can differentiate and fuse, not our autograd Functions and hooks.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]

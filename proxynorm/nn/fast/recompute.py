@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from proxynorm.nn.fast.precision import is_transformed
+from proxynorm.nn.fast.precision import needs_plain_operations
 
 
 def recompute(model: nn.Module) -> nn.Module:
@@ -47,7 +47,10 @@ class RebuiltOutput:
         _OUTPUTS[z] = _Kept(x.detach(), _version(x), self), z._version
 
     def take(self, x: Tensor, last: bool = False) -> Tensor:
-        """The output. Its last user is the layer's own backward, after those of its successors."""
+        """The output, computed at the first call and dropped at the last.
+
+        last: in the layer's own backward pass, which comes after those of the layers that it feeds.
+        """
         output = self.rebuild(x) if self.output is None else self.output
         self.output = None if last else output
         return output
@@ -64,6 +67,7 @@ class _Kept(NamedTuple):
     rebuilt: RebuiltOutput | None = None
 
     def unpack(self) -> Tensor:
+        """The tensor for backward. Raises RuntimeError, with torch's text, if it was changed."""
         tensor, version = self.tensor, self.version
         if _version(tensor) != version:
             raise RuntimeError(
@@ -102,7 +106,7 @@ def _version(tensor: Tensor) -> int:
 
 def _enter(model: nn.Module, inputs: tuple[object, ...]) -> None:
     _leave(model)  # after a keyboard interrupt, the last forward pass may have skipped it
-    if _ACTIVE.hooks is None and torch.is_grad_enabled() and not is_transformed():
+    if _ACTIVE.hooks is None and torch.is_grad_enabled() and not needs_plain_operations():
         _ACTIVE.model, _ACTIVE.hooks = model, saved_tensors_hooks(_pack, lambda kept: kept.unpack())
         _ACTIVE.hooks.__enter__()
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from proxynorm.nn.fast.folding import Constants, fold
-from proxynorm.nn.fast.precision import is_transformed
+from proxynorm.nn.fast.folding import Constants, evaluate_constants
+from proxynorm.nn.fast.precision import needs_plain_operations
 from proxynorm.nn.norm_act import NormAct2d
 
 
@@ -47,7 +47,7 @@ class SharedMoments:
 
     def distribute(self, model: nn.Module, inputs: tuple[object, ...]) -> None:
         """Pre-forward hook: give every layer its constants."""
-        if is_transformed():
+        if needs_plain_operations():
             return
         families: dict[Hashable, list[NormAct2d]] = {}
         for module in model.modules():
@@ -60,6 +60,7 @@ class SharedMoments:
     def _serve(
         self, layers: list[NormAct2d], family: Hashable, evaluated: tuple[Tensor, Constants] | None
     ) -> None:
+        """Give the layers of a family their constants; evaluated: the last evaluation, if any."""
         # Constants that are evaluated in inference mode may be used in training later.
         with torch.inference_mode(False), torch.no_grad():
             columns = zip(*(layer.four_parameters() for layer in layers))
@@ -67,18 +68,19 @@ class SharedMoments:
             # Fake tensors have no values, so they are neither compared nor stored.
             comparable = type(parameters) is Tensor and parameters.device.type == "cpu"
             if evaluated is None or not comparable or not torch.equal(evaluated[0], parameters):
-                evaluated = parameters, fold(parameters.unbind(), layers[0].proxy_rule())
+                constants = evaluate_constants(parameters.unbind(), layers[0].proxy_rule())
+                evaluated = parameters, constants
             if comparable:
                 self.evaluated[family] = evaluated
             sizes = [layer.num_features for layer in layers]
             parts = zip(*(rows.split(sizes, dim=-1) for rows in evaluated[1]))
-        for layer, constants in zip(layers, parts):
-            layer.share_constants(Constants(*constants))
+        for layer, part in zip(layers, parts):
+            layer.share_constants(Constants(*part))
         self.served += layers
 
     def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         """Forward hook, also after an error: take the constants away from the layers."""
-        if is_transformed():
+        if needs_plain_operations():
             return
         for layer in self.served:
             layer.shared_constants = None
@@ -101,4 +103,5 @@ def _family(layer: NormAct2d) -> Hashable:
     """A key that layers have in common if they share a rule and can be evaluated together."""
     act, *options = layer.proxy_rule()
     weight = layer.proxy_weight
+    # extra_repr has an activation's arguments, such as LeakyReLU's slope.
     return type(act), act.extra_repr(), *options, weight.device, weight.dtype
