@@ -173,7 +173,8 @@ def effect(call: Call, on: Collection[Tensor], is_alone: bool) -> str:
     - "sum", "product": it is combined with another value.
     - "gate": it is mapped to numbers from 0 to 1.
     - "linear": it is scaled, shifted, moved or pooled.
-    - "none": the result does not depend on it.
+    - "none": the result does not depend on it (a dropped branch).
+    - "leaves": the result is no tensor.
     - "other": anything else, perhaps an activation.
 
     is_alone: no tensor of the call depends on other data.
@@ -196,16 +197,19 @@ def effect(call: Call, on: Collection[Tensor], is_alone: bool) -> str:
 
 @torch.no_grad()
 def _dependence(call: Call, on: set[int]) -> str:
-    """How a call depends on the tensors with these ids: "linear" (or affine), "none" or "other".
+    """How a call depends on the tensors with these ids: one of the last four words of `effect`.
 
-    The call is repeated to get f(0), f(y) and f(−100y). If f is affine, they lie on a line.
+    The call is repeated to get f(0), f(y) and f(−100y). If f is affine, they lie on a line. Ones
+    replace a y of zeros, as from a norm whose weight starts at 0, on which nothing would depend.
     """
 
     def scaled(factor: float) -> list[Tensor]:
         def scale(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
-            return value.detach() * factor if id(value) in on else value.detach().clone()
+            if id(value) not in on:
+                return value.detach().clone()
+            return (value.detach() if value.any() else torch.ones_like(value)) * factor
 
         new_args, new_kwargs = tree_map(scale, (call.args, call.kwargs))
         output = call.function(*new_args, **new_kwargs)
@@ -216,6 +220,8 @@ def _dependence(call: Call, on: set[int]) -> str:
         zero, one, far = (scaled(factor) for factor in (0.0, 1.0, -100.0))
     except (RuntimeError, TypeError):
         return "other"
+    if not one:
+        return "leaves"
     if all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(zero, one, far)):
         return "none"
     if not all(t.is_floating_point() or t.is_complex() for t in one):

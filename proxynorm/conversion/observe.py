@@ -39,7 +39,7 @@ class NormCall:
     between: list[str] = field(default_factory=list)
     problem: str | None = None  # why the norm cannot be joined with what follows
     uses: int = 0  # number of calls that take the norm's value
-    is_taken: bool = False  # a layer, sum or product takes the value, or what is linear in it
+    is_taken: bool = False  # a layer, sum, product or dropped branch takes it, scaled or not
     version: int = 0  # torch's counter of in-place changes of value, when it was computed
 
     @property
@@ -293,7 +293,9 @@ class Observer(TorchFunctionMode):
                 if is_gated and (does == "sum" or len(holders) == len(known)):
                     calls = ", ".join(path[:-1])
                     source.blame(f"the sigmoid behind it ({calls}) gates no other value")
-            elif does != "none":
+            elif does == "none":
+                source.is_taken = True
+            elif does != "leaves":
                 result.sources[source] = path
                 result.is_gated |= is_gated or does == "gate"
         return result

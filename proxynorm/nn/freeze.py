@@ -48,6 +48,8 @@ class FrozenNormAct2d(nn.Module):
         self.has_gain = layer.proxied and not self.has_floor
         scale, shift, gain, offset = _constants(layer, self.has_floor)
         self.act = nn.Identity() if self.has_floor else copy.deepcopy(layer.act)
+        if hasattr(self.act, "inplace"):
+            self.act.inplace = True  # the norm's output is a map of its own
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.register_buffer("gain", gain if self.has_gain else None)
@@ -66,11 +68,16 @@ class FrozenNormAct2d(nn.Module):
             shift, scale = self.shift.view(-1, 1, 1), self.scale.view(-1, 1, 1)
             y = torch.addcmul(shift, x, scale).to(x.dtype)
         y = self.drop(y)
+        # In place, a pass costs two thirds; but with gradients, φ may have kept y for backward.
+        in_place = not torch.is_grad_enabled()
         if self.has_floor:
-            return torch.maximum(y, self.offset.view(-1, 1, 1).to(y.dtype))
+            floor = self.offset.view(-1, 1, 1).to(y.dtype)
+            return y.clamp_(min=floor) if in_place else torch.maximum(y, floor)
         y = self.act(y)
         if self.has_gain:
             offset, gain = self.offset.view(-1, 1, 1), self.gain.view(-1, 1, 1)
+            if in_place and y.dtype == gain.dtype:
+                return torch.addcmul(offset, y, gain, out=y)
             y = torch.addcmul(offset, y, gain).to(y.dtype)
         return y
 

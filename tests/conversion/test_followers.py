@@ -92,6 +92,23 @@ def test_an_activation_by_hand_is_refused(name: str) -> None:
     assert "0x" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["clip", "square", "with_another_value", "rounded_quotient"])
+def test_an_activation_by_hand_of_a_norm_whose_weight_starts_at_0_is_refused(name: str) -> None:
+    model = Behind(BY_HAND[name])
+    nn.init.zeros_(model.bn.weight)
+    with pytest.raises(ValueError, match=r"cannot place bn \(BatchNorm2d\)"):
+        convert(model, example_inputs=IMAGES)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("kept", [0.0, 2.0])
+def test_a_branch_that_is_dropped_while_observed(weight: float, kept: float) -> None:
+    """Its norm has no activation, whatever the draw and the norm's weight."""
+    model = Behind(lambda m, y: (y * kept if m.training else y) + m.conv(m.images))
+    nn.init.constant_(model.bn.weight, weight)
+    assert not convert(model, example_inputs=IMAGES).bn.proxied
+
+
 def test_a_refusal_names_norm_function_and_forward() -> None:
     said = (
         r"cannot place bn \(BatchNorm2d\): .* \(add, logaddexp at .*test_followers\.py:\d+\), "

@@ -14,7 +14,7 @@ import torchvision
 from torch import nn
 
 from proxynorm import convert, create_model, freeze
-from proxynorm.nn import NORMS, NormAct2d
+from proxynorm.nn import ACTIVATIONS, NORMS, NormAct2d
 from proxynorm.nn.freeze import FrozenNormAct2d
 from tests.helpers import need_module
 
@@ -83,6 +83,23 @@ def test_frozen_equals_the_model(name: str, norm: str) -> None:
         and not frozen.training
     )
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["ln_pn", "bn_pn", "gn"])
+@pytest.mark.parametrize("act", [*ACTIVATIONS, nn.ELU, nn.Hardtanh, nn.RReLU])
+def test_passes_in_place_spare_input_and_gradients(norm: str, act: str) -> None:
+    layer = trained_like(nn.Sequential(NormAct2d(3, norm, groups=3, act_layer=act)).double())
+    frozen = freeze(layer)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    before, target = x.detach().clone(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        without_grad = frozen(x)
+    outputs = frozen(x), layer(x)
+    ours, theirs = (torch.autograd.grad((z * target).sum(), x)[0] for z in outputs)
+    for z in (without_grad, outputs[0]):
+        torch.testing.assert_close(z, outputs[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert torch.equal(x, before)
 
 
 def test_a_value_with_two_uses() -> None:

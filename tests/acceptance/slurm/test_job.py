@@ -82,13 +82,17 @@ def has_pending(pid: int, number: int) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
-def hold_until_warned(slurm, folder: Path) -> None:
-    """Halt the run until SLURM has warned it of its time limit, rather than train for a minute."""
+def hold_until_warned(slurm, job: str, folder: Path) -> None:
+    """Halt the run until SLURM has warned it of its time limit, rather than train for a minute.
+
+    The limit is raised before the run goes on, so that its next start has the new one.
+    """
     slurm.wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) > 3, "no rows", 120)
     pid = int((folder / ".lock").read_text().split()[-1])
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
         slurm.wait_for(lambda: has_pending(pid, signal.SIGUSR2), "no warning", 60)
+        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
         os.kill(pid, signal.SIGCONT)
 
 
@@ -98,10 +102,8 @@ def test_a_run_longer_than_its_time_limit_is_that_of_an_unbroken_one(
     """SLURM checks time limits every 30 s and warns up to 30 s early: here after 5 to 35 s."""
     job = submit("--time=1", "--signal=USR2@25", overrides=arguments(tmp_path, "limited", *MIDDLE))
     log = tmp_path / f"job-{job}.log"
-    hold_until_warned(slurm, tmp_path / "limited")
+    hold_until_warned(slurm, job, tmp_path / "limited")
     slurm.wait_for(lambda: stops(log)[0], "not stopped", 30)
-    slurm.wait_for(lambda: slurm.state(job) == "PENDING", "not queued again", 60)
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     whole = run_small(*arguments(tmp_path, "whole", *MIDDLE))
     assert slurm.wait_until_settled(job, 200) == "COMPLETED", log.read_text()
     stopped, resumed = stops(log)
