@@ -90,7 +90,7 @@ def test_the_figures_of_the_study_are_those_of_its_report():
         assert f"{abs(top1[first] - top1[second]):.2f}" in text, (first, second)
 
 
-STEP_NORMS = ["torch ln", "bn", "bn_pn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn"]
+STEP_NORMS = ["torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn"]
 
 
 def step_ratios(model, norm, key):
