@@ -111,13 +111,25 @@ def against_batch(findings: Findings) -> dict[str, dict[str, dict[float | None, 
     for axis, label in labels.items():
         norms: dict[str, dict[float | None, Sequence[float]]] = {}
         for cell in findings.measured():
-            others = cell.labels.keys() - {"norm", axis}
-            if "norm" in cell.labels and not others:
-                values = norms.setdefault(cell.labels["norm"], {})
-                values[cell.labels.get(axis)] = findings.samples[cell.name].values
-        if sum(value is not None for values in norms.values() for value in values) > 1:
+            own = with_batch(cell) if axis == "batch" else cell.labels
+            if own.keys() <= {"norm", axis} and "norm" in own:
+                values = norms.setdefault(own["norm"], {})
+                values[own.get(axis)] = findings.samples[cell.name].values
+        if sum(axis in cell.labels for cell in findings.measured()) > 1:
             panels[label] = norms
     return panels
+
+
+def with_batch(cell: Cell) -> dict[str, Any]:
+    """Return the labels with the batch of the recipe, and without a norm_batch that equals it."""
+    given = [text for text in cell.overrides if text.startswith("batch=")]
+    if not given:
+        return cell.labels
+    batch = int(given[-1].removeprefix("batch="))
+    rest = {
+        key: value for key, value in cell.labels.items() if (key, value) != ("norm_batch", batch)
+    }
+    return {**rest, "batch": batch}
 
 
 def loss_ratio(record: Record) -> float | None:

@@ -268,6 +268,6 @@ def result_table(name: str, results: Path) -> str:
     if not findings.records:
         return "No run is kept yet."
     counts = sorted({sample.n for sample in findings.samples.values()})
-    note = f"top1 (%) on {table.split}, mean ± standard deviation, "
-    note += f"{span(counts)} seeds a cell."
+    seeds = f"mean ± standard deviation, {span(counts)} seeds" if counts != [1] else "one seed"
+    note = f"top1 (%) on {table.split}, {seeds} a cell."
     return f"{markdown_table(wide_table(findings))}\n\n{note}"

@@ -90,6 +90,21 @@ def test_the_figures_of_the_study_are_those_of_its_report():
         assert f"{abs(top1[first] - top1[second]):.2f}" in text, (first, second)
 
 
+def test_the_differences_of_mini_batch_are_those_of_its_report():
+    text = prose(RESULTS_PAGE, "Batch size")
+    report = rows((RESULTS / "mini_batch/report.md").read_text())
+    differences = {row[1]: row[3] for row in report if len(row) == 8}
+    for cells in (
+        "bn-norm_batch2 − bn-norm_batch32",
+        "ln_pn − bn-norm_batch2",
+        "gn_pn − bn-norm_batch2",
+        "ln_pn − bn-norm_batch32",
+        "bn-batch2 − bn-norm_batch32",
+        "gn_pn-batch2 − gn_pn",
+    ):
+        assert differences[cells].lstrip("+-") in text
+
+
 STEP_NORMS = ["torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn"]
 
 

@@ -13,11 +13,19 @@ from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
 from proxynorm.paper.compare import Sample, cell_status, outcome
-from proxynorm.paper.findings import gather, loss_ratio
+from proxynorm.paper.findings import Findings, against_batch, gather, loss_ratio
 from proxynorm.paper.records import Record, archive_path, collect, kept_record, read_record
 from proxynorm.paper.report import wide_table, write_report
 from proxynorm.paper.search import choose, protocol
-from proxynorm.paper.table import Comparison, Reference, Search, load_table, table_runs
+from proxynorm.paper.table import (
+    Cell,
+    Comparison,
+    Reference,
+    Search,
+    cell_name,
+    load_table,
+    table_runs,
+)
 from tests.helpers import ROOT
 from tests.tiny_table import SEARCH, write_run
 
@@ -77,6 +85,18 @@ def test_a_single_seed_is_measured_against_the_known_spread():
     far = sample(92.0), sample(90.0)
     assert compare("higher", *far, spread=0.2).verdict == "single seed, beyond the seed spread"
     assert compare("higher", *far).verdict == "single seed, spread unknown"
+
+
+def test_the_figure_against_batch_size_has_the_batch_of_every_cell():
+    def cell(own, **labels):
+        return Cell(cell_name(labels), labels, ("norm=…", f"batch={own}"))
+
+    cells = [cell(32, norm="bn", norm_batch=2), cell(32, norm="bn", norm_batch=32)]
+    cells += [cell(32, norm="ln"), cell(2, norm="bn", batch=2), cell(2, norm="ln", batch=2)]
+    samples = {each.name: sample(90.0 + i) for i, each in enumerate(cells)}
+    shared, batch = against_batch(Findings(None, cells, [], samples, [])).values()
+    assert shared == {"bn": {2: (90.0,), 32: (91.0,)}, "ln": {None: (92.0,)}}
+    assert batch == {"bn": {32: (91.0,), 2: (93.0,)}, "ln": {32: (92.0,), 2: (94.0,)}}
 
 
 def test_equal_values_without_spread_have_p_1():
