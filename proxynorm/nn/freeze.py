@@ -49,7 +49,8 @@ class FrozenNormAct2d(nn.Module):
         scale, shift, gain, offset = _constants(layer, self.has_floor)
         self.act = nn.Identity() if self.has_floor else copy.deepcopy(layer.act)
         if hasattr(self.act, "inplace"):
-            self.act.inplace = True  # the norm's output is a map of its own
+            # the norm's output is a map of its own
+            self.act.inplace = True  # type: ignore[assignment]
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.register_buffer("gain", gain if self.has_gain else None)

@@ -94,7 +94,7 @@ def test_the_figure_against_batch_size_has_the_batch_of_every_cell():
     cells = [cell(32, norm="bn", norm_batch=2), cell(32, norm="bn", norm_batch=32)]
     cells += [cell(32, norm="ln"), cell(2, norm="bn", batch=2), cell(2, norm="ln", batch=2)]
     samples = {each.name: sample(90.0 + i) for i, each in enumerate(cells)}
-    shared, batch = against_batch(Findings(None, cells, [], samples, [])).values()
+    shared, batch = against_batch(Findings(None, cells, [], samples, [], {}, {}, "")).values()
     assert shared == {"bn": {2: (90.0,), 32: (91.0,)}, "ln": {None: (92.0,)}}
     assert batch == {"bn": {32: (91.0,), 2: (93.0,)}, "ln": {32: (92.0,), 2: (94.0,)}}
 
