@@ -77,9 +77,8 @@ def convert(
         model: a network whose norms act on maps (N, C, H, W). Copies of it are run.
         norm: one of proxynorm.nn.NORMS.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a function
-            that calls the model (for a detector, with targets in training). None: random images of
-            several sizes are tried. Branches of a forward that do not run are not observed; a
-            function may call the model several times.
+            that calls the model, once for each branch of its forward (for a detector, with targets
+            in training). None: random images of several sizes are tried.
         keep: names of norms to leave as they are, or patterns of such names ("stages.0.*").
         no_activation: names or patterns of norms to convert as if no activation followed them.
         groups, norm_batch, eps, proxy_eps, moments, nodes: see proxynorm.nn.options.NormOptions.
@@ -109,8 +108,7 @@ def convert(
             standardize_weights(model.get_submodule(name))
     if options.spec.proxy:
         share_moments(model)
-    # By vars(), because nn.Module's __setattr__ is annotated for tensors and modules alone.
-    vars(model)["conversion_rows"] = rows
+    vars(model)["conversion_rows"] = rows  # nn.Module's __setattr__ is typed for tensors, modules
     return model
 
 
