@@ -69,7 +69,7 @@ class FrozenNormAct2d(nn.Module):
             shift, scale = self.shift.view(-1, 1, 1), self.scale.view(-1, 1, 1)
             y = torch.addcmul(shift, x, scale).to(x.dtype)
         y = self.drop(y)
-        # In place, a pass costs two thirds; but with gradients, φ may have kept y for backward.
+        # In place, a pass allocates no map; but with gradients, φ may have kept y for backward.
         in_place = not torch.is_grad_enabled()
         if self.has_floor:
             floor = self.offset.view(-1, 1, 1).to(y.dtype)
