@@ -47,6 +47,19 @@ def small_betons(tmp_path) -> Path:
     return tmp_path
 
 
+def test_a_terminal_gets_wrapped_lines_and_a_pipe_whole_ones(monkeypatch, capsys):
+    findings = [Finding(OK, "packages", ", ".join(["torch 2.11.0"] * 20))]
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: findings)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_script(monkeypatch) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run_script(monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert whole == f"{findings[0]}\n" and " ".join(map(str.strip, lines)) == whole.strip()
+    assert max(map(len, lines)) <= 80 and all(line[:19].isspace() for line in lines[1:])
+
+
 @needs_fashion_mnist
 def test_the_default_experiment_can_run_here(monkeypatch, capsys):
     assert run_script(monkeypatch) == 0

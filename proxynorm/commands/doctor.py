@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,6 +39,7 @@ from proxynorm.train.settings import Settings, folder_of
 from proxynorm.train.tracker import choose_mode
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
+INDENT = " " * 19  # as wide as a finding's status and subject
 SAMPLED_IMAGES = 256
 IMAGENET = {"classes": 1000, "training images": 1_281_167, "evaluation images": 50_000}
 REMEDIES = {  # for data that cannot be opened, by data.name
@@ -262,6 +264,14 @@ def check_slurm() -> Finding:
     return Finding(OK, "slurm", f"partition, nodes, GPUs: {text}")
 
 
+def _fitted(line: str) -> str:
+    """Wrap a finding to the terminal's width; in a file or pipe, it stays one line."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=INDENT, break_long_words=False)
+
+
 def entry() -> int:
     """Print the findings; return 2 if something is missing."""
     arguments = sys.argv[1:]
@@ -277,6 +287,6 @@ def entry() -> int:
         settings = settings_from(compose_config([*arguments, "data.root=null"]))
     missing = False
     for finding in examine(settings, choices(arguments)["experiment"]):
-        print(as_installed(str(finding)), flush=True)
+        print(_fitted(as_installed(str(finding))), flush=True)
         missing |= finding.status == MISSING
     return 2 if missing else 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from proxynorm.conversion.kinds import kind_of
+from proxynorm.nn.freeze import deep_copy
 
 Forward = Callable[[nn.Module], object]  # calls a network on example inputs
 # Sides of the images that are tried: 64 is fast, 224 and 299 are ImageNet's, 32 is CIFAR's.
@@ -40,10 +41,7 @@ def copy_to_run(model: nn.Module) -> nn.Module:
 
     For a network on the meta device, which has no values, the copy has random values on the CPU.
     """
-    tensors = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    # deepcopy refuses tensors that a hook computed, such as weight_norm's
-    memo: dict[int, object] = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
-    copied = copy.deepcopy(model, memo)
+    copied = deep_copy(model)
     if any(parameter.is_meta for parameter in copied.parameters()):
         copied.to_empty(device="cpu")
         for tensor in (*copied.parameters(), *copied.buffers()):

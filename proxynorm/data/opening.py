@@ -45,6 +45,8 @@ def open_data(spec: DataSpec, loader: LoaderSpec | None = None) -> Data:
     if spec.limit is not None and spec.limit > available:
         excess = f"exceeds the {available} training images, which are all taken"
         notes = (f"data.limit={spec.limit} {excess}", *notes)
+    if len(train.classes) == 1:
+        notes = (f"{train.source}: has one class only, so there is nothing to learn", *notes)
     return Data(spec, info, *splits, notes)
 
 

@@ -99,7 +99,7 @@ def freeze(model: nn.Module) -> nn.Module:
         ValueError: the model has no NormAct2d, or one without running statistics.
     """
     _check(model)
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = deep_copy(model).requires_grad_(False)
     frozen.eval()  # not chained, because a user's train() may return None
     modules: list[Any] = list(frozen.modules())
     for module in modules:
@@ -115,6 +115,13 @@ def freeze(model: nn.Module) -> nn.Module:
         return replacements[frozen]
     replace_modules(frozen, replacements)
     return frozen
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network with weights that hooks compute (pruning, weight_norm)."""
+    # deepcopy refuses such tensors, which are results of operations.
+    tensors = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -142,6 +149,11 @@ def _check(model: nn.Module) -> None:
             )
         if "forward" in vars(layer):
             raise ValueError(f"{prefix}: a forward was set on this object, which would be lost")
+        if computed := [key for key, value in vars(layer).items() if torch.is_tensor(value)]:
+            raise ValueError(
+                f"{prefix}: a hook computes its {computed[0]} at each forward; make it permanent "
+                f"first, as torch.nn.utils.prune.remove(layer, {computed[0]!r}) does"
+            )
 
 
 def _remove_own_hooks(module: nn.Module) -> None:

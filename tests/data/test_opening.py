@@ -22,6 +22,7 @@ from proxynorm.data.sources import list_source
 from proxynorm.errors import ConfigError, DataError
 from tests.data.conftest import (
     BACKENDS,
+    CLASSES,
     change_byte,
     needs_ffcv,
     photograph,
@@ -312,6 +313,13 @@ def test_a_limit_beyond_the_images_gives_a_warning(photos, cache, backend):
     data = opened(photos, cache, backend, limit=1000, holdout=6)
     assert data.warnings == ("data.limit=1000 exceeds the 30 training images, which are all taken",)
     assert data.info.train_count == 30
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_class_is_said(tmp_path, cache, backend):
+    root = write_folder(tmp_path, 4, 2, CLASSES[:1])
+    (note,) = opened(root, cache, backend).warnings
+    assert "train" in note and "has one class only" in note
 
 
 @needs_ffcv
