@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -93,8 +93,16 @@ def cells_figure(
             axes.plot(references[cell], row, "|", color="black", ms=12)
     axes.set_yticks(range(len(samples)), [norm_label(cell) for cell in samples])
     axes.set_ylim(len(samples) - 0.5, -0.5)  # the first on top
+    axes.set_title(f"each run, mean ± standard deviation ({seeds_text(samples.values())})", size=9)
     axes.set(xlabel=label)
     return figure
+
+
+def seeds_text(samples: Iterable[Sequence[float]]) -> str:
+    """Return the number of seeds of the samples: "1 seed", "3 seeds" or "2 to 3 seeds"."""
+    counts = [len(values) for values in samples]
+    least, most = min(counts), max(counts)
+    return f"{f'{least} to ' if least < most else ''}{most} seed{'s' if most > 1 else ''}"
 
 
 def batch_figure(
@@ -121,5 +129,10 @@ def batch_figure(
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set(xlabel=axis_label)
     grid[0, 0].set_ylabel(label)
+    samples = [
+        runs for norms in panels.values() for values in norms.values() for runs in values.values()
+    ]
+    seeds = seeds_text(samples)
+    figure.suptitle(seeds if seeds == "1 seed" else f"mean and range over {seeds}", size=10)
     legend_beside(grid[0, -1])
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,6 +14,8 @@ from proxynorm.analysis.style import cell_styles, draw_band, legend_beside, norm
 
 DEPTH, SHARE = "depth (norm layers)", "share of power"
 P1_AXIS = f"P1, constant channels ({SHARE})"
+ZERO = 0.002  # P1 below this in all layers is 0 but for the ε of the norm
+MOST_BANDS = 6  # of one panel; more would hide the lines
 POWER_COLORS = ("#ee6677", "#ccbb44", "#4477aa", "#66ccee")
 POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
 
@@ -58,14 +61,21 @@ def p1_figure(
     figure, grid = panel_figure(len(panels), 2, (7.5, 3.8))
     for axes, (title, nets) in zip(grid.flat, panels.items()):
         styles = cell_styles({label: (norms or {}).get(label, label) for label in nets})
-        for label, seeds in nets.items():
-            depths = [row.depth for row in seeds[0]]
-            values = [[row.p1 for row in net] for net in seeds]
-            draw_band(axes, depths, values, label=norm_label(label), **styles[label])
+        p1 = {label: [[row.p1 for row in net] for net in seeds] for label, seeds in nets.items()}
+        zeros = [label for label, seeds in p1.items() if np.max(seeds) < ZERO]
+        drawn = [label for label in p1 if label not in zeros]
+        for label in drawn:
+            seeds = p1[label] if len(drawn) <= MOST_BANDS else [np.mean(p1[label], 0)]
+            depths = range(1, len(seeds[0]) + 1)
+            draw_band(axes, depths, seeds, label=norm_label(label), **styles[label])
+        if zeros:  # one line for all, because they would hide each other
+            names = ",\n".join(map(norm_label, zeros))
+            axes.axhline(0, color="black", lw=1.5, label=f"{names}: 0")
         for norm, values in (mean_field or {}).items():
             label, depths = f"{norm_label(norm)},\nmean-field theory", range(1, len(values) + 1)
             axes.plot(depths, values, "k", lw=1, dashes=(1, 1.5), label=label)
         axes.set(xlabel=DEPTH, ylabel=P1_AXIS, title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(-0.02, 1.02 if mean_field else None)
         axes.margins(x=0.01)
         legend_beside(axes)
@@ -75,8 +85,9 @@ def p1_figure(
 def p1_by_epoch_figure(cells: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
     """Draw P1 against depth during training: a panel per cell, a line per epoch.
 
-    cells: {cell: {epoch: P1 of each norm}}.
+    cells: {cell: {epoch: P1 of each norm}}; those whose P1 is always 0 are left out.
     """
+    cells = {cell: p1 for cell, p1 in cells.items() if max(map(max, p1.values())) >= ZERO} or cells
     figure, grid = panel_figure(len(cells), 4, (3.2, 2.5), min_width=5, extra_height=0.3)
     last = max(epoch for epochs in cells.values() for epoch in epochs) or 1
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, last), "viridis_r")

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from proxynorm.files import write_atomic
 
 COLORS = {"bn": "#4477aa", "ln": "#ee6677", "gn": "#228833", "in": "#aa3377"}
-DASHES = {"": "--", "pn": "-", "ws": ":", "ws_pn": "-."}
+COLORS |= {"ln_ws": "#997700", "gn_ws": "#33aabb"}
 # Dates and versions are left out, so that equal data give equal bytes.
 METADATA = {
     "png": {"Software": None},
@@ -40,10 +40,10 @@ def norm_label(norm: str) -> str:
 
 def norm_style(norm: str) -> dict[str, Any]:
     """Return the colour and dashes of a norm, arguments of Axes.plot; {} for any other name."""
-    base, _, variant = norm.partition("_")
-    if base not in COLORS or variant not in DASHES:
+    base = norm.removesuffix("_pn")
+    if base not in COLORS:
         return {}
-    return {"color": COLORS[base], "linestyle": DASHES[variant]}
+    return {"color": COLORS[base], "linestyle": "--" if base == norm else "-"}
 
 
 def cell_styles(norms: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from proxynorm.nn.fast.folding import folded
 from proxynorm.nn.fast.shared import SharedMoments
 from proxynorm.nn.norm_act import NormAct2d
+from proxynorm.nn.norms import affine, batch_normalize, group_normalize
 
 
 class FrozenNormAct2d(nn.Module):
@@ -90,7 +91,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """A copy of the model for inference: evaluation mode, no gradients, constants folded.
 
     Every layer computes the same as in evaluation mode, to rounding. Standardized weights and other
-    parametrized ones become plain weights.
+    parametrized ones become plain weights. A norm that you added to the registry stays as it is.
 
     Args:
         model: a model with NormAct2d layers; it is not changed.
@@ -110,7 +111,8 @@ def freeze(model: nn.Module) -> nn.Module:
         # A module with a method `frozen`, such as a gate, reads constants from a NormAct2d, and so
         # has to be frozen before that is replaced.
         replacements = {m: m.frozen() for m in modules if hasattr(m, "frozen")}
-        replacements |= {m: FrozenNormAct2d(m) for m in modules if isinstance(m, NormAct2d)}
+        layers = (m for m in modules if isinstance(m, NormAct2d) and _can_fold(m))
+        replacements |= {m: FrozenNormAct2d(m) for m in layers}
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
@@ -154,6 +156,11 @@ def _check(model: nn.Module) -> None:
                 f"{prefix}: a hook computes its {computed[0]} at each forward; make it permanent "
                 f"first, as torch.nn.utils.prune.remove(layer, {computed[0]!r}) does"
             )
+
+
+def _can_fold(layer: NormAct2d) -> bool:
+    """True for the norms that FrozenNormAct2d knows; one of a user's own stays a NormAct2d."""
+    return layer.spec.normalize in (batch_normalize, group_normalize, affine)
 
 
 def _remove_own_hooks(module: nn.Module) -> None:

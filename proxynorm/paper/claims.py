@@ -42,12 +42,17 @@ def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
     verdicts = {outcome.verdict for outcome in outcomes}
     if verdicts == {"not run"}:
         return "not run"
-    partly = "; in part not run" if "not run" in verdicts else ""
     if "contradicted" in verdicts:
-        return f"contradicted{partly}"
-    if verdicts <= {"shown", "not run"}:
-        return f"shown {claim.scope}".strip() + partly
-    return f"not shown{partly}"
+        status = "contradicted"
+    elif "not shown" in verdicts:
+        status = "not shown"
+    elif verdicts <= {"shown", "not run"}:
+        status = f"shown {claim.scope}".strip()
+    else:
+        status = "undecided: one seed"
+    so_far = " so far" if any(outcome.is_interim for outcome in outcomes) else ""
+    partly = "; in part not run" if "not run" in verdicts else ""
+    return f"{status}{so_far}{partly}"
 
 
 def evidence(claim: Claim, outcomes: Sequence[Outcome]) -> str:
@@ -59,9 +64,9 @@ def evidence(claim: Claim, outcomes: Sequence[Outcome]) -> str:
             continue
         p = f", p {p_value(outcome.p)}" if outcome.p is not None else ""
         counts = f"n {outcome.first.n} and {outcome.second.n}"
-        parts.append(f"{item}: {outcome.difference:+.2f} points, {counts}{p}: {outcome.verdict}")
-    weak = claim_status(claim, outcomes).startswith(("not shown", "contradicted"))
-    why = f"why: {claim.reason}" if weak and claim.reason else ""
+        parts.append(f"{item}: {outcome.difference:+.2f} points, {counts}{p}: {outcome}")
+    is_shown = claim_status(claim, outcomes).startswith("shown")
+    why = "" if is_shown or not claim.reason else f"why: {claim.reason}"
     return "; ".join(filter(None, [*parts, claim.note, why]))
 
 

@@ -10,10 +10,13 @@ from matplotlib.figure import Figure
 from proxynorm.analysis.plots import batch_figure, cells_figure, curves_figure
 from proxynorm.analysis.power_plots import p1_by_epoch_figure, p1_figure
 from proxynorm.analysis.style import cell_styles, save_figure
-from proxynorm.paper.findings import Findings, against_batch, last_powers, p1_by_epoch
+from proxynorm.paper.findings import Findings, against_batch, p1_by_epoch, powers_by_cell
 from proxynorm.paper.table import Cell
 
-MOST_CURVES = 20  # of one figure; more cannot be told apart
+# More than this cannot be told apart.
+MOST_CURVES = 12  # of one figure
+MOST_POWERS = 20  # cells, over several panels
+MOST_CELLS = 40  # rows
 
 
 def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
@@ -25,8 +28,10 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
     styles = cell_styles({cell.name: cell.norm for cell in cells})
     samples = {cell.name: findings.samples[cell.name].values for cell in cells}
     references = {item.cell: item.value for item in table.references}
-    figure = cells_figure(samples, references, styles, label)
-    figures = {"cells": (figure, f"{label}: every run faint, mean ± one standard deviation bold")}
+    figures = {}
+    if len(cells) <= MOST_CELLS:
+        caption = f"{label}: every run faint, mean ± one standard deviation bold"
+        figures["cells"] = (cells_figure(samples, references, styles, label), caption)
     if len(cells) <= MOST_CURVES:
         runs = {cell.name: [record.rows for record in findings.of_cell(cell)] for cell in cells}
         caption = "training, mean over seeds and their range"
@@ -42,8 +47,8 @@ def draw_figures(findings: Findings, folder: Path) -> dict[str, str]:
 
 def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
     """Draw the powers that the runs logged. Returns {name: (figure, caption)}."""
-    last = last_powers(findings)
-    if not 0 < len(last) <= MOST_CURVES:
+    last = powers_by_cell(findings)
+    if not 0 < len(last) <= MOST_POWERS:
         return {}
     cells = [cell for cell in findings.cells if cell.name in last]
     norms = {cell.name: cell.norm for cell in cells}
@@ -52,7 +57,7 @@ def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
     }
     epochs = {cell.name: p1_by_epoch(findings.of_cell(cell)) for cell in cells}
     shared = {name: p1 for name, p1 in epochs.items() if p1}
-    depth = "P1 after training by depth, mean over seeds and their range"
+    depth = "P1 after training by depth, mean over seeds (and range, if there are few lines)"
     epoch = "P1 by depth while training, mean over seeds, a line an epoch"
     return {
         "power": (p1_figure(panels, norms), depth),

@@ -13,7 +13,7 @@ from proxynorm.analysis.power import PowerRow
 from proxynorm.analysis.power_monitor import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
 from proxynorm.launch.status import run_status
-from proxynorm.paper.compare import Outcome, Sample, compare, gap_sentence
+from proxynorm.paper.compare import Outcome, Sample, compare, gap_sentence, seed_spread
 from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.search import protocol
 from proxynorm.paper.table import Cell, Table, TableRun
@@ -79,14 +79,15 @@ def verdicts(findings: Findings) -> list[str]:
     """
     if findings.table.search is not None:
         return []
-    sentences = []
+    sentences, spread = [], seed_spread(findings.table, findings.samples)
     for cell in findings.measured():
         norm = cell.norm
         bn, proxied = findings.twin(cell, "bn"), findings.twin(cell, f"{norm}_pn")
         if norm not in ("ln", "gn") or bn is None or proxied is None:
             continue
         others = [f"{axis.rpartition('.')[2]} {v}" for axis, v in cell.labels.items() if v != norm]
-        sentence = gap_sentence(bn, findings.samples[cell.name], proxied, norm_label(norm))
+        plain = findings.samples[cell.name]
+        sentence = gap_sentence(bn, plain, proxied, norm_label(norm), spread)
         sentences.append(": ".join([", ".join(others), sentence] if others else [sentence]))
     return sentences
 
@@ -146,12 +147,13 @@ def powers(record: Record) -> dict[float, list[PowerRow]]:
     return {row["epoch"]: from_metrics(row) for row in record.rows if row["event"] == "power"}
 
 
-def last_powers(findings: Findings) -> dict[str, list[list[PowerRow]]]:
-    """Return the last power decomposition of each run, by cell, for cells that logged any."""
+def powers_by_cell(findings: Findings, last: bool = True) -> dict[str, list[list[PowerRow]]]:
+    """Return each run's last (or first) power decomposition, by cell, for cells that logged any."""
     by_cell: dict[str, list[list[PowerRow]]] = {}
     for record in findings.records:
         if logged := powers(record):
-            by_cell.setdefault(record.cell, []).append(logged[max(logged)])
+            epoch = max(logged) if last else min(logged)
+            by_cell.setdefault(record.cell, []).append(logged[epoch])
     return by_cell
 
 

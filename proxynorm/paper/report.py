@@ -13,14 +13,23 @@ from proxynorm.analysis.tables import csv_table, latex_table, markdown_table
 from proxynorm.cli import as_installed
 from proxynorm.errors import ConfigError
 from proxynorm.files import write_text
-from proxynorm.paper.compare import MARGIN, Outcome, cell_status, p_value, seed_spread, span, welch
+from proxynorm.paper.compare import (
+    MARGIN,
+    Outcome,
+    cell_status,
+    interval_text,
+    p_value,
+    seed_spread,
+    span,
+    t_test,
+)
 from proxynorm.paper.figures import draw_figures
 from proxynorm.paper.findings import (
     Findings,
     comparison_grid,
     gather,
-    last_powers,
     loss_ratio,
+    powers_by_cell,
     verdicts,
 )
 from proxynorm.paper.records import Record
@@ -68,7 +77,7 @@ def report(findings: Findings, figures: Mapping[str, str]) -> str:
         parts += ["## Table", markdown_table(wide_table(findings))]
     parts += ["## Cells", markdown_table(cell_table(findings)), explanation(findings)]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
-    if last_powers(findings):
+    if powers_by_cell(findings):
         parts += ["## Power after training", markdown_table(power_table(findings)), POWER_NOTE]
     if findings.outcomes:
         comparisons = markdown_table(comparison_table(findings.outcomes))
@@ -125,6 +134,7 @@ def beside_bn(findings: Findings) -> Grid:
 
     The 95 % interval is given if both have several seeds. Empty columns are left out.
     """
+    spread = seed_spread(findings.table, findings.samples)
     grid = [["", "top1 %", "n", "minus bn", "95 % interval"]]
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")
@@ -132,14 +142,10 @@ def beside_bn(findings: Findings) -> Grid:
         if bn is not None and cell.norm != "bn":
             difference = f"{sample.mean - bn.mean:+.2f}"
             if min(sample.n, bn.n) > 1:
-                interval = interval_text(welch(sample, bn)[0])
+                interval = interval_text(t_test(sample, bn, spread)[0])
         grid.append([cell.name, str(sample), str(sample.n), difference, interval])
     columns = [column for column in zip(*grid) if any(column[1:])]
     return [list(row) for row in zip(*columns)]
-
-
-def interval_text(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.2f} … {interval[1]:+.2f}"
 
 
 def explanation(findings: Findings) -> str:
@@ -162,11 +168,13 @@ def explanation(findings: Findings) -> str:
 
 
 def power_table(findings: Findings) -> Grid:
-    """Return a row per cell that logged powers: P1 after training, averaged over its runs."""
-    grid = [["cell", "top1 %", "P1, mean", "P1, largest", "P1, last norm", "n"]]
-    for cell, nets in last_powers(findings).items():
-        p1 = [[row.p1 for row in rows] for rows in nets]
-        means = fmean(map(fmean, p1)), fmean(map(max, p1)), fmean(values[-1] for values in p1)
+    """Return a row per cell that logged powers: P1 before and after training, over its runs."""
+    grid = [["cell", "top1 %", "P1 before, mean", "P1, mean", "P1, largest", "P1, last norm", "n"]]
+    before = powers_by_cell(findings, last=False)
+    for cell, nets in powers_by_cell(findings).items():
+        first, p1 = ([[row.p1 for row in rows] for rows in each] for each in (before[cell], nets))
+        means = [fmean(map(fmean, first)), fmean(map(fmean, p1))]
+        means += [fmean(map(max, p1)), fmean(values[-1] for values in p1)]
         texts = [f"{mean:.3f}" for mean in means]
         grid.append([cell, str(findings.samples[cell]), *texts, str(len(nets))])
     return grid
@@ -184,7 +192,7 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
             "" if item.interval is None else interval_text(item.interval),
             "" if item.p is None else p_value(item.p),
             f"{item.first.n}, {item.second.n}",
-            item.verdict,
+            str(item),
         ]
         for item in outcomes
     ]
@@ -194,14 +202,16 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Grid:
 def comparison_notes(findings: Findings) -> str:
     table, spread = findings.table, seed_spread(findings.table, findings.samples)
     text = (
-        "Differences in points; Welch's t-test, two-sided, not corrected for the number of "
-        f"comparisons. equal: shown if the interval stays above −{MARGIN:g} points (matches "
-        "or exceeds)."
+        "Differences in points, not corrected for the number of comparisons. Intervals and p by "
+        "Welch's t-test, two-sided; with two runs in a cell by Student's, with the standard "
+        "deviation of the table. equal: shown if the interval stays above "
+        f"−{MARGIN:g} points (matches or exceeds). so far: with fewer seeds than the "
+        f"{table.seeds} that were declared."
     )
     if spread is not None:
         own = any(sample.n > 1 for sample in findings.samples.values())
         source = "this table, pooled" if own else table.seed_std_source
-        text += f" Standard deviation between seeds: {spread:.2f} points ({source})."
+        text += f" Standard deviation between seeds: {spread.std:.2f} points ({source})."
     return text
 
 

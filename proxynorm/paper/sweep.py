@@ -22,7 +22,8 @@ from proxynorm.train.config import compose_config, settings_from
 NOTE = (
     "top1: top-1 accuracy in percent on the evaluation images after the last epoch, mean ± "
     "standard deviation over n seeds. minus bn: the difference to the cell that differs in its "
-    "norm alone, with the 95 % interval of Welch's t-test where both have several seeds."
+    "norm alone, with its 95 % interval where both have several seeds, by Welch's t-test (with two "
+    "seeds by Student's, with the standard deviation of all cells)."
 )
 
 

@@ -16,8 +16,8 @@ def keep_freed_memory(device: torch.device) -> bool:
     """Let glibc's malloc keep freed memory for the next step on the CPU; return whether it does.
 
     By default malloc returns most feature maps to the system after each step and requests them
-    again, page by page (compare results/step/*_malloc.json with *_channels_last.json). Does nothing
-    with CUDA, another C library, or malloc settings in the environment.
+    again, page by page. Does nothing with CUDA, another C library, or malloc settings in the
+    environment.
     """
     settings = ("GLIBC_TUNABLES", "MALLOC_")
     if device.type != "cpu" or any(name.startswith(settings) for name in os.environ):

@@ -36,28 +36,54 @@ def prose(page: str, heading: str) -> str:
 
 
 def test_the_claims_are_those_of_the_report():
-    report = {row[0]: row for row in rows((RESULTS / "mini_norms/report.md").read_text())}
-    quoted = [row for row in rows(RESULTS_PAGE) if len(row) == 5 and " − " in row[1]]
-    assert len(quoted) >= 5
-    for claim, cells, points, p, verdict in quoted:
-        assert [report[claim][i] for i in (1, 3, 5, 7)] == [cells, points, p, verdict]
+    report = {}
+    for table in ("mini_norms", "mini_regularization"):
+        report |= {row[0]: row for row in rows((RESULTS / table / "report.md").read_text())}
+    quoted = [row for row in rows(RESULTS_PAGE) if len(row) == 6 and " − " in row[1]]
+    assert len(quoted) >= 12
+    for claim, cells, *others in quoted:
+        assert [report[claim][i] for i in (1, 3, 4, 5, 7)] == [cells, *others]
 
 
 def test_differences_in_prose_are_those_of_the_report():
-    text = prose(README, "Results").split("<!-- end -->")[1]
+    text = prose(README, "Results").split("<!-- end -->")[1].split("`bash scripts/demo.sh`")[0]
     differences = re.findall(r"\d+\.\d\d(?=\s+(?:points|\(p))", text)
-    assert len(differences) >= 4
+    intervals = re.findall(r"(?<=[ (])−\d\.\d\d … [+−]\d\.\d\d(?=\))", text)
+    assert len(differences) >= 4 and len(intervals) == 2
     report = (RESULTS / "mini_norms/report.md").read_text()
     for difference in differences:
         assert re.search(rf"\| [+-]{re.escape(difference)} \|", report), difference
     for p in re.findall(r"p ([=<] 0\.\d+)", text):
         assert f"| {p.removeprefix('= ')} |" in report, p
+    for interval in intervals:
+        assert f"| {interval.replace('−', '-')} |" in report, interval
+
+
+def test_the_differences_of_mini_norms_survive_holms_correction():
+    report = rows((RESULTS / "mini_norms/report.md").read_text())
+    p = sorted(float(row[5].strip("< ")) for row in report if row[2:3] in (["higher"], ["lower"]))
+    corrected = max(value * (len(p) - n) for n, value in enumerate(p))
+    assert (
+        f"the {['', 'one', 'two', 'three', 'four', 'five', 'six'][len(p)]} differences"
+        in " ".join(RESULTS_PAGE.split())
+    )
+    assert corrected < 0.05 and f"largest p {corrected:.3f}" in " ".join(RESULTS_PAGE.split())
 
 
 def test_the_verdict_of_the_demo_is_that_of_its_report():
     verdict = re.search(r"\*\*(.*)\.\*\*", (RESULTS / "demo/report.md").read_text())[1]
     for page in (README, RESULTS_PAGE):
         assert verdict in " ".join(page.split())
+
+
+def test_the_gaps_between_bn_and_ln_pn_are_those_of_the_tables():
+    gaps = []
+    for table, bn in (("mini_norms", "bn"), ("study", "bn"), ("mini_batch", "bn-norm_batch32")):
+        with open(RESULTS / table / "cells.csv") as file:
+            top1 = {row["cell"]: float(row["top1"]) for row in csv.DictReader(file)}
+        gaps.append(f"{top1[bn] - top1['ln_pn']:.2f}")
+    line = "{} here, {} in the study and {} in the table of batch sizes".format(*gaps)
+    assert line in " ".join(RESULTS_PAGE.split())
 
 
 def test_the_chosen_pairs_are_those_of_the_search():
@@ -76,16 +102,16 @@ def test_the_chosen_pairs_are_those_of_the_search():
 
 def test_the_figures_of_the_study_are_those_of_its_report():
     text = prose(RESULTS_PAGE, "What training does to P1")
-    powers = [row for row in rows((RESULTS / "study/report.md").read_text()) if len(row) == 6]
-    quoted = [row for row in rows(text) if len(row) == 3 and row[1][:2] == "0."]
+    powers = [row for row in rows((RESULTS / "study/report.md").read_text()) if len(row) == 7]
+    quoted = [row for row in rows(text) if len(row) == 4 and row[1][:2] == "0."]
     assert len(quoted) == 8
-    for cell, mean, largest in quoted:
-        assert [cell, mean, largest] in [[row[0], *row[2:4]] for row in powers]
+    assert all(row in [[row[0], *row[2:5]] for row in powers] for row in quoted)
     with open(RESULTS / "study/cells.csv") as file:
         top1 = {row["cell"]: float(row["top1"]) for row in csv.DictReader(file)}
     pairs = """ln_pn ln; ln_pn-standardized ln_pn; ln_pn-width64 ln_pn; ln-width64 ln;
         ln_pn-width32 ln-width32; ln_pn-width64 ln-width64; ln_ws ln_pn; ln_ws_pn ln_ws;
-        ln_ws_pn ln_pn; ln_ws_pn bn"""
+        ln_ws_pn ln_pn; ln_ws_pn-width32 ln_pn-width32; ln_ws_pn-width64 ln_pn-width64;
+        ln_ws_pn bn"""
     for first, second in (pair.split() for pair in pairs.split(";")):
         assert f"{abs(top1[first] - top1[second]):.2f}" in text, (first, second)
 
@@ -99,10 +125,25 @@ def test_the_differences_of_mini_batch_are_those_of_its_report():
         "ln_pn − bn-norm_batch2",
         "gn_pn − bn-norm_batch2",
         "ln_pn − bn-norm_batch32",
+        "gn_pn − bn-norm_batch32",
+        "ln_pn-batch2 − bn-batch2",
+        "gn_pn-batch2 − bn-batch2",
         "bn-batch2 − bn-norm_batch32",
         "gn_pn-batch2 − gn_pn",
     ):
         assert differences[cells].lstrip("+-") in text
+
+
+def test_the_gains_by_regularization_are_those_of_its_cells():
+    with open(RESULTS / "mini_regularization/cells.csv") as file:
+        top1 = {row["cell"]: float(row["top1"]) for row in csv.DictReader(file)}
+    gains = [
+        f"{top1[f'{norm}-extra'] - top1[f'{norm}-none']:.2f}" for norm in ("ln_pn", "gn_pn", "bn")
+    ]
+    page = " ".join(RESULTS_PAGE.split())
+    assert "LN+PN gains {} points, GN+PN {} and BN {}:".format(*gains) in page
+    gaps = [top1[f"bn-{kind}"] - top1[f"ln_pn-{kind}"] for kind in ("none", "baseline", "extra")]
+    assert f"by {min(gaps):.2f} to {max(gaps):.2f} in that of regularization" in page
 
 
 STEP_NORMS = ["torch ln", "bn", "ln", "ln_pn", "ln_pn+recompute", "gn_pn"]

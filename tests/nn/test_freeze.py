@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from proxynorm import convert, create_model, freeze
-from proxynorm.nn import ACTIVATIONS, NORMS, NormAct2d
+from proxynorm.nn import ACTIVATIONS, NORMS, NormAct2d, norms
 from proxynorm.nn.freeze import FrozenNormAct2d
+from proxynorm.nn.norms import NormSpec, affine
 from tests.helpers import need_module
 
 MODELS = {
@@ -308,6 +310,21 @@ def test_weights_that_hooks_compute_stay_computed(wrap) -> None:
         for parameter in model.parameters():
             parameter.mul_(1.5)  # as a step, after which the computed weight is out of date
     assert_same(model.eval(), freeze(model), x)
+
+
+@pytest.mark.parametrize("groups", [None, lambda channels, groups: 2])
+def test_a_norm_of_a_user_is_not_taken_for_another(groups, monkeypatch) -> None:
+    def normalize(x, groups, eps, weight, bias):
+        power = x.square().mean(dim=(1, 2, 3), keepdim=True)
+        return affine(x * torch.rsqrt(power + eps), weight, bias)
+
+    spec = NormSpec("rms", normalize, groups=groups)
+    monkeypatch.setitem(norms._SPECS, "rms", spec)
+    monkeypatch.setitem(norms._SPECS, "rms_pn", replace(spec, proxy=True))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8, "rms_pn"), NormAct2d(8, "ln_pn"))
+    frozen = freeze(trained_like(model))
+    assert_same(model, frozen, torch.randn(2, 3, 8, 8))
+    assert [type(layer) for layer in frozen[1:]] == [NormAct2d, FrozenNormAct2d]
 
 
 def without_statistics() -> nn.Module:

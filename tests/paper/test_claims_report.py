@@ -64,7 +64,8 @@ def test_notes_quote_the_random_nets_that_are_kept():
         (["not run", "not run"], "not run"),
         (["shown", "not run"], "shown; in part not run"),
         (["contradicted", "not run"], "contradicted; in part not run"),
-        (["single seed, beyond the seed spread"], "not shown"),
+        (["single seed, beyond the seed spread", "shown"], "undecided: one seed"),
+        (["single seed, spread unknown", "not shown"], "not shown"),
         ([], "shown"),
     ],
 )
@@ -74,6 +75,8 @@ def test_status_is_the_weakest_verdict(verdicts, status):
         == status
     )
     assert claim_status(Claim("c", needs="ImageNet"), []) == "needs ImageNet"
+    interim = Outcome(None, None, None, "shown", 0.0, is_interim=True)
+    assert claim_status(Claim("c"), [interim]) == "shown so far"
     assert claim_status(Claim("c", scope="at initialisation"), []) == "shown at initialisation"
 
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 from mpmath import betainc
+from scipy import stats
 
 from proxynorm.cli import parse_options
 from proxynorm.commands.reproduce import Options, main
 from proxynorm.errors import ConfigError, DataError
-from proxynorm.paper.compare import Sample, cell_status, outcome
+from proxynorm.paper.compare import Sample, Spread, cell_status, outcome, seed_spread, t_test
+from proxynorm.paper.compare import compare as compare_table
 from proxynorm.paper.findings import Findings, against_batch, gather, loss_ratio
 from proxynorm.paper.records import Record, archive_path, collect, kept_record, read_record
 from proxynorm.paper.report import wide_table, write_report
@@ -79,12 +81,36 @@ def test_verdicts(expect, first, second, verdict):
 
 def test_a_single_seed_is_measured_against_the_known_spread():
     assert (
-        compare("higher", sample(91.0), sample(90.9), spread=0.2).verdict
+        compare("higher", sample(91.0), sample(90.9), spread=Spread(0.2, 4)).verdict
         == "single seed, below the seed spread"
     )
     far = sample(92.0), sample(90.0)
-    assert compare("higher", *far, spread=0.2).verdict == "single seed, beyond the seed spread"
+    beyond = compare("higher", *far, spread=Spread(0.2, 4))
+    assert beyond.verdict == "single seed, beyond the seed spread"
     assert compare("higher", *far).verdict == "single seed, spread unknown"
+
+
+def test_two_seeds_are_tested_with_the_spread_of_the_table():
+    """Student's t-test of two samples is that of a table with two cells."""
+    a, b = sample(1.0, 3.0), sample(6.0, 10.0)
+    spread = seed_spread(None, {"a": a, "b": b})
+    assert spread == pytest.approx((5**0.5, 2))
+    student = stats.ttest_ind(a.values, b.values)
+    interval, p = t_test(a, b, spread)
+    assert p == pytest.approx(student.pvalue) and interval == pytest.approx(
+        student.confidence_interval()
+    )
+    more = sample(1.0, 2.0, 3.0)  # with three, by Welch's
+    assert t_test(more, more, spread) == t_test(more, more)
+
+
+def test_a_verdict_before_the_declared_seeds_holds_so_far():
+    table = replace(load_table("mini_norms"), seeds=3)
+    for count, words in ((2, "shown so far"), (3, "shown")):
+        high, low = sample(*[92.0, 92.1, 91.9][:count]), sample(*[90.0, 90.1, 89.9][:count])
+        samples = {cell.name: high if "pn" in cell.name else low for cell in table.expand()}
+        found = {item.comparison.claim: str(item) for item in compare_table(table, samples)}
+        assert found["PN improves LN"] == words
 
 
 def test_the_figure_against_batch_size_has_the_batch_of_every_cell():
