@@ -22,6 +22,8 @@ from proxynorm.nn.fast.shared import SharedMoments
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.norms import affine, batch_normalize, group_normalize
 
+PARAMETERS = ("weight", "bias", "proxy_weight", "proxy_bias")
+
 
 class FrozenNormAct2d(nn.Module):
     """A NormAct2d for inference: norm with affine, φ, then gain and offset per channel.
@@ -151,7 +153,7 @@ def _check(model: nn.Module) -> None:
             )
         if "forward" in vars(layer):
             raise ValueError(f"{prefix}: a forward was set on this object, which would be lost")
-        if computed := [key for key, value in vars(layer).items() if torch.is_tensor(value)]:
+        if computed := [key for key in PARAMETERS if key in vars(layer)]:
             raise ValueError(
                 f"{prefix}: a hook computes its {computed[0]} at each forward; make it permanent "
                 f"first, as torch.nn.utils.prune.remove(layer, {computed[0]!r}) does"

@@ -327,6 +327,13 @@ def test_a_norm_of_a_user_is_not_taken_for_another(groups, monkeypatch) -> None:
     assert [type(layer) for layer in frozen[1:]] == [NormAct2d, FrozenNormAct2d]
 
 
+def test_a_tensor_that_a_hook_keeps_on_a_layer_does_no_harm() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct2d(8)), torch.randn(2, 3, 8, 8)
+    model[1].register_forward_hook(lambda layer, inputs, output: setattr(layer, "seen", output))
+    model(x)
+    assert_same(model.eval(), freeze(model), x)
+
+
 def without_statistics() -> nn.Module:
     return NormAct2d(8, "bn", track_running_stats=False)
 

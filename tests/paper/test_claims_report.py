@@ -55,6 +55,14 @@ def test_notes_quote_the_random_nets_that_are_kept():
     assert f"P1 at most {nets['largest_p1']['ln_pn']:.3f}." in text
 
 
+def test_notes_quote_p1_of_the_report_of_mini_norms():
+    report = (RESULTS / "mini_norms" / "report.md").read_text().split("## Power")[1]
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| ")]
+    ln, ln_pn = (next(row[2:4] for row in rows if row[0] == norm) for norm in ("ln", "ln_pn"))
+    words = f"{ln_pn[0]} before training and {ln_pn[1]} after, that of LN {ln[0]} and {ln[1]}"
+    assert words in claims_report(outcomes_without_runs())
+
+
 @pytest.mark.parametrize(
     "verdicts, status",
     [
