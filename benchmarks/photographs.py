@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from proxynorm.data.cache import cache_folder
 from proxynorm.data.randomness import permutation
 from proxynorm.data.sources import Listing, list_source
+from proxynorm.files import cache_folder
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 16
 SOURCE = "folder of class folders; if left out, images are generated in the cache"

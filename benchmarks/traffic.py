@@ -48,8 +48,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
-from benchmarks.networks import ALL_NORMS, FORMATS, TORCH_BN, build
+from benchmarks.networks import ALL_NORMS, FORMATS, TORCH_BN, TORCH_LN, build, torch_layer
 from proxynorm.cli import option
+from proxynorm.errors import ConfigError
 from proxynorm.nn import ACTIVATIONS, NormAct2d, inductor_options
 
 Traffic = tuple[int, int, int]  # bytes, kernels and operations of a pass
@@ -96,10 +97,10 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
     is_layer = options.model == LAYER
     side, channels = options.size or (56 if is_layer else 224), options.channels if is_layer else 3
     unit = options.batch * (channels * side * side if is_layer else 10**6)
-    if is_layer:
-        net = _layer(norm, act, channels)
-    else:
-        net = build(norm, options.model)
+    try:
+        net = _layer(norm, act, channels) if is_layer else build(norm, options.model)
+    except ValueError as error:  # the parts of ln_ws and of recomputation lie outside of the layer
+        raise ConfigError(f"norm={norm} model={options.model}: {error}") from error
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(torch.bfloat16, memory_format=FORMATS[memory_format])
@@ -130,8 +131,8 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
 def _layer(norm: str, act: str, channels: int) -> nn.Module:
     """The norm and activation between two 1×1 convolutions, in training mode."""
     middle: nn.Module = NormAct2d(channels, norm.removeprefix("torch "), False, act)
-    if norm == TORCH_BN:
-        middle = nn.Sequential(nn.BatchNorm2d(channels), middle.act)
+    if norm in (TORCH_BN, TORCH_LN):
+        middle = torch_layer(middle, norm)
     first, last = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(2))
     return nn.Sequential(first, middle, last)
 

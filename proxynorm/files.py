@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,17 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = "; make room and run again" if error.errno in DISK_FULL else ""
         raise FileError(f"cannot write {path}: {error.strerror or error}{remedy}") from error
+
+
+def cache_folder(given: str | None) -> Path:
+    """Return the given folder, $PROXYNORM_CACHE, or ~/.cache/proxynorm; created if missing.
+
+    Raises FileError if it cannot be created.
+    """
+    folder = Path(given or os.environ.get("PROXYNORM_CACHE") or "~/.cache/proxynorm").expanduser()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def sync_folder(folder: Path) -> None:
@@ -67,11 +77,7 @@ def write_text(path: Path, text: str) -> None:
 
 def finite(value: Any) -> Any:
     """Replace NaN and infinities, which JSON lacks, by None in nested values."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,13 +14,7 @@ from proxynorm.model_card import CARD, HERE
 FILES = (WEIGHTS, CONFIG, "model.onnx", "model.onnx.data")
 
 
-def push(
-    folder: str | Path,
-    repo_id: str,
-    private: bool = False,
-    message: str = "Add model",
-    api: HfApi | None = None,
-) -> str:
+def push(folder: str | Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
     """Upload an export folder to the Hub's repository OWNER/NAME and return its address.
 
     The repository is created if needed. An existing README.md is kept, as in timm's push_to_hf_hub.
@@ -40,7 +34,7 @@ def push(
         if not api.file_exists(repo_id, CARD):
             card = (folder / CARD).read_text().replace(HERE, f'"{HUB}{repo_id}"')
             operations.append(CommitOperationAdd(CARD, card.encode()))
-        api.create_commit(repo_id, operations, commit_message=message)
+        api.create_commit(repo_id, operations, commit_message="Add model")
     except Exception as error:  # the client raises errors of its HTTP library, whichever that is
         raise ConfigError(f"push={repo_id}: {' '.join(str(error).split())[:200]}") from error
     return f"https://huggingface.co/{repo_id}"

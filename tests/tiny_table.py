@@ -38,7 +38,7 @@ columns: [optim.base_lr]
 seeds: 1
 minutes: 3
 hardware: one CPU core
-search: {axis: optim.base_lr, by: norm}
+search: {axes: [optim.base_lr], by: norm}
 """
 
 STAND_IN = """

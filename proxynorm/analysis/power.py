@@ -81,7 +81,7 @@ def power_decomposition(
     """
     model = copy.deepcopy(model).eval()
     modules = model.named_modules()
-    norms = {name: m for name, m in modules if isinstance(m, NormAct2d) and not m.spec.is_none}
+    norms = {name: m for name, m in modules if isinstance(m, NormAct2d) and m.kind != "none"}
     if not norms:
         raise ValueError(
             f"no norm to decompose: this {type(model).__name__} has no NormAct2d; "

@@ -6,13 +6,13 @@ Each norm has the learning rate and weight decay that the committed search chose
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from proxynorm.analysis.tables import text_table
-from proxynorm.cli import as_installed, option, script
+from proxynorm.cli import as_installed, option
 from proxynorm.commands import power
+from proxynorm.data.opening import share_of_cores
 from proxynorm.launch.local import run_locally
 from proxynorm.paper.findings import gather, verdicts
 from proxynorm.paper.records import collect, refuse_other_recipes
@@ -50,7 +50,7 @@ def main(options: Options) -> int:
     print("Random nets, no training: the share of power in channel-wise constants", flush=True)
     nets, norms = str(folder / "random_nets"), ["bn", "ln", "ln_pn"]
     power.main(power.Options(output=nets, norms=norms, device="cpu", **SIZES))
-    jobs = options.jobs or min(os.cpu_count() or 1, len(runs))
+    jobs = options.jobs or min(share_of_cores(), len(runs))
     print(f"\nTraining {len(runs)} networks, {jobs} at a time, about a minute each", flush=True)
     if status := run_locally(runs, jobs):
         return status
@@ -65,7 +65,3 @@ def main(options: Options) -> int:
     print(as_installed(NEXT.format(run=runs[-1].folder)))
     print(*verdicts(findings), sep="\n")
     return 0
-
-
-def entry() -> None:
-    script(Options, main, __doc__)

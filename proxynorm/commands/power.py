@@ -110,7 +110,7 @@ def show_run(options: Options, folder: Path, device: torch.device) -> None:
     else:
         weights = options.weights or "last"
         restored = restore(checkpoint_path(options.run, None, weights))
-        data = open_evaluation_data(restored).data
+        data = open_evaluation_data(restored)
         panels = {weights: measure(restored.model.to(device), data, options.images, options.batch)}
     write_csv(folder / "power.csv", panels, "step")
     norm = norm_label(yaml.safe_load((source / "config.yaml").read_text())["norm"]["name"])

@@ -72,7 +72,8 @@ def check_per_sample(model: nn.Module, forward: Forward, surgery: Surgery) -> No
     if _mixes_images(copied, forward, True) and not _mixes_images(model, forward, False):
         raise ValueError(
             f"{prefix}in training, with a norm that does not depend on the batch, its output for "
-            "an image still depends on the others. The network is left as it was"
+            "an image still depends on the others. Pass verify=False to convert it nevertheless. "
+            "The network is left as it was"
         )
 
 

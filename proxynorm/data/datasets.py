@@ -5,14 +5,15 @@ To add a data set, write an opener, an entry in DATASETS below, and a file confi
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
 from proxynorm.data import fashion_mnist
-from proxynorm.data.cache import cached_beton
 from proxynorm.data.ffcv.beton import Samples, read_beton
 from proxynorm.data.ffcv.writer import prepare
 from proxynorm.data.folder import FolderReader
@@ -21,6 +22,7 @@ from proxynorm.data.readers import BetonReader, Reader
 from proxynorm.data.sources import Listing, list_source, spelled
 from proxynorm.data.spec import DataSpec, LoaderSpec
 from proxynorm.errors import DataError
+from proxynorm.files import cache_folder, locked, writing
 
 CLASSES_NAMED = 4  # in a message
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -75,18 +77,30 @@ def images_reader(
         return BetonReader(found, classes, loader)
     if loader.name == "torchvision":
         return FolderReader(found, loader)
-    options = StorageOptions()
-    signature = "\n".join([repr(options), *(_file_signature(i.path) for i in found.images)])
-    samples = cached_beton(
-        spec.cache,
-        f"folder-{found.source.name}",
-        signature,
-        lambda path: prepare(found, path, options, spec.on_bad, loader.workers),
-    )
+    samples = _converted(spec, found, loader.workers)
     reader = BetonReader(samples, classes, loader)
     reader.source, reader.skipped = str(found.source), samples.manifest["skipped"]
     reader.notes = (*found.notes, *samples.empty_class_notes(found.source))
     return reader
+
+
+def _converted(spec: DataSpec, found: Listing, workers: int) -> Samples:
+    """Return the folder's .beton file in the cache, written if it is missing or damaged.
+
+    One process writes it; others wait and reuse it.
+    """
+    options = StorageOptions()
+    signature = "\n".join([repr(options), *(_file_signature(i.path) for i in found.images)])
+    # File names need not be UTF-8.
+    digest = hashlib.sha256(signature.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    path = cache_folder(spec.cache) / f"folder-{found.source.name}-{digest}.beton"
+    with writing(path), locked(path.with_suffix(".lock")):
+        with suppress(DataError):  # missing or damaged
+            samples = read_beton(path)
+            if samples.manifest:
+                return samples
+        path.unlink(missing_ok=True)  # makes room for the new file
+        return prepare(found, path, options, spec.on_bad, workers)
 
 
 def _file_signature(path: str) -> str:

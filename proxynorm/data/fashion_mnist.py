@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from proxynorm.cli import first_line
-from proxynorm.data.cache import cache_folder
 from proxynorm.data.readers import MemoryReader
 from proxynorm.data.spec import DataSpec, LoaderSpec
 from proxynorm.errors import ConfigError, DataError
+from proxynorm.files import cache_folder, locked
 
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -55,7 +55,8 @@ def find_fashion_mnist(root: str | None, cache: str | None) -> Path:
 
         base = cache_folder(cache)
         try:
-            FashionMNIST(str(base), download=True)
+            with locked(base / "fashion-mnist.lock"):  # the processes of a run come together
+                FashionMNIST(str(base), download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"Fashion-MNIST is not installed and cannot be downloaded ({first_line(error)}); "

@@ -12,11 +12,12 @@ import os
 import re
 import stat
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from proxynorm.cli import check_fields, first_line, number
 from proxynorm.data.ffcv.beton import JPEG, PAGE_SIZE, RAW
@@ -33,16 +34,6 @@ EXTENSIONS = tuple(
 warnings.filterwarnings("ignore", module="PIL")
 ALWAYS_RAW = 64 * 64  # pixels; images up to this size are never stored as JPEG
 LONGEST_SIDE = 65_535  # a .beton file has 16 bits for it
-# By EXIF orientation. ImageOps.exif_transpose also rewrites the EXIF block, which can fail.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # Cameras pad the end of the data with a few bytes. More of them mean that data was skipped.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
@@ -121,26 +112,15 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
         if strict and image.format in ("JPEG", "MPO"):  # MPO: a JPEG followed by another one
             _check_jpeg(data, image)
         image.load()
-        turn = _upright_turn(image)
-        rgb = _to_rgb(image)
+        with suppress(Exception):  # it turns the pixels, then the EXIF block, which may be damaged
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except BadImage:
         raise
     except UnidentifiedImageError:
         raise BadImage("is not an image of a known format") from None
     except Exception as error:
         raise BadImage(f"cannot be decoded ({first_line(error)})") from None
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def _upright_turn(image: Image.Image) -> Image.Transpose | None:
-    """Return the turn that makes the image upright by its EXIF tag, if it needs one.
-
-    A damaged EXIF block is ignored: the pixels are usable.
-    """
-    try:
-        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
-        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -205,13 +205,15 @@ class TrainLoader:
     def image_size(self, epoch: int) -> int:
         """Return the side of the training crop in this epoch, pixels.
 
-        It grows in multiples of 32 (ffcv-imagenet's recipe).
+        It grows from start_size to image_size in multiples of 32 (ffcv-imagenet's recipe).
         """
         spec = self.data.spec
         if spec.ramp is None or epoch >= spec.ramp[1]:
             return spec.image_size
+        if epoch <= spec.ramp[0]:
+            return spec.start_size
         grown = np.interp(epoch, spec.ramp, (spec.start_size, spec.image_size))
-        return spec.start_size if epoch <= spec.ramp[0] else round(grown / 32) * 32
+        return min(max(round(grown / 32) * 32, spec.start_size), spec.image_size)
 
     def epoch(
         self, epoch: int, start_step: int = 0, each_second: Callable[[], None] = do_nothing

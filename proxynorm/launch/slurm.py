@@ -114,7 +114,11 @@ def launch_array(
     failed or damaged runs are left out, else 0. Raises ConfigError if SLURM refuses.
     """
     requests(options)  # reject impossible resources first
-    runs_dir = runs[0].folder.parent
+    runs_dir, *others = dict.fromkeys(run.folder.parent for run in runs)
+    if others:
+        raise ConfigError(
+            f"the runs of an array share one runs_dir; launch {runs_dir} and {others[0]} apart"
+        )
     if not options.dry_run:
         for folder in ("slurm", "logs"):
             (runs_dir / folder).mkdir(parents=True, exist_ok=True)

@@ -77,11 +77,10 @@ class CentredGate(nn.Module):
         scale = self._norm[0].proxy_rescale() if self.scale is None else self.scale
         return (self.gate(x) * scale.view(1, -1, 1, 1)).to(x.dtype)
 
-    def frozen(self) -> CentredGate:
-        """Make PN's scale a constant, for inference; return self."""
+    def freeze_proxy_scale(self) -> None:
+        """Make PN's scale a constant, for inference; proxynorm.freeze calls it."""
         norm = self._norm[0]
         self.scale, self._norm = norm.proxy_rescale().detach().to(norm.proxy_weight.dtype), ()
-        return self
 
 
 def centre_squeeze_excite(model: EfficientNet) -> EfficientNet:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from proxynorm.nn.fast.folding import folded
+from proxynorm.nn.fast.recompute import RECOMPUTE_HOOKS
 from proxynorm.nn.fast.shared import SharedMoments
 from proxynorm.nn.norm_act import NormAct2d
 from proxynorm.nn.norms import affine, batch_normalize, group_normalize
@@ -110,11 +111,13 @@ def freeze(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             _unparametrize(module)
     with torch.no_grad():
-        # A module with a method `frozen`, such as a gate, reads constants from a NormAct2d, and so
-        # has to be frozen before that is replaced.
-        replacements = {m: m.frozen() for m in modules if hasattr(m, "frozen")}
+        # A gate after a PN that only centres reads constants from a NormAct2d, and so has to be
+        # frozen before that is replaced.
+        for module in modules:
+            if hasattr(module, "freeze_proxy_scale"):
+                module.freeze_proxy_scale()
         layers = (m for m in modules if isinstance(m, NormAct2d) and _can_fold(m))
-        replacements |= {m: FrozenNormAct2d(m) for m in layers}
+        replacements = {m: FrozenNormAct2d(m) for m in layers}
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
@@ -166,10 +169,11 @@ def _can_fold(layer: NormAct2d) -> bool:
 
 
 def _remove_own_hooks(module: nn.Module) -> None:
-    """Remove the hooks of share_moments and convert, which are needed in training only."""
+    """Remove the hooks of share_moments, recompute and convert: they serve training alone."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if hook is clone_output or isinstance(getattr(hook, "__self__", None), SharedMoments):
+            is_shared = isinstance(getattr(hook, "__self__", None), SharedMoments)
+            if is_shared or hook in (clone_output, *RECOMPUTE_HOOKS):
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 

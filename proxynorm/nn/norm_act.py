@@ -134,7 +134,7 @@ class NormAct2d(nn.Module):
         self.norm_batch = norm_batch
         self.kind = spec.kind
         self.apply_act = apply_act and act_layer is not None
-        self.proxy = bool(proxy) and not spec.is_none
+        self.proxy = bool(proxy) and spec.kind != "none"
         self.groups = self._number_of_groups(groups)
         self.drop = drop_layer() if drop_layer is not None else nn.Identity()
         # In place, it would overwrite maps that backward needs.
@@ -279,7 +279,7 @@ class NormAct2d(nn.Module):
         self._check(x)
         if self.folds:  # PN behind an activation that is known by name
             return self._folded(x)
-        if self.proxied or self.spec.is_none:  # the formula as written
+        if self.proxied or self.kind == "none":  # the formula as written
             return self.activate(self.normalize(x))
         if needs_plain_operations():
             # One cast, at the end: to round before φ, a compiler would store another map.

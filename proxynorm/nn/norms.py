@@ -197,7 +197,7 @@ def _gn_groups(channels: int, groups: int | None) -> int:
 class NormSpec:
     """An entry of the registry of norms."""
 
-    kind: str  # "bn", "ln", "gn", "in" or "none"
+    kind: str  # "bn", "ln", "gn", "in", or "none", which normalizes nothing
     # normalize(x, groups=, eps=, weight=, bias=) with x of shape (N, C, H, W); a norm with batch
     # statistics takes batch_normalize's arguments
     normalize: Callable[..., Tensor]
@@ -209,11 +209,6 @@ class NormSpec:
     batch_statistics: bool = False  # statistics over the batch; running ones in evaluation
     proxy: bool = False  # proxy normalization follows the activation
     weight_standardization: bool = False  # the convolutions before it have standardized weights
-
-    @property
-    def is_none(self) -> bool:
-        """True for the norm "none", which normalizes nothing."""
-        return self.normalize is affine
 
 
 _NORMALIZATIONS = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from proxynorm.paper.table import Comparison, Reference, Table
+from proxynorm.paper.table import Comparison, Table
 
 Interval = tuple[float, float]
 MARGIN = 0.3  # points by which a cell may be worse than another and still match it
@@ -68,28 +68,15 @@ class Outcome:
         return f"{self.verdict} so far" if self.is_interim else self.verdict
 
 
-def cell_status(
-    table: Table, sample: Sample, running: int, failed: int, reference: Reference | None
-) -> str:
-    """Return the state of a cell in words, and whether it is within tolerance of the reference.
-
-    running, failed: numbers of its runs.
-    """
-    parts = []
+def cell_status(table: Table, sample: Sample, failed: int) -> str:
+    """Return the state of a cell in words; failed: the number of its failed runs."""
     if sample.n >= table.seeds:
-        parts.append("done")
+        state = "done"
     elif sample.n:
-        parts.append(f"{sample.n}/{table.seeds} seeds")
-    elif not (running or failed):
-        parts.append("not run")
-    if running and sample.n < table.seeds:
-        parts.append("running")
-    if reference is not None and sample.n:
-        near = abs(sample.mean - reference.value) <= table.tolerance
-        parts.append("within" if near else "outside")
-    if failed:
-        parts.append(f"{failed} failed")
-    return ", ".join(parts)
+        state = f"{sample.n}/{table.seeds} seeds"
+    else:
+        state = "" if failed else "not run"
+    return ", ".join(filter(None, [state, f"{failed} failed" if failed else ""]))
 
 
 def seed_spread(table: Table, samples: Mapping[str, Sample]) -> Spread | None:

@@ -12,7 +12,6 @@ from typing import Any
 from proxynorm.analysis.power import PowerRow
 from proxynorm.analysis.power_monitor import from_metrics, mean_rows
 from proxynorm.analysis.style import norm_label
-from proxynorm.launch.status import run_status
 from proxynorm.paper.compare import Outcome, Sample, compare, gap_sentence, seed_spread
 from proxynorm.paper.records import Record, read_record
 from proxynorm.paper.search import protocol
@@ -28,7 +27,6 @@ class Findings:
     records: list[Record]
     samples: dict[str, Sample]
     outcomes: list[Outcome]
-    running: Counter
     failed: Counter
     protocol: str
     options: Sequence[str] = ()
@@ -53,12 +51,12 @@ def gather(
     table: Table, runs: Sequence[TableRun], results: str | Path, options: Sequence[str] = ()
 ) -> Findings:
     """Read the runs from their folders or from `results`. options: as in Findings."""
-    records, running, failed = [], Counter(), Counter()
+    records, failed = [], Counter()
     for run in runs:
         record = read_record(run, results)
         if record is None:
-            running[run.cell.name] += run_status(run).state == "running"
-        elif record.failure:
+            continue
+        if record.failure:
             failed[run.cell.name] += 1
         else:
             records.append(record)
@@ -68,7 +66,7 @@ def gather(
     samples = {name: Sample(tuple(top1)) for name, top1 in values.items()}
     cells = list({run.cell.name: run.cell for run in runs}.values()) or table.expand()
     outcomes, search = compare(table, samples), protocol(table, results)
-    return Findings(table, cells, records, samples, outcomes, running, failed, search, options)
+    return Findings(table, cells, records, samples, outcomes, failed, search, options)
 
 
 def verdicts(findings: Findings) -> list[str]:

@@ -71,16 +71,17 @@ def all_statuses(
     runs: Sequence[TableRun], results: Path, get_status: Callable[[TableRun], Status]
 ) -> list[tuple[TableRun, Status]]:
     """Return the status of each run. The state of a finished run of another recipe is "other"."""
-    statuses = {}
+    pairs = []
     for run in runs:
         try:
-            statuses[run.name] = kept_status(run, results) or get_status(run)
+            status = kept_status(run, results) or get_status(run)
+            others = other_recipes([run], results) if status.state == "done" else []
         except DataError as error:
-            statuses[run.name] = Status("damaged", error=str(error))
-    done = [run for run in runs if statuses[run.name].state == "done"]
-    for record, changed in other_recipes(done, results):
-        statuses[record.run.name] = Status("other", note=f"another recipe ({changed})")
-    return [(run, statuses[run.name]) for run in runs]
+            status, others = Status("damaged", error=str(error)), []
+        for _, changed in others:
+            status = Status("other", note=f"another recipe ({changed})")
+        pairs.append((run, status))
+    return pairs
 
 
 def kept_status(run: TableRun, results: str | Path) -> Status | None:

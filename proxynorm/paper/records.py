@@ -145,8 +145,6 @@ def refuse_other_recipes(runs: Sequence[TableRun], results: str | Path) -> None:
 
 def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[tuple[Record, str]]:
     """Find finished runs of another recipe, with what differs. Raises DataError, ConfigError."""
-    # Composing is slow, and the seeds of a cell share its recipe.
-    table_recipe = cache(lambda arguments: recipe(compose_config(arguments)))
     others = []
     for run in runs:
         record = read_record(run, results)
@@ -158,6 +156,11 @@ def other_recipes(runs: Sequence[TableRun], results: str | Path) -> list[tuple[R
         if changed := differences(trained, expected):
             others.append((record, changed))
     return others
+
+
+@cache  # composing is slow, and the seeds of a cell share its recipe
+def table_recipe(arguments: tuple[str, ...]) -> dict[str, Any]:
+    return recipe(compose_config(arguments))
 
 
 def recipe(config: DictConfig) -> dict[str, Any]:

@@ -35,13 +35,7 @@ from proxynorm.paper.findings import (
 from proxynorm.paper.records import Record
 from proxynorm.paper.table import Cell, load_table, reported_runs
 
-LABELS = {
-    "P": "poster",
-    "C": "authors' code",
-    "F": "figure caption",
-    "D": "digitised from a figure",
-    "E": "not the paper's, a yardstick",
-}
+LABELS = {"D": "digitised from a figure", "E": "not the paper's, a yardstick"}
 FLAT = 0.01  # largest distance from 1 of the loss ratio of a flat loss
 POWER_NOTE = (
     "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
@@ -124,8 +118,7 @@ def cell_table(findings: Findings) -> Grid:
             row.append(f"{sample.mean - reference.value:+.2f}" if reference and sample.n else "")
         ratios = [ratio for r in findings.of_cell(cell) if (ratio := loss_ratio(r)) is not None]
         row.append(f"{fmean(ratios):.3f}" if ratios else "")
-        running, failed = findings.running[cell.name], findings.failed[cell.name]
-        grid.append([*row, cell_status(table, sample, running, failed, reference)])
+        grid.append([*row, cell_status(table, sample, findings.failed[cell.name])])
     return grid
 
 
@@ -163,7 +156,6 @@ def explanation(findings: Findings) -> str:
         legend = "; ".join(f"[{label}] {LABELS[label]}" for label in labels)
         sources = "; ".join(dict.fromkeys(reference.source for reference in table.references))
         text += f" References: {legend}. Sources: {sources}."
-        text += f" within: at most {table.tolerance:g} points from the reference."
     return text
 
 
@@ -277,7 +269,7 @@ def result_table(name: str, results: Path) -> str:
     findings = gather(table, runs, results)
     if not findings.records:
         return "No run is kept yet."
-    counts = sorted({sample.n for sample in findings.samples.values()})
+    counts = sorted({sample.n for sample in findings.samples.values() if sample.n})
     seeds = f"mean ± standard deviation, {span(counts)} seeds" if counts != [1] else "one seed"
     note = f"top1 (%) on {table.split}, {seeds} a cell."
     return f"{markdown_table(wide_table(findings))}\n\n{note}"

@@ -15,7 +15,7 @@ from proxynorm.paper.records import read_record
 from proxynorm.paper.table import Table, TableRun, chosen_path, load_table
 
 DIVERGED = ": not finite, "  # in the error of a run whose loss or gradient became infinite or NaN
-Point = tuple[float, ...]
+Point = tuple[Any, ...]
 
 
 def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[str, Any]:
@@ -44,8 +44,7 @@ def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[
             for point, score in points.items()
         }
         columns = zip(axes, best, zip(*points))
-        edges = [axis for axis, value, values in columns if value in (min(values), max(values))]
-        if edges:
+        if edges := [axis for axis, value, values in columns if is_extreme(value, values)]:
             at_edge[group] = edges
     return {
         "table": table.name,
@@ -55,6 +54,20 @@ def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[
         "tried": tried,
         "at_edge": at_edge,
     }
+
+
+def as_number(value: Any) -> Any:
+    """Return text that spells a number as one: 1e-3 is text to YAML 1.1."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def is_extreme(value: Any, tried: Sequence[Any]) -> bool:
+    """Return whether the value is the smallest or largest number that was tried."""
+    numbers = [number for number in tried if isinstance(number, (int, float))]
+    return value in numbers and value in (min(numbers), max(numbers))
 
 
 def mean_top1(
@@ -73,7 +86,7 @@ def mean_top1(
             missing.append(run.name)
             continue
         score = -math.inf if record.failure else record.summary["top1"]
-        point = tuple(float(labels[axis]) for axis in table.search.axes)
+        point = tuple(as_number(labels[axis]) for axis in table.search.axes)
         scores[str(labels[table.search.by])][point].append(score)
     if missing:
         raise ConfigError(

@@ -94,7 +94,6 @@ class Table:
     seeds:       runs per cell
     rows, columns: the axes down and across in the report
     split:       the images that top-1 is measured on, in words; by default from data.holdout
-    tolerance:   largest difference from a reference, in points, that the report calls "within"
     seed_std:    known standard deviation between seeds, in points; source in seed_std_source
     file:        the YAML file, if it is not one of TABLES
     minutes:     estimate for a run of the first cell on `hardware`, until runs are measured
@@ -119,7 +118,6 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     relative: dict[str, dict[Any, float]] = field(default_factory=dict)
     split: str = ""
-    tolerance: float = 0.5
     seed_std: float | None = None
     seed_std_source: str = ""
     file: str = ""
@@ -191,8 +189,6 @@ def load_table(name: str, seeds: int | None = None) -> Table:
         )
     try:
         content = yaml.safe_load(path.read_text())
-        if "axis" in content.get("search", {}):  # older files have a single axis
-            content["search"]["axes"] = (content["search"].pop("axis"),)
         for key, kind in {"tuned": Tuned, "search": Search}.items():
             if key in content:
                 content[key] = kind(**content[key])

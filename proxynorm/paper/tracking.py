@@ -24,18 +24,10 @@ from proxynorm.train.tracker import Tracker, choose_mode, start_run
 def log_comparison(
     findings: Findings, mode: str, figures: Path, folder: Path, **project: Any
 ) -> None:
-    """Log a comparison as the W&B run TABLE-comparison, in the group of the table.
+    """Log a comparison as the W&B run TABLE-comparison, named with its selection (cells=, seeds=).
 
-    The selection, if any (cells=, seeds=), is part of the name. If W&B fails, a warning is printed.
-
-    Args:
-        mode: auto, online, offline or disabled.
-        figures: the folder of the PNG files.
-        folder: the folder for W&B's files.
-        project: project= and entity= of W&B.
-
-    Raises:
-        ConfigError: an unknown mode.
+    figures: folder of the PNG files; folder: for W&B's files; project: project=, entity= of W&B.
+    If W&B fails, a warning is printed. Raises ConfigError for an unknown mode.
     """
     table, grid = findings.table, comparison_grid(findings)
     selection = [word for word in findings.options if not word.startswith("train=")]

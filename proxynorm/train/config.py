@@ -31,10 +31,8 @@ from proxynorm.train.arguments import (
 )
 from proxynorm.train.settings import DECLARED, Settings, check
 
-# A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
-_PACKAGE = Path(__file__).resolve().parents[1]
-_PLACES = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
-CONFIGS = next(folder for folder in _PLACES if (folder / "train.yaml").is_file())
+# In a checkout, this is a link to configs/ beside the package.
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 # ${env_text:WANDB_ENTITY,null} is an environment variable, or the default if that is empty.
 # ${env_list:WANDB_TAGS} is an environment variable as a list of texts.
@@ -201,7 +199,7 @@ def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
 def sweep_points(overrides: list[str]) -> list[list[str]]:
     """Return a few points of a sweep, each a list of plain overrides, that try every value once."""
     values = [
-        [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
         else [override.input_line]
         for override in parse(overrides, sweep=True)

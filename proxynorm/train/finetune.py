@@ -126,7 +126,7 @@ def set_offline_if_unreachable() -> None:
         return
     url = urlsplit(hub.ENDPOINT)
     try:
-        address = (url.hostname, url.port or 443)
+        address = (url.hostname, url.port or (80 if url.scheme == "http" else 443))
         socket.create_connection(address, timeout=ONLINE_SECONDS).close()
     except OSError:
         hub.HF_HUB_OFFLINE = True

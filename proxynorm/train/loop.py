@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from proxynorm.analysis.power_monitor import collapse_warning, measure, to_metrics
 from proxynorm.data import Batch, Data
 from proxynorm.data.loaders import on_device
-from proxynorm.data.mixing import Mixing
 from proxynorm.train import build, checkpoint
 from proxynorm.train.distributed import Process
 from proxynorm.train.evaluate import Result, autocast, evaluate, forward
+from proxynorm.train.mixing import Mixing
 from proxynorm.train.nonfinite import NonFiniteError, affected, describe
 from proxynorm.train.optimizer import base_rate, create_optimizer, create_schedule
 from proxynorm.train.parts import freeze_parts, train_mode
@@ -67,17 +67,7 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, settings.max_steps or self.total_steps)
         given = settings.regularization
-        self.mixing = None
-        if given.mixes:
-            self.mixing = Mixing(
-                given.mixup,
-                given.cutmix,
-                given.mix_probability,
-                given.switch_probability,
-                given.label_smoothing,
-                len(data.info.classes),
-                given.cutmix_lambda,
-            )
+        self.mixing = Mixing(given, len(data.info.classes)) if given.mixes else None
         self.state = self.fresh_state()
         self.display = Display(self.last_step, settings.epochs, visible=process.is_main)
         self.tracker: Tracker | None = None  # in the first process, set by `fit`

@@ -30,7 +30,12 @@ def create_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     if optim.eps is not None:
         arguments["eps"] = optim.eps
     if optim.alpha_per_image is not None:
-        arguments["alpha"] = 1.0 - settings.batch * optim.alpha_per_image
+        arguments["alpha"] = alpha = 1.0 - settings.batch * optim.alpha_per_image
+        if alpha < 0:
+            raise ConfigError(
+                f"batch={settings.batch} optim.alpha_per_image={optim.alpha_per_image}: "
+                f"α = 1 − batch · alpha_per_image is {alpha:.3g}, below 0; reduce either"
+            )
     elif optim.alpha is not None:
         arguments["alpha"] = optim.alpha
     groups = scale_rates(model, parameter_groups(model, optim.weight_decay), optim)

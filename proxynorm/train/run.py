@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,13 +43,9 @@ def train(settings: Settings, config: dict[str, Any]) -> int:
                     if not run.curves.exists():
                         draw_curves(run)
                 return 0
-            if process.is_main:
-                run.acquire()
-            try:
+            with run.lock() if process.is_main else nullcontext():
                 process.barrier()  # the others read the folder once it is locked
                 return train_in(Trainer(settings, process, data, run, stop), config)
-            finally:
-                run.release()
 
 
 def train_in(trainer: Trainer, config: dict[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -11,7 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from proxynorm.errors import ConfigError, DataError
-from proxynorm.files import finite, write_text, writing
+from proxynorm.files import finite, locked, write_text, writing
 
 # The packages and the properties of the machine that floating-point results may depend on.
 NUMERIC = ("torch", "torchvision", "timm", "ffcv", "numpy")
@@ -41,40 +41,30 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.summary = path / "summary.json"
         self.curves = path / "curves.png"
-        self._lock: Any = None
 
-    def acquire(self) -> None:
-        """Create the folder and lock it.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Create the folder and keep other processes from training in it.
 
-        Raises ConfigError if another process trains in it, or if it cannot be written.
+        Raises FileError if one does, or ConfigError if the folder cannot be written.
         """
         lock = self.path / ".lock"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(lock, "ab+", buffering=0)
+            lock.touch()
         except OSError as error:
             raise ConfigError(
                 f"cannot write the run folder {self.path}: {error.strerror}; "
                 "choose another runs_dir="
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = lock.read_text().strip() or "another process"
-            self.release()
-            raise ConfigError(
-                f"{self.path} is in use by {holder}; wait for it, or choose another name="
-            ) from None
-        with writing(lock):
-            self._lock.truncate(0)
-            self._lock.write(f"{socket.gethostname()} pid {os.getpid()}".encode())
-        for item in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            item.unlink()  # left by a process that was killed
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        holder = lock.read_text().strip() or "another process"
+        busy = f"{self.path} is in use by {holder}; wait for it, or choose another name="
+        with locked(lock, busy):
+            with writing(lock):
+                lock.write_text(f"{socket.gethostname()} pid {os.getpid()}")
+            for item in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+                item.unlink()  # left by a process that was killed
+            yield
 
     def clear(self) -> None:
         """Delete the files of a former run, and nothing else in the folder."""
@@ -84,10 +74,10 @@ class RunFolder:
         shutil.rmtree(self.path / "wandb", ignore_errors=True)
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Drop the rows after `step`, and an evaluation at `step` that will be repeated."""
+        """Drop the rows after `step`, and those at `step` of measurements that will be repeated."""
 
         def is_kept(row: dict[str, Any]) -> bool:
-            at_step = row["step"] == step and (row["event"] == "train" or evaluated == step)
+            at_step = row["step"] == step and (row["event"] == "train" or evaluated == step > 0)
             return row["step"] < step or at_step
 
         rows = [row for row in read_metrics(self.metrics) if is_kept(row)]

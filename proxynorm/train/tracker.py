@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from urllib.parse import urlsplit
 
 from proxynorm.analysis.power_monitor import from_metrics
 from proxynorm.cli import check_fields
@@ -30,7 +31,8 @@ def choose_mode(mode: str) -> str:
         return mode
     key: Any = os.environ.get("WANDB_API_KEY")
     with suppress(OSError, netrc.NetrcParseError):
-        key = key or netrc.netrc().authenticators("api.wandb.ai")
+        server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+        key = key or netrc.netrc().authenticators(server or "")
     return "online" if key else "offline"
 
 

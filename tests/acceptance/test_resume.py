@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxynorm.errors import CheckpointError, ConfigError
+from proxynorm.errors import CheckpointError, ConfigError, FileError
 from proxynorm.train import checkpoint
 from proxynorm.train import resume as resume_module
 from proxynorm.train.config import compose_config, settings_from
@@ -210,11 +210,9 @@ def test_unreadable_last_falls_back_to_previous(run_small, capsys):
 
 
 def test_second_process_is_refused(run_small, tmp_path):
-    holder = RunFolder(tmp_path / "a")
-    holder.acquire()
-    with pytest.raises(ConfigError, match=r"in use by .* pid \d+"):
-        run_small("name=a")
-    holder.release()
+    with RunFolder(tmp_path / "a").lock():
+        with pytest.raises(FileError, match=r"in use by .* pid \d+"):
+            run_small("name=a")
     assert run_small("name=a").status == 0
 
 

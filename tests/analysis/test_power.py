@@ -23,6 +23,8 @@ from proxynorm.analysis.power_plots import p1_figure, power_figure
 from proxynorm.analysis.random_net import mean_field_p1, random_net
 from proxynorm.analysis.style import norm_label, norm_style, save_figure
 from proxynorm.data import DataSpec, LoaderSpec, open_data
+from tests.data.conftest import needs_fashion_mnist
+from tests.helpers import ROOT
 
 
 def images(count=12, seed=0, size=32):
@@ -246,3 +248,12 @@ def test_the_command_shows_the_logged_powers_of_a_run(tmp_path, script):
     assert script.main(script.Options(str(tmp_path / "power"), run=str(tmp_path))) is None
     found = list(csv.DictReader(open(tmp_path / "power" / "power.csv")))
     assert [row["step"] for row in found] == ["epoch 0", "epoch 0", "epoch 1", "epoch 1"]
+
+
+@needs_fashion_mnist
+def test_the_command_decomposes_a_checkpoint(tmp_path, script):
+    run = str(ROOT / "tests" / "fixtures" / "run_v1")
+    options = script.Options(str(tmp_path), run=run, weights="last", images=4, device="cpu")
+    assert script.main(options) is None
+    found = list(csv.DictReader(open(tmp_path / "power.csv")))
+    assert len(found) == 7 and {row["step"] for row in found} == {"last"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
+from torch import nn
 
 from benchmarks import traffic
 from proxynorm.cli import parse_options
@@ -41,6 +43,17 @@ def test_constants_of_a_channel_are_not_computed_at_every_element(act):
     """With the moments' erf and exp inlined into the kernels of the map, ReLU would take 2,300."""
     plain, proxied = compiled("ln", act)["operations"], compiled("ln_pn", act)["operations"]
     assert proxied < plain + 50
+
+
+def test_torchs_layer_norm_is_torchs():
+    (middle,) = traffic._layer("torch ln", "relu", 4)[1:2]
+    assert isinstance(middle[0], nn.GroupNorm)
+
+
+@pytest.mark.parametrize("norm", ["ln_pn+recompute", "ln_ws"])
+def test_what_a_layer_alone_cannot_have_is_refused(norm):
+    with pytest.raises(ConfigError, match=f"norm={re.escape(norm)} model=layer"):
+        traffic.measure(LAYER, norm, "relu", "channels_last")
 
 
 @pytest.mark.parametrize("wrong", ["norm=ln_pm", "act=[rleu]", "format=nhwc", "batch=0"])

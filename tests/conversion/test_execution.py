@@ -406,7 +406,7 @@ class MixesImages(nn.Module):
 
 def test_batch_dependence_that_stays_is_refused() -> None:
     model = MixesImages()
-    with pytest.raises(ValueError, match="still depends on the others. The network is left"):
+    with pytest.raises(ValueError, match="still depends on the others. Pass verify=False"):
         convert(model, "ln_pn")
     assert isinstance(model.body[1], nn.BatchNorm2d)
     assert isinstance(convert(model, "bn_pn").body[1], NormAct2d)

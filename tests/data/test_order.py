@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,6 +178,10 @@ def test_progressive_resizing_grows_in_multiples_of_32(photos, cache):
     sizes = [loader.image_size(epoch) for epoch in range(8)]
     assert sizes == [128, 128, 128, 128, 160, 192, 192, 192]
     assert next(loader.epoch(4)).images.shape == (4, 3, 160, 160)
+    for image_size, start_size in ((32, 8), (192, 140), (50, 40)):
+        loader.data.spec = replace(data.spec, image_size=image_size, start_size=start_size)
+        sizes = [loader.image_size(epoch) for epoch in range(8)]
+        assert (sizes[0], sizes[7]) == (start_size, image_size) and sizes == sorted(sizes)
     assert next(iter(data.eval_loader(2))).images.shape == (2, 3, 224, 224)
 
 

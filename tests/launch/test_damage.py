@@ -115,6 +115,15 @@ def test_status_and_plan_report_damage_and_continue(damaged, tiny, tmp_path, cap
     assert "4 runs; 1 done" in text and re.search(words, text)
 
 
+def test_status_and_plan_go_on_after_a_configuration_of_noise(tiny, tmp_path):
+    runs = table_runs(tiny, tmp_path / "runs")
+    for run in runs:
+        write_run(run, 50.0)
+    spoil(runs[0].folder / "config.yaml", NOISE["a configuration of noise"][1])
+    assert "3 done, 1 damaged" in status_text(runs, tmp_path / "results")
+    assert "4 runs; 3 done" in plan_text(tiny, runs, tmp_path / "results", 1)
+
+
 def test_run_skips_a_damaged_run_and_says_what_to_remove(damaged, stand_in, capsys):
     runs, words = damaged
     assert run_locally(runs, 2) == 1

@@ -66,6 +66,12 @@ def launch(capsys):
     return go
 
 
+def test_runs_of_two_folders_are_no_array(tiny, tmp_path, launch):
+    runs = [run for folder in "ab" for run in table_runs(tiny, tmp_path / folder)]
+    with pytest.raises(ConfigError, match="share one runs_dir"):
+        launch(runs, dry_run=True)
+
+
 def test_the_job_of_the_report_waits_for_the_array_and_requests_little(tiny, tmp_path, launch):
     further = ["--gres=gpu:8", "--time=1", "--account=lab", "--qos=high", "--nice=5"]
     further.append("--dependency=afterany:1")

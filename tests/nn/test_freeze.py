@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from proxynorm import convert, create_model, freeze
-from proxynorm.nn import ACTIVATIONS, NORMS, NormAct2d, norms
+from proxynorm.nn import ACTIVATIONS, NORMS, NormAct2d, norms, recompute
 from proxynorm.nn.freeze import FrozenNormAct2d
 from proxynorm.nn.norms import NormSpec, affine
 from tests.helpers import need_module
@@ -325,6 +325,18 @@ def test_a_norm_of_a_user_is_not_taken_for_another(groups, monkeypatch) -> None:
     frozen = freeze(trained_like(model))
     assert_same(model, frozen, torch.randn(2, 3, 8, 8))
     assert [type(layer) for layer in frozen[1:]] == [NormAct2d, FrozenNormAct2d]
+
+
+def test_a_users_attribute_called_frozen_is_left_alone() -> None:
+    net = nn.Sequential(NormAct2d(4), nn.Conv2d(4, 4, 1))
+    net[1].frozen = True
+    assert freeze(net)[1].frozen is True
+
+
+def test_a_recomputing_network_scripts_once_it_is_frozen() -> None:
+    net = recompute(nn.Sequential(nn.Conv2d(3, 4, 1), NormAct2d(4, "ln")))
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(torch.jit.script(freeze(net))(x), net.eval()(x))
 
 
 def test_a_tensor_that_a_hook_keeps_on_a_layer_does_no_harm() -> None:

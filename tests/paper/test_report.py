@@ -19,15 +19,7 @@ from proxynorm.paper.findings import Findings, against_batch, gather, loss_ratio
 from proxynorm.paper.records import Record, archive_path, collect, kept_record, read_record
 from proxynorm.paper.report import wide_table, write_report
 from proxynorm.paper.search import choose, protocol
-from proxynorm.paper.table import (
-    Cell,
-    Comparison,
-    Reference,
-    Search,
-    cell_name,
-    load_table,
-    table_runs,
-)
+from proxynorm.paper.table import Cell, Comparison, Search, cell_name, load_table, table_runs
 from tests.helpers import ROOT
 from tests.tiny_table import SEARCH, write_run
 
@@ -130,27 +122,9 @@ def test_equal_values_without_spread_have_p_1():
 
 
 def test_cell_status_words(tiny):
-    near, far = Reference("bn", 90.2, "D", "figure"), Reference("bn", 95.0, "D", "figure")
-    words = [
-        cell_status(tiny, sample(), 0, 0, None),
-        cell_status(tiny, sample(), 1, 0, None),
-        cell_status(tiny, sample(90.0), 0, 0, None),
-        cell_status(tiny, sample(90.0, 90.1), 0, 0, near),
-        cell_status(tiny, sample(90.0, 90.1), 0, 0, far),
-        cell_status(tiny, sample(90.0), 1, 0, near),
-        cell_status(tiny, sample(), 0, 2, None),
-        cell_status(tiny, sample(1, 2), 0, 0, None),
-    ]
-    assert words == [
-        "not run",
-        "running",
-        "1/2 seeds",
-        "done, within",
-        "done, outside",
-        "1/2 seeds, running, within",
-        "2 failed",
-        "done",
-    ]
+    cases = [(sample(), 0), (sample(90.0), 0), (sample(90.0), 1), (sample(), 2), (sample(1, 2), 0)]
+    words = ["not run", "1/2 seeds", "1/2 seeds, 1 failed", "2 failed", "done"]
+    assert [cell_status(tiny, *case) for case in cases] == words
 
 
 @pytest.fixture
@@ -328,6 +302,25 @@ def test_a_search_chooses_the_best_and_warns_at_its_edge(tmp_path):
         )
         == found
     )
+
+
+def test_a_search_keeps_whole_numbers_and_texts(tmp_path):
+    """1e-3 is text to YAML, and a number to whoever writes it."""
+    head, tail = SEARCH.split("cells:")[0], SEARCH[SEARCH.index("seeds:") :]
+    axes = {"norm.groups": [2, 4], "optim.weight_decay": ["1e-3", 0.01], "optim": ["lars", "sgd"]}
+    cells = "".join(f"    {axis}: [{', '.join(map(str, tried))}]\n" for axis, tried in axes.items())
+    tail = tail.replace("[optim.base_lr]", f"[{', '.join(axes)}]")
+    path = tmp_path / "search.yaml"
+    path.write_text(f"{head}cells:\n  - norm: [gn]\n{cells}rows: [norm]\n{tail}")
+    table = load_table(str(path))
+    runs = table_runs(table, tmp_path)
+    for top1, run in enumerate(runs):
+        write_run(run, float(top1))
+    found = choose(table, runs, tmp_path / "results")
+    values = {"norm.groups": 4, "optim.weight_decay": 0.01, "optim": "sgd"}
+    assert found["chosen"]["gn"] == values and isinstance(values["norm.groups"], int)
+    assert found["at_edge"]["gn"] == ["norm.groups", "optim.weight_decay"]
+    assert "2 0.001 lars" in found["tried"]["gn"]
 
 
 def test_a_report_of_fewer_runs_does_not_replace_a_fuller_one(tiny, finished, tmp_path):

@@ -58,7 +58,7 @@ def test_a_full_disk_at_the_lock(tmp_path):
         file_size_limit(0),
         pytest.raises(FileError, match=r"cannot write .*\.lock: File too large"),
     ):
-        RunFolder(tmp_path / "a").acquire()
+        (RunFolder(tmp_path / "a").lock(),)
 
 
 def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(

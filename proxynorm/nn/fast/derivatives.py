@@ -14,9 +14,7 @@ def by_formula(grad: Tensor) -> bool:
 
 
 def differentiable(
-    function: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> list[Tensor | None]:
     """Gradients of function(*inputs) by the inputs that require one; None for the others.
 
@@ -26,19 +24,10 @@ def differentiable(
     with torch.enable_grad():
         # One input may depend on another: with tied parameters, or in a layer that is used twice.
         # At an alias, autograd's search ends.
-        inputs = [t if t is None else t.view_as(t) for t in inputs]
-        outputs = function(*inputs)
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    # outputs without a gradient are constant: a gain of 1, or frozen γ and β
-    pairs = [
-        (output, grad)
-        for output, grad in zip(outputs, grads)
-        if grad is not None and output.requires_grad
-    ]
-    if not pairs:
+        inputs = [t.view_as(t) for t in inputs]
+        output = function(*inputs)
+    if not output.requires_grad:  # constant in the parameters that train: others are frozen
         return [None] * len(inputs)
-    outputs, grads = zip(*pairs)
-    results = iter(
-        torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True)
-    )
-    return [next(results) if t is not None and t.requires_grad else None for t in inputs]
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again, allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in inputs]

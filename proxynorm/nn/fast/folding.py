@@ -155,7 +155,7 @@ class Rescale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         jacobian, *parameters = ctx.saved_tensors
         if by_formula(grad):
-            by_parameters = differentiable(lambda *p: folded(p, ctx.rule)[-1:], parameters, (grad,))
+            by_parameters = differentiable(lambda *p: folded(p, ctx.rule)[-1], parameters, grad)
         else:
             by_parameters = pull_back(jacobian[-1:], (grad,), parameters)
         return None, None, *by_parameters

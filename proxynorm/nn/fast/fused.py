@@ -70,7 +70,7 @@ class NormAct(torch.autograd.Function):
         parameters, statistics = rest[: ctx.count], rest[ctx.count :]
         if by_formula(grad):
             reference = partial(_reference, ctx.norm, ctx.act, ctx.rule, statistics)
-            dx, *by_parameters = differentiable(reference, (x, *parameters), (grad,))
+            dx, *by_parameters = differentiable(reference, (x, *parameters), grad)
             return dx, None, None, None, None, *by_parameters
         if ctx.rebuilt is not None:
             z = ctx.rebuilt.take(x, last=True)
@@ -125,14 +125,14 @@ def _reference(
     statistics: list[Tensor],
     x: Tensor,
     *parameters: Tensor,
-) -> tuple[Tensor]:
+) -> Tensor:
     """z in plain operations, which can be differentiated again."""
     values = None if rule is None else torch.stack(folded(parameters, rule))
     scale, shift, gain, offset = _rows(rule, values, parameters)
     z = act(norm.reference(x, scale, shift, *statistics))
     z = z if gain is None else per_channel(gain) * z
     z = z if offset is None else z + per_channel(offset)
-    return (z.to(x.dtype),)
+    return z.to(x.dtype)
 
 
 def per_channel(v: Tensor) -> Tensor:

@@ -117,6 +117,9 @@ def _leave(model: nn.Module, inputs: object = None, output: object = None) -> No
         _ACTIVE.model = _ACTIVE.hooks = None
 
 
+RECOMPUTE_HOOKS = (_enter, _leave)
+
+
 def _pack(saved: Tensor) -> _Kept:
     output, version = _OUTPUTS.get(saved, (None, 0))
     if output is not None and saved._version == version:

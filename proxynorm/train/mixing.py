@@ -10,6 +10,7 @@ from timm.data.mixup import Mixup, mixup_target, rand_bbox
 
 from proxynorm.data.randomness import sample_keys, seeded
 from proxynorm.errors import ConfigError
+from proxynorm.train.settings import RegularizationSettings
 
 # Of CutMix in the authors' code: see own_share.
 SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
@@ -18,39 +19,28 @@ SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
 class Mixing:
     """Mixes the images and targets of a micro-batch with the same in reverse order.
 
-    One weight serves the whole micro-batch. mixup_alpha, cutmix_alpha: parameters of the Beta
-    distributions, 0: off; prob: probability that a micro-batch is mixed; switch_prob: probability
-    of CutMix if both are on; smoothing: label smoothing; cutmix_lambda: λ of the authors' CutMix,
-    which replaces timm's and is applied after mixup, None: off. Raises ConfigError.
+    One weight serves the whole micro-batch. cutmix_lambda is λ of the authors' CutMix, which
+    replaces timm's and is applied after mixup. Raises ConfigError.
     """
 
-    def __init__(
-        self,
-        mixup_alpha: float,
-        cutmix_alpha: float,
-        prob: float,
-        switch_prob: float,
-        smoothing: float,
-        num_classes: int,
-        cutmix_lambda: float | None = None,
-    ) -> None:
-        smallest = OFFSET / SLOPE
-        if cutmix_lambda is not None and (cutmix_alpha or not smallest <= cutmix_lambda < 1):
+    def __init__(self, given: RegularizationSettings, num_classes: int) -> None:
+        smallest, nominal = OFFSET / SLOPE, given.cutmix_lambda
+        if nominal is not None and (given.cutmix or not smallest <= nominal < 1):
             raise ConfigError(
-                f"cutmix_lambda={cutmix_lambda} cutmix={cutmix_alpha}: give one of them, "
+                f"cutmix_lambda={nominal} cutmix={given.cutmix}: give one of them, "
                 f"cutmix_lambda from {smallest:.2f} to below 1"
             )
-        self.num_classes, self.smoothing, self.cutmix_lambda = num_classes, smoothing, cutmix_lambda
+        self.num_classes, self.given = num_classes, given
         self.mixup = Mixup(
-            mixup_alpha,
-            cutmix_alpha,
-            prob=prob,
-            switch_prob=switch_prob,
-            label_smoothing=smoothing,
+            given.mixup,
+            given.cutmix,
+            prob=given.mix_probability,
+            switch_prob=given.switch_probability,
+            label_smoothing=given.label_smoothing,
             num_classes=num_classes,
         )
         # With both off, timm would raise an error instead of smoothing the labels alone.
-        self.mixup.mixup_enabled = max(mixup_alpha, cutmix_alpha) > 0
+        self.mixup.mixup_enabled = max(given.mixup, given.cutmix) > 0
 
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, seed: int, step: int
@@ -63,10 +53,11 @@ class Mixing:
         even = len(images) // 2 * 2
         with seeded(int(sample_keys(seed, step, np.zeros(1))[0])):
             _, mixed = self.mixup(images[:even], targets[:even])
-            last = mixup_target(targets[even:], self.num_classes, smoothing=self.smoothing)
+            smoothing = self.given.label_smoothing
+            last = mixup_target(targets[even:], self.num_classes, smoothing=smoothing)
             soft = torch.cat([mixed, last])
-            if self.cutmix_lambda is not None:
-                soft = paste(images, soft, own_share(self.cutmix_lambda))
+            if self.given.cutmix_lambda is not None:
+                soft = paste(images, soft, own_share(self.given.cutmix_lambda))
         return images, soft
 
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from proxynorm.data.mixing import Mixing, own_share
 from proxynorm.errors import ConfigError
+from proxynorm.train.mixing import Mixing, own_share
+from proxynorm.train.settings import RegularizationSettings
 
 
-def mixing(mixup=0.0, cutmix=0.0, prob=1.0, switch_prob=0.5, smoothing=0.0, cutmix_lambda=None):
-    return Mixing(mixup, cutmix, prob, switch_prob, smoothing, 4, cutmix_lambda)
+def mixing(mixup=0.0, cutmix=0.0, smoothing=0.0, classes=4, **keys):
+    keys = {"mixup": mixup, "cutmix": cutmix, "label_smoothing": smoothing, **keys}
+    return Mixing(RegularizationSettings(**keys), classes)
 
 
 def batch(count):
@@ -98,7 +100,7 @@ def test_the_authors_cutmix_comes_on_top_of_mixup():
     seen = set()
     for step in range(60):
         images = weights.view(8, 8, 1, 1).expand(-1, -1, 32, 32).clone()
-        mixer = Mixing(0.5, 0.0, 1.0, 0.5, 0.0, 8, 0.8)
+        mixer = mixing(0.5, classes=8, cutmix_lambda=0.8)
         images, targets = mixer(images, torch.arange(8), seed=0, step=step)
         assert torch.allclose(images.mean(dim=(2, 3)), targets, atol=1e-5)
         seen.add(int((targets > 1e-6).sum(1).max()))
@@ -112,7 +114,7 @@ def test_the_authors_cutmix_depends_on_seed_and_step_alone():
 
 
 def test_prob_is_the_share_of_mixed_batches():
-    mixer = mixing(mixup=1.0, prob=0.3)
+    mixer = mixing(mixup=1.0, mix_probability=0.3)
     mixed = [float(mixer(*batch(2), 0, step)[1].max(1).values.min()) < 1 for step in range(500)]
     assert 0.24 < np.mean(mixed) < 0.36
 
