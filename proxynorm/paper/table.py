@@ -70,7 +70,7 @@ class Comparison:
 class Search:
     """A search for the best values on `axes`, for each value of the axis `by`."""
 
-    axes: tuple[str, ...]
+    axes: list[str]
     by: str
 
 
