@@ -35,7 +35,13 @@ from proxynorm.paper.findings import (
 from proxynorm.paper.records import Record
 from proxynorm.paper.table import Cell, load_table, reported_runs
 
-LABELS = {"D": "digitised from a figure", "E": "not the paper's, a yardstick"}
+LABELS = {
+    "P": "poster",
+    "C": "authors' code",
+    "F": "figure caption",
+    "D": "digitised from a figure",
+    "E": "not the paper's, a yardstick",
+}
 FLAT = 0.01  # largest distance from 1 of the loss ratio of a flat loss
 POWER_NOTE = (
     "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
