@@ -46,7 +46,7 @@ def test_the_claims_are_those_of_the_report():
 
 
 def test_differences_in_prose_are_those_of_the_report():
-    text = prose(README, "Results").split("<!-- end -->")[1].split("`bash scripts/demo.sh`")[0]
+    text = prose(README, "Results").split("<!-- end -->")[1].split("On few images")[0]
     differences = re.findall(r"\d+\.\d\d(?=\s+(?:points|\(p))", text)
     intervals = re.findall(r"(?<=[ (])−\d\.\d\d … [+−]\d\.\d\d(?=\))", text)
     assert len(differences) >= 4 and len(intervals) == 2
@@ -202,6 +202,27 @@ def test_the_loop_and_loader_tables_are_those_measured():
         speed = f"{row['loader']} | {row['images_per_second']:.0f} | {row['ours_over_it']:.2f}"
         assert speed in BENCHMARKS
     assert f"{load('engine/startup.json')['seconds']['median']:.1f} s" in BENCHMARKS
+
+
+def test_the_figures_of_mini_depth_are_those_of_its_report():
+    text = " ".join(prose(RESULTS_PAGE, "Depth").split())
+    with open(RESULTS / "mini_depth/cells.csv") as file:
+        top1 = {row["cell"]: float(row["top1"]) for row in csv.DictReader(file)}
+    depths = (20, 44, 80)
+    gains = [f"{top1[f'ln_pn-depth{d}'] - top1[f'ln-depth{d}']:.2f}" for d in depths]
+    assert "by {}, {} and {} points".format(*gains) in text
+    first, _, last = (f"{top1[f'ln_pn-depth{d}']:.2f} %" for d in depths)
+    assert f"from {first} at 20 layers to {last} at 80" in text
+    behind = [top1[f"bn-depth{d}"] - top1[f"ln_pn-depth{d}"] for d in depths]
+    assert f"it is {behind[2]:.2f} points behind BN" in text
+    assert f"by {behind[2]:.2f} points at 80 layers" in " ".join(README.split())
+    assert f"by {min(behind):.2f} to {max(behind):.2f} in that of depth" in " ".join(
+        RESULTS_PAGE.split()
+    )
+    lags = [top1[f"bn-depth{d}"] - top1[f"ln-depth{d}"] for d in depths]
+    assert [round(lag) for lag in lags] == [3, 3, 3]
+    p1 = [row[3] for row in rows((RESULTS / "mini_depth/report.md").read_text()) if len(row) == 7]
+    assert {f"{float(value):.2f}" for value in p1[-3:]} == {"0.02"}
 
 
 def test_the_storage_table_is_that_measured():
