@@ -31,8 +31,10 @@ from proxynorm.train.arguments import (
 )
 from proxynorm.train.settings import DECLARED, Settings, check
 
-# In a checkout, this is a link to configs/ beside the package.
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# A checkout has configs/ beside the package; a wheel has it inside, by the link proxynorm/configs.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PLACES = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
+CONFIGS = next(folder for folder in _PLACES if (folder / "train.yaml").is_file())
 
 # ${env_text:WANDB_ENTITY,null} is an environment variable, or the default if that is empty.
 # ${env_list:WANDB_TAGS} is an environment variable as a list of texts.
