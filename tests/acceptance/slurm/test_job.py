@@ -85,14 +85,16 @@ def has_pending(pid: int, number: int) -> bool:
 def hold_until_warned(slurm, job: str, folder: Path) -> None:
     """Halt the run until SLURM has warned it of its time limit, rather than train for a minute.
 
-    The limit is raised before the run goes on, so that its next start has the new one.
+    The limit is raised before the run goes on, so that its next start has the new one. On a slow
+    machine the run may have been warned, and have ended, before it is halted.
     """
     slurm.wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) > 3, "no rows", 120)
     pid = int((folder / ".lock").read_text().split()[-1])
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
         slurm.wait_for(lambda: has_pending(pid, signal.SIGUSR2), "no warning", 60)
-        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
 
 
