@@ -101,3 +101,10 @@ def test_a_row_cut_short_by_a_full_disk_is_dropped_at_the_next_start(tmp_path):
     run.rewind(1, 1)
     run.append({"event": "train", "step": 3})
     assert [row["step"] for row in read_metrics(run.metrics)] == [1, 3]
+
+
+def test_a_run_that_stopped_before_its_first_step_measures_its_power_again(tmp_path):
+    run = RunFolder(tmp_path)
+    run.append({"event": "power", "step": 0})
+    run.rewind(0, 0)
+    assert read_metrics(run.metrics) == []

@@ -263,6 +263,11 @@ def test_efficientnets_cut_and_mix_as_the_authors_do(name):
     assert (regularization.mixup, regularization.cutmix) == (0.1 if number < 3 else 0.2, 0)
 
 
+def test_a_sweep_of_a_new_key_keeps_its_plus():
+    words = "-m +optim.eps=1e-8,1e-7".split()
+    assert check_arguments(words) == words
+
+
 @pytest.mark.parametrize("epochs", [16, 24, 32, 40, 56, 88])
 def test_the_epoch_ladder_follows_ffcv_imagenet(epochs):
     """From epoch 2 the rate falls linearly from 1.7 to 0; the resolution grows as configured."""

@@ -9,6 +9,7 @@ import timm.optim
 import torch
 from torch import nn
 
+from proxynorm.errors import ConfigError
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.optimizer import RMSpropTF, create_optimizer, load_optimizer
 from proxynorm.train.readback import step_if
@@ -106,3 +107,9 @@ def test_loading_a_checkpoint_keeps_the_optimizers_kernel():
     set_gradients(net, 0, float("nan"))
     step_if(optimizer, BAD)
     assert all(map(torch.equal, before, tensors(net, optimizer)))
+
+
+def test_a_batch_too_large_for_the_decay_of_the_mean_square_is_refused():
+    settings = settings_from(compose_config(["optim=rmsprop", "batch=16640"]))
+    with pytest.raises(ConfigError, match=r"batch=16640 optim.alpha_per_image=.* is -0.0156"):
+        create_optimizer(network(), settings)

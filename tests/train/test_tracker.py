@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxynorm.train.settings import LoggerSettings, Settings
-from proxynorm.train.tracker import Tracker
+from proxynorm.train.tracker import Tracker, choose_mode
 
 wandb = pytest.importorskip("wandb")
 
@@ -40,3 +40,15 @@ def test_a_bogus_mode_in_the_environment_is_one_line(monkeypatch, tmp_path, capf
         and "'online'" in shown
         and shown.count("\n") == 1
     )
+
+
+def test_the_key_is_that_of_the_server(monkeypatch, tmp_path):
+    keys = tmp_path / ".netrc"
+    keys.write_text("machine wandb.lab.org login user password secret\n")
+    keys.chmod(0o600)  # netrc refuses a file that others may read
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choose_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.lab.org:8080")
+    assert choose_mode("auto") == "online"
