@@ -57,8 +57,9 @@ def test_a_full_disk_at_the_lock(tmp_path):
     with (
         file_size_limit(0),
         pytest.raises(FileError, match=r"cannot write .*\.lock: File too large"),
+        RunFolder(tmp_path / "a").lock(),
     ):
-        (RunFolder(tmp_path / "a").lock(),)
+        pass
 
 
 def test_curves_that_could_not_be_drawn_are_drawn_at_the_next_start(
