@@ -221,7 +221,9 @@ def test_the_figures_of_mini_depth_are_those_of_its_report():
     )
     lags = [top1[f"bn-depth{d}"] - top1[f"ln-depth{d}"] for d in depths]
     assert [round(lag) for lag in lags] == [3, 3, 3]
-    p1 = [row[3] for row in rows((RESULTS / "mini_depth/report.md").read_text()) if len(row) == 7]
+    report = (RESULTS / "mini_depth/report.md").read_text()
+    assert "flat, in 7 of 9 runs" in report and "in seven of nine" in text
+    p1 = [row[3] for row in rows(report) if len(row) == 7]
     assert {f"{float(value):.2f}" for value in p1[-3:]} == {"0.02"}
 
 
