@@ -117,7 +117,7 @@ def freeze(model: nn.Module) -> nn.Module:
             if hasattr(module, "freeze_proxy_scale"):
                 module.freeze_proxy_scale()
         layers = (m for m in modules if isinstance(m, NormAct2d) and _can_fold(m))
-        replacements = {m: FrozenNormAct2d(m) for m in layers}
+        replacements: dict[nn.Module, nn.Module] = {m: FrozenNormAct2d(m) for m in layers}
     if frozen in replacements:
         return replacements[frozen]
     replace_modules(frozen, replacements)
