@@ -21,6 +21,7 @@ TABLES = (
     "mini_regularization",
     "mini_search",
     "study",
+    "study_depth",
 )
 
 
