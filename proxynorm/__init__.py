@@ -1,7 +1,7 @@
 """Proxy Normalization in PyTorch: batch norm's accuracy without its dependence on the batch.
 
-The names below are imported when first used, so that `import proxynorm` is quick and proxynorm.nn
-needs torch only.
+The names below are imported when first used, so `import proxynorm` is quick and proxynorm.nn needs
+only torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name from its home, or the package that is one (PEP 562)."""
+    """Import a public name from its home module, or the package nn (PEP 562)."""
     if name == "nn":
         return importlib.import_module("proxynorm.nn")
     if name not in _HOMES:
@@ -52,7 +52,7 @@ def __getattr__(name: str) -> object:
         package = (error.name or "proxynorm").partition(".")[0]
         if package == "proxynorm":
             raise
-        if name == "NormAct2d":  # its home tells timm about the class; without timm, nn's serves
+        if name == "NormAct2d":  # its home registers it with timm; without timm, use nn's
             return importlib.import_module("proxynorm.nn").NormAct2d
         message = f"proxynorm.{name} needs {package}: install proxynorm's extra [train]"
         raise ModuleNotFoundError(message, name=error.name) from None

@@ -1,6 +1,6 @@
 """Options and settings: dataclass fields that declare their values, and command lines of key=value.
 
-A command declares its options as a dataclass of `option` fields, the settings of a run are `number`
+A command declares its options as a dataclass of `option` fields; the settings of a run are `number`
 and `choice` fields. A wrong name or value is reported in one line, with exit status 2; `--help`
 prints the options of a command.
 """
@@ -66,7 +66,7 @@ def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> st
 def option(default: Any, text: str, bounds: str = "", choices: Iterable[str] = ()) -> Any:
     """Declare an option of a command with its help text.
 
-    bounds: its range, one of RANGES; choices: the words that it, or each item of a list, may be.
+    bounds: its range, one of RANGES; choices: the words allowed for it, or for each item of a list.
     """
     metadata = {"help": text, "range": bounds, "choices": tuple(choices)}
     if isinstance(default, (list, dict)):
@@ -86,7 +86,7 @@ def choice(default: Any, *others: Any, hint: str = "") -> Any:
 
 
 def check_fields(record: Any, prefix: str = "") -> None:
-    """Raise ConfigError for the first value of a dataclass, or of one in it, that is not valid.
+    """Raise ConfigError for the first invalid value of a dataclass or of one nested in it.
 
     prefix: what precedes the names of the fields in the message.
     """
@@ -98,7 +98,7 @@ def check_fields(record: Any, prefix: str = "") -> None:
             for name, each in value.items():
                 _check_value(f"{key}.{name}", each, item.metadata)
         elif isinstance(value, (list, tuple)):
-            # where choices are given, an empty list is a mistake: refused as "" is
+            # if choices are given, an empty list is a mistake, refused like ""
             for each in value or ([""] if item.metadata.get("choices") else []):
                 _check_value(key, each, item.metadata)
         elif value is not None:
@@ -229,7 +229,8 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
     """Run `action` and exit with its status.
 
     User errors, such as a file that cannot be written, print one line and exit with status 2.
-    Ctrl-C prints one line and exits with 130. A closed pipe, as with `| head`, is silent: 141.
+    Ctrl-C prints one line and exits with 130. A closed pipe, as with `| head`, exits silently with
+    141.
     """
     try:
         status = action() or 0

@@ -1,6 +1,6 @@
 """Export of a trained run: safetensors, config.json, a model card, ONNX.
 
-Weights and ONNX are loaded back, and their logits are compared with the run's.
+The weights and the ONNX file are loaded back, and their logits are compared with the run's.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def export_run(
     weights: "last" or "best"; onnx: also write model.onnx; licence: of the weights.
 
     Returns {file: largest difference from the run's logits}. Raises CheckpointError if the run has
-    no such checkpoint or no summary, or if an exported file gives other logits; ConfigError if a
-    library is missing.
+    no such checkpoint or no summary, or if an exported file gives different logits; ConfigError if
+    a library is missing.
     """
     for package in ("onnx", "onnxruntime", "onnxscript") if onnx else ():
         if find_spec(package) is None:  # check before anything is written
@@ -67,7 +67,7 @@ def export_run(
         raise CheckpointError(f"{path}: the logits differ from the run's by {difference:g}")
     differences = {path.name: difference}
     path = output / "model.onnx"
-    path.unlink(missing_ok=True)  # that of an earlier export has other weights
+    path.unlink(missing_ok=True)  # one from an earlier export has other weights
     if onnx:
         differences[path.name] = _export_onnx(restored.model, path, images, logits)
     write_text(output / CARD, model_card(content, onnx, licence))

@@ -1,4 +1,4 @@
-"""Files that are written atomically and durably, lock files, and the cache folder."""
+"""Atomic and durable file writes, lock files, and the cache folder."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def push(folder: str | Path, repo_id: str, private: bool = False, api: HfApi | N
     """Upload an export folder to the Hub's repository OWNER/NAME and return its address.
 
     The repository is created if needed. An existing README.md is kept, as in timm's push_to_hf_hub.
-    Raises CheckpointError if the folder does not load, ConfigError without a token or if the Hub
+    Raises CheckpointError if the folder does not load; ConfigError if there is no token or the Hub
     refuses.
     """
     folder = Path(folder)

@@ -21,7 +21,7 @@ RECIPE += ["epochs", "max_steps", "seed"]
 
 
 def model_card(content: dict[str, Any], onnx: bool, licence: str) -> str:
-    """Return the card from the content of config.json. licence: the Hub's identifier of it."""
+    """Return the card from the content of config.json. licence: its identifier on the Hub."""
     config, inputs, metrics = content["config"], content["inputs"], content["metrics"]
     names = {key: config[key]["name"] for key in ("model", "norm", "data")}
     templates = [Path(__file__).with_name(name) for name in ("model_card.md", "model_card_onnx.md")]

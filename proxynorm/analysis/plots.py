@@ -67,7 +67,7 @@ def draw_seeds(axes: Axes, seeds: Sequence[tuple[list, list]], **style: Any) -> 
 
 
 def show_later_loss(axes: Axes, curves: Sequence[tuple[list, list]]) -> None:
-    """Fit the axis to the losses after the first fifth of training, where curves lie close."""
+    """Fit the axis to the losses after the first fifth of training, where curves are close."""
     late = [y for x, values in curves for e, y in zip(x, values) if e >= 0.2 * x[-1]]
     late = [value for value in late if np.isfinite(value)]
     if late:

@@ -1,7 +1,7 @@
 """The power decomposition of the paper's Fig. 2: it splits the unit power of a norm's output.
 
-On y, the output of a norm before γ and β, with μ(x, c) and σ(x, c) the mean and standard deviation
-(population) over the positions of sample x and channel c:
+For y, the output of a norm before γ and β, let μ(x, c) and σ(x, c) be the mean and (population)
+standard deviation over the positions of sample x and channel c:
 
     P1 = mean over c of (E_x μ)²      the channel-wise constant part; near 1: channel collapse
     P2 = mean over c of Var_x μ       variability of the instance mean

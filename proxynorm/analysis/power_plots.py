@@ -14,8 +14,8 @@ from proxynorm.analysis.style import cell_styles, draw_band, legend_beside, norm
 
 DEPTH, SHARE = "depth (norm layers)", "share of power"
 P1_AXIS = f"P1, constant channels ({SHARE})"
-ZERO = 0.002  # P1 below this in all layers is 0 but for the ε of the norm
-MOST_BANDS = 6  # of one panel; more would hide the lines
+ZERO = 0.002  # P1 below this in all layers is 0, except for the effect of the norm's ε
+MOST_BANDS = 6  # per panel; more would hide the lines
 POWER_COLORS = ("#ee6677", "#ccbb44", "#4477aa", "#66ccee")
 POWER_LABELS = ("P1: (E μ)²", "P2: Var μ", "P3: (E σ)²", "P4: Var σ")
 

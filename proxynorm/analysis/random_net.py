@@ -58,8 +58,8 @@ def mean_field_p1(layers: int, beta_std: float = 0.2, gamma_std: float = 0.2) ->
     """
     points, weights = (torch.from_numpy(array) for array in hermegauss(10))
     weights = weights / math.sqrt(2 * math.pi)  # to integrate against the normal density
-    # Gauss–Hermite quadrature over γ and β, a closed form over g. Trapezoids over m, because near
-    # P1 = 1 the mean over g has ReLU's kink.
+    # Gauss–Hermite quadrature over γ and β, a closed form over g. Trapezoids over m, because the
+    # mean over g has ReLU's kink near P1 = 1.
     nodes = torch.linspace(-6, 6, 241, dtype=torch.float64)
     density = torch.exp(-0.5 * nodes**2)
     axes = (1 + gamma_std * points, beta_std * points, nodes)

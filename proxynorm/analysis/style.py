@@ -19,7 +19,7 @@ from proxynorm.files import write_atomic
 
 COLORS = {"bn": "#4477aa", "ln": "#ee6677", "gn": "#228833", "in": "#aa3377"}
 COLORS |= {"ln_ws": "#997700", "gn_ws": "#33aabb"}
-# Dates and versions are left out, so that equal data give equal bytes.
+# Dates and versions are left out, so equal data give equal bytes.
 METADATA = {
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},

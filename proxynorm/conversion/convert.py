@@ -2,7 +2,7 @@
 
 Copies of the network run on example inputs and show which activation follows each norm. The same
 changes, made with the original norms and without PN, must then reproduce the network's outputs bit
-for bit. Only after that is the network itself changed, so a refused conversion leaves it as it was.
+for bit. The network itself is changed only after that, so a refused conversion leaves it as it was.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def convert(
     """Replace, in place, every norm of a network and the activation that follows it by NormAct2d.
 
     Batch, group, instance and frozen batch norms are always replaced, channels-first layer norms
-    only if an activation follows. A norm that no activation follows gets no PN; if norm has PN, it
-    keeps its scale and loses its shift (the authors' rule). Weights, γ, β and running statistics
-    are carried over, and the keys of all other weights stay. An activation written out in a forward
-    (x * torch.sigmoid(x)) is refused. γ̃ and β̃ are new: create the optimizer after the conversion.
+    only if an activation follows. A norm without an activation after it gets no PN; if norm has PN,
+    it keeps its scale and loses its shift (the authors' rule). Weights, γ, β and running statistics
+    are carried over, and other weights keep their keys, unless they are standardized (ws). An
+    activation written out in a forward (x * torch.sigmoid(x)) is refused. γ̃ and β̃ are new: create
+    the optimizer after the conversion.
 
     Args:
         model: a network whose norms act on maps (N, C, H, W). Copies of it are run.
@@ -171,7 +172,7 @@ def _verify(
 def _layers(
     model: nn.Module, plan: Plan, options: NormOptions | None = None
 ) -> dict[str, nn.Module]:
-    """The new layers by the names of the norms. The model is not changed.
+    """The new layers, by norm name. The model is not changed.
 
     Without options, each new layer is the original norm with the modules that followed it.
     """

@@ -35,7 +35,7 @@ _GATES = {"sigmoid", "hardsigmoid", "softmax"}
 _LAYERS = {"linear", "bilinear", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "tensordot"}
 _LAYERS |= {"scaled_dot_product_attention", "multi_head_attention_forward", "normalize"}
 _LAYERS |= {"lstm", "gru"}
-# Pools count as linear. So do means, which are 0 behind some norms, so that a trial shows nothing.
+# Pools count as linear. So do means: behind some norms they are 0, so a trial would show nothing.
 _POOLS = ("max_pool", "avg_pool", "dropout")
 _EXTREMES = {"amax", "amin", "max", "min"}
 # Functions whose results depend on the shape alone, or are only used in checks.
@@ -88,8 +88,8 @@ def kind_of(module: nn.Module) -> str | None:
 
     - "norm"
     - "activation": acts on each element alone, and is neither linear nor a gate.
-    - "gate": an elementwise function to values from 0 to 1, which multiply another value.
-    - "between": drops, blurs or pools; may stand between a norm and its activation.
+    - "gate": an elementwise function with values from 0 to 1, which multiply another value.
+    - "between": drops, blurs or pools values; may come between a norm and its activation.
     """
     name = type(module).__name__
     if is_norm(module):
@@ -138,8 +138,8 @@ def _try(module: nn.Module) -> str | None:
     """Try a copy of a module; return "activation", "gate" or None.
 
     A module without tensors other than single numbers is an activation if it acts on each element
-    alone, regardless of its position, and is not linear. If its outputs also lie from 0 to 1, it is
-    a gate.
+    alone, regardless of its position, and is not linear. If its outputs also lie between 0 and 1,
+    it is a gate.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if isinstance(module, nn.Sequential) or any(t.numel() > 1 for t in tensors):
@@ -199,8 +199,9 @@ def effect(call: Call, on: Collection[Tensor], is_alone: bool) -> str:
 def _dependence(call: Call, on: set[int]) -> str:
     """How a call depends on the tensors with these ids: one of the last four words of `effect`.
 
-    The call is repeated to get f(0), f(y) and f(−100y). If f is affine, they lie on a line. Ones
-    replace a y of zeros, as from a norm whose weight starts at 0, on which nothing would depend.
+    The call is repeated to get f(0), f(y) and f(−100y). If f is affine, they lie on a line. A y of
+    zeros, as from a norm whose weight starts at 0, is replaced by ones, because it would show no
+    dependence.
     """
 
     def scaled(factor: float) -> list[Tensor]:
@@ -230,9 +231,9 @@ def _dependence(call: Call, on: set[int]) -> str:
 
 
 def _on_one_line(zero: Tensor, one: Tensor, far: Tensor) -> bool:
-    """True if f(0), f(y) and f(−100y) are those of an affine f, to rounding."""
+    """True if f(0), f(y) and f(−100y) are those of an affine f, up to rounding."""
     step, eps = one - zero, torch.finfo(one.dtype).eps
-    # y may contribute little to f, as with a layer scale of 1e-5; then the rounding of f counts
+    # y may contribute little to f, as with a layer scale of 1e-5; then f's rounding matters
     bound = (eps**0.5 * step.abs().max()).maximum(16 * eps * one.abs().max()).clamp_min(1e-30)
     # strict, so that an infinite step is not taken for affine
     return bool(((far - zero + 100 * step).abs() < 100 * bound).all())

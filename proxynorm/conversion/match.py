@@ -40,7 +40,7 @@ def make_plan(
     no_activation: Iterable[str],
     proxy: bool,
 ) -> Plan:
-    """The changes that convert has to make.
+    """The changes that convert must make.
 
     Raises:
         ValueError: norms cannot be replaced (all are named, with the reasons), or there is nothing
@@ -131,7 +131,7 @@ def _hindrance(norm: Any, calls: list[NormCall]) -> str | None:
 def _plan_activations(
     model: nn.Module, plan: Plan, seen: Observation, joined: list[NormCall]
 ) -> dict[str, str]:
-    """Add identities and edits to the plan; return the norms for which that fails, with reasons."""
+    """Add identities and edits to the plan; return the norms for which this fails, with reasons."""
     shared = {name for name, call in seen.activations if call not in joined}
     plan.identities = sorted({c.name for c in joined if c.name is not None} - shared)
     by_owner: dict[str | None, list[NormCall]] = {}

@@ -1,9 +1,9 @@
 """Run a network and observe what follows each norm.
 
-Symbolic tracing differs from execution: traced values take other branches, turn random draws and
-attributes into constants, and stay behind in caches. So a copy of the network runs, in training and
-in evaluation mode. Forward hooks observe the norms and activations that are modules, and a
-TorchFunctionMode observes all other calls on tensors.
+Symbolic tracing differs from execution: it takes other branches, turns random draws and attributes
+into constants, and leaves traced values behind in caches. So a copy of the network is run, in
+training and in evaluation mode. Forward hooks observe the norms and activations that are modules,
+and a TorchFunctionMode observes all other calls on tensors.
 
 The value of a norm is followed through calls that are linear in it, until it feeds a layer or is
 combined with another value by a sum or product. If it meets a nonlinear call before that, or an
@@ -67,8 +67,8 @@ class Observation:
 def observe(model: nn.Module, example_inputs: object) -> tuple[Forward, Observation]:
     """Run copies of the model in both modes; return the forward pass that worked, and the findings.
 
-    If the network fails in one mode (a detector without targets, in training), the findings are
-    those of the other.
+    If the network fails in one mode (such as a detector in training, without targets), the findings
+    are those of the other.
 
     Raises:
         ValueError: the network fails in both modes, with all inputs that were tried.
@@ -269,7 +269,7 @@ class Observer(TorchFunctionMode):
     def _follow(self, called: kinds.Call, known: list[Tensor]) -> _Trace:
         """The trace of a call's result.
 
-        If the call may be an activation written by hand, this is noted as the norm's problem.
+        If the call may be an activation written by hand, that is noted as the norm's problem.
         """
         name, traces = called.name, [self._trace(t) for t in known]
         for call in {t.activated for t in traces if t.activated is not None}:

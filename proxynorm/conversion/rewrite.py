@@ -1,9 +1,10 @@
 """Remove single activation calls from a method, and keep the rest of it as written.
 
-The activations in F.relu(self.bn(x)), or of one self.relu behind norms and sums, cannot be replaced
-as modules. Instead, a subclass of the module's class is generated. In the source of its method, the
-call is replaced by the call's argument, at the position where it was seen running. The rest of the
-method, with its control flow, random draws, attributes and caches, still runs as Python.
+The activation in F.relu(self.bn(x)), or a single self.relu that is called after norms and after
+sums, cannot be replaced as a module. Instead, a subclass of the module's class is generated. In the
+source of its method, the call is replaced by the call's argument, at the position where it was seen
+running. The rest of the method, with its control flow, random draws, attributes and caches, still
+runs as Python.
 
 Alternatives are worse: a mark on tensors that already passed an activation does not survive export
 and scripting, and a list of known classes does not help with a user's own.
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 _MODULE = nn.modules.module.__file__
-# Files whose functions are not part of a network: those of torch that call this code, and our own.
+# Files whose functions are not part of a network: torch's files that call this code, and our own.
 _TORCH = (_MODULE, nn.functional.__file__, torch.overrides.__file__, torch._tensor.__file__)
 _PLUMBING = (*_TORCH, os.path.dirname(__file__))
 
@@ -148,7 +149,7 @@ def _source_node(function: types.FunctionType) -> Any:
     """The syntax tree of a method, with the positions of its file."""
     try:
         lines, first = inspect.getsourcelines(function.__code__)
-        # Under an `if`, the method can stay indented, so that columns are those of the file.
+        # Under an `if`, the method can stay indented, so its columns are those of the file.
         tree = ast.parse("if True:\n" + "".join(lines))
     except (OSError, SyntaxError) as error:
         raise CannotRewriteError("its source is not available") from error
@@ -192,14 +193,14 @@ def _compiled(function: types.FunctionType, text: str) -> types.FunctionType:
     owner = names[-2] if len(names) > 1 and names[-2].isidentifier() else "_"
     free = ", ".join(name for name in function.__code__.co_freevars if name != "__class__")
     body = "\n".join("        " + line for line in text.splitlines())
-    # In a function and a class as the original is: for its free variables, for the __class__ of
-    # super() and for the mangling of its private names (self.__x).
+    # Nested in a function and a class, like the original: for its free variables, for the __class__
+    # of super() and for the mangling of its private names (self.__x).
     source = f"def _outer({free}):\n    class {owner}:\n{body}\n"
     checksum = zlib.crc32(text.encode())
     filename = f"<proxynorm {function.__module__}.{function.__qualname__} {checksum:08x}>"
     # inspect and torch.jit.script read the source from linecache
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    # dont_inherit: the __future__ imports of this file are not those of the original's.
+    # dont_inherit: the __future__ imports of this file are not those of the original's file.
     code = compile(source, filename, "exec", dont_inherit=True)
     for name in ("_outer", owner, function.__name__):
         code = next(

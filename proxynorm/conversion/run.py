@@ -1,4 +1,4 @@
-"""Run copies of a network on example inputs, without side effects on it or random generators."""
+"""Run copies of a network on example inputs, without side effects on it or random state."""
 
 from __future__ import annotations
 

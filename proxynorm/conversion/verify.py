@@ -25,8 +25,8 @@ def check_same(model: nn.Module, forward: Forward, surgery: Surgery, advice: str
     """Raise ValueError if surgery with stand-ins changes an output; name the first such module.
 
     Outputs must be bit-identical in training, and then in evaluation. If two runs of the original
-    differ (as they may on GPUs), outputs are compared to rounding. advice: a sentence, without its
-    full stop, about what to do.
+    differ (as they may on GPUs), outputs are compared up to rounding. advice: a sentence about what
+    to do, without its full stop.
     """
     outputs, changed = _record(model, forward), _record(model, forward, surgery)
     if not all(outputs.values()):
@@ -53,9 +53,9 @@ def check_same(model: nn.Module, forward: Forward, surgery: Surgery, advice: str
 def check_per_sample(model: nn.Module, forward: Forward, surgery: Surgery) -> None:
     """Raise ValueError if a converted copy fails in training, or mixes images.
 
-    It mixes images if its output for one depends on the others, in training, and the original's
-    does not, in evaluation. This is not checked for networks that take anything else than a tensor,
-    draw random numbers in training, or keep a batch norm.
+    It mixes images if, in training, its output for one image depends on the others, but in
+    evaluation the original's does not. This is not checked for networks that take anything other
+    than a tensor, draw random numbers in training, or keep a batch norm.
     """
     copied = copy_to_run(model)
     surgery(copied)

@@ -44,7 +44,7 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
     rounded = partial(round_channels, multiplier=width)
     block_args = decode_arch_def(_STAGES, depth, group_size=16)
     for i, block in enumerate(block_args[0]):
-        # Channels per group in the stages without expansion are as in the authors' code.
+        # The first stage has no expansion; its channels per group are as in the authors' code.
         channels = rounded(32 if i == 0 else 16)
         block["group_size"] = channels // max(channels // 16, 1)
     return EfficientNet(
@@ -59,7 +59,7 @@ def efficientnet_g16(size: str, **kwargs: object) -> EfficientNet:
 
 
 class CentredGate(nn.Module):
-    """The gate of squeeze-excite after a PN that only centres: times PN's scale, 1/sqrt(v + ε).
+    """Squeeze-excite's gate times PN's scale, 1/sqrt(v + ε), after a PN that only centres.
 
     Squeeze-excite then pools the centred, unscaled map: the authors' placement. The norm+act layer
     before it belongs to the block and is not registered here.
@@ -78,7 +78,7 @@ class CentredGate(nn.Module):
         return (self.gate(x) * scale.view(1, -1, 1, 1)).to(x.dtype)
 
     def freeze_proxy_scale(self) -> None:
-        """Make PN's scale a constant, for inference; proxynorm.freeze calls it."""
+        """Make PN's scale a constant, for inference. Called by proxynorm.freeze."""
         norm = self._norm[0]
         self.scale, self._norm = norm.proxy_rescale().detach().to(norm.proxy_weight.dtype), ()
 

@@ -25,7 +25,7 @@ from proxynorm.nn.weights import standardize_weights
 class Architecture:
     """How to build a model, and its defaults."""
 
-    build: Callable[..., nn.Module]  # with Batch Norm, or with norm_layer= if it takes that
+    build: Callable[..., nn.Module]  # with Batch Norm, or with norm_layer= if it takes one
     eps: float | None = 1e-5  # of the norm; None: the network's own
     groups: int | None = None  # of gn; None: the largest divisor of C up to 32
     takes_norm_layer: bool = False  # build has an argument norm_layer; convert is not called
@@ -84,7 +84,7 @@ def create_model(
     """Build a model by name, with any norm of proxynorm.nn.NORMS in place of batch norm.
 
     Args:
-        name: one of MODELS, or any timm model ("timm/NAME", or NAME where it is not in MODELS).
+        name: one of MODELS, or any timm model ("timm/NAME", or NAME if it is not in MODELS).
         norm: one of proxynorm.nn.NORMS.
         num_classes: length of the logits.
         in_chans: channels of the images.

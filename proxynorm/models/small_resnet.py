@@ -13,8 +13,8 @@ from torch import nn
 
 from proxynorm.nn.checks import check_whole
 
-# In channels_last, oneDNN's backward of a strided 1×1 convolution of fewer input channels writes
-# out of bounds (uxlfoundation/oneDNN#6035). There, the map is subsampled before the convolution.
+# In channels_last, oneDNN's backward of a strided 1×1 convolution with fewer input channels than
+# this writes out of bounds (uxlfoundation/oneDNN#6035). Such shortcuts subsample the map first.
 ONEDNN_BLOCK = 16
 
 
@@ -133,7 +133,7 @@ class SmallResNetV2(nn.Module):
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(self.num_features, num_classes)
         # He initialisation by fan-out for the convolutions, torch's default for the classifier.
-        # Smaller weights there slow norms whose pooled activations are centred: with std 0.01,
+        # Smaller classifier weights slow norms whose pooled activations are centred: with std 0.01,
         # LN+PN lags in the first epochs and IN+PN hardly learns.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Checks of single values. The message of a failure has the name, the value and the valid range."""
+"""Checks of single values. Their error messages give the name, the value and the valid range."""
 
 from __future__ import annotations
 

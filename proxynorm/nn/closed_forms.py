@@ -1,7 +1,7 @@
 """Mean and variance of φ(u), u ~ N(a, s²), by kind of activation, exact or nearly so.
 
-The tensors a and s (see moments.py) have the same shape and are float64. All operations act
-elementwise and can be differentiated twice. Several forms use Stein's identity,
+The tensors a and s (see moments.py) have the same shape, and are float64 where the device has it.
+All operations act elementwise and can be differentiated twice. Several forms use Stein's identity,
 E[u·f(u)] = a·E[f] + s²·E[f'].
 """
 
@@ -49,7 +49,7 @@ def leaky_relu(a: Tensor, s: Tensor, slope: float) -> tuple[Tensor, Tensor]:
 
     E[max(u, 0)] = aΦ + s·pdf and E[max(u, 0)²] = a·E[max(u, 0)] + s²Φ, both at a/s.
     """
-    # Beyond ±38, Φ and pdf are 0 or 1 in float64. Without the clamp, derivatives could overflow.
+    # Beyond ±38, Φ is 0 or 1 and pdf 0 in float64. Without the clamp, derivatives could overflow.
     t = (a / s.clamp_min(1e-30)).clamp(-38, 38)
     cdf = torch.special.ndtr(t)
     mean = torch.addcmul(s * _density(t), a, cdf)
@@ -102,7 +102,7 @@ def gelu(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     c, r = torch.rsqrt(1 + s * s), torch.rsqrt(1 + 2 * s * s)
     h = c * a
     cdf, d = torch.special.ndtr(h), c * _density(h)
-    # the derivatives of E[Φ(u)²] by a
+    # the derivatives of E[Φ(u)²] with respect to a
     first = 2 * d * torch.special.ndtr(h * r)
     second = 2 * c * r * d * _density(h * r) - h * c * first
     return _self_gated(a, s, [cdf, d], [cdf - 2 * _owens_t(h, r), first, second])
@@ -124,7 +124,7 @@ def _owens_t(h: Tensor, r: Tensor) -> Tensor:
 
 
 def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
-    """E[σ⁽ᵏ⁾(u)] for k < count ≤ 6: the derivatives of Σ p·Φ(h) by a, h = λa / sqrt(1 + λ²s²).
+    """E[σ⁽ᵏ⁾(u)] for k < count ≤ 6: derivatives in a of Σ p·Φ(h) with h = λa / sqrt(1 + λ²s²).
 
     With c = dh/da, h·c = c²a.
     """
@@ -147,10 +147,10 @@ def _sigmoid_derivatives(a: Tensor, s: Tensor, count: int = 4) -> list[Tensor]:
 
 
 def silu_with_derivatives(a: Tensor, s: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Mean and variance of silu, (2, C), and their derivatives by a and by s, each (2, C).
+    """Mean and variance of silu, (2, C), and their derivatives in a and in s, each (2, C).
 
-    This takes a sixth of autograd's time. E[f(u)] obeys the heat equation: its derivative by s is s
-    times its second derivative by a.
+    This takes a sixth of autograd's time. E[f(u)] obeys the heat equation: its derivative in s is s
+    times its second derivative in a.
     """
     g = _sigmoid_derivatives(a, s, 6)
     t, v, a2 = [before - after for before, after in pairwise(g)], s * s, a * a
@@ -172,7 +172,7 @@ def between_kinks(
     Gauss–Legendre quadrature with 40 nodes between neighbouring kinks, up to ±8.5 standard
     deviations. The limits depend on a and s, so derivatives include the motion of the kinks.
     """
-    # The derivatives of the limits by a are 1/s and cancel. The clamp costs 1e-10 in the mean.
+    # The derivatives of the limits in a are −1/s and cancel. The clamp costs 1e-10 in the mean.
     s = s.clamp_min(1e-10)
     end = torch.full_like(a, 8.5)
     edges = torch.stack([-end, *(((kink - a) / s).clamp(-end, end) for kink in kinks), end])

@@ -2,8 +2,8 @@
 
 With s = 1/sqrt(v + ε), PN-Act(y) = s·φ(γy + β) − s·m. For ReLU this is max(sγ·y + s(β − m), −s·m):
 scale and shift fold into the norm's affine, and a floor replaces the zero. For other activations, a
-gain s and an offset −s·m follow φ. In batch norm, the running statistics fold into scale and shift
-too. Nothing around a layer changes and nothing is traced, so forwards keep their Python code.
+gain s and an offset −s·m follow φ. For batch norm, the running statistics also fold into scale and
+shift. Nothing around a layer changes and nothing is traced, so forwards keep their Python code.
 """
 
 # No `from __future__ import annotations` here: torch.jit.script resolves annotations itself.
@@ -36,7 +36,7 @@ class FrozenNormAct2d(nn.Module):
         layer: the layer to replace. Its norm, activation and forward hooks are taken over.
     """
 
-    __constants__ = ("has_floor", "has_gain")  # lets torch.jit.script drop the other branch
+    __constants__ = ("has_floor", "has_gain")  # so that torch.jit.script drops unused branches
     if TYPE_CHECKING:  # torch.jit.script would expect tensors where offset or gain is None
         scale: torch.Tensor
         shift: torch.Tensor
@@ -93,14 +93,15 @@ class FrozenNormAct2d(nn.Module):
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of the model for inference: evaluation mode, no gradients, constants folded.
 
-    Every layer computes the same as in evaluation mode, to rounding. Standardized weights and other
-    parametrized ones become plain weights. A norm that you added to the registry stays as it is.
+    Every layer computes the same as in evaluation mode, up to rounding. Standardized and otherwise
+    parametrized weights become plain ones. A norm that you added to the registry stays as it is.
 
     Args:
         model: a model with NormAct2d layers; it is not changed.
 
     Raises:
-        ValueError: the model has no NormAct2d, or one without running statistics.
+        ValueError: the model has no NormAct2d, or one without running statistics, with a forward
+            set on the object, or with a parameter that a hook computes.
     """
     _check(model)
     frozen = deep_copy(model).requires_grad_(False)
@@ -139,7 +140,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def _check(model: nn.Module) -> None:
-    """Raise ValueError, with the module's name, if freeze cannot compute a layer's constants."""
+    """Raise ValueError, with the module's name, if freeze would change a layer's output."""
     kind = type(model).__name__
     layers = {name: m for name, m in model.named_modules() if isinstance(m, NormAct2d)}
     if not layers:
@@ -164,12 +165,12 @@ def _check(model: nn.Module) -> None:
 
 
 def _can_fold(layer: NormAct2d) -> bool:
-    """True for the norms that FrozenNormAct2d knows; one of a user's own stays a NormAct2d."""
+    """True for the norms that FrozenNormAct2d knows; a user's own norm stays a NormAct2d."""
     return layer.spec.normalize in (batch_normalize, group_normalize, affine)
 
 
 def _remove_own_hooks(module: nn.Module) -> None:
-    """Remove the hooks of share_moments, recompute and convert: they serve training alone."""
+    """Remove the hooks of share_moments, recompute and convert: only training needs them."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             is_shared = isinstance(getattr(hook, "__self__", None), SharedMoments)

@@ -31,7 +31,7 @@ def warn_if_skipped() -> None:
     They walk through the network by named_children or modules; NormAct2d's versions call this.
     """
     frame = sys._getframe(2)  # the caller of NormAct2d's method
-    # named_modules calls itself and modules() calls it, all in this file of torch's.
+    # named_modules calls itself and modules() calls it, all in this file of torch.
     while frame.f_back is not None and frame.f_code.co_filename == nn.modules.module.__file__:
         frame = frame.f_back
     tool = frame.f_globals.get("__name__", ""), frame.f_code.co_name
@@ -64,8 +64,8 @@ def update_bn(
 ) -> None:
     """Set the running statistics of all batch norms to their averages over a loader's batches.
 
-    Use it for averaged weights (SWA, EMA) instead of torch.optim.swa_utils.update_bn, which knows
-    torch's own batch norms only. The modes and momenta of the model's modules are restored.
+    Use it for averaged weights (SWA, EMA) instead of torch.optim.swa_utils.update_bn, which only
+    knows torch's own batch norms. The modes and momenta of the model's modules are restored.
 
     Args:
         model: a model; its batch norms may be NormAct2d's or torch's.

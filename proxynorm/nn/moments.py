@@ -16,7 +16,7 @@ Maximum errors of "exact" and of the paper's grid of 256 nodes over γ in 0.01 �
 Any other callable is integrated with a step of 0.08·s. If it is smooth on that scale, the errors
 are as small as mish's (Softplus(beta=3): 7e-6, 9e-5). A kink where the slope jumps by Δ adds errors
 of up to 2.2e-4·sΔ in the mean, 3.6e-4·s²ΔL in the variance (L is the maximum slope) and 1.7e-2·Δ in
-the mean's derivative by β. A jump of height J in the function itself (nn.Threshold, nn.Hardshrink)
+the mean's derivative in β. A jump of height J in the function itself (nn.Threshold, nn.Hardshrink)
 adds up to 1.7e-2·J in the mean, and gradients do not include it.
 
 Results are rounded to float32 for float32 parameters. "auto" is "exact".
@@ -54,7 +54,7 @@ def proxy_moments(
     weight γ, bias β, proxy_weight γ̃ and proxy_bias β̃ have shape (C,).
 
     Returns: mean and variance, shape (C,), in float32 (float64 for float64 parameters), also under
-    autocast. They are twice differentiable in all four if torch's activation is.
+    autocast. They are twice differentiable in all four parameters if torch's activation is.
 
     Raises ValueError for an unknown method.
     """
@@ -106,8 +106,8 @@ _CLOSED: dict[str, Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]] = {
     "sigmoid": lambda a, s, module: closed_forms.sigmoid(a, s),
     "tanh": lambda a, s, module: closed_forms.tanh(a, s),
 }
-# φ, and where its slope jumps. At -40, where exp(u) is 0, a piece ends: the quadrature would not
-# resolve a longer one.
+# φ, and where its slope jumps. A piece also ends at -40, where exp(u) is 0: the quadrature would
+# not resolve a longer one.
 _KINKED: dict[str, Callable[[Any], tuple[Callable[[Tensor], Tensor], tuple[float, float]]]] = {
     "relu6": lambda module: (F.relu6, (0.0, 6.0)),
     "hard_tanh": lambda module: (module, (module.min_val, module.max_val)),

@@ -43,7 +43,7 @@ def pn_act(
 
     y (N, C, H, W) is the output of the norm; γ = weight, β = bias, γ̃ = proxy_weight and
     β̃ = proxy_bias, each (C,). The proxy of a channel's y is Y ~ N(β̃, (1 + γ̃)²). If scale is False,
-    m is subtracted and nothing divided. Source: Labatie et al., NeurIPS 2021, arXiv 2106.03743.
+    only m is subtracted. Source: Labatie et al., NeurIPS 2021, arXiv 2106.03743.
     """
     z = phi(affine(y, weight, bias))
     # m and v, the mean and variance of φ(γY + β), depend on the four parameters alone
@@ -53,7 +53,7 @@ def pn_act(
 
 
 class _DefaultName(str):
-    """The default of act_layer, to tell an act_layer left out from a given "relu"."""
+    """The default of act_layer, to tell an omitted act_layer from an explicit "relu"."""
 
     __slots__ = ()
 
@@ -68,8 +68,9 @@ class NormAct2d(nn.Module):
 
     Args:
         num_features: C.
-        norm: a name of NORMS. A full name such as "ln_pn" overrides proxy.
-        proxy: PN follows the activation, where norm is "bn", "ln", "gn" or "in".
+        norm: a name of NORMS without weight standardization (ws). A full name such as "ln_pn"
+            overrides proxy.
+        proxy: apply PN after the activation, if norm is "bn", "ln", "gn" or "in".
         act_layer: φ: a name, a module, its class or an elementwise callable; None: no activation.
         apply_act: False leaves out φ and PN.
         proxy_scale: False subtracts m only; a later gate applies 1/sqrt(v + ε).
@@ -254,7 +255,7 @@ class NormAct2d(nn.Module):
         if not self.spec.batch_statistics:
             return {"groups": self.groups, "eps": self.eps}
         mean = self.running_mean
-        # A float even where it is not used, because the kernels' signatures ask for one.
+        # A float even if it is unused, because the kernels' signatures require one.
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and mean is not None:
             count = self.num_batches_tracked.add_(1)
@@ -282,7 +283,7 @@ class NormAct2d(nn.Module):
         if self.proxied or self.kind == "none":  # the formula as written
             return self.activate(self.normalize(x))
         if needs_plain_operations():
-            # One cast, at the end: to round before φ, a compiler would store another map.
+            # One cast, at the end: if it rounded before φ, a compiler would store another map.
             with without_autocast(x.device):
                 wide = x.to(torch.promote_types(x.dtype, torch.float32))
                 u = self.drop(self.normalize(wide, self.weight, self.bias))
@@ -294,8 +295,8 @@ class NormAct2d(nn.Module):
     def _folded(self, x: Tensor) -> Tensor:
         """PN-Act with γ, β, m and v folded into constants per channel.
 
-        This saves two passes over the map. As a single autograd Function it also keeps one map less
-        for backward. Compilers and torch.func get plain operations.
+        This saves two passes over the map. As a single autograd Function, it also keeps one map
+        fewer for backward. Compilers and torch.func get plain operations.
         """
         spec, rule, options = self.spec, self.proxy_rule(), self._norm_options()
         kernel = None

@@ -1,7 +1,7 @@
 """The norms: the registry of names, and BN with its normalization batch, LN, GN and IN.
 
 Statistics are float32 or better, also under autocast; the map keeps its dtype. To add a norm, write
-its function, enter it in _NORMALIZATIONS and add configs/norm/NAME.yaml.
+its function, add it to _NORMALIZATIONS and create configs/norm/NAME.yaml.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def batch_normalize(
         var: Tensor | None
         if training and is_shared and dist.get_world_size() > 1:
             y, mean, var = _normalize_globally(x, eps, weight, bias)
-        # Compilers and torch.func get _chunk_norm's plain operations: one chunk of all images.
+        # Compilers and torch.func get _chunk_norm's plain operations, with all images as one chunk.
         elif training and (0 < size < len(x) or (needs_plain_operations() and len(x) > 0)):
             y, mean, var = _normalize_chunks(x, size, eps, weight, bias)
         else:
@@ -189,7 +189,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _gn_groups(channels: int, groups: int | None) -> int:
-    """The given number of groups, or else the largest divisor of channels that is at most 32."""
+    """The given number of groups, otherwise the largest divisor of channels that is at most 32."""
     return groups or max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
 
 
@@ -201,8 +201,8 @@ class NormSpec:
     # normalize(x, groups=, eps=, weight=, bias=) with x of shape (N, C, H, W); a norm with batch
     # statistics takes batch_normalize's arguments
     normalize: Callable[..., Tensor]
-    # kernel(x, groups=, eps=), or with batch_normalize's options, returns the same norm for the
-    # autograd Function of norm, activation and PN; None: plain operations are used
+    # kernel(x, groups=, eps=), or with batch_normalize's options, returns the same norm for use in
+    # NormAct, the autograd Function of norm, activation and PN; None: use plain operations
     kernel: Callable[..., Kernel | None] | None = None
     # returns the number of groups for C and the option `groups`; None: a norm without groups
     groups: Callable[[int, int | None], int] | None = None

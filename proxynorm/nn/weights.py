@@ -30,7 +30,7 @@ def standardize_weights(model: nn.Module) -> nn.Module:
 
     Qiao et al., arXiv 1903.10520. The factor 1/sqrt(fan-in) gives the following norm an input of
     unit scale, and that norm cancels it. A convolution with one weight per filter (depthwise 1×1)
-    has no variance and stays as it is, as does one that is parametrized already.
+    has no variance and is left as it is, as is one that is already parametrized.
     """
     for module in list(model.modules()):
         if (

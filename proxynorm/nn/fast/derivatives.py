@@ -16,17 +16,17 @@ def by_formula(grad: Tensor) -> bool:
 def differentiable(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of function(*inputs) by the inputs that require one; None for the others.
+    """Gradients of function(*inputs) for the inputs that require one; None for the others.
 
     If grad mode is on, they can be differentiated again.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # One input may depend on another: with tied parameters, or in a layer that is used twice.
-        # At an alias, autograd's search ends.
+        # Autograd's search ends at an alias.
         inputs = [t.view_as(t) for t in inputs]
         output = function(*inputs)
-    if not output.requires_grad:  # constant in the parameters that train: others are frozen
+    if not output.requires_grad:  # it depends on frozen parameters only
         return [None] * len(inputs)
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=again, allow_unused=True))

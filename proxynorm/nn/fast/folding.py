@@ -44,10 +44,10 @@ class Rule(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """values (5, C), in the order of folded(), and jacobian (5, 4, C), by γ, β, γ̃ and β̃.
+    """values (5, C), in the order of folded(), and their jacobian (5, 4, C) in γ, β, γ̃ and β̃.
 
-    With the jacobian, a layer's backward pass is a few products of length C (pull_back), instead of
-    one through the moments.
+    With the jacobian, a layer's backward pass is a few products of length C (pull_back) rather than
+    a backward pass through the moments.
     """
 
     values: Tensor
@@ -92,9 +92,9 @@ def evaluate_constants(parameters: Sequence[Tensor], rule: Rule) -> Constants:
 def _derivatives_of_rows(
     rule: Rule, weight: Tensor, bias: Tensor, moments: Tensor, derivatives: Tensor
 ) -> Tensor:
-    """The derivatives of _with_moments' rows by γ, β, γ̃ and β̃, (5, 4, C), from those of m and v.
+    """The derivatives of _with_moments' rows in γ, β, γ̃ and β̃, (5, 4, C), from those of m and v.
 
-    They are written by hand because autograd would take as long as the moments on a CPU.
+    They are written by hand, because autograd would take as long as the moments on a CPU.
     """
     (mean, var), (by_mean, by_var) = moments, derivatives
     rescale = torch.rsqrt(var + rule.eps)
@@ -110,7 +110,7 @@ def _derivatives_of_rows(
 
 
 def _moments_with_derivatives(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """m and v, (2, C), and their derivatives by the leaves, (2, 4, C), both detached."""
+    """m and v, (2, C), and their derivatives in the leaves, (2, 4, C), both detached."""
     if activation_name(rule.act) == "silu" and rule.method != "grid":
         # With autograd, folding would take a tenth of an EfficientNet's step on a CPU.
         weight, bias, proxy_weight, proxy_bias = (p.detach() for p in leaves)
@@ -132,7 +132,7 @@ def _moments_with_derivatives(rule: Rule, leaves: Sequence[Tensor]) -> tuple[Ten
 def pull_back(
     jacobian: Tensor, grads: Sequence[Tensor | None], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of γ, β, γ̃ and β̃ from those of the rows, of which None means zero."""
+    """The gradients of γ, β, γ̃ and β̃ from those of the rows; None means zero."""
     total: Tensor | None = None
     for row, grad in zip(jacobian, grads):
         if grad is not None:

@@ -77,7 +77,7 @@ class NormAct(torch.autograd.Function):
         scale, shift, gain, offset = _rows(ctx.rule, values, parameters)
         by_gain, by_offset = _gain_and_offset_gradients(grad, z, gain, offset)
         if ctx.floored and offset is not None:
-            above = z - per_channel(offset)  # 0 exactly where the floor cut
+            above = z - per_channel(offset)  # 0 exactly where the floor applied
             du = aten.threshold_backward.grad_input(grad, above, 0, grad_input=above)
         else:
             u = ctx.norm.replay(x, scale, shift, *statistics)
@@ -110,9 +110,9 @@ def _rows(
 def _floor(x: Tensor, gain: Tensor | None, offset: Tensor | None, act: nn.Module) -> Tensor | None:
     """The offset, if z is computed as max(u + offset, offset); None otherwise.
 
-    The norm adds the offset, and backward sees in z where u was below 0. In half precision, values
-    just above the offset are rounded to it, so backward would miss them. It computes u again
-    instead, which is exact near 0.
+    The norm adds the offset, and z tells backward where u was below 0. In half precision, values
+    just above the offset are rounded to it, so backward would miss them. There it computes u again,
+    which is exact near 0.
     """
     is_relu = gain is None and activation_name(act) == "relu"
     return offset if is_relu and offset is not None and x.dtype == offset.dtype else None

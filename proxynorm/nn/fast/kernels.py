@@ -1,11 +1,11 @@
 """Norms with affine, u = norm(x)·scale + shift, as fused.py calls them.
 
 - forward returns u and the statistics: mean and 1/sqrt(var + ε).
-- replay computes u again with these statistics, equal to rounding.
+- replay computes u again with these statistics, equal up to rounding.
 - backward returns the gradients of x (None without needs_dx), scale and shift.
 - reference computes u in operations that can be differentiated twice.
 
-x, u and their gradients are (N, C, H, W) in x's dtype. scale and shift are (C,), and in float32 or
+x, u and their gradients are (N, C, H, W) in x's dtype. scale and shift are (C,), in float32 or
 better, like the statistics.
 """
 
@@ -23,7 +23,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class GroupNorm:
-    """LN, GN and IN with torch's kernel, for dense maps on CPU and contiguous ones on CUDA."""
+    """LN, GN and IN with torch's kernel.
+
+    It is for dense maps on CPU, and for contiguous maps on CUDA that are not in half precision.
+    """
 
     groups: int
     eps: float
@@ -33,7 +36,7 @@ class GroupNorm:
         """The kernel for x; None if plain operations must be used."""
         if prefers_cells(x):
             return CellGroupNorm(groups, eps)
-        # before torch 2.14, the kernel is called on dense maps only
+        # before 2.14, torch itself calls this kernel on dense maps only
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
         return GroupNorm(groups, eps) if dense else None
 
@@ -48,7 +51,7 @@ class GroupNorm:
     def backward(
         self, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, needs_dx: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        # As in autograd's formula: the kernel takes grad to have x's memory format.
+        # As in autograd's formula: the kernel assumes that grad has x's memory format.
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad = grad.contiguous(memory_format=layout)
         return aten.native_group_norm_backward(
@@ -63,7 +66,7 @@ class GroupNorm:
 
 
 def prefers_cells(x: Tensor) -> bool:
-    """True if torch's group norm would lose the memory format of x or precision of the statistics.
+    """True if torch's group norm would lose x's memory format or the statistics' precision.
 
     On CUDA it returns NCHW, and rounds the statistics of half-precision maps.
     """
@@ -130,7 +133,7 @@ def _sides(x: Tensor) -> tuple[int, int, int]:
 class BatchNorm:
     """BN over the whole batch or, if training is False, with the running statistics.
 
-    In training, running_mean and running_var are updated by momentum, unless they are None.
+    In training, running_mean and running_var are updated with momentum, unless they are None.
     """
 
     running_mean: Tensor | None

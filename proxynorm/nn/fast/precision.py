@@ -60,11 +60,11 @@ def stored(t: Tensor) -> Tensor:
 def inductor_options() -> dict[str, object]:
     """Options for torch.compile(model, options=…) that reduce a norm's backward to two passes.
 
-    By default, inductor stores an intermediate that several reductions read, in float32: here the
-    gradient of the norm's output. Computing it again in each reduction costs no memory traffic,
-    because its inputs are read there anyway. Also by default, reductions of fewer than 8 values are
-    unrolled, such as those over the channels of a small group; each sum would then read the maps
-    separately.
+    By default, inductor stores an intermediate that several reductions read, here the gradient of
+    the norm's output, in float32. Computing it again in each reduction costs no memory traffic,
+    because its inputs are read there anyway. Also by default, reductions of fewer than 8 values,
+    such as those over the channels of a small group, are unrolled; each sum would then read the
+    maps separately.
     """
     return {
         "realize_reads_threshold": 16,

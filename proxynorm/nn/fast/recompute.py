@@ -2,9 +2,9 @@
 
 Autograd keeps the input x of a NormAct2d's norm, and its output z for the convolution that follows.
 In the forward pass of a recompute() model, saved-tensor hooks replace z by x and a function that
-computes z from it, so backward takes one more norm and activation per layer. All other tensors are
-kept as usual. Autograd does not notice if a tensor that hooks keep is changed in place, so the
-hooks check for it.
+computes z from it, so backward computes one more norm and activation per layer. All other tensors
+are kept as usual. Autograd does not notice in-place changes of tensors that hooks keep, so the
+hooks check for them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from proxynorm.nn.fast.precision import needs_plain_operations
 def recompute(model: nn.Module) -> nn.Module:
     """Make model keep one map per NormAct2d layer with proxy instead of two; return the model.
 
-    Results are the same. A second call has no effect, and under torch.compile, torch.func and
-    tracing, recomputation has none. Only the innermost saved-tensor hooks apply, so do not combine
-    it with others on the same part of a network: gradient checkpointing with use_reentrant=False,
-    or save_on_cpu. Like autograd, it does not notice changes through .data.
+    Results are the same. A second call has no effect, nor does recomputation under torch.compile,
+    torch.func and tracing. Only the innermost saved-tensor hooks apply, so do not combine it with
+    others on the same part of a network, such as gradient checkpointing with use_reentrant=False or
+    save_on_cpu. Like autograd, it does not notice changes through .data.
     """
     if _enter not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_enter)
@@ -59,7 +59,7 @@ class RebuiltOutput:
 class _Kept(NamedTuple):
     """A tensor that is kept for backward, and its version at that time.
 
-    With `rebuilt`, it is a layer's input, and stands for the output that is computed from it.
+    With `rebuilt`, it is a layer's input, kept in place of the output that is computed from it.
     """
 
     tensor: Tensor

@@ -4,9 +4,9 @@ Each forward pass of the network compares the values of the parameters with thos
 evaluation, so the constants are never stale. One evaluation serves all micro-batches of an update,
 or a whole validation. Parameters are compared on CPUs only: on other devices the comparison would
 wait for the device, so each forward pass evaluates the moments again. The layers drop the constants
-when the network's forward pass ends. An inner module that is called alone evaluates its own. If
-Ctrl-C ended a forward pass before its hook, a layer recognizes outdated constants by its options
-and the versions of its parameters.
+when the network's forward pass ends. In an inner module that is called alone, each layer evaluates
+its own. If Ctrl-C ends a forward pass before the constants are dropped, a layer recognizes outdated
+ones by its options and the versions of its parameters.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from proxynorm.nn.norm_act import NormAct2d
 def share_moments(model: nn.Module) -> nn.Module:
     """Make model evaluate the moments of all its NormAct2d layers together; return the model.
 
-    Results are equal to rounding. A second call has no effect. Under torch.compile, torch.func and
-    tracing, every layer evaluates its own moments.
+    Results are equal up to rounding. A second call has no effect. Under torch.compile, torch.func
+    and tracing, every layer evaluates its own moments.
     """
     if not any(
         getattr(hook, "__func__", None) is SharedMoments.distribute
@@ -79,7 +79,7 @@ class SharedMoments:
         self.served += layers
 
     def withdraw(self, model: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        """Forward hook, also after an error: take the constants away from the layers."""
+        """Forward hook, called after an error too: take the constants away from the layers."""
         if needs_plain_operations():
             return
         for layer in self.served:
@@ -100,7 +100,7 @@ def _is_plain(layer: NormAct2d) -> bool:
 
 
 def _family(layer: NormAct2d) -> Hashable:
-    """A key that layers have in common if they share a rule and can be evaluated together."""
+    """A key that layers share if they have the same rule and can be evaluated together."""
     act, *options = layer.proxy_rule()
     weight = layer.proxy_weight
     # extra_repr has an activation's arguments, such as LeakyReLU's slope.
