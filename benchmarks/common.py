@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, timing in turns, tables and files."""
+"""Shared by the benchmarks: options, interleaved timing, tables and files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ModelOptions(Options):
 
 
 def now() -> float:
-    """The time in seconds, once a GPU, if there is one, has finished its work."""
+    """The time in seconds, after a GPU, if there is one, has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -50,7 +50,7 @@ def take_turns(
 ) -> dict[Name, list[float]]:
     """Seconds of each action in each round, after a warm-up round.
 
-    In a round, each action runs once, so that a slow period of the machine affects all of them.
+    Each action runs once in each round, so a slow period of the machine affects all of them.
     Compare them with `ratio`.
     """
     times: dict[Name, list[float]] = {name: [] for name in actions}

@@ -3,15 +3,15 @@
   python scripts/benchmark.py engine model=resnet20v2 json=FILE                     # Fashion-MNIST
   python scripts/benchmark.py engine model=resnet18 source=DIR size=128 batch=64    # images
 
-These take turns, and ratios are medians of the ratios within a round:
+These take turns, and a ratio is the median over rounds of the ratio within a round:
 
-- a plain training loop, on a batch in memory
-- our training step on the same batch
-- our loader alone
-- our training, with the loader
-- timm's loader, model and optimizer, combined as in its training script, with its defaults
+  - a bare training loop, on a batch in memory
+  - our training step on the same batch
+  - our loader alone
+  - our training, with the loader
+  - timm's loader, model and optimizer, combined as in its training script, with its defaults
 
-timm's memory format is contiguous; ours is chosen per norm, and the plain loop has ours.
+timm's memory format is contiguous; ours is chosen per norm, and the bare loop uses ours.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LOADER, OURS, TIMM = "our loader alone", "our training", "timm's training"
 @dataclass
 class Options(common.Options):
     model: str = option("resnet20v2", "a model of proxynorm.create_model, or of timm")
-    norm: str = option("bn", "the norm; timm's own model has bn where it is one of timm's")
+    norm: str = option("bn", "the norm; with source, timm's model keeps its own norm")
     batch: int = option(128, "images a step", "at least 1")
     size: int = option(32, "side of the images, pixels; with source", "at least 1")
     source: str | None = option(None, "image folder; none given: Fashion-MNIST")

@@ -1,8 +1,8 @@
 """Check and measure one GPU: python scripts/gpu_check.py [device=cuda] [minutes=10] [name=NAME]
 
 Checks correctness first, then measures speed. Prints Markdown and writes RESULTS/NAME.md and .json
-(results= is results/gpu by default, name= the GPU's name). Needs only torch: checks that need
-another package are skipped, with its name, if it is missing. device=cpu runs a few small cases to
+(results= is results/gpu by default, name= the GPU's name). Needs only torch: a check that needs
+another package is skipped, naming it, if it is missing. device=cpu runs a few small cases to
 try the script; speed means nothing there. The exit status is 1 if something is wrong.
 """
 

@@ -3,10 +3,10 @@
   python scripts/benchmark.py loader source=DIR json=results/loader/NAME.json
 
 source is a folder of class folders; without it, images are generated. All loaders have the same
-number of workers and take turns, an epoch at a time. Those of FFCV read the .beton file that
-write_ffcv.py makes of the source, the others the same JPEGs as files. All do the same: random
-resized crop, flip, uint8 images (N, 3, S, S) on the host. Normalization is left out: the device
-does it.
+number of workers and take turns, one epoch at a time. Those with FFCV read the .beton file that
+write_ffcv.py makes from the source; the others read the same JPEGs as files. All do the same work:
+random resized crop, flip, uint8 images (N, 3, S, S) on the host. Normalization is left out, because
+the device does it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from proxynorm.errors import ConfigError
 
 OURS = "proxynorm ffcv"
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-COUNT = "how many of its images, drawn at random, or generated"
+COUNT = "number of images, drawn at random from source, or generated"
 WORKERS = "threads or processes of each loader; all cores if left out"
 Epoch = Callable[[], Iterable[torch.Tensor]]
 
@@ -52,7 +52,7 @@ class Options(common.Options):
     size: int = option(224, "side of the crop, pixels", "at least 1")
     batch: int = option(64, "images per batch", "at least 1")
     workers: int | None = option(None, WORKERS, "at least 1")
-    rounds: int = option(7, "epochs of each loader, in turns", "at least 1")
+    rounds: int = option(7, "epochs of each loader, interleaved", "at least 1")
 
 
 def main(options: Options) -> None:

@@ -13,7 +13,7 @@ from proxynorm.nn.freeze import freeze, replace_modules
 
 TORCH_BN, TORCH_LN = "torch bn", "torch ln"
 RECOMPUTE = "+recompute"
-# the norms of `build`
+# the norms that `build` takes
 ALL_NORMS = (TORCH_BN, TORCH_LN, *NORMS, *(n + RECOMPUTE for n in NORMS if n.endswith("_pn")))
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def for_inference(net: nn.Module) -> nn.Module:
 
 
 def torch_layer(layer: NormAct2d, norm: str) -> nn.Module:
-    """torch's norm and an in-place activation for a NormAct2d, as in timm."""
+    """torch's norm and an in-place activation, to replace a NormAct2d, as in timm."""
     if norm == TORCH_BN:
         normalize: nn.Module = nn.BatchNorm2d(layer.num_features, layer.eps)
     else:

@@ -3,7 +3,7 @@
   python scripts/benchmark.py passes model=resnet50 batch=8 size=224 json=results/passes/NAME.json
 
 The figures are torch.profiler's self time of every operator, forward and backward: medians over
-steps, in which both networks take turns. The largest differences come first: passes over the map
+steps, which alternate between the networks. The largest differences come first: passes over the map
 and constants that only LN+PN has, and torch's norm, which it replaces.
 """
 
@@ -31,7 +31,7 @@ Operators = dict[str, float]
 @dataclass
 class Options(common.ModelOptions):
     format: str = option("channels_last", "memory format: nchw, channels_last", choices=FORMATS)
-    rounds: int = option(15, "steps of each network, in turns", "at least 1")
+    rounds: int = option(15, "steps of each network, interleaved", "at least 1")
 
 
 def main(options: Options) -> None:

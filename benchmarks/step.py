@@ -54,7 +54,7 @@ class Options(common.ModelOptions):
         list(FORMATS), "memory formats: nchw, channels_last", choices=FORMATS
     )
     modes: list[str] = option(["eager"], "eager, compiled", choices=("eager", "compiled"))
-    rounds: int = option(9, "steps of each, taken in turns", "at least 1")
+    rounds: int = option(9, "steps of each norm, interleaved", "at least 1")
     keep_memory: bool = option(True, "CPU: malloc keeps freed memory, as in training")
 
 

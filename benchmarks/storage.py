@@ -2,8 +2,8 @@
 
   python scripts/benchmark.py storage source=DIR json=results/loader/storage.json
 
-Prints bytes per image and images per second of training crops. The files take turns, an epoch at a
-time.
+Prints bytes per image and images per second of training crops. The files take turns, one epoch
+at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STORED = (
 @dataclass
 class Options(loader.Options):
     images: int = option(1024, COUNT, "at least 1")
-    rounds: int = option(5, "epochs of each file, in turns", "at least 1")
+    rounds: int = option(5, "epochs of each file, interleaved", "at least 1")
 
 
 def main(options: Options) -> None:

@@ -5,8 +5,8 @@
 
 inductor lowers and fuses the graphs of the forward and the backward pass for a simulated GPU, an
 H100 (sm_90). The traffic of a fused kernel is the size of the buffers that it reads and writes,
-each counted once. No kernel is launched. Convolutions, matrix products and pooling libraries are
-left out, because they are the same for every norm. Maps are bfloat16, parameters of norms float32.
+each counted once. No kernel is launched. Library kernels (convolutions, matrix products, pooling)
+are left out: they are the same for every norm. Maps are bfloat16, parameters of norms float32.
 
 model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
 map. Other models are whole networks, in MB per image. The column `operations` is the arithmetic of
@@ -99,7 +99,7 @@ def measure(options: Options, norm: str, act: str, memory_format: str) -> list[d
     unit = options.batch * (channels * side * side if is_layer else 10**6)
     try:
         net = _layer(norm, act, channels) if is_layer else build(norm, options.model)
-    except ValueError as error:  # the parts of ln_ws and of recomputation lie outside of the layer
+    except ValueError as error:  # ln_ws and +recompute need parts outside of the layer
         raise ConfigError(f"norm={norm} model={options.model}: {error}") from error
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -147,7 +147,7 @@ def compiled(
         graphs.append((graph, inputs))
         return make_boxed_func(graph.forward)
 
-    # the flag tells the layers to take their plain operations, as under torch.compile
+    # the flag makes the layers use their plain operations, as under torch.compile
     with mock.patch.object(torch.compiler, "_is_compiling_flag", True), config.patch(options):
         run = aot_function(
             step, keep, keep, partition_fn=partition_fn, decompositions=select_decomp_table()
@@ -162,7 +162,7 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], is_backward: bool) -> Tr
     """Lower and fuse the graph for the simulated GPU; count the traffic of its kernels."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    # The graph was traced on the CPU, which its factory functions therefore name.
+    # The graph was traced on the CPU, so its factory functions name that device.
     def move(value: Any) -> Any:
         return GPU if isinstance(value, torch.device) else value
 

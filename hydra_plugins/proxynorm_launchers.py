@@ -1,7 +1,7 @@
 """Hydra's launchers for a sweep: python train.py -m norm=bn,ln_pn batch=32,256
 
 hydra/launcher=local (the default) trains one run after the other; hydra/launcher=slurm submits an
-array of jobs. Hydra imports this file whenever train.py starts, so functions do the slow imports.
+array of jobs. Hydra imports this file whenever train.py starts, so slow imports are in functions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LocalLauncher(Launcher):
         given = config.hydra.overrides
         # Hydra does not pass its own keys, such as the search path, on to the runs.
         self.shared = [word for word in given.hydra if word.startswith(SEARCH_PATH)]
-        # Commas do not tell: logger.tags=[a,b] is no sweep, and seed=range(3) is one.
+        # Commas do not mark a sweep: logger.tags=[a,b] is none, but seed=range(3) is one.
         overrides = OverridesParser.create().parse_overrides(given.task)
         keys = [override.key_or_group for override in overrides if override.is_sweep_override()]
         self.name = "-".join(["sweep", *(key for key in keys if key != "seed")])
@@ -54,7 +54,7 @@ class LocalLauncher(Launcher):
     def run(self, sweep: list[list[str]]) -> int:
         """Train and compare the runs.
 
-        Returns 0, 2 if runs failed only by the user's mistakes, or 1 if there were other failures.
+        Returns 0 if no run failed, 2 if all failures are mistakes of the user, else 1.
         """
         from proxynorm.launch.multirun import train_here
         from proxynorm.launch.runs import is_main, say
@@ -74,7 +74,7 @@ class SlurmLauncher(LocalLauncher):
     """Submit the runs that are neither finished nor queued; compare them once all are finished."""
 
     def run(self, sweep: list[list[str]]) -> int:
-        """Submit and return the exit status. Raises ConfigError for a run that cannot be built."""
+        """Submit and return the exit status. Raises ConfigError for invalid overrides."""
         from proxynorm.launch.multirun import sweep_runs
         from proxynorm.launch.runs import say
         from proxynorm.launch.status import run_status

@@ -1,4 +1,4 @@
-"""Find the package in this checkout, also where it is not installed."""
+"""Find the package in this checkout even if it is not installed."""
 
 import sys
 from pathlib import Path

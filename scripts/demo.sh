@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment if need be, trains bn, ln and ln_pn on Fashion-MNIST, and prints and draws the comparison; the verdict is the last line.
+# Makes the environment if needed, trains bn, ln and ln_pn on Fashion-MNIST, and prints and draws the comparison; the verdict is the last line.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

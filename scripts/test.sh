@@ -6,6 +6,6 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 cores=$(nproc 2>/dev/null || echo 1)
 workers=$((cores > 4 ? 4 : cores > 1 ? cores : 0))
-# One thread a process: small tensors gain nothing from more, and workers would compete for cores.
+# One thread per process: small tensors gain nothing from more, and workers would compete for cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec .venv/bin/python -m pytest -n "$workers" "$@"

@@ -44,7 +44,7 @@ def entry() -> None:
     module = import_module(f"benchmarks.{name}")
 
     def run(options: Any) -> int | None:
-        if options.json:  # a folder that cannot be made must not cost the measurement
+        if options.json:  # if the folder cannot be made, fail before measuring
             Path(options.json).absolute().parent.mkdir(parents=True, exist_ok=True)
         return module.main(options)
 

@@ -27,7 +27,7 @@ What next:
   python scripts/power.py run={run} weights=last       # P1 … P4 of a trained network
 """
 JOBS = "runs at a time, one thread each; 0: as many as there are CPU cores"
-# Of the random nets: small enough for seconds on a CPU.
+# Sizes of the random nets: small enough to take only seconds on a CPU.
 SIZES = {"width": 128, "depth": 30, "nets": 3, "images": 16, "batch": 16, "size": 8}
 
 

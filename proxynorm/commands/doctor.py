@@ -5,7 +5,7 @@
 
 Takes the arguments of train.py and checks what that run would need.
 Each line says ok, warning or missing, and how to fix it. The exit status is 2
-if the run cannot start without something that is missing, else 0.
+if something that the run needs is missing, else 0.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def check_data(data: Data, on_bad: str) -> Iterator[Finding]:
 def check_counts(
     settings: Settings, experiment: str | None, counts: tuple[int, int, int]
 ) -> Iterator[Finding]:
-    """Check that there are images for a batch, and all of ImageNet for its recipes.
+    """Check that there are enough images for a batch and, for ImageNet's recipes, all of ImageNet.
 
     counts: of classes, training images and evaluation images.
     """
@@ -222,7 +222,7 @@ def check_counts(
 
 
 def check_weights(settings: Settings, data: Data) -> Iterator[Finding]:
-    """Check that a new run can start from its file or run; a resumed run does not need it."""
+    """Check that a new run can start from its weights; a resumed run does not need them."""
     source = source_of(settings)
     if source in (None, PUBLISHED):
         return

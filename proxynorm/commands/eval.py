@@ -26,7 +26,10 @@ from proxynorm.train.restore import (
     restore,
 )
 
-CLASSES = "all: root has all classes; subset: some, only their logits count; index: by number"
+CLASSES = (
+    "all: root has all classes; subset: only some, and only their logits count; "
+    "index: its folders are class numbers"
+)
 
 ON_BAD = "damaged images: raise, skip; default: as in training"
 LOADER = "ffcv, torchvision, auto; default: as in training"
@@ -44,7 +47,7 @@ class Options(RunOptions):
 
 def main(options: Options) -> int:
     path = checkpoint_path(options.run, options.checkpoint, options.weights)
-    if options.output:  # a folder that cannot be made must not cost the evaluation
+    if options.output:  # if the folder cannot be made, fail before evaluating
         Path(options.output).mkdir(parents=True, exist_ok=True)
     with processes(options.device) as process:
         restored = restore(path).with_options(

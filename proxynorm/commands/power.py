@@ -102,7 +102,7 @@ def show_random_nets(options: Options, folder: Path, device: torch.device) -> No
 
 
 def show_run(options: Options, folder: Path, device: torch.device) -> None:
-    """Write what a run logged or, without that or with weights=, decompose its checkpoint."""
+    """Write what a run logged; if it logged nothing, or with weights=, decompose its checkpoint."""
     source = Path(options.run)
     logged = [row for row in read_metrics(source / "metrics.jsonl") if row["event"] == "power"]
     if logged and not options.weights:

@@ -9,8 +9,8 @@ Commands
   status   the state of each run
   choose   after a finished search: write results/TABLE/chosen.json, which tuned
            tables read
-  collect  archive finished runs (config, environment, metrics, summary) in
-           results/TABLE/runs
+  collect  archive finished and failed runs (config, environment, metrics,
+           summary) in results/TABLE/runs
   report   write results/TABLE: report.md, figures (PNG, PDF), table.tex,
            cells.csv, and a comparison run on W&B; with cells= or seeds= into
            results/TABLE/selection
@@ -20,8 +20,8 @@ Commands
            status (no table=)
   docs     update the tables of results in README.md and docs/*.md (no table=)
 
-Offline W&B runs are uploaded by wandb sync runs/TABLE/wandb/offline-run-* and
-wandb sync runs/TABLE/*/wandb/offline-run-*; those of the command upload by
+Upload offline W&B runs with wandb sync runs/TABLE/wandb/offline-run-* and
+wandb sync runs/TABLE/*/wandb/offline-run-*, and those of the command `upload` with
 wandb sync runs/TABLE/upload/*/wandb/offline-run-*"""
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Options(SlurmOptions, TableOptions):  # dataclasses take the fields of the
 
 
 def selected_runs(options: Options, check: bool = False) -> tuple[Table, list[TableRun]]:
-    """Return the table and its runs, or those of cells=.
+    """Return the table and its runs; with cells=, only the runs of those cells.
 
     Raises ConfigError for an unknown cell and, with `check`, for finished runs of another recipe.
     """

@@ -17,7 +17,7 @@ def main(config: DictConfig) -> None:
 
 
 def run(config: DictConfig) -> int:
-    """Train and return the exit status; after the traceback of a fault, name the run folder."""
+    """Train and return the exit status; after an unexpected exception, print the run folder."""
     from proxynorm.train.distributed import environment_ranks
     from proxynorm.train.nonfinite import NonFiniteError
     from proxynorm.train.run import train

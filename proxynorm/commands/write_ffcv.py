@@ -46,7 +46,7 @@ class Options:
 def main(options: Options) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    # Imported after that, because it takes a second, in which a signal may arrive.
+    # Imported only now: the imports take a second, during which a signal may arrive.
     from proxynorm.data.images import StorageOptions
     from proxynorm.data.opening import share_of_cores
     from proxynorm.data.sources import list_source
@@ -76,7 +76,7 @@ def main(options: Options) -> int:
 
 
 def _stop(number: int, _frame: object) -> None:
-    """Exit after a signal. A second one is ignored, so that the clean-up is not interrupted."""
+    """Exit after a signal. A second one is ignored, so the clean-up is not interrupted."""
     for other in (signal.SIGTERM, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
     print(f"stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)

@@ -33,7 +33,7 @@ def estimator(runs: Sequence[Run], processes: int = 1) -> Callable[[Run], Estima
 
 
 def folder_seconds(folder: Path, processes: int) -> float | None:
-    """Return the seconds of the whole run in `folder` at its latest speed.
+    """Return how many seconds the whole run in `folder` takes at its latest speed.
 
     None if the speed is not known, or was measured with another number of processes.
     """

@@ -4,9 +4,10 @@ stage FOLDER OVERRIDE… copies .beton files to a node's own disk and prints the
 data.root at the copy. For data that need no staging it prints nothing. All jobs on a node share one
 copy, which stays when they end: remove FOLDER/proxynorm-UID when it is no longer needed.
 
-requeue LIMIT OVERRIDE… decides whether a stopped run is queued again. Status 0: yes. Status 2, with
-the reason in one line: no, the job was requeued LIMIT times without a weight update. requeues.json
-in the run folder records the restart at which the run reached its step.
+requeue LIMIT OVERRIDE… decides whether a stopped run is queued again. Exit status 0 means yes.
+Exit status 2, with a line that says why, means no: the job was requeued LIMIT times without a
+weight update. requeues.json in the run folder records the restart at which the run reached its
+step.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def stage(folder: str, *overrides: str) -> None:
 
 
 def requeue(limit: str, *overrides: str) -> None:
-    """Raise ConfigError unless the run of the overrides is to be queued again."""
+    """Raise ConfigError unless the run with these overrides should be queued again."""
     folder = folder_of(settings_from(compose_config(overrides)))
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "requeues.json", folder / "summary.json"

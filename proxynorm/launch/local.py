@@ -23,8 +23,8 @@ def run_locally(runs: Sequence[Run], jobs: int = 1, threads: int = 1) -> int:
 
     Each run is a train.py process with a log beside the run folders, and resumes where it
     stopped. Runs that another process trains are skipped. A stop signal is passed on to the runs,
-    which save. Returns the exit status: 0 if all are done or running elsewhere, 75 after a stop
-    signal, 1 if some failed or are damaged; these are listed with the reason.
+    which save and stop. Returns the exit status: 0 if all are done or running elsewhere, 75 after a
+    stop signal, 1 if some failed or are damaged; these are listed with the reason.
     """
     with stop_request() as stop, ThreadPoolExecutor(jobs) as pool:
         failures = [*filter(None, pool.map(lambda run: train_if_due(run, threads, stop), runs))]

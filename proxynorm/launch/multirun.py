@@ -18,12 +18,13 @@ from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.preemption import REQUEUE, stop_request
 from proxynorm.train.settings import folder_of
 
-# torchrun's count of restarts. The processes of a run find each other by it.
+# torchrun's count of restarts. The processes of a run use it to find each other, so each run of a
+# sweep gets its own value.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 class Failure(NamedTuple):
-    """A failed run of a sweep: the overrides that are its own, its exit status, the reason."""
+    """A failed run of a sweep: the overrides that set it apart, its exit status, the reason."""
 
     overrides: str
     status: int
@@ -60,7 +61,7 @@ def own_overrides(overrides: Sequence[str], sweep: Sequence[Sequence[str]]) -> s
 
 
 def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]]:
-    """Train the runs of a sweep, each in a process of its own. A failure does not end the sweep.
+    """Train the runs of a sweep, each in its own process. A failure does not end the sweep.
 
     Returns the runs and the failures. Exits with status 75 after a stop signal.
     """
@@ -77,14 +78,14 @@ def train_here(sweep: Sequence[Sequence[str]]) -> tuple[list[Run], list[Failure]
 
 
 def train_run(run: Run, number: int) -> tuple[int, str]:
-    """Train a run on this terminal and return its exit status and last error line.
+    """Train a run in this terminal and return its exit status and last error line.
 
     Exits with status 75 after a stop signal, which is passed on to the run.
     """
     restarts = {RESTARTS: f"{os.environ.get(RESTARTS, 0)}.{number}"}
     with tempfile.NamedTemporaryFile() as errors, stop_request() as stop:
-        # tee shows the errors and keeps a copy. Like the run, it has a session of its own, so that
-        # Ctrl-C does not end it.
+        # tee shows the errors and keeps a copy. Like the run, it has its own session, so Ctrl-C
+        # does not end it.
         with subprocess.Popen(
             ["tee", errors.name], stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True
         ) as tee:

@@ -20,7 +20,7 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print text from the main process, flushed, in a single write: threads do not mix lines."""
+    """Print text from the main process, flushed, in a single write so threads do not mix lines."""
     if is_main():
         print(f"{text}\n", end="", flush=True)
 

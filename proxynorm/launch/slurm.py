@@ -26,7 +26,7 @@ from proxynorm.launch.status import Status, relevant_lines, run_status
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT, REPORT_SCRIPT = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "report.sbatch"
-# Arguments of sbatch that the job of the report shares with the runs.
+# Arguments of sbatch that the report's job shares with the runs.
 FOR_REPORT = ("--account=", "--partition=", "--qos=", "--reservation=")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 USUAL_REASONS = ("None", "Priority", "Resources", "JobArrayTaskLimit", "BeginTime", "Dependency")
@@ -96,7 +96,7 @@ class Jobs:
         return status
 
     def failure(self, name: str) -> str:
-        """Return why the run's last task failed outside of the run's log; "" if it did not."""
+        """Return the error that only the SLURM log of the last task shows; "" if there is none."""
         if not self.tasks[name]:
             return ""
         lines = relevant_lines(self.logs / f"slurm-{'_'.join(self.tasks[name][-1])}.log")

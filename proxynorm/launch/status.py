@@ -23,7 +23,7 @@ from proxynorm.train.preemption import REQUEUE
 STATES = "done other running queued preempted stopped failed damaged missing".split()
 SILENT_SECONDS = 600  # a run on another machine counts as dead after that long without a row
 IN_USE = " is in use by "  # in train.py's error if another process holds the run folder
-# Exit statuses after a requested stop: the run saved, or stopped before training began.
+# Exit statuses that are no failure: finished, or stopped on request (saved, or not yet training).
 STOPPED = (0, REQUEUE, -signal.SIGTERM, -signal.SIGINT)
 # Exit statuses of a run that was killed, or signalled under srun before it handled signals.
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -42,7 +42,7 @@ class Status:
     """The state of a run, one of STATES, with details.
 
     progress: step, loss, top-1 and time left, as far as known
-    error:    the last error line of a failed run; what is damaged in a damaged one
+    error:    the last error line of a failed run, or what is damaged
     job:      its task in SLURM's queue
     note:     anything else worth showing
     """
@@ -54,7 +54,7 @@ class Status:
     note: str = ""
 
     def describe(self) -> str:
-        """Return the details in one line; of a failed or damaged run, the error alone."""
+        """Return the details in one line; for a failed or damaged run, only the error."""
         job = f"job {self.job}" if self.job else ""
         return self.error or "  ".join(filter(None, [job, self.progress, self.note]))
 
@@ -74,7 +74,7 @@ def finished_files(folder: Path) -> dict[str, bytes] | None:
     summary = folder / "summary.json"
     if not summary.is_file():
         return None
-    # Only this file has to be removed if damaged: the run then continues from its checkpoint.
+    # If this file is damaged, it is enough to remove it: the run continues from its checkpoint.
     with reading(summary):
         if not json.loads(summary.read_bytes())["completed"]:
             return None
@@ -85,13 +85,13 @@ def finished_files(folder: Path) -> dict[str, bytes] | None:
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """Read the last training row of the run in `folder`; None before its first row.
 
-    total: the steps of the whole run, added to the row. Raises DataError.
+    Adds `total`, the steps of the whole run, to the row. Raises DataError.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return None
     with reading(folder, path.name):
-        complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may still be written
+        complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may be unfinished
         rows = [row for row in map(json.loads, complete.splitlines()) if row["event"] == "train"]
     if not rows:
         return None
@@ -144,8 +144,8 @@ def run_status(run: Run, elsewhere: bool = True) -> Status:
 def is_failure(exit_status: int, error: str) -> bool:
     """Return whether a run with this exit status and last error line failed by itself.
 
-    A requested stop is no failure, nor is a kill, unless for lack of memory, nor a refusal because
-    another process trains the run.
+    Not failures: a requested stop, a kill (except for lack of memory), and a refusal because
+    another process is training the run.
     """
     if exit_status in KILLED:
         return "oom" in error.lower()
@@ -153,7 +153,7 @@ def is_failure(exit_status: int, error: str) -> bool:
 
 
 def is_held(lock: Path, elsewhere: bool) -> bool:
-    """Return whether the process that a run folder's lock file names is alive.
+    """Return whether the process named in a run folder's lock file is alive.
 
     A process on another machine counts as alive while the metrics grow, if `elsewhere`.
     """

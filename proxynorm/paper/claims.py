@@ -16,7 +16,7 @@ CLAIMS = Path(__file__).with_name("claims.yaml")
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of claims.yaml, whose first lines explain the keys."""
+    """A claim in claims.yaml; the first lines of that file explain the keys."""
 
     claim: str
     tests: list[str] = field(default_factory=list)
@@ -36,7 +36,10 @@ def load_claims() -> list[Claim]:
 
 
 def claim_status(claim: Claim, outcomes: Sequence[Outcome]) -> str:
-    """Return the weakest verdict of the comparisons that were run. Without any, tests suffice."""
+    """Return the weakest verdict of the comparisons that were run.
+
+    For a claim without comparisons, tests suffice.
+    """
     if claim.needs:
         return f"needs {claim.needs}"
     verdicts = {outcome.verdict for outcome in outcomes}

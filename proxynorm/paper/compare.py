@@ -52,7 +52,8 @@ class Spread(NamedTuple):
 class Outcome:
     """The result of a comparison. difference: of the means, first − second, in points.
 
-    interval, p: see `t_test`; None for single runs. is_interim: the table declares more seeds.
+    interval, p: see `t_test`; None for single runs. is_interim: several seeds were run, but fewer
+    than the table declares.
     """
 
     comparison: Comparison
@@ -80,9 +81,9 @@ def cell_status(table: Table, sample: Sample, failed: int) -> str:
 
 
 def seed_spread(table: Table, samples: Mapping[str, Sample]) -> Spread | None:
-    """Return the standard deviation between seeds, pooled over the cells with several of them.
+    """Return the standard deviation between seeds, pooled over the cells with several seeds.
 
-    Without any, it is the table's own seed_std, if that is known.
+    If there are none, return the table's own seed_std, if known.
     """
     repeated = [sample for sample in samples.values() if sample.n > 1]
     if not repeated:
@@ -106,7 +107,7 @@ def compare(table: Table, samples: Mapping[str, Sample]) -> list[Outcome]:
 def outcome(
     comparison: Comparison, first: Sample, second: Sample, spread: Spread | None
 ) -> Outcome:
-    """Compare two samples: by `t_test`, or by the `spread` between seeds for single runs."""
+    """Compare two samples by `t_test`, or by the `spread` of seeds if either is a single run."""
     if not (first.n and second.n):
         return Outcome(comparison, first, second, "not run")
     difference = first.mean - second.mean
@@ -125,8 +126,8 @@ def outcome(
 def t_test(first: Sample, second: Sample, spread: Spread | None = None) -> tuple[Interval, float]:
     """Return the 95 % interval of the difference of the means, and its two-sided p.
 
-    By Welch's t-test. With two runs in a sample that has about one degree of freedom and shows
-    nothing; Student's test with the `spread` of the whole table takes its place then.
+    By Welch's t-test. If a sample has only two runs, that test has about one degree of freedom and
+    shows nothing, so Student's test with the `spread` of the whole table replaces it.
     """
     difference = first.mean - second.mean
     if spread is not None and spread.std and min(first.n, second.n) == 2:
@@ -168,8 +169,8 @@ def gap_sentence(
 ) -> str:
     """Say how much of the gap between BN and `norm` PN closes, in one sentence.
 
-    plain, proxied: `norm` without and with PN; spread: see `t_test`. Differences are not
-    significant if p > 0.05; those of single runs are called untested.
+    plain, proxied: `norm` without and with PN; spread: see `t_test`. A difference is not
+    significant if p > 0.05. With single runs it is not tested, and the sentence says so.
     """
 
     def is_chance(first: Sample, second: Sample) -> bool:

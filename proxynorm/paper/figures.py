@@ -14,7 +14,7 @@ from proxynorm.paper.findings import Findings, against_batch, p1_by_epoch, power
 from proxynorm.paper.table import Cell
 
 # More than this cannot be told apart.
-MOST_CURVES = 12  # of one figure
+MOST_CURVES = 12  # in one figure
 MOST_POWERS = 20  # cells, over several panels
 MOST_CELLS = 40  # rows
 
@@ -68,7 +68,7 @@ def power_figures(findings: Findings) -> dict[str, tuple[Figure, str]]:
 def by_axis(cells: Sequence[Cell]) -> dict[str, list[str]]:
     """Group the cells by their axes besides the norm: {panel title: cell names}.
 
-    A panel also shows the cells without any further axis, of its norms.
+    A panel also shows the cells of its norms that have no other axis.
     """
     axes = {cell.name: frozenset(cell.labels.keys() - {"norm"}) for cell in cells}
     panels = {}

@@ -20,7 +20,7 @@ from proxynorm.paper.table import Cell, Table, TableRun
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that a report shows. options: of its commands, besides table=, as seeds=2."""
+    """Everything that a report shows. options: of its commands, besides table=, such as seeds=2."""
 
     table: Table
     cells: list[Cell]
@@ -73,7 +73,7 @@ def verdicts(findings: Findings) -> list[str]:
     """Return how much of the gap to BN PN closes: a sentence per cell of LN or GN.
 
     The same cell must have been run with PN and with BN. IN is left out, because the paper does not
-    claim it to match BN, and so are the single points of a search.
+    claim that it matches BN. A search has no verdicts either.
     """
     if findings.table.search is not None:
         return []
@@ -91,7 +91,7 @@ def verdicts(findings: Findings) -> list[str]:
 
 
 def comparison_grid(findings: Findings) -> list[list[Any]]:
-    """Return a row per cell, as numbers, with the difference to the same cell with Batch Norm."""
+    """Return a row per cell, as numbers, with the difference from the same cell with Batch Norm."""
     rows: list[list[Any]] = [["cell", "norm", "top1", "std", "n", "minus bn"]]
     for cell in findings.measured():
         sample, bn = findings.samples[cell.name], findings.twin(cell, "bn")

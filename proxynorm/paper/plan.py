@@ -85,7 +85,7 @@ def all_statuses(
 
 
 def kept_status(run: TableRun, results: str | Path) -> Status | None:
-    """Return the status of a run of which only the archive is left, else None. Raises DataError."""
+    """Return the status of a run if only its archive is left, else None. Raises DataError."""
     record = None if run.folder.exists() else kept_record(run, results)
     if record is None:
         return None

@@ -22,7 +22,7 @@ from proxynorm.paper.table import TableRun
 from proxynorm.train.config import compose_config, settings_from
 from proxynorm.train.settings import differences, identity
 
-FAILURE = "failure.txt"  # the reason, in place of the summary of a failed run
+FAILURE = "failure.txt"  # why a run failed; takes the place of its summary
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def collect(run: TableRun, results: str | Path) -> bool:
     if record is None or (kept and kept.files == record.files):
         return False
     if FAILURE not in record.files:
-        record.check()  # metrics cut between two lines would be lost with the folder
+        record.check()  # metrics that were cut off between two lines can still be read
     path = archive_path(run, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda stream: write_archive(stream, run.name, record.files))

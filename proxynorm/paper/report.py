@@ -1,4 +1,4 @@
-"""The report of a table: report.md and figures, the same bytes from the same runs."""
+"""The report of a table: report.md and figures. The same runs give the same bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LABELS = {
     "D": "digitised from a figure",
     "E": "not the paper's, a yardstick",
 }
-FLAT = 0.01  # largest distance from 1 of the loss ratio of a flat loss
+FLAT = 0.01  # a loss is flat if its loss ratio is at most this far from 1
 POWER_NOTE = (
     "P1: share of power in channel-wise constants (docs/method.md), over the norms of a network; "
     "means over seeds."
@@ -87,7 +87,7 @@ def report(findings: Findings, figures: Mapping[str, str]) -> str:
 
 
 def wide_table(findings: Findings) -> Grid:
-    """Return mean ± standard deviation, the table's column axes across and all others down."""
+    """Return mean ± standard deviation, with the table's column axes across and the others down."""
     table = findings.table
     axes = dict.fromkeys(axis for cell in findings.cells for axis in cell.labels)
     down = [*table.rows, *(axis for axis in axes if axis not in {*table.rows, *table.columns})]
@@ -129,7 +129,7 @@ def cell_table(findings: Findings) -> Grid:
 
 
 def beside_bn(findings: Findings) -> Grid:
-    """Return a row per finished cell, with its difference to the same cell with Batch Norm.
+    """Return a row per finished cell, with its difference from the same cell with Batch Norm.
 
     The 95 % interval is given if both have several seeds. Empty columns are left out.
     """
@@ -258,7 +258,7 @@ def commands(findings: Findings) -> str:
 
 
 def rendered(text: str, results: Path) -> str:
-    """Return a Markdown text with its tables of results, marked as in BLOCK, made anew.
+    """Return the Markdown text with its tables of results (marked as in BLOCK) regenerated.
 
     Raises ConfigError for an unknown table.
     """
@@ -270,7 +270,7 @@ def rendered(text: str, results: Path) -> str:
 def result_table(name: str, results: Path) -> str:
     """Return the wide table of the archived runs, and a note on its numbers, as Markdown."""
     table = load_table(name)
-    # A folder that does not exist, so that the archives in `results` alone count.
+    # This folder does not exist, so only the archives in `results` count.
     runs = reported_runs(table, results / "no run folders", results)
     findings = gather(table, runs, results)
     if not findings.records:

@@ -19,7 +19,7 @@ Point = tuple[Any, ...]
 
 
 def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[str, Any]:
-    """Choose the point with the best mean top-1 for each group, a value of the search's axis `by`.
+    """Choose the point with the best mean top-1 for each group (value of the axis `by`).
 
     Returns the content of chosen.json:
         table, metric, seeds: what was searched, and how
@@ -57,7 +57,7 @@ def choose(table: Table, runs: Sequence[TableRun], results: str | Path) -> dict[
 
 
 def as_number(value: Any) -> Any:
-    """Return text that spells a number as one: 1e-3 is text to YAML 1.1."""
+    """Convert text that spells a number: YAML 1.1 reads 1e-3 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

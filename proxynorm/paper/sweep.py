@@ -21,9 +21,9 @@ from proxynorm.train.config import compose_config, settings_from
 
 NOTE = (
     "top1: top-1 accuracy in percent on the evaluation images after the last epoch, mean ± "
-    "standard deviation over n seeds. minus bn: the difference to the cell that differs in its "
-    "norm alone, with its 95 % interval where both have several seeds, by Welch's t-test (with two "
-    "seeds by Student's, with the standard deviation of all cells)."
+    "standard deviation over n seeds. minus bn: the difference from the cell that differs only "
+    "in its norm, with its 95 % interval if both have several seeds, by Welch's t-test (with two "
+    "seeds, by Student's, with the standard deviation of all cells)."
 )
 
 
@@ -62,7 +62,7 @@ def as_table(runs: Sequence[Run], name: str) -> tuple[Table, list[TableRun]]:
     table_runs: list[TableRun] = []
     for run, point in zip(runs, points, strict=True):
         settings = settings_from(compose_config(run.arguments))
-        # Typed as in YAML, so that labels that are numbers are printed and drawn as such.
+        # Parsed as YAML, so that numbers are printed and drawn as numbers.
         labels = {key: yaml.safe_load(point.get(key, settings.norm.name)) for key in axes}
         cell = Cell(cell_name(labels), labels, run.arguments)
         table_runs.append(TableRun(run.folder, run.arguments, name, cell, settings.seed))

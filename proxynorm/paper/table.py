@@ -76,7 +76,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The search that a table takes overrides from: those chosen for a cell's value of `by`."""
+    """The search that tunes a table: each cell takes the overrides chosen for its value of `by`."""
 
     table: str
     by: str
@@ -87,7 +87,7 @@ class Table:
     """A table.
 
     train:       overrides of every cell
-    cells:       blocks, each the product of its axes {axis: [values]}; value v of axis a: a=v
+    cells:       blocks, each the product of its axes {axis: [values]}; value v of axis a means a=v
     bundles:     {axis: {value: [overrides]}}, for values that stand for several overrides
     rules:       [{when: {axis: value}, train: [overrides]}], for the cells that match
     tuned:       the search that chose further overrides
@@ -168,7 +168,7 @@ class Table:
 
 
 def cell_name(labels: Mapping[str, Any]) -> str:
-    """Join the labels to a folder name: texts as they are, numbers after their axis's last part."""
+    """Join the labels into a folder name: text as is, numbers after the axis's last part."""
     parts = (v if isinstance(v, str) else f"{a.rpartition('.')[2]}{v}" for a, v in labels.items())
     return "-".join(part.replace("/", "_") for part in parts)
 
@@ -178,7 +178,7 @@ def table_names() -> list[str]:
 
 
 def load_table(name: str, seeds: int | None = None) -> Table:
-    """Load the table of that name or YAML file, with another number of `seeds` if given.
+    """Load a table by name or YAML file; `seeds`, if given, replaces its number of seeds.
 
     Raises ConfigError for an unknown name or a malformed file.
     """
@@ -207,7 +207,7 @@ def load_table(name: str, seeds: int | None = None) -> Table:
 
 
 def check_table(table: Table) -> None:
-    """Raise ConfigError for unknown cells and axes, another `expect`, or less than one seed."""
+    """Raise ConfigError for unknown cells or axes, an unknown `expect`, or less than one seed."""
     cells = table.expand()
     axes = {axis for cell in cells for axis in cell.labels}
     pairs = [(item.first, item.second) for item in table.comparisons]
@@ -232,8 +232,8 @@ def table_runs(
 ) -> list[TableRun]:
     """Return all runs of the table, with further `overrides` for each.
 
-    The first seed of every cell comes before the second of any, so that a part of the runs already
-    gives a table.
+    The first seed of every cell comes before the second seed of any, so that a table can be made
+    from the first part of the runs.
     """
     cells, folder = table.expand(chosen), Path(root) / table.name
     runs = []
@@ -273,6 +273,6 @@ def read_chosen(table: Table, results: str | Path) -> dict[str, dict[str, Any]] 
 
 
 def chosen_path(search: str, results: str | Path) -> Path:
-    """Return the file of what a search has chosen: in `results`, else the package's own."""
+    """Return the path of a search's chosen.json: the one in `results`, else the package's own."""
     path, shipped = (Path(folder) / search / "chosen.json" for folder in (results, SHIPPED))
     return shipped if shipped.is_file() and not path.is_file() else path

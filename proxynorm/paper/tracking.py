@@ -1,4 +1,4 @@
-"""W&B besides the runs' own logging: comparison runs, and the upload of archived runs."""
+"""W&B beyond what runs log themselves: comparison runs, and the upload of finished runs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def upload_run(record: Record, mode: str, folder: Path) -> bool:
     own = [tag for tag in settings.logger.tags or () if not tag.startswith(("table=", "cell="))]
     tags = (*own, f"table={run.table}", f"cell={run.cell.name}")
     logger = replace(settings.logger, mode=mode, group=run.table, tags=tags)
-    # resumed: an upload that was interrupted goes on in the same W&B run.
+    # resumed: an upload that was interrupted continues in the same W&B run.
     tracker = Tracker(replace(settings, logger=logger), folder, run.name, config, resumed=True)
     if tracker.run is None:
         return False
