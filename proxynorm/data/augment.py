@@ -27,8 +27,8 @@ def random_boxes(
 
     The distribution is that of torchvision's RandomResizedCrop.get_params: up to ten attempts at a
     box whose share of the area is uniform in `area` and whose log aspect ratio is uniform in
-    log(`ratio`), else the largest centred box within `ratio`. draws: position in the streams `keys`
-    of the first number.
+    log(`ratio`), else the largest centred box within `ratio`. draws: position of the first number
+    in the streams `keys`.
     """
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)
     numbers = uniform(keys[:, None, None], draws + np.arange(4 * ATTEMPTS).reshape(ATTEMPTS, 4))
@@ -79,7 +79,7 @@ def pad_crop(
     """Crop zero-padded images at random: (N, h, w, C), h, w <= size -> (N, C, size, size)."""
     side = size + 2 * padding
     padded = pad_to(images, side)
-    # All windows as a view: the indexing below copies one of each image.
+    # All windows as a view: the indexing below copies one per image.
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
     top = (uniform(keys, TOP) * (2 * padding + 1)).astype(np.int64)
     left = (uniform(keys, LEFT) * (2 * padding + 1)).astype(np.int64)

@@ -27,7 +27,7 @@ from proxynorm.files import cache_folder, locked, writing
 CLASSES_NAMED = 4  # in a message
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Returns the readers of the training and of the evaluation images. In the LoaderSpec, the name is
+# Returns the readers of the training and the evaluation images. Its LoaderSpec is resolved: name is
 # "ffcv" or "torchvision", and workers is a number.
 Opener = Callable[[DataSpec, LoaderSpec], tuple[Reader, Reader]]
 
@@ -116,8 +116,8 @@ def _common_classes(
 ) -> tuple[str, ...]:
     """Return the names of the classes, which must be the same in both parts.
 
-    A file of FFCV's own writer names no classes. It then has those of the other part, or numbers.
-    Raises DataError if the two parts disagree, or may do so.
+    A file of FFCV's own writer names no classes. It takes those of the other part, or numbers.
+    Raises DataError if the two parts disagree, or if they might.
     """
     if not train.classes and not evaluation.classes:
         return numbered(1 + int(max(train.targets.max(), evaluation.targets.max())))
@@ -144,11 +144,11 @@ def numbered(count: int) -> tuple[str, ...]:
 
 
 def check_numbering(unnamed: str, classes: Sequence[str], other: str) -> None:
-    """Raise DataError if labels of `unnamed`, data without class names, may mean other classes.
+    """Raise DataError if the labels of `unnamed`, data without class names, are ambiguous.
 
-    classes: the names in `other`. Numbers as names are sorted as text (0, 1, 10, 2), by us as by
-    torchvision. Labels in a file of FFCV's own writer may follow that order, or count 0, 1, 2. The
-    file does not tell which.
+    classes: the names in `other`. Like torchvision, we sort names that are numbers as text (0, 1,
+    10, 2). Labels in a file of FFCV's own writer may follow that order or count 0, 1, 2; the file
+    does not say which.
     """
     if not all(name.isdecimal() for name in classes):
         return

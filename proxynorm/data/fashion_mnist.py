@@ -55,7 +55,7 @@ def find_fashion_mnist(root: str | None, cache: str | None) -> Path:
 
         base = cache_folder(cache)
         try:
-            with locked(base / "fashion-mnist.lock"):  # the processes of a run come together
+            with locked(base / "fashion-mnist.lock"):  # all processes of a run get here at once
                 FashionMNIST(str(base), download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(

@@ -112,7 +112,7 @@ def _next_in_time(results: Iterator[Decoded | DataError]) -> Decoded | DataError
     try:
         return next(results, END)
     except RuntimeError as error:
-        if "timed out" in str(error):  # the iterator may be called again
+        if "timed out" in str(error):  # the iterator can still be used
             return None
         raise DataError(
             f"a loader worker ended ({first_line(error)}), most likely for lack of memory; use "

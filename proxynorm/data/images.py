@@ -34,7 +34,7 @@ EXTENSIONS = tuple(
 warnings.filterwarnings("ignore", module="PIL")
 ALWAYS_RAW = 64 * 64  # pixels; images up to this size are never stored as JPEG
 LONGEST_SIDE = 65_535  # a .beton file has 16 bits for it
-# Cameras pad the end of the data with a few bytes. More of them mean that data was skipped.
+# Cameras pad the end of the data with a few bytes. More than that means that data was skipped.
 STRAY_BYTES = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 STRAY_BYTES_ALLOWED = 16
 TJ_RGB, TJ_CMYK = 0, 11  # libturbojpeg's pixel formats
@@ -112,7 +112,7 @@ def load_rgb(ref: ImageRef, strict: bool = False) -> Image.Image:
         if strict and image.format in ("JPEG", "MPO"):  # MPO: a JPEG followed by another one
             _check_jpeg(data, image)
         image.load()
-        with suppress(Exception):  # it turns the pixels, then the EXIF block, which may be damaged
+        with suppress(Exception):  # turns pixels, then edits the EXIF block, which may be damaged
             ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
     except BadImage:
@@ -141,8 +141,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _check_jpeg(data: bytes, image: Image.Image) -> None:
     """Raise BadImage for JPEG data that decodes with warnings, if FFCV is installed.
 
-    Its library brings libturbojpeg. Decoding at an eighth of the size is fast and still reads every
-    coefficient.
+    FFCV's library includes libturbojpeg. Decoding at an eighth of the size is fast and still reads
+    every coefficient.
     """
     if not ffcv_available():
         return

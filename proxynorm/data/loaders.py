@@ -80,7 +80,7 @@ class Data:
     def comparable(self, stored: dict[str, str], part: str) -> bool:
         """Return whether `stored` has a fingerprint of the part that can be compared.
 
-        It has none if the images were read in another way: from a folder, and now from a .beton.
+        It has none if the images were read in another way, such as a folder then and a .beton now.
         """
         return stored.get(part, "").startswith(self.fingerprints[part].partition(":")[0] + ":")
 
@@ -126,7 +126,7 @@ class Data:
             yield self.to_batch(reader, decoded)
 
     def to_batch(self, reader: Reader, decoded: Decoded) -> Batch:
-        """Return a job's batch, in which damaged images are invalid."""
+        """Return a job's batch, with damaged images marked invalid."""
         job, images, bad = decoded
         for index, reason in bad.items():
             self._note_damage(reader.name(int(job.rows[index])), reason)
@@ -220,7 +220,7 @@ class TrainLoader:
     ) -> Iterator[Batch]:
         """Yield the epoch's batches of micro_batch images from start_step on; seeking is free.
 
-        Under on_bad="skip", a batch lacks its damaged images. If it has no others, the next sound
+        Under on_bad="skip", a batch lacks its damaged images. If all are damaged, the next sound
         image of the epoch takes their place. each_second is called while waiting for a batch.
         """
         order = self.rows[permutation(self.seed, epoch, len(self.rows))]
@@ -237,10 +237,10 @@ class TrainLoader:
         return Job(rows, sample_keys(self.crop_seed, epoch, rows), self.image_size(epoch))
 
     def _stand_in(self, order: np.ndarray, batch: Batch, epoch: int) -> Batch:
-        """Return a batch of the next sound image after a batch of damaged images.
+        """Return the next sound image, as a batch to replace one of damaged images only.
 
-        An empty batch would have no mean loss, and no process may leave out a backward pass. The
-        choice depends on the order alone, so a resumed run makes the same one.
+        An empty batch would have no mean loss, and no process may skip a backward pass. The choice
+        depends on the order alone, so a resumed run makes the same one.
         """
         data, reader = self.data, self.reader
         place = int(np.flatnonzero(order == int(batch.indices[-1]))[0]) + 1
@@ -262,7 +262,7 @@ def _only_valid(batch: Batch) -> Batch | None:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches with images, still uint8, and targets on the device.
+    """Yield the batches with their images (still uint8) and targets on the device.
 
     A GPU copies the next batch while it computes on the current one.
     """
@@ -283,7 +283,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def _after_copy(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """Make the device compute after the copy, and keep the memory until it has computed."""
+    """Make the current stream wait for the copy, and keep the memory until it has used it."""
     current = torch.cuda.current_stream(batch.images.device)
     current.wait_event(copied)
     batch.images.record_stream(current)

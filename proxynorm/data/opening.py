@@ -71,12 +71,12 @@ def _splits(spec: DataSpec, train: Reader, evaluation: Reader) -> tuple[Split, S
 def open_validation(
     spec: DataSpec, loader: LoaderSpec, trained: Sequence[str], classes: str = "all"
 ) -> Data:
-    """Open the evaluation images at spec.root alone, for a network with the `trained` classes.
+    """Open only the evaluation images at spec.root, for a network with the `trained` classes.
 
     spec.root: a folder of class folders, a .beton file, or a folder that has one of them as val/ or
     val.beton. classes: "all": the folders are the trained classes; "subset": they are some of them,
-    the only ones in info.classes (ImageNet-A, -R); "index": their names are class numbers
-    (ImageNet-V2). spec.mean, spec.std: those of the training. Raises ConfigError or DataError.
+    and info.classes has only those (ImageNet-A, -R); "index": their names are class numbers
+    (ImageNet-V2). spec.mean, spec.std: as in training. Raises ConfigError or DataError.
     """
     root = Path(spec.root).expanduser()
     root = next((root / part for part in ("val.beton", "val") if (root / part).exists()), root)
@@ -86,7 +86,7 @@ def open_validation(
     present = found.classes or numbered(1 + int(found.targets.max()))
     reader = images_reader(spec, found, present, loader)
     if classes != "index":
-        # These are the names after training on a file without manifest.
+        # After training on a file without a manifest, the names are numbers.
         unnamed = tuple(trained) == numbered(len(trained))
         if found.classes and unnamed:
             check_numbering("the data that the network was trained on", trained, str(root))
@@ -103,7 +103,7 @@ def open_validation(
 def _class_numbers(
     root: Path, present: Sequence[str], trained: list[str], classes: str
 ) -> np.ndarray:
-    """Return the number of the trained class of each present class, int64 (N,).
+    """Return each present class's number in the list of trained classes, int64 (N,).
 
     classes: see open_validation. Raises DataError for unknown and for missing classes.
     """
@@ -160,7 +160,7 @@ def _evaluation_data(spec: DataSpec, reader: Reader, classes: Sequence[str]) -> 
 
 
 def _resolve(spec: DataSpec, loader: LoaderSpec) -> LoaderSpec:
-    """Check both, and return the loader with the backend and number of workers that it gets.
+    """Check both, and return the loader with its backend and number of workers resolved.
 
     Raises ConfigError.
     """
@@ -191,7 +191,7 @@ def _choose_backend(spec: DataSpec, asked: str) -> str:
 
 
 def share_of_cores() -> int:
-    """Return this process's share of the node's cores, among the processes of the run on it."""
+    """Return this process's share of the node's cores, divided among the run's processes on it."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -200,5 +200,5 @@ def share_of_cores() -> int:
         allocated = int(os.environ["SLURM_CPUS_ON_NODE"])
         if processes > 1 and cores < allocated:
             return cores  # SLURM has bound the process to its share (task/affinity)
-        cores = min(cores, allocated)  # not bound: every process sees the cores of all
+        cores = min(cores, allocated)  # not bound: every process sees all of them
     return max(1, cores // processes)

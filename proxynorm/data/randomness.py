@@ -17,14 +17,14 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """Scatter the bits of uint64 of any shape by SplitMix64's finalizer, a bijection."""
+    """Scramble the bits of uint64 of any shape with SplitMix64's finalizer, a bijection."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def sample_keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """Return each sample's stream, uint64 (N,), by seed, epoch and the samples' indices (N,)."""
+    """Return each sample's stream key, uint64 (N,), from seed, epoch and sample indices (N,)."""
     base = np.array([seed % (1 << 64)], dtype=np.uint64)
     base = mix(mix(base + GOLDEN) + np.array([epoch], dtype=np.uint64) * GOLDEN)
     return mix(base + (indices.astype(np.uint64) + np.uint64(1)) * GOLDEN)
@@ -48,7 +48,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators, from which timm draws, and restore their states afterwards."""
+    """Seed the global generators that timm draws from, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % (1 << 32))

@@ -23,7 +23,7 @@ from proxynorm.data.ffcv.native import REASONS, decoder
 from proxynorm.data.spec import LoaderSpec
 from proxynorm.errors import DataError
 
-# Work begun in advance: some batches, and enough tasks to keep all threads busy with small batches.
+# Work begun in advance: a few batches, or more if small batches would leave threads idle.
 BATCHES_AHEAD = 3
 TASKS_AHEAD_PER_WORKER = 2
 IMAGES_PER_TASK = 8
@@ -83,7 +83,7 @@ class Reader:
         transform: Transform,
         each_second: Callable[[], None] = do_nothing,
     ) -> Iterator[Decoded]:
-        """Yield the images of each job, in order. Closing the generator stops work in advance.
+        """Yield the images of each job, in order. Closing the generator cancels pending jobs.
 
         each_second is called during waits. Raises DataError after a wait of loader.timeout seconds.
         """
@@ -138,7 +138,7 @@ class MemoryReader(Reader):
 
     def decode(self, job: Job, transform: Transform) -> Decoded:
         images = self.images[job.rows]
-        images[job.rows < 0] = 0  # padding: row -1 was the last image
+        images[job.rows < 0] = 0  # padding: index -1 took the last image
         return Decoded(job, torch.from_numpy(transform.finish(images, job.keys, job.size)), {})
 
     def name(self, row: int) -> str:

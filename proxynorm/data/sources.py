@@ -56,7 +56,7 @@ def _is_image(name: str) -> bool:
 
 
 def list_source(source: Path, labels: Path | None = None) -> Listing:
-    """List a folder of class folders, a tar of them, or, with `labels`, images without class.
+    """List a folder of class folders, a tar of them, or, with `labels`, images in one folder.
 
     A tar is read in place. It may also hold class tars, as ILSVRC2012_img_train.tar does. labels: a
     CSV with columns file name and class, such as Kaggle's LOC_val_solution.csv, or the folder of
@@ -67,7 +67,7 @@ def list_source(source: Path, labels: Path | None = None) -> Listing:
     if labels:
         return _by_labels(source, files, labels)
     holding = {file.path.parent for file in files if file.is_image}
-    if is_tar:  # the class folders may lie deeper, as imagenet/train/CLASS
+    if is_tar:  # the class folders may lie deeper, as in imagenet/train/CLASS
         top = PurePosixPath(posixpath.commonpath(holding or [""]))
         classes = {top / path.relative_to(top).parts[0] for path in holding if path != top}
     else:
@@ -112,7 +112,7 @@ def _listing(
 ) -> Listing:
     """List the chosen files, whose classes are `names`, and collect the warnings.
 
-    classes: the names of all classes, of which some may have no file.
+    classes: the names of all classes, some of which may have no file.
     """
     sorted_classes = tuple(sorted(classes))
     number = {name: target for target, name in enumerate(sorted_classes)}
@@ -184,7 +184,7 @@ def _folder_files(source: Path) -> list[_File]:
     files = []
     for top in (source, *(source / name for name in _subfolders(source))):
         for folder, subfolders, names in os.walk(top, onerror=_cannot_list):
-            # Each has a walk of its own, which also follows it if it is a link.
+            # Each subfolder gets its own walk, which follows it even if it is a link.
             subfolders[:] = [] if top == source else _visible(subfolders)
             for name in _visible(names):
                 path = os.path.join(folder, name)
@@ -202,7 +202,7 @@ def _tar_files(source: Path) -> list[_File]:
         with tarfile.open(source, "r:") as archive:
             found = _members(source, archive)
             files = sorted(found, key=lambda file: (file.path.parent.name, file.ref))
-    except Exception as error:  # a damaged file makes tarfile raise many kinds of them
+    except Exception as error:  # tarfile raises many kinds of exceptions for a damaged file
         raise DataError(
             f"{source}: cannot be read as an uncompressed tar file ({error}); unpack it if it is "
             "compressed, else download it again"
@@ -268,7 +268,7 @@ def _by_labels(source: Path, files: list[_File], labels: Path) -> Listing:
 def _read_csv(path: Path, stems: set[str]) -> dict[str, str]:
     """Return file stem -> class from the first two columns, without the boxes of ImageNet's lists.
 
-    stems: those of the images. A first line that names none of them is a heading.
+    stems: those of the images. A first line that names none of them is a header.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -307,7 +307,7 @@ def _read_devkit(folder: Path) -> dict[str, str]:
         return {
             f"ILSVRC2012_val_{n:08d}": wnid[number] for n, number in enumerate(numbers, start=1)
         }
-    except Exception as error:  # a damaged file makes scipy raise many kinds of them
+    except Exception as error:  # scipy raises many kinds of exceptions for a damaged file
         raise DataError(
             f"{folder}: is not ImageNet's devkit, with {GROUND_TRUTH} and meta.mat ({error})"
         ) from None

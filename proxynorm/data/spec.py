@@ -28,14 +28,14 @@ class DataSpec:
     padding:       width of the zero border of pad_crop
     min_area:      smallest share of the image's area that an inception crop takes
     flip:          mirror half of the images, chosen at random
-    start_size:    progressive resizing: training side up to epoch ramp[0]; it grows to image_size
-                   at epoch ramp[1]
+    start_size:    progressive resizing: training side up to epoch ramp[0]; it then grows to
+                   image_size at epoch ramp[1]
     ramp:          first and last epoch of that growth
     limit:         train on the first N images of a shuffle seeded with limit_seed
     holdout:       evaluate on N training images, the end of that shuffle, and do not train on them
     deterministic: crops and flips depend on (seed, epoch, index) alone; False: also on the run
     on_bad:        a damaged image stops the run ("raise") or is left out and counted ("skip"). The
-                   backends find it when they draw it, FFCV's also when it converts the folder
+                   backends find it when they read it, FFCV's also when it converts the folder
     cache:         folder of converted files; None: $PROXYNORM_CACHE or ~/.cache/proxynorm
     randaugment:   timm's configuration string, such as "rand-m9-mstd0.5" (torchvision backend)
     random_erasing: probability that a box of 2 % to a third of the image gets the mean colour
@@ -73,8 +73,8 @@ class LoaderSpec:
     workers:  threads (ffcv) or processes (torchvision); None: the process's share of the cores;
               0: one thread (ffcv), or no other process (torchvision)
     prefetch: batches decoded in advance; 0: each is decoded on request, by all threads at once;
-              None: three for ffcv, two per process for torchvision, whose minimum is one per
-              process
+              None: at least three for ffcv, two per process for torchvision, whose minimum is one
+              per process
     timeout:  seconds to wait for a batch before the run ends
     """
 

@@ -45,7 +45,7 @@ TEXT_LISTS = {key for key, kind in TYPES.items() if kind == "list[str]"}
 
 
 def quoted(text: str) -> str:
-    """Quote `text` for Hydra's override grammar, unless Hydra reads it as one text anyway."""
+    """Quote `text` for Hydra's override grammar, unless Hydra reads it as one string anyway."""
     is_literal = text.lower() in ("null", "true", "false", "nan", "inf")
     if re.fullmatch(r"\.{0,2}/?[A-Za-z_][\w./-]*", text) and not is_literal:
         return text
@@ -58,7 +58,7 @@ def quoted(text: str) -> str:
 def quote_arguments(
     arguments: Iterable[str], groups: Collection[str], sweep: bool = False
 ) -> list[str]:
-    """Quote the values of text keys and group choices, which Hydra would read as numbers.
+    """Quote the values of text keys and group choices, which Hydra might otherwise misread.
 
     Hydra reads name=123456_1 as the number 1234561, and refuses a second = or a # in a path. null,
     quoted text and Hydra's functions stay as they are. A comma separates the values of a group, and
@@ -120,7 +120,7 @@ def key_advice(key: str, known: Collection[str], groups: Collection[str]) -> str
     if key in valid:  # it was given with dashes, as in --norm ln_pn
         return f"write {key}=…"
 
-    if key in DECLARED:  # the chosen option's file leaves it out, as optim=sgd does optim.eps
+    if key in DECLARED:  # the chosen option's file lacks it, as optim=sgd lacks optim.eps
         return f"write +{key}=… if the chosen {parent} uses it"
 
     # momentum=0.9 lacks its group. Every group has a key called name.

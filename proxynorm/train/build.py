@@ -58,9 +58,9 @@ def choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 def choose_memory_format(settings: Settings, device: torch.device) -> torch.memory_format:
     """Return the memory format; auto is the faster one for the norm.
 
-    On CPU by measurement (scripts/benchmark.py step): oneDNN convolves in channels_last, but
-    Instance Norm's sums over one channel's pixels then stride over memory. On GPUs tensor cores
-    convolve in channels_last, and our norms, unlike torch's group norm, keep it.
+    The choice on CPUs is measured (scripts/benchmark.py step): oneDNN convolves in channels_last,
+    but Instance Norm's sums over one channel's pixels then stride over memory. On GPUs, tensor
+    cores convolve in channels_last, and our norms, unlike torch's group norm, keep it.
     """
     name = settings.memory_format
     if name == "auto":
@@ -74,7 +74,7 @@ def choose_kernels(settings: Settings, device: torch.device) -> None:
     if device.type != "cuda":
         return  # a CPU sums in one order
     same_bits = settings.deterministic
-    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it
+    torch.set_float32_matmul_precision("high")  # TF32, as in convolutions
     torch.backends.cudnn.allow_tf32 = True
     # Trying all kernels pays off if shapes recur; each new shape costs a second.
     torch.backends.cudnn.benchmark = fixed_shapes(settings) and not same_bits
@@ -93,7 +93,7 @@ def fixed_shapes(settings: Settings) -> bool:
 def compile_mode(
     settings: Settings, device: torch.device, accumulation: int
 ) -> tuple[str | None, str | None]:
-    """Return torch.compile's mode (None: run eagerly), and a notice if settings ask for another.
+    """Return torch.compile's mode (None: run eagerly), and a notice if it is not the one requested.
 
     compile=auto compiles on CUDA, where it saves passes over feature maps.
     """
@@ -103,7 +103,8 @@ def compile_mode(
     if settings.recompute:
         return None, "recompute=true: the network runs eagerly, not compiled"
     if mode == "reduce-overhead" and (accumulation > 1 or not fixed_shapes(settings)):
-        # A CUDA graph replays on fixed addresses: one shape, no second forward before the update.
+        # A CUDA graph replays on fixed addresses, so it needs one shape and no second forward
+        # before the update.
         why = "needs a single micro-batch per update and images of one size; default is used"
         return "default", f"compile_mode=reduce-overhead {why}"
     return mode, None
@@ -118,8 +119,8 @@ def choose_execution(
 ) -> None:
     """Set up recomputation or compilation of `model`, in place.
 
-    Prints a notice by `say` if that is not what the user asked for. If inductor fails, the run goes
-    on eagerly.
+    Prints a notice with `say` if that is not what the user asked for. If inductor fails, the run
+    goes on eagerly.
     """
     mode, notice = compile_mode(settings, device, accumulation)
     if notice:
@@ -139,7 +140,7 @@ def choose_execution(
             model._compiled_call_impl = None  # later calls; this one runs the captured graph
             return graph
 
-    # Compile the backward pass before anything runs, too, so that its failure is caught here.
+    # Compile the backward pass, too, before anything runs, so that its failure is caught here.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     # Kernels for one shape are faster than those for all shapes.
     model.compile(backend=inductor_or_eager, dynamic=False if fixed_shapes(settings) else None)

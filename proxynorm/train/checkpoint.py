@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
                     raise ValueError(f"damaged, by the checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's own message advises to load with weights_only=False, which executes code.
+        # torch's own message advises loading with weights_only=False, which executes code.
         unpickling = isinstance(error, pickle.UnpicklingError)
         reason = NOT_PLAIN if unpickling else first_line(error)
         raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from error

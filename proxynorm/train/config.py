@@ -49,7 +49,7 @@ OmegaConf.register_new_resolver(
 def settings_from(config: DictConfig) -> Settings:
     """Return the checked settings of a configuration. Raises ConfigError naming the wrong key."""
     typed = OmegaConf.structured(Settings)
-    # Frozen dataclasses become read-only nodes, which merging writes to.
+    # Frozen dataclasses become read-only nodes, but merging writes to them.
     for node in (typed, *(typed._get_node(key) for key in typed)):
         OmegaConf.set_readonly(node, False)
     try:
@@ -103,7 +103,7 @@ def compose_config(overrides: Iterable[str]) -> DictConfig:
 
 
 def choices(arguments: Iterable[str]) -> dict[str, str]:
-    """Return the option of each group that the arguments of train.py, or their recipe, choose."""
+    """Return the option that the arguments of train.py, or their recipe, choose in each group."""
     config = _compose(*hydra_arguments(arguments), return_hydra_config=True)
     return dict(config.hydra.runtime.choices)
 
@@ -176,7 +176,7 @@ def check_choice(override: Override, options: Mapping[str, list[str]]) -> None:
     value = "null" if value is None else value
     others = []
     if group == "model":
-        import timm  # takes a second, which our own models do without
+        import timm  # takes a second; our own models do not need it
 
         if timm.is_model(str(value)):
             # As if configs/model had a file of this name, with the content of timm.yaml.
@@ -199,7 +199,7 @@ def flat_keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def sweep_points(overrides: list[str]) -> list[list[str]]:
-    """Return a few points of a sweep, each a list of plain overrides, that try every value once."""
+    """Return points of a sweep, each a list of plain overrides, that together try every value."""
     values = [
         [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
         if override.is_sweep_override()
@@ -226,7 +226,7 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
 
     parser = get_args_parser()
     parser.error = refuse
-    # Hydra's parser accepts -m anywhere only if it comes first.
+    # Put -m first: Hydra's parser rejects it between two overrides.
     words = sorted(config_dir_as_key(arguments), key=lambda word: word not in ("-m", "--multirun"))
     parsed = parser.parse_args(words)
     if parsed.config_path or parsed.config_name:

@@ -36,7 +36,7 @@ def batch_sums(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
     They are float64 (3,), so that they do not depend on how images are batched.
     """
-    # Masked, not selected: the host would wait for the number of valid rows.
+    # Masked, not selected: selecting would make the host wait for the number of valid rows.
     logits = logits.float()
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     hits &= valid[:, None]

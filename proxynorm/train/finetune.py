@@ -37,7 +37,7 @@ class Weights:
     """Weights to start from.
 
     tensors: by name; classes: what the classifier's rows stand for, if known; norm: its name, if
-    known; eps: the norms' ε, if known and one for all.
+    known; eps: the norms' ε, if known and the same for all.
     """
 
     tensors: dict[str, Tensor]
@@ -98,7 +98,7 @@ def exported_record(path: Path) -> dict[str, Any]:
 
 
 def published_weights(settings: Settings, classes: int, channels: int) -> Weights:
-    """Fetch timm's weights for the model. Raises ConfigError if there are none, or no network."""
+    """Fetch timm's weights for the model. Raises ConfigError if it cannot."""
     arguments = {key: value for key, value in settings.model.items() if key != "pretrained"}
     name = arguments.pop("name")
     set_offline_if_unreachable()
@@ -121,7 +121,7 @@ def published_weights(settings: Settings, classes: int, channels: int) -> Weight
 
 
 def set_offline_if_unreachable() -> None:
-    """Restrict huggingface_hub to its cache if there is no network: it would retry for a minute."""
+    """Restrict huggingface_hub to its cache when offline: it would retry for a minute."""
     if getproxies():  # only the proxy can reach the hub
         return
     url = urlsplit(hub.ENDPOINT)
@@ -142,8 +142,8 @@ def carry_over(
 ) -> dict[str, Any]:
     """Copy the weights that fit into `model`; return a record of them for checkpoints.
 
-    The record has their source as weights, the norms' ε as eps (None: the model's own), and as
-    notes a line for the user. Raises ConfigError if more than the classifier and the norms differ.
+    The record's keys are weights (their source), eps (the norms' ε; None: the model's own) and
+    notes (a line for the user). Raises ConfigError if more than the classifier and norms differ.
     """
     target, head = model.state_dict(), classifier_names(model)
     norms = {name for name, module in model.named_modules() if isinstance(module, NormAct2d)}

@@ -56,7 +56,7 @@ def help_text(arguments: Sequence[str]) -> str:
 
 
 def keys(values: dict[str, Any], prefix: str, explained: dict[str, str]) -> Iterator[str]:
-    """Yield an entry for each key, except a group's name, which its title has already."""
+    """Yield an entry for each key, except a group's name, which its title already has."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from keys(value, f"{prefix}{key}.", explained)
@@ -68,7 +68,7 @@ def keys(values: dict[str, Any], prefix: str, explained: dict[str, str]) -> Iter
 
 
 def comments(files: Iterable[Path]) -> dict[str, str]:
-    """Return the comment of each key in YAML files; the first file with a comment counts."""
+    """Return the comment of each key in YAML files; the first file with a comment wins."""
     found: dict[str, str] = {}
     for path in filter(Path.is_file, files):
         for key, comment in re.findall(r"^ *(\w+):.*?\s# (.*)$", path.read_text(), re.MULTILINE):

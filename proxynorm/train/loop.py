@@ -129,8 +129,8 @@ class Trainer:
         snapshot = self.snapshot()
         loss = self.forward_backward(micro_batches)
         grad_norm = self.gradient_norm()
-        # Every process must take the same branch. This comes first because it notices a lost
-        # process, for which `finish_pending` would wait.
+        # Every process must take the same branch. This comes before `finish_pending`, which would
+        # wait for a lost process; this call notices one.
         stop, save = self.process.any(bool(self.stop), self.save_is_due())
         self.finish_pending()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
@@ -156,7 +156,7 @@ class Trainer:
             raise Preempted(f"stopped at step {state.step}")
 
     def forward_backward(self, micro_batches: list[Batch]) -> torch.Tensor:
-        """Add the gradients of the micro-batches' mean loss; return the mean over all processes."""
+        """Accumulate the gradients of the mean loss; return that loss, averaged over processes."""
         total = torch.zeros((), device=self.process.device)
         self.seed_step()
         for index, batch in enumerate(micro_batches):
@@ -174,7 +174,7 @@ class Trainer:
 
     def seed_step(self) -> None:
         """Seed dropout and stochastic depth from the run's seed, the step and the process."""
-        # The hash of numbers, unlike that of texts, is the same in every process and run.
+        # The hash of numbers, unlike that of strings, is the same in every process and run.
         seed = hash((self.settings.seed, self.state.step, self.process.rank)) & 0x7FFFFFFF
         # torch.manual_seed would query every kind of device at each step.
         torch.default_generator.manual_seed(seed)
@@ -208,7 +208,7 @@ class Trainer:
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def update_weights(self, grad_norm: torch.Tensor, finite: torch.Tensor) -> None:
-        """Update the weights if `finite`, which the device decides, and their average."""
+        """Update the weights if `finite` (the device decides), and their average."""
         state, clip = self.state, self.settings.optim.clip_grad
         if clip is not None:
             nn.utils.clip_grads_with_norm_(state.model.parameters(), clip, grad_norm)
@@ -344,8 +344,8 @@ class Trainer:
     def stop_while_waiting(self) -> None:
         """Stop while waiting for images, in the middle of a step.
 
-        Several processes cannot save then, because the others may be at different steps: the run
-        resumes from the last checkpoint.
+        Several processes cannot save then, because they may be at different steps: they exit, and
+        the run resumes from the last checkpoint.
         """
         if not self.stop:
             return

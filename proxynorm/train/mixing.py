@@ -1,4 +1,4 @@
-"""timm's mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), drawn by (seed, step) alone."""
+"""timm's mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), drawn from (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from proxynorm.data.randomness import sample_keys, seeded
 from proxynorm.errors import ConfigError
 from proxynorm.train.settings import RegularizationSettings
 
-# Of CutMix in the authors' code: see own_share.
+# The constants of CutMix in the authors' code: see own_share.
 SLOPE, OFFSET, DEPTH = 1.55, 0.96, 4.0
 
 
 class Mixing:
-    """Mixes the images and targets of a micro-batch with the same in reverse order.
+    """Mixes the images and targets of a micro-batch with those of the same batch in reverse order.
 
     One weight serves the whole micro-batch. cutmix_lambda is λ of the authors' CutMix, which
     replaces timm's and is applied after mixup. Raises ConfigError.
@@ -77,10 +77,10 @@ def paste(images: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Te
 
     images: (N, C, H, W); targets: (N, classes). Returns the targets weighted by the box's area.
     """
-    # As in the authors' code, a margin of half the box keeps it inside: its area is the one drawn.
+    # As in the authors' code, a margin of half the box keeps it inside, so its area is as drawn.
     top, bottom, left, right = rand_bbox(images.shape, share, margin=0.5)
     area = (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
-    # From two images before, as in the authors' code: mixup has mixed in another one.
+    # From two images before, as in the authors' code, because mixup has mixed in another one.
     distance = 2 if len(images) > 2 else 1
     box = images[:, :, top:bottom, left:right]
     box.copy_(box.roll(distance, dims=0))

@@ -27,7 +27,7 @@ def affected(model: nn.Module, micro_batches: list[torch.Tensor], dtype: torch.d
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            # A module that returns its input, such as Identity, is not where it began.
+            # A module that returns its input, such as Identity, is not where the fault began.
             unchanged = output is inputs[0] and not getattr(module, "inplace", False)
             checked = isinstance(output, torch.Tensor) and not unchanged
             if checked and not torch.isfinite(output).all():

@@ -85,7 +85,7 @@ def create_schedule(optimizer: Optimizer, settings: Settings, steps_per_epoch: i
 def scale_rates(
     model: nn.Module, groups: list[dict[str, Any]], optim: OptimSettings
 ) -> list[dict[str, Any]]:
-    """Split optimizer groups by the factor on each parameter's learning rate: timm's key lr_scale.
+    """Split optimizer groups so that each has one factor on the learning rate, timm's lr_scale.
 
     A parameter that matches several patterns gets the product. Raises ConfigError.
     """

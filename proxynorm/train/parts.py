@@ -37,7 +37,7 @@ def check_pattern(model: nn.Module, key: str, pattern: str) -> None:
 
 
 def classifier_names(model: nn.Module) -> set[str]:
-    """Return the names of the classifier's modules: as timm says, else the last linear layer."""
+    """Return the names of the classifier's modules: timm's answer, else the last linear layer."""
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
         heads = list(found) if isinstance(found, (tuple, list)) else [found]

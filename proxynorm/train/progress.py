@@ -99,7 +99,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.warm = False  # the first step compiles and allocates: it is in no row
+        self.warm = False  # the first step compiles and allocates, so no row counts it
         self.waits: list[float] = []
         self.steps: list[float] = []
         self.restart()
@@ -125,8 +125,8 @@ class StepTimer:
         """Return the metrics since the last row, and start over.
 
         They are images/s, the share of time spent waiting for data, step times (ms), the training
-        time left (s, without evaluations) and the peak GPU memory (GiB). After the first step
-        alone there are no times.
+        time left (s, without evaluations) and the peak GPU memory (GiB). A row for the first step
+        alone has no times.
         """
         first = 0 if self.warm else 1
         steps, waits, row = self.steps[first:], self.waits[first:], {}

@@ -32,7 +32,7 @@ class RunOptions:
     """Options of the commands that use a trained network."""
 
     run: str | None = option(None, "run folder")
-    checkpoint: str | None = option(None, "or a checkpoint file inside a run folder")
+    checkpoint: str | None = option(None, "or a checkpoint file")
     weights: str = option("last", "with run=: last or best")
     size: int | None = option(None, "side of the images in pixels; default: as in training", SIDE)
     ratio: float | None = option(None, RATIO, SHARE)
@@ -52,7 +52,7 @@ class Restored:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The images: classes, channels, and mean and std per channel, on the scale 0 to 1."""
+        """The input data: classes, channels, and mean and std per channel, on the scale 0 to 1."""
         return self.content["inputs"]
 
     @property
@@ -138,7 +138,7 @@ def different_classes(stored: list[str], present: list[str]) -> str:
 
 
 def evaluation_specs(restored: Restored) -> tuple[DataSpec, LoaderSpec]:
-    """Return the data and loader settings, with the mean and std of the training."""
+    """Return the data and loader settings, with the mean and std used in training."""
     inputs, settings = restored.inputs, restored.settings
     stored = {key: tuple(inputs[key]) for key in ("mean", "std")}
     return replace(settings.data, **stored), settings.loader

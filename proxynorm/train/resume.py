@@ -36,9 +36,9 @@ class TrainState:
     """Model, optimizer and counters.
 
     step: weight updates made; evaluated: the step last evaluated; stale: evaluations since the one
-    with the best top-1; loss_sum, loss_steps: over the steps since the last row of metrics.jsonl,
-    of the mean loss over all processes; start: the record of `finetune.carry_over`; extended: a
-    record of each start under resume=extend.
+    with the best top-1; loss_sum, loss_steps: the sum of the losses of finite updates since the
+    last row of metrics.jsonl, each a mean over all processes, and their number; start: the record
+    of `finetune.carry_over`; extended: a record of each start under resume=extend.
 
     No random state: data order, crops, mixing and dropout are functions of (seed, step, rank).
     """
@@ -241,7 +241,7 @@ def check_same_run(content: dict[str, Any], settings: Settings, data: Data, path
     if extends(content, settings):
         current["epochs"] = epochs
     if changed := differences(stored, current):
-        # True if nothing but the epochs differs, and more of them are asked for.
+        # True if nothing but the epochs differs, and more of them are requested.
         longer = stored == {**current, "epochs": epochs} and epochs < current["epochs"]
         go_on = ", or resume=extend to go on to more epochs" if longer else ""
         raise CheckpointError(f"{path} holds another run ({changed}); {START_OVER}{go_on}")

@@ -140,7 +140,7 @@ def numeric_environment(environment: dict[str, Any]) -> dict[str, Any]:
 def git(*arguments: str) -> str | None:
     """Return git's output about the source tree; None outside of a checkout or if git fails."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed: git would find a repository around it
+    if not (root / ".git").exists():  # installed: git would find an unrelated repository
         return None
     command = ["git", "-C", str(root), *arguments]
     try:

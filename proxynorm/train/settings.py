@@ -122,8 +122,8 @@ class DebugSettings:
 class PowerSettings:
     """The power decomposition of every norm during training.
 
-    every_epochs: epochs between two decompositions, None: never; images: how many of the
-    evaluation set; threshold: warn of a channel collapse where P1 exceeds it.
+    every_epochs: epochs between two decompositions, None: never; images: number of evaluation
+    images; threshold: warn of a channel collapse if P1 exceeds it.
     """
 
     every_epochs: int | None = number(None, "at least 1")
@@ -173,13 +173,13 @@ class Settings:
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate, by the recipe's rule."""
+        """The peak learning rate: optim.lr, or else scaled with the batch."""
         if self.optim.lr is not None:
             return self.optim.lr
         return self.optim.base_lr * self.batch / self.optim.base_batch
 
     def micro_batch_for(self, world_size: int) -> int:
-        """Return the images per process and forward.
+        """Return the number of images per process and forward pass.
 
         Raises ConfigError if the batch, or Batch Norm's batch, does not divide evenly.
         """
@@ -287,8 +287,8 @@ def run_name(settings: Settings) -> str:
 def folder_of(settings: Settings) -> Path:
     """Return the run's folder; under resume=extend that of the run to extend.
 
-    A derived name depends on the epochs, so the run to extend is searched for by every smaller
-    number of epochs. Raises ConfigError if no or several runs are found.
+    A derived name depends on the epochs, so the run to extend is looked up under the name for every
+    smaller number of epochs. Raises ConfigError if no or several runs are found.
     """
     parent, name = Path(settings.runs_dir), run_name(settings)
     if settings.resume == "extend" and settings.name is None:

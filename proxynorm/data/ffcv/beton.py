@@ -175,7 +175,7 @@ def _read_samples(path: Path) -> Samples:
     mode, width, height, pointer, targets = map(np.ascontiguousarray, columns)
     size = _sizes(path, header, pointer)
     _require((pointer + size <= length).all() and (targets >= 0).all())
-    pixels = height.astype(np.uint64) * width * np.uint64(3)  # more than the sides' 16 bits
+    pixels = height.astype(np.uint64) * width * np.uint64(3)  # the sides' 16 bits would overflow
     _require((size == pixels)[mode == RAW].all())
     head = header.tobytes() + fields.tobytes() + records.tobytes()
     manifest, sums = _read_companions(path, head, count, length)

@@ -23,7 +23,7 @@ _imdecode = types.ExternalFunction(
 _resize = types.ExternalFunction("proxynorm_ffcv_resize", types.void(*([_i64] * 11)))
 # Fixed-point bits of the weights in _shrink: a pixel's 8 bits and two weights fit into 31 bits.
 BITS = 11
-# _shrink averages TAPS pixels a side: they cover any span of MOST_SHRUNK, wherever it begins.
+# _shrink averages TAPS x TAPS pixels: TAPS cover any span of MOST_SHRUNK, wherever it begins.
 TAPS, MOST_SHRUNK = 4, 3
 THREE = np.uint64(3)
 # nogil: threads decode in parallel. cache: compiling takes seconds.
@@ -89,7 +89,7 @@ def _sum_columns(line, first, weights, flip, out):
     half, shift = np.int32(1 << (2 * BITS - 1)), np.int32(2 * BITS)
     columns = out.shape[0]
     for column in range(columns):
-        # Unsigned indices, because numba tests each signed one for being negative.
+        # Unsigned indices, because numba tests each signed one for a negative value.
         i = THREE * np.uint64(first[column])
         to = np.uint64(columns - 1 - column if flip else column)
         a, b, c, d = weights[column, 0], weights[column, 1], weights[column, 2], weights[column, 3]

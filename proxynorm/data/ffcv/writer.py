@@ -1,4 +1,4 @@
-"""Writes labelled images to a .beton file, and reads it back before it gets its name.
+"""Writes labelled images to a .beton file, and reads it back before it gets its final name.
 
 Each image is decoded and checked. FFCV's own writer is not used: it hangs when its source raises an
 exception, and its output depends on the number of workers.
@@ -165,7 +165,7 @@ def _to_next_page(file: BinaryIO) -> int:
 
 
 def _finish(temporary: Path, output: Path, head: bytes, sums: np.ndarray, manifest: dict) -> None:
-    """Read the file back, and give it and its companions their names.
+    """Read the file back, and give it and its companions their final names.
 
     Raises DataError if the bytes read back are not those written.
     """
