@@ -17,7 +17,7 @@ import proxynorm
 
 def main(path: str, files: list[str]) -> None:
     model = proxynorm.load(path)
-    # The preprocessing of evaluation: timm reads model.pretrained_cfg.
+    # The preprocessing for evaluation: timm reads it from model.pretrained_cfg.
     config = resolve_model_data_config(model)
     transform = create_transform(**config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"

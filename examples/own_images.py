@@ -1,7 +1,7 @@
 """From a folder of images to exported files: python examples/own_images.py [FOLDER [RUNS]]
 
-FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg; without it, a toy set of coloured squares is
-drawn into it. Training, evaluation and export go to RUNS/own_images. The defaults are
+FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg; if it does not exist, a toy set of coloured
+squares is drawn there. Training, evaluation and export go to RUNS/own_images. The defaults are
 runs/toy_images and runs.
 """
 
@@ -46,8 +46,8 @@ def main(folder: Path, runs: Path) -> None:
         f"runs_dir={runs}",
         "data=folder",
         f"data.root={folder}",
-        # A small network for small images. For photographs, give model=resnet50 instead of these
-        # lines, and more epochs.
+        # A small network for small images. For photographs, give model=resnet50 instead of the next
+        # three lines, and more epochs.
         "model=resnet20v2",
         "model.depth=8",
         "data.image_size=32",

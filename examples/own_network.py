@@ -41,7 +41,7 @@ def make_batch(count: int = 64) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     torch.manual_seed(0)
-    # Convert first: γ and β become new tensors, which the optimizer must hold.
+    # Convert first: γ̃ and β̃ are new parameters, which the optimizer must hold.
     model = proxynorm.convert(OwnNetwork(), norm="ln_pn")
     print(proxynorm.conversion_report(model))
 

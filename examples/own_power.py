@@ -1,7 +1,7 @@
 """Measure P1 … P4 in each layer of a network of your own: python examples/own_power.py [CSV]
 
-P1 is the share of a feature map's power that is the same in all images and positions of a channel,
-which carries no information. Layer Norm lets it grow with depth; PN keeps it near 0.
+P1 is the share of a feature map's power that is constant in each channel, over all images and
+positions, and so carries no information. Layer Norm lets it grow with depth; PN keeps it near 0.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from proxynorm.analysis.power import PowerRow
 
 
 def deep_network(depth: int = 20, width: int = 64) -> nn.Module:
-    """A plain stack of convolution, batch norm and ReLU, the norms as after some training."""
+    """A plain stack of convolution, batch norm and ReLU, with norms as after some training."""
     layers: list[nn.Module] = []
     for index in range(depth):
         norm = nn.BatchNorm2d(width)
-        # At initialization all γ are 1 and all β 0; the effect takes some spread between channels.
+        # At initialization all γ are 1 and all β 0; the effect needs some spread between channels.
         nn.init.normal_(norm.weight, 1.0, 0.2)
         nn.init.normal_(norm.bias, 0.0, 0.2)
         layers += [nn.Conv2d(width if index else 3, width, 3, padding=1), norm, nn.ReLU()]
@@ -30,10 +30,10 @@ def deep_network(depth: int = 20, width: int = 64) -> nn.Module:
 
 
 def measure(norm: str) -> list[PowerRow]:
-    """The power of each layer, the network converted to `norm`, on images of noise."""
+    """The power of each layer of the network converted to `norm`, on images of noise."""
     torch.manual_seed(0)
     model = proxynorm.convert(deep_network(), norm=norm)
-    # Your own: batches of images as the network takes them, a few dozen images are enough.
+    # For your own network: batches of its input images; a few dozen images are enough.
     batches = [torch.randn(16, 3, 16, 16) for _ in range(2)]
     return proxynorm.power_decomposition(model, batches)
 
