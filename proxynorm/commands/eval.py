@@ -41,7 +41,7 @@ class Options(RunOptions):
     classes: str = option("all", CLASSES, choices=("all", "subset", "index"))
     output: str | None = option(None, "folder for per_class.csv, confusion.csv and confusion.png")
     on_bad: str | None = option(None, ON_BAD, choices=("raise", "skip"))
-    cache: str | None = option(None, "folder of converted or downloaded files; default: as in training")
+    cache: str | None = option(None, "folder of converted files; default: as in training")
     loader: str | None = option(None, LOADER, choices=("auto", "ffcv", "torchvision"))
 
 
