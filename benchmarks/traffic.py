@@ -6,7 +6,8 @@
 inductor lowers and fuses the graphs of the forward and the backward pass for a simulated GPU, an
 H100 (sm_90). The traffic of a fused kernel is the size of the buffers that it reads and writes,
 each counted once. No kernel is launched. Convolutions and matrix products (compiled: all library
-kernels) are left out: they are the same for every norm. Maps are bfloat16, parameters of norms float32.
+kernels) are left out: they are the same for every norm. Maps are bfloat16, parameters of norms
+float32.
 
 model=layer is one norm and activation between two 1×1 convolutions, in bytes per element of its
 map. Other models are whole networks, in MB per image. The column `operations` is the arithmetic of
