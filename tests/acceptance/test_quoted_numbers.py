@@ -227,6 +227,19 @@ def test_the_figures_of_mini_depth_are_those_of_its_report():
     assert {f"{float(value):.2f}" for value in p1[-3:]} == {"0.02"}
 
 
+def test_the_differences_at_80_layers_are_those_of_study_depth():
+    text = " ".join(prose(RESULTS_PAGE, "Depth").split())
+    with open(RESULTS / "study_depth/cells.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["top1"]]
+    top1 = {row["cell"].replace("-base_lr", " "): float(row["top1"]) for row in rows}
+    best = max((cell for cell in top1 if cell.startswith("ln_pn ")), key=lambda cell: top1[cell])
+    assert best == "ln_pn 0.4" and "LN+PN is best at 0.4" in text
+    assert f"{top1['bn 0.4'] - top1[best]:.2f} points behind BN there" in text
+    wspn = top1["ln_ws_pn 0.2"]
+    ahead = f"{wspn - top1['bn 0.2']:.2f} points ahead of BN and {wspn - top1['ln_pn 0.2']:.2f}"
+    assert f"is {ahead} ahead of LN+PN" in text
+
+
 def test_the_storage_table_is_that_measured():
     for row in load("loader/storage.json")["table"]:
         size, speed = row["bytes_per_image"] / 1000, row["images_per_cpu_second"]
